@@ -1,0 +1,35 @@
+# Everything sets itself up: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3.11
+BIN := .venv/bin
+FIXTURE ?= tests/fixtures/official_a.safetensors
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+demo: .venv/installed ## encode the emoji, train the demo recipe, draw a captioned grid and measure it
+	@bash examples/demo.sh $(BIN)/microdit
+
+test: .venv/installed lint ## lint, types, and every test that is not slow
+	$(BIN)/pytest
+
+test-slow: .venv/installed ## the proofs that take minutes
+	$(BIN)/pytest -m slow
+
+lint: .venv/installed ## ruff (format and lint) and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/installed ## parity with the authors' code, and speed against this machine's own peak
+	$(BIN)/python benchmarks/official_parity.py $(FIXTURE)
+	$(BIN)/python benchmarks/train_step.py --size tiny --batch 16 --mask 0.75
+
+clean: ## remove the environment, data and runs
+	rm -rf .venv data runs

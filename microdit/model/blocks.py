@@ -1,0 +1,158 @@
+"""The parts of a MicroDiT block: attention, cross-attention, SwiGLU, adaptive layer norm.
+
+Notable:
+- queries and keys are layer-normalised over all heads together, without parameters;
+- the attention of a block may be narrower than the model (layer-wise width scaling, 2407.15811 section 3);
+- adaLN (Peebles & Xie 2023) modulates self-attention and feed-forward, while the caption's tokens enter by cross-attention.
+
+Shape legend: B batch, T tokens, L caption tokens, D dim, A attention width, N heads, H head dim, F feed-forward width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from microdit.model.moe import ExpertChoice
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Widths of one block. `num_experts` 0 means a dense SwiGLU of hidden width `ffn_dim`; else each expert has it."""
+
+    attention_dim: int
+    ffn_dim: int
+    num_experts: int = 0
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of width `attention_dim` among tokens of width `dim`."""
+
+    def __init__(self, dim: int, attention_dim: int, head_dim: int, bias: bool):
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(dim, 3 * attention_dim, bias=bias)
+        self.out = nn.Linear(attention_dim, dim, bias=bias)
+
+    def forward(self, x_BTD: Tensor, key_mask_BT: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D). Tokens where `key_mask_BT` is False are attended by nobody."""
+        q_BTA, k_BTA, v_BTA = self.qkv(x_BTD).chunk(3, dim=-1)
+        return self.out(_attend(q_BTA, k_BTA, v_BTA, self.head_dim, key_mask_BT))
+
+    def init_weights(self, output_std: float) -> None:
+        nn.init.trunc_normal_(self.qkv.weight, std=0.02)
+        nn.init.trunc_normal_(self.out.weight, std=output_std)
+
+
+class CrossAttention(nn.Module):
+    """Image tokens ask, caption tokens answer; always as wide as the model."""
+
+    def __init__(self, dim: int, head_dim: int, bias: bool):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q = nn.Linear(dim, dim, bias=bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+
+    def forward(self, x_BTD: Tensor, caption_BLD: Tensor, caption_mask_BL: Tensor | None = None) -> Tensor:
+        """(B, T, D), (B, L, D) -> (B, T, D)."""
+        k_BLD, v_BLD = self.kv(caption_BLD).chunk(2, dim=-1)
+        return self.out(_attend(self.q(x_BTD), k_BLD, v_BLD, self.head_dim, caption_mask_BL))
+
+    def init_weights(self, output_std: float) -> None:
+        nn.init.trunc_normal_(self.q.weight, std=0.02)
+        nn.init.trunc_normal_(self.kv.weight, std=0.02)
+        nn.init.trunc_normal_(self.out.weight, std=output_std)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, 2002.05202)."""
+
+    def __init__(self, dim: int, hidden_dim: int, bias: bool):
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden_dim, bias=bias)
+        self.up = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+    def init_weights(self, output_std: float) -> None:
+        nn.init.trunc_normal_(self.gate.weight, std=0.02)
+        nn.init.trunc_normal_(self.up.weight, std=output_std)
+        nn.init.trunc_normal_(self.down.weight, std=output_std)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the caption, feed-forward (dense or experts), each added to the residual stream.
+
+    `condition_dim` is the width of the vector that drives adaLN; it differs from `dim` in the patch-mixer.
+    """
+
+    def __init__(self, shape: BlockShape, dim: int, condition_dim: int, head_dim: int, bias: bool, expert_capacity: float):
+        super().__init__()
+        self.attn_norm = layer_norm(dim)
+        self.attn = SelfAttention(dim, shape.attention_dim, head_dim, bias)
+        self.cross_norm = layer_norm(dim)
+        self.cross_attn = CrossAttention(dim, head_dim, bias)
+        self.ffn_norm = layer_norm(dim)
+        self.ffn: ExpertChoice | SwiGLU = (
+            ExpertChoice(dim, shape.ffn_dim, shape.num_experts, expert_capacity) if shape.num_experts else SwiGLU(dim, shape.ffn_dim, bias)
+        )
+        self.modulation = nn.Linear(condition_dim, 6 * dim)
+
+    def forward(self, x_BTD: Tensor, caption_BLD: Tensor, caption_mask_BL: Tensor | None, condition_BD: Tensor) -> Tensor:
+        """`condition_BD` is the activated sum of noise level and pooled caption, the same for all blocks."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition_BD).unsqueeze(1).chunk(6, dim=-1)
+        x_BTD = torch.addcmul(x_BTD, gate_1, self.attn(modulate(self.attn_norm(x_BTD), shift_1, scale_1)))
+        x_BTD = x_BTD + self.cross_attn(self.cross_norm(x_BTD), caption_BLD, caption_mask_BL)
+        return torch.addcmul(x_BTD, gate_2, self.ffn(modulate(self.ffn_norm(x_BTD), shift_2, scale_2)))
+
+    def init_weights(self, output_std: float) -> None:
+        """`output_std` shrinks with depth; adaLN starts at zero, so that a new block passes its input on (adaLN-zero)."""
+        self.attn.init_weights(output_std)
+        self.cross_attn.init_weights(output_std)
+        self.ffn.init_weights(output_std)
+        nn.init.zeros_(self.modulation.weight)
+
+
+class Head(nn.Module):
+    """The last layer: adaptive norm, then a linear map from tokens to patches, zero at the start."""
+
+    def __init__(self, dim: int, patch_values: int):
+        super().__init__()
+        self.norm = layer_norm(dim)
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.linear = nn.Linear(dim, patch_values)
+
+    def forward(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, P)."""
+        shift, scale = self.modulation(condition_BD).unsqueeze(1).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x_BTD), shift, scale))
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.linear.weight)
+
+
+def layer_norm(dim: int) -> nn.LayerNorm:
+    """With a weight and without a bias, as everywhere in MicroDiT."""
+    return nn.LayerNorm(dim, eps=NORM_EPS, bias=False)
+
+
+def modulate(x_BTD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
+    return torch.addcmul(shift_B1D, x_BTD, 1 + scale_B1D)
+
+
+def _attend(q_BTA: Tensor, k_BLA: Tensor, v_BLA: Tensor, head_dim: int, key_mask_BL: Tensor | None) -> Tensor:
+    """Scaled dot-product attention over heads of `head_dim`, after the query-key norm. (B, T, A), (B, L, A) -> (B, T, A)."""
+    width = q_BTA.shape[-1]
+    q_BTA = F.layer_norm(q_BTA, (width,), eps=NORM_EPS)
+    k_BLA = F.layer_norm(k_BLA, (width,), eps=NORM_EPS)
+    q_BNTH, k_BNLH, v_BNLH = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q_BTA, k_BLA, v_BLA))
+    mask_B11L = None if key_mask_BL is None else key_mask_BL[:, None, None, :]
+    out_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNLH, v_BNLH, attn_mask=mask_B11L)
+    return out_BNTH.transpose(1, 2).flatten(-2)

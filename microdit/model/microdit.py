@@ -1,0 +1,188 @@
+"""MicroDiT: a diffusion transformer whose backbone trains on a quarter of the patches (2407.15811).
+
+Notable:
+- a light patch-mixer sees all patches before most are dropped (deferred masking), so those kept know of the rest;
+- layer-wise width scaling: later blocks are wider;
+- expert-choice mixture of experts in every second block, never in the last;
+- the caption enters twice: its tokens by cross-attention, its mean by adaLN;
+- patches come out, not pictures: `patches.unpatchify` puts them together when all are there.
+
+Shape legend: B batch, C channels, H W height and width, T tokens, K kept tokens, P values in a patch, L caption tokens, D dim.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from microdit.model.blocks import Block, BlockShape, Head, SelfAttention, SwiGLU, layer_norm
+from microdit.model.patches import patchify, sincos_positions
+from microdit.model.routing import make_route
+
+TIME_FREQUENCIES = 512
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture, fully resolved: one `BlockShape` for each block. `sizes.py` makes it from a few numbers."""
+
+    dim: int
+    head_dim: int
+    blocks: tuple[BlockShape, ...]
+    mixer_dim: int
+    mixer: tuple[BlockShape, ...]
+    caption_ffn_dim: int
+    in_channels: int = 4
+    patch_size: int = 2
+    caption_channels: int = 1024
+    expert_capacity: float = 2.0
+    bias: bool = False
+    position_scale: float = 1.0
+
+    @property
+    def patch_values(self) -> int:
+        return self.patch_size**2 * self.in_channels
+
+
+class Caption(NamedTuple):
+    """A caption as the blocks use it. Depends on neither noise nor picture, so it can be computed once for all steps."""
+
+    tokens_BLD: Tensor
+    pooled_BD: Tensor
+    mask_BL: Tensor | None
+
+
+class MicroDiT(nn.Module):
+    """The denoising network F of EDM (2206.00364, eq. 7): noisy latents, noise level and caption in, patches out."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        dim, mixer_dim = config.dim, config.mixer_dim
+        self.patch_embed = nn.Linear(config.patch_values, dim)
+        self.time_embed = nn.Sequential(nn.Linear(TIME_FREQUENCIES, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.caption = CaptionEmbedder(config)
+        self.mixer = nn.ModuleList(
+            Block(shape, mixer_dim, dim, config.head_dim, config.bias, config.expert_capacity) for shape in config.mixer
+        )
+        if config.mixer and mixer_dim != dim:
+            self.mixer_in: nn.Module = _norm_linear(dim, mixer_dim, config.bias)
+            self.mixer_caption: nn.Module = _norm_linear(dim, mixer_dim, config.bias)
+            self.mixer_out: nn.Module = _norm_linear(mixer_dim, dim, config.bias)
+        else:
+            self.mixer_in = self.mixer_caption = self.mixer_out = nn.Identity()
+        self.blocks = nn.ModuleList(Block(shape, dim, dim, config.head_dim, config.bias, config.expert_capacity) for shape in config.blocks)
+        self.head = Head(dim, config.patch_values)
+        self.init_weights()
+
+    def forward(
+        self,
+        latents_BCHW: Tensor,
+        c_noise_B: Tensor,
+        caption: Caption,
+        keep_ids_BK: Tensor | None = None,
+        routing: str = "deferred",
+    ) -> Tensor:
+        """Returns F on all patches, (B, T, P), or on the kept ones, (B, K, P), in the order of `keep_ids_BK`."""
+        route = make_route(routing, len(self.mixer), keep_ids_BK)
+        x_BTD = self.patch_embed(patchify(latents_BCHW, self.config.patch_size)) + self._positions(latents_BCHW)
+        condition_BD = F.gelu(self._embed_noise(c_noise_B) + caption.pooled_BD, approximate="tanh")
+
+        x_BTD = self.mixer_in(x_BTD)
+        mixer_caption_BLD = self.mixer_caption(caption.tokens_BLD)
+        for index, block in enumerate(self.mixer):
+            x_BTD = block(route.before(index, x_BTD), mixer_caption_BLD, caption.mask_BL, condition_BD)
+
+        # The drop comes before the projection, so that dropped tokens cost nothing more.
+        x_BTD = self.mixer_out(route.before(len(self.mixer), x_BTD))
+        for block in self.blocks:
+            x_BTD = block(x_BTD, caption.tokens_BLD, caption.mask_BL, condition_BD)
+        return self.head(x_BTD, condition_BD)
+
+    def embed_caption(self, text_BLE: Tensor, text_mask_BL: Tensor | None = None) -> Caption:
+        """Text encoder output (B, L, caption_channels) -> `Caption`. The mask is True at real tokens; None: all are."""
+        return self.caption(text_BLE, text_mask_BL)
+
+    def init_weights(self) -> None:
+        """Depth-scaled truncated normals in the blocks; adaLN, head and the caption block's outputs at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.time_embed:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        self.caption.init_weights()
+        backbone, mixer = cast(list[Block], self.blocks), cast(list[Block], self.mixer)
+        for index, block in enumerate(backbone):
+            block.init_weights(0.02 / math.sqrt(2 * (index + 1)))
+        for block in mixer:
+            block.init_weights(0.02 / math.sqrt(2 * len(backbone)))
+        self.head.init_weights()
+
+    def _positions(self, latents_BCHW: Tensor) -> Tensor:
+        rows, columns = (side // self.config.patch_size for side in latents_BCHW.shape[-2:])
+        table = sincos_positions(rows, columns, self.config.dim, self.config.position_scale)
+        return table.to(latents_BCHW)
+
+    def _embed_noise(self, c_noise_B: Tensor) -> Tensor:
+        """[cos | sin] of the noise level at geometric frequencies from 1 to 1/10000, through an MLP."""
+        exponent = torch.arange(TIME_FREQUENCIES // 2, dtype=torch.float32, device=c_noise_B.device)
+        frequencies = torch.exp(-math.log(10000) * exponent / (TIME_FREQUENCIES // 2))
+        angle = c_noise_B.float()[:, None] * frequencies
+        return self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1).to(c_noise_B.dtype))
+
+
+class CaptionEmbedder(nn.Module):
+    """Caption MLP, one self-attention block over its tokens, and the pooled vector for adaLN."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        dim = config.dim
+        self.project = NormMLP(config.caption_channels, dim)
+        self.attn_norm = layer_norm(dim)
+        self.attn = SelfAttention(dim, dim, config.head_dim, config.bias)
+        self.ffn_norm = layer_norm(dim)
+        self.ffn = SwiGLU(dim, config.caption_ffn_dim, config.bias)
+        self.pool = NormMLP(dim, dim)
+
+    def forward(self, text_BLE: Tensor, mask_BL: Tensor | None) -> Caption:
+        y_BLD = self.project(text_BLE)
+        y_BLD = y_BLD + self.attn(self.attn_norm(y_BLD), mask_BL)
+        y_BLD = y_BLD + self.ffn(self.ffn_norm(y_BLD))
+        if mask_BL is None:
+            mean_BD = y_BLD.mean(dim=1)
+        else:
+            weight_BL1 = mask_BL.unsqueeze(-1).to(y_BLD)
+            mean_BD = (y_BLD * weight_BL1).sum(dim=1) / weight_BL1.sum(dim=1)
+        return Caption(y_BLD, self.pool(mean_BD), mask_BL)
+
+    def init_weights(self) -> None:
+        for mlp in (self.project, self.pool):
+            nn.init.normal_(mlp.fc1.weight, std=0.02)
+            nn.init.normal_(mlp.fc2.weight, std=0.02)
+        self.attn.init_weights(0.02)
+        self.ffn.init_weights(0.02)
+        nn.init.zeros_(self.attn.out.weight)
+        nn.init.zeros_(self.ffn.down.weight)
+
+
+class NormMLP(nn.Module):
+    """Linear, GELU, layer norm, linear."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(in_dim, dim)
+        self.norm = layer_norm(dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.norm(F.gelu(self.fc1(x), approximate="tanh")))
+
+
+def _norm_linear(in_dim: int, out_dim: int, bias: bool) -> nn.Sequential:
+    return nn.Sequential(layer_norm(in_dim), nn.Linear(in_dim, out_dim, bias=bias))

@@ -1,0 +1,51 @@
+"""Between latents and patch tokens, and where each patch lies.
+
+Shape legend: B batch, C channels, H W height and width, T tokens (T = H/p * W/p, row by row), P values in a patch, D dim.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def patchify(latents_BCHW: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) -> (B, T, P) with P = p * p * C, channels varying fastest. Height and width need not be equal."""
+    B, C, H, W = latents_BCHW.shape
+    if H % patch_size or W % patch_size:
+        raise ValueError(f"latents of {H} x {W} cannot be cut into patches of {patch_size} x {patch_size}")
+    h, w = H // patch_size, W // patch_size
+    split = latents_BCHW.reshape(B, C, h, patch_size, w, patch_size)
+    return split.permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, patch_size * patch_size * C)
+
+
+def unpatchify(patches_BTP: Tensor, patch_size: int, height: int, width: int) -> Tensor:
+    """The inverse of `patchify` for latents of `height` x `width`."""
+    B, T, P = patches_BTP.shape
+    h, w = height // patch_size, width // patch_size
+    if T != h * w:
+        raise ValueError(f"{T} patches do not fill {height} x {width} latents at patch size {patch_size}: needs {h * w}")
+    C = P // (patch_size * patch_size)
+    split = patches_BTP.reshape(B, h, w, patch_size, patch_size, C)
+    return split.permute(0, 5, 1, 3, 2, 4).reshape(B, C, height, width)
+
+
+@lru_cache(maxsize=64)
+def sincos_positions(rows: int, columns: int, dim: int, scale: float = 1.0) -> Tensor:
+    """Fixed two-dimensional sine-cosine positions, (rows * columns, dim) in float32.
+
+    The first half of `dim` encodes the column, the second the row, each as [sin | cos] over dim/4 frequencies.
+    Positions are divided by `scale`: 2 when a model made at 256 px goes on at 512 px, so that it meets no new range
+    (2407.15811, section 3, "positional interpolation").
+    """
+    if dim % 4:
+        raise ValueError(f"two-dimensional sine-cosine positions need a dim divisible by 4, got {dim}")
+    column_R_C, row_R_C = np.meshgrid(np.arange(columns, dtype=np.float32), np.arange(rows, dtype=np.float32))
+    frequencies = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4.0))
+    halves = []
+    for position in (column_R_C, row_R_C):
+        # float32 / scale before the float64 product is what the authors do; kept so that tables agree to the last bit
+        angle = np.outer((position / np.float32(scale)).reshape(-1), frequencies)
+        halves += [np.sin(angle), np.cos(angle)]
+    return torch.from_numpy(np.concatenate(halves, axis=1)).float()

@@ -1,0 +1,77 @@
+"""From a few numbers to a whole architecture, and the paper's named sizes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from microdit.model.blocks import BlockShape
+from microdit.model.microdit import ModelConfig
+
+
+@dataclass(frozen=True)
+class Size:
+    """The few numbers that people choose. Ratios are of `dim` (of `mixer_dim` in the patch-mixer)."""
+
+    dim: int
+    depth: int
+    head_dim: int
+    mixer_dim: int
+    mixer_depth: int
+    attention_range: tuple[float, float] = (0.5, 1.0)  # width scaling: first block's ratio, last block's ratio
+    ffn_range: tuple[float, float] = (0.5, 4.0)
+    mixer_ffn_ratio: float = 4.0
+    num_experts: int = 8  # 0: no mixture of experts
+    experts_every: int = 2
+    round_ffn_to: int = 256
+
+
+SIZES = {
+    "MicroDiT_Tiny_2": Size(dim=512, depth=16, head_dim=32, mixer_dim=512, mixer_depth=4),
+    "MicroDiT_XL_2": Size(dim=1024, depth=28, head_dim=64, mixer_dim=768, mixer_depth=6),
+}
+
+
+def resolve(size: Size, **settings: int | float | bool) -> ModelConfig:
+    """The architecture of `size`; `settings` are further fields of `ModelConfig` (in_channels, patch_size, ...).
+
+    Layer-wise width scaling (2407.15811, section 3): the ratios grow linearly from the first block to the last.
+    """
+
+    def with_experts(index: int, last: int) -> bool:
+        return size.num_experts > 0 and index != last and (index + 1) % size.experts_every == 0
+
+    attention_ratios = np.linspace(*size.attention_range, size.depth).tolist()
+    ffn_ratios = np.linspace(*size.ffn_range, size.depth).tolist()
+    blocks = tuple(
+        _shape(
+            size,
+            size.dim,
+            attention_ratios[i],
+            ffn_ratios[i],
+            with_experts(i, size.depth - 1),
+        )
+        for i in range(size.depth)
+    )
+    # In the mixer the last block may have experts, but never the first (matters when every block shall have them).
+    mixer = tuple(_shape(size, size.mixer_dim, 1.0, size.mixer_ffn_ratio, i > 0 and with_experts(i, -1)) for i in range(size.mixer_depth))
+    return ModelConfig(
+        dim=size.dim,
+        head_dim=size.head_dim,
+        blocks=blocks,
+        mixer_dim=size.mixer_dim,
+        mixer=mixer,
+        caption_ffn_dim=_round_up(2 * 4 * size.dim // 3, size.round_ffn_to),
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def _shape(size: Size, dim: int, attention_ratio: float, ffn_ratio: float, experts: bool) -> BlockShape:
+    """Attention in whole pairs of heads; a SwiGLU has three matrices, so two thirds of the hidden width at equal cost."""
+    attention_dim = dim if attention_ratio == 1 else _round_up(int(dim * attention_ratio), 2 * size.head_dim)
+    hidden_dim = int(dim * ffn_ratio)
+    ffn_dim = _round_up(hidden_dim if experts else int(2 * hidden_dim / 3), size.round_ffn_to)
+    return BlockShape(attention_dim, ffn_dim, size.num_experts if experts else 0)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,92 @@
+"""From captions to pictures: text encoder, denoiser, sampler and autoencoder together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from microdit.checkpoint import Checkpoint, latest_checkpoint
+from microdit.data.images import to_image
+from microdit.diffusion.edm import EDM
+from microdit.diffusion.sampling import guided_denoiser, heun, noise_schedule
+from microdit.encoders.autoencoder import Autoencoder, load_autoencoder
+from microdit.encoders.text import MiniLM, load_text_encoder
+from microdit.errors import UserError
+from microdit.model.microdit import MicroDiT
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """All that is needed to make pictures. `from_run` loads it from a run's newest whole checkpoint."""
+
+    model: MicroDiT
+    edm: EDM
+    autoencoder: Autoencoder
+    text_encoder: MiniLM
+    latent_shape: tuple[int, int, int]
+    mask_padding: bool
+
+    @classmethod
+    def around(cls, model: MicroDiT, state: dict[str, Any]) -> "Pipeline":
+        """`model` with the encoders that a checkpoint's `state` names. Raises UserError if these have changed since."""
+        card = state["data"]
+        autoencoder = load_autoencoder(card["autoencoder"]["name"])
+        text_encoder = load_text_encoder(card["text_encoder"]["name"])
+        for encoder, wanted in ((autoencoder, card["autoencoder"]), (text_encoder, card["text_encoder"])):
+            if encoder.fingerprint != wanted["fingerprint"]:
+                raise UserError(
+                    f"The encoder '{encoder.name}' is not the one that the data was encoded with "
+                    f"(fingerprint {encoder.fingerprint}, not {wanted['fingerprint']}): encode and train again, or bring back the old one."
+                )
+        channels, height, width = card["latent_shape"]
+        return cls(model, EDM(**state["edm"]), autoencoder, text_encoder, (channels, height, width), state["mask_padding"])
+
+    @classmethod
+    def from_run(cls, run: Path, warn: Callable[[str], None]) -> tuple["Pipeline", Checkpoint]:
+        """With the averaged weights of the newest whole checkpoint in the run folder."""
+        checkpoint = latest_checkpoint(run, warn)
+        if checkpoint is None:
+            raise UserError(f"There is no checkpoint in {run}: train one with 'microdit train RECIPE --out {run}'.")
+        with torch.device("meta"):
+            model = MicroDiT(checkpoint.model_config)
+        model.load_state_dict(checkpoint.tensors("ema"), assign=True)
+        return cls.around(model.eval().requires_grad_(False), checkpoint.state), checkpoint
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: list[str],
+        num_inference_steps: int = 30,
+        guidance_scale: float = 4.0,
+        seed: int = 0,
+        on_step: Callable[[int], None] | None = None,
+    ) -> list[Image.Image]:
+        """One picture a prompt. Picture number i starts from the noise of seed + i, whatever the others are.
+
+        `on_step(n)` is called after each n more picture-steps. Raises UserError for settings that make no picture.
+        """
+        if not prompts:
+            raise UserError('There is no prompt: write at least one, for example "a red heart".')
+        if not 2 <= num_inference_steps <= 1000:
+            raise UserError(f"The sampler takes from 2 to 1000 steps, not {num_inference_steps}; 18 to 30 are usual.")
+        if not -100 <= guidance_scale <= 100:
+            raise UserError(f"guidance_scale must be a number between -100 and 100, not {guidance_scale}; 3 to 6 are usual.")
+        images: list[Image.Image] = []
+        for start in range(0, len(prompts), BATCH):
+            batch = prompts[start : start + BATCH]
+            noise_BCHW = torch.stack([_noise(self.latent_shape, seed + start + i) for i in range(len(batch))])
+            text_BLE, mask_BL = self.text_encoder.encode(batch)
+            denoiser = guided_denoiser(self.model, self.edm, text_BLE, mask_BL if self.mask_padding else None, guidance_scale)
+            latents_BCHW = heun(denoiser, noise_BCHW, noise_schedule(self.edm, num_inference_steps), on_step)
+            images += [to_image(pixels) for pixels in self.autoencoder.decode(latents_BCHW)]
+        return images
+
+
+def _noise(shape: tuple[int, int, int], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,68 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from microdit.diffusion.edm import EDM, denoise, denoise_patches, draw_sigma, edm_loss, preconditioning
+from microdit.model.patches import patchify, unpatchify
+from microdit.model.routing import put_tokens
+
+EDM_SETTINGS = EDM()
+
+
+@given(sigma=st.floats(0.002, 80), sigma_data=st.floats(0.1, 2))
+def test_preconditioning_is_table_1_of_the_edm_paper(sigma, sigma_data):
+    c_skip, c_out, c_in, c_noise = (c.item() for c in preconditioning(EDM(sigma_data=sigma_data), torch.tensor(sigma, dtype=torch.float64)))
+    assert c_skip == pytest.approx(sigma_data**2 / (sigma**2 + sigma_data**2))
+    assert c_out == pytest.approx(sigma * sigma_data / math.sqrt(sigma**2 + sigma_data**2))
+    assert c_in == pytest.approx(1 / math.sqrt(sigma**2 + sigma_data**2))
+    assert c_noise == pytest.approx(math.log(sigma) / 4)
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.9, 20.0])
+def test_preconditioning_gives_the_network_unit_variance_in_and_out(sigma):
+    """Where the scalings come from (2206.00364, appendix B.6)."""
+    clean = torch.randn(400_000, dtype=torch.float64) * EDM_SETTINGS.sigma_data
+    noisy = clean + torch.randn_like(clean) * sigma
+    c_skip, c_out, c_in, _ = preconditioning(EDM_SETTINGS, torch.tensor(sigma, dtype=torch.float64))
+    assert (c_in * noisy).var().item() == pytest.approx(1, rel=0.02)
+    assert ((clean - c_skip * noisy) / c_out).var().item() == pytest.approx(1, rel=0.02)
+
+
+def test_noise_levels_are_log_normal_and_seeded():
+    edm = EDM(P_mean=-0.6, P_std=1.2)
+    sigma = draw_sigma(edm, 100_000, torch.Generator().manual_seed(0))
+    assert sigma.log().mean().item() == pytest.approx(-0.6, abs=0.02)
+    assert sigma.log().std().item() == pytest.approx(1.2, abs=0.02)
+    assert torch.equal(sigma, draw_sigma(edm, 100_000, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_equals_the_definition_on_whole_pictures(tiny_model, masked):
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 2, 4, 8, 8, generator=generator, dtype=torch.float64)
+    sigma = torch.tensor([0.4, 3.0], dtype=torch.float64)
+    caption = tiny_model.embed_caption(torch.randn(2, 3, 12, generator=generator, dtype=torch.float64))
+    keep_ids = torch.tensor([[0, 5, 10, 15], [1, 2, 7, 8]]) if masked else None
+    loss = edm_loss(tiny_model, EDM_SETTINGS, latents, caption, sigma, noise, keep_ids)
+    for sample in range(2):
+        s, sd = sigma[sample].item(), EDM_SETTINGS.sigma_data
+        noisy = latents + sigma.view(2, 1, 1, 1) * noise
+        patches = denoise_patches(tiny_model, EDM_SETTINGS, noisy, sigma, caption, keep_ids)
+        keep = torch.ones(2, 16) if keep_ids is None else put_tokens(torch.ones(2, 4, 1), keep_ids, 16).squeeze(-1)
+        if keep_ids is not None:
+            patches = put_tokens(patches, keep_ids, 16)
+        picture = unpatchify(patches, 2, 8, 8)
+        pixel_keep = keep[sample].view(4, 4).repeat_interleave(2, 0).repeat_interleave(2, 1)
+        error = ((picture[sample] - latents[sample]) ** 2 * pixel_keep).sum() / (pixel_keep.sum() * 4)
+        expected = (s**2 + sd**2) / (s * sd) ** 2 * error
+        assert loss[sample].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_denoising_whole_latents_is_denoising_their_patches(tiny_model):
+    noisy, sigma = torch.randn(1, 4, 8, 8, dtype=torch.float64), torch.tensor([0.7], dtype=torch.float64)
+    caption = tiny_model.embed_caption(torch.randn(1, 3, 12, dtype=torch.float64))
+    whole = denoise(tiny_model, EDM_SETTINGS, noisy, sigma, caption)
+    assert torch.equal(patchify(whole, 2), denoise_patches(tiny_model, EDM_SETTINGS, noisy, sigma, caption))

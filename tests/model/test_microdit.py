@@ -1,0 +1,90 @@
+import math
+
+import pytest
+import torch
+
+from microdit.model.microdit import MicroDiT
+from microdit.model.moe import ExpertChoice
+from microdit.model.patches import unpatchify
+from microdit.model.sizes import SIZES, Size, resolve
+from tests.conftest import busy_model
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("MicroDiT_XL_2", 1_165_442_320), ("MicroDiT_Tiny_2", 200_692_752)])
+def test_named_sizes_have_the_papers_parameters(name, parameters):
+    with torch.device("meta"):
+        model = MicroDiT(resolve(SIZES[name]))
+    assert sum(weight.numel() for weight in model.parameters()) == parameters
+
+
+def test_width_grows_with_depth_and_experts_sit_in_every_second_block_but_the_last():
+    config = resolve(SIZES["MicroDiT_XL_2"])
+    assert [shape.num_experts for shape in config.blocks] == [0, 8] * 13 + [0, 0]
+    assert (config.blocks[0].attention_dim, config.blocks[-1].attention_dim) == (512, 1024)
+    widths = [shape.attention_dim for shape in config.blocks]
+    assert widths == sorted(widths)
+    assert all(width % 128 == 0 for width in widths)
+    assert config.blocks[1].ffn_dim == 768  # an expert: (0.5 + 3.5/27) * 1024 = 645, rounded up to 256s
+    assert config.blocks[-1].ffn_dim == 2816  # SwiGLU: two thirds of 4 * 1024, rounded up
+
+
+def test_a_fresh_model_says_nothing_and_its_weights_shrink_with_depth():
+    torch.manual_seed(0)
+    model = MicroDiT(resolve(Size(dim=128, depth=4, head_dim=32, mixer_dim=128, mixer_depth=1, num_experts=2)))
+    latents = torch.randn(2, 4, 8, 8)
+    caption = model.embed_caption(torch.randn(2, 3, 1024))
+    assert model(latents, torch.zeros(2), caption).abs().max() == 0
+    for index, block in enumerate(model.blocks):
+        expected = 0.02 / math.sqrt(2 * (index + 1))
+        assert block.attn.out.weight.std().item() == pytest.approx(expected, rel=0.05)
+        output = block.ffn.w_out if isinstance(block.ffn, ExpertChoice) else block.ffn.down.weight
+        assert output.std().item() == pytest.approx(expected, rel=0.05)
+        assert block.modulation.weight.abs().max() == 0
+
+
+def test_padding_of_captions_changes_nothing_when_masked_and_something_when_not(tiny_model):
+    latents, c_noise = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    text = torch.randn(2, 3, 12, dtype=torch.float64)
+    padded = torch.cat([text, torch.randn(2, 4, 12, dtype=torch.float64)], dim=1)
+    mask = torch.arange(7).expand(2, 7) < 3
+    expected = tiny_model(latents, c_noise, tiny_model.embed_caption(text))
+    assert torch.allclose(tiny_model(latents, c_noise, tiny_model.embed_caption(padded, mask)), expected, atol=1e-10)
+    assert not torch.allclose(tiny_model(latents, c_noise, tiny_model.embed_caption(padded)), expected, atol=1e-3)
+
+
+def test_an_empty_caption_is_the_same_whatever_its_length(tiny_model):
+    """Guidance and caption dropout rely on it: zero tokens are all alike."""
+    short, long = (tiny_model.embed_caption(torch.zeros(1, n, 12, dtype=torch.float64)) for n in (1, 9))
+    latents = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    c_noise = torch.zeros(1, dtype=torch.float64)
+    assert torch.allclose(tiny_model(latents, c_noise, short), tiny_model(latents, c_noise, long), atol=1e-10)
+
+
+def test_pictures_need_not_be_square(tiny_model):
+    latents = torch.randn(1, 4, 4, 12, dtype=torch.float64)
+    caption = tiny_model.embed_caption(torch.randn(1, 3, 12, dtype=torch.float64))
+    patches = tiny_model(latents, torch.zeros(1, dtype=torch.float64), caption)
+    assert unpatchify(patches, 2, 4, 12).shape == latents.shape
+    turned = tiny_model(latents.transpose(2, 3), torch.zeros(1, dtype=torch.float64), caption)
+    assert not torch.allclose(turned, patches)  # rows and columns have positions of their own
+
+
+def test_samples_of_a_batch_do_not_meet(tiny_model):
+    latents, c_noise = torch.randn(3, 4, 8, 8, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    text = torch.randn(3, 3, 12, dtype=torch.float64)
+    together = tiny_model(latents, c_noise, tiny_model.embed_caption(text))
+    alone = [tiny_model(latents[i : i + 1], c_noise[i : i + 1], tiny_model.embed_caption(text[i : i + 1])) for i in range(3)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-10)
+
+
+@pytest.mark.parametrize("mixer_depth", [0, 1, 3])
+@pytest.mark.parametrize("mixer_dim", [16, 32])
+def test_every_weight_learns(mixer_depth, mixer_dim):
+    size = Size(dim=32, depth=3, head_dim=8, mixer_dim=mixer_dim, mixer_depth=mixer_depth, num_experts=2, round_ffn_to=8)
+    model = busy_model(size, bias=True)
+    caption = model.embed_caption(torch.randn(2, 3, 12, dtype=torch.float64))
+    keep_ids = torch.tensor([[0, 1, 2, 3], [4, 9, 10, 15]])
+    model(torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.ones(2, dtype=torch.float64), caption, keep_ids).square().sum().backward()
+    silent = [name for name, weight in model.named_parameters() if weight.grad is None or weight.grad.abs().max() == 0]
+    # A bias of the keys moves all scores of a query alike; after the query-key norm it still matters, so none may be silent.
+    assert silent == []

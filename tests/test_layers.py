@@ -1,0 +1,58 @@
+"""Imports point downward only, as docs/architecture.md says."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "microdit"
+# Each room may import the rooms to its right. Rooms of one tuple do not know each other, except what is listed under FRIENDS.
+LAYERS = [
+    ("cli",),
+    ("training", "evaluation"),
+    ("pipeline", "recipe"),
+    ("checkpoint", "grids"),
+    ("data", "diffusion", "encoders"),
+    ("model",),
+    ("files", "errors"),
+]
+FRIENDS = {("data", "encoders"), ("files", "errors")}  # data/encode.py drives the frozen encoders
+PURE = {"model": {"torch", "numpy"}, "diffusion": {"torch"}}  # what may come from outside besides the standard library
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_imports_point_downward():
+    level = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
+    upward = []
+    for path in PACKAGE.rglob("*.py"):
+        room = room_of(path)
+        if room == "__init__":
+            continue
+        for name in imports_of(path):
+            if name.startswith("microdit."):
+                other = name.split(".")[1]
+                if other != room and level[other] <= level[room] and (room, other) not in FRIENDS:
+                    upward.append(f"{path.name} imports {name}")
+    assert upward == []
+
+
+def test_the_model_and_the_diffusion_know_no_library_but_torch():
+    import sys
+
+    foreign = []
+    for room, allowed in PURE.items():
+        for path in (PACKAGE / room).rglob("*.py"):
+            tops = {name.split(".")[0] for name in imports_of(path)} - {"microdit"} - allowed
+            foreign += [f"{path.name} imports {top}" for top in tops if top not in sys.stdlib_module_names]
+    assert foreign == []

@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from microdit.errors import UserError
+from microdit.recipe import load_recipe
+
+RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
+
+MINIMAL = """
+name: test
+data: {path: somewhere}
+model: {dim: 64, depth: 2, head_dim: 16, mixer_dim: 32, mixer_depth: 1}
+phases:
+  - {name: masked, steps: 10, batch_size: 4, learning_rate: 3e-4, mask_ratio: 0.75}
+  - {name: full, steps: 5, batch_size: 8, learning_rate: 1e-4}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_of_ours_loads(path):
+    assert load_recipe(path).total_steps > 0
+
+
+def test_numbers_are_numbers_and_defaults_are_the_papers(recipe_file):
+    recipe = load_recipe(recipe_file)
+    assert recipe.phases[0].learning_rate == 3e-4  # a string to plain YAML
+    assert (recipe.diffusion.P_mean, recipe.diffusion.P_std, recipe.diffusion.sigma_data) == (-0.6, 1.2, 0.9)
+    assert recipe.optimizer.betas == (0.9, 0.999)
+    assert recipe.model.attention_range == (0.5, 1.0)
+
+
+def test_overrides_reach_into_phases_and_the_written_recipe_reads_back(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file, ["phases.1.steps=7", "model.ffn_range=[1, 2]", "seed=3", "phases.0.learning_rate=1e-5"])
+    assert (recipe.phases[1].steps, recipe.seed, recipe.total_steps) == (7, 3, 17)
+    assert recipe.model.ffn_range == (1.0, 2.0)
+    assert recipe.phases[0].learning_rate == 1e-5
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.to_yaml())
+    assert load_recipe(again) == recipe
+
+
+def test_phases_follow_each_other(recipe_file):
+    recipe = load_recipe(recipe_file)
+    places = [(phase.name, inside) for phase, inside in map(recipe.phase_at, (0, 9, 10, 14))]
+    assert places == [("masked", 0), ("masked", 9), ("full", 0), ("full", 4)]
+    with pytest.raises(IndexError):
+        recipe.phase_at(15)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("phases.0.mask_ratoi=0.5", "unknown key phases.0.mask_ratoi; did you mean phases.mask_ratio"),
+        ("modle.dim=3", "unknown key modle"),
+        ("phases.0.mask_ratio=1.0", "phases.0.mask_ratio is 1.0, and must lie in \\[0, 1\\)"),
+        ("phases.0.steps=many", "phases.0.steps: Value 'many'"),
+        ("phases.0.steps=1.5", "phases.0.steps"),
+        ("phases.0.steps=0", "phases.0.steps is 0"),
+        ("phases.9.steps=1", "override 'phases.9.steps=1' does not fit"),
+        ("model.dim=100", "model.dim \\(100\\) is not divisible by model.head_dim \\(16\\): try 96"),
+        ("model.head_dim=0", "model.head_dim is 0"),
+        ("phases.0.routing=none", "routing is none, so mask_ratio must be 0"),
+        ("phases.0.routing=tread", "phases.0.routing: Invalid value 'tread'"),
+        ("phases.0.learning_rate=-1", "learning_rate is -1.0"),
+        ("phases.0.learning_rate=.nan", "learning_rate is nan"),
+        ("ema_decay=1.0", "ema_decay is 1.0"),
+        ("optimizer.betas=[0.9]", "length 1 does not match"),
+        ("phases=[]", "phases is empty"),
+        ("seed", "'seed' is not an override"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(recipe_file, override, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_recipe(recipe_file, [override])
+
+
+@pytest.mark.parametrize("missing", ["name", "model", "phases"])
+def test_what_is_missing_is_named(tmp_path, missing):
+    content = yaml.safe_load(MINIMAL)
+    del content[missing]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=f"{missing} is missing"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1", "just words", "\x00"])
+def test_a_file_that_is_no_recipe_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        load_recipe(path)
+    with pytest.raises(UserError, match="no recipe at"):
+        load_recipe(tmp_path / "nowhere.yaml")
