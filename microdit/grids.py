@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+import unicodedata
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -24,16 +25,22 @@ def draw_grid(images: list[Image.Image], captions: list[str], columns: int = 8, 
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(12)
     if title:
-        draw.text((GAP, GAP), title, "black", font)
+        draw.text((GAP, GAP), _drawable(title), "black", font)
     for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left = GAP + index % columns * cell_width
         y = top + index // columns * cell_height
         # Nearest, so that people see the model's own pixels.
         canvas.paste(image.resize((CELL, CELL), Image.Resampling.NEAREST), (left, y))
-        lines = textwrap.wrap(caption, 20)[:LINES]
+        lines = textwrap.wrap(_drawable(caption), 20)[:LINES]
         for number, line in enumerate(lines):
             draw.text((left, y + CELL + 2 + number * LINE_HEIGHT), line, "black", font)
     return canvas
+
+
+def _drawable(caption: str) -> str:
+    """Pillow's built-in font has no accented letters: draw the plain ones, and a question mark where there is none."""
+    plain = unicodedata.normalize("NFKD", caption.replace("\u2019", "'"))
+    return "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace").decode()
 
 
 def save_png(image: Image.Image, path: Path) -> None:

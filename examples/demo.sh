@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The whole method on a small data set: encode once, train masked then unmasked, draw, measure. `make demo` calls this.
+set -euo pipefail
+microdit=${1:-microdit}
+
+if [ ! -d data/emoji ]; then
+  "$microdit" data encode emoji --out data/emoji
+fi
+"$microdit" train recipes/emoji.yaml --out runs/emoji --resume
+
+# Two rows of training captions, then two of colours and objects that never stood together in training.
+"$microdit" sample runs/emoji --steps 18 --guidance 4 --out runs/emoji/grid.png \
+  "red heart" "bicycle" "cat face" "flag of Japan" "green apple" "fire engine" "owl" "pizza" \
+  "crab" "sunflower" "police car" "grinning face" "banana" "soccer ball" "blue book" "mushroom" \
+  "green cat" "blue apple" "purple car" "red banana" "yellow heart with ribbon" "blue mushroom" "green pizza" "orange book" \
+  "blue cat face" "red owl" "green bicycle" "yellow crab" "purple apple" "red sunflower" "black heart button" "pink car"
+"$microdit" evaluate runs/emoji --steps 10 --guidance 4
+echo "Your pictures: $PWD/runs/emoji/grid.png"
