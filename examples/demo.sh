@@ -9,10 +9,10 @@ fi
 "$microdit" train recipes/emoji.yaml --out runs/emoji --resume
 
 # Two rows of training captions, then two of colours and objects that never stood together in training.
-"$microdit" sample runs/emoji --steps 18 --guidance 4 --out runs/emoji/grid.png \
+"$microdit" sample runs/emoji --steps 18 --guidance 2 --out runs/emoji/grid.png \
   "red heart" "bicycle" "cat face" "flag of Japan" "green apple" "fire engine" "owl" "pizza" \
   "crab" "sunflower" "police car" "grinning face" "banana" "soccer ball" "blue book" "mushroom" \
-  "green cat" "blue apple" "purple car" "red banana" "yellow heart with ribbon" "blue mushroom" "green pizza" "orange book" \
+  "green cat" "blue apple" "purple car" "red banana" "yellow heart with ribbon" "blue mushroom" "green pizza" "purple whale" \
   "blue cat face" "red owl" "green bicycle" "yellow crab" "purple apple" "red sunflower" "black heart button" "pink car"
-"$microdit" evaluate runs/emoji --steps 10 --guidance 4
+"$microdit" evaluate runs/emoji --steps 18 --guidance 2
 echo "Your pictures: $PWD/runs/emoji/grid.png"

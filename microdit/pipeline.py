@@ -63,7 +63,7 @@ class Pipeline:
         self,
         prompts: list[str],
         num_inference_steps: int = 30,
-        guidance_scale: float = 4.0,
+        guidance_scale: float = 2.0,
         seed: int = 0,
         on_step: Callable[[int], None] | None = None,
     ) -> list[Image.Image]:

@@ -77,7 +77,7 @@ class RecordRecipe:
     keep_checkpoints: int = 2
     sample_prompts: list[str] = field(default_factory=list)
     sample_steps: int = 18
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
 
 
 @dataclass(frozen=True)

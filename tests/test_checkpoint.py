@@ -72,7 +72,8 @@ def test_the_optimizers_state_goes_on_where_it_was():
 
     step(0, 0.5)
     models[1].load_state_dict(models[0].state_dict())
-    restore_optimizer(optimizers[1], models[1], optimizer_tensors(optimizers[0], models[0]))
+    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizers[0], models[0]).items()}
+    restore_optimizer(optimizers[1], models[1], saved)
     for index in (0, 1):
         step(index, -0.2)
     assert torch.equal(models[0].weight, models[1].weight)

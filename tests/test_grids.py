@@ -11,7 +11,7 @@ def test_pictures_and_captions_are_where_they_belong(tmp_path):
     for place, image in zip(places, images, strict=False):
         assert grid.getpixel(place) == image.getpixel((0, 0))
     under_first = grid.crop((8, 8 + CELL, 8 + CELL, 8 + CELL + 20))
-    assert min(under_first.convert("L").getdata()) < 100  # words
+    assert min(under_first.convert("L").tobytes()) < 100  # words
     save_png(grid, tmp_path / "deep" / "grid.png")
     assert Image.open(tmp_path / "deep" / "grid.png").size == grid.size
 

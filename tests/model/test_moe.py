@@ -29,11 +29,12 @@ def naive_experts(experts: ExpertChoice, x: torch.Tensor) -> torch.Tensor:
 
 @settings(deadline=None, max_examples=30)
 @given(
-    batch=st.integers(1, 3), tokens=st.integers(1, 12), experts=st.integers(1, 4), capacity=st.sampled_from([0.5, 1.0, 2.0]),
+    batch=st.integers(1, 3), tokens=st.integers(1, 12), experts=st.integers(2, 4), capacity=st.sampled_from([0.5, 1.0, 2.0]),
     seed=st.integers(0, 100),
 )  # fmt: skip
 def test_gather_and_scatter_equal_the_naive_loop(batch, tokens, experts, capacity, seed):
-    layer = make_experts(experts, min(capacity, experts), seed)
+    # one expert alone would score every token 1, and which of equals it takes is nobody's business
+    layer = make_experts(experts, capacity, seed)
     x = torch.randn(batch, tokens, 6, dtype=torch.float64)
     assert torch.allclose(layer(x), naive_experts(layer, x), atol=1e-10)
 
