@@ -21,6 +21,7 @@ from microdit.model.microdit import MicroDiT
 from microdit.model.routing import random_keep_ids
 from microdit.model.sizes import SIZES, resolve
 from microdit.recipe import OptimizerRecipe
+from microdit.training.memory import keep_freed_memory
 from microdit.training.optim import make_adamw, set_learning_rate
 
 NAMES = {"tiny": "MicroDiT_Tiny_2", "xl": "MicroDiT_XL_2"}
@@ -35,7 +36,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--mask", type=float, default=0.75, help="share of the patches that is dropped")
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
+    parser.add_argument("--return-memory", action="store_true", help="let the allocator hand freed memory back, as without microdit")
     args = parser.parse_args()
+    if not args.return_memory:
+        keep_freed_memory()
 
     gflops = flops_per_image(args.size, args.mask) / 1e9
     step, parts = training_step(args.size, args.batch, args.mask)

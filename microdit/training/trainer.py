@@ -37,6 +37,7 @@ from microdit.model.sizes import resolve
 from microdit.pipeline import Pipeline
 from microdit.recipe import PhaseRecipe, Recipe
 from microdit.training.ema import EMA
+from microdit.training.memory import keep_freed_memory
 from microdit.training.meters import Meters
 from microdit.training.optim import learning_rate, make_adamw, set_learning_rate
 
@@ -65,6 +66,7 @@ class Trainer:
     def train(self) -> None:
         """From where it stands to the end of the last phase."""
         recipe, record = self.recipe, self.recipe.record
+        keep_freed_memory()
         self._welcome()
         with Meters(self.run, self.step, recipe.total_steps, self.console) as meters, _stop_requests() as stop:
             while self.step < recipe.total_steps and not stop:
