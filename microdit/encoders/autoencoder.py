@@ -1,40 +1,77 @@
 """Frozen autoencoders: pictures (B, 3, H, W) in [-1, 1] <-> scaled latents (B, C, H/f, W/f)."""
 
-import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
+from microdit.encoders.model_files import (
+    find_folder,
+    fingerprint_of,
+    is_place,
+    lasting_name,
+    loading,
+    read_json,
+    refuse_incomplete,
+    weight_files,
+    weight_patterns,
+)
 from microdit.errors import UserError
 
 diffusers_logging.set_verbosity_error()  # it warns of its own configuration keys
 
 BUNDLED_ICON = Path(__file__).parent / "icon_autoencoder"
+ALIASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0:vae", "16ch": "ostris/vae-kl-f8-d16"}
+
+_KNOWN = f"pixels, icon, {', '.join(ALIASES)}, a folder, or an id of the hub (owner/name)"
+_STEM = "diffusion_pytorch_model"
+_FILES = ["config.json", *weight_patterns(_STEM, ".safetensors")]
+_KINDS: dict[str, tuple[Any, Callable[[Any], Tensor]]] = {  # how each diffusers class hands out its latents
+    "AutoencoderKL": (AutoencoderKL, lambda encoded: encoded.latent_dist.mean),
+    "AutoencoderTiny": (AutoencoderTiny, lambda encoded: encoded.latents),
+    "AutoencoderDC": (AutoencoderDC, lambda encoded: encoded.latent),
+}
 
 
 class Autoencoder(Protocol):
-    """`name` finds it again through `load_autoencoder`; `fingerprint` tells whether its weights are the same."""
+    """`name` finds it again through `load_autoencoder`; `fingerprint` tells whether its weights are the same.
+
+    `channels` of the latents; `downsampling` is how many pixels a side of one latent spans.
+    """
 
     name: str
     fingerprint: str
+    channels: int
+    downsampling: int
 
     def encode(self, images_BCHW: Tensor) -> Tensor: ...
 
     def decode(self, latents_BCHW: Tensor) -> Tensor: ...
 
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self: ...
+
 
 def load_autoencoder(name: str) -> Autoencoder:
-    """`pixels`, `icon` (bundled, 64 px -> 8 x 8 x 8), or a folder written by `microdit train-autoencoder`.
+    """`pixels`, `icon` (bundled, 64 px -> 8 x 8 x 8), `sdxl`, `16ch`, or any diffusers AutoencoderKL, AutoencoderTiny or AutoencoderDC.
 
-    Raises UserError where there is none.
+    The last are named by their folder, a folder with `vae/` in it, or an id of the hub: `owner/name` or `owner/name:subfolder`.
+    Raises UserError where there is none, or one that cannot be used.
     """
     if name == "pixels":
         return Pixels()
-    return TinyAutoencoder(name, BUNDLED_ICON if name == "icon" else Path(name))
+    if name == "icon":
+        return DiffusersAutoencoder(name, BUNDLED_ICON)
+    place = ALIASES.get(name, name)
+    if not is_place(place):
+        raise UserError(f"There is no autoencoder in {name}: no such folder. Known names: {_KNOWN}.")
+    folder = find_folder(place, [*_FILES, *(f"vae/{file}" for file in _FILES)])
+    if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
+        folder = folder / "vae"
+    return DiffusersAutoencoder(lasting_name(name), folder)
 
 
 class Pixels:
@@ -42,6 +79,8 @@ class Pixels:
 
     name = "pixels"
     fingerprint = "pixels"
+    channels = 3
+    downsampling = 1
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
         return images_BCHW
@@ -49,24 +88,66 @@ class Pixels:
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         return latents_BCHW
 
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        return self
 
-class TinyAutoencoder:
-    """A diffusers `AutoencoderTiny` in a folder; latents are multiplied by its `scaling_factor`."""
+
+class DiffusersAutoencoder:
+    """A diffusers autoencoder in a folder. Latents are (z - shift_factor) * scaling_factor, by its config.
+
+    Of an AutoencoderKL z is the distribution's mean, so that encoding twice gives the same; the authors of 2407.15811 draw from the
+    distribution. Pictures and latents may be on any device and come back on the model's, in float32.
+    """
 
     def __init__(self, name: str, folder: Path):
-        weights = folder / "diffusion_pytorch_model.safetensors"
-        if not weights.is_file():
-            raise UserError(f"There is no autoencoder in {folder} (no {weights.name}). Known names: icon, pixels; or train one.")
-        self.name = name
-        self.fingerprint = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
-        self._model = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        """Raises UserError if the folder holds no autoencoder that can be used."""
+        files = _safe_weights(folder)
+        class_name = read_json(folder / "config.json").get("_class_name")
+        if class_name not in _KINDS:
+            raise UserError(f"{folder / 'config.json'} says _class_name {class_name}; only {', '.join(_KINDS)} can be used.")
+        model_class, self._latents_of = _KINDS[class_name]
+        with loading(folder):
+            self._model, info = model_class.from_pretrained(
+                folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+            )
+        refuse_incomplete(folder, info["missing_keys"])
         self._model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self._scale = self._model.config.scaling_factor
+        config = self._model.config
+        self.name = name
+        self.fingerprint = fingerprint_of(files)
+        self.channels: int = config.latent_channels
+        self.downsampling: int = 2 ** (len(config.get("encoder_block_out_channels") or config.block_out_channels) - 1)
+        self._scale: float = config.scaling_factor
+        self._shift: float = config.get("shift_factor") or 0.0
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        return self._model.encode(images_BCHW).latents.contiguous() * self._scale
+        z_BCHW = self._latents_of(self._model.encode(self._fit(images_BCHW))).contiguous().float()
+        return (z_BCHW - self._shift) * self._scale
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        return self._model.decode(latents_BCHW / self._scale).sample.contiguous()
+        z_BCHW = latents_BCHW / self._scale + self._shift
+        return self._model.decode(self._fit(z_BCHW)).sample.contiguous().float()
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """Move the model. In float16 many AutoencoderKL overflow, SDXL's among them: use bfloat16."""
+        self._model.to(device=device, dtype=dtype)
+        return self
+
+    def _fit(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._model.device, self._model.dtype)
+
+
+def _safe_weights(folder: Path) -> list[Path]:
+    """Raises UserError if there is no autoencoder here, or one whose weights are only there as a pickle."""
+    files = weight_files(folder, _STEM, ".safetensors")
+    if files and (folder / "config.json").is_file():
+        return files
+    if not files and weight_files(folder, _STEM, ".bin"):
+        raise UserError(
+            f"{folder} holds its weights as {_STEM}.bin only, a pickle that can run code: use a version of it with {_STEM}.safetensors, "
+            "or convert it where you trust it, with diffusers: from_pretrained(folder), then save_pretrained(new_folder)."
+        )
+    lacking = f"{_STEM}.safetensors" if not files else "config.json"
+    raise UserError(f"There is no autoencoder in {folder} (no {lacking}). Known names: {_KNOWN}; or train one.")

