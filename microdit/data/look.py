@@ -1,0 +1,111 @@
+"""What is in a source, before anything is spent on it: pictures to look at, and numbers."""
+
+import hashlib
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from PIL import Image
+
+from microdit.data.images import Rejected, decode
+from microdit.data.sources import Record, Source
+
+MOST_PARTS = 20  # opened, evenly spread over the source
+SHOWN_SIDE = 512  # pixels; larger pictures are shrunk, so that many fit in memory
+PORTRAIT, LANDSCAPE = 0.8, 1.25  # width / height
+
+
+def look(source: Source, sample: int = 16, limit: int = 2000) -> tuple[list[Image.Image], list[str], dict[str, Any]]:
+    """`sample` pictures evenly spread over up to `limit` records, their captions, and statistics of all of these records.
+
+    Where a picture has several captions, the one of the largest weight counts. Nothing is written.
+    """
+    seen = 0
+    problems: Counter[str] = Counter()
+    images: Counter[bytes] = Counter()
+    captions: Counter[str] = Counter()
+    sizes: list[tuple[int, int]] = []
+    kept = _EvenlySpread(sample)
+    for record in _some_records(source, limit):
+        seen += 1
+        try:
+            picture, caption = _usable(record, source.caption_weights)
+        except Rejected as rejected:
+            problems[rejected.reason] += 1
+            continue
+        images[hashlib.sha256(record.image).digest()] += 1
+        captions[caption] += 1
+        sizes.append(picture.size)
+        kept.add((picture, caption))
+    numbers = {
+        "records": seen,
+        "usable": len(sizes),
+        "problems": dict(problems.most_common()),
+        "width": _spread([width for width, _ in sizes]),
+        "height": _spread([height for _, height in sizes]),
+        "aspect_ratios": _aspect_ratios(sizes),
+        "caption_words": _spread([len(caption.split()) for caption in captions.elements()], mean=True),
+        "duplicate_images": images.total() - len(images),
+        "duplicate_captions": captions.total() - len(captions),
+    }
+    shown = kept.chosen()
+    return [picture for picture, _ in shown], [caption for _, caption in shown], numbers
+
+
+def _some_records(source: Source, limit: int) -> Iterator[Record]:
+    """The first records of parts evenly spread over the source, equally many of each."""
+    count = min(len(source.parts), MOST_PARTS)
+    parts = [source.parts[n * len(source.parts) // count] for n in range(count)]
+    left = limit
+    for n, part in enumerate(parts):  # a part that is short leaves its share to those that follow
+        for record in islice(part.records(), -(-left // (count - n))):
+            left -= 1
+            yield record
+
+
+def _usable(record: Record, weights: Mapping[str, float]) -> tuple[Image.Image, str]:
+    """The picture and its caption. Raises Rejected."""
+    if record.problem:
+        raise Rejected(record.problem)
+    names = [name for name in weights if name in record.captions]
+    if not names:
+        raise Rejected("no caption")
+    return decode(record.image), record.captions[max(names, key=weights.__getitem__)]
+
+
+class _EvenlySpread:
+    """Keeps `count` of any number of pictures, evenly spread, without holding more than twice as many."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.stride = 1
+        self.met = 0
+        self.kept: list[tuple[Image.Image, str]] = []
+
+    def add(self, item: tuple[Image.Image, str]) -> None:
+        if self.met % self.stride == 0:
+            item[0].thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+            self.kept.append(item)
+        self.met += 1
+        if len(self.kept) == 2 * self.count:
+            self.kept = self.kept[::2]
+            self.stride *= 2
+
+    def chosen(self) -> list[tuple[Image.Image, str]]:
+        count = min(self.count, len(self.kept))
+        return [self.kept[n * len(self.kept) // count] for n in range(count)]
+
+
+def _spread(values: list[int], mean: bool = False) -> dict[str, float]:
+    if not values:
+        return {}
+    spread = {"min": min(values), "median": statistics.median(values), "max": max(values)}
+    return spread | {"mean": round(statistics.fmean(values), 1)} if mean else spread
+
+
+def _aspect_ratios(sizes: list[tuple[int, int]]) -> dict[str, int]:
+    ratios = [width / height for width, height in sizes]
+    portrait, landscape = sum(ratio < PORTRAIT for ratio in ratios), sum(ratio > LANDSCAPE for ratio in ratios)
+    return {"portrait": portrait, "square": len(ratios) - portrait - landscape, "landscape": landscape}

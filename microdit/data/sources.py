@@ -1,0 +1,172 @@
+"""Where pictures and captions come from: a `Source` is a list of `Part`s, each an iterable of undecoded `Record`s.
+
+A part is the unit of work: it becomes one shard of the encoded set, whatever process works on it. So the parts of a source, their
+order and what is in them must not depend on anything but the source itself.
+"""
+
+import glob
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from microdit.errors import UserError
+
+TARS = (".tar", ".tgz", ".tar.gz")
+ARCHIVES = (*TARS, ".zip")
+END = "#end"  # ends the key of a record which says that the rest of its part cannot be read
+
+KINDS = """A source is one of
+  emoji, emoji:held_out          the embedded pictures
+  scenes, scenes:5000            scenes drawn from them, and how many
+  NAME:FOLDER                    one of the paper's sets: {named}
+  a folder                       of pictures with .txt files or metadata.jsonl, of archives, of tables, or by Dataset.save_to_disk
+  a file, or a pattern in quotes .tar, .tgz, .tar.gz, .zip or .parquet
+  hf:NAME, hf:NAME:SPLIT         anything that datasets.load_dataset can load"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture with its captions, as the source holds them.
+
+    `key` is unique in its part. `captions` maps a caption's name ("caption", "alt") to its text. `image` is the file's bytes.
+    `problem` says, in a few words that are the same for all such records, why the source already knows that it cannot be used.
+    """
+
+    key: str
+    captions: dict[str, str]
+    image: bytes
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Records that belong together: a tar, a row group of a table, a thousand files. `records()` starts from the first each time."""
+
+    name: str
+    records: Callable[[], Iterator[Record]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """`caption_weights`: how often each caption is used when a picture has several; those not named are not used."""
+
+    name: str
+    parts: list[Part]
+    caption_weights: dict[str, float] = field(default_factory=lambda: {"caption": 1.0})
+    license: str = ""
+
+
+def open_source(name: str, captions: Mapping[str, float] | None = None, fraction: float = 1.0) -> Source:
+    """The source of that name (see KINDS). `captions` says which captions are used, and how often, instead of its own choice.
+
+    `fraction` keeps the records whose key's SHA-256 falls into that share: the same ones in any order, and those of a smaller fraction
+    are among those of a larger. Raises UserError.
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"The fraction of {name} is {fraction}, and must lie in (0, 1]: 0.1 keeps a tenth.")
+    if captions is not None and not (captions and all(weight > 0 and math.isfinite(weight) for weight in captions.values())):
+        raise UserError(f"The captions of {name} must be names with weights above 0, such as text: 0.7.")
+    source = _open(name, dict(captions) if captions else None)
+    if fraction == 1:
+        return source
+    return replace(source, parts=[Part(part.name, partial(_kept, part, fraction)) for part in source.parts])
+
+
+def only_captions(name: str, own: Mapping[str, float], captions: Mapping[str, float] | None) -> dict[str, float]:
+    """The weights to use for a source whose caption names are fixed. Raises UserError if others are asked for."""
+    unknown = sorted(set(captions or {}) - set(own))
+    if unknown:
+        raise UserError(f"{name} has no caption named {', '.join(unknown)}; it has {', '.join(own)}.")
+    return dict(captions or own)
+
+
+def relative_names(files: list[Path]) -> list[str]:
+    """Of each file below the deepest folder that holds them all: unique, and the same wherever that folder lies."""
+    top = files[0].parent
+    while not all(file.is_relative_to(top) for file in files):
+        top = top.parent
+    return [file.relative_to(top).as_posix() for file in files]
+
+
+def _kept(part: Part, fraction: float) -> Iterator[Record]:
+    for record in part.records():
+        digest = hashlib.sha256(record.key.encode(errors="surrogatepass")).digest()
+        # A note that a part ends early stands for records that nobody has seen: it is never left out.
+        if int.from_bytes(digest[:8], "big") < fraction * 2**64 or record.key.endswith(END):
+            yield record
+
+
+def _open(name: str, captions: dict[str, float] | None) -> Source:
+    from microdit.data.named import NAMED, open_named
+
+    kind, colon, rest = name.partition(":")
+    if kind in ("emoji", "scenes"):
+        source = _open_embedded(name, kind, rest)
+        return replace(source, caption_weights=only_captions(name, source.caption_weights, captions))
+    if kind in NAMED and rest:
+        return open_named(NAMED[kind], Path(rest).expanduser(), captions)
+    if kind == "hf" and rest:
+        from microdit.data.tables import hub_source
+
+        dataset, _, split = rest.partition(":")
+        return hub_source(dataset, split or "train", captions)
+    if colon and kind.isidentifier() and not glob.glob(name):
+        raise UserError(f"There is no source '{name}'. {_kinds()}")
+    return _open_path(name, captions)
+
+
+def _open_embedded(name: str, kind: str, rest: str) -> Source:
+    if kind == "emoji" and rest in ("", "train", "held_out"):
+        from microdit.data.emoji import emoji_source
+
+        return emoji_source("held_out" if rest == "held_out" else "train")
+    if kind == "scenes" and (not rest or (rest.isdecimal() and int(rest) > 0)):
+        from microdit.data.scenes import scenes_source
+
+        return scenes_source(int(rest)) if rest else scenes_source()
+    raise UserError(f"There is no source '{name}'. {_kinds()}")
+
+
+def _open_path(name: str, captions: dict[str, float] | None) -> Source:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _open_folder(path, captions)
+    files = [path] if path.is_file() else sorted(Path(file) for file in glob.glob(str(path), recursive=True))
+    if not files:
+        raise UserError(f"There is no file or folder at {name}. {_kinds()}")
+    if all(file.name.lower().endswith(ARCHIVES) for file in files):
+        from microdit.data.archives import archive_source
+
+        return archive_source(files, captions)
+    if all(file.suffix.lower() == ".parquet" for file in files):
+        from microdit.data.tables import table_source
+
+        return table_source(files, captions)
+    raise UserError(f"{name} is neither archives alone nor tables alone. {_kinds()}")
+
+
+def _open_folder(folder: Path, captions: dict[str, float] | None) -> Source:
+    from microdit.data.archives import archive_source
+    from microdit.data.folders import IMAGE_SUFFIXES, folder_source
+    from microdit.data.tables import saved_source, table_source
+
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return saved_source(folder, captions)
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    archives = [path for path in files if path.name.lower().endswith(ARCHIVES)]
+    tables = [path for path in files if path.suffix.lower() == ".parquet"]
+    pictures = any(path.suffix.lower() in IMAGE_SUFFIXES for path in files)
+    if pictures and (archives or tables):
+        raise UserError(f"{folder} holds pictures beside {(archives or tables)[0].name}: move one of them, or name the files by a pattern.")
+    if archives:  # before tables: img2dataset writes a table without pictures beside each tar
+        return archive_source(archives, captions)
+    return table_source(tables, captions) if tables else folder_source(folder, captions)
+
+
+def _kinds() -> str:
+    from microdit.data.named import NAMED
+
+    return KINDS.format(named=", ".join(NAMED))

@@ -1,0 +1,166 @@
+"""Pictures in tables: Parquet files, and whatever the `datasets` library opens."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from microdit.data.folders import read_file
+from microdit.data.sidecars import CAPTION_NAMES, from_fields
+from microdit.data.sources import END, Part, Record, Source, relative_names
+from microdit.errors import UserError
+
+IMAGE_NAMES = ("image", "jpg", "png", "bytes")
+DAMAGED = "table is damaged from here on"
+PART_SIZE = 1000  # rows of a data set without row groups
+READ_SIZE = 64  # rows held in memory at once
+
+
+def table_source(files: list[Path], captions: dict[str, float] | None = None) -> Source:
+    """Parquet files, one part for each row group. Raises UserError if no file is whole, or if columns are missing."""
+    weights = captions
+    parts = []
+    for name, path in zip(relative_names(files), files, strict=True):
+        try:
+            with pq.ParquetFile(path) as table:
+                schema, groups = table.schema_arrow, [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
+        except (pa.ArrowException, OSError):
+            parts.append(Part(name, partial(_nothing_but_damage, name)))
+            continue
+        weights = weights or {_caption_column(schema.names, str(path)): 1.0}
+        image = _image_column(schema, str(path))
+        _check_columns(schema.names, weights, str(path))
+        first = 0
+        for number, rows in enumerate(groups):
+            parts.append(Part(f"{name}/{first}", partial(_read_group, path, name, number, first, image, list(weights))))
+            first += rows
+    if weights is None:
+        raise UserError(f"{files[0]} is not a Parquet file, or is damaged{' like all the others' if len(files) > 1 else ''}.")
+    return Source(files[0].name if len(files) == 1 else files[0].absolute().parent.name, parts, weights)
+
+
+def hub_source(name: str, split: str, captions: dict[str, float] | None = None) -> Source:
+    """A data set that `datasets.load_dataset` knows, by name or path. Raises UserError if it cannot be loaded."""
+    try:
+        loaded = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"datasets.load_dataset could not load {name}, split {split}: {_one_line(error)}") from error
+    return _dataset_source(f"hf:{name}:{split}", split, loaded, captions)
+
+
+def saved_source(folder: Path, captions: dict[str, float] | None = None) -> Source:
+    """A data set written by `save_to_disk`; of several splits, `train`. Raises UserError if it is damaged."""
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise UserError(f"{folder} looks like a data set saved by save_to_disk, and is damaged: {_one_line(error)}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if "train" not in loaded:
+            raise UserError(f"{folder} holds the splits {', '.join(loaded)}: name the folder of one of them.")
+        loaded = loaded["train"]
+    return _dataset_source(folder.absolute().name, folder.absolute().name, loaded, captions)
+
+
+def _dataset_source(name: str, prefix: str, dataset: Any, captions: dict[str, float] | None) -> Source:
+    """`prefix` begins the keys: the same wherever the data set lies."""
+    image = _image_column(dataset.features.arrow_schema, name)
+    weights = captions or {_caption_column(dataset.column_names, name): 1.0}
+    _check_columns(dataset.column_names, weights, name)
+    dataset = dataset.select_columns([image, *weights]).with_format("arrow")  # as stored: pictures stay files
+    starts = range(0, len(dataset), PART_SIZE)
+    return Source(
+        name, [Part(f"{start:09d}", partial(_read_rows, dataset, prefix, start, image, list(weights))) for start in starts], weights
+    )
+
+
+def _read_group(path: Path, name: str, group: int, first: int, image: str, wanted: list[str]) -> Iterator[Record]:
+    row = first
+    try:
+        with pq.ParquetFile(path) as table:
+            for batch in table.iter_batches(READ_SIZE, row_groups=[group], columns=[image, *wanted]):
+                for fields in _rows(batch):
+                    yield _record(f"{name}/{row}", fields, image, wanted, path.parent)
+                    row += 1
+    except (pa.ArrowException, OSError):
+        yield Record(f"{name}/{row}{END}", {}, b"", DAMAGED)
+
+
+def _read_rows(dataset: Any, prefix: str, start: int, image: str, wanted: list[str]) -> Iterator[Record]:
+    row, stop = start, min(start + PART_SIZE, len(dataset))
+    try:
+        while row < stop:
+            for fields in _rows(dataset[row : min(row + READ_SIZE, stop)]):
+                yield _record(f"{prefix}/{row}", fields, image, wanted, Path())
+                row += 1
+    except (pa.ArrowException, OSError):
+        yield Record(f"{prefix}/{row}{END}", {}, b"", DAMAGED)
+
+
+def _rows(table: Any) -> Iterator[dict[str, Any]]:
+    for row in range(table.num_rows):
+        yield {name: _cell(table.column(name)[row]) for name in table.schema.names}
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return "\ud800"  # what no UTF-8 can hold: whoever reads it will say so
+
+
+def _nothing_but_damage(name: str) -> Iterator[Record]:
+    yield Record(name + END, {}, b"", DAMAGED)
+
+
+def _record(key: str, fields: dict[str, Any], image: str, wanted: list[str], folder: Path) -> Record:
+    content, trouble = _image_bytes(fields[image], folder)
+    captions, problem = from_fields(fields, wanted)
+    return Record(key, captions, content, trouble or problem)
+
+
+def _image_bytes(value: Any, folder: Path) -> tuple[bytes, str]:
+    """Of a cell: bytes, or {bytes, path} where a file may stand for missing bytes."""
+    if isinstance(value, dict):
+        if value.get("bytes") is None and value.get("path"):
+            return read_file(folder / value["path"])
+        value = value.get("bytes")
+    return (value, "") if isinstance(value, bytes) else (b"", "no image")
+
+
+def _image_column(schema: pa.Schema, where: str) -> str:
+    fitting = [column.name for column in schema if _may_hold_images(column.type)]
+    for name in IMAGE_NAMES:
+        if name in fitting:
+            return name
+    if len(fitting) != 1:
+        raise UserError(
+            f"{where} has {'several columns' if fitting else 'no column'} of binary data. Name the one with the pictures 'image'."
+        )
+    return fitting[0]
+
+
+def _may_hold_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(kind.field(n).name == "bytes" and _may_hold_images(kind.field(n).type) for n in range(kind.num_fields))
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _caption_column(columns: list[str], where: str) -> str:
+    for name in CAPTION_NAMES:
+        if name in columns:
+            return name
+    raise UserError(f"{where} has no {', '.join(CAPTION_NAMES)}: say which of its columns are captions ({', '.join(columns)}).")
+
+
+def _check_columns(columns: list[str], wanted: dict[str, float], where: str) -> None:
+    missing = sorted(set(wanted) - set(columns))
+    if missing:
+        raise UserError(f"{where} has no column {', '.join(missing)}; it has {', '.join(columns)}.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
