@@ -1,17 +1,25 @@
 """The command line. Each command is a few lines that call the package."""
 
 import json
+import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from microdit.data.forms import CaptionForm, LatentForm
 from microdit.errors import UserError
+
+SOURCE_HELP = (
+    "emoji and scenes are built in. Else: a folder of pictures with .txt files, metadata.jsonl or metadata.csv; .tar files (WebDataset); "
+    ".parquet files; hf:NAME[:SPLIT] of the hub or a path; or NAME:PATH of cc12m, sa1b, textcaps, journeydb, diffusiondb, coco2014."
+)
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, help=(
     "Train text-to-image diffusion transformers from scratch on a micro-budget.\n\n"
@@ -25,36 +33,91 @@ console = Console()
 def main() -> None:
     """Entry point: mistakes that are the user's end in one sentence and exit code 1."""
     try:
-        app()
+        app(args=_repeat_option(sys.argv[1:], "--resolutions"))
     except UserError as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
+def _repeat_option(arguments: list[str], option: str) -> list[str]:
+    """`--resolutions 256 512` -> `--resolutions 256 --resolutions 512`, the only form that click knows."""
+    spread: list[str] = []
+    for argument in arguments:
+        if argument.isdigit() and len(spread) >= 2 and spread[-2] == option and spread[-1].isdigit():
+            spread.append(option)
+        spread.append(argument)
+    return spread
+
+
 @data_app.command("encode")
 def encode_data(
-    source: Annotated[Literal["emoji"], typer.Argument(help="Where pictures and captions come from: emoji is built in.")],
+    source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
     out: Annotated[Path, typer.Option(help="Folder to make.")],
-    split: Annotated[Literal["train", "held_out"], typer.Option(help="Which part of the source.")] = "train",
-    autoencoder: Annotated[str, typer.Option(help="icon, pixels, or a folder of train-autoencoder.")] = "icon",
-    text_encoder: Annotated[str, typer.Option(help="minilm.")] = "minilm",
-    image_size: Annotated[int, typer.Option(min=8, help="Pixels of a side; pictures are resized and cut square.")] = 64,
+    resolutions: Annotated[list[int] | None, typer.Option("--resolutions", help="Pixels of a side, one or more. [default: 64]")] = None,
+    autoencoder: Annotated[str, typer.Option(help="icon, pixels, sdxl, 16ch, or a folder or hub name of diffusers.")] = "icon",
+    text_encoder: Annotated[str, typer.Option(help="minilm, dfn-clip-h, or a folder or hub name: CLIP, T5, open_clip.")] = "minilm",
+    latents: Annotated[LatentForm, typer.Option(help="How latents are stored: int8 has a scale for each channel.")] = "int8",
+    captions: Annotated[CaptionForm, typer.Option(help="How captions are stored; ids are embedded in training.")] = "int8",
+    caption: Annotated[list[str] | None, typer.Option("--caption", help="Which captions: NAME or NAME=WEIGHT; repeatable.")] = None,
+    min_side: Annotated[int | None, typer.Option(help="Reject pictures with a shorter side. [default: the smallest resolution]")] = None,
+    fraction: Annotated[float, typer.Option(min=0, max=1, help="Use only this share of the source, chosen by key.")] = 1.0,
+    buckets: Annotated[bool, typer.Option("--buckets", help="Keep aspect ratios (sides in steps of 64), cut no squares.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures, and captions, that the encoders take at a time.")] = 64,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode files. [default: by the cores]")] = None,
+    device: Annotated[str, typer.Option(help="Where the encoders run: cpu, cuda ...")] = "cpu",
 ) -> None:
     """Encode pictures to latents and captions to embeddings, once.
 
+    Stopped at any moment, the same command goes on behind the last whole shard. Under torchrun each rank encodes its share of the parts.
+
     Example: microdit data encode emoji --out data/emoji
+
+    Example: microdit data encode my-pictures --out data/mine --resolutions 256 512 --autoencoder sdxl --text-encoder dfn-clip-h
     """
-    from microdit.data.encode import encode_rows
-    from microdit.data.sources import emoji_rows
+    from microdit.data.encode import EncodeSettings, encode_source
+    from microdit.data.sources import open_source
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
 
-    rows = list(emoji_rows(split))
-    with _progress(f"encode {source}", len(rows)) as advance:
-        encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
-        card = encode_rows(rows, out, f"{source}/{split}", image_size, *encoders, on_rows=advance)
-    shape = " x ".join(str(side) for side in card["latent_shape"])
-    console.print(f"{card['rows']:,} samples with latents of {shape} in [bold]{out}[/]")
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    sides = tuple(resolutions or [64])
+    settings = EncodeSettings(
+        resolutions=sides,
+        latents=latents,
+        captions=captions,
+        min_side=min(sides) if min_side is None else min_side,
+        buckets=buckets,
+        batch_size=batch_size,
+        workers=max(0, (os.cpu_count() or 1) - 2) // 2 if workers is None else workers,
+    )
+    opened = open_source(source, _weights(caption), fraction)
+    with _parts_progress(f"encode {opened.name}", len(range(rank, len(opened.parts), world))) as on_progress:
+        encoders = load_autoencoder(autoencoder).to(device), load_text_encoder(text_encoder).to(device)
+        card = encode_source(opened, out, settings, *encoders, rank, world, on_progress)
+    if card:
+        _report_encoded(card, out)
+
+
+@data_app.command("look")
+def look_at_data(
+    source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
+    out: Annotated[Path, typer.Option(help="The PNG to write: 16 pictures with their captions.")] = Path("look.png"),
+    caption: Annotated[list[str] | None, typer.Option("--caption", help="As for encode.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many records to read for the statistics.")] = 2000,
+) -> None:
+    """See what a source holds before encoding it: 16 pictures as a PNG; sizes, shapes, caption lengths, duplicates, troubles.
+
+    Example: microdit data look my-pictures
+    """
+    from microdit.data.look import look
+    from microdit.data.sources import open_source
+    from microdit.grids import draw_grid, save_png
+
+    pictures, captions, statistics = look(open_source(source, _weights(caption)), limit=limit)
+    console.print_json(json.dumps(statistics))
+    if pictures:
+        save_png(draw_grid(pictures, captions, columns=4), out)
+        console.print(f"{len(pictures)} pictures in [bold]{out}[/]")
 
 
 @data_app.command("verify")
@@ -163,6 +226,50 @@ def _progress(name: str, total: int) -> Iterator[_Advance]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         yield _Advance(progress, name, total)
+
+
+@contextmanager
+def _parts_progress(name: str, parts: int) -> Iterator[Callable[[int, int], None]]:
+    """A line that counts parts, with the records and their speed: how many records there are is not known before."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("parts  {task.fields[records]}"))
+    started, records = time.monotonic(), 0
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task(name, total=parts, records="")
+
+        def advance(more_records: int, more_parts: int) -> None:
+            nonlocal records
+            records += more_records
+            speed = records / (time.monotonic() - started)
+            progress.update(task, advance=more_parts, records=f"{records:,} records  {speed:.0f}/s")
+
+        yield advance
+
+
+def _report_encoded(card: dict[str, Any], out: Path) -> None:
+    resolutions = ", ".join(str(r) for r in card["settings"]["resolutions"])
+    size = sum(shard["bytes"] for shard in card["shards"])
+    console.print(
+        f"{card['rows']:,} of {card['seen']:,} records kept at {resolutions} px in [bold]{out}[/], "
+        f"{size / 1e6:,.1f} MB ({size / card['rows']:,.0f} bytes each, captions of {card['tokens'] / card['captions']:.1f} tokens)"
+    )
+    for reason, count in card["rejected"].items():
+        console.print(f"  rejected {count:,}: {reason}")
+    if card["rejected"]:
+        console.print(f"  each by name in {out}/*.rejected.jsonl")
+    if card["captions_cut"]:
+        console.print(f"  {card['captions_cut']:,} captions were longer than the text encoder's {card['max_tokens']} tokens, and cut")
+
+
+def _weights(captions: list[str] | None) -> dict[str, float] | None:
+    """NAME or NAME=WEIGHT, some of them -> a dict."""
+    weights = {}
+    for item in captions or []:
+        name, _, weight = item.partition("=")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            raise UserError(f"--caption {item}: write NAME or NAME=WEIGHT, such as --caption text=0.7.") from None
+    return weights or None
 
 
 def _warn(sentence: str) -> None:

@@ -29,12 +29,19 @@ def draw_grid(images: list[Image.Image], captions: list[str], columns: int = 8, 
     for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left = GAP + index % columns * cell_width
         y = top + index // columns * cell_height
-        # Nearest, so that people see the model's own pixels.
-        canvas.paste(image.resize((CELL, CELL), Image.Resampling.NEAREST), (left, y))
+        cell = _to_cell(image)
+        canvas.paste(cell, (left + (CELL - cell.width) // 2, y + (CELL - cell.height) // 2))
         lines = textwrap.wrap(_drawable(caption), 20)[:LINES]
         for number, line in enumerate(lines):
             draw.text((left, y + CELL + 2 + number * LINE_HEIGHT), line, "black", font)
     return canvas
+
+
+def _to_cell(image: Image.Image) -> Image.Image:
+    """As large as a cell allows. Enlarged without smoothing, so that people see the model's own pixels."""
+    scale = CELL / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
 
 
 def _drawable(caption: str) -> str:

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from microdit.checkpoint import Checkpoint, latest_checkpoint
-from microdit.data.images import to_image
+from microdit.data.pixels import to_image
 from microdit.diffusion.edm import EDM
 from microdit.diffusion.sampling import guided_denoiser, heun, noise_schedule
 from microdit.encoders.autoencoder import Autoencoder, load_autoencoder
-from microdit.encoders.text import MiniLM, load_text_encoder
+from microdit.encoders.text import TextEncoder, load_text_encoder
 from microdit.errors import UserError
 from microdit.model.microdit import MicroDiT
 
@@ -28,9 +28,10 @@ class Pipeline:
     model: MicroDiT
     edm: EDM
     autoencoder: Autoencoder
-    text_encoder: MiniLM
+    text_encoder: TextEncoder
     latent_shape: tuple[int, int, int]
     mask_padding: bool
+    full_captions: bool = False  # with the padding's vectors, as the authors' models were trained
 
     @classmethod
     def around(cls, model: MicroDiT, state: dict[str, Any]) -> "Pipeline":
@@ -45,7 +46,8 @@ class Pipeline:
                     f"(fingerprint {encoder.fingerprint}, not {wanted['fingerprint']}): encode and train again, or bring back the old one."
                 )
         channels, height, width = card["latent_shape"]
-        return cls(model, EDM(**state["edm"]), autoencoder, text_encoder, (channels, height, width), state["mask_padding"])
+        shape, full = (channels, height, width), card["captions"] == "full"
+        return cls(model, EDM(**state["edm"]), autoencoder, text_encoder, shape, state["mask_padding"], full)
 
     @classmethod
     def from_run(cls, run: Path, warn: Callable[[str], None]) -> tuple["Pipeline", Checkpoint]:
@@ -81,11 +83,17 @@ class Pipeline:
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
             noise_BCHW = torch.stack([_noise(self.latent_shape, seed + start + i) for i in range(len(batch))])
-            text_BLE, mask_BL = self.text_encoder.encode(batch)
-            denoiser = guided_denoiser(self.model, self.edm, text_BLE, mask_BL if self.mask_padding else None, guidance_scale)
+            text_BLE, mask_BL = self._embed(batch)
+            denoiser = guided_denoiser(self.model, self.edm, text_BLE, mask_BL, guidance_scale)
             latents_BCHW = heun(denoiser, noise_BCHW, noise_schedule(self.edm, num_inference_steps), on_step)
             images += [to_image(pixels) for pixels in self.autoencoder.decode(latents_BCHW)]
         return images
+
+    def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+        if self.full_captions:
+            return self.text_encoder.embed_full(self.text_encoder.tokenize(prompts)), None
+        text_BLE, mask_BL = self.text_encoder.encode(prompts)
+        return text_BLE, mask_BL if self.mask_padding else None
 
 
 def _noise(shape: tuple[int, int, int], seed: int) -> Tensor:

@@ -15,10 +15,31 @@ from microdit.model.sizes import Size
 
 
 @dataclass(frozen=True)
-class DataRecipe:
-    """The encoded data set to learn from (made by `microdit data encode`)."""
+class SetRecipe:
+    """One of several encoded data sets. `repeat`: how often an epoch holds each of its samples, where a phase gives no weights."""
 
     path: str = MISSING
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """The encoded data to learn from (made by `microdit data encode`): one set's `path`, or several `sets` by name.
+
+    `autoencoder` and `text_encoder`, if given, must be those that the sets were encoded with.
+    """
+
+    path: str | None = None
+    sets: dict[str, SetRecipe] = field(default_factory=dict)
+    resolution: int | None = None  # pixels; needed where a set holds several
+    horizontal_flip: bool = False  # of half of the latents: exact for pixels, nearly so for autoencoders; the paper does without
+    on_damage: Literal["stop", "skip"] = "stop"  # what to do about a row whose checksum differs
+    autoencoder: str | None = None
+    text_encoder: str | None = None
+
+    @property
+    def named_sets(self) -> dict[str, SetRecipe]:
+        return {"data": SetRecipe(self.path)} if self.path is not None else self.sets
 
 
 @dataclass(frozen=True)
@@ -55,6 +76,7 @@ class PhaseRecipe:
     warmup_steps: int = 0
     final_learning_rate: float = 1.0  # of learning_rate, reached by a cosine at the phase's end; 1 keeps it constant
     grad_clip: float = 0.25
+    weights: dict[str, float] | None = None  # shares of data.sets in this phase's samples; without, each set has its size
 
 
 @dataclass(frozen=True)
@@ -205,8 +227,12 @@ def _problems(recipe: Recipe) -> list[str]:
     need(0 <= recipe.diffusion.caption_dropout < 1, "diffusion.caption_dropout must lie in [0, 1).")
     need(0 <= recipe.ema_decay < 1, f"ema_decay is {recipe.ema_decay}, and must lie in [0, 1), for example 0.999.")
     need(bool(recipe.phases), "phases is empty: a run needs at least one.")
+    data = recipe.data
+    need((data.path is None) != (not data.sets), "data needs either a path or sets, such as data.path=data/emoji.")
+    need(all(item.repeat >= 0 for item in data.sets.values()), "data.sets: repeat cannot be negative.")
+    need(not data.sets or any(item.repeat for item in data.sets.values()), "data.sets: at least one must have a repeat above 0.")
     for index, phase in enumerate(recipe.phases):
-        found += [f"phases.{index}.{problem}" for problem in _phase_problems(phase)]
+        found += [f"phases.{index}.{problem}" for problem in _phase_problems(phase) + _weight_problems(phase, data)]
     need(all(0 <= beta < 1 for beta in recipe.optimizer.betas), "optimizer.betas must lie in [0, 1).")
     need(recipe.optimizer.eps > 0, "optimizer.eps must be above 0.")
     for name in ("metrics_every", "samples_every", "checkpoint_every", "keep_checkpoints"):
@@ -230,6 +256,17 @@ def _phase_problems(phase: PhaseRecipe) -> list[str]:
         (phase.grad_clip > 0, "grad_clip must be above 0."),
     ]
     return [sentence for ok, sentence in checks if not ok]
+
+
+def _weight_problems(phase: PhaseRecipe, data: DataRecipe) -> list[str]:
+    if phase.weights is None:
+        return []
+    unknown = sorted(set(phase.weights) - set(data.named_sets))
+    problems = [f"weights names {', '.join(unknown)}, and data.sets only {', '.join(data.named_sets)}."] if unknown else []
+    values = list(phase.weights.values())
+    if not all(math.isfinite(value) and value >= 0 for value in values) or sum(values) <= 0:
+        problems.append("weights must be 0 or more, and not all 0.")
+    return problems
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,16 +1,22 @@
 """Small real things that many tests share."""
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
-from microdit.data.encode import encode_rows
-from microdit.data.sources import emoji_rows
+from microdit.data.emoji import emoji_source
+from microdit.data.encode import EncodeSettings, encode_source
+from microdit.data.sources import Part, Source
 from microdit.encoders.autoencoder import Pixels
 from microdit.encoders.text import MiniLM
 from microdit.model.microdit import MicroDiT
 from microdit.model.sizes import Size, resolve
+
+settings.register_profile("machine", deadline=None)  # how long an example takes says more of the machine than of the code
+settings.load_profile("machine")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -43,10 +49,14 @@ def text_encoder() -> MiniLM:
     return MiniLM()
 
 
+def first_of(source: Source, count: int) -> Source:
+    """A source of one part: the first `count` records."""
+    return Source(f"{source.name}, first {count}", [Part("first", lambda: islice(source.parts[0].records(), count))])
+
+
 @pytest.fixture(scope="session")
 def encoded_emoji(tmp_path_factory: pytest.TempPathFactory, text_encoder: MiniLM) -> Path:
     """40 emoji as 16 x 16 pixels with their MiniLM captions, encoded by the real code."""
     out = tmp_path_factory.mktemp("encoded") / "emoji"
-    rows = [row for row, _ in zip(emoji_rows("train"), range(40), strict=False)]
-    encode_rows(rows, out, "emoji/train", 16, Pixels(), text_encoder)
+    encode_source(first_of(emoji_source("train"), 40), out, EncodeSettings((16,), "fp16", "fp16"), Pixels(), text_encoder)
     return out

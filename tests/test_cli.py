@@ -21,9 +21,9 @@ def microdit(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def workplace(tmp_path_factory) -> Path:
     """Encoded with the bundled autoencoder and trained for a few steps, by the commands."""
     place = tmp_path_factory.mktemp("workplace")
-    encoded = microdit("data", "encode", "emoji", "--split", "held_out", "--out", "data/emoji", cwd=place)
+    encoded = microdit("data", "encode", "emoji:held_out", "--out", "data/emoji", cwd=place)
     assert encoded.returncode == 0, encoded.stderr
-    assert "latents of 8 x 8 x 8" in encoded.stdout
+    assert "kept at 64 px" in encoded.stdout
     overrides = [
         "data.path=data/emoji",
         "phases.0.steps=4",
@@ -90,3 +90,53 @@ def test_help_teaches(tmp_path):
     assert "data encode" in microdit("--help", cwd=tmp_path).stdout
     for command in ("train", "sample"):
         assert "Example: microdit" in microdit(command, "--help", cwd=tmp_path).stdout
+
+
+def test_a_folder_of_ones_own_pictures_is_looked_at_encoded_and_trained_on(tmp_path):
+    """The page docs/bring-your-own-data.md, in small: two resolutions, a picture that is broken, a second set mixed in by weight."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for n in range(9):
+        Image.new("RGB", (40 + n, 30), (25 * n, 0, 0)).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(f"a shade of red, number {n}")
+    (folder / "broken.jpg").write_bytes(b"not a picture")
+    (folder / "broken.txt").write_text("nothing to see")
+
+    looked = microdit("data", "look", "mine", cwd=tmp_path)
+    assert looked.returncode == 0, looked.stderr
+    assert Image.open(tmp_path / "look.png").width > 400
+    options = ["--autoencoder", "pixels", "--resolutions", "8", "16", "--workers", "1"]
+    encoded = microdit("data", "encode", "mine", "--out", "data/mine", *options, cwd=tmp_path)
+    assert encoded.returncode == 0, encoded.stderr
+    assert "9 of 10 records kept at 8, 16 px" in encoded.stdout
+    assert "rejected 1: not a picture that Pillow knows" in encoded.stdout
+    assert microdit("data", "encode", "scenes:6", "--out", "data/scenes", *options, cwd=tmp_path).returncode == 0
+
+    mixed = ["data.sets.mine.path=data/mine", "data.sets.scenes.path=data/scenes", "data.path=null", "data.resolution=16"]
+    weights = ["phases.0.weights={mine: 0.8, scenes: 0.2}", "phases.0.steps=3", "phases.1.steps=2"]
+    trained = microdit("train", RECIPE, *mixed, *weights, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "9 + 6 samples" in trained.stdout
+    drawn = microdit("sample", "runs/tiny", "a shade of red", "--steps", "2", cwd=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["data", "encode", "nowhere", "--out", "x"], "There is no file or folder at nowhere"),
+        (["data", "encode", "emoji", "--out", "x", "--autoencoder", "nothing"], "nothing"),
+        (["data", "encode", "emoji", "--out", "x", "--resolutions", "60"], "--resolutions 60 must be a multiple of 8"),
+        (["data", "encode", "emoji", "--out", "x", "--caption", "a=b"], "write NAME or NAME=WEIGHT"),
+        (["data", "encode", "emoji", "--out", "x", "--caption", "alt"], "no caption named alt"),
+        (["train", RECIPE, "data.path=data/emoji", "data.autoencoder=sdxl", "--out", "y"], "was encoded with icon"),
+        (["train", RECIPE, "data.path=data/emoji", "data.sets.a.path=b", "--out", "y"], "either a path or sets"),
+        (["train", RECIPE, "data.path=data/emoji", "phases.0.weights={b: 1}", "--out", "y"], "weights names b"),
+    ],
+)
+def test_bad_input_about_data_ends_in_one_sentence(workplace, arguments, sentence):
+    done = microdit(*arguments, cwd=workplace)
+    assert done.returncode == 1
+    assert sentence in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not (workplace / "x").exists()

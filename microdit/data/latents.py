@@ -1,106 +1,204 @@
-"""Read an encoded data set: which samples come when, and batches of them.
+"""Read encoded sets: rows by number, and the batches of a training run, mixed from several sets.
 
-The order is a function of (seed, epoch, position) alone, so a run's place in its data is one integer: the samples seen so far.
+Which samples a batch holds is decided in `order.py` from the step's number alone. A row that is not what was written is never used:
+training stops and names it, or, if the recipe allows, takes another one in its place and counts.
 """
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
 
-from microdit.data.encode import CARD, FORMAT
+from microdit.data.card import read_card
+from microdit.data.forms import unpack_ids, unpack_latents, unpack_text
+from microdit.data.order import PhaseOrder, SampleOrder
+from microdit.data.shards import DamagedShard, Shard
+from microdit.encoders.text import TextEncoder, load_text_encoder
 from microdit.errors import UserError
 from microdit.files import sha256_of
+
+MAX_REPLACED = 0.01  # of the samples read: with more damage than this, and more than 100 rows, a run stops
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Float32 latents, (B, C, H, W); caption tokens, (B, L, E), zero where the mask (B, L) is False; the captions as text."""
+    """Float32 latents, (B, C, H, W); caption tokens, (B, L, E), zero where the mask (B, L) is False."""
 
     latents_BCHW: Tensor
     text_BLE: Tensor
     text_mask_BL: Tensor
-    captions: list[str]
 
 
 class EncodedSet:
-    """A folder written by `encode_rows`, memory-mapped. Sizes are checked at opening; `verify` reads everything."""
+    """A folder written by `encode_source`. Files' sizes are checked at opening, rows when they are read; `verify` reads everything."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, resolution: int | None = None):
+        """`resolution` may be left out if the set has only one. Raises UserError."""
         self.folder = folder
-        self.card = _read_card(folder)
-        for name, expected in self.card["files"].items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != expected["bytes"]:
-                what = "is missing" if not path.is_file() else f"has {path.stat().st_size} bytes, not {expected['bytes']}"
+        self.card = read_card(folder)
+        for shard in self.card["shards"]:
+            path = folder / shard["name"]
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                what = "is missing" if not path.is_file() else f"has {path.stat().st_size} bytes, not {shard['bytes']}"
                 raise UserError(f"{path} {what}: the data set is damaged; encode it again.")
-        self._rows = datasets.load_from_disk(str(folder))
+        resolutions = self.card["settings"]["resolutions"]
+        if resolution not in resolutions and (resolution is not None or len(resolutions) > 1):
+            raise UserError(f"{folder} holds the resolutions {', '.join(map(str, resolutions))}: name one of them (data.resolution).")
+        self.resolution: int = resolution or resolutions[0]
+        self._shards: dict[int, Shard] = {}
 
     def __len__(self) -> int:
         return int(self.card["rows"])
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        channels, height, width = self.card["latent_shape"]
-        return channels, height, width
+    def bucket_sizes(self) -> list[int]:
+        """Rows in each bucket."""
+        return [int(ends[-1]) for ends in self._ends]
 
-    def batch(self, ids: list[int]) -> Batch:
-        """Those rows, captions padded to the longest of them."""
-        rows = self._rows[ids]
-        latents = np.stack([np.frombuffer(blob, np.float16) for blob in rows["latents"]])
-        texts = [torch.from_numpy(np.frombuffer(blob, np.float16).astype(np.float32)) for blob in rows["text"]]
-        texts = [text.view(-1, self.card["text_channels"]) for text in texts]
-        text_BLE = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        lengths_B = torch.tensor([len(text) for text in texts])
-        return Batch(
-            torch.from_numpy(latents.astype(np.float32)).view(len(ids), *self.latent_shape),
-            text_BLE,
-            torch.arange(text_BLE.shape[1]) < lengths_B[:, None],
-            rows["caption"],
-        )
+    def latent_shape(self, bucket: int = 0) -> tuple[int, int, int]:
+        """(C, H, W) of the latents in a bucket."""
+        height, width = self.card["sizes"][bucket][str(self.resolution)]
+        down = self.card["downsampling"]
+        return self.card["latent_channels"], height // down, width // down
 
-    def captions(self) -> list[str]:
-        """Of all rows, in the order of the rows."""
-        return list(self._rows["caption"])
+    def summary(self) -> dict[str, Any]:
+        """What a model trained on this must know to draw pictures."""
+        keep = ("source", "autoencoder", "text_encoder", "text_channels")
+        shape = {"latent_shape": list(self.latent_shape()), "resolution": self.resolution, "captions": self.card["settings"]["captions"]}
+        return {**{key: self.card[key] for key in keep}, **shape}
 
-    def keys(self) -> list[str]:
-        """Of all rows, in the order of the rows."""
-        return list(self._rows["key"])
+    def latents(self, bucket: int, number: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """(C, H, W) of row `number` of a bucket. Raises DamagedShard."""
+        shard, row = self._find(bucket, number)
+        return unpack_latents(shard.latents(row, self.resolution, bucket), self.latent_shape(bucket), self.card["settings"]["latents"])
+
+    def text(self, bucket: int, number: int, draw: float = 0.0) -> Tensor | list[int]:
+        """The vectors (L, E) of one of the row's captions, or its token numbers if only these were stored. Raises DamagedShard."""
+        shard, row = self._find(bucket, number)
+        blob, form = shard.text(row, draw, bucket), self.card["settings"]["captions"]
+        return unpack_ids(blob) if form == "ids" else torch.from_numpy(unpack_text(blob, self.card["text_channels"], form))
+
+    def column(self, name: str) -> list[Any]:
+        """`key`, `captions` or `weights` of all rows, shard by shard."""
+        return [value for number in range(len(self.card["shards"])) for value in self._shard(number).column(name)]
 
     def verify(self) -> list[str]:
-        """The names of the files whose content is not what was written (their checksums differ)."""
-        return [name for name, expected in self.card["files"].items() if sha256_of(self.folder / name) != expected["sha256"]]
+        """The names of the shards whose content is not what was written (their checksums differ)."""
+        return [shard["name"] for shard in self.card["shards"] if sha256_of(self.folder / shard["name"]) != shard["sha256"]]
+
+    @cached_property
+    def _ends(self) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+        """For each bucket: how many of its rows there are up to the end of each shard."""
+        return [
+            np.cumsum([shard["buckets"].get(str(bucket), 0) for shard in self.card["shards"]]) for bucket in range(len(self.card["sizes"]))
+        ]
+
+    def _find(self, bucket: int, number: int) -> tuple[Shard, int]:
+        ends = self._ends[bucket]
+        which = int(np.searchsorted(ends, number, side="right"))
+        inside = number - (int(ends[which - 1]) if which else 0)
+        shard = self._shard(which)
+        return shard, inside if len(self._ends) == 1 else shard.row_in_bucket(bucket, inside)
+
+    def _shard(self, number: int) -> Shard:
+        """Opened at its first use, so that a set of thousands starts at once."""
+        if number not in self._shards:
+            entry = self.card["shards"][number]
+            resolutions = self.card["settings"]["resolutions"]
+            self._shards[number] = Shard(self.folder / entry["name"], entry["bytes"], entry["rows"], resolutions)
+        return self._shards[number]
 
 
-def sample_ids(rows: int, seed: int, position: int, count: int) -> list[int]:
-    """The `count` row numbers that follow after `position` samples. Each epoch is a new permutation: each row once."""
-    ids: list[int] = []
-    while len(ids) < count:
-        epoch, start = divmod(position + len(ids), rows)
-        ids += _epoch_order(rows, seed, epoch)[start : start + count - len(ids)]
-    return ids
+class Mixture:
+    """The batches of a training run, from one set or several."""
+
+    def __init__(
+        self,
+        sets: list[EncodedSet],
+        phases: list[PhaseOrder],
+        seed: int,
+        flip: bool = False,
+        on_damage: Literal["stop", "skip"] = "stop",
+        warn: Callable[[str], None] = print,
+    ):
+        """Raises UserError if the sets do not fit together."""
+        _refuse_strangers(sets)
+        self.sets, self.flip, self.on_damage, self.warn = sets, flip, on_damage, warn
+        self.replaced = 0  # damaged rows in whose place another was taken
+        self._read = 0
+        self._seed = seed
+        self._order = SampleOrder(tuple(tuple(s.bucket_sizes) for s in sets), seed, tuple(phases))
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The samples of a step, or a rank's share: every `world`-th. Raises UserError for a damaged row, unless it may be skipped."""
+        places = self._order.batch(step)[rank::world]
+        samples = []
+        self._read += len(places)
+        for place in places:
+            try:
+                samples.append(self._sample(place.set, place.bucket, place.row, place.draw))
+            except DamagedShard as damage:
+                samples.append(self._replacement(place.set, place.bucket, place.row, damage))
+        latents_BCHW = torch.from_numpy(np.stack([latents for latents, _ in samples]))
+        if self.flip:
+            generator = np.random.default_rng([self._seed, step, 1])
+            flipped_B = torch.from_numpy(generator.random(len(places) * world) < 0.5)[rank::world]
+            latents_BCHW = torch.where(flipped_B.view(-1, 1, 1, 1), latents_BCHW.flip(-1), latents_BCHW)
+        return Batch(latents_BCHW, *self._pad([text for _, text in samples]))
+
+    def _sample(self, set_: int, bucket: int, row: int, draw: float) -> tuple[Any, Tensor | list[int]]:
+        return self.sets[set_].latents(bucket, row), self.sets[set_].text(bucket, row, draw)
+
+    def _replacement(self, set_: int, bucket: int, row: int, damage: DamagedShard) -> tuple[Any, Tensor | list[int]]:
+        """The next whole row of the same set and bucket."""
+        if self.on_damage == "stop":
+            raise UserError(f"{damage}. Encode that part again, or go on without it: data.on_damage=skip.") from damage
+        self.replaced += 1
+        if self.replaced > max(100, MAX_REPLACED * self._read):
+            raise UserError(f"{self.replaced} of {self._read} samples were damaged, last: {damage}. Encode the data again.") from damage
+        self.warn(f"{damage}; another sample takes its place ({self.replaced} so far).")
+        size = self.sets[set_].bucket_sizes[bucket]
+        for distance in range(1, min(size, 100_000)):
+            try:
+                return self._sample(set_, bucket, (row + distance) % size, 0.0)
+            except DamagedShard:
+                continue
+        raise UserError(f"{self.sets[set_].folder} has no whole row near a damaged one ({damage}): encode it again.") from damage
+
+    def _pad(self, texts: list[Tensor | list[int]]) -> tuple[Tensor, Tensor]:
+        """Captions of several lengths, padded to the longest with zeros: (B, L, E) and the mask (B, L)."""
+        if isinstance(texts[0], list):
+            with torch.no_grad():
+                return self._text_encoder.embed([text for text in texts if isinstance(text, list)])
+        tensors = [text for text in texts if isinstance(text, Tensor)]
+        lengths_B = torch.tensor([len(text) for text in tensors])
+        text_BLE = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+        return text_BLE, torch.arange(text_BLE.shape[1]) < lengths_B[:, None]
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        """Needed where only token numbers are stored."""
+        wanted = self.sets[0].card["text_encoder"]
+        encoder = load_text_encoder(wanted["name"])
+        if encoder.fingerprint != wanted["fingerprint"]:
+            raise UserError(
+                f"The text encoder {wanted['name']} is not the one that {self.sets[0].folder} was encoded for: encode it again."
+            )
+        return encoder
 
 
-@lru_cache(maxsize=2)
-def _epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
-    order: list[int] = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
-    return order
-
-
-def _read_card(folder: Path) -> dict[str, Any]:
-    path = folder / CARD
-    if not path.is_file():
-        raise UserError(f"There is no encoded data set in {folder} (no {CARD}): make one with 'microdit data encode'.")
-    try:
-        card = json.loads(path.read_text())
-        if card["format"] != FORMAT:
-            raise UserError(f"{path} is of format {card['format']}, this program reads {FORMAT}: encode the data again.")
-        return dict(card)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): encode the data again.") from error
+def _refuse_strangers(sets: list[EncodedSet]) -> None:
+    first = sets[0]
+    for other in sets[1:]:
+        for key in ("autoencoder", "text_encoder", "sizes", "latent_channels", "text_channels"):
+            if first.card[key] != other.card[key]:
+                values = f"{key} is {first.card[key]} in one and {other.card[key]} in the other"
+                raise UserError(f"{first.folder} and {other.folder} cannot be mixed: {values}.")
+        ids = [s.card["settings"]["captions"] == "ids" for s in (first, other)]
+        if ids[0] != ids[1]:
+            raise UserError(f"{first.folder} and {other.folder} cannot be mixed: only one of them holds token numbers (--captions ids).")

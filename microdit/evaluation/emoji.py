@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from microdit.data.images import to_image, to_tensor
-from microdit.data.sources import emoji_rows
+from microdit.data.emoji import emoji_rows
+from microdit.data.pixels import to_image, to_tensor
 from microdit.evaluation.features import EfficientNetLite0
 from microdit.evaluation.retrieval import retrieval, spread_ids
 from microdit.files import write_aside
@@ -37,7 +37,7 @@ def evaluate_emoji_run(
     chosen = [rows[i] for i in right_N]
     drawn = pipeline([row.caption for row in chosen], steps, guidance_scale, seed, on_step)
     network = EfficientNetLite0()
-    size = checkpoint.state["data"]["image_size"]
+    size = checkpoint.state["data"]["resolution"]
     pictures_MD = network([to_image(to_tensor(row.image, size)) for row in rows])
     metrics = {
         "step": checkpoint.step,

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from microdit.data.images import to_tensor
+from microdit.data.pixels import to_tensor
 
 SIZE = 224
 BATCH = 32

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
-from microdit.data.images import to_tensor
-from microdit.data.sources import Split, emoji_rows
+from microdit.data.emoji import Split, emoji_rows
+from microdit.data.pixels import to_tensor
 from microdit.files import write_aside
 
 SIGMA_DATA = 0.9  # the scaled latents' deviation, as the paper's SDXL latents have (2407.15811, table of EDM settings)

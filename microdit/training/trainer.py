@@ -26,7 +26,7 @@ from microdit.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from microdit.data.latents import EncodedSet, sample_ids
+from microdit.data.latents import EncodedSet
 from microdit.diffusion.edm import EDM, draw_sigma, edm_loss
 from microdit.errors import UserError
 from microdit.files import write_aside
@@ -39,6 +39,7 @@ from microdit.recipe import PhaseRecipe, Recipe
 from microdit.training.ema import EMA
 from microdit.training.memory import keep_freed_memory
 from microdit.training.meters import Meters
+from microdit.training.mixture import open_mixture
 from microdit.training.optim import learning_rate, make_adamw, set_learning_rate
 
 
@@ -48,12 +49,14 @@ class Trainer:
     def __init__(self, recipe: Recipe, run: Path, console: Console, resume: bool = False):
         """Raises UserError if the run exists and `resume` is not set, or if its checkpoint does not fit the recipe."""
         self.recipe, self.run, self.console = recipe, run, console
-        self.data = EncodedSet(Path(recipe.data.path))
+        self.mixture = open_mixture(recipe, self._warn)
+        self.data = self.mixture.sets[0]  # the others are of the same shapes and encoders
         self.edm = EDM(recipe.diffusion.sigma_data, recipe.diffusion.P_mean, recipe.diffusion.P_std)
         checkpoint = self._find_checkpoint(resume)
         config = model_config(recipe, self.data)
         if checkpoint:
             refuse_other_architecture(checkpoint, config)
+            _refuse_other_encoders(checkpoint, self.data)
         torch.manual_seed(recipe.seed)  # of the initial weights; every later draw has its own generator
         self.model = MicroDiT(config).train()
         self.optimizer = make_adamw(self.model, recipe.optimizer)
@@ -95,14 +98,15 @@ class Trainer:
                     self.save()
                 if record.sample_prompts and (self.step % record.samples_every == 0 or last):
                     self.sample()
+        if self.mixture.replaced:
+            self._warn(f"{self.mixture.replaced} samples were damaged, and others took their places: encode the data again.")
         if stop and self.step < recipe.total_steps:
             raise UserError(f"Stopped at step {self.step} of {recipe.total_steps}, saved in {self.run}. Go on with --resume.")
 
     def loss(self, phase: PhaseRecipe) -> Tensor:
         """The loss of the next step. All that is random in it comes from (seed, step)."""
         diffusion = self.recipe.diffusion
-        ids = sample_ids(len(self.data), self.recipe.seed, self._samples_seen(), phase.batch_size)
-        batch = self.data.batch(ids)
+        batch = self.mixture.batch(self.step)
         B, _, height, width = batch.latents_BCHW.shape
         generator = torch.Generator().manual_seed(_mix(self.recipe.seed, self.step))
         sigma_B = draw_sigma(self.edm, B, generator)
@@ -136,7 +140,7 @@ class Trainer:
     def _find_checkpoint(self, resume: bool) -> Checkpoint | None:
         if not resume and self.run.exists() and any(self.run.iterdir()):
             raise UserError(f"{self.run} holds a run already: go on with --resume, or choose another --out.")
-        return latest_checkpoint(self.run, lambda sentence: self.console.print(f"[yellow]{sentence}[/]")) if resume else None
+        return latest_checkpoint(self.run, self._warn) if resume else None
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.model.load_state_dict(checkpoint.tensors("model"))
@@ -150,7 +154,7 @@ class Trainer:
             "model": asdict(self.model.config),
             "edm": asdict(self.edm),
             "mask_padding": self.recipe.model.mask_padding,
-            "data": {k: v for k, v in self.data.card.items() if k != "files"},
+            "data": self.data.summary(),
             "images_seen": self._samples_seen(),
         }
 
@@ -162,21 +166,27 @@ class Trainer:
             left -= min(left, phase.steps)
         return seen
 
+    def _warn(self, sentence: str) -> None:
+        self.console.print(f"[yellow]{sentence}[/]")
+
     def _welcome(self) -> None:
         parameters = sum(w.numel() for w in self.model.parameters())
         start = f"from step {self.step}" if self.step else "from scratch"
+        samples = " + ".join(f"{len(encoded):,}" for encoded in self.mixture.sets)
         self.console.print(
-            f"[bold]{self.recipe.name}[/]: {parameters / 1e6:.1f} M parameters on {len(self.data):,} samples, "
+            f"[bold]{self.recipe.name}[/]: {parameters / 1e6:.1f} M parameters on {samples} samples, "
             f"{self.recipe.total_steps:,} steps {start}, into {self.run}"
         )
 
 
 def model_config(recipe: Recipe, data: EncodedSet) -> ModelConfig:
     """The recipe's model for this data's latents and captions. Raises UserError if the patches do not fit."""
-    channels, height, width = data.latent_shape
+    channels = data.latent_shape()[0]
     p = recipe.model.patch_size
-    if height % p or width % p:
-        raise UserError(f"model.patch_size {p} does not divide the {height} x {width} latents of {data.folder}.")
+    for bucket in range(len(data.bucket_sizes)):
+        _, height, width = data.latent_shape(bucket)
+        if height % p or width % p:
+            raise UserError(f"model.patch_size {p} does not divide the {height} x {width} latents of {data.folder}.")
     return resolve(
         recipe.model,
         patch_size=p,
@@ -186,6 +196,16 @@ def model_config(recipe: Recipe, data: EncodedSet) -> ModelConfig:
         bias=recipe.model.bias,
         position_scale=recipe.model.position_scale,
     )
+
+
+def _refuse_other_encoders(checkpoint: Checkpoint, data: EncodedSet) -> None:
+    for key in ("autoencoder", "text_encoder"):
+        then, now = checkpoint.state["data"][key], data.card[key]
+        if then["fingerprint"] != now["fingerprint"]:
+            raise UserError(
+                f"The run was trained on data of the {key} {then['name']} ({then['fingerprint']}), and {data.folder} is of {now['name']} "
+                f"({now['fingerprint']}): train anew with another --out, or encode with the old one."
+            )
 
 
 def _mix(seed: int, step: int) -> int:

@@ -1,95 +1,133 @@
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from microdit.data.encode import encode_rows
-from microdit.data.images import to_tensor
-from microdit.data.latents import EncodedSet, sample_ids
-from microdit.data.sources import emoji_rows
+from microdit.data.emoji import emoji_source
+from microdit.data.encode import EncodeSettings, encode_source
+from microdit.data.latents import EncodedSet, Mixture
+from microdit.data.order import PhaseOrder
 from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
+from tests.conftest import first_of
 
 
-def test_what_was_encoded_is_what_is_read(encoded_emoji, text_encoder):
-    data = EncodedSet(encoded_emoji)
-    rows = list(emoji_rows("train"))
-    batch = data.batch([7, 0, 31])
-    assert batch.captions == [rows[i].caption for i in (7, 0, 31)]
-    for n, i in enumerate((7, 0, 31)):
-        assert torch.allclose(batch.latents_BCHW[n], to_tensor(rows[i].image, 16), atol=1e-3)  # float16 on the disk
-        text, _ = text_encoder.encode([rows[i].caption])
-        length = batch.text_mask_BL[n].sum()
-        assert length == text.shape[1]
-        assert torch.allclose(batch.text_BLE[n, :length], text[0], atol=1e-2)
-        assert batch.text_BLE[n, length:].abs().sum() == 0
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory, text_encoder):
+    """12 other emoji, encoded as `encoded_emoji` is."""
+    out = tmp_path_factory.mktemp("encoded") / "held_out"
+    encode_source(first_of(emoji_source("held_out"), 12), out, EncodeSettings((16,), "fp16", "fp16"), Pixels(), text_encoder)
+    return out
 
 
-@given(
-    rows=st.integers(1, 30), seed=st.integers(0, 5), cuts=st.lists(st.integers(1, 20), min_size=1, max_size=8)
-)  # fmt: skip
-def test_the_order_depends_on_the_position_alone_however_it_is_cut(rows, seed, cuts):
-    total = sum(cuts)
-    whole = sample_ids(rows, seed, 0, total)
-    pieces, position = [], 0
-    for count in cuts:
-        pieces += sample_ids(rows, seed, position, count)
-        position += count
-    assert pieces == whole
-    for epoch in range(total // rows):
-        assert sorted(whole[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+def mixture(*folders, steps=50, batch=8, weights=None, **options):
+    sets = [EncodedSet(folder) for folder in folders]
+    return Mixture(sets, [PhaseOrder(steps, batch, (1,) * len(sets), weights)], 0, **options)
 
 
-def test_epochs_and_seeds_differ():
-    assert sample_ids(100, 0, 0, 100) != sample_ids(100, 0, 100, 100)
-    assert sample_ids(100, 0, 0, 100) != sample_ids(100, 1, 0, 100)
+def test_batches_are_padded_to_their_longest_caption(encoded_emoji):
+    batch = mixture(encoded_emoji).batch(3)
+    assert batch.latents_BCHW.shape == (8, 3, 16, 16)
+    assert batch.text_BLE.shape[:2] == batch.text_mask_BL.shape
+    assert batch.text_mask_BL.any(dim=0).all()
+    assert (batch.text_BLE.abs().sum(dim=-1) > 0).equal(batch.text_mask_BL)
 
 
-def test_damage_is_named(encoded_emoji, tmp_path):
-    import shutil
+def test_ranks_share_a_batch_and_together_have_all_of_it(encoded_emoji, held_out):
+    whole = mixture(encoded_emoji, held_out, weights=(0.6, 0.4), flip=True).batch(5)
+    ranks = [mixture(encoded_emoji, held_out, weights=(0.6, 0.4), flip=True).batch(5, rank, 3) for rank in range(3)]
+    for rank, part in enumerate(ranks):
+        assert torch.equal(part.latents_BCHW, whole.latents_BCHW[rank::3])
+        length = part.text_BLE.shape[1]
+        assert torch.equal(part.text_BLE, whole.text_BLE[rank::3, :length])
 
+
+def test_weights_mix_the_sets(encoded_emoji, held_out):
+    mixed = mixture(encoded_emoji, held_out, steps=40, weights=(0.25, 0.75))
+    first = {EncodedSet(encoded_emoji).latents(0, i).tobytes() for i in range(40)}
+    drawn = [latents.numpy().tobytes() in first for step in range(40) for latents in mixed.batch(step).latents_BCHW]
+    assert np.mean(drawn) == pytest.approx(0.25, abs=0.05)
+
+
+def test_flips_are_off_unless_asked_for(encoded_emoji):
+    plain, flipped = mixture(encoded_emoji).batch(1).latents_BCHW, mixture(encoded_emoji, flip=True).batch(1).latents_BCHW
+    same = [torch.equal(a, b) for a, b in zip(plain, flipped, strict=True)]
+    mirrored = [torch.equal(a.flip(-1), b) for a, b in zip(plain, flipped, strict=True)]
+    assert all(a or b for a, b in zip(same, mirrored, strict=True))
+    assert not all(same)
+    assert not all(mirrored)
+
+
+def test_token_numbers_are_embedded_when_the_batch_is_made(encoded_emoji, tmp_path, text_encoder):
+    encode_source(first_of(emoji_source("train"), 40), tmp_path / "ids", EncodeSettings((16,), "fp16", "ids"), Pixels(), text_encoder)
+    stored, made = mixture(encoded_emoji).batch(2), mixture(tmp_path / "ids").batch(2)
+    assert torch.equal(stored.text_mask_BL, made.text_mask_BL)
+    assert torch.allclose(stored.text_BLE, made.text_BLE, atol=1e-2)
+    with pytest.raises(UserError, match="only one of them holds token numbers"):
+        mixture(encoded_emoji, tmp_path / "ids")
+
+
+def test_strangers_are_not_mixed(encoded_emoji, tmp_path, text_encoder):
+    encode_source(first_of(emoji_source("train"), 4), tmp_path / "large", EncodeSettings((32,)), Pixels(), text_encoder)
+    with pytest.raises(UserError, match="cannot be mixed: sizes is"):
+        mixture(encoded_emoji, tmp_path / "large")
+
+
+def damaged(encoded_emoji, tmp_path):
+    """A copy in which one number of row 7's latents is another."""
     copy = tmp_path / "copy"
     shutil.copytree(encoded_emoji, copy)
-    assert EncodedSet(copy).verify() == []
-    shard = next(copy.glob("*.arrow"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    assert EncodedSet(copy).verify() == [shard.name]
-    shard.write_bytes(content[:-10])
-    with pytest.raises(UserError, match=f"{shard.name} has .* bytes"):
+    path = next(copy.glob("*.arrow"))
+    content = path.read_bytes()
+    latents = EncodedSet(encoded_emoji).latents(0, 7).astype(np.float16).tobytes()
+    at = content.index(latents) + 100
+    path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+    return copy, path
+
+
+def test_a_changed_row_stops_training_or_is_replaced_and_counted(encoded_emoji, tmp_path):
+    copy, path = damaged(encoded_emoji, tmp_path)
+    with pytest.raises(UserError, match=f"row 7 of {path} is not what was written.*data.on_damage=skip"):
+        mixture(copy, batch=40).batch(0)
+    said = []
+    skipping = mixture(copy, batch=40, on_damage="skip", warn=said.append)
+    batch = skipping.batch(0)
+    assert len(batch.latents_BCHW) == 40
+    assert skipping.replaced == len(said) == 1
+    replacement = EncodedSet(copy).latents(0, 8)
+    assert sum(np.array_equal(latents, replacement) for latents in batch.latents_BCHW.numpy()) == 2
+
+
+def test_a_set_that_is_mostly_damage_is_given_up(encoded_emoji, tmp_path):
+    copy, _ = damaged(encoded_emoji, tmp_path)
+    skipping = mixture(copy, steps=300, batch=40, on_damage="skip", warn=lambda sentence: None)
+    with pytest.raises(UserError, match=r"101 of .* samples were damaged"):
+        [skipping.batch(step) for step in range(300)]
+
+
+def test_damage_to_the_files_is_named_at_opening_or_by_verify(encoded_emoji, tmp_path):
+    copy, path = damaged(encoded_emoji, tmp_path)
+    assert EncodedSet(encoded_emoji).verify() == []
+    assert EncodedSet(copy).verify() == [path.name]
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=f"{path.name} has .* bytes"):
         EncodedSet(copy)
-    shard.unlink()
-    with pytest.raises(UserError, match=f"{shard.name} is missing"):
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path.name} is missing"):
         EncodedSet(copy)
 
 
 def test_no_data_set_or_a_strange_one_is_refused_with_the_fix(tmp_path):
     with pytest.raises(UserError, match="microdit data encode"):
         EncodedSet(tmp_path / "nowhere")
+    (tmp_path / ".begun.part").mkdir()
+    with pytest.raises(UserError, match="run the same command again to finish"):
+        EncodedSet(tmp_path / "begun")
     (tmp_path / "card.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         EncodedSet(tmp_path)
-    (tmp_path / "card.json").write_text(json.dumps({"format": 99, "files": {}}))
+    (tmp_path / "card.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(UserError, match="format 99"):
         EncodedSet(tmp_path)
-
-
-def test_encoding_never_overwrites_and_leaves_no_half(tmp_path, text_encoder):
-    rows = list(emoji_rows("held_out"))[:3]
-
-    def breaks():
-        yield from rows
-        raise RuntimeError("the source broke")
-
-    out = tmp_path / "set"
-    with pytest.raises(RuntimeError):
-        encode_rows(breaks(), out, "test", 16, Pixels(), text_encoder, batch_size=2)
-    assert list(tmp_path.iterdir()) == []
-    encode_rows(rows, out, "test", 16, Pixels(), text_encoder)
-    with pytest.raises(UserError, match="exists already"):
-        encode_rows(rows, out, "test", 16, Pixels(), text_encoder)
-    with pytest.raises(UserError, match="gave no picture"):
-        encode_rows([], tmp_path / "other", "test", 16, Pixels(), text_encoder)

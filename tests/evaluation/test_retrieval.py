@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from microdit.data.images import to_image, to_tensor
-from microdit.data.sources import emoji_rows
+from microdit.data.emoji import emoji_rows
+from microdit.data.pixels import to_image, to_tensor
 from microdit.evaluation.features import EfficientNetLite0
 from microdit.evaluation.retrieval import retrieval, spread_ids
 

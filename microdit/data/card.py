@@ -1,0 +1,62 @@
+"""The card of an encoded set: what is in it, made by which encoders, file by file with size and checksum."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from microdit.data.shards import schema
+from microdit.errors import UserError
+from microdit.files import write_aside
+
+CARD = "card.json"
+FORMAT = 2
+
+
+def write_card(folder: Path, plan: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """The plan and the shards' manifests, added up. Beside it go the two files that let HF `datasets.load_from_disk` open the folder."""
+    card = {key: value for key, value in plan.items() if key != "parts"}
+    for key in ("rows", "seen", "captions", "tokens", "captions_cut"):
+        card[key] = sum(shard[key] for shard in shards)
+    card["rejected"] = dict(sum((Counter(shard["rejected"]) for shard in shards), Counter()))
+    card["shards"] = shards
+    _write_datasets_files(folder, schema(plan["settings"]["resolutions"]), [shard["name"] for shard in shards], shards[0]["sha256"])
+    write_aside(folder / CARD, json.dumps(card, indent=1).encode())
+    return card
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """Raises UserError if there is none, or none that this program can read."""
+    path = folder / CARD
+    if not path.is_file():
+        unfinished = folder.with_name(f".{folder.name}.part")
+        hint = f"it was begun in {unfinished}: run the same command again to finish it" if unfinished.exists() else "make one with it"
+        raise UserError(f"There is no encoded data set in {folder} (no {CARD}). 'microdit data encode' writes it; {hint}.")
+    try:
+        card = json.loads(path.read_text())
+        if card["format"] != FORMAT:
+            raise UserError(f"{path} is of format {card['format']}, this program reads {FORMAT}: encode the data again.")
+        missing = {"rows", "shards", "sizes", "settings", "autoencoder", "text_encoder", "text_channels", "downsampling"} - set(card)
+        if missing:
+            raise KeyError(", ".join(sorted(missing)))
+        return dict(card)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): encode the data again.") from error
+
+
+def _write_datasets_files(folder: Path, columns: pa.Schema, names: list[str], fingerprint: str) -> None:
+    info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(columns))
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": fingerprint[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    info.write_to_directory(str(folder))
+    write_aside(folder / "state.json", json.dumps(state, indent=1).encode())

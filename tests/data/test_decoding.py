@@ -1,0 +1,74 @@
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from microdit.data.decoding import Decoder, Wanted
+from microdit.data.sources import Record
+from microdit.errors import UserError
+
+
+def record(width: int, height: int = 20) -> Record:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (width, height, 0)).save(buffer, "PNG")
+    return Record(f"{width}x{height}", {"caption": "c"}, buffer.getvalue())
+
+
+class Deadly(Wanted):
+    """Ends the process that meets a picture 13 pixels wide, as a crash inside a decoder would."""
+
+    def bucket_of(self, height: int, width: int) -> int:
+        if width == 13:
+            os._exit(1)
+        return super().bucket_of(height, width)
+
+
+def flat(chunks):
+    return [(rec.key, outcome) for records, outcomes in chunks for rec, outcome in zip(records, outcomes, strict=True)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_order_and_count_are_the_sources(workers):
+    records = [record(10 + i) for i in range(25)] + [Record("bad", {"caption": "c"}, b"x"), record(5)]
+    decoder = Decoder(Wanted.of((8, 16), 8, False, 1), workers)
+    chunks = list(decoder.chunks(iter(records), 10))
+    assert [len(chunk) for chunk, _ in chunks] == [10, 10, 7]
+    outcomes = flat(chunks)
+    assert [key for key, _ in outcomes] == [r.key for r in records]
+    bucket, (small, large) = outcomes[3][1]
+    assert (bucket, small.shape, large.shape) == (0, (8, 8, 3), (16, 16, 3))
+    assert small[0, 0].tolist() == [13, 20, 0]
+    assert outcomes[-2][1] == "not a picture that Pillow knows"
+    assert outcomes[-1][1] == "a side is shorter than 8 pixels"
+
+
+def test_a_worker_that_dies_costs_one_record():
+    wanted = Deadly(Wanted.of((8,), 0, False, 1).buckets, 0)
+    outcomes = flat(Decoder(wanted, 2).chunks(iter([record(10), record(11), record(13), record(12), *[record(9)] * 6]), 4))
+    assert len(outcomes) == 10
+    assert [key for key, outcome in outcomes if isinstance(outcome, str)] == ["13x20"]
+    assert dict(outcomes)["13x20"] == "decoder crashed"
+
+
+def test_aspect_buckets_hold_about_the_resolutions_pixels_in_steps_of_64():
+    wanted = Wanted.of((256, 512), 0, True, 8)
+    shapes = {bucket[256] for bucket in wanted.buckets}
+    assert (256, 256) in shapes
+    assert len(shapes) == len(wanted.buckets) >= 5
+    for bucket in wanted.buckets:
+        for resolution, (height, width) in bucket.items():
+            assert height % 64 == width % 64 == 0
+            assert height * width == pytest.approx(resolution**2, rel=0.26)
+            assert 0.5 <= height / width <= 2
+        assert np.log(bucket[512][0] / bucket[512][1]) == pytest.approx(np.log(bucket[256][0] / bucket[256][1]), abs=0.3)
+    assert wanted.buckets[wanted.bucket_of(300, 300)][256] == (256, 256)
+    tall, wide = (wanted.buckets[wanted.bucket_of(*size)][256] for size in ((800, 500), (500, 800)))
+    assert tall == wide[::-1]
+    assert tall[0] > tall[1]
+
+
+def test_a_resolution_that_the_autoencoder_cannot_take_is_refused():
+    with pytest.raises(UserError, match="--resolutions 60 must be a multiple of 8"):
+        Wanted.of((60,), 0, False, 8)

@@ -1,0 +1,260 @@
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from microdit.data.card import read_card
+from microdit.data.emoji import emoji_rows, emoji_source
+from microdit.data.encode import EncodeSettings, encode_source
+from microdit.data.latents import EncodedSet
+from microdit.data.pixels import to_tensor
+from microdit.data.sources import Part, Record, Source, open_source
+from microdit.encoders.autoencoder import Pixels, load_autoencoder
+from microdit.errors import UserError
+from tests.conftest import first_of
+from tests.data.pictures import picture, write_tar
+
+SMALL = EncodeSettings((16,), "fp16", "fp16", batch_size=8)
+
+
+def source_of(*parts: list[Record], **weights: float) -> Source:
+    def part(name: str, records: list[Record]) -> Part:
+        return Part(name, lambda: iter(records))
+
+    return Source("test", [part(f"part {n}", records) for n, records in enumerate(parts)], weights or {"caption": 1.0})
+
+
+def good(number: int, caption: str = "a picture") -> Record:
+    return Record(f"k{number}", {"caption": f"{caption} {number}"}, picture(number, "PNG", (20, 18)))
+
+
+def sums(folder: Path) -> list[str]:
+    return [shard["sha256"] for shard in read_card(folder)["shards"]]
+
+
+def test_what_was_encoded_is_what_is_read(encoded_emoji, text_encoder):
+    data, rows = EncodedSet(encoded_emoji), list(emoji_rows("train"))
+    assert data.column("captions") == [[row.caption] for row in rows[:40]]
+    assert data.column("key") == [row.key for row in rows[:40]]
+    for i in (7, 0, 31):
+        assert np.allclose(data.latents(0, i), to_tensor(rows[i].image, 16).numpy(), atol=1e-3)  # float16 on the disk
+        text, _ = text_encoder.encode([rows[i].caption])
+        assert torch.allclose(data.text(0, i), text[0], atol=1e-2)
+
+
+def test_the_folder_opens_with_hf_datasets_too(encoded_emoji):
+    rows = datasets.load_from_disk(str(encoded_emoji))
+    assert len(rows) == 40
+    assert rows[3]["captions"] == EncodedSet(encoded_emoji).column("captions")[3]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_rank_and_four_write_the_same(tmp_path, text_encoder, workers):
+    source = source_of(*[[good(10 * n + i) for i in range(7)] for n in range(6)])
+    encode_source(source, tmp_path / "one", SMALL, Pixels(), text_encoder)
+    settings = EncodeSettings((16,), "fp16", "fp16", batch_size=8, workers=workers)
+    cards = [encode_source(source, tmp_path / "four", settings, Pixels(), text_encoder, rank, 4) for rank in (3, 0, 2, 1)]
+    assert [card is not None for card in cards] == [False, False, False, True]
+    assert sums(tmp_path / "one") == sums(tmp_path / "four")
+    keys = EncodedSet(tmp_path / "four").column("key")
+    assert len(keys) == len(set(keys)) == 42
+
+
+def test_every_record_is_kept_or_rejected_by_name(tmp_path, text_encoder):
+    records = [
+        good(0),
+        Record("empty", {"caption": "x"}, b""),
+        Record("known", {"caption": "x"}, b"", problem="no such file"),
+        Record("blank", {"caption": " \n\t "}, picture(1)),
+        Record("surrogate", {"caption": "a \ud800 b"}, picture(1)),
+        Record("tiny", {"caption": "x"}, picture(1, "PNG", (4, 4))),
+        good(0),
+        good(1, "word " * 5000),
+    ]
+    settings = EncodeSettings((8,), min_side=8)
+    card = encode_source(source_of(records, [good(0)]), tmp_path / "set", settings, Pixels(), text_encoder)
+    assert (card["rows"], card["seen"]) == (3, 9)  # the key of another part is another record
+    assert card["captions_cut"] == 1
+    rejected = [json.loads(line) for line in (tmp_path / "set" / "shard-00000.rejected.jsonl").read_text().splitlines()]
+    assert {item["key"]: item["reason"] for item in rejected} == {
+        "empty": "file is empty",
+        "known": "no such file",
+        "blank": "no caption",
+        "surrogate": "no caption",
+        "tiny": "a side is shorter than 8 pixels",
+        "k0": "duplicate key",
+    }
+    assert card["rejected"] == Counter(item["reason"] for item in rejected)
+
+
+def test_several_captions_are_kept_with_their_weights(tmp_path, text_encoder):
+    record = Record("k", {"alt": "an alt text", "llava": "a long description of it", "other": "unused"}, picture(1))
+    encode_source(source_of([record], alt=0.25, llava=0.75), tmp_path / "set", EncodeSettings((8,)), Pixels(), text_encoder)
+    data = EncodedSet(tmp_path / "set")
+    assert data.column("captions") == [["an alt text", "a long description of it"]]
+    assert data.column("weights") == [[0.25, 0.75]]
+    assert len(data.text(0, 0, 0.2)) < len(data.text(0, 0, 0.3))
+
+
+@pytest.mark.parametrize("form", ["int8", "ids", "full"])
+def test_the_other_forms_of_captions(tmp_path, text_encoder, form):
+    encode_source(first_of(emoji_source("train"), 9), tmp_path / "set", EncodeSettings((8,), "int8", form), Pixels(), text_encoder)
+    data, captions = EncodedSet(tmp_path / "set"), [row.caption for row in emoji_rows("train")][:9]
+    for i, caption in enumerate(captions):
+        ids = text_encoder.tokenize([caption])
+        if form == "ids":
+            assert data.text(0, i) == ids[0]
+        elif form == "full":
+            assert torch.allclose(data.text(0, i), text_encoder.embed_full(ids)[0], atol=1e-2)
+        else:
+            assert torch.allclose(data.text(0, i), text_encoder.embed(ids)[0][0], atol=3e-2)
+
+
+def test_several_resolutions_lie_side_by_side(tmp_path, text_encoder):
+    encode_source(first_of(emoji_source("train"), 5), tmp_path / "set", EncodeSettings((16, 32)), Pixels(), text_encoder)
+    assert EncodedSet(tmp_path / "set", 16).latents(0, 2).shape == (3, 16, 16)
+    assert EncodedSet(tmp_path / "set", 32).latents(0, 2).shape == (3, 32, 32)
+    with pytest.raises(UserError, match="holds the resolutions 16, 32"):
+        EncodedSet(tmp_path / "set")
+
+
+def test_aspect_ratios_can_be_kept(tmp_path, text_encoder):
+    sizes = [(200, 100), (100, 200), (128, 128), (200, 100), (100, 190)]
+    records = [Record(f"{n}", {"caption": "c"}, picture(n, "PNG", size)) for n, size in enumerate(sizes)]
+    settings = EncodeSettings((192,), "fp16", buckets=True)
+    encode_source(source_of(records[:3], records[3:]), tmp_path / "set", settings, Pixels(), text_encoder)
+    data = EncodedSet(tmp_path / "set")
+    assert sum(data.bucket_sizes) == 5
+    found = {}
+    for bucket, size in enumerate(data.bucket_sizes):
+        for number in range(size):
+            latents = data.latents(bucket, number)
+            assert latents.shape == data.latent_shape(bucket)
+            found[tuple(((latents[:, 0, 0] + 1) * 127.5).round().astype(int).tolist())] = latents.shape[1:]
+    for n, (width, height) in enumerate(sizes):
+        tall, wide = found[n * 37 % 256, n * 91 % 256, n % 256]
+        assert (tall > wide) == (height > width)
+
+
+def test_a_broken_source_leaves_whole_shards_and_the_same_command_goes_on(tmp_path, text_encoder):
+    parts = [[good(10 * n + i) for i in range(5)] for n in range(3)]
+
+    def breaks():
+        yield from parts[2][:2]
+        raise RuntimeError("the source broke")
+
+    broken = source_of(*parts)
+    broken.parts[2] = Part("part 2", breaks)
+    with pytest.raises(RuntimeError):
+        encode_source(broken, tmp_path / "set", SMALL, Pixels(), text_encoder)
+    assert not (tmp_path / "set").exists()
+    done = tmp_path / ".set.part"
+    assert sorted(path.name for path in done.glob("*.arrow")) == ["shard-00000.arrow", "shard-00001.arrow"]
+    assert list(done.glob("*.part")) == []
+    before = (done / "shard-00000.arrow").stat().st_mtime_ns
+    encode_source(source_of(*parts), tmp_path / "set", SMALL, Pixels(), text_encoder)
+    assert (tmp_path / "set" / "shard-00000.arrow").stat().st_mtime_ns == before
+    assert len(EncodedSet(tmp_path / "set")) == 15
+
+
+def test_what_was_begun_otherwise_or_is_there_is_not_touched(tmp_path, text_encoder):
+    broken = source_of([good(1)], [good(2)])
+    broken.parts[1] = Part("part 1", lambda: (_ for _ in ()).throw(RuntimeError("broke")))
+    with pytest.raises(RuntimeError):
+        encode_source(broken, tmp_path / "set", SMALL, Pixels(), text_encoder)
+    with pytest.raises(UserError, match=r"begun with other settings \(settings, sizes differ\)"):
+        encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", EncodeSettings((8,)), Pixels(), text_encoder)
+    encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", SMALL, Pixels(), text_encoder)
+    with pytest.raises(UserError, match="exists already"):
+        encode_source(source_of([good(1)]), tmp_path / "set", SMALL, Pixels(), text_encoder)
+
+
+def test_a_source_that_gives_nothing_says_why(tmp_path, text_encoder):
+    with pytest.raises(UserError, match=r"no picture that could be kept; rejected: \{'file is empty': 1\}"):
+        encode_source(source_of([Record("k", {"caption": "c"}, b"")]), tmp_path / "set", SMALL, Pixels(), text_encoder)
+
+
+def test_a_thousand_corruptions_lose_nothing_silently(tmp_path, text_encoder):
+    generator = random.Random(0)
+    whole = [picture(n, form, (24, 24)) for n, form in enumerate(("JPEG", "PNG", "WEBP", "GIF", "BMP"))]
+    records = []
+    for n in range(1000):
+        content = bytearray(generator.choice(whole))
+        for _ in range(generator.randrange(4)):
+            content[generator.randrange(len(content))] = generator.randrange(256)
+        if generator.random() < 0.3:
+            del content[generator.randrange(len(content)) :]
+        caption = "".join(
+            chr(generator.choice([32, 65, 66, 67, 0x1F600, 0x200D, 10, 0, 0x4E00] + [0xD800] * (n % 9 == 0)))
+            for _ in range(generator.randrange(8))
+        )
+        records.append(Record(f"{n}", {"caption": caption} if generator.random() < 0.95 else {}, bytes(content)))
+    settings = EncodeSettings((8,), min_side=8)
+    card = encode_source(source_of(records[:600], records[600:]), tmp_path / "set", settings, Pixels(), text_encoder)
+    rejected = [json.loads(line) for path in (tmp_path / "set").glob("*.rejected.jsonl") for line in path.read_text().splitlines()]
+    assert card["seen"] == card["rows"] + sum(card["rejected"].values()) == 1000
+    assert sorted(EncodedSet(tmp_path / "set").column("key") + [item["key"] for item in rejected], key=int) == [str(n) for n in range(1000)]
+    assert 100 < card["rows"] < 900
+    assert all(reason and len(reason) < 80 for reason in card["rejected"])
+    assert len(card["rejected"]) >= 3
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_killed_at_any_moment_nothing_is_missing_and_nothing_twice(tmp_path, ranks, text_encoder):
+    """kill -9 at random moments, then once to the end: the same files as without."""
+    for tar in range(6):
+        files = [(f"{tar}{n:03d}.{form}", content) for n in range(150) for form, content in sample_files(tar * 1000 + n)]
+        write_tar(tmp_path / "tars" / f"{tar}.tar", files)
+    settings = EncodeSettings((16,), min_side=8, batch_size=16)
+    encode_source(open_source(str(tmp_path / "tars")), tmp_path / "whole", settings, Pixels(), text_encoder)
+
+    out, generator, killed = tmp_path / "set", random.Random(ranks), 0
+    while killed < ranks + 1 and not out.exists():
+        processes = [start_encoding(tmp_path / "tars", out, rank, ranks) for rank in range(ranks)]
+        while not shards_being_written(out) and any(process.poll() is None for process in processes):
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.4))
+        for process in processes:
+            killed += process.poll() is None
+            process.kill()
+            process.wait()
+    assert killed
+    if not out.exists():
+        assert [process.wait() for process in [start_encoding(tmp_path / "tars", out, rank, ranks) for rank in range(ranks)]] == [0] * ranks
+    assert sums(out) == sums(tmp_path / "whole")
+    keys = EncodedSet(out).column("key")
+    assert len(keys) == len(set(keys)) == 900
+
+
+def sample_files(number: int) -> list[tuple[str, bytes]]:
+    return [("png", picture(number, "PNG", (16, 16))), ("txt", f"picture number {number}".encode())]
+
+
+def start_encoding(tars: Path, out: Path, rank: int, ranks: int) -> subprocess.Popen[bytes]:
+    options = ["--resolutions", "16", "--autoencoder", "pixels", "--workers", "0", "--batch-size", "16", "--min-side", "8"]
+    command = [sys.executable, "-m", "microdit.cli", "data", "encode", str(tars), "--out", str(out), *options]
+    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+
+def shards_being_written(out: Path) -> list[Path]:
+    return list(out.with_name(f".{out.name}.part").glob(".shard-*"))
+
+
+def test_the_icon_autoencoders_latents_survive_eight_bits(tmp_path, text_encoder):
+    icon = load_autoencoder("icon")
+    encode_source(first_of(emoji_source("train"), 20), tmp_path / "set", EncodeSettings((64,)), icon, text_encoder)
+    data, rows = EncodedSet(tmp_path / "set"), [row for row, _ in zip(emoji_rows("train"), range(20), strict=False)]
+    pixels = torch.stack([to_tensor(row.image, 64) for row in rows])
+    latents = torch.from_numpy(np.stack([data.latents(0, i) for i in range(20)]))
+    exact = icon.decode(icon.encode(pixels))
+    assert (icon.decode(latents) - exact).square().mean() < 0.01 * (exact - pixels).square().mean()
