@@ -10,20 +10,19 @@ Shape legend: C channels, H W height and width, L caption tokens, E channels of 
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 LatentForm = Literal["fp16", "int8"]
 CaptionForm = Literal["fp16", "int8", "ids", "full"]
 Floats = NDArray[np.float32]
 
+SCALE_BYTES = 2  # a float16 before the numbers of an int8 row
+
 
 def pack_latents(latents_CHW: Floats, form: LatentForm) -> bytes:
     return _pack(latents_CHW.reshape(len(latents_CHW), -1), form)
-
-
-def unpack_latents(blob: bytes, shape: tuple[int, int, int], form: LatentForm) -> Floats:
-    """(C, H, W) float32."""
-    return _unpack(blob, shape[1] * shape[2], form).reshape(shape)
 
 
 def pack_text(text_LE: Floats, form: CaptionForm) -> bytes:
@@ -31,23 +30,36 @@ def pack_text(text_LE: Floats, form: CaptionForm) -> bytes:
     return _pack(text_LE, "int8" if form == "int8" else "fp16")
 
 
-def unpack_text(blob: bytes, channels: int, form: CaptionForm) -> Floats:
-    """(L, E) float32."""
-    return _unpack(blob, channels, "int8" if form == "int8" else "fp16")
+def unpack(blobs: list[memoryview], values: int, form: LatentForm | CaptionForm) -> tuple[Tensor, Tensor]:
+    """Several packed arrays of rows of `values` numbers, of any form but `ids`: (B, R, values) float32, zeros behind the rows of each, and
+    how many rows each has, (B,). The rows are a caption's tokens, or the channels of latents.
+
+    The stored numbers are put together first and converted once: one conversion for each sample would take many times as long.
+    """
+    dtype, row_bytes = (np.int8, values + SCALE_BYTES) if form == "int8" else (np.float16, 2 * values)
+    rows_B = [len(blob) // row_bytes for blob in blobs]
+    stored_BRV = np.zeros((len(blobs), max(rows_B), values), dtype)
+    scale_BR1 = np.zeros((len(blobs), max(rows_B), 1), np.float16)
+    for index, (blob, rows) in enumerate(zip(blobs, rows_B, strict=True)):
+        start = SCALE_BYTES * rows if form == "int8" else 0
+        scale_BR1[index, :rows, 0] = np.frombuffer(blob, np.float16, rows) if form == "int8" else 1
+        stored_BRV[index, :rows] = np.frombuffer(blob, dtype, offset=start).reshape(rows, values)
+    numbers_BRV = torch.from_numpy(stored_BRV).float()
+    return (numbers_BRV * torch.from_numpy(scale_BR1).float() if form == "int8" else numbers_BRV), torch.tensor(rows_B)
 
 
 def pack_ids(ids: list[int]) -> bytes:
     return np.asarray(ids, np.uint32).tobytes()
 
 
-def unpack_ids(blob: bytes) -> list[int]:
+def unpack_ids(blob: memoryview) -> list[int]:
     ids: list[int] = np.frombuffer(blob, np.uint32).tolist()
     return ids
 
 
 def bytes_of_row(values: int, form: LatentForm | CaptionForm) -> int:
     """Bytes of one row of `values` numbers: a caption's token, or a channel of the latents."""
-    return {"fp16": 2 * values, "full": 2 * values, "int8": values + 2, "ids": 4}[form]
+    return {"fp16": 2 * values, "full": 2 * values, "int8": values + SCALE_BYTES, "ids": 4}[form]
 
 
 def _pack(rows_RV: Floats, form: Literal["fp16", "int8"]) -> bytes:
@@ -57,11 +69,3 @@ def _pack(rows_RV: Floats, form: Literal["fp16", "int8"]) -> bytes:
     divisor_R1 = np.where(scale_R1 > 0, scale_R1, 1).astype(np.float32)  # a row of zeros stays one
     steps_RV = np.clip(np.rint(rows_RV / divisor_R1), -127, 127).astype(np.int8)
     return scale_R1.tobytes() + steps_RV.tobytes()
-
-
-def _unpack(blob: bytes, values: int, form: Literal["fp16", "int8"]) -> Floats:
-    if form == "fp16":
-        return np.frombuffer(blob, np.float16).reshape(-1, values).astype(np.float32)
-    rows = len(blob) // (values + 2)
-    scale_R1 = np.frombuffer(blob, np.float16, rows).astype(np.float32)[:, None]
-    return np.frombuffer(blob, np.int8, offset=2 * rows).reshape(rows, values) * scale_R1

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from microdit.data.card import read_card
-from microdit.data.forms import unpack_ids, unpack_latents, unpack_text
-from microdit.data.order import PhaseOrder, SampleOrder
+from microdit.data.forms import unpack, unpack_ids
+from microdit.data.order import PhaseOrder, Place, SampleOrder
 from microdit.data.shards import DamagedShard, Shard
 from microdit.encoders.text import TextEncoder, load_text_encoder
 from microdit.errors import UserError
@@ -72,16 +72,29 @@ class EncodedSet:
         shape = {"latent_shape": list(self.latent_shape()), "resolution": self.resolution, "captions": self.card["settings"]["captions"]}
         return {**{key: self.card[key] for key in keep}, **shape}
 
-    def latents(self, bucket: int, number: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """(C, H, W) of row `number` of a bucket. Raises DamagedShard."""
-        shard, row = self._find(bucket, number)
-        return unpack_latents(shard.latents(row, self.resolution, bucket), self.latent_shape(bucket), self.card["settings"]["latents"])
+    def read(self, bucket: int, number: int, draw: float = 0.0) -> tuple[memoryview, memoryview]:
+        """The stored latents and one of the captions, by `draw`, of row `number` of a bucket. Raises DamagedShard."""
+        ends = self._ends[bucket]
+        which = int(np.searchsorted(ends, number, side="right"))
+        row = number - (int(ends[which - 1]) if which else 0)
+        shard = self._shard(which)
+        if len(self._ends) > 1:
+            row = shard.row_in_bucket(bucket, row)
+        return shard.latents(row, self.resolution, bucket), shard.text(row, draw, bucket)
 
-    def text(self, bucket: int, number: int, draw: float = 0.0) -> Tensor | list[int]:
-        """The vectors (L, E) of one of the row's captions, or its token numbers if only these were stored. Raises DamagedShard."""
-        shard, row = self._find(bucket, number)
-        blob, form = shard.text(row, draw, bucket), self.card["settings"]["captions"]
-        return unpack_ids(blob) if form == "ids" else torch.from_numpy(unpack_text(blob, self.card["text_channels"], form))
+    def latents(self, blobs: list[memoryview], bucket: int) -> Tensor:
+        """(B, C, H, W) float32 of stored latents."""
+        channels, height, width = self.latent_shape(bucket)
+        return unpack(blobs, height * width, self.card["settings"]["latents"])[0].view(-1, channels, height, width)
+
+    def text(self, blobs: list[memoryview]) -> tuple[Tensor, Tensor]:
+        """Of stored captions: (B, L, E) float32, zeros where the mask (B, L) is False."""
+        form = self.card["settings"]["captions"]
+        if form == "ids":
+            with torch.no_grad():
+                return self._text_encoder.embed([unpack_ids(blob) for blob in blobs])
+        text_BLE, lengths_B = unpack(blobs, self.card["text_channels"], form)
+        return text_BLE, torch.arange(text_BLE.shape[1]) < lengths_B[:, None]
 
     def column(self, name: str) -> list[Any]:
         """`key`, `captions` or `weights` of all rows, shard by shard."""
@@ -98,13 +111,6 @@ class EncodedSet:
             np.cumsum([shard["buckets"].get(str(bucket), 0) for shard in self.card["shards"]]) for bucket in range(len(self.card["sizes"]))
         ]
 
-    def _find(self, bucket: int, number: int) -> tuple[Shard, int]:
-        ends = self._ends[bucket]
-        which = int(np.searchsorted(ends, number, side="right"))
-        inside = number - (int(ends[which - 1]) if which else 0)
-        shard = self._shard(which)
-        return shard, inside if len(self._ends) == 1 else shard.row_in_bucket(bucket, inside)
-
     def _shard(self, number: int) -> Shard:
         """Opened at its first use, so that a set of thousands starts at once."""
         if number not in self._shards:
@@ -112,6 +118,15 @@ class EncodedSet:
             resolutions = self.card["settings"]["resolutions"]
             self._shards[number] = Shard(self.folder / entry["name"], entry["bytes"], entry["rows"], resolutions)
         return self._shards[number]
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        """Needed where only token numbers are stored."""
+        wanted = self.card["text_encoder"]
+        encoder = load_text_encoder(wanted["name"])
+        if encoder.fingerprint != wanted["fingerprint"]:
+            raise UserError(f"The text encoder {wanted['name']} is not the one that {self.folder} was encoded for: encode it again.")
+        return encoder
 
 
 class Mixture:
@@ -141,20 +156,17 @@ class Mixture:
         self._read += len(places)
         for place in places:
             try:
-                samples.append(self._sample(place.set, place.bucket, place.row, place.draw))
+                samples.append(self.sets[place.set].read(place.bucket, place.row, place.draw))
             except DamagedShard as damage:
-                samples.append(self._replacement(place.set, place.bucket, place.row, damage))
-        latents_BCHW = torch.from_numpy(np.stack([latents for latents, _ in samples]))
+                samples.append(self._replacement(self.sets[place.set], place, damage))
+        latents_BCHW = self.sets[0].latents([latents for latents, _ in samples], places[0].bucket)
         if self.flip:
             generator = np.random.default_rng([self._seed, step, 1])
             flipped_B = torch.from_numpy(generator.random(len(places) * world) < 0.5)[rank::world]
             latents_BCHW = torch.where(flipped_B.view(-1, 1, 1, 1), latents_BCHW.flip(-1), latents_BCHW)
-        return Batch(latents_BCHW, *self._pad([text for _, text in samples]))
+        return Batch(latents_BCHW, *self.sets[0].text([text for _, text in samples]))
 
-    def _sample(self, set_: int, bucket: int, row: int, draw: float) -> tuple[Any, Tensor | list[int]]:
-        return self.sets[set_].latents(bucket, row), self.sets[set_].text(bucket, row, draw)
-
-    def _replacement(self, set_: int, bucket: int, row: int, damage: DamagedShard) -> tuple[Any, Tensor | list[int]]:
+    def _replacement(self, encoded: EncodedSet, place: Place, damage: DamagedShard) -> tuple[memoryview, memoryview]:
         """The next whole row of the same set and bucket."""
         if self.on_damage == "stop":
             raise UserError(f"{damage}. Encode that part again, or go on without it: data.on_damage=skip.") from damage
@@ -162,34 +174,13 @@ class Mixture:
         if self.replaced > max(100, MAX_REPLACED * self._read):
             raise UserError(f"{self.replaced} of {self._read} samples were damaged, last: {damage}. Encode the data again.") from damage
         self.warn(f"{damage}; another sample takes its place ({self.replaced} so far).")
-        size = self.sets[set_].bucket_sizes[bucket]
+        size = encoded.bucket_sizes[place.bucket]
         for distance in range(1, min(size, 100_000)):
             try:
-                return self._sample(set_, bucket, (row + distance) % size, 0.0)
+                return encoded.read(place.bucket, (place.row + distance) % size)
             except DamagedShard:
                 continue
-        raise UserError(f"{self.sets[set_].folder} has no whole row near a damaged one ({damage}): encode it again.") from damage
-
-    def _pad(self, texts: list[Tensor | list[int]]) -> tuple[Tensor, Tensor]:
-        """Captions of several lengths, padded to the longest with zeros: (B, L, E) and the mask (B, L)."""
-        if isinstance(texts[0], list):
-            with torch.no_grad():
-                return self._text_encoder.embed([text for text in texts if isinstance(text, list)])
-        tensors = [text for text in texts if isinstance(text, Tensor)]
-        lengths_B = torch.tensor([len(text) for text in tensors])
-        text_BLE = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-        return text_BLE, torch.arange(text_BLE.shape[1]) < lengths_B[:, None]
-
-    @cached_property
-    def _text_encoder(self) -> TextEncoder:
-        """Needed where only token numbers are stored."""
-        wanted = self.sets[0].card["text_encoder"]
-        encoder = load_text_encoder(wanted["name"])
-        if encoder.fingerprint != wanted["fingerprint"]:
-            raise UserError(
-                f"The text encoder {wanted['name']} is not the one that {self.sets[0].folder} was encoded for: encode it again."
-            )
-        return encoder
+        raise UserError(f"{encoded.folder} has no whole row near a damaged one ({damage}): encode it again.") from damage
 
 
 def _refuse_strangers(sets: list[EncodedSet]) -> None:
@@ -199,6 +190,7 @@ def _refuse_strangers(sets: list[EncodedSet]) -> None:
             if first.card[key] != other.card[key]:
                 values = f"{key} is {first.card[key]} in one and {other.card[key]} in the other"
                 raise UserError(f"{first.folder} and {other.folder} cannot be mixed: {values}.")
-        ids = [s.card["settings"]["captions"] == "ids" for s in (first, other)]
-        if ids[0] != ids[1]:
-            raise UserError(f"{first.folder} and {other.folder} cannot be mixed: only one of them holds token numbers (--captions ids).")
+        for key in ("latents", "captions"):
+            forms = [s.card["settings"][key] for s in (first, other)]
+            if forms[0] != forms[1]:
+                raise UserError(f"{first.folder} and {other.folder} cannot be mixed: {key} are stored as {forms[0]} and {forms[1]}.")

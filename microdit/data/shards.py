@@ -117,12 +117,12 @@ class Shard:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def latents(self, row: int, resolution: int, bucket: int = 0) -> bytes:
+    def latents(self, row: int, resolution: int, bucket: int = 0) -> memoryview:
         """Of a row that is known to be in `bucket`."""
         batch, inside = self._find(row)
         return self._unseal(batch.blob(_latents_column(resolution), inside), row, bucket)
 
-    def text(self, row: int, draw: float, bucket: int = 0) -> bytes:
+    def text(self, row: int, draw: float, bucket: int = 0) -> memoryview:
         """One of the row's captions: `draw` in [0, 1) falls on it by its weight."""
         batch, inside = self._find(row)
         first, last = batch.captions(inside)
@@ -152,11 +152,11 @@ class Shard:
         which = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._batches[which], row - int(self._starts[which])
 
-    def _unseal(self, blob: memoryview, row: int, bucket: int) -> bytes:
+    def _unseal(self, blob: memoryview, row: int, bucket: int) -> memoryview:
         payload = blob[:-CHECKSUM_BYTES]
         if _checksum(payload, row, bucket) != blob[-CHECKSUM_BYTES:]:
             raise DamagedShard(f"row {row} of {self.path} is not what was written (its checksum differs)")
-        return bytes(payload)
+        return payload
 
 
 class _BatchColumns:
