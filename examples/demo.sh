@@ -6,6 +6,9 @@ microdit=${1:-microdit}
 if [ ! -d data/emoji ]; then
   "$microdit" data encode emoji --out data/emoji
 fi
+if [ ! -d data/scenes ]; then
+  "$microdit" data encode scenes:1000 --out data/scenes
+fi
 "$microdit" train recipes/emoji.yaml --out runs/emoji --resume
 
 # Two rows of training captions, then two of colours and objects that never stood together in training.

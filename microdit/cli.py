@@ -175,6 +175,8 @@ def sample(
     steps: Annotated[int, typer.Option(help="Of the Heun sampler; each costs two evaluations.")] = 30,
     guidance: Annotated[float, typer.Option(help="1: none. 2 suits the demo's small model; the paper's takes 5.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Other seeds make other pictures.")] = 0,
+    height: Annotated[int | None, typer.Option(help="Pixels, if not as in training.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, if not as in training.")] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
 ) -> None:
     """Draw pictures of prompts with a trained run, as one grid with the captions under them.
@@ -186,7 +188,7 @@ def sample(
 
     pipeline, checkpoint = Pipeline.from_run(run, _warn)
     with _progress("sample", len(prompts) * steps) as advance:
-        images = pipeline(prompts, steps, guidance, seed, advance)
+        images = pipeline(prompts, steps, guidance, seed, advance, height, width)
     save_png(draw_grid(images, prompts), out)
     console.print(f"{len(images)} pictures of step {checkpoint.step}, seed {seed}, in [bold]{out}[/]")
 

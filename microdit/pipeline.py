@@ -68,10 +68,13 @@ class Pipeline:
         guidance_scale: float = 2.0,
         seed: int = 0,
         on_step: Callable[[int], None] | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> list[Image.Image]:
         """One picture a prompt. Picture number i starts from the noise of seed + i, whatever the others are.
 
-        `on_step(n)` is called after each n more picture-steps. Raises UserError for settings that make no picture.
+        `height` and `width` in pixels, if not those of the training data's squares. `on_step(n)` is called after each n more
+        picture-steps. Raises UserError for settings that make no picture.
         """
         if not prompts:
             raise UserError('There is no prompt: write at least one, for example "a red heart".')
@@ -79,15 +82,26 @@ class Pipeline:
             raise UserError(f"The sampler takes from 2 to 1000 steps, not {num_inference_steps}; 18 to 30 are usual.")
         if not -100 <= guidance_scale <= 100:
             raise UserError(f"guidance_scale must be a number between -100 and 100, not {guidance_scale}; 3 to 6 are usual.")
+        shape = self._latent_shape(height, width)
         images: list[Image.Image] = []
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
-            noise_BCHW = torch.stack([_noise(self.latent_shape, seed + start + i) for i in range(len(batch))])
+            noise_BCHW = torch.stack([_noise(shape, seed + start + i) for i in range(len(batch))])
             text_BLE, mask_BL = self._embed(batch)
             denoiser = guided_denoiser(self.model, self.edm, text_BLE, mask_BL, guidance_scale)
             latents_BCHW = heun(denoiser, noise_BCHW, noise_schedule(self.edm, num_inference_steps), on_step)
             images += [to_image(pixels) for pixels in self.autoencoder.decode(latents_BCHW)]
         return images
+
+    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        channels, *trained = self.latent_shape
+        step = self.autoencoder.downsampling * self.model.config.patch_size
+        sides = []
+        for name, side, default in (("height", height, trained[0]), ("width", width, trained[1])):
+            if side is not None and (side <= 0 or side % step):
+                raise UserError(f"{name} {side} must be a multiple of {step}: the autoencoder's pixels a latent, times the patch size.")
+            sides.append(default if side is None else side // self.autoencoder.downsampling)
+        return channels, sides[0], sides[1]
 
     def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
         if self.full_captions:

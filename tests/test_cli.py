@@ -117,7 +117,26 @@ def test_a_folder_of_ones_own_pictures_is_looked_at_encoded_and_trained_on(tmp_p
     trained = microdit("train", RECIPE, *mixed, *weights, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert "9 + 6 samples" in trained.stdout
-    drawn = microdit("sample", "runs/tiny", "a shade of red", "--steps", "2", cwd=tmp_path)
+    drawn = microdit("sample", "runs/tiny", "a shade of red", "--steps", "2", "--height", "16", "--width", "32", cwd=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    refused = microdit("sample", "runs/tiny", "a shade of red", "--height", "15", cwd=tmp_path)
+    assert "height 15 must be a multiple of 4" in " ".join(refused.stderr.split())
+
+
+def test_pictures_of_several_shapes_are_trained_on_and_drawn(tmp_path):
+    """Aspect-ratio buckets, from the folder to a wide picture."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for n in range(16):
+        Image.new("RGB", (400, 210) if n % 2 else (210, 400), (15 * n, 0, 0)).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(f"picture {n}")
+    options = ["--autoencoder", "pixels", "--resolutions", "192", "--buckets", "--workers", "0"]
+    encoded = microdit("data", "encode", "mine", "--out", "data", *options, cwd=tmp_path)
+    assert encoded.returncode == 0, encoded.stderr
+    settings = ["data.path=data", "model.patch_size=32", "phases.0.steps=4", "phases.1.steps=2", "phases.0.mask_ratio=0.5"]
+    trained = microdit("train", RECIPE, *settings, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    drawn = microdit("sample", "runs/tiny", "picture 3", "--steps", "2", "--height", "128", "--width", "256", cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr
 
 

@@ -4,6 +4,7 @@ Which samples a batch holds is decided in `order.py` from the step's number alon
 training stops and names it, or, if the recipe allows, takes another one in its place and counts.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,7 +70,13 @@ class EncodedSet:
     def summary(self) -> dict[str, Any]:
         """What a model trained on this must know to draw pictures."""
         keep = ("source", "autoencoder", "text_encoder", "text_channels")
-        shape = {"latent_shape": list(self.latent_shape()), "resolution": self.resolution, "captions": self.card["settings"]["captions"]}
+        sizes = [size[str(self.resolution)] for size in self.card["sizes"]]
+        squarest = min(range(len(sizes)), key=lambda bucket: abs(math.log(sizes[bucket][0] / sizes[bucket][1])))
+        shape = {
+            "latent_shape": list(self.latent_shape(squarest)),
+            "resolution": self.resolution,
+            "captions": self.card["settings"]["captions"],
+        }
         return {**{key: self.card[key] for key in keep}, **shape}
 
     def read(self, bucket: int, number: int, draw: float = 0.0) -> tuple[memoryview, memoryview]:

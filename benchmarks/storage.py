@@ -1,0 +1,100 @@
+"""What does a stored sample weigh, and what does storing it in less cost in loss?
+
+    python benchmarks/storage.py
+
+1. bytes a sample at 256 and 512 px (4-channel latents of an 8x autoencoder, captions of 1,024 channels), terabytes for the paper's
+   37 million, and up to which mean caption length that stays below a third and a fifth of the authors' 7.3 TB;
+2. the demo's model trained for a few hundred steps on the emoji stored in each form, same seeds and draws, and its loss on the exact
+   latents and captions afterwards, with the same noise.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from microdit.data.emoji import emoji_source
+from microdit.data.encode import EncodeSettings, encode_source
+from microdit.data.forms import CaptionForm, LatentForm, bytes_of_row
+from microdit.data.latents import EncodedSet
+from microdit.diffusion.edm import draw_sigma, edm_loss
+from microdit.encoders.autoencoder import load_autoencoder
+from microdit.encoders.text import load_text_encoder
+from microdit.recipe import load_recipe
+from microdit.training.optim import learning_rate, set_learning_rate
+from microdit.training.trainer import Trainer
+
+SAMPLES, AUTHORS_TB = 37e6, 7.3
+LATENT_SIDES, CHANNELS, CONTEXT = (32, 64), 1024, 77
+CHECKSUMS = 3 * 8  # bytes: one a blob
+FORMS: list[tuple[LatentForm, CaptionForm]] = [("fp16", "full"), ("fp16", "fp16"), ("fp16", "int8"), ("int8", "int8"), ("int8", "ids")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=float, default=25, help="mean length of the captions")
+    parser.add_argument("--steps", type=int, default=400, help="of each training")
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    print_sizes(args.tokens)
+    print_losses(args.steps, args.seeds)
+
+
+def print_sizes(tokens: float) -> None:
+    print(f"{'latents':10}{'captions':10}{'bytes':>10}{'TB':>8}{'of 7.3 TB':>11}   below a third up to / a fifth up to (tokens)")
+    for latents, captions in FORMS:
+        fixed = sum(4 * bytes_of_row(side * side, latents) for side in LATENT_SIDES) + CHECKSUMS
+        per_token = bytes_of_row(CHANNELS, captions)
+        weight = fixed + per_token * (CONTEXT if captions == "full" else tokens)
+        limits = [(AUTHORS_TB * 1e12 / SAMPLES * share - fixed) / per_token for share in (1 / 3, 1 / 5)]
+        said = ["never" if limit < (CONTEXT if captions == "full" else 1) else f"{min(limit, 9999):.0f}" for limit in limits]
+        total = weight * SAMPLES / 1e12
+        print(f"{latents:10}{captions:10}{weight:10,.0f}{total:8.2f}{total / AUTHORS_TB:11.0%}   {said[0]} / {said[1]}")
+
+
+def print_losses(steps: int, seeds: int) -> None:
+    autoencoder, text_encoder = load_autoencoder("icon"), load_text_encoder("minilm")
+    print(f"\n{'latents':10}{'captions':10}{'loss after ' + str(steps) + ' steps, by seed':40}{'mean':>8}")
+    with tempfile.TemporaryDirectory() as place:
+        exact = Path(place) / "exact"
+        encode_source(emoji_source("train"), exact, EncodeSettings((64,), "fp16", "fp16"), autoencoder, text_encoder)
+        for latents, captions in FORMS[1:]:
+            folder = Path(place) / f"{latents}-{captions}"
+            encode_source(emoji_source("train"), folder, EncodeSettings((64,), latents, captions), autoencoder, text_encoder)
+            losses = [train_and_measure(folder, exact, steps, seed, Path(place)) for seed in range(seeds)]
+            print(f"{latents:10}{captions:10}{', '.join(f'{loss:.4f}' for loss in losses):40}{np.mean(losses):8.4f}", flush=True)
+
+
+def train_and_measure(folder: Path, exact: Path, steps: int, seed: int, place: Path) -> float:
+    overrides = [f"seed={seed}", f"data.path={folder}", "data.sets={}", f"phases=[{{name: all, steps: {steps}, batch_size: 32, "]
+    overrides[-1] += "learning_rate: 3e-3, warmup_steps: 50, final_learning_rate: 0.05, grad_clip: 1.0}]"
+    recipe = load_recipe(Path("recipes/emoji.yaml"), overrides)
+    trainer = Trainer(recipe, place / f"run-{folder.name}-{seed}", Console(quiet=True))
+    for step in range(steps):
+        set_learning_rate(trainer.optimizer, learning_rate(recipe.phases[0], step))
+        trainer.loss(recipe.phases[0]).backward()
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0, foreach=True)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        trainer.step += 1
+    return exact_loss(trainer, EncodedSet(exact))
+
+
+@torch.no_grad()
+def exact_loss(trainer: Trainer, data: EncodedSet) -> float:
+    """Of all samples as they came from the encoders, with noise that is the same for all models."""
+    blobs = [data.read(0, number) for number in range(len(data))]
+    latents_BCHW = data.latents([latents for latents, _ in blobs], 0)
+    text_BLE, mask_BL = data.text([text for _, text in blobs])
+    generator = torch.Generator().manual_seed(0)
+    sigma_B = draw_sigma(trainer.edm, len(data), generator)
+    noise_BCHW = torch.randn(latents_BCHW.shape, generator=generator)
+    caption = trainer.model.embed_caption(text_BLE, mask_BL)
+    return float(edm_loss(trainer.model, trainer.edm, latents_BCHW, caption, sigma_B, noise_BCHW).mean())
+
+
+if __name__ == "__main__":
+    main()
