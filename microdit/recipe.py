@@ -156,7 +156,7 @@ def _apply_override(raw: DictConfig, override: str) -> None:
     if not equals or not key:
         raise UserError(f"'{override}' is not an override: write key=value, for example phases.0.steps=100.")
     try:
-        OmegaConf.update(raw, key, yaml.safe_load(value), force_add=True)
+        OmegaConf.update(raw, key, yaml.safe_load(value), merge=False, force_add=True)
     except (OmegaConfBaseException, yaml.YAMLError, IndexError, ValueError, TypeError) as error:
         raise UserError(f"The override '{override}' does not fit the recipe: {_first_line(error)}.") from error
 

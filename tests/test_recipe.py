@@ -101,3 +101,27 @@ def test_a_file_that_is_no_recipe_is_refused_by_name(tmp_path, content):
         load_recipe(path)
     with pytest.raises(UserError, match="no recipe at"):
         load_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_several_sets_and_their_weights(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "name: mix\ndata: {sets: {real: {path: a}, synthetic: {path: b, repeat: 2}}}\n"
+        "model: {dim: 32, depth: 2, head_dim: 8, mixer_dim: 16, mixer_depth: 1}\n"
+        "phases: [{name: p, steps: 1, batch_size: 2, learning_rate: 1e-3, weights: {real: 0.8, synthetic: 0.2}}]\n"
+    )
+    recipe = load_recipe(path)
+    assert recipe.data.named_sets["synthetic"].repeat == 2
+    assert recipe.phases[0].weights == {"real": 0.8, "synthetic": 0.2}
+    replaced = load_recipe(path, ["data.sets={}", "data.path=c", "phases.0.weights=null"])
+    assert list(replaced.data.named_sets) == ["data"]
+    for override, sentence in [
+        ("phases.0.weights={other: 1}", "weights names other"),
+        ("phases.0.weights={real: 0}", "weights must be 0 or more, and not all 0"),
+        ("data.sets.real.repeat=-1", "repeat cannot be negative"),
+        ("data.path=c", "either a path or sets"),
+        ("data.sets.real.wieght=1", "data.sets.real.wieght"),
+        ("data.on_damage=ignore", "on_damage"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            load_recipe(path, [override])
