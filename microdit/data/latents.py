@@ -51,7 +51,7 @@ class EncodedSet:
         if resolution not in resolutions and (resolution is not None or len(resolutions) > 1):
             raise UserError(f"{folder} holds the resolutions {', '.join(map(str, resolutions))}: name one of them (data.resolution).")
         self.resolution: int = resolution or resolutions[0]
-        self._shards: dict[int, Shard] = {}
+        self._shards: dict[int, Shard | DamagedShard] = {}
 
     def __len__(self) -> int:
         return int(self.card["rows"])
@@ -123,8 +123,14 @@ class EncodedSet:
         if number not in self._shards:
             entry = self.card["shards"][number]
             resolutions = self.card["settings"]["resolutions"]
-            self._shards[number] = Shard(self.folder / entry["name"], entry["bytes"], entry["rows"], resolutions)
-        return self._shards[number]
+            try:
+                self._shards[number] = Shard(self.folder / entry["name"], entry["bytes"], entry["rows"], resolutions)
+            except DamagedShard as damage:
+                self._shards[number] = damage  # whoever looks for a row near a damaged one asks again and again
+        shard = self._shards[number]
+        if isinstance(shard, DamagedShard):
+            raise shard
+        return shard
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:

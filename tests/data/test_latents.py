@@ -9,6 +9,7 @@ from microdit.data.emoji import emoji_source
 from microdit.data.encode import EncodeSettings, encode_source
 from microdit.data.latents import EncodedSet, Mixture
 from microdit.data.order import PhaseOrder
+from microdit.data.sources import Part, Source
 from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
 from tests.conftest import first_of
@@ -103,6 +104,22 @@ def test_a_changed_row_stops_training_or_is_replaced_and_counted(encoded_emoji, 
     assert skipping.replaced == len(said) == 1
     replacement = latents_of(copy, 8)
     assert sum(torch.equal(latents, replacement) for latents in batch.latents_BCHW) == 2
+
+
+def test_a_whole_shard_lost_in_the_middle_of_training_is_named_or_replaced(tmp_path, text_encoder):
+    source = emoji_source("held_out")
+    records = list(source.parts[0].records())[:90]
+    parts = [Part(f"{first}", lambda first=first: iter(records[first : first + 30])) for first in (0, 30, 60)]
+    encode_source(Source("three", parts), tmp_path / "set", EncodeSettings((8,)), Pixels(), text_encoder)
+    said = []
+    stopping, skipping = mixture(tmp_path / "set"), mixture(tmp_path / "set", steps=30, on_damage="skip", warn=said.append)
+    lost = tmp_path / "set" / "shard-00001.arrow"
+    lost.write_bytes(lost.read_bytes()[:1000])  # after the sets were opened and their sizes checked
+    with pytest.raises(UserError, match=r"shard-00001\.arrow has 1000 bytes"):
+        [stopping.batch(step) for step in range(12)]
+    batches = [skipping.batch(step) for step in range(30)]
+    assert all(len(batch.latents_BCHW) == 8 for batch in batches)
+    assert skipping.replaced == len(said) == pytest.approx(80, abs=8)  # a third of 240
 
 
 def test_a_set_that_is_mostly_damage_is_given_up(encoded_emoji, tmp_path):
