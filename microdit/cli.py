@@ -59,7 +59,9 @@ def encode_data(
     latents: Annotated[LatentForm, typer.Option(help="How latents are stored: int8 has a scale for each channel.")] = "int8",
     captions: Annotated[CaptionForm, typer.Option(help="How captions are stored; ids are embedded in training.")] = "int8",
     caption: Annotated[list[str] | None, typer.Option("--caption", help="Which captions: NAME or NAME=WEIGHT; repeatable.")] = None,
-    min_side: Annotated[int | None, typer.Option(help="Reject pictures with a shorter side. [default: the smallest resolution]")] = None,
+    min_side: Annotated[
+        int | None, typer.Option(help="Reject pictures with a shorter side. [default: the set's own, or the resolution]")
+    ] = None,
     fraction: Annotated[float, typer.Option(min=0, max=1, help="Use only this share of the source, chosen by key.")] = 1.0,
     buckets: Annotated[bool, typer.Option("--buckets", help="Keep aspect ratios (sides in steps of 64), cut no squares.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures, and captions, that the encoders take at a time.")] = 64,
@@ -79,18 +81,18 @@ def encode_data(
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
 
+    opened = open_source(source, _weights(caption), fraction)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     sides = tuple(resolutions or [64])
     settings = EncodeSettings(
         resolutions=sides,
         latents=latents,
         captions=captions,
-        min_side=min(sides) if min_side is None else min_side,
+        min_side=next(side for side in (min_side, opened.min_side, min(sides)) if side is not None),
         buckets=buckets,
         batch_size=batch_size,
         workers=max(0, (os.cpu_count() or 1) - 2) // 2 if workers is None else workers,
     )
-    opened = open_source(source, _weights(caption), fraction)
     with _parts_progress(f"encode {opened.name}", len(range(rank, len(opened.parts), world))) as on_progress:
         encoders = load_autoencoder(autoencoder).to(device), load_text_encoder(text_encoder).to(device)
         card = encode_source(opened, out, settings, *encoders, rank, world, on_progress)

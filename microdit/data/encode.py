@@ -95,7 +95,7 @@ def encode_source(
         return _complete(folder, out, plan)
     except OSError as error:
         raise UserError(
-            f"The encoded data could not be written to {folder}: {error}. Make room, and run the same command to go on."
+            f"Encoding into {folder} stopped: {error}. Put that right (make room, if the disk is full), and run the same command to go on."
         ) from error
 
 

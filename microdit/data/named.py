@@ -43,7 +43,7 @@ def open_named(named: NamedSet, folder: Path, captions: dict[str, float] | None 
     parts = named.read(folder, weights) if folder.is_dir() else []
     if not parts:
         raise UserError(f"{folder} does not hold {named.name}: looked for {named.layout}. It comes from {named.url}.")
-    return Source(named.name, parts, weights, named.license)
+    return Source(named.name, parts, weights, named.license, named.min_side)
 
 
 def _cc12m(folder: Path, captions: dict[str, float]) -> list[Part]:

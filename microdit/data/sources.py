@@ -51,12 +51,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """`caption_weights`: how often each caption is used when a picture has several; those not named are not used."""
+    """`caption_weights`: how often each caption is used when a picture has several; those not named are not used.
+
+    `min_side`: pixels below which a picture is better left out, if the source knows.
+    """
 
     name: str
     parts: list[Part]
     caption_weights: dict[str, float] = field(default_factory=lambda: {"caption": 1.0})
     license: str = ""
+    min_side: int | None = None
 
 
 def open_source(name: str, captions: Mapping[str, float] | None = None, fraction: float = 1.0) -> Source:

@@ -213,3 +213,8 @@ def test_captions_that_a_set_does_not_have_are_refused(tmp_path):
         open_named(NAMED["sa1b"], tmp_path, {"alt": 1.0})
     with pytest.raises(UserError, match="journeydb has no caption named alt; it has prompt, caption"):
         open_named(NAMED["journeydb"], tmp_path, {"alt": 1.0, "caption": 1.0})
+
+
+def test_the_training_sets_leave_small_pictures_out_as_the_authors_do(tmp_path):
+    write_tar(tmp_path / "00000.tar", [("a.jpg", picture(1)), ("a.txt", b"a")])
+    assert open_source(f"cc12m:{tmp_path}").min_side == 256
