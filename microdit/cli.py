@@ -56,8 +56,8 @@ def encode_data(
     resolutions: Annotated[list[int] | None, typer.Option("--resolutions", help="Pixels of a side, one or more. [default: 64]")] = None,
     autoencoder: Annotated[str, typer.Option(help="icon, pixels, sdxl, 16ch, or a folder or hub name of diffusers.")] = "icon",
     text_encoder: Annotated[str, typer.Option(help="minilm, dfn-clip-h, or a folder or hub name: CLIP, T5, open_clip.")] = "minilm",
-    latents: Annotated[LatentForm, typer.Option(help="How latents are stored: int8 has a scale for each channel.")] = "int8",
-    captions: Annotated[CaptionForm, typer.Option(help="How captions are stored; ids are embedded in training.")] = "int8",
+    store_latents: Annotated[LatentForm, typer.Option(help="How latents are stored: int8 has a scale for each channel.")] = "int8",
+    store_captions: Annotated[CaptionForm, typer.Option(help="How captions are stored; ids are embedded in training.")] = "int8",
     caption: Annotated[list[str] | None, typer.Option("--caption", help="Which captions: NAME or NAME=WEIGHT; repeatable.")] = None,
     min_side: Annotated[
         int | None, typer.Option(help="Reject pictures with a shorter side. [default: the set's own, or the resolution]")
@@ -86,8 +86,8 @@ def encode_data(
     sides = tuple(resolutions or [64])
     settings = EncodeSettings(
         resolutions=sides,
-        latents=latents,
-        captions=captions,
+        latents=store_latents,
+        captions=store_captions,
         min_side=next(side for side in (min_side, opened.min_side, min(sides)) if side is not None),
         buckets=buckets,
         batch_size=batch_size,
