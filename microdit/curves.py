@@ -1,0 +1,252 @@
+"""The curves of a run, each a small SVG that takes its colours from the page around it (and so follows its light or dark mode)."""
+
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.float64]
+
+# Colours in the drawing that stand for variables of the page's style sheet: --ink, --grid, --curve, --second, --noise-1 ... --noise-8.
+INK, GRID, CURVE, SECOND = "#010101", "#020202", "#030303", "#040404"
+NOISE = [f"#0501{level:02d}" for level in range(1, 9)]
+VARIABLES = {INK: "ink", GRID: "grid", CURVE: "curve", SECOND: "second"} | {c: f"noise-{n}" for n, c in enumerate(NOISE, 1)}
+
+SIZE = (4.8, 2.8)  # inches: as drawn, letters are legible on a phone
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GRID,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+SMOOTH = 20  # a smooth curve is a mean over 1/20 of the points around each, near ones weighing more
+STEPS = [1, 2, 2.5, 5, 10]  # that ticks are apart
+POINTS = 1200  # of a curve at most: more than a screen is wide
+LOG_FROM = 6  # a logarithmic axis where the largest is that many times the smallest
+
+
+@dataclass(frozen=True)
+class Curve:
+    """`note` says what is seen, in a sentence; may be empty."""
+
+    title: str
+    svg: str
+    note: str = ""
+
+
+def draw_curves(metrics: list[dict[str, Any]]) -> list[Curve]:
+    """What the lines of metrics.jsonl, in the order of their steps, have finite numbers for. Dotted lines: a new phase begins."""
+    with matplotlib.rc_context(STYLE):
+        return [
+            Curve(drawing.title, _svg(drawing.figure, drawing.title, _phase_changes(metrics)), drawing.note)
+            for drawing in _drawings(metrics)
+            if drawing
+        ]
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    title: str
+    figure: Figure
+    note: str = ""
+
+
+def _drawings(metrics: list[dict[str, Any]]) -> Iterator[_Drawing | None]:
+    x = _column(metrics, "step")
+    yield _loss(x, _column(metrics, "loss"), _column(metrics, "held_out_loss"))
+    yield _by_noise(x, metrics, "loss_by_noise", "Loss by noise level", noisy=True)
+    yield _by_noise(x, metrics, "held_out_by_noise", "Held-out loss by noise level", noisy=False)
+    yield _single(x, _column(metrics, "learning_rate"), "Learning rate", "learning rate", from_zero=True, scientific=True)
+    mask_ratio = _column(metrics, "mask_ratio") * 100
+    if np.unique(mask_ratio[np.isfinite(mask_ratio)]).size > 1:
+        yield _single(x, mask_ratio, "Mask ratio", "% of patches masked", from_zero=True)
+    yield _single(x, _column(metrics, "grad_norm"), "Gradient norm", "norm", noisy=True, log=True)
+    yield _single(x, _column(metrics, "images_per_second"), "Speed", "images per second", noisy=True, from_zero=True)
+    yield _single(x, _column(metrics, "mfu") * 100, "Model FLOP utilisation", "% of the device's peak", noisy=True, from_zero=True)
+    yield _single(x, _column(metrics, "data_wait") * 100, "Waiting for data", "% of the time", noisy=True, from_zero=True)
+    yield _single(x, _column(metrics, "memory_gb"), "Memory, peak", "GB", from_zero=True)
+
+
+def _loss(x: Numbers, loss: Numbers, held_out: Numbers) -> _Drawing | None:
+    if not np.isfinite(loss).any() and not np.isfinite(held_out).any():
+        return None
+    figure, axes = _blank("loss")
+    _line(axes, x, loss, CURVE, noisy=True, label="training")
+    known = np.isfinite(held_out)
+    if known.any():
+        axes.plot(x[known], held_out[known], color=SECOND, marker="o", markersize=3, linewidth=1.2, label="held out")
+        axes.legend(loc="upper right")
+    _scale(axes, np.concatenate([_smooth(loss), held_out]), loss, log=True)
+    infinite = int(np.sum(~np.isfinite(loss)))
+    note = f" Without {infinite:,} of {len(loss):,} points, which have no finite loss." if infinite else ""
+    return _Drawing("Loss", figure, "Faint: as measured; strong: smoothed." + note)
+
+
+def _by_noise(x: Numbers, metrics: list[dict[str, Any]], key: str, title: str, noisy: bool) -> _Drawing | None:
+    """One line a level. Steps without any are left out first: held-out losses come seldom."""
+    losses = np.array([_levels(line.get(key)) for line in metrics], dtype=np.float64).reshape(-1, len(NOISE))
+    known = np.isfinite(losses).any(axis=1)
+    if not known.any():
+        return None
+    figure, axes = _blank("loss")
+    shown = np.stack([_smooth(column) if noisy else column for column in losses[known].T], axis=1)
+    for level, colour in enumerate(NOISE):
+        label = f"{level + 1}" + {0: " least", len(NOISE) - 1: " most"}.get(level, "")
+        _plot(axes, x[known], shown[:, level], colour, label=label)
+    _scale(axes, shown, shown, log=True)
+    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axes.legend(title="noise", title_fontsize=9, handlelength=1.2, labelspacing=0.3, borderpad=0.2, **beside)
+    return _Drawing(title, figure, "Eight levels, from the least noise to the most" + ("; smoothed." if noisy else "."))
+
+
+def _single(
+    x: Numbers,
+    y: Numbers,
+    title: str,
+    label: str,
+    noisy: bool = False,
+    log: bool = False,
+    from_zero: bool = False,
+    scientific: bool = False,
+) -> _Drawing | None:
+    if not np.isfinite(y).any():
+        return None
+    figure, axes = _blank(label)
+    _line(axes, x, y, CURVE, noisy)
+    _scale(axes, _smooth(y) if noisy else y, y, log)
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    if scientific:
+        axes.yaxis.set_major_formatter(FuncFormatter(_scientific))
+    return _Drawing(title, figure)
+
+
+def _blank(label: str) -> tuple[Figure, Axes]:
+    figure = Figure(SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.grid(linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    return figure, axes
+
+
+def _line(axes: Axes, x: Numbers, y: Numbers, colour: str, noisy: bool, label: str = "") -> None:
+    """A noisy curve is drawn twice: as it is, faint, and smoothed."""
+    if noisy:
+        _plot(axes, x, y, colour, linewidth=0.7, alpha=0.3)
+    _plot(axes, x, _smooth(y) if noisy else y, colour, label=label or None)
+
+
+def _plot(axes: Axes, x: Numbers, y: Numbers, colour: str, **settings: Any) -> None:
+    """The finite points, joined; with dots while they are few."""
+    known = np.isfinite(y)
+    axes.plot(*_thin(x[known], y[known]), color=colour, marker="o" if known.sum() <= 20 else None, markersize=2.5, **settings)
+
+
+def _scale(axes: Axes, shown: Numbers, raw: Numbers, log: bool) -> None:
+    """All of `shown` fits on the axis, and of `raw` all but the rare spikes, which would flatten the rest."""
+    shown, raw = shown[np.isfinite(shown)], raw[np.isfinite(raw)]
+    ends = np.concatenate([shown, np.percentile(raw, [0.5, 99.5]) if raw.size else raw])
+    low, high = float(ends.min()), float(ends.max())
+    if log and low > 0 and high > LOG_FROM * low:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.15, high * 1.15)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        return
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1
+    axes.set_ylim(low - margin, high + margin)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+
+
+def _svg(figure: Figure, salt: str, marks: list[int]) -> str:
+    """For the middle of a page: no prologue, no names of groups (which would be there once for each figure), colours by variable."""
+    for step in marks:
+        figure.axes[0].axvline(step, color=INK, linestyle=":", linewidth=1, alpha=0.6)
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
+        figure.savefig(buffer, format="svg", metadata=metadata)
+    svg = buffer.getvalue()
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
+    svg = re.sub(r' (xmlns(:xlink)?|width|height)="[^"]*"', "", svg, count=4)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    return re.sub("|".join(VARIABLES), lambda colour: f"var(--{VARIABLES[colour[0]]})", svg)
+
+
+def _phase_changes(metrics: list[dict[str, Any]]) -> list[int]:
+    return [line["step"] for before, line in pairwise(metrics) if line.get("phase") != before.get("phase")]
+
+
+def _column(metrics: list[dict[str, Any]], key: str) -> Numbers:
+    return np.array([_number(line.get(key)) for line in metrics], dtype=np.float64)
+
+
+def _levels(value: Any) -> list[float]:
+    values = value if isinstance(value, list) and len(value) == len(NOISE) else [None] * len(NOISE)
+    return [_number(item) for item in values]
+
+
+def _number(value: Any) -> float:
+    """Infinities too are NaN, which matplotlib leaves out; as is what would not fit a drawing."""
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e30 else np.nan
+
+
+def _smooth(y: Numbers) -> Numbers:
+    """A weighted mean of the finite values around each; NaN where the value itself is not finite."""
+    known = np.isfinite(y)
+    width = min(max(3, len(y) // SMOOTH), 1001)
+    window = np.hanning(width + 2 | 1)[1:-1][: max(1, len(y))]
+    total = np.convolve(np.where(known, y, 0), window, "same")
+    weight = np.convolve(known, window, "same")
+    return np.where(known, total / np.where(known, weight, 1), np.nan)
+
+
+def _thin(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
+    """Of each stretch the lowest and the highest point, so that spikes stay."""
+    if len(x) <= POINTS:
+        return x, y
+    kept: list[int] = []
+    for stretch in np.array_split(np.arange(len(x)), POINTS // 2):
+        kept += sorted({int(stretch[y[stretch].argmin()]), int(stretch[y[stretch].argmax()])})
+    return x[kept], y[kept]
+
+
+def _short(value: float, _: int | None = None) -> str:
+    """1500 -> 1.5k"""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def _scientific(value: float, _: int | None = None) -> str:
+    """0.00024 -> 2.4e-4"""
+    return np.format_float_scientific(value, precision=3, trim="-", exp_digits=1) if value else "0"

@@ -1,0 +1,108 @@
+"""A run folder as others read it, while it is written or long after. What is missing or half written is empty, never an exception.
+
+recipe.yaml  run.json  status.json  metrics.jsonl  samples/step-00000500.png
+"""
+
+import json
+import os
+import re
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RECIPE = "recipe.yaml"  # what makes a folder a run
+SILENCE = 15 * 60  # seconds without a word after which a run on another host counts as killed
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`path`, which holds a recipe. Each property reads its file anew."""
+
+    path: Path
+
+    @property
+    def recipe_text(self) -> str:
+        return (self.path / RECIPE).read_text(errors="replace")
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """run.json: name, data, starts."""
+        return _read_object(self.path / "run.json")
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """status.json: how far the run is."""
+        return _read_object(self.path / "status.json")
+
+    def read_metrics(self) -> tuple[list[dict[str, Any]], int]:
+        """The lines of metrics.jsonl by step, and how many could not be read (a killed process leaves half a line).
+
+        Steps that were trained twice, after a rollback or from an older checkpoint, are there as they were last.
+        """
+        try:
+            lines = (self.path / "metrics.jsonl").read_text(errors="replace").splitlines()
+        except OSError:
+            return [], 0
+        by_step: dict[int, dict[str, Any]] = {}
+        damaged = 0
+        for line in filter(str.strip, lines):
+            metrics = _parse_object(line)
+            step = metrics.get("step")
+            if not isinstance(step, int):
+                damaged += 1
+                continue
+            while by_step and next(reversed(by_step)) >= step:
+                by_step.popitem()
+            by_step[step] = metrics
+        return list(by_step.values()), damaged
+
+    @property
+    def samples(self) -> list[tuple[int, Path]]:
+        """Steps and their pictures, in order."""
+        found = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in (self.path / "samples").glob("step-*.png"))
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a trainer wrote it."""
+    return (folder / RECIPE).is_file()
+
+
+def state_of(status: dict[str, Any]) -> str:
+    """As written in status.json; "killed" if it says running and no process can be alive, "unknown" if it says nothing."""
+    state = str(status.get("state") or "unknown")
+    return "killed" if state == "running" and not _may_be_alive(status) else state
+
+
+def _may_be_alive(status: dict[str, Any]) -> bool:
+    pid, written = status.get("pid"), status.get("time")
+    if status.get("host") == socket.gethostname() and isinstance(pid, int) and pid > 0:
+        return _is_process(pid)
+    return isinstance(written, int | float) and time.time() - written <= SILENCE
+
+
+def _is_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # somebody else's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        return _parse_object(path.read_text(errors="replace"))
+    except OSError:
+        return {}
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
