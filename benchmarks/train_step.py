@@ -4,7 +4,7 @@
 
 Times whole steps (forward, backward, clipping, AdamW) of one of the paper's sizes on random latents at 256 px with captions of 77 x 1024,
 and this machine's float32 matrix product, in turns, in one run. The FLOPs are those of the matrix products that the method needs,
-counted by PyTorch on the meta device, forward and backward; the optimizer's are not counted, but its time is.
+forward and backward; the optimizer's are not counted, but its time is.
 """
 
 import argparse
@@ -13,16 +13,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from microdit.diffusion.edm import EDM, draw_sigma, edm_loss
+from microdit.model.flops import training_flops
 from microdit.model.microdit import MicroDiT
-from microdit.model.routing import random_keep_ids
+from microdit.model.routing import kept_tokens, random_keep_ids
 from microdit.model.sizes import SIZES, resolve
 from microdit.recipe import OptimizerRecipe
 from microdit.training.memory import keep_freed_memory
-from microdit.training.optim import make_adamw, set_learning_rate
+from microdit.training.optim import Optimizers
 
 NAMES = {"tiny": "MicroDiT_Tiny_2", "xl": "MicroDiT_XL_2"}
 LATENTS = (4, 32, 32)  # 256 px through the SDXL autoencoder
@@ -67,13 +66,9 @@ def main() -> None:
 
 def flops_per_image(size: str, mask_ratio: float) -> float:
     """Of the matrix products in a forward and a backward pass, attention included."""
-    batch = 8
-    with torch.device("meta"):
-        loss = build_loss(size, batch, mask_ratio)
-        # The math kernel is made of plain matrix products, which the counter knows on every device.
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            loss().backward()
-    return counter.get_total_flops() / batch
+    config = resolve(SIZES[NAMES[size]])
+    tokens = LATENTS[1] * LATENTS[2] // config.patch_size**2
+    return training_flops(config, tokens, kept_tokens(tokens, mask_ratio), CAPTION[0])
 
 
 def build_loss(size: str, batch: int, mask_ratio: float) -> Callable[[], Tensor]:
@@ -97,8 +92,8 @@ def training_step(size: str, batch: int, mask_ratio: float) -> tuple[Callable[[]
     torch.manual_seed(0)
     loss = build_loss(size, batch, mask_ratio)
     model: MicroDiT = loss.model  # type: ignore[attr-defined]
-    optimizer = make_adamw(model, OptimizerRecipe())
-    set_learning_rate(optimizer, 2.4e-4)
+    optimizers = Optimizers(model, OptimizerRecipe())
+    optimizers.set_rate(2.4e-4)
     parts: dict[str, float] = {}
 
     def step() -> None:
@@ -108,8 +103,8 @@ def training_step(size: str, batch: int, mask_ratio: float) -> tuple[Callable[[]
         value.backward()
         backward = time.perf_counter()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizers.step()
+        optimizers.zero_grad()
         parts.update(forward=forward - started, backward=backward - forward, optimizer=time.perf_counter() - backward)
 
     return step, parts

@@ -17,6 +17,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from microdit.model.blocks import Block, BlockShape, Head, SelfAttention, SwiGLU, layer_norm
 from microdit.model.patches import patchify, sincos_positions
@@ -61,6 +62,7 @@ class MicroDiT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.recompute_blocks = False  # in the backward pass, instead of keeping what is inside them (activation checkpointing)
         dim, mixer_dim = config.dim, config.mixer_dim
         self.patch_embed = nn.Linear(config.patch_values, dim)
         self.time_embed = nn.Sequential(nn.Linear(TIME_FREQUENCIES, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
@@ -88,18 +90,20 @@ class MicroDiT(nn.Module):
     ) -> Tensor:
         """Returns F on all patches, (B, T, P), or on the kept ones, (B, K, P), in the order of `keep_ids_BK`."""
         route = make_route(routing, len(self.mixer), keep_ids_BK)
-        x_BTD = self.patch_embed(patchify(latents_BCHW, self.config.patch_size)) + self._positions(latents_BCHW)
+        dtype = self.patch_embed.weight.dtype  # latents and noise levels come in float32, whatever the weights compute in
+        patches_BTP = patchify(latents_BCHW, self.config.patch_size).to(dtype)
+        x_BTD = self.patch_embed(patches_BTP) + self._positions(latents_BCHW).to(dtype)
         condition_BD = F.gelu(self._embed_noise(c_noise_B) + caption.pooled_BD, approximate="tanh")
 
         x_BTD = self.mixer_in(x_BTD)
         mixer_caption_BLD = self.mixer_caption(caption.tokens_BLD)
         for index, block in enumerate(self.mixer):
-            x_BTD = block(route.before(index, x_BTD), mixer_caption_BLD, caption.mask_BL, condition_BD)
+            x_BTD = self._run(block, route.before(index, x_BTD), mixer_caption_BLD, caption.mask_BL, condition_BD)
 
         # The drop comes before the projection, so that dropped tokens cost nothing more.
         x_BTD = self.mixer_out(route.before(len(self.mixer), x_BTD))
         for block in self.blocks:
-            x_BTD = block(x_BTD, caption.tokens_BLD, caption.mask_BL, condition_BD)
+            x_BTD = self._run(block, x_BTD, caption.tokens_BLD, caption.mask_BL, condition_BD)
         return self.head(x_BTD, condition_BD)
 
     def embed_caption(self, text_BLE: Tensor, text_mask_BL: Tensor | None = None) -> Caption:
@@ -124,6 +128,11 @@ class MicroDiT(nn.Module):
             block.init_weights(0.02 / math.sqrt(2 * len(backbone)))
         self.head.init_weights()
 
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.recompute_blocks and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
     def _positions(self, latents_BCHW: Tensor) -> Tensor:
         rows, columns = (side // self.config.patch_size for side in latents_BCHW.shape[-2:])
         table = sincos_positions(rows, columns, self.config.dim, self.config.position_scale)
@@ -134,7 +143,7 @@ class MicroDiT(nn.Module):
         exponent = torch.arange(TIME_FREQUENCIES // 2, dtype=torch.float32, device=c_noise_B.device)
         frequencies = torch.exp(-math.log(10000) * exponent / (TIME_FREQUENCIES // 2))
         angle = c_noise_B.float()[:, None] * frequencies
-        return self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1).to(c_noise_B.dtype))
+        return self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.patch_embed.weight.dtype))
 
 
 class CaptionEmbedder(nn.Module):

@@ -26,7 +26,8 @@ class ExpertChoice(nn.Module):
         """(B, T, D) -> (B, T, D). Each expert takes K = capacity * T / E tokens of each sample."""
         B, T, D = x_BTD.shape
         tokens_per_expert = int(self.capacity * T / self.num_experts)
-        probabilities_BTE = self.router(x_BTD).softmax(dim=-1)
+        logits_BTE = self.router(x_BTD)
+        probabilities_BTE = logits_BTE.softmax(dim=-1, dtype=torch.promote_types(logits_BTE.dtype, torch.float32))
         weight_BEK, token_BEK = probabilities_BTE.transpose(1, 2).topk(tokens_per_expert, dim=-1)
 
         # One flat index serves the gather and the scatter; experts come first so that each is one matrix product.
@@ -34,7 +35,8 @@ class ExpertChoice(nn.Module):
         flat_token = (token_BEK + first_token_B11).transpose(0, 1).reshape(-1)
         chosen_END = x_BTD.reshape(B * T, D).index_select(0, flat_token).view(self.num_experts, -1, D)
         hidden_ENF = F.gelu(torch.bmm(chosen_END, self.w_in))
-        output_END = torch.bmm(hidden_ENF, self.w_out) * weight_BEK.transpose(0, 1).reshape(self.num_experts, -1, 1)
+        output_END = torch.bmm(hidden_ENF, self.w_out)
+        output_END = output_END * weight_BEK.to(output_END.dtype).transpose(0, 1).reshape(self.num_experts, -1, 1)
 
         mixed = torch.zeros(B * T, D, dtype=output_END.dtype, device=x_BTD.device)
         return mixed.index_add(0, flat_token, output_END.view(-1, D)).view(B, T, D)

@@ -57,7 +57,7 @@ def make_route(method: str, mixer_depth: int, keep_ids_BK: Tensor | None) -> Rou
 def random_keep_ids(
     batch: int, tokens: int, mask_ratio: float, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
 ) -> Tensor | None:
-    """Draw the kept tokens of each sample: (B, K) indices with K = tokens * (1 - mask_ratio) rounded down, at least 1.
+    """Draw the kept tokens of each sample: (B, K) indices, K by `kept_tokens`.
 
     Returns None for a mask ratio of 0. Raises ValueError outside [0, 1).
     """
@@ -65,9 +65,13 @@ def random_keep_ids(
         raise ValueError(f"mask_ratio must lie in [0, 1), got {mask_ratio}: at 1 no token would be left to learn from")
     if mask_ratio == 0:
         return None
-    kept = max(1, int(tokens * (1 - mask_ratio) + 1e-6))  # 1e-6: 20 * (1 - 0.9) is 1.9999999999999996
     order = torch.rand(batch, tokens, generator=generator, device=device)
-    return order.argsort(dim=1)[:, :kept]
+    return order.argsort(dim=1)[:, : kept_tokens(tokens, mask_ratio)]
+
+
+def kept_tokens(tokens: int, mask_ratio: float) -> int:
+    """tokens * (1 - mask_ratio), rounded down, at least 1."""
+    return max(1, int(tokens * (1 - mask_ratio) + 1e-6))  # 1e-6: 20 * (1 - 0.9) is 1.9999999999999996
 
 
 def take_tokens(x_BTD: Tensor, ids_BK: Tensor) -> Tensor:

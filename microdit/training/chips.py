@@ -1,0 +1,83 @@
+"""What the chips that people rent can do, to tell how much of it is used."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Chip:
+    """`teraflops`: dense matrix products in bfloat16 (float16 on V100 and T4) summed in float32, without sparsity. `memory_gb`: as sold."""
+
+    name: str
+    marks: tuple[str, ...]  # all of them are in the name that the driver gives
+    teraflops: float
+    memory_gb: int
+
+
+# From the vendors' data sheets and architecture white papers, read in November 2026. Where a sheet prints the figure "with sparsity",
+# half of it. Consumer cards: the figure with float32 accumulation. The first that fits is taken, so special ones stand first.
+CHIPS = (
+    Chip("B200", ("B200",), 2250.0, 180),
+    Chip("H200", ("H200",), 989.4, 141),
+    Chip("H100 NVL", ("H100", "NVL"), 835.5, 94),
+    Chip("H100 PCIe", ("H100", "PCIe"), 756.0, 80),
+    Chip("H100 SXM", ("H100",), 989.4, 80),
+    Chip("A100 80 GB", ("A100", "80GB"), 312.0, 80),
+    Chip("A100 40 GB", ("A100",), 312.0, 40),
+    Chip("L40S", ("L40S",), 362.05, 48),
+    Chip("L40", ("L40",), 181.05, 48),
+    Chip("L4", ("L4",), 121.0, 24),
+    Chip("RTX 6000 Ada", ("RTX 6000 Ada",), 364.2, 48),
+    Chip("RTX A6000", ("RTX A6000",), 154.8, 48),
+    Chip("A40", ("A40",), 149.7, 48),
+    Chip("A10G", ("A10G",), 70.0, 24),
+    Chip("A10", ("A10",), 125.0, 24),
+    Chip("RTX 5090", ("RTX 5090",), 209.5, 32),
+    Chip("RTX 4090", ("RTX 4090",), 165.2, 24),
+    Chip("RTX 3090", ("RTX 3090",), 71.0, 24),
+    Chip("V100", ("V100",), 125.0, 16),
+    Chip("T4", ("T4",), 65.0, 16),
+    Chip("MI300X", ("MI300X",), 1307.4, 192),
+)
+
+MATMUL = 2048
+SECONDS = 0.4  # that measuring may take
+
+
+def find_chip(device_name: str) -> Chip | None:
+    """By the name that `torch.cuda.get_device_name` gives, such as "NVIDIA H100 80GB HBM3"."""
+    words = device_name.replace("-", " ")
+    return next((chip for chip in CHIPS if all(_has(words, mark) for mark in chip.marks)), None)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s that `device` can do in matrix products of `dtype`, and where the number is from.
+
+    From the table for a known GPU in 16 bits; else measured, the best of several products of 2048 x 2048 (8192 x 8192 on a GPU).
+    """
+    chip = find_chip(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if chip is not None and dtype in (torch.bfloat16, torch.float16):
+        return chip.teraflops * 1e12, f"the data sheet of the {chip.name}"
+    side = 4 * MATMUL if device.type == "cuda" else MATMUL
+    kind = str(dtype).removeprefix("torch.")
+    return _measured(device, dtype, side), f"a measured {kind} product of {side} x {side}"
+
+
+def _measured(device: torch.device, dtype: torch.dtype, side: int) -> float:
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    best, deadline = float("inf"), time.perf_counter() + SECONDS
+    while best == float("inf") or time.perf_counter() < deadline:
+        started = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
+
+
+def _has(words: str, mark: str) -> bool:
+    """As whole words: A10 is not in A100. `words` has spaces for dashes: A100-SXM4-80GB."""
+    return f" {mark} " in f" {words} "

@@ -1,0 +1,91 @@
+"""What a process holds in memory while it trains, by arithmetic. `benchmarks/memory.py` compares it with tensors that are counted.
+
+Shape legend: n tokens of a block, D its width, A attention width, F feed-forward width, L caption tokens, C tokens that experts take.
+"""
+
+from dataclasses import dataclass
+
+from microdit.model.blocks import BlockShape
+from microdit.model.microdit import MicroDiT, ModelConfig
+
+FLOAT = 4  # bytes: weights, gradients, moments and averages are float32
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes. `activations`: what the forward pass keeps for the backward pass, at its end; `gathered`: FSDP's low-precision copies of
+    the largest block and of what lies outside of blocks."""
+
+    parameters: int
+    gradients: int
+    moments: int
+    averages: int
+    activations: int
+    gathered: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.moments + self.averages + self.activations + self.gathered
+
+
+def footprint(
+    model: MicroDiT,
+    micro_batch: int,
+    tokens: int,
+    kept: int,
+    caption_tokens: int,
+    ranks: int = 1,
+    emas: int = 1,
+    element: int = 2,
+    checkpointing: bool = False,
+) -> Footprint:
+    """Of one of `ranks` processes that share the model by FSDP. `model` may be on the meta device.
+
+    `element`: bytes of an activation, 2 in bfloat16 and 4 in float32.
+    """
+    weights = {name: weight.numel() for name, weight in model.named_parameters()}
+    share = sum(weights.values()) * FLOAT // ranks
+    blocks: dict[str, int] = {}
+    for name, count in weights.items():
+        stack, number = name.split(".")[:2]
+        group = f"{stack}.{number}" if stack in ("blocks", "mixer") else "caption" if stack == "caption" else "rest"
+        blocks[group] = blocks.get(group, 0) + count
+    # One block computes while the next one comes in.
+    gathered = (blocks.pop("rest") + 2 * max(blocks.values())) * element if ranks > 1 or element != FLOAT else 0
+    kept_elements = activations(model.config, tokens, kept, caption_tokens, checkpointing)
+    return Footprint(share, share, 2 * share, emas * share, micro_batch * kept_elements * element, gathered)
+
+
+def activations(config: ModelConfig, tokens: int, kept: int, caption_tokens: int, checkpointing: bool) -> int:
+    """Elements that autograd keeps for one sample. With checkpointing, blocks keep their input, and one block is computed anew."""
+    mixer = [_block(shape, config.mixer_dim, tokens, caption_tokens, config.expert_capacity) for shape in config.mixer]
+    backbone = [_block(shape, config.dim, kept, caption_tokens, config.expert_capacity) for shape in config.blocks]
+    if checkpointing:
+        inputs = len(mixer) * tokens * config.mixer_dim + len(backbone) * kept * config.dim
+        inside = inputs + max([*mixer, *backbone])
+    else:
+        inside = sum(mixer) + sum(backbone)
+    return inside + _outside(config, tokens, kept, caption_tokens)
+
+
+def _block(shape: BlockShape, dim: int, n: int, caption_tokens: int, capacity: float) -> int:
+    D, A, F, L = dim, shape.attention_dim, shape.ffn_dim, caption_tokens
+    # residual, its norm, modulated; qkv, q and k normed, output twice (as heads and flat); projected
+    attention = 3 * n * D + 3 * n * A + 2 * n * A + 2 * n * A + n * D
+    # residual, its norm, q, q normed, output twice; k and v, k normed
+    cross = 2 * n * D + 2 * n * D + 2 * n * D + 3 * L * D
+    # residual, its norm, modulated; then gate, its activation, up, their product, and the output
+    feed_forward = 3 * n * D + 4 * n * F + n * D
+    if shape.num_experts:
+        chosen = shape.num_experts * int(capacity * n / shape.num_experts)
+        # the tokens that experts take, hidden before and after its activation, their output, weighted; the sum
+        feed_forward = 3 * n * D + chosen * D + 2 * chosen * F + chosen * D + n * D
+    return attention + cross + feed_forward + 6 * D
+
+
+def _outside(config: ModelConfig, tokens: int, kept: int, caption_tokens: int) -> int:
+    D, M, L, F = config.dim, config.mixer_dim, caption_tokens, config.caption_ffn_dim
+    # text; projected, activated, normed, projected; the caption block's attention and feed-forward
+    caption = L * (config.caption_channels + 4 * D) + L * (2 * D + 7 * D) + L * (2 * D + 4 * F)
+    projections = (2 * tokens * D + L * (D + M) + 2 * kept * M) if config.mixer and M != D else 0
+    return caption + projections + tokens * config.patch_values + kept * (3 * D + 4 * config.patch_values)

@@ -1,0 +1,82 @@
+"""The formula against PyTorch's own counter, and against what is known of the paper's run."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from microdit.diffusion.edm import EDM, edm_loss
+from microdit.model.flops import forward_flops, training_flops
+from microdit.model.microdit import MicroDiT, ModelConfig
+from microdit.model.routing import kept_tokens
+from microdit.model.sizes import SIZES, Size, resolve
+
+
+def counted(config: ModelConfig, side: int, kept: int | None, caption_tokens: int, routing: str) -> tuple[int, int]:
+    """Forward alone, and forward with backward, of two samples on the meta device."""
+    B = 2
+    with torch.device("meta"):
+        model = MicroDiT(config)
+        latents, sigma = torch.randn(B, config.in_channels, side, side), torch.rand(B)
+        text = torch.randn(B, caption_tokens, config.caption_channels)
+        keep_ids = None if kept is None else torch.zeros(B, kept, dtype=torch.long)
+
+        def loss():
+            return edm_loss(model, EDM(), latents, model.embed_caption(text), sigma, torch.randn_like(latents), keep_ids, routing).mean()
+
+        # The math kernel is made of plain matrix products, which the counter knows on every device.
+        with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
+            value = loss()
+        with FlopCounterMode(display=False) as backward, sdpa_kernel(SDPBackend.MATH):
+            value.backward()
+    return forward.get_total_flops() // B, (forward.get_total_flops() + backward.get_total_flops()) // B
+
+
+@hypothesis_settings(max_examples=25)
+@given(
+    size=st.builds(
+        Size,
+        dim=st.sampled_from([32, 64]),
+        depth=st.integers(1, 4),
+        head_dim=st.sampled_from([8, 16]),
+        mixer_dim=st.sampled_from([16, 32, 64]),
+        mixer_depth=st.integers(0, 3),
+        num_experts=st.sampled_from([0, 2, 4]),
+        experts_every=st.integers(1, 3),
+        round_ffn_to=st.just(8),
+    ),
+    capacity=st.sampled_from([1.0, 1.3, 2.0]),
+    patch_size=st.sampled_from([1, 2]),
+    mask=st.sampled_from([0.0, 0.3, 0.75]),
+    routing=st.sampled_from(["deferred", "naive"]),
+    caption_tokens=st.integers(1, 9),
+)
+def test_the_formula_is_what_pytorch_counts(size, capacity, patch_size, mask, routing, caption_tokens):
+    config = resolve(size, patch_size=patch_size, expert_capacity=capacity, caption_channels=12)
+    tokens = (12 // patch_size) ** 2
+    kept = kept_tokens(tokens, mask)
+    found = counted(config, 12, kept if mask else None, caption_tokens, routing)
+    assert found == (
+        forward_flops(config, tokens, kept, caption_tokens, routing),
+        training_flops(config, tokens, kept, caption_tokens, routing),
+    )
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("mask", [0.0, 0.75])
+def test_the_papers_sizes_are_what_pytorch_counts(name, mask):
+    config, kept = resolve(SIZES[name]), kept_tokens(256, mask)
+    assert counted(config, 32, kept if mask else None, 77, "deferred")[1] == training_flops(config, 256, kept, 77)
+
+
+@pytest.mark.parametrize(("tokens", "mask", "gflops"), [(256, 0.75, 285), (256, 0, 731), (1024, 0.75, 1122), (1024, 0, 3265)])
+def test_the_four_phases_cost_what_is_known_of_the_authors_code(tokens, mask, gflops):
+    """Theirs hands tokens to experts and back by products with one-hot matrices; ours gathers and adds, so these come on top."""
+    config, kept = resolve(SIZES["MicroDiT_XL_2"]), kept_tokens(tokens, mask)
+    stacks = ((config.mixer, config.mixer_dim, tokens), (config.blocks, config.dim, kept))
+    # (experts x chosen) x tokens x width, to the experts and back, forward and for the tokens' gradient
+    one_hot = sum(4 * 2 * 2 * T * T * dim for stack, dim, T in stacks for shape in stack if shape.num_experts)
+    assert (training_flops(config, tokens, kept, 77) + one_hot) / 1e9 == pytest.approx(gflops, rel=0.01)

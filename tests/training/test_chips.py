@@ -1,0 +1,53 @@
+import math
+
+import pytest
+import torch
+
+from microdit.training.chips import CHIPS, find_chip, peak_flops
+
+
+@pytest.mark.parametrize(
+    ("device_name", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80 GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 80 GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40 GB"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L40", "L40"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA A40", "A40"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+        ("NVIDIA GeForce RTX 5090", "RTX 5090"),
+        ("Tesla V100-SXM2-16GB", "V100"),
+        ("Tesla T4", "T4"),
+        ("AMD Instinct MI300X", "MI300X"),
+    ],
+)
+def test_chips_are_known_by_the_drivers_name(device_name, name):
+    assert find_chip(device_name).name == name
+
+
+@pytest.mark.parametrize("device_name", ["NVIDIA GeForce GTX 1080 Ti", "NVIDIA A1000", "", "Quadro T400"])
+def test_an_unknown_chip_is_not_guessed(device_name):
+    assert find_chip(device_name) is None
+
+
+def test_every_chip_can_be_found():
+    assert {find_chip(f"NVIDIA {' '.join(chip.marks)}").name for chip in CHIPS} == {chip.name for chip in CHIPS}
+
+
+def test_the_cpu_is_measured():
+    flops, source = peak_flops(torch.device("cpu"), torch.float32)
+    assert math.isfinite(flops)
+    assert flops > 1e8
+    assert source == "a measured float32 product of 2048 x 2048"

@@ -1,0 +1,54 @@
+"""The arithmetic against what is really held."""
+
+import pytest
+import torch
+
+from benchmarks.memory import SavedBytes
+from microdit.diffusion.edm import EDM
+from microdit.model.microdit import MicroDiT
+from microdit.model.sizes import Size, resolve
+from microdit.recipe import OptimizerRecipe
+from microdit.training.draws import TrainingBatch
+from microdit.training.footprint import footprint
+from microdit.training.optim import Optimizers
+from microdit.training.step import DenoisingLoss
+
+SIZE = Size(dim=128, depth=6, head_dim=32, mixer_dim=64, mixer_depth=2, num_experts=4, round_ffn_to=32)
+
+
+def held(model: MicroDiT, side: int, kept: int | None, B: int = 4, L: int = 16) -> int:
+    """Bytes that autograd keeps in a real forward pass, in float32."""
+    latents = torch.randn(B, 4, side, side)
+    keep_ids = None if kept is None else torch.stack([torch.randperm((side // 2) ** 2)[:kept] for _ in range(B)])
+    text, ones = torch.randn(B, L, 96), torch.ones(B)
+    saved = SavedBytes()
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        DenoisingLoss(model, EDM(), mask_padding=False)(TrainingBatch(latents, text, None, ones, latents, ones, keep_ids))
+    return saved.total
+
+
+@pytest.mark.parametrize(("side", "kept"), [(16, None), (32, None), (32, 64)])
+@pytest.mark.parametrize("experts", [0, 4])
+def test_activations_are_within_a_tenth_of_what_is_kept(side, kept, experts):
+    model = MicroDiT(resolve(Size(**{**SIZE.__dict__, "num_experts": experts}), caption_channels=96)).train()
+    tokens = (side // 2) ** 2
+    reckoned = footprint(model, 4, tokens, kept or tokens, 16, element=4)
+    assert reckoned.activations == pytest.approx(held(model, side, kept), rel=0.1)
+
+
+def test_weights_gradients_and_moments_are_exact_and_shared_out():
+    model = MicroDiT(resolve(SIZE, caption_channels=96))
+    optimizers = Optimizers(model, OptimizerRecipe())
+    moments = sum(tensor.nbytes for name, tensor in optimizers.tensors().items() if not name.endswith("/step"))
+    alone = footprint(model, 1, 64, 64, 16, ranks=1, emas=2, element=4)
+    weights = sum(weight.nbytes for weight in model.parameters())
+    assert (alone.parameters, alone.gradients, alone.moments, alone.averages) == (weights, weights, moments, 2 * weights)
+    shared = footprint(model, 1, 64, 64, 16, ranks=8, emas=2)
+    assert shared.parameters == weights // 8
+    assert shared.total < alone.total
+
+
+def test_checkpointing_keeps_less():
+    model = MicroDiT(resolve(SIZE, caption_channels=96))
+    whole, less = (footprint(model, 4, 256, 64, 16, checkpointing=flag).activations for flag in (False, True))
+    assert less < whole / 3
