@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# One machine, no scheduler: start training again whenever it ends with exit code 75 ("the machine was asked to stop, start me again")
+# or dies, and stop at success, at Ctrl-C or at a mistake that would only happen again.
+#
+#   examples/launch/restart.sh recipes/microdit-tiny --price-per-hour 0.4
+set -uo pipefail
+while true; do
+  .venv/bin/microdit train "$@" --resume
+  code=$?
+  case $code in
+    75 | 137 | 143) echo "Ended with $code: starting again." >&2 ;;
+    *) exit "$code" ;;
+  esac
+done
