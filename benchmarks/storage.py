@@ -23,8 +23,8 @@ from microdit.data.latents import EncodedSet
 from microdit.diffusion.edm import draw_sigma, edm_loss
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.text import load_text_encoder
-from microdit.recipe import load_recipe
-from microdit.training.optim import learning_rate, set_learning_rate
+from microdit.recipe_file import load_recipe
+from microdit.training.distributed import start_world
 from microdit.training.trainer import Trainer
 
 SAMPLES, AUTHORS_TB = 37e6, 7.3
@@ -71,15 +71,10 @@ def print_losses(steps: int, seeds: int) -> None:
 def train_and_measure(folder: Path, exact: Path, steps: int, seed: int, place: Path) -> float:
     overrides = [f"seed={seed}", f"data.path={folder}", "data.sets={}", f"phases=[{{name: all, steps: {steps}, batch_size: 32, "]
     overrides[-1] += "learning_rate: 3e-3, warmup_steps: 50, final_learning_rate: 0.05, grad_clip: 1.0}]"
+    overrides.append("record.sample_prompts=[]")
     recipe = load_recipe(Path("recipes/emoji.yaml"), overrides)
-    trainer = Trainer(recipe, place / f"run-{folder.name}-{seed}", Console(quiet=True))
-    for step in range(steps):
-        set_learning_rate(trainer.optimizer, learning_rate(recipe.phases[0], step))
-        trainer.loss(recipe.phases[0]).backward()
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0, foreach=True)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        trainer.step += 1
+    trainer = Trainer(recipe, place / f"run-{folder.name}-{seed}", Console(quiet=True), start_world("cpu"))
+    trainer.train()
     return exact_loss(trainer, EncodedSet(exact))
 
 
@@ -90,10 +85,10 @@ def exact_loss(trainer: Trainer, data: EncodedSet) -> float:
     latents_BCHW = data.latents([latents for latents, _ in blobs], 0)
     text_BLE, mask_BL = data.text([text for _, text in blobs])
     generator = torch.Generator().manual_seed(0)
-    sigma_B = draw_sigma(trainer.edm, len(data), generator)
+    sigma_B = draw_sigma(trainer.state.edm, len(data), generator)
     noise_BCHW = torch.randn(latents_BCHW.shape, generator=generator)
-    caption = trainer.model.embed_caption(text_BLE, mask_BL)
-    return float(edm_loss(trainer.model, trainer.edm, latents_BCHW, caption, sigma_B, noise_BCHW).mean())
+    caption = trainer.state.model.embed_caption(text_BLE, mask_BL)
+    return float(edm_loss(trainer.state.model, trainer.state.edm, latents_BCHW, caption, sigma_B, noise_BCHW).mean())
 
 
 if __name__ == "__main__":

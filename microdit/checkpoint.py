@@ -1,44 +1,54 @@
-"""Checkpoints: folders of safetensors that are either whole or not there.
+"""Checkpoints as they lie on the disk: folders that are either whole or not there.
 
-    checkpoints/step-00000500/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json
+    checkpoints/step-00000500/
+      shards/*.safetensors        all that training needs, as the processes held it (torch.distributed.checkpoint); none for inference
+      model.safetensors           the weights, whole
+      ema.safetensors             their averages, whole; ema-DECAY.safetensors for further lengths
+      state.json                  checksums of all of these, the step, and all that is needed to make pictures
 
-A checkpoint is written beside its place and renamed once it is on the disk. `state.json` holds the checksums of the rest, and all
-that is needed to make pictures: architecture, noise settings, which encoders, which latents.
+`training/saving.py` writes them. Nothing in them is a pickle.
 """
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 from microdit.errors import UserError
-from microdit.files import sha256_of, write_aside
+from microdit.files import sha256_of
 from microdit.model.blocks import BlockShape
 from microdit.model.microdit import ModelConfig
 
 STATE = "state.json"
 FOLDER = "checkpoints"
+SHARDS = "shards"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that is whole. `state` is the content of state.json."""
+    """`state` is the content of state.json."""
 
     folder: Path
     step: int
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
+        """Of NAME.safetensors."""
         return load_file(self.folder / f"{name}.safetensors")
+
+    @property
+    def weights(self) -> list[str]:
+        """The names under which whole weights lie here: model, and one for each average."""
+        return sorted(name.removesuffix(".safetensors") for name in self.state["files"] if "/" not in name)
+
+    def damage(self, names: list[str]) -> list[str]:
+        """Which of these files are not what was written."""
+        return [name for name in names if not (self.folder / name).is_file() or sha256_of(self.folder / name) != self.state["files"][name]]
 
     @property
     def model_config(self) -> ModelConfig:
@@ -48,70 +58,64 @@ class Checkpoint:
         return ModelConfig(**fields)
 
 
-def save_checkpoint(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
-    """Write `tensors` (file stem -> name -> tensor) and `state` as the run's checkpoint of `step`; keep the newest `keep`.
-
-    Raises UserError if the disk refuses; then nothing is left behind and the older checkpoints are untouched.
-    """
-    target = run / FOLDER / f"step-{step:08d}"
-    aside = target.with_name(f".{target.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read its state; the files are not looked at. Raises UserError."""
     try:
-        aside.mkdir(parents=True)
-        files = {}
-        for name, content in tensors.items():
-            path = aside / f"{name}.safetensors"
-            save_file({key: tensor.contiguous() for key, tensor in content.items()}, path)
-            _flush(path)
-            files[path.name] = sha256_of(path)
-        write_aside(aside / STATE, json.dumps({"step": step, "files": files, **state}, indent=1).encode())
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(
-            f"The checkpoint of step {step} could not be written to {run / FOLDER}: {error}. "
-            "Earlier checkpoints are intact: make room on the disk and run again with --resume."
-        ) from error
-    for old in _folders(run)[keep:]:
-        shutil.rmtree(old)
-    return target
+        state = json.loads((folder / STATE).read_text())
+        if not isinstance(state["files"], dict):
+            raise ValueError("it names no files")
+        return Checkpoint(folder, state["step"], state)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is damaged ({error}).") from error
 
 
-def latest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint. Damaged ones are passed over, each with a sentence to `warn`; None if there is none.
+def find_weights(run: Path, warn: Callable[[str], None], weights: str | None = None) -> Checkpoint | None:
+    """The newest checkpoint whose `weights` (by default the first average, else the model) are whole; None if there is none at all.
 
-    Raises UserError if there are checkpoints and all are damaged: starting anew silently would lose a run.
+    Damaged ones are passed over, each with a sentence to `warn`. Raises UserError if all are damaged, or have no such weights.
     """
-    folders = _folders(run)
+    folders = checkpoint_folders(run)
     for folder in folders:
         try:
-            return _open(folder)
+            checkpoint = open_checkpoint(folder)
+            name = weights or default_weights(checkpoint)
+            if name not in checkpoint.weights:
+                raise UserError(f"{folder} holds no weights named {name}, only {', '.join(checkpoint.weights)}.")
+            if checkpoint.damage([f"{name}.safetensors"]):
+                warn(f"{folder} is damaged ({name}.safetensors is not what was written).")
+                continue
+            return checkpoint
         except UserError as error:
+            if "damaged" not in str(error):
+                raise
             warn(str(error))
     if folders:
-        raise UserError(f"Every checkpoint in {run / FOLDER} is damaged. Delete the folder to start anew.")
+        raise UserError(f"Every checkpoint in {run / FOLDER} is damaged.")
     return None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as `{parameter name}/{key}` -> tensor."""
-    return {f"{name}/{key}": value for name, weight in model.named_parameters() for key, value in optimizer.state.get(weight, {}).items()}
+def default_weights(checkpoint: Checkpoint) -> str:
+    return "ema" if "ema" in checkpoint.weights else "model"
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
-    weights = dict(model.named_parameters())
-    for path, value in tensors.items():
-        name, _, key = path.rpartition("/")
-        optimizer.state[weights[name]][key] = value
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Newest first."""
+    folder = run / FOLDER
+    found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8}", p.name)] if folder.is_dir() else []
+    return sorted(found, reverse=True)
 
 
-def refuse_other_architecture(checkpoint: Checkpoint, config: ModelConfig) -> None:
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def refuse_other_architecture(checkpoint: Checkpoint, config: ModelConfig, except_for: frozenset[str] = frozenset()) -> None:
     """Raises UserError naming what differs between the checkpoint's model and the recipe's."""
     saved, wanted = asdict(checkpoint.model_config), asdict(config)
     different = [
-        f"{key}: {_short(saved[key])} in the checkpoint, {_short(wanted[key])} in the recipe" for key in wanted if saved[key] != wanted[key]
+        f"{key}: {_short(saved[key])} in the checkpoint, {_short(wanted[key])} in the recipe"
+        for key in wanted
+        if saved[key] != wanted[key] and key not in except_for
     ]
     if different:
         raise UserError(
@@ -121,27 +125,15 @@ def refuse_other_architecture(checkpoint: Checkpoint, config: ModelConfig) -> No
         )
 
 
-def _open(folder: Path) -> Checkpoint:
-    try:
-        state = json.loads((folder / STATE).read_text())
-        damaged = [name for name, checksum in state["files"].items() if sha256_of(folder / name) != checksum]
-        if damaged:
-            raise UserError(f"{folder} is damaged ({', '.join(damaged)} is not what was written).")
-        return Checkpoint(folder, state["step"], state)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} is damaged ({error}).") from error
-
-
-def _folders(run: Path) -> list[Path]:
-    """Newest first."""
-    folder = run / FOLDER
-    found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8}", p.name)] if folder.is_dir() else []
-    return sorted(found, reverse=True)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def refuse_other_encoders(checkpoint: Checkpoint, card: dict[str, Any], data: Path) -> None:
+    """Raises UserError if the checkpoint's model was trained on what other encoders made. `card` is that of the encoded set in `data`."""
+    for key in ("autoencoder", "text_encoder"):
+        then, now = checkpoint.state["data"][key], card[key]
+        if then["fingerprint"] != now["fingerprint"]:
+            raise UserError(
+                f"{checkpoint.folder} was trained on data of the {key} {then['name']} ({then['fingerprint']}), and {data} is of "
+                f"{now['name']} ({now['fingerprint']}): train anew with another --out, or encode with the old one."
+            )
 
 
 def _short(value: object) -> str:

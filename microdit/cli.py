@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from microdit.data.forms import CaptionForm, LatentForm
-from microdit.errors import UserError
+from microdit.errors import StoppedError, UserError
 
 SOURCE_HELP = (
     "emoji and scenes are built in. Else: a folder of pictures with .txt files, metadata.jsonl or metadata.csv; .tar files (WebDataset); "
@@ -35,8 +36,14 @@ def main() -> None:
     try:
         app(args=_repeat_option(sys.argv[1:], "--resolutions"))
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        rank = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+        title = "[yellow]Stopped:[/]" if isinstance(error, StoppedError) else "[bold red]Error:[/]"
+        Console(stderr=True).print(f"{title}{rank} {escape(str(error))}", highlight=False, soft_wrap=True)
+        code = error.exit_code if isinstance(error, StoppedError) else 1
+        # At once: threads that hang, and other processes that may never answer, are not waited for.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _repeat_option(arguments: list[str], option: str) -> list[str]:
@@ -152,22 +159,61 @@ def train_autoencoder(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; recipes/emoji.yaml is the demo's.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or a folder of them (phases, trained in the order of their names).")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as phases.0.steps=100 seed=1")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/NAME]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, if there is one.")] = False,
+    accept_changes: Annotated[bool, typer.Option("--accept-changes", help="Resume though the recipe or the data changed.")] = False,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Dollars of a GPU-hour: shows what is spent and to go.")] = None,
 ) -> None:
     """Train a recipe: its phases in turn, with metrics, sample grids and checkpoints in the run folder.
 
-    Example: microdit train recipes/emoji.yaml phases.0.batch_size=32 --out runs/try
-    """
-    from microdit.recipe import load_recipe
-    from microdit.training.trainer import Trainer
+    Asked to stop (a spot notice), it saves and ends with exit code 75, which means: start me again with --resume. Several GPUs or
+    machines: torchrun --nproc-per-node 8 --max-restarts 3 -m microdit train ... --resume
 
-    settings = load_recipe(recipe, overrides)
-    run = out or Path("runs") / settings.name
-    Trainer(settings, run, console, resume).train()
+    Example: microdit train recipes/emoji.yaml phases.0.batch_size=32 --out runs/try
+
+    Example: microdit train recipes/microdit-xl --resume --price-per-hour 2.5
+    """
+    from microdit.recipe_file import load_recipe
+    from microdit.training.chain import Settings, load_chain, train_chain, train_one
+    from microdit.training.distributed import start_world, stop_world
+
+    settings = Settings(resume, accept_changes, price_per_hour)
+    if recipe.is_dir():
+        recipes = load_chain(recipe, overrides)
+        run = out or Path("runs") / recipe.resolve().name
+        world = start_world(next(iter(recipes.values())).engine.device)
+        console.quiet = not world.is_main
+        train_chain(recipes, run, settings, console, world)
+        run /= list(recipes)[-1]
+    else:
+        loaded = load_recipe(recipe, overrides)
+        run = out or Path("runs") / loaded.name
+        world = start_world(loaded.engine.device)
+        console.quiet = not world.is_main
+        train_one(loaded, run, settings, console, world)
+    stop_world()
     console.print(f'Trained. Pictures: microdit sample {run} "a red heart"', highlight=False)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a folder of several phases' runs.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file to write. [default: RUN/report.html]")] = None,
+) -> None:
+    """Make one self-contained HTML page of a run: curves, pictures, cost, configuration. Works while it is training, too."""
+    from microdit.report import write_report
+
+    console.print(f"[bold]{write_report(run, out)}[/]", highlight=False)
+
+
+@app.command()
+def runs(folder: Annotated[Path, typer.Argument(help="Where the run folders lie.")] = Path("runs")) -> None:
+    """List runs with their state, step, loss and cost."""
+    from microdit.runs import list_runs, runs_table
+
+    console.print(runs_table(list_runs(folder)))
 
 
 @app.command()
@@ -179,6 +225,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="Other seeds make other pictures.")] = 0,
     height: Annotated[int | None, typer.Option(help="Pixels, if not as in training.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels, if not as in training.")] = None,
+    weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
 ) -> None:
     """Draw pictures of prompts with a trained run, as one grid with the captions under them.
@@ -188,7 +235,7 @@ def sample(
     from microdit.grids import draw_grid, save_png
     from microdit.pipeline import Pipeline
 
-    pipeline, checkpoint = Pipeline.from_run(run, _warn)
+    pipeline, checkpoint = Pipeline.from_run(run, _warn, weights)
     with _progress("sample", len(prompts) * steps) as advance:
         images = pipeline(prompts, steps, guidance, seed, advance, height, width)
     save_png(draw_grid(images, prompts), out)

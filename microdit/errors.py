@@ -1,5 +1,17 @@
-"""The one exception that is meant for people: a sentence that says what was wrong, where, and what to do."""
+"""The exceptions that are meant for people: a sentence that says what was wrong, where, and what to do."""
 
 
 class UserError(Exception):
     """A mistake outside the program (recipe, data, disk). The command line prints it without a stack trace."""
+
+
+class StoppedError(UserError):
+    """The run was asked to stop and saved itself. `exit_code` tells whoever started it whether to start it again."""
+
+    def __init__(self, sentence: str, exit_code: int):
+        super().__init__(sentence)
+        self.exit_code = exit_code
+
+
+EXIT_RESTART = 75  # EX_TEMPFAIL: the machine is being taken away, start again with --resume
+EXIT_BY_USER = 130  # as shells have it for Ctrl-C

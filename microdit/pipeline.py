@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from microdit.checkpoint import Checkpoint, latest_checkpoint
+from microdit.checkpoint import Checkpoint, default_weights, find_weights
 from microdit.data.pixels import to_image
 from microdit.diffusion.edm import EDM
 from microdit.diffusion.sampling import guided_denoiser, heun, noise_schedule
 from microdit.encoders.autoencoder import Autoencoder, load_autoencoder
 from microdit.encoders.text import TextEncoder, load_text_encoder
 from microdit.errors import UserError
-from microdit.model.microdit import MicroDiT
+from microdit.model.microdit import MicroDiT, ModelConfig
 
 BATCH = 64
 
@@ -50,15 +50,13 @@ class Pipeline:
         return cls(model, EDM(**state["edm"]), autoencoder, text_encoder, shape, state["mask_padding"], full)
 
     @classmethod
-    def from_run(cls, run: Path, warn: Callable[[str], None]) -> tuple["Pipeline", Checkpoint]:
-        """With the averaged weights of the newest whole checkpoint in the run folder."""
-        checkpoint = latest_checkpoint(run, warn)
+    def from_run(cls, run: Path, warn: Callable[[str], None], weights: str | None = None) -> tuple["Pipeline", Checkpoint]:
+        """With the averaged weights of the newest whole checkpoint in the run folder, or with those named: model, ema, ema-DECAY."""
+        checkpoint = find_weights(run, warn, weights)
         if checkpoint is None:
             raise UserError(f"There is no checkpoint in {run}: train one with 'microdit train RECIPE --out {run}'.")
-        with torch.device("meta"):
-            model = MicroDiT(checkpoint.model_config)
-        model.load_state_dict(checkpoint.tensors("ema"), assign=True)
-        return cls.around(model.eval().requires_grad_(False), checkpoint.state), checkpoint
+        model = model_of(checkpoint.model_config, checkpoint.tensors(weights or default_weights(checkpoint)))
+        return cls.around(model, checkpoint.state), checkpoint
 
     @torch.no_grad()
     def __call__(
@@ -108,6 +106,14 @@ class Pipeline:
             return self.text_encoder.embed_full(self.text_encoder.tokenize(prompts)), None
         text_BLE, mask_BL = self.text_encoder.encode(prompts)
         return text_BLE, mask_BL if self.mask_padding else None
+
+
+def model_of(config: ModelConfig, weights: dict[str, Tensor]) -> MicroDiT:
+    """A model for drawing, which takes the weights as they are."""
+    with torch.device("meta"):
+        model = MicroDiT(config)
+    model.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 def _noise(shape: tuple[int, int, int], seed: int) -> Tensor:

@@ -6,13 +6,14 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "microdit"
 # Each room may import the rooms to its right. Rooms of one tuple do not know each other, except what is listed under FRIENDS.
 LAYERS = [
+    ("__main__",),
     ("cli",),
     ("training", "evaluation"),
-    ("pipeline", "recipe"),
-    ("checkpoint", "grids"),
+    ("pipeline", "recipe_file", "report", "runs"),
+    ("checkpoint", "recipe", "grids", "curves", "run_folder"),
     ("data", "diffusion", "encoders"),
     ("model",),
-    ("files", "errors"),
+    ("files", "errors", "formats"),
 ]
 FRIENDS = {("data", "encoders"), ("files", "errors")}  # data/encode.py drives the frozen encoders
 PURE = {"model": {"torch", "numpy"}, "diffusion": {"torch"}}  # what may come from outside besides the standard library

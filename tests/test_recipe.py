@@ -4,9 +4,10 @@ import pytest
 import yaml
 
 from microdit.errors import UserError
-from microdit.recipe import load_recipe
+from microdit.recipe import PhaseRecipe
+from microdit.recipe_file import load_recipe
 
-RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
+RECIPES = sorted(Path(__file__).parents[1].glob("recipes/**/*.yaml"))
 
 MINIMAL = """
 name: test
@@ -72,7 +73,16 @@ def test_phases_follow_each_other(recipe_file):
         ("phases.0.routing=tread", "phases.0.routing: Invalid value 'tread'"),
         ("phases.0.learning_rate=-1", "learning_rate is -1.0"),
         ("phases.0.learning_rate=.nan", "learning_rate is nan"),
-        ("ema_decay=1.0", "ema_decay is 1.0"),
+        ("ema=[{decay: 1.0}]", "ema.0.decay is 1.0"),
+        ("ema=[{decya: 0.9}]", "unknown key ema.0.decya; did you mean ema.decay"),
+        ("ema=[{decay: 0.9}, {decay: 0.9}]", "ema names a decay twice"),
+        ("engine.micro_batch=0", "engine.micro_batch must be at least 1"),
+        ("engine.sharding=zero", "engine.sharding: Invalid value 'zero'"),
+        ("guard.loss_jump=1", "guard.loss_jump must be above 1"),
+        ("phases.0.mask_schedule=[[0, 0.5], [1, 0]]", "phases.0.mask_schedule takes the place of mask_ratio"),
+        ("phases.1.mask_schedule=[[0.1, 0.5], [1, 0]]", "phases.1.mask_schedule must be points"),
+        ("phases.1.mask_schedule=[[0, 0.5], [1, 1]]", "phases.1.mask_schedule must be points"),
+        ("phases.1.mask_schedule=[0, 1]", "phases.1: Invalid value"),
         ("optimizer.betas=[0.9]", "length 1 does not match"),
         ("phases=[]", "phases is empty"),
         ("seed", "'seed' is not an override"),
@@ -81,6 +91,13 @@ def test_phases_follow_each_other(recipe_file):
 def test_what_cannot_be_is_said_in_a_sentence(recipe_file, override, sentence):
     with pytest.raises(UserError, match=sentence):
         load_recipe(recipe_file, [override])
+
+
+@pytest.mark.parametrize(("step", "ratio"), [(0, 0.75), (25, 0.75), (50, 0.75), (75, 0.375), (100, 0.0)])
+def test_the_mask_may_fall_as_training_goes_on(step, ratio):
+    phase = PhaseRecipe("p", 101, 1, 1e-3, mask_schedule=[[0, 0.75], [0.5, 0.75], [1, 0]])
+    assert phase.mask_ratio_at(step) == pytest.approx(ratio)
+    assert PhaseRecipe("p", 101, 1, 1e-3, mask_ratio=0.5).mask_ratio_at(step) == 0.5
 
 
 @pytest.mark.parametrize("missing", ["name", "model", "phases"])

@@ -155,10 +155,11 @@ class Mixture:
         warn: Callable[[str], None] = print,
     ):
         """Raises UserError if the sets do not fit together."""
-        _refuse_strangers(sets)
+        refuse_strangers(sets)
         self.sets, self.flip, self.on_damage, self.warn = sets, flip, on_damage, warn
         self.replaced = 0  # damaged rows in whose place another was taken
         self._read = 0
+        self._place: Place | None = None  # what is being read now
         self._seed = seed
         self._order = SampleOrder(tuple(tuple(s.bucket_sizes) for s in sets), seed, tuple(phases))
 
@@ -168,6 +169,7 @@ class Mixture:
         samples = []
         self._read += len(places)
         for place in places:
+            self._place = place
             try:
                 samples.append(self.sets[place.set].read(place.bucket, place.row, place.draw))
             except DamagedShard as damage:
@@ -178,6 +180,11 @@ class Mixture:
             flipped_B = torch.from_numpy(generator.random(len(places) * world) < 0.5)[rank::world]
             latents_BCHW = torch.where(flipped_B.view(-1, 1, 1, 1), latents_BCHW.flip(-1), latents_BCHW)
         return Batch(latents_BCHW, *self.sets[0].text([text for _, text in samples]))
+
+    def where(self) -> str:
+        """What is being read now, in words, for whoever waits for it."""
+        place = self._place
+        return "nothing yet" if place is None else f"row {place.row} of {self.sets[place.set].folder}"
 
     def _replacement(self, encoded: EncodedSet, place: Place, damage: DamagedShard) -> tuple[memoryview, memoryview]:
         """The next whole row of the same set and bucket."""
@@ -196,7 +203,8 @@ class Mixture:
         raise UserError(f"{encoded.folder} has no whole row near a damaged one ({damage}): encode it again.") from damage
 
 
-def _refuse_strangers(sets: list[EncodedSet]) -> None:
+def refuse_strangers(sets: list[EncodedSet]) -> None:
+    """Raises UserError if sets are not of the same encoders, shapes and forms."""
     first = sets[0]
     for other in sets[1:]:
         for key in ("autoencoder", "text_encoder", "sizes", "latent_channels", "text_channels"):

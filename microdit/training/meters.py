@@ -1,34 +1,40 @@
-"""What a run tells about itself: metrics.jsonl, TensorBoard, and a line of progress."""
+"""Numbers of the stretch since the last record, and the line of progress."""
 
-import json
+import math
 import time
-from pathlib import Path
+from dataclasses import dataclass, field
 
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-METRICS = "metrics.jsonl"
+from microdit.training.tally import BINS, StepSums, by_noise
+
+SMOOTHING = 0.3  # of the speed that the time left is reckoned with
+
+
+@dataclass
+class Window:
+    """Sums since the last record."""
+
+    started: float = field(default_factory=time.monotonic)
+    losses: list[float] = field(default_factory=lambda: [0.0] * BINS)
+    counts: list[float] = field(default_factory=lambda: [0.0] * BINS)
+    images: int = 0
+    flops: float = 0.0
+    waited: float = 0.0
+    step_losses: list[float] = field(default_factory=list)
 
 
 class Meters:
-    """Collects losses between two records. Use as a context: the files are closed and the progress line ends with it."""
+    """Adds up steps. `peak` is the FLOP/s of one process's device; the work is that of all `processes`."""
 
-    def __init__(self, run: Path, first_step: int, total_steps: int, console: Console):
-        self._forget_after(run / METRICS, first_step)
-        self._file = (run / METRICS).open("a")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
-        self._losses: list[float] = []
-        self._images = 0
-        self._started = time.monotonic()
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            console=console,
-        )
+    def __init__(self, first_step: int, total_steps: int, peak: float, processes: int, device: torch.device, console: Console):
+        self._peak, self._processes, self._device = peak, processes, device
+        self._window = Window()
+        self._flops_per_second: float | None = None
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
+        self._progress = Progress(*columns, console=console)
         self._task: TaskID = self._progress.add_task("start", completed=first_step, total=total_steps, numbers="")
 
     def __enter__(self) -> "Meters":
@@ -37,38 +43,68 @@ class Meters:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        self._board.close()
-        self._file.close()
 
-    def step(self, phase: str, step: int, loss: float, images: int) -> None:
-        """After step number `step` (from 1)."""
-        self._losses.append(loss)
-        self._images += images
+    def step(self, phase: str, step: int, sums: StepSums, flops: float, waited: float, accepted: bool) -> None:
+        """After step number `step` (from 1). `waited`: seconds for data. Steps that were not taken count as work only."""
+        window = self._window
+        window.images += round(sum(sums.counts))
+        window.flops += flops
+        window.waited += waited
+        if accepted:
+            window.step_losses.append(sums.loss)
+            window.losses = [a + b for a, b in zip(window.losses, sums.losses, strict=True)]
+            window.counts = [a + b for a, b in zip(window.counts, sums.counts, strict=True)]
         self._progress.update(self._task, description=phase, completed=step)
 
-    def record(self, step: int, phase: str, learning_rate: float, grad_norm: float) -> None:
-        """Write the mean of the losses since the last record, and the speed over that time (pictures included)."""
-        now = time.monotonic()
-        metrics = {
-            "step": step,
-            "loss": sum(self._losses) / len(self._losses),
-            "images_per_second": round(self._images / (now - self._started), 2),
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
-        }
-        self._file.write(json.dumps({**metrics, "phase": phase, "time": round(time.time(), 2)}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            if name != "step":
-                self._board.add_scalar(name, value, step)
-        numbers = f"loss {metrics['loss']:.4f}  {metrics['images_per_second']:.0f} images/s"
-        self._progress.update(self._task, numbers=numbers)
-        self._losses, self._images, self._started = [], 0, now
+    def read(self) -> dict[str, object]:
+        """Means and speeds since the last reading (time for pictures and checkpoints included), and a new start.
 
-    @staticmethod
-    def _forget_after(path: Path, step: int) -> None:
-        """Drop what a run that was cut off had recorded after its last checkpoint: those steps will be done again."""
-        if path.is_file():
-            lines = path.read_text().splitlines()
-            whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            path.write_text("".join(f"{line}\n" for line in whole))
+        `loss` is the mean of the steps' losses, null if none was taken; `memory_gb` the most this process held on the device.
+        """
+        window, now = self._window, time.monotonic()
+        seconds = now - window.started
+        speed = window.flops / seconds
+        self._flops_per_second = speed if self._flops_per_second is None else SMOOTHING * speed + (1 - SMOOTHING) * self._flops_per_second
+        losses = window.step_losses
+        self._window = Window(started=now)
+        return {
+            "loss": math.fsum(losses) / len(losses) if losses else None,
+            "images_per_second": round(window.images / seconds, 2),
+            "data_wait": round(window.waited / seconds, 4),
+            "mfu": round(speed / (self._peak * self._processes), 4),
+            "memory_gb": round(_peak_memory(self._device) / 1e9, 3),
+            "loss_by_noise": by_noise(window.losses, window.counts),
+        }
+
+    def seconds_left(self, flops: float) -> float:
+        """For `flops` more, at the speed of late; call after `read`."""
+        return flops / self._flops_per_second if self._flops_per_second else 0.0
+
+    def show(self, numbers: str) -> None:
+        self._progress.update(self._task, numbers=numbers)
+
+
+def in_words(
+    loss: float | None, images_per_second: float, mfu: float, seconds_left: float, dollars: float | None, to_go: float | None
+) -> str:
+    """The end of the progress line."""
+    parts = ["no loss" if loss is None else f"loss {loss:.4f}", f"{images_per_second:.0f} images/s", f"{mfu:.0%} MFU", _clock(seconds_left)]
+    if dollars is not None:
+        parts.append(f"${dollars:.2f}" + ("" if to_go is None else f", ${to_go:.2f} to go"))
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days} d {hours} h" if days else f"{hours}:{minutes:02}:{rest:02}") + " left"
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator, or the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on every system that has no GPU; training on CPU is for Linux and macOS
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

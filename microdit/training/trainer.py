@@ -3,230 +3,326 @@
 Notable:
 - what step n does depends on the recipe's seed and on n alone (samples, noise, masks, dropped captions), so resuming needs no
   state of random generators, and a run cut off anywhere goes on with the same losses to the last bit;
-- phases share one optimizer and one average; each has its own mask ratio, batch and learning-rate schedule;
-- Ctrl-C and SIGTERM end the step, write a checkpoint, and say how to go on.
+- the phases of a recipe share one optimizer and averages; each has its own mask ratio, batch and learning-rate schedule;
+- Ctrl-C and SIGTERM end the step, write a checkpoint, and say how to go on;
+- a step whose loss is not finite or jumps is not taken; after several in a row the weights go back to a checkpoint, the data goes on;
+- all processes run the same loop; the first one alone keeps the record.
 """
 
-import signal
+import math
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import Tensor
+from rich.markup import escape
+from torch.nn.parallel import DistributedDataParallel
 
-from microdit.checkpoint import (
-    Checkpoint,
-    latest_checkpoint,
-    optimizer_tensors,
-    refuse_other_architecture,
-    restore_optimizer,
-    save_checkpoint,
-)
-from microdit.data.latents import EncodedSet
-from microdit.diffusion.edm import EDM, draw_sigma, edm_loss
-from microdit.errors import UserError
-from microdit.files import write_aside
+from microdit.checkpoint import Checkpoint
+from microdit.data.latents import refuse_strangers
+from microdit.errors import EXIT_BY_USER, EXIT_RESTART, StoppedError, UserError
 from microdit.grids import draw_grid, save_png
-from microdit.model.microdit import MicroDiT, ModelConfig
-from microdit.model.routing import random_keep_ids
-from microdit.model.sizes import resolve
-from microdit.pipeline import Pipeline
+from microdit.pipeline import Pipeline, model_of
 from microdit.recipe import PhaseRecipe, Recipe
-from microdit.training.ema import EMA
+from microdit.training.chips import peak_flops
+from microdit.training.cost import Cost
+from microdit.training.distributed import World
+from microdit.training.draws import TrainingBatch, add_draws
+from microdit.training.guard import Guard
+from microdit.training.held_out import HeldOut
+from microdit.training.loading import Loader
 from microdit.training.memory import keep_freed_memory
-from microdit.training.meters import Meters
+from microdit.training.meters import Meters, in_words
 from microdit.training.mixture import open_mixture
-from microdit.training.optim import learning_rate, make_adamw, set_learning_rate
+from microdit.training.optim import learning_rate
+from microdit.training.parallel import compute_dtype
+from microdit.training.record import RunRecord, device_name, last_cost
+from microdit.training.saving import Saver, newest_whole, whole
+from microdit.training.start import describe, find_checkpoint, fingerprints, first_weights, model_config, refuse_misfits
+from microdit.training.state import TrainingState
+from microdit.training.stopping import StopRequests, stop_requests
+from microdit.training.tally import StepSums, Tally
+from microdit.training.work import Work
+
+AHEAD = 2  # batches read before they are needed
+MAX_ROLLBACKS = 3  # without a checkpoint between them
 
 
 class Trainer:
-    """A recipe, its run folder, and the state that training changes: model, optimizer, average, step."""
+    """A recipe, its run folder, and the state that training changes."""
 
-    def __init__(self, recipe: Recipe, run: Path, console: Console, resume: bool = False):
-        """Raises UserError if the run exists and `resume` is not set, or if its checkpoint does not fit the recipe."""
-        self.recipe, self.run, self.console = recipe, run, console
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Path,
+        console: Console,
+        world: World,
+        resume: bool = False,
+        accept_changes: bool = False,
+        price_per_hour: float | None = None,
+    ):
+        """Raises UserError if the run exists and `resume` is not set, or if recipe, data, checkpoint and processes do not fit together."""
+        self.recipe, self.run, self.console, self.world = recipe, run, console, world
         self.mixture = open_mixture(recipe, self._warn)
         self.data = self.mixture.sets[0]  # the others are of the same shapes and encoders
-        self.edm = EDM(recipe.diffusion.sigma_data, recipe.diffusion.P_mean, recipe.diffusion.P_std)
-        checkpoint = self._find_checkpoint(resume)
-        config = model_config(recipe, self.data)
-        if checkpoint:
-            refuse_other_architecture(checkpoint, config)
-            _refuse_other_encoders(checkpoint, self.data)
-        torch.manual_seed(recipe.seed)  # of the initial weights; every later draw has its own generator
-        self.model = MicroDiT(config).train()
-        self.optimizer = make_adamw(self.model, recipe.optimizer)
-        self.ema = EMA(self.model, recipe.ema_decay)
+        refuse_misfits(recipe, self.mixture.sets, world)
+        checkpoint = find_checkpoint(run, recipe, self.mixture.sets, world, self._warn, resume, accept_changes)
+        hours, dollars = last_cost(run) if world.is_main else (0.0, 0.0)
+        self.cost = Cost(world.size, price_per_hour, hours, dollars)
+        self.config = model_config(recipe, self.data)
+        weights = None if checkpoint else first_weights(recipe, run, self.config, self.data)
+        self.state = TrainingState(recipe, self.config, world, weights, fresh=checkpoint is None)
+        self.guard = Guard(recipe.guard)
         self.step = 0
+        self._rollbacks_here = 0  # since the last checkpoint, which was of this step
+        self._rolled_back_since: int | None = None
+        self._last: dict[str, Any] = {}  # metrics
         if checkpoint:
             self._restore(checkpoint)
-        write_aside(run / "recipe.yaml", recipe.to_yaml().encode())
+        self.held_out = self._open_held_out()
+        self.saver = Saver(run, world, recipe.record.keep_checkpoints, recipe.record.keep_every, self._warn)
+        self.record = RunRecord(run, recipe, self._warn, self.step) if world.is_main else None
+        self.work = Work(recipe, self.config)
+        self.peak, self.peak_source = peak_flops(world.device, compute_dtype(recipe.engine, world.device))
 
     def train(self) -> None:
-        """From where it stands to the end of the last phase."""
-        recipe, record = self.recipe, self.recipe.record
+        """From where it stands to the end of the last phase. Raises StoppedError if it was asked to stop, UserError if it cannot go on."""
+        recipe, total = self.recipe, self.recipe.total_steps
         keep_freed_memory()
         self._welcome()
-        with Meters(self.run, self.step, recipe.total_steps, self.console) as meters, _stop_requests() as stop:
-            while self.step < recipe.total_steps and not stop:
+        reader = Loader(self._batch, range(self.step, total), AHEAD, recipe.data.read_timeout, self.mixture.where)
+        meters = Meters(self.step, total, self.peak, self.world.size, self.world.device, self.console)
+        with self._reported(), meters, stop_requests() as stop:
+            while self.step < total:
                 phase, step_in_phase = recipe.phase_at(self.step)
                 rate = learning_rate(phase, step_in_phase)
-                set_learning_rate(self.optimizer, rate)
+                self.state.optimizers.set_rate(rate)
 
-                loss = self.loss(phase)
-                loss.backward()
-                grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), phase.grad_clip, foreach=True)
-                if not torch.isfinite(grad_norm):
-                    raise UserError(
-                        f"The loss or its gradient is not finite at step {self.step} (loss {loss.item()}). "
-                        "Nothing was changed by it: resume from the last checkpoint with a lower learning rate."
-                    )
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                self.ema.update(self.step)
-
+                started = time.monotonic()
+                batch = reader.next()
+                waited = time.monotonic() - started
+                sums = self._forward_backward(batch, phase, stop)
+                grad_norm = self.state.clip(phase.grad_clip)
+                objection = self.guard.objection(sums.loss, grad_norm)
+                if objection is None:
+                    self.guard.accept(sums.loss)
+                    self.state.take_step(self.step)
+                self.state.optimizers.zero_grad()
                 self.step += 1
-                last = self.step == recipe.total_steps
-                meters.step(phase.name, self.step, loss.item(), phase.batch_size)
-                if self.step % record.metrics_every == 0 or last:
-                    meters.record(self.step, phase.name, rate, grad_norm.item())
-                if self.step % record.checkpoint_every == 0 or last or stop:
-                    self.save()
-                if record.sample_prompts and (self.step % record.samples_every == 0 or last):
-                    self.sample()
+                if objection is not None:
+                    self._skip(objection)
+
+                last, stopping = self.step == total, sums.stop_by_machine or sums.stop_by_user
+                tokens, caption_tokens = self._tokens(batch), batch.text_BLE.shape[1]
+                flops = self.work.of_step(phase, step_in_phase, tokens, caption_tokens)
+                meters.step(phase.name, self.step, sums, flops, waited, objection is None)
+                if self._due(recipe.record.metrics_every) or self._due_held_out() or last or stopping:
+                    left = self.work.after(self.step, tokens, caption_tokens)
+                    self._write_metrics(meters, phase, step_in_phase, rate, grad_norm, left)
+                if (self._due(recipe.record.checkpoint_every) and not self.guard.in_a_row) or last or stopping:
+                    self._save()
+                if recipe.record.sample_prompts and (self._due(recipe.record.samples_every) or last):
+                    self._sample()
+                self.saver.check()
+                if stopping:
+                    break
+            reader.close()
+            self._end(sums)
+
+    def _batch(self, step: int) -> TrainingBatch:
+        """This process's share of the samples of a step, and their draws."""
+        diffusion, world = self.recipe.diffusion, self.world
+        phase, step_in_phase = self.recipe.phase_at(step)
+        batch = self.mixture.batch(step, world.rank, world.size)
+        numbers = range(world.rank, phase.batch_size, world.size)
+        p = self.config.patch_size
+        tokens = (batch.latents_BCHW.shape[-2] // p) * (batch.latents_BCHW.shape[-1] // p)
+        ratio = phase.mask_ratio_at(step_in_phase)
+        return add_draws(batch, self.state.edm, self.recipe.seed, step, numbers, tokens, ratio, diffusion.caption_dropout)
+
+    def _forward_backward(self, batch: TrainingBatch, phase: PhaseRecipe, stop: StopRequests) -> StepSums:
+        """Gradients of the mean loss over the global batch, micro-batch by micro-batch."""
+        tally = Tally(self.world.device)
+        parts = batch.split(self.recipe.engine.micro_batch or len(batch))
+        for index, part in enumerate(parts):
+            part = part.to(self.world.device)
+            with self._no_sync_before_the_last(index, len(parts)):
+                loss_B = self.state.loss(part, phase.routing)
+                (loss_B.sum() / len(batch)).backward()
+            tally.add(loss_B, part.sigma_B, self.state.edm)
+        tally.add_stops(stop.by_machine, stop.by_user)
+        self.world.sum(tally.sums)
+        return tally.result()
+
+    def _no_sync_before_the_last(self, index: int, parts: int) -> Any:
+        """DDP sums gradients over processes once a step. FSDP does so each time, since whole gradients are what it has no room for."""
+        loss = self.state.loss
+        return loss.no_sync() if isinstance(loss, DistributedDataParallel) and index < parts - 1 else nullcontext()
+
+    def _skip(self, objection: str) -> None:
+        """Count a step that was not taken; after several in a row, go back to a checkpoint."""
+        time_to_go_back = self.guard.skip()
+        self._warn(f"Step {self.step} was not taken: {objection}. That makes {self.guard.skipped} of {self.step} steps.")
+        if not time_to_go_back:
+            return
+        in_a_row = self.guard.in_a_row
+        self.saver.finish()
+        checkpoint = self._earlier_checkpoint()
+        if checkpoint is None:
+            raise UserError(
+                f"{in_a_row} steps in a row, up to step {self.step}, could not be taken ({objection}), and there is no earlier checkpoint "
+                "that helps. Resume with a lower learning rate (--accept-changes), or look at the data of these steps."
+            )
+        self._warn(f"Back to the weights of step {checkpoint.step}; the data goes on from step {self.step}.")
+        self.state.load(checkpoint)
+        self.guard.roll_back(checkpoint.state["guard"])
+
+    def _earlier_checkpoint(self) -> Checkpoint | None:
+        """The newest one; if the last rollback was to that and did not help, the one before it."""
+        newest = self.saver.last_saved
+        if newest != self._rolled_back_since:
+            self._rolled_back_since, self._rollbacks_here = newest, 0
+        self._rollbacks_here += 1
+        if self._rollbacks_here > MAX_ROLLBACKS:
+            return None
+        return newest_whole(self.run, self.world, self._warn, skip=self._rollbacks_here - 1)
+
+    def _write_metrics(
+        self, meters: Meters, phase: PhaseRecipe, step_in_phase: int, rate: float, grad_norm: float, flops_left: float
+    ) -> None:
+        measured = self.held_out.measure(self.state.loss) if self.held_out and self._due_held_out() else {}
+        if self.record is None:
+            return
+        numbers: dict[str, Any] = meters.read()
+        dollars, seconds_left = self.cost.dollars(), meters.seconds_left(flops_left)
+        values = {
+            "step": self.step,
+            "phase": phase.name,
+            **numbers,
+            **measured,
+            "learning_rate": rate,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "mask_ratio": phase.mask_ratio_at(step_in_phase),
+            "images_seen": self.recipe.samples_before(self.step),
+            "skipped": self.guard.skipped,
+            "gpu_hours": self.cost.gpu_hours(),
+            **({} if dollars is None else {"dollars": dollars}),
+            "seconds_left": round(seconds_left),
+            "time": round(time.time(), 2),
+        }
+        self.record.metrics(values)
+        self._last = values
+        self._status("running")
+        shown = (numbers["loss"], numbers["images_per_second"], numbers["mfu"], seconds_left, dollars, self.cost.to_go(seconds_left))
+        meters.show(in_words(*shown))
+
+    def _status(self, state: str, reason: str | None = None) -> None:
+        if self.record is None:
+            return
+        keys = ("phase", "loss", "images_per_second", "seconds_left")
+        values = {key: self._last.get(key) for key in keys}
+        counts = {"skipped": self.guard.skipped, "rollbacks": self.guard.rollbacks, "checkpoints_failed": self.saver.failed}
+        cost = {"gpu_hours": self.cost.gpu_hours(), "dollars": self.cost.dollars()}
+        self.record.status(state, reason, step=self.step, total_steps=self.recipe.total_steps, **values, **cost, **counts)
+
+    def _save(self) -> None:
+        """Begin a checkpoint. Weights that are no numbers are never saved: the older checkpoints are what a rollback needs."""
+        if not self.state.is_finite():
+            self._warn(f"Some weights are not finite after step {self.step}: no checkpoint of them.")
+            return
+        costs = {"gpu_hours": self.cost.gpu_hours(), "dollars": self.cost.dollars()}
+        position = {"images_seen": self.recipe.samples_before(self.step), "guard": self.guard.state(), **costs}
+        description = describe(self.recipe, self.config, self.data, self.mixture.sets)
+        self.saver.save(self.step, self.state.tensors(), {**description, **position}, ["model", *self.state.averages])
+
+    def _sample(self) -> None:
+        """Write a grid of the recipe's prompts to samples/, with the averaged weights. All processes gather, the first one draws."""
+        averages = next(iter(self.state.averages.values()), None)
+        source = averages.averages if averages else {name: weight.detach() for name, weight in self.state.model.named_parameters()}
+        weights = {name: whole(tensor).cpu() for name, tensor in source.items()}
+        if self.record is not None:
+            record, prompts = self.recipe.record, list(self.recipe.record.sample_prompts)
+            description = describe(self.recipe, self.config, self.data, self.mixture.sets)
+            pipeline = Pipeline.around(model_of(self.config, weights), description)
+            images = pipeline(prompts, record.sample_steps, record.guidance_scale, self.recipe.seed)
+            title = f"{self.recipe.name}, step {self.step}, {self.recipe.samples_before(self.step):,} images seen"
+            self.record.picture(lambda path: save_png(draw_grid(images, prompts, title=title), path), self.step)
+        self.world.wait_for_all()
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """However training ends, the record says so."""
+        self._status("running")
+        try:
+            yield
+            self._status("finished")
+        except StoppedError as error:
+            self._status("stopped", str(error))
+            raise
+        except BaseException as error:
+            self._status("failed", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            if self.record is not None:
+                self.record.close()
+
+    def _end(self, sums: StepSums) -> None:
+        """Wait for the last checkpoint, and say how it went."""
+        saved = self.saver.finish()
         if self.mixture.replaced:
             self._warn(f"{self.mixture.replaced} samples were damaged, and others took their places: encode the data again.")
-        if stop and self.step < recipe.total_steps:
-            raise UserError(f"Stopped at step {self.step} of {recipe.total_steps}, saved in {self.run}. Go on with --resume.")
-
-    def loss(self, phase: PhaseRecipe) -> Tensor:
-        """The loss of the next step. All that is random in it comes from (seed, step)."""
-        diffusion = self.recipe.diffusion
-        batch = self.mixture.batch(self.step)
-        B, _, height, width = batch.latents_BCHW.shape
-        generator = torch.Generator().manual_seed(_mix(self.recipe.seed, self.step))
-        sigma_B = draw_sigma(self.edm, B, generator)
-        noise_BCHW = torch.randn(batch.latents_BCHW.shape, generator=generator)
-        kept_B11 = (torch.rand(B, 1, 1, generator=generator) >= diffusion.caption_dropout).float()
-        tokens = (height // self.model.config.patch_size) * (width // self.model.config.patch_size)
-        keep_ids_BK = random_keep_ids(B, tokens, phase.mask_ratio, generator)
-
-        mask_BL = batch.text_mask_BL if self.recipe.model.mask_padding else None
-        caption = self.model.embed_caption(batch.text_BLE * kept_B11, mask_BL)
-        return edm_loss(self.model, self.edm, batch.latents_BCHW, caption, sigma_B, noise_BCHW, keep_ids_BK, phase.routing).mean()
-
-    def save(self) -> None:
-        """Write a checkpoint. Raises UserError if the disk refuses."""
-        tensors = {
-            "model": self.model.state_dict(),
-            "ema": self.ema.model.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer, self.model),
-        }
-        save_checkpoint(self.run, self.step, tensors, self._state(), self.recipe.record.keep_checkpoints)
-
-    def sample(self) -> None:
-        """Write a grid of the recipe's prompts to samples/, with the averaged weights."""
-        record = self.recipe.record
-        prompts = list(record.sample_prompts)
-        pipeline = Pipeline.around(self.ema.model, self._state())
-        images = pipeline(prompts, record.sample_steps, record.guidance_scale, self.recipe.seed)
-        title = f"{self.recipe.name}, step {self.step}, {self._samples_seen():,} images seen"
-        save_png(draw_grid(images, prompts, title=title), self.run / "samples" / f"step-{self.step:08d}.png")
-
-    def _find_checkpoint(self, resume: bool) -> Checkpoint | None:
-        if not resume and self.run.exists() and any(self.run.iterdir()):
-            raise UserError(f"{self.run} holds a run already: go on with --resume, or choose another --out.")
-        return latest_checkpoint(self.run, self._warn) if resume else None
+        if self.step < self.recipe.total_steps:
+            where = f"saved in {self.run}" if saved else "NOT saved (see above)"
+            code = EXIT_BY_USER if sums.stop_by_user else EXIT_RESTART
+            raise StoppedError(f"Stopped at step {self.step} of {self.recipe.total_steps}, {where}. Go on with --resume.", code)
+        if not saved:
+            raise UserError(f"Trained to the end, but the last checkpoint could not be written to {self.run}: make room, then --resume.")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.model.load_state_dict(checkpoint.tensors("model"))
-        self.ema.model.load_state_dict(checkpoint.tensors("ema"))
-        restore_optimizer(self.optimizer, self.model, checkpoint.tensors("optimizer"))
+        self.state.load(checkpoint)
+        self.guard.restore(checkpoint.state["guard"])
         self.step = checkpoint.step
+        self.cost.earlier_hours = max(self.cost.earlier_hours, checkpoint.state["gpu_hours"])
+        self.cost.earlier_dollars = max(self.cost.earlier_dollars, checkpoint.state["dollars"] or 0.0)
 
-    def _state(self) -> dict[str, Any]:
-        """What a checkpoint says beside its tensors."""
-        return {
-            "model": asdict(self.model.config),
-            "edm": asdict(self.edm),
-            "mask_padding": self.recipe.model.mask_padding,
-            "data": self.data.summary(),
-            "images_seen": self._samples_seen(),
-        }
+    def _open_held_out(self) -> HeldOut | None:
+        if self.recipe.data.held_out is None:
+            return None
+        held_out = HeldOut(
+            Path(self.recipe.data.held_out), self.data.resolution, self.recipe.record.held_out_samples, self.state.edm, self.world
+        )
+        refuse_strangers([self.data, held_out.data])
+        return held_out
 
-    def _samples_seen(self) -> int:
-        """The position in the data: all batches before this step."""
-        seen, left = 0, self.step
-        for phase in self.recipe.phases:
-            seen += min(left, phase.steps) * phase.batch_size
-            left -= min(left, phase.steps)
-        return seen
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0
+
+    def _due_held_out(self) -> bool:
+        return self.held_out is not None and (self._due(self.recipe.record.held_out_every) or self.step == self.recipe.total_steps)
+
+    def _tokens(self, batch: TrainingBatch) -> int:
+        """Patches of a picture."""
+        height, width = batch.latents_BCHW.shape[-2:]
+        return (height // self.config.patch_size) * (width // self.config.patch_size)
 
     def _warn(self, sentence: str) -> None:
-        self.console.print(f"[yellow]{sentence}[/]")
+        self.console.print(f"[yellow]{escape(sentence)}[/]")
 
     def _welcome(self) -> None:
-        parameters = sum(w.numel() for w in self.model.parameters())
-        start = f"from step {self.step}" if self.step else "from scratch"
-        samples = " + ".join(f"{len(encoded):,}" for encoded in self.mixture.sets)
-        self.console.print(
-            f"[bold]{self.recipe.name}[/]: {parameters / 1e6:.1f} M parameters on {samples} samples, "
-            f"{self.recipe.total_steps:,} steps {start}, into {self.run}"
+        """Say what begins, and note it in the record."""
+        world, data = self.world, fingerprints(self.recipe, self.mixture.sets)
+        if self.record is not None:
+            machine = {"world_size": world.size, "device": device_name(world.device), "price_per_hour": self.cost.price_per_hour}
+            self.record.started(data, {**machine, "from_step": self.step})
+        start = (
+            f"from step {self.step}" if self.step else "from scratch" if self.recipe.init_from is None else f"from {self.recipe.init_from}"
         )
-
-
-def model_config(recipe: Recipe, data: EncodedSet) -> ModelConfig:
-    """The recipe's model for this data's latents and captions. Raises UserError if the patches do not fit."""
-    channels = data.latent_shape()[0]
-    p = recipe.model.patch_size
-    for bucket in range(len(data.bucket_sizes)):
-        _, height, width = data.latent_shape(bucket)
-        if height % p or width % p:
-            raise UserError(f"model.patch_size {p} does not divide the {height} x {width} latents of {data.folder}.")
-    return resolve(
-        recipe.model,
-        patch_size=p,
-        in_channels=channels,
-        caption_channels=data.card["text_channels"],
-        expert_capacity=recipe.model.expert_capacity,
-        bias=recipe.model.bias,
-        position_scale=recipe.model.position_scale,
-    )
-
-
-def _refuse_other_encoders(checkpoint: Checkpoint, data: EncodedSet) -> None:
-    for key in ("autoencoder", "text_encoder"):
-        then, now = checkpoint.state["data"][key], data.card[key]
-        if then["fingerprint"] != now["fingerprint"]:
-            raise UserError(
-                f"The run was trained on data of the {key} {then['name']} ({then['fingerprint']}), and {data.folder} is of {now['name']} "
-                f"({now['fingerprint']}): train anew with another --out, or encode with the old one."
-            )
-
-
-def _mix(seed: int, step: int) -> int:
-    """One generator seed for each (seed, step), in 63 bits."""
-    return (seed * 0x9E3779B97F4A7C15 + step) % (1 << 63)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C or SIGTERM. A second Ctrl-C ends the program at once."""
-    requests: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: object) -> None:
-        requests.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield requests
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        samples = " + ".join(f"{len(encoded):,}" for encoded in self.mixture.sets)
+        ways = {"none": "", "ddp": f", copied to {world.size} processes", "fsdp": f", sharded over {world.size} processes"}
+        self.console.print(
+            f"[bold]{self.recipe.name}[/]: {self.state.parameters / 1e6:.1f} M parameters on {samples} samples, "
+            f"{self.recipe.total_steps:,} steps {start}, into {self.run}{ways[self.state.sharding]}. "
+            f"Utilisation is against {self.peak / 1e12:.3g} TFLOP/s, {self.peak_source}."
+        )

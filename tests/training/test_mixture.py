@@ -5,7 +5,7 @@ import torch
 
 from microdit.data.latents import EncodedSet
 from microdit.errors import UserError
-from microdit.recipe import load_recipe
+from microdit.recipe_file import load_recipe
 from microdit.training.mixture import open_mixture
 
 RECIPE = Path(__file__).parent / "recipe.yaml"

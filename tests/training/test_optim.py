@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from microdit.model.microdit import MicroDiT
 from microdit.model.sizes import Size, resolve
-from microdit.recipe import OptimizerRecipe, PhaseRecipe
-from microdit.training.ema import EMA
-from microdit.training.optim import learning_rate, make_adamw, set_learning_rate
+from microdit.recipe import EMARecipe, OptimizerRecipe, PhaseRecipe
+from microdit.training.ema import EMA, names_of
+from microdit.training.optim import Optimizers, learning_rate
 
 
 def small_model() -> MicroDiT:
@@ -31,11 +31,12 @@ def test_a_constant_rate_is_constant():
     assert {learning_rate(phase, step) for step in range(100)} == {8e-5}
 
 
-def test_experts_learn_at_half_the_rate_and_only_matrices_decay():
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_experts_learn_at_half_the_rate_and_only_matrices_decay(method):
     model = small_model()
-    optimizer = make_adamw(model, OptimizerRecipe(expert_learning_rate=0.5, weight_decay=0.1))
-    set_learning_rate(optimizer, 2e-3)
-    of = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
+    optimizers = Optimizers(model, OptimizerRecipe(method=method, expert_learning_rate=0.5, weight_decay=0.1))
+    optimizers.set_rate(2e-3)
+    of = {id(weight): group for optimizer in optimizers.all for group in optimizer.param_groups for weight in group["params"]}
     assert len(of) == len(list(model.parameters()))
     for name, weight in model.named_parameters():
         is_expert = name.endswith(("w_in", "w_out"))
@@ -44,31 +45,73 @@ def test_experts_learn_at_half_the_rate_and_only_matrices_decay():
     assert any(name.endswith("w_in") for name, _ in model.named_parameters())
 
 
+def test_muon_has_the_blocks_matrices_and_adamw_the_rest():
+    model = small_model()
+    adamw, muon = Optimizers(model, OptimizerRecipe(method="muon")).all
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    by_muon = {names[id(weight)] for group in muon.param_groups for weight in group["params"]}
+    expected = {name for name, weight in model.named_parameters() if name.startswith(("blocks.", "mixer.")) and weight.dim() == 2}
+    assert by_muon == expected
+    assert len(by_muon) + sum(len(group["params"]) for group in adamw.param_groups) == len(names)
+
+
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_the_state_goes_by_name_and_making_it_changes_no_weight(method):
+    models = [small_model(), small_model()]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [Optimizers(model, OptimizerRecipe(method=method)) for model in models]
+
+    def step(index: int, value: float) -> None:
+        optimizers[index].set_rate(1e-3)
+        for weight in models[index].parameters():
+            weight.grad = torch.full_like(weight, value)
+        optimizers[index].step()
+
+    before = [weight.detach().clone() for weight in models[1].parameters()]
+    made = optimizers[1].tensors()
+    assert all(a.equal(b) for a, b in zip(before, models[1].parameters(), strict=True))
+    assert all(not tensor.any() for tensor in made.values())
+    step(0, 0.5)
+    models[1].load_state_dict(models[0].state_dict())
+    saved = optimizers[0].tensors()
+    assert saved.keys() == made.keys()
+    for name, tensor in saved.items():
+        made[name].copy_(tensor)
+    for index in (0, 1):
+        step(index, -0.2)
+    assert all(a.equal(b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
 def test_one_step_is_adamw_of_the_formula():
     model = small_model()
-    optimizer = make_adamw(model, OptimizerRecipe())
-    set_learning_rate(optimizer, 1e-2)
+    optimizers = Optimizers(model, OptimizerRecipe())
+    optimizers.set_rate(1e-2)
     before = model.blocks[0].attn.qkv.weight.detach().clone()
     for weight in model.parameters():
         weight.grad = torch.full_like(weight, 0.3)
-    optimizer.step()
+    optimizers.step()
     # after one step the moments, with their bias corrected, are the gradient and its square
     expected = before * (1 - 1e-2 * 0.1) - 1e-2 * 0.3 / (0.3 + 1e-8)
     assert torch.allclose(model.blocks[0].attn.qkv.weight, expected, atol=1e-7)
 
 
-def test_the_average_equals_the_naive_sum():
+@pytest.mark.parametrize("start", [0, 10])
+def test_the_average_equals_the_naive_sum(start):
     model = small_model()
-    ema = EMA(model, decay=0.9)
+    ema = EMA(model, EMARecipe(decay=0.9, start=start))
     naive = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     for step in range(30):
         with torch.no_grad():
             for weight in model.parameters():
                 weight.add_(torch.randn_like(weight))
         ema.update(step)
-        decay = min(0.9, (1 + step) / (10 + step))
+        decay = min(0.9, (1 + step) / (10 + step)) if start == 0 else 0.9 if step >= start else 0.0
         for name, weight in model.named_parameters():
             naive[name] = decay * naive[name] + (1 - decay) * weight.detach()
-    for name, weight in ema.model.named_parameters():
-        assert torch.allclose(weight, naive[name], atol=1e-5)
-        assert not weight.requires_grad
+    for name, average in ema.averages.items():
+        assert torch.allclose(average, naive[name], atol=1e-5)
+        assert not average.requires_grad
+
+
+def test_files_of_averages_are_named_by_their_length():
+    assert names_of([EMARecipe(0.999), EMARecipe(0.9999), EMARecipe(0.99, 100)]) == ["ema", "ema-0.9999", "ema-0.99"]

@@ -1,149 +1,279 @@
 """What a run does when things go wrong: real processes, really killed."""
 
 import json
+import os
+import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-RECIPE = Path(__file__).parent / "recipe.yaml"
+from tests.training.processes import RECIPE, losses, start, train, wait_for
 
-
-def command(run: Path, data: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "microdit.cli", "train", str(RECIPE), f"data.path={data}", "--out", str(run), *more]
-
-
-def train(run: Path, data: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(run, data, *more), capture_output=True, text=True, check=False)
-
-
-def losses(run: Path) -> dict[int, float]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == sorted({r["step"] for r in records})
-    return {r["step"]: r["loss"] for r in records}
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the run ended before it was interrupted"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+RESTART = 75
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, encoded_emoji) -> Path:
     """40 steps without a break."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    result = train(run, encoded_emoji)
-    assert result.returncode == 0, result.stderr
+    running = train(run, encoded_emoji)
+    assert running.wait() == [0], running.output
     return run
 
 
-def test_a_run_leaves_a_record(whole_run):
+def same_weights(a: Path, b: Path, tolerance: float = 0.0, step: int = 40) -> None:
+    for name in ("model", "ema"):
+        ours, theirs = (load_file(run / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors") for run in (a, b))
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert (ours[key] - theirs[key]).abs().max() <= tolerance, (name, key)
+
+
+def status(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text())
+
+
+def test_a_run_leaves_a_record(whole_run, encoded_emoji):
     assert sorted(losses(whole_run)) == list(range(1, 41))
-    assert {p.name for p in whole_run.iterdir()} >= {"recipe.yaml", "metrics.jsonl", "tensorboard", "checkpoints"}
+    assert {p.name for p in whole_run.iterdir()} >= {
+        "recipe.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "status.json",
+        "tensorboard",
+        "checkpoints",
+    }
     state = json.loads((whole_run / "checkpoints" / "step-00000040" / "state.json").read_text())
     assert state["images_seen"] == 25 * 8 + 15 * 6
+    assert state["gpu_hours"] > 0
+    assert status(whole_run)["state"] == "finished"
+    about = json.loads((whole_run / "run.json").read_text())
+    assert about["data"]["data"]["rows"] == 40
+    assert len(about["data"]["data"]["fingerprint"]) == 16
+    start = about["starts"][0]
+    assert (start["world_size"], start["from_step"]) == (1, 0)
+    assert {"python", "torch", "microdit"} <= set(start["versions"])
 
 
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, encoded_emoji, whole_run):
+def test_losses_by_noise_level_add_up_to_the_loss(whole_run):
+    records = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    bins = [[r["loss_by_noise"][i] for r in records if r["loss_by_noise"][i] is not None] for i in range(8)]
+    assert all(bins)
+    means = [sum(b) / len(b) for b in bins]
+    assert means[0] > means[-1] or means[0] < means[-1]  # they are not one number written eight times
+    for record in records:
+        present = [value for value in record["loss_by_noise"] if value is not None]
+        assert min(present) - 1e-6 <= record["loss"] <= max(present) + 1e-6
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, encoded_emoji, whole_run, ranks):
+    """One process killed with SIGKILL; resumed by one, bit for bit; by two, sharded, up to rounding."""
     run = tmp_path / "killed"
-    process = subprocess.Popen(command(run, encoded_emoji), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: (run / "checkpoints" / "step-00000020").is_dir() and 23 in losses(run), process)
-    process.kill()
-    process.wait()
+    running = train(run, encoded_emoji)
+    wait_for(lambda: (run / "checkpoints" / "step-00000020").is_dir() and 23 in losses(run), running)
+    running.kill()
     assert not (run / "checkpoints" / "step-00000040").exists()
-    result = train(run, encoded_emoji, "--resume")
-    assert result.returncode == 0, result.stderr
-    assert "from step 20" in result.stdout
-    assert losses(run) == losses(whole_run)
-    for name in ("model", "ema", "optimizer"):
-        ours, theirs = (load_file(r / "checkpoints" / "step-00000040" / f"{name}.safetensors") for r in (run, whole_run))
-        assert ours.keys() == theirs.keys()
-        assert all(ours[key].equal(theirs[key]) for key in ours), name
+    resumed = train(run, encoded_emoji, "--resume", "engine.sharding=fsdp", ranks=ranks)
+    assert resumed.wait() == [0] * ranks, resumed.output
+    assert "from step 20" in resumed.output
+    if ranks == 1:
+        assert losses(run) == losses(whole_run)
+        same_weights(run, whole_run)
+    else:
+        assert losses(run) == pytest.approx(losses(whole_run), abs=1e-5)
+        same_weights(run, whole_run, 1e-4)
+    starts = json.loads((run / "run.json").read_text())["starts"]
+    assert [s["from_step"] for s in starts] == [0, 20]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, encoded_emoji, whole_run, number):
+def test_two_sharded_processes_killed_go_on_as_one(tmp_path, encoded_emoji, whole_run):
+    run = tmp_path / "killed"
+    running = train(run, encoded_emoji, "engine.sharding=fsdp", ranks=2)
+    wait_for(lambda: (run / "checkpoints" / "step-00000020").is_dir() and 23 in losses(run), running)
+    running.kill()
+    resumed = train(run, encoded_emoji, "--resume")
+    assert resumed.wait() == [0], resumed.output
+    assert losses(run) == pytest.approx(losses(whole_run), abs=1e-5)
+
+
+def test_killed_at_twenty_random_moments_equals_uninterrupted(tmp_path, encoded_emoji):
+    """Saving at every second step, so that many kills fall into a save."""
+    settings = ["phases.0.steps=100", "phases.1.steps=120", "record.checkpoint_every=2"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    uninterrupted = train(whole, encoded_emoji, *settings, "record.checkpoint_every=220")
+    assert uninterrupted.wait() == [0], uninterrupted.output
+    draw = random.Random(0)
+    for _ in range(20):
+        before = max(losses(run), default=0)
+        running = train(run, encoded_emoji, "--resume", *settings)
+        wait_for(lambda before=before: max(losses(run), default=0) > before, running)
+        time.sleep(draw.uniform(0, 0.08))
+        running.kill()
+    assert 20 < max(losses(run)) < 220
+    last = train(run, encoded_emoji, "--resume", *settings)
+    assert last.wait() == [0], last.output
+    assert losses(run) == losses(whole)
+    same_weights(run, whole, step=220)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, RESTART)])
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(tmp_path, encoded_emoji, whole_run, number, code):
     run = tmp_path / "stopped"
-    process = subprocess.Popen(command(run, encoded_emoji), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (run / "metrics.jsonl").exists() and 3 in losses(run), process)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "Go on with --resume" in stderr
-    assert "Traceback" not in stderr
-    assert train(run, encoded_emoji, "--resume").returncode == 0
+    running = train(run, encoded_emoji)
+    wait_for(lambda: 3 in losses(run), running)
+    os.kill(running.processes[0].pid, number)
+    assert running.wait(20) == [code]
+    assert "Go on with --resume" in running.output
+    assert "Traceback" not in running.output
+    assert status(run)["state"] == "stopped"
+    step = status(run)["step"]
+    resumed = train(run, encoded_emoji, "--resume")
+    assert resumed.wait() == [0]
+    assert f"from step {step}" in resumed.output
     assert losses(run) == losses(whole_run)
 
 
-def test_a_full_disk_ends_in_a_sentence_and_leaves_the_last_checkpoint(tmp_path, encoded_emoji, whole_run):
+def test_a_notice_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, encoded_emoji, whole_run):
+    run = tmp_path / "stopped"
+    running = train(run, encoded_emoji, "engine.sharding=fsdp", ranks=2)
+    wait_for(lambda: 3 in losses(run), running)
+    os.kill(running.processes[1].pid, signal.SIGTERM)
+    assert running.wait(30) == [RESTART, RESTART]
+    resumed = train(run, encoded_emoji, "--resume", ranks=1)
+    assert resumed.wait() == [0]
+    assert losses(run) == pytest.approx(losses(whole_run), abs=1e-5)
+
+
+def test_when_one_process_dies_the_other_ends_too(tmp_path, encoded_emoji):
+    run = tmp_path / "dying"
+    running = train(run, encoded_emoji, "engine.sharding=fsdp", "phases.0.steps=2000", ranks=2)
+    wait_for(lambda: 3 in losses(run), running)
+    running.processes[1].kill()
+    codes = running.wait(60)
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] not in (0, RESTART)
+    assert status(run)["state"] == "failed"
+
+
+def test_a_full_disk_does_not_stop_training_and_the_old_checkpoint_stays(tmp_path, encoded_emoji, whole_run):
+    """The system refuses files above a size; later there is room again."""
     run = tmp_path / "full"
-    assert train(run, encoded_emoji, "phases.1.steps=1").returncode == 0
-    before = {p.name: p.read_bytes() for p in (run / "checkpoints" / "step-00000026").iterdir()}
+    first = train(run, encoded_emoji, "phases.0.steps=20", "phases.1.steps=20")
+    wait_for(lambda: (run / "checkpoints" / "step-00000020").is_dir(), first)
+    first.kill()
+    folder = run / "checkpoints" / "step-00000020"
+    before = {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     largest = max(len(content) for content in before.values())
-
-    def limit_file_size() -> None:  # the kernel refuses to write on, as it does when a disk is full
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
-
-    full = subprocess.run(command(run, encoded_emoji, "--resume"), capture_output=True, text=True, check=False, preexec_fn=limit_file_size)
-    assert full.returncode == 1
-    assert "Traceback" not in full.stderr
-    assert "could not be written" in full.stderr
-    assert "make room on the disk" in full.stderr
-    assert {p.name: p.read_bytes() for p in (run / "checkpoints" / "step-00000026").iterdir()} == before
+    more = ["--resume", "record.checkpoint_every=5", "record.keep_checkpoints=9", "phases.0.steps=20", "phases.1.steps=3000"]
+    arguments = ["train", RECIPE, f"data.path={encoded_emoji}", "--out", run, "--accept-changes", *more]
+    running = start(tmp_path / "logs", arguments, file_size=largest // 2)
+    wait_for(lambda: "Training goes on" in running.output and max(losses(run)) >= 40, running)
+    assert {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    resource.prlimit(running.processes[0].pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    wait_for(lambda: len(list((run / "checkpoints").glob("step-*"))) > 1, running)
+    os.kill(running.processes[0].pid, signal.SIGTERM)
+    assert running.wait(30) == [RESTART]
+    assert "could not be written" in running.output
+    assert "make room on the disk" in running.output
+    assert "Traceback" not in running.output
+    assert status(run)["checkpoints_failed"] >= 1
     assert not any(p.name.startswith(".") for p in (run / "checkpoints").iterdir())
-    assert train(run, encoded_emoji, "--resume").returncode == 0
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_word(tmp_path, encoded_emoji, whole_run):
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete", "state"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(tmp_path, encoded_emoji, whole_run, damage):
     run = tmp_path / "damaged"
     shutil.copytree(whole_run, run)
-    weights = run / "checkpoints" / "step-00000040" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    result = train(run, encoded_emoji, "--resume")
-    assert result.returncode == 0, result.stderr
-    assert "is damaged" in result.stdout
-    assert "from step 20" in result.stdout
+    newest = run / "checkpoints" / "step-00000040"
+    shard = next((newest / "shards").iterdir())
+    content = shard.read_bytes()
+    if damage == "flip":
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "cut":
+        shard.write_bytes(content[: len(content) // 2])
+    elif damage == "delete":
+        shard.unlink()
+    else:
+        (newest / "state.json").write_text("{")
+    resumed = train(run, encoded_emoji, "--resume")
+    assert resumed.wait() == [0], resumed.output
+    assert "step-00000040 is damaged" in resumed.output
+    assert "from step 20" in resumed.output
     assert losses(run) == losses(whole_run)
+
+
+def test_if_every_checkpoint_is_damaged_nothing_begins_silently_anew(tmp_path, encoded_emoji, whole_run):
+    run = tmp_path / "damaged"
+    shutil.copytree(whole_run, run)
     for folder in (run / "checkpoints").iterdir():
         (folder / "state.json").write_text("{")
-    result = train(run, encoded_emoji, "--resume")
-    assert result.returncode == 1
-    assert "Every checkpoint" in result.stderr
+    resumed = train(run, encoded_emoji, "--resume")
+    assert resumed.wait() == [1]
+    assert "Every checkpoint" in resumed.output
 
 
-def test_a_run_is_never_overwritten_and_another_architecture_is_refused(encoded_emoji, whole_run):
-    again = train(whole_run, encoded_emoji)
-    assert again.returncode == 1
-    assert "holds a run already: go on with --resume" in again.stderr
-    other = train(whole_run, encoded_emoji, "--resume", "model.dim=64")
-    assert other.returncode == 1
-    assert "of another architecture" in other.stderr
-    assert "dim: 32 in the checkpoint, 64 in the recipe" in other.stderr
-    assert "Traceback" not in again.stderr + other.stderr
+def test_a_run_is_never_overwritten_and_another_recipe_is_refused(tmp_path, encoded_emoji, whole_run):
+    def refused(*more: object) -> str:
+        running = train(whole_run, encoded_emoji, *more)
+        assert running.wait() == [1]
+        assert "Traceback" not in running.output
+        return running.output
+
+    before = (whole_run / "recipe.yaml").read_bytes()
+    assert "holds a run already: go on with --resume" in refused()
+    other = refused("--resume", "model.dim=64")
+    assert "of another architecture" in other
+    assert "dim: 32 in the checkpoint, 64 in the recipe" in other
+    changed = refused("--resume", "phases.1.learning_rate=1e-3", "optimizer.betas=[0.9, 0.95]", "record.metrics_every=7")
+    assert "phases.1.learning_rate: 0.0005 then, 0.001 now" in changed
+    assert "optimizer.betas" in changed
+    assert "metrics_every" not in changed
+    assert "--accept-changes" in changed
+    assert (whole_run / "recipe.yaml").read_bytes() == before
+    run = tmp_path / "longer"
+    shutil.copytree(whole_run, run)
+    accepted = train(run, encoded_emoji, "--resume", "--accept-changes", "phases.1.steps=20")
+    assert accepted.wait() == [0], accepted.output
+    assert max(losses(run)) == 45
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(tmp_path, encoded_emoji):
-    run = tmp_path / "nan"
-    result = train(run, encoded_emoji, "phases.0.learning_rate=1e30", "record.checkpoint_every=1")
-    assert result.returncode == 1
-    assert "not finite at step" in result.stderr
-    newest = max((run / "checkpoints").iterdir())
+def test_a_step_that_is_not_finite_is_not_taken_and_the_weights_go_back(tmp_path, encoded_emoji):
+    """An absurd rate in one step ruins the weights; the steps after it cannot be taken; then all goes on from the checkpoint."""
+    phases = (
+        "[{name: good, steps: 20, batch_size: 8, learning_rate: 1e-3}, {name: bad, steps: 1, batch_size: 8, learning_rate: 1e30},"
+        " {name: after, steps: 20, batch_size: 8, learning_rate: 1e-3}]"
+    )
+    run = tmp_path / "rolled"
+    running = train(run, encoded_emoji, f"phases={phases}", "record.checkpoint_every=10", "guard.rollback_after=3")
+    assert running.wait() == [0], running.output
+    assert "Back to the weights of step 20" in running.output
+    assert "That makes 3 of 24 steps" in running.output
+    assert (status(run)["skipped"], status(run)["rollbacks"]) == (3, 1)
+    recorded = losses(run)
+    assert [step for step, loss in recorded.items() if loss is None] == [22, 23, 24]
+    assert recorded[41] < 1.2
+    newest = run / "checkpoints" / "step-00000041"
     assert all(tensor.isfinite().all() for tensor in load_file(newest / "model.safetensors").values())
 
 
+def test_a_loss_that_stays_bad_ends_the_run_in_a_sentence(tmp_path, encoded_emoji):
+    run = tmp_path / "nan"
+    running = train(run, encoded_emoji, "phases.0.learning_rate=1e30", "record.checkpoint_every=1")
+    assert running.wait() == [1]
+    assert "could not be taken" in running.output
+    assert "lower learning rate" in running.output
+    for folder in (run / "checkpoints").glob("step-*"):
+        assert all(tensor.isfinite().all() for tensor in load_file(folder / "model.safetensors").values())
+
+
 def test_missing_data_is_named(tmp_path):
-    result = train(tmp_path / "run", tmp_path / "nowhere")
-    assert result.returncode == 1
-    assert "There is no encoded data set in" in result.stderr
+    running = train(tmp_path / "run", tmp_path / "nowhere")
+    assert running.wait() == [1]
+    assert "There is no encoded data set in" in running.output
     assert not (tmp_path / "run").exists()

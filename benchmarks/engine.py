@@ -1,0 +1,147 @@
+"""What the trainer costs beside the arithmetic: its overhead, the stall of a checkpoint, the time to the first step.
+
+    python benchmarks/engine.py                # the demo's model, and Tiny_2 for the checkpoint
+    python benchmarks/engine.py --skip-tiny    # without the 200 M parameters
+
+Overhead: the trainer (reading, noise, guard, average, metrics) against a bare loop of forward, backward, clipping and AdamW on one batch of
+the same shapes, in turns, in one process. The stall is what the loop waits when a checkpoint begins, and, apart, how much slower steps are
+while it is written on the same cores. Timings are ratios within this run.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from microdit.data.emoji import emoji_source
+from microdit.data.encode import EncodeSettings, encode_source
+from microdit.encoders.autoencoder import load_autoencoder
+from microdit.encoders.text import load_text_encoder
+from microdit.recipe import Recipe
+from microdit.recipe_file import load_recipe
+from microdit.training.distributed import World, start_world
+from microdit.training.memory import keep_freed_memory
+from microdit.training.trainer import Trainer
+
+STEPS = 60  # of one turn
+ONE_PHASE = "phases=[{{name: all, steps: {steps}, batch_size: {batch}, learning_rate: 1e-3, mask_ratio: 0.5, grad_clip: 1.0}}]"
+TINY = ["model.dim=512", "model.depth=16", "model.mixer_dim=512", "model.mixer_depth=4", "model.num_experts=8", "model.round_ffn_to=256"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--skip-tiny", action="store_true", help="measure the demo's model only")
+    args = parser.parse_args()
+    keep_freed_memory()
+    world = start_world("cpu")
+    with tempfile.TemporaryDirectory() as place:
+        data = Path(place) / "emoji"
+        encode_source(emoji_source("train"), data, EncodeSettings((64,)), load_autoencoder("icon"), load_text_encoder("minilm"))
+        demo = [f"data.path={data}", "data.sets={}", "record.sample_prompts=[]", "record.checkpoint_every=1000000"]
+        report("overhead of the trainer", overhead(demo, Path(place), world, args.turns), "bar: under 3%")
+        for name, more, batch in (("demo", [], 64), *(() if args.skip_tiny else (("Tiny_2", TINY, 16),))):
+            stall, slower, size = checkpoint(name, [*demo, *more], batch, Path(place), world)
+            report(f"checkpoint of {name} ({size:.0f} MB): the loop waits, in steps", f"{stall:.2f}", "bar: under one step")
+            report("  and a step beside the writing takes", f"{slower:.2f} of a step", "")
+        first, imports = time_to_first_step(demo, Path(place))
+        report("from start to the first step, s", f"{first:.1f}", f"{imports:.1f} of it until PyTorch and the encoders are imported")
+
+
+def report(name: str, value: str, note: str) -> None:
+    print(f"{name:64} {value:>16}   {note}", flush=True)
+
+
+def overhead(demo: list[str], place: Path, world: World, turns: int) -> str:
+    recipe = load_recipe(Path("recipes/emoji.yaml"), [*demo, ONE_PHASE.format(steps=STEPS, batch=64), "record.metrics_every=20"])
+    trained, bare = [], []
+    for turn in range(turns):
+        run = place / f"turn-{turn}"
+        trainer = Trainer(recipe, run, Console(quiet=True), world)
+        trainer.train()
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        trained += [64 / line["images_per_second"] for line in lines[1:]]  # the first ones warm up
+        step = bare_step(recipe, place / f"bare-{turn}", world)
+        times = [seconds_of(step) for _ in range(STEPS)][20:]
+        bare += [sum(times[i : i + 20]) / 20 for i in range(0, 40, 20)]
+    return f"{median(trained) / median(bare) - 1:+.1%}"
+
+
+def bare_step(recipe: Recipe, run: Path, world: World) -> Callable[[], None]:
+    trainer = Trainer(recipe, run, Console(quiet=True), world)
+    batch, phase, state = trainer._batch(0), recipe.phases[0], trainer.state
+    state.optimizers.set_rate(1e-3)
+
+    def step() -> None:
+        state.loss(batch, phase.routing).mean().backward()
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), phase.grad_clip, foreach=True)
+        state.optimizers.step()
+        state.optimizers.zero_grad()
+
+    return step
+
+
+def checkpoint(name: str, overrides: list[str], batch: int, place: Path, world: World) -> tuple[float, float, float]:
+    """The wait of the loop, in steps; how much longer a step takes while the writing goes on; megabytes."""
+    recipe = load_recipe(Path("recipes/emoji.yaml"), [*overrides, ONE_PHASE.format(steps=1000, batch=batch)])
+    trainer = Trainer(recipe, place / name, Console(quiet=True), world)
+    batch_of_step, phase, state = trainer._batch(0), recipe.phases[0], trainer.state
+    state.optimizers.set_rate(1e-5)
+
+    def step() -> None:
+        state.loss(batch_of_step, phase.routing).mean().backward()
+        state.clip(phase.grad_clip)
+        state.take_step(0)
+        state.optimizers.zero_grad()
+
+    for _ in range(2):
+        step()
+    alone, waits, beside = [], [], []
+    for _ in range(3):
+        alone += [seconds_of(step) for _ in range(3)]
+        waits.append(seconds_of(trainer._save))
+        while trainer.saver._thread is not None and trainer.saver._thread.is_alive():
+            beside.append(seconds_of(step))
+        trainer.saver.finish()
+        trainer.step += 1
+    size = sum(path.stat().st_size for path in next((place / name / "checkpoints").iterdir()).rglob("*") if path.is_file())
+    usual = median(alone)
+    return median(waits) / usual, (median(beside) if beside else usual) / usual, size / 1e6
+
+
+def time_to_first_step(demo: list[str], place: Path) -> tuple[float, float]:
+    """Seconds of the whole command until its first metrics, and of the imports alone."""
+    run = place / "first"
+    recipe = ["recipes/emoji.yaml", *demo, ONE_PHASE.format(steps=5000, batch=64), "record.metrics_every=1", "--out", str(run)]
+    imports = seconds_of(lambda: subprocess.run([sys.executable, "-c", "import microdit.training.trainer"], check=True))
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "microdit", "train", *recipe], stdout=subprocess.DEVNULL)
+    try:
+        metrics = run / "metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
+            time.sleep(0.01)
+        return time.perf_counter() - started, imports
+    finally:
+        process.kill()
+        process.wait()
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""python -m microdit, as torchrun starts it."""
+
+from microdit.cli import main
+
+main()

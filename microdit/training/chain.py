@@ -1,0 +1,52 @@
+"""A folder of recipes, trained in the order of their names: each a run of its own, beside the others."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from microdit.errors import UserError
+from microdit.recipe import Recipe
+from microdit.recipe_file import load_recipe
+from microdit.training.distributed import World
+from microdit.training.start import is_finished
+from microdit.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked for beside the recipes."""
+
+    resume: bool = False
+    accept_changes: bool = False
+    price_per_hour: float | None = None
+
+
+def load_chain(folder: Path, overrides: list[str] | None) -> dict[str, Recipe]:
+    """The recipes of a folder by their file's stem, which is also their run's name. Overrides apply to all. Raises UserError."""
+    paths = sorted(folder.glob("*.yaml"))
+    if not paths:
+        raise UserError(f"There is no recipe (*.yaml) in {folder}.")
+    recipes = {path.stem: load_recipe(path, overrides) for path in paths}
+    for index, (name, recipe) in enumerate(recipes.items()):
+        if recipe.init_from in recipes and recipe.init_from not in list(recipes)[:index]:
+            raise UserError(f"{folder}/{name}.yaml begins from {recipe.init_from}, which is trained after it: rename the files.")
+    return recipes
+
+
+def train_chain(recipes: dict[str, Recipe], out: Path, settings: Settings, console: Console, world: World) -> None:
+    """Train each into `out`/NAME. With `resume`, those that are finished are passed over. Raises what `Trainer` raises."""
+    if not settings.resume and world.share(any((out / name).exists() for name in recipes)):
+        raise UserError(f"{out} holds runs of these recipes already: go on with --resume, or choose another --out.")
+    for number, (name, recipe) in enumerate(recipes.items(), start=1):
+        run = out / name
+        if world.share(is_finished(run, recipe)):
+            console.print(f"[bold]{number} of {len(recipes)}: {name}[/] is finished.")
+            continue
+        console.print(f"[bold]{number} of {len(recipes)}: {name}[/]")
+        train_one(recipe, run, settings, console, world)
+
+
+def train_one(recipe: Recipe, run: Path, settings: Settings, console: Console, world: World) -> None:
+    """Raises what `Trainer` raises."""
+    Trainer(recipe, run, console, world, settings.resume, settings.accept_changes, settings.price_per_hour).train()

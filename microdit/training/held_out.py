@@ -1,0 +1,55 @@
+"""The loss on pictures that are never learnt from, with noise that is always the same: the one curve that can be compared."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from microdit.data.latents import Batch, EncodedSet
+from microdit.diffusion.edm import EDM
+from microdit.errors import UserError
+from microdit.training.distributed import World
+from microdit.training.draws import TrainingBatch
+from microdit.training.tally import Tally, by_noise
+
+MICRO_BATCH = 32
+
+
+class HeldOut:
+    """The first samples of an encoded set; number i of n has the noise level of quantile (i + 1/2) / n, no mask, its caption."""
+
+    def __init__(self, folder: Path, resolution: int, count: int, edm: EDM, world: World):
+        """Raises UserError if the set is missing, of another shape, or smaller than the number of processes."""
+        self.data = EncodedSet(folder, resolution)
+        sizes = self.data.bucket_sizes
+        self._bucket = max(range(len(sizes)), key=lambda bucket: sizes[bucket])
+        self._edm, self._world = edm, world
+        # Every process must call the model equally often, so what is left over by even shares is left out.
+        self.count = min(count, sizes[self._bucket]) // world.size * world.size
+        if not self.count:
+            raise UserError(f"{folder} holds {sizes[self._bucket]} samples, too few for {world.size} processes.")
+
+    @torch.no_grad()
+    def measure(self, loss: nn.Module) -> dict[str, object]:
+        """`held_out_loss`, and `held_out_by_noise` for the eight noise bins. All processes must call this."""
+        tally = Tally(self._world.device)
+        mine = range(self._world.rank, self.count, self._world.size)
+        for start in range(0, len(mine), MICRO_BATCH):
+            batch = self._batch(mine[start : start + MICRO_BATCH]).to(self._world.device)
+            tally.add(loss(batch), batch.sigma_B, self._edm)
+        self._world.sum(tally.sums)
+        sums = tally.result()
+        return {"held_out_loss": sums.loss, "held_out_by_noise": by_noise(sums.losses, sums.counts)}
+
+    def _batch(self, numbers: range) -> TrainingBatch:
+        stored = [self.data.read(self._bucket, number) for number in numbers]
+        batch = Batch(self.data.latents([latents for latents, _ in stored], self._bucket), *self.data.text([text for _, text in stored]))
+        quantile_B = (torch.tensor(list(numbers), dtype=torch.float64) + 0.5) / self.count
+        sigma_B = (torch.special.ndtri(quantile_B) * self._edm.P_std + self._edm.P_mean).exp().float()
+        noise = [_noise(batch.latents_BCHW[0], number) for number in numbers]
+        everything = torch.ones(len(numbers))
+        return TrainingBatch(batch.latents_BCHW, batch.text_BLE, batch.text_mask_BL, sigma_B, torch.stack(noise), everything, None)
+
+
+def _noise(like: Tensor, number: int) -> Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(number))

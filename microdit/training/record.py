@@ -1,0 +1,146 @@
+"""The run folder is the record: recipe, versions, data, metrics, state. Written by the first process alone.
+
+A disk that is full does not stop training: what could not be written is kept and tried again, and said once.
+"""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+import microdit
+from microdit.errors import UserError
+from microdit.files import write_aside
+from microdit.recipe import Recipe
+
+METRICS, STATUS, RUN = "metrics.jsonl", "status.json", "run.json"
+
+
+class RunRecord:
+    """Opens the folder's files. `forget_after` drops metrics of steps that will be done again."""
+
+    def __init__(self, run: Path, recipe: Recipe, warn: Callable[[str], None], forget_after: int):
+        self.run, self.recipe, self.warn = run, recipe, warn
+        self._pending: list[str] = []
+        self._told = False
+        run.mkdir(parents=True, exist_ok=True)
+        _forget_after(run / METRICS, forget_after)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=forget_after)
+        self._wandb = _start_wandb(recipe, run) if recipe.record.wandb_project else None
+
+    def started(self, data: dict[str, Any], start: dict[str, Any]) -> None:
+        """Note one more start of the run in run.json, and the recipe that it follows."""
+        path = self.run / RUN
+        before = json.loads(path.read_text()) if path.is_file() else {"starts": []}
+        start = {"time": round(time.time(), 2), "command": " ".join(sys.argv), "host": socket.gethostname(), **start}
+        start |= {"git_commit": _git_commit(), "versions": _versions()}
+        content = {"name": self.recipe.name, "data": data, "starts": [*before["starts"], start]}
+        write_aside(path, json.dumps(content, indent=1).encode())
+        write_aside(self.run / "recipe.yaml", self.recipe.to_yaml().encode())
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and the numbers in it to TensorBoard and, if asked for, W&B."""
+        self._pending.append(json.dumps(values) + "\n")
+        self._try(self._write_pending)
+        step = values["step"]
+        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float) and name not in ("step", "time")}
+        self._try(lambda: self._to_board(numbers, step))
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def status(self, state: str, reason: str | None = None, **values: Any) -> None:
+        content = {"state": state, "reason": reason, "name": self.recipe.name, **values}
+        content |= {"host": socket.gethostname(), "pid": os.getpid(), "time": round(time.time(), 2)}
+        self._try(lambda: write_aside(self.run / STATUS, json.dumps(content, indent=1).encode()))
+
+    def picture(self, save: Callable[[Path], None], step: int) -> None:
+        self._try(lambda: save(self.run / "samples" / f"step-{step:08d}.png"))
+
+    def close(self) -> None:
+        self._try(self._write_pending)
+        self._try(self._board.close)
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _to_board(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+
+    def _write_pending(self) -> None:
+        path = self.run / METRICS
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a") as file:
+                file.writelines(self._pending)
+        except OSError:
+            if path.exists():
+                os.truncate(path, size)  # no half lines
+            raise
+        self._pending = []
+        self._told = False
+
+    def _try(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if not self._told:
+                self.warn(f"The record in {self.run} cannot be written: {error}. Training goes on; metrics are kept and written later.")
+            self._told = True
+
+
+def last_cost(run: Path) -> tuple[float, float]:
+    """GPU-hours and dollars that the run had cost when it last said so, work that was lost since its checkpoint included."""
+    hours = dollars = 0.0
+    for line in _whole_lines(run / METRICS):
+        hours, dollars = max(hours, line.get("gpu_hours") or 0.0), max(dollars, line.get("dollars") or 0.0)
+    return hours, dollars
+
+
+def _forget_after(path: Path, step: int) -> None:
+    if path.is_file():
+        kept = [json.dumps(line) + "\n" for line in _whole_lines(path) if line["step"] <= step]
+        write_aside(path, "".join(kept).encode())
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """A process that was killed may have left half of the last one."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "safetensors", "numpy")}
+    return {"python": platform.python_version(), "microdit": microdit.__version__, **packages}
+
+
+def _git_commit() -> str | None:
+    """Of the code that runs; `+` if it was changed since."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # installed from a wheel, or without git
+    return commit + ("+" if changed else "")
+
+
+def _start_wandb(recipe: Recipe, run: Path) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("record.wandb_project asks for Weights & Biases, which is not installed: pip install wandb.") from error
+    return wandb.init(project=recipe.record.wandb_project, name=recipe.name, dir=str(run), id=run.name, resume="allow")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,179 @@
+"""What is looked at before the first step: do recipe, data, processes and earlier runs fit together?"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from torch import Tensor
+
+from microdit.checkpoint import (
+    Checkpoint,
+    checkpoint_folders,
+    find_weights,
+    open_checkpoint,
+    refuse_other_architecture,
+    refuse_other_encoders,
+)
+from microdit.data.latents import EncodedSet
+from microdit.errors import UserError
+from microdit.model.microdit import ModelConfig
+from microdit.model.sizes import resolve
+from microdit.recipe import Recipe
+from microdit.training.distributed import World
+from microdit.training.saving import newest_whole
+
+FREE_TO_CHANGE = {"record", "engine", "guard", "name"}  # of a recipe, between save and resume: what is learnt stays the same
+
+
+def refuse_misfits(recipe: Recipe, sets: list[EncodedSet], world: World) -> None:
+    """Raises UserError if the batches cannot be dealt out to the processes."""
+    rows = sum(len(encoded) for encoded in sets)
+    if world.size > rows:
+        raise UserError(f"There are {world.size} processes and {rows} samples in {', '.join(str(s.folder) for s in sets)}: start fewer.")
+    for index, phase in enumerate(recipe.phases):
+        share, rest = divmod(phase.batch_size, world.size)
+        micro = recipe.engine.micro_batch or share
+        if rest or not share or share % micro:
+            least = world.size * min(micro, max(1, share))
+            near = max(1, round(phase.batch_size / least)) * least
+            raise UserError(
+                f"phases.{index}.batch_size {phase.batch_size} cannot be dealt out to {world.size} processes in micro-batches of {micro}: "
+                f"take a multiple of {least}, such as {near}, or another engine.micro_batch."
+            )
+
+
+def find_checkpoint(
+    run: Path, recipe: Recipe, sets: list[EncodedSet], world: World, warn: Callable[[str], None], resume: bool, accept_changes: bool
+) -> Checkpoint | None:
+    """What to go on from: the run's newest whole checkpoint. None for a new run.
+
+    Raises UserError if there is a run and `resume` is not asked for, or if it was of another recipe, data or architecture.
+    """
+    if not resume:
+        if world.share(run.exists() and any(run.iterdir())):
+            raise UserError(f"{run} holds a run already: go on with --resume, or choose another --out.")
+        return None
+    checkpoint = newest_whole(run, world, warn)
+    if checkpoint is not None:
+        refuse_other_architecture(checkpoint, model_config(recipe, sets[0]))
+        refuse_other_encoders(checkpoint, sets[0].card, sets[0].folder)
+        changes = _changes(checkpoint, recipe, sets)
+        if changes and not accept_changes:
+            raise UserError(
+                f"The recipe is not the one that {checkpoint.folder} was trained with:\n  - "
+                + "\n  - ".join(changes)
+                + "\nGo back to the old one, or say --accept-changes to go on with the new one."
+            )
+        for change in changes:
+            warn(f"Changed since the checkpoint: {change}")
+        if checkpoint.step > recipe.total_steps:
+            raise UserError(f"{checkpoint.folder} lies behind the recipe's last step ({recipe.total_steps}): there is nothing to train.")
+    return checkpoint
+
+
+def is_finished(run: Path, recipe: Recipe) -> bool:
+    """Whether the run's newest checkpoint is of the recipe's last step."""
+    folders = checkpoint_folders(run)
+    try:
+        return bool(folders) and open_checkpoint(folders[0]).step == recipe.total_steps
+    except UserError:
+        return False  # damaged: resuming will say so
+
+
+def first_weights(recipe: Recipe, run: Path, config: ModelConfig, data: EncodedSet) -> dict[str, Tensor] | None:
+    """The weights that `init_from` names, whole, on the CPU; None if it names none.
+
+    Weights, not averages, as the authors do. Position scale may differ: positions are no weights.
+    Raises UserError if there are none, or if they are of another architecture or other encoders.
+    """
+    if recipe.init_from is None:
+        return None
+    places = [run.parent / recipe.init_from, Path(recipe.init_from)]
+    troubles: list[str] = []
+    for place in places:
+        checkpoint = find_weights(place, troubles.append, "model")
+        if checkpoint is None and (place / "state.json").is_file():
+            checkpoint = open_checkpoint(place)  # a checkpoint's own folder
+        if checkpoint is not None:
+            refuse_other_architecture(checkpoint, config, except_for=frozenset({"position_scale"}))
+            refuse_other_encoders(checkpoint, data.card, data.folder)
+            try:
+                return checkpoint.tensors("model")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"init_from: {checkpoint.folder}/model.safetensors cannot be read: {error}.") from error
+    raise UserError(
+        f"init_from is {recipe.init_from}, and there is no checkpoint in {' nor in '.join(str(place) for place in places)}: "
+        "train that run first, or name another."
+    )
+
+
+def model_config(recipe: Recipe, data: EncodedSet) -> ModelConfig:
+    """The recipe's model for this data's latents and captions. Raises UserError if the patches do not fit."""
+    channels = data.latent_shape()[0]
+    p = recipe.model.patch_size
+    for bucket in range(len(data.bucket_sizes)):
+        _, height, width = data.latent_shape(bucket)
+        if height % p or width % p:
+            raise UserError(f"model.patch_size {p} does not divide the {height} x {width} latents of {data.folder}.")
+    return resolve(
+        recipe.model,
+        patch_size=p,
+        in_channels=channels,
+        caption_channels=data.card["text_channels"],
+        expert_capacity=recipe.model.expert_capacity,
+        bias=recipe.model.bias,
+        position_scale=recipe.model.position_scale,
+    )
+
+
+def fingerprints(recipe: Recipe, sets: list[EncodedSet]) -> dict[str, dict[str, Any]]:
+    """Of each encoded set, by its name in the recipe: path, rows, and a fingerprint of every shard's content."""
+    return {
+        name: {
+            "path": str(encoded.folder),
+            "rows": len(encoded),
+            "fingerprint": hashlib.sha256("".join(shard["sha256"] for shard in encoded.card["shards"]).encode()).hexdigest()[:16],
+        }
+        for name, encoded in zip(recipe.data.named_sets, sets, strict=True)
+    }
+
+
+def _changes(checkpoint: Checkpoint, recipe: Recipe, sets: list[EncodedSet]) -> list[str]:
+    """What of the recipe and the data differs from those that the checkpoint was made with, in words."""
+    then, now = checkpoint.state["recipe"], yaml.safe_load(recipe.to_yaml())
+    changes = [change for change in _differences(then, now) if re.split(r"[.:]", change)[0] not in FREE_TO_CHANGE]
+    old, new = checkpoint.state["sets"], fingerprints(recipe, sets)
+    for name in sorted(old.keys() & new.keys()):
+        if old[name]["fingerprint"] != new[name]["fingerprint"]:
+            changes.append(f"the content of the set {name}: {old[name]['rows']} rows then ({old[name]['path']}), {new[name]['rows']} now")
+    return changes
+
+
+def _differences(then: Any, now: Any, key: str = "") -> list[str]:
+    if isinstance(then, list) and isinstance(now, list) and then and now and isinstance((then + now)[0], dict):
+        then, now = dict(enumerate(then)), dict(enumerate(now))
+    if isinstance(then, dict) and isinstance(now, dict):
+        return [
+            change
+            for name in {**then, **now}
+            for change in _differences(then.get(name), now.get(name), f"{key}.{name}" if key else str(name))
+        ]
+    return [] if then == now else [f"{key}: {then} then, {now} now"]
+
+
+def describe(recipe: Recipe, config: ModelConfig, data: EncodedSet, sets: list[EncodedSet]) -> dict[str, Any]:
+    """What a checkpoint says of itself beside its tensors and position: enough to draw pictures, and to know what it was made with."""
+    diffusion = recipe.diffusion
+    return {
+        "model": asdict(config),
+        "edm": {"sigma_data": diffusion.sigma_data, "P_mean": diffusion.P_mean, "P_std": diffusion.P_std},
+        "mask_padding": recipe.model.mask_padding,
+        "data": data.summary(),
+        "sets": fingerprints(recipe, sets),
+        "recipe": yaml.safe_load(recipe.to_yaml()),
+    }

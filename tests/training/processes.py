@@ -1,0 +1,109 @@
+"""The real command line in real processes, forked from one that has imported everything: seconds saved at each start."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+RECIPE = Path(__file__).parent / "recipe.yaml"
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["microdit.cli", "microdit.training.chain", "microdit.training.saving"])
+
+
+@dataclass
+class Running:
+    """Processes of one command, one a rank."""
+
+    processes: list
+    logs: list[Path]
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """Exit codes, by rank."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0, deadline - time.monotonic()))
+            assert process.exitcode is not None, self.output
+        return [process.exitcode for process in self.processes]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    @property
+    def alive(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    @property
+    def output(self) -> str:
+        """What all of them printed, lines joined; of very much the end."""
+        return " ".join(" ".join(log.read_text() for log in self.logs).split())[-5000:]
+
+
+def start(log_folder: Path, arguments: list[object], ranks: int = 1, cores: int = 1, file_size: int | None = None) -> Running:
+    """`microdit ARGUMENTS`. `file_size`: bytes after which the system refuses to write on, as it does when a disk is full."""
+    log_folder.mkdir(parents=True, exist_ok=True)
+    number = len(list(log_folder.iterdir()))
+    logs = [log_folder / f"{number}-{rank}.log" for rank in range(ranks)]
+    port = free_port()
+    processes = []
+    for rank, log in enumerate(logs):
+        log.touch()
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {key: str(value) for key, value in world.items()} if ranks > 1 else {}
+        process = _context.Process(target=_main, args=(log, [str(a) for a in arguments], environment, cores, file_size))
+        process.start()
+        processes.append(process)
+    return Running(processes, logs)
+
+
+def train(run: Path, data: Path, *more: object, ranks: int = 1) -> Running:
+    """Begin `microdit train` with the tests' recipe."""
+    return start(run.parent / "logs", ["train", RECIPE, f"data.path={data}", "--out", run, *more], ranks)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """By step; each step is recorded once."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}\n")]
+    assert [r["step"] for r in records] == sorted({r["step"] for r in records})
+    return {r["step"]: r["loss"] for r in records}
+
+
+def wait_for(condition, running: Running, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert running.alive, running.output
+        assert time.monotonic() < deadline, running.output
+        time.sleep(0.005)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _main(log: Path, arguments: list[str], environment: dict[str, str], cores: int, file_size: int | None) -> None:
+    import resource
+
+    import torch
+
+    from microdit import cli
+
+    os.environ.update(environment)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = cli.console.file = os.fdopen(1, "w", buffering=1)
+    torch.set_num_threads(cores)
+    if file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
+    sys.argv = ["microdit", *arguments]
+    cli.main()

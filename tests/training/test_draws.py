@@ -1,0 +1,66 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from microdit.data.latents import Batch
+from microdit.diffusion.edm import EDM
+from microdit.training.draws import add_draws
+from microdit.training.tally import Tally, noise_bins
+
+
+def drawn(numbers: range, seed=0, step=0, mask_ratio=0.75, caption_dropout=0.1, tokens=64):
+    n = len(numbers)
+    batch = Batch(torch.zeros(n, 4, 16, 16), torch.ones(n, 3, 5), torch.ones(n, 3, dtype=torch.bool))
+    return add_draws(batch, EDM(), seed, step, numbers, tokens, mask_ratio, caption_dropout)
+
+
+@given(world=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99), step=st.integers(0, 10**6))
+def test_a_samples_draws_do_not_depend_on_how_the_batch_is_cut(world, micro, seed, step):
+    whole = drawn(range(16), seed, step)
+    for rank in range(world):
+        parts = drawn(range(rank, 16, world), seed, step).split(micro)
+        assert sum(len(part) for part in parts) == 16 // world
+        for name in ("sigma_B", "noise_BCHW", "caption_kept_B", "keep_ids_BK"):
+            assert torch.cat([getattr(part, name) for part in parts]).equal(getattr(whole, name)[rank::world])
+
+
+def test_seeds_steps_and_samples_differ():
+    rows = torch.cat([drawn(range(4), seed, step).noise_BCHW.flatten(1) for seed in range(3) for step in range(3)])
+    correlation = torch.corrcoef(rows) - torch.eye(len(rows))
+    assert correlation.abs().max() < 6 / math.sqrt(rows.shape[1])
+
+
+def test_the_draws_have_the_distributions_asked_for():
+    draws = drawn(range(4000), caption_dropout=0.1)
+    log_sigma = draws.sigma_B.log()
+    assert log_sigma.mean().item() == pytest.approx(-0.6, abs=0.08)
+    assert log_sigma.std().item() == pytest.approx(1.2, abs=0.06)
+    assert draws.caption_kept_B.mean().item() == pytest.approx(0.9, abs=0.02)
+    assert draws.noise_BCHW.std().item() == pytest.approx(1, abs=0.01)
+    assert draws.keep_ids_BK.shape == (4000, 16)
+    assert all(len(set(row)) == 16 for row in draws.keep_ids_BK.tolist())
+    assert torch.bincount(draws.keep_ids_BK.flatten(), minlength=64).float().std() < 60  # of 1,000 each
+    assert torch.bincount(noise_bins(draws.sigma_B, EDM()), minlength=8).float().sub(500).abs().max() < 100
+
+
+def test_without_a_mask_nothing_is_dropped():
+    assert drawn(range(4), mask_ratio=0.0).keep_ids_BK is None
+
+
+def test_a_tally_adds_up_by_noise_level():
+    edm, tally = EDM(), Tally(torch.device("cpu"))
+    loss, sigma = torch.rand(50), drawn(range(50)).sigma_B
+    tally.add(loss[:20], sigma[:20], edm)
+    tally.add(loss[20:], sigma[20:], edm)
+    tally.add_stops(by_machine=True, by_user=False)
+    sums = tally.result()
+    assert sums.loss == pytest.approx(loss.mean().item(), rel=1e-6)
+    assert (sums.stop_by_machine, sums.stop_by_user) == (True, False)
+    levels = torch.tensor([torch.special.ndtr((s.log() + 0.6) / 1.2).item() for s in sigma])
+    for index in range(8):
+        inside = (levels >= index / 8) & (levels < (index + 1) / 8)
+        assert sums.counts[index] == inside.sum().item()
+        assert sums.losses[index] == pytest.approx(loss[inside].sum().item(), abs=1e-5)

@@ -1,0 +1,121 @@
+"""What a run says of itself: costs, work left, metrics, held-out loss."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from microdit.diffusion.edm import EDM
+from microdit.errors import UserError
+from microdit.model.sizes import Size, resolve
+from microdit.recipe_file import load_recipe
+from microdit.training.cost import Cost
+from microdit.training.distributed import start_world
+from microdit.training.held_out import HeldOut
+from microdit.training.meters import Meters, in_words
+from microdit.training.record import RunRecord, last_cost
+from microdit.training.step import DenoisingLoss
+from microdit.training.tally import StepSums
+from microdit.training.work import Work
+from tests.conftest import busy_model
+from tests.training.processes import RECIPE
+
+
+def test_costs_go_on_from_earlier_starts():
+    cost = Cost(processes=8, price_per_hour=2.5, earlier_hours=10.0, earlier_dollars=30.0)
+    cost._started -= 3600  # an hour ago
+    assert cost.gpu_hours() == pytest.approx(18, abs=0.01)
+    assert cost.dollars() == pytest.approx(30 + 8 * 2.5, abs=0.05)
+    assert cost.to_go(1800) == pytest.approx(10)
+    assert Cost(processes=1).dollars() is None
+    assert Cost(processes=1, earlier_dollars=3.0).dollars() == 3.0
+
+
+def test_the_work_left_is_the_sum_of_the_steps_left():
+    phases = "[{name: a, steps: 50, batch_size: 8, learning_rate: 1e-3, mask_schedule: [[0, 0.75], [1, 0]]}, "
+    phases += "{name: b, steps: 10, batch_size: 4, learning_rate: 1e-3, mask_ratio: 0.5}]"
+    recipe = load_recipe(RECIPE, [f"phases={phases}"])
+    config = resolve(recipe.model, patch_size=4)
+    work = Work(recipe, config)
+    for step in (0, 20, 50, 55, 60):
+        steps = [recipe.phase_at(s) for s in range(step, 60)]
+        assert work.after(step, 64, 5) == pytest.approx(sum(work.of_step(phase, inside, 64, 5) for phase, inside in steps), rel=0.01)
+    assert work.of_step(*recipe.phase_at(0), 64, 5) < work.of_step(*recipe.phase_at(49), 64, 5)
+
+
+def test_meters_give_means_and_rates():
+    meters = Meters(0, 10, peak=1e9, processes=2, device=torch.device("cpu"), console=Console(quiet=True))
+    meters._window.started -= 2.0  # two seconds ago
+    for index, loss in enumerate((1.0, 3.0)):
+        sums = StepSums([4 * loss] + [0.0] * 7, [4.0] + [0.0] * 7)
+        meters.step("p", index + 1, sums, flops=2e8, waited=0.1, accepted=True)
+    meters.step("p", 3, StepSums([float("nan")] + [0.0] * 7, [4.0] + [0.0] * 7), flops=2e8, waited=0.0, accepted=False)
+    numbers = meters.read()
+    assert numbers["loss"] == 2.0
+    assert numbers["loss_by_noise"] == [2.0] + [None] * 7
+    assert numbers["images_per_second"] == pytest.approx(6, rel=0.05)
+    assert numbers["data_wait"] == pytest.approx(0.1, rel=0.05)
+    assert numbers["mfu"] == pytest.approx(3e8 / 2e9, rel=0.05)
+    assert meters.seconds_left(6e8) == pytest.approx(2, rel=0.05)
+    assert meters.read()["loss"] is None
+    assert in_words(0.5, 100.0, 0.41, 3700, 1.5, 2.25) == "loss 0.5000  100 images/s  41% MFU  1:01:40 left  $1.50, $2.25 to go"
+    assert "2 d 3 h left" in in_words(None, 1.0, 0.1, 2 * 86400 + 3 * 3600, None, None)
+
+
+def test_metrics_wait_while_the_disk_is_full_and_are_written_later(tmp_path):
+    said: list[str] = []
+    record = RunRecord(tmp_path, load_recipe(RECIPE), said.append, 0)
+    record.metrics({"step": 1, "loss": 0.5})
+    content = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()  # nobody can write here, root included
+    record.metrics({"step": 2, "loss": 0.4})
+    record.metrics({"step": 3, "loss": None})
+    assert len(said) == 1
+    assert "Training goes on" in said[0]
+    (tmp_path / "metrics.jsonl").rmdir()
+    (tmp_path / "metrics.jsonl").write_text(content)
+    record.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_steps_that_will_be_done_again_are_forgotten_but_what_they_cost_is_not(tmp_path):
+    lines = [{"step": step, "gpu_hours": step / 10, "dollars": step / 5} for step in (1, 2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "gpu_h')
+    assert last_cost(tmp_path) == (0.4, 0.8)
+    RunRecord(tmp_path, load_recipe(RECIPE), print, forget_after=2).close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_the_held_out_loss_is_the_same_every_time_and_falls_into_all_bins(encoded_emoji):
+    world = start_world("cpu")
+    model = busy_model(Size(32, 2, 8, 16, 1, num_experts=2, round_ffn_to=8), caption_channels=384, in_channels=3).float()
+    loss = DenoisingLoss(model, EDM(), mask_padding=True)
+    held_out = HeldOut(encoded_emoji, 16, 40, EDM(), world)
+    first, second = held_out.measure(loss), held_out.measure(loss)
+    assert first == second
+    assert all(value is not None for value in first["held_out_by_noise"])
+    assert first["held_out_loss"] == pytest.approx(sum(first["held_out_by_noise"]) / 8)  # five samples in each bin
+    with pytest.raises(UserError, match="no encoded data set"):
+        HeldOut(Path("nowhere"), 16, 40, EDM(), world)
+
+
+def test_the_wandb_project_gets_the_metrics(tmp_path, monkeypatch):
+    """The real package, in its own offline mode: what it would send lies in a file."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    record = RunRecord(tmp_path, load_recipe(RECIPE, ["record.wandb_project=emoji"]), print, 0)
+    record.metrics({"step": 1, "loss": 0.125, "phase": "masked"})
+    deadline = time.monotonic() + 30
+    while wandb.run.summary.get("loss") != 0.125 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert wandb.run.summary["loss"] == 0.125
+    record.close()
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    shutil.rmtree(tmp_path / "wandb")

@@ -1,0 +1,120 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from microdit.errors import UserError
+from microdit.training.distributed import start_world
+from microdit.training.saving import Saver, load_into, newest_whole
+
+
+@pytest.fixture(scope="module")
+def world():
+    return start_world("cpu")
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {"model/w": torch.full((3, 2), value), "ema/w": torch.full((3, 2), -value), "optimizer/w/step": torch.tensor(value)}
+
+
+def save(saver: Saver, step: int) -> None:
+    saver.save(step, tensors(float(step)), {"note": step}, ["model", "ema"])
+
+
+def steps(run) -> list[int]:
+    return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").iterdir())
+
+
+def test_what_is_saved_is_loaded_and_whole_weights_lie_beside_it(tmp_path, world):
+    saver = Saver(tmp_path, world, keep=2, keep_every=None, warn=pytest.fail)
+    save(saver, 7)
+    assert saver.finish()
+    checkpoint = newest_whole(tmp_path, world, pytest.fail)
+    into = tensors(0.0)
+    load_into(checkpoint, into)
+    assert all(into[name].equal(tensor) for name, tensor in tensors(7.0).items())
+    assert checkpoint.state["note"] == 7
+    assert load_file(checkpoint.folder / "ema.safetensors")["w"].tolist() == [[-7, -7]] * 3
+    assert checkpoint.weights == ["ema", "model"]
+    with pytest.raises(UserError, match="does not hold what this recipe's training needs"):
+        load_into(checkpoint, {"model/other": torch.zeros(3)})
+
+
+def test_what_is_saved_is_of_the_moment_of_saving(tmp_path, world):
+    """Training goes on in the same tensors while they are written."""
+    saver = Saver(tmp_path, world, keep=2, keep_every=None, warn=pytest.fail)
+    live = {"model/w": torch.ones(400, 400)}
+    saver.save(1, live, {}, ["model"])
+    live["model/w"].fill_(2.0)
+    saver.finish()
+    assert load_file(tmp_path / "checkpoints" / "step-00000001" / "model.safetensors")["w"].eq(1).all()
+
+
+def test_the_newest_are_kept_and_every_nth_for_ever(tmp_path, world):
+    saver = Saver(tmp_path, world, keep=2, keep_every=10, warn=pytest.fail)
+    for step in range(4, 28, 4):
+        save(saver, step)
+    saver.finish()
+    assert steps(tmp_path) == [20, 24]
+    for step in (30, 31, 32):
+        save(saver, step)
+    saver.finish()
+    assert steps(tmp_path) == [20, 30, 31, 32]
+
+
+def test_a_save_that_fails_warns_leaves_nothing_and_the_next_one_works(tmp_path, world):
+    said: list[str] = []
+    saver = Saver(tmp_path, world, keep=2, keep_every=None, warn=said.append)
+    save(saver, 1)
+    saver.finish()
+    in_the_way = tmp_path / "checkpoints" / "step-00000002"
+    in_the_way.write_text("not a folder")
+    save(saver, 2)
+    assert not saver.finish()
+    assert saver.failed == 1
+    assert "The checkpoint of step 2 could not be written" in said[0]
+    assert "earlier checkpoints are intact: make room on the disk" in said[0]
+    in_the_way.unlink()
+    assert steps(tmp_path) == [1]
+    save(saver, 3)
+    assert saver.finish()
+    assert steps(tmp_path) == [1, 3]
+
+
+def test_what_a_killed_process_left_half_done_is_cleared_away(tmp_path, world):
+    half = tmp_path / "checkpoints" / ".step-00000009.part"
+    (half / "shards").mkdir(parents=True)
+    Saver(tmp_path, world, keep=2, keep_every=None, warn=pytest.fail)
+    assert not half.exists()
+
+
+def test_every_single_flipped_bit_is_noticed(tmp_path, world):
+    saver = Saver(tmp_path, world, keep=5, keep_every=None, warn=pytest.fail)
+    for step in (1, 2):
+        save(saver, step)
+    saver.finish()
+    folder = tmp_path / "checkpoints" / "step-00000002"
+    generator = torch.Generator().manual_seed(0)
+    for path in sorted(p for p in folder.rglob("*.safetensors")):
+        content = path.read_bytes()
+        for _ in range(20):
+            at, bit = (int(torch.randint(n, (1,), generator=generator)) for n in (len(content), 8))
+            path.write_bytes(content[:at] + bytes([content[at] ^ (1 << bit)]) + content[at + 1 :])
+            said: list[str] = []
+            assert newest_whole(tmp_path, world, said.append).step == 1
+            assert path.name in said[0]
+        path.write_bytes(content)
+    assert newest_whole(tmp_path, world, pytest.fail).step == 2
+    assert newest_whole(tmp_path, world, pytest.fail, skip=1).step == 1
+    assert newest_whole(tmp_path, world, pytest.fail, skip=2) is None
+
+
+def test_the_manifest_names_every_file(tmp_path, world):
+    saver = Saver(tmp_path, world, keep=5, keep_every=None, warn=pytest.fail)
+    save(saver, 1)
+    saver.finish()
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(json.loads((folder / "state.json").read_text())["files"]) == found - {"state.json"}
+    assert all(name.endswith(".safetensors") for name in found - {"state.json"})  # nothing that could be a pickle
