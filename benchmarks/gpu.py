@@ -75,7 +75,7 @@ def main() -> None:
                 engine = EngineRecipe(sharding="fsdp" if sharding == "fsdp" else "auto", compile=compiled)
                 result = measure(size, engine, world, batch, args.resolution, args.mask, args.steps, peak)
                 results.append(result)
-                reckoned = reckoned_gb(size, batch, args.resolution, args.mask, world)
+                reckoned = reckoned_gb(size, batch, args.resolution, args.mask, world, sharded=sharding == "fsdp")
                 columns = f"{size:8}{batch:>7}{sharding:>10}{'compiled' if compiled else 'eager':>10}{result.images_per_second:>11.1f}"
                 memory = f"{result.memory_gb:>8.1f}{reckoned:>10.1f}" if world.device.type == "cuda" else f"{'':>18}"
                 print(f"{columns}{result.utilisation:>8.1%}{memory}{result.compile_seconds:>15.1f}", flush=True)
@@ -129,11 +129,11 @@ def random_batch(batch: int, resolution: int, mask: float) -> TrainingBatch:
     return add_draws(samples, EDM(), 0, 0, range(batch), (side // 2) ** 2, mask, 0.1)
 
 
-def reckoned_gb(size: str, batch: int, resolution: int, mask: float, world: World) -> float:
+def reckoned_gb(size: str, batch: int, resolution: int, mask: float, world: World, sharded: bool) -> float:
     with torch.device("meta"):
         model = MicroDiT(resolve(ALL[size]))
     tokens = (resolution // 16) ** 2
-    return footprint(model, batch, tokens, kept_tokens(tokens, mask), CAPTION[0], world.size).total / 1e9
+    return footprint(model, batch, tokens, kept_tokens(tokens, mask), CAPTION[0], world.size, sharded=sharded).total / 1e9
 
 
 def show_profile(step: Callable[[], None], world: World) -> None:

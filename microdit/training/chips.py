@@ -16,10 +16,11 @@ class Chip:
     memory_gb: int
 
 
-# From the vendors' data sheets and architecture white papers, read in November 2026. Where a sheet prints the figure "with sparsity",
-# half of it. Consumer cards: the figure with float32 accumulation. The first that fits is taken, so special ones stand first.
+# The vendors' published figures, written down in November 2026 without the data sheets at hand. Where a sheet prints the figure "with
+# sparsity", half of it. Consumer cards: with float32 accumulation. The first that fits is taken, so special ones stand first.
 CHIPS = (
     Chip("B200", ("B200",), 2250.0, 180),
+    Chip("H200 NVL", ("H200", "NVL"), 835.5, 141),
     Chip("H200", ("H200",), 989.4, 141),
     Chip("H100 NVL", ("H100", "NVL"), 835.5, 94),
     Chip("H100 PCIe", ("H100", "PCIe"), 756.0, 80),
@@ -37,10 +38,12 @@ CHIPS = (
     Chip("RTX 5090", ("RTX 5090",), 209.5, 32),
     Chip("RTX 4090", ("RTX 4090",), 165.2, 24),
     Chip("RTX 3090", ("RTX 3090",), 71.0, 24),
+    Chip("V100 32 GB", ("V100", "32GB"), 125.0, 32),
     Chip("V100", ("V100",), 125.0, 16),
     Chip("T4", ("T4",), 65.0, 16),
     Chip("MI300X", ("MI300X",), 1307.4, 192),
 )
+OTHERS = ("MIG", "Laptop", "Ti", "D")  # slices, and cards that share a name with a faster or slower one: not in the table
 
 MATMUL = 2048
 SECONDS = 0.4  # that measuring may take
@@ -49,6 +52,8 @@ SECONDS = 0.4  # that measuring may take
 def find_chip(device_name: str) -> Chip | None:
     """By the name that `torch.cuda.get_device_name` gives, such as "NVIDIA H100 80GB HBM3"."""
     words = device_name.replace("-", " ")
+    if any(_has(words, mark) for mark in OTHERS):
+        return None
     return next((chip for chip in CHIPS if all(_has(words, mark) for mark in chip.marks)), None)
 
 
@@ -59,7 +64,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """
     chip = find_chip(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if chip is not None and dtype in (torch.bfloat16, torch.float16):
-        return chip.teraflops * 1e12, f"the data sheet of the {chip.name}"
+        return chip.teraflops * 1e12, f"the vendor's figure for the {chip.name}"
     side = 4 * MATMUL if device.type == "cuda" else MATMUL
     kind = str(dtype).removeprefix("torch.")
     return _measured(device, dtype, side), f"a measured {kind} product of {side} x {side}"

@@ -13,8 +13,8 @@ FLOAT = 4  # bytes: weights, gradients, moments and averages are float32
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes. `activations`: what the forward pass keeps for the backward pass, at its end; `gathered`: FSDP's low-precision copies of
-    the largest block and of what lies outside of blocks."""
+    """Bytes. `activations`: what the forward pass keeps for the backward pass, at its end; `gathered`: low-precision copies of weights,
+    FSDP's of the two largest blocks and of what lies outside of blocks, or autocast's of all."""
 
     parameters: int
     gradients: int
@@ -38,20 +38,25 @@ def footprint(
     emas: int = 1,
     element: int = 2,
     checkpointing: bool = False,
+    sharded: bool = True,
 ) -> Footprint:
-    """Of one of `ranks` processes that share the model by FSDP. `model` may be on the meta device.
+    """Of one of `ranks` processes that share the model by FSDP, or each hold the whole. `model` may be on the meta device.
 
-    `element`: bytes of an activation, 2 in bfloat16 and 4 in float32.
+    `element`: bytes of an activation, 2 in bfloat16 and 4 in float32. If not `sharded`, 2 is autocast, which keeps norms in float32:
+    these are not reckoned, so activations come out low.
     """
     weights = {name: weight.numel() for name, weight in model.named_parameters()}
-    share = sum(weights.values()) * FLOAT // ranks
+    # FSDP deals out rows of the first dimension, rounded up: the weights of 8 experts are never cut into more than 8.
+    owners = ranks if sharded else 1
+    share = sum(-(-len(weight) // owners) * weight[0].numel() for weight in model.parameters()) * FLOAT
     blocks: dict[str, int] = {}
     for name, count in weights.items():
         stack, number = name.split(".")[:2]
         group = f"{stack}.{number}" if stack in ("blocks", "mixer") else "caption" if stack == "caption" else "rest"
         blocks[group] = blocks.get(group, 0) + count
     # One block computes while the next one comes in.
-    gathered = (blocks.pop("rest") + 2 * max(blocks.values())) * element if ranks > 1 or element != FLOAT else 0
+    copied = blocks.pop("rest") + 2 * max(blocks.values()) if sharded else sum(weights.values())
+    gathered = copied * element if owners > 1 or element != FLOAT else 0
     kept_elements = activations(model.config, tokens, kept, caption_tokens, checkpointing)
     return Footprint(share, share, 2 * share, emas * share, micro_batch * kept_elements * element, gathered)
 

@@ -34,7 +34,7 @@ class Meters:
         self._window = Window()
         self._flops_per_second: float | None = None
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
-        self._progress = Progress(*columns, console=console)
+        self._progress = Progress(*columns, console=console, refresh_per_second=2)  # drawing takes milliseconds of a core
         self._task: TaskID = self._progress.add_task("start", completed=first_step, total=total_steps, numbers="")
 
     def __enter__(self) -> "Meters":

@@ -37,15 +37,16 @@ class TrainingState:
         self.loss = wrap(loss, recipe.engine, self.sharding, world)
         if empty and self.sharding == "fsdp":  # only now: shards are all that fits
             loss.to_empty(device=world.device)
+        self._weights = list(self.model.parameters())
         self.optimizers = Optimizers(self.model, recipe.optimizer)
         self.averages = dict(zip(names_of(recipe.ema), (EMA(self.model, ema) for ema in recipe.ema), strict=True))
 
     def clip(self, largest_norm: float) -> float:
         """Scale the gradients down to the norm `largest_norm`, if theirs is larger. Returns what it was, over all processes."""
-        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        gradients = [weight.grad for weight in self._weights if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), largest_norm, norm, foreach=True)
+        torch.nn.utils.clip_grads_with_norm_(self._weights, largest_norm, norm, foreach=True)
         return norm.item()
 
     def take_step(self, step: int) -> None:
@@ -56,7 +57,7 @@ class TrainingState:
 
     def is_finite(self) -> bool:
         """Whether every weight is a number. All processes must call this."""
-        norm = torch.nn.utils.get_total_norm([weight.detach() for weight in self.model.parameters()], foreach=True)
+        norm = torch.nn.utils.get_total_norm([weight.detach() for weight in self._weights], foreach=True)
         return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
 
     def tensors(self) -> Tensors:

@@ -13,6 +13,7 @@ from microdit.training.chips import CHIPS, find_chip, peak_flops
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA H100 NVL", "H100 NVL"),
         ("NVIDIA H200", "H200"),
+        ("NVIDIA H200 NVL", "H200 NVL"),
         ("NVIDIA B200", "B200"),
         ("NVIDIA A100-SXM4-80GB", "A100 80 GB"),
         ("NVIDIA A100 80GB PCIe", "A100 80 GB"),
@@ -29,6 +30,7 @@ from microdit.training.chips import CHIPS, find_chip, peak_flops
         ("NVIDIA GeForce RTX 3090", "RTX 3090"),
         ("NVIDIA GeForce RTX 5090", "RTX 5090"),
         ("Tesla V100-SXM2-16GB", "V100"),
+        ("Tesla V100-SXM2-32GB", "V100 32 GB"),
         ("Tesla T4", "T4"),
         ("AMD Instinct MI300X", "MI300X"),
     ],
@@ -37,7 +39,19 @@ def test_chips_are_known_by_the_drivers_name(device_name, name):
     assert find_chip(device_name).name == name
 
 
-@pytest.mark.parametrize("device_name", ["NVIDIA GeForce GTX 1080 Ti", "NVIDIA A1000", "", "Quadro T400"])
+@pytest.mark.parametrize(
+    "device_name",
+    [
+        "NVIDIA GeForce GTX 1080 Ti",
+        "NVIDIA A1000",
+        "",
+        "Quadro T400",
+        "NVIDIA A100-SXM4-80GB MIG 3g.40gb",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+    ],
+)
 def test_an_unknown_chip_is_not_guessed(device_name):
     assert find_chip(device_name) is None
 

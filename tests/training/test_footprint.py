@@ -43,9 +43,23 @@ def test_weights_gradients_and_moments_are_exact_and_shared_out():
     alone = footprint(model, 1, 64, 64, 16, ranks=1, emas=2, element=4)
     weights = sum(weight.nbytes for weight in model.parameters())
     assert (alone.parameters, alone.gradients, alone.moments, alone.averages) == (weights, weights, moments, 2 * weights)
-    shared = footprint(model, 1, 64, 64, 16, ranks=8, emas=2)
-    assert shared.parameters == weights // 8
+    shared = footprint(model, 1, 64, 64, 16, ranks=2, emas=2)
+    assert shared.parameters == weights // 2
     assert shared.total < alone.total
+
+
+def test_four_experts_are_not_cut_into_more_than_four():
+    model = MicroDiT(resolve(SIZE, caption_channels=96))
+    as_fsdp_cuts = sum(weight.chunk(8)[0].nbytes for weight in model.parameters())
+    assert footprint(model, 1, 64, 64, 16, ranks=8).parameters == as_fsdp_cuts
+    assert as_fsdp_cuts > sum(weight.nbytes for weight in model.parameters()) // 8
+
+
+def test_without_sharding_each_process_holds_all_weights_and_autocasts_copies_of_them():
+    model = MicroDiT(resolve(SIZE, caption_channels=96))
+    weights = sum(weight.nbytes for weight in model.parameters())
+    whole = footprint(model, 1, 64, 64, 16, ranks=8, sharded=False)
+    assert (whole.parameters, whole.gathered) == (weights, weights // 2)
 
 
 def test_checkpointing_keeps_less():
