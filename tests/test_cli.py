@@ -1,20 +1,24 @@
 """The commands, one after the other, as a person would run them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "tests" / "training" / "recipe.yaml"
+from tests.training.processes import RECIPE, start
 
 
-def microdit(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "microdit.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+class Done(NamedTuple):
+    returncode: int
+    output: str
+
+
+def microdit(*arguments: object, cwd: Path) -> Done:
+    """The real command in a process of its own."""
+    running = start(cwd / ".logs", list(arguments), cores=2, cwd=cwd)
+    return Done(running.wait(300)[0], running.output)
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +26,8 @@ def workplace(tmp_path_factory) -> Path:
     """Encoded with the bundled autoencoder and trained for a few steps, by the commands."""
     place = tmp_path_factory.mktemp("workplace")
     encoded = microdit("data", "encode", "emoji:held_out", "--out", "data/emoji", cwd=place)
-    assert encoded.returncode == 0, encoded.stderr
-    assert "kept at 64 px" in encoded.stdout
+    assert encoded.returncode == 0, encoded.output
+    assert "kept at 64 px" in encoded.output
     overrides = [
         "data.path=data/emoji",
         "phases.0.steps=4",
@@ -32,7 +36,7 @@ def workplace(tmp_path_factory) -> Path:
         "record.sample_steps=2",
     ]
     trained = microdit("train", RECIPE, *overrides, cwd=place)
-    assert trained.returncode == 0, trained.stderr
+    assert trained.returncode == 0, trained.output
     return place
 
 
@@ -48,19 +52,40 @@ def test_sampling_is_the_same_for_the_same_seed_and_not_for_another(workplace):
         result = microdit(
             "sample", "runs/tiny", "red heart", "a green cat", "--steps", 3, "--seed", seed, "--out", f"{name}.png", cwd=workplace
         )
-        assert result.returncode == 0, result.stderr
-        assert f"seed {seed}" in result.stdout
+        assert result.returncode == 0, result.output
+        assert f"seed {seed}" in result.output
     a, b, c = (Image.open(workplace / f"{name}.png").tobytes() for name in "abc")
     assert a == b != c
 
 
+def test_a_run_is_listed_and_reported(workplace):
+    listed = microdit("runs", cwd=workplace)
+    assert listed.returncode == 0, listed.output
+    assert "tiny" in listed.output
+    assert "finished" in listed.output
+    reported = microdit("report", "runs/tiny", cwd=workplace)
+    assert reported.returncode == 0, reported.output
+    page = (workplace / "runs" / "tiny" / "report.html").read_text()
+    assert "<svg" in page
+    assert "data:image/" in page
+    assert "There is no folder nowhere" in microdit("runs", "nowhere", cwd=workplace).output
+
+
+def test_weights_are_chosen_by_name(workplace):
+    for weights in ("model", "ema"):
+        drawn = microdit("sample", "runs/tiny", "owl", "--steps", 2, "--weights", weights, "--out", f"{weights}.png", cwd=workplace)
+        assert drawn.returncode == 0, drawn.output
+    assert Image.open(workplace / "model.png").tobytes() != Image.open(workplace / "ema.png").tobytes()
+    assert "no weights named other, only ema, model" in microdit("sample", "runs/tiny", "x", "--weights", "other", cwd=workplace).output
+
+
 def test_data_verify(workplace):
-    assert "is whole" in microdit("data", "verify", "data/emoji", cwd=workplace).stdout
+    assert "is whole" in microdit("data", "verify", "data/emoji", cwd=workplace).output
 
 
 def test_evaluation_measures_retrieval(workplace):
     result = microdit("evaluate", "runs/tiny", "-n", 8, "--steps", 2, cwd=workplace)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.output
     metrics = json.loads((workplace / "runs" / "tiny" / "metrics.json").read_text())
     assert metrics["retrieval"]["captions"] == 8
     assert metrics["retrieval_of_reconstructions"]["top_10"] > 0.7
@@ -82,14 +107,14 @@ def test_evaluation_measures_retrieval(workplace):
 def test_mistakes_end_in_one_sentence(workplace, arguments, sentence):
     result = microdit(*arguments, cwd=workplace)
     assert result.returncode == 1
-    assert sentence in result.stderr
-    assert "Traceback" not in result.stderr
+    assert sentence in result.output
+    assert "Traceback" not in result.output
 
 
 def test_help_teaches(tmp_path):
-    assert "data encode" in microdit("--help", cwd=tmp_path).stdout
+    assert "data encode" in microdit("--help", cwd=tmp_path).output
     for command in ("train", "sample"):
-        assert "Example: microdit" in microdit(command, "--help", cwd=tmp_path).stdout
+        assert "Example: microdit" in microdit(command, "--help", cwd=tmp_path).output
 
 
 def test_a_folder_of_ones_own_pictures_is_looked_at_encoded_and_trained_on(tmp_path):
@@ -103,24 +128,24 @@ def test_a_folder_of_ones_own_pictures_is_looked_at_encoded_and_trained_on(tmp_p
     (folder / "broken.txt").write_text("nothing to see")
 
     looked = microdit("data", "look", "mine", cwd=tmp_path)
-    assert looked.returncode == 0, looked.stderr
+    assert looked.returncode == 0, looked.output
     assert Image.open(tmp_path / "look.png").width > 400
     options = ["--autoencoder", "pixels", "--resolutions", "8", "16", "--workers", "1"]
     encoded = microdit("data", "encode", "mine", "--out", "data/mine", *options, cwd=tmp_path)
-    assert encoded.returncode == 0, encoded.stderr
-    assert "9 of 10 records kept at 8, 16 px" in encoded.stdout
-    assert "rejected 1: not a picture that Pillow knows" in encoded.stdout
+    assert encoded.returncode == 0, encoded.output
+    assert "9 of 10 records kept at 8, 16 px" in encoded.output
+    assert "rejected 1: not a picture that Pillow knows" in encoded.output
     assert microdit("data", "encode", "scenes:6", "--out", "data/scenes", *options, cwd=tmp_path).returncode == 0
 
     mixed = ["data.sets.mine.path=data/mine", "data.sets.scenes.path=data/scenes", "data.path=null", "data.resolution=16"]
     weights = ["phases.0.weights={mine: 0.8, scenes: 0.2}", "phases.0.steps=3", "phases.1.steps=2"]
     trained = microdit("train", RECIPE, *mixed, *weights, cwd=tmp_path)
-    assert trained.returncode == 0, trained.stderr
-    assert "9 + 6 samples" in trained.stdout
+    assert trained.returncode == 0, trained.output
+    assert "9 + 6 samples" in trained.output
     drawn = microdit("sample", "runs/tiny", "a shade of red", "--steps", "2", "--height", "16", "--width", "32", cwd=tmp_path)
-    assert drawn.returncode == 0, drawn.stderr
+    assert drawn.returncode == 0, drawn.output
     refused = microdit("sample", "runs/tiny", "a shade of red", "--height", "15", cwd=tmp_path)
-    assert "height 15 must be a multiple of 4" in " ".join(refused.stderr.split())
+    assert "height 15 must be a multiple of 4" in refused.output
 
 
 def test_pictures_of_several_shapes_are_trained_on_and_drawn(tmp_path):
@@ -132,12 +157,12 @@ def test_pictures_of_several_shapes_are_trained_on_and_drawn(tmp_path):
         (folder / f"{n}.txt").write_text(f"picture {n}")
     options = ["--autoencoder", "pixels", "--resolutions", "192", "--buckets", "--workers", "0"]
     encoded = microdit("data", "encode", "mine", "--out", "data", *options, cwd=tmp_path)
-    assert encoded.returncode == 0, encoded.stderr
+    assert encoded.returncode == 0, encoded.output
     settings = ["data.path=data", "model.patch_size=32", "phases.0.steps=4", "phases.1.steps=2", "phases.0.mask_ratio=0.5"]
     trained = microdit("train", RECIPE, *settings, cwd=tmp_path)
-    assert trained.returncode == 0, trained.stderr
+    assert trained.returncode == 0, trained.output
     drawn = microdit("sample", "runs/tiny", "picture 3", "--steps", "2", "--height", "128", "--width", "256", cwd=tmp_path)
-    assert drawn.returncode == 0, drawn.stderr
+    assert drawn.returncode == 0, drawn.output
 
 
 @pytest.mark.parametrize(
@@ -156,6 +181,6 @@ def test_pictures_of_several_shapes_are_trained_on_and_drawn(tmp_path):
 def test_bad_input_about_data_ends_in_one_sentence(workplace, arguments, sentence):
     done = microdit(*arguments, cwd=workplace)
     assert done.returncode == 1
-    assert sentence in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
+    assert sentence in done.output
+    assert "Traceback" not in done.output
     assert not (workplace / "x").exists()

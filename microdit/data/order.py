@@ -8,7 +8,7 @@ Nothing is remembered, so a run's place in its data is the number of its step, e
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +68,7 @@ class Shares:
         dealt = np.concatenate([self._block(block) for block in blocks])
         return dealt[start % BLOCK :][:count]
 
+    @lru_cache(maxsize=64)  # noqa: B019 - a few numbers each; neighbouring steps ask for the same blocks
     def _counts(self, blocks: int) -> Ints:
         """After whole blocks: each share rounded down, the largest stream takes what is left."""
         counts = np.floor(blocks * BLOCK * np.asarray(self.weights)).astype(np.int64)
@@ -75,6 +76,7 @@ class Shares:
         counts[largest] += blocks * BLOCK - counts.sum()
         return counts
 
+    @lru_cache(maxsize=64)  # noqa: B019
     def _block(self, block: int) -> Ints:
         counts = self._counts(block + 1) - self._counts(block)
         return np.random.default_rng([self.seed, block]).permutation(np.repeat(np.arange(len(counts)), counts))
@@ -153,11 +155,13 @@ class SampleOrder:
         starts = np.concatenate([[0], ends[:-1]])
         return numbers[member], (inside - starts[member]) % sizes[member]
 
+    @lru_cache(maxsize=64)  # noqa: B019
     def _bucket_shares(self, phase: PhaseOrder) -> Shares:
         """Batches go to buckets by the rows in them."""
         rows = np.asarray([[self.sizes[n][b] * repeat for n, repeat in phase.members] for b in range(len(self.sizes[0]))]).sum(axis=1)
         return Shares(tuple(rows / rows.sum()), self.seed + 1)
 
+    @lru_cache(maxsize=64)  # noqa: B019
     def _stream_shares(self, phase: PhaseOrder, bucket: int) -> Shares:
         """Samples of a batch go to streams by their weights, where they have any row in the bucket."""
         weights = np.asarray(phase.weights or [1.0])

@@ -50,25 +50,22 @@ def add_draws(
 ) -> TrainingBatch:
     """`numbers`: the places of these samples in the global batch. `tokens`: patches of a picture."""
     latents_BCHW = batch.latents_BCHW
-    B = len(latents_BCHW)
-    normal_B, uniform_B = torch.empty(B), torch.empty(B)
-    noise_BCHW, order_BT = torch.empty_like(latents_BCHW), torch.empty(B, tokens if mask_ratio else 0)
+    B, size = len(latents_BCHW), latents_BCHW[0].numel()
+    normal, uniform = torch.empty(B, size + 1), torch.empty(B, 1 + (tokens if mask_ratio else 0))
     generator = torch.Generator()
-    for row, number in enumerate(numbers):
+    for number, normal_row, uniform_row in zip(numbers, normal, uniform, strict=True):
         generator.manual_seed(_mix(seed, step, number))
-        normal_B[row].normal_(generator=generator)
-        uniform_B[row].uniform_(generator=generator)
-        noise_BCHW[row].normal_(generator=generator)
-        order_BT[row].uniform_(generator=generator)
+        normal_row.normal_(generator=generator)
+        uniform_row.uniform_(generator=generator)
     kept = kept_tokens(tokens, mask_ratio)
     return TrainingBatch(
         latents_BCHW,
         batch.text_BLE,
         batch.text_mask_BL,
-        sigma_B=(normal_B * edm.P_std + edm.P_mean).exp(),
-        noise_BCHW=noise_BCHW,
-        caption_kept_B=(uniform_B >= caption_dropout).float(),
-        keep_ids_BK=order_BT.argsort(dim=1)[:, :kept] if mask_ratio else None,
+        sigma_B=(normal[:, size] * edm.P_std + edm.P_mean).exp(),
+        noise_BCHW=normal[:, :size].reshape(latents_BCHW.shape),
+        caption_kept_B=(uniform[:, 0] >= caption_dropout).float(),
+        keep_ids_BK=uniform[:, 1:].argsort(dim=1)[:, :kept] if mask_ratio else None,
     )
 
 

@@ -45,7 +45,9 @@ class Running:
         return " ".join(" ".join(log.read_text() for log in self.logs).split())[-5000:]
 
 
-def start(log_folder: Path, arguments: list[object], ranks: int = 1, cores: int = 1, file_size: int | None = None) -> Running:
+def start(
+    log_folder: Path, arguments: list[object], ranks: int = 1, cores: int = 1, file_size: int | None = None, cwd: Path = RECIPE.parents[2]
+) -> Running:
     """`microdit ARGUMENTS`. `file_size`: bytes after which the system refuses to write on, as it does when a disk is full."""
     log_folder.mkdir(parents=True, exist_ok=True)
     number = len(list(log_folder.iterdir()))
@@ -56,7 +58,7 @@ def start(log_folder: Path, arguments: list[object], ranks: int = 1, cores: int 
         log.touch()
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {key: str(value) for key, value in world.items()} if ranks > 1 else {}
-        process = _context.Process(target=_main, args=(log, [str(a) for a in arguments], environment, cores, file_size))
+        process = _context.Process(target=_main, args=(log, [str(a) for a in arguments], environment, cores, file_size, cwd))
         process.start()
         processes.append(process)
     return Running(processes, logs)
@@ -90,7 +92,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _main(log: Path, arguments: list[str], environment: dict[str, str], cores: int, file_size: int | None) -> None:
+def _main(log: Path, arguments: list[str], environment: dict[str, str], cores: int, file_size: int | None, cwd: Path) -> None:
     import resource
 
     import torch
@@ -98,6 +100,7 @@ def _main(log: Path, arguments: list[str], environment: dict[str, str], cores: i
     from microdit import cli
 
     os.environ.update(environment)
+    os.chdir(cwd)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
