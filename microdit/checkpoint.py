@@ -2,7 +2,7 @@
 
     checkpoints/step-00000500/
       shards/*.safetensors        all that training needs, as the processes held it (torch.distributed.checkpoint); none for inference
-      model.safetensors           the weights, whole
+      model.safetensors           the weights, whole (not in one that was saved in haste, before the machine was taken away)
       ema.safetensors             their averages, whole; ema-DECAY.safetensors for further lengths
       state.json                  checksums of all of these, the step, and all that is needed to make pictures
 
@@ -72,25 +72,28 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def find_weights(run: Path, warn: Callable[[str], None], weights: str | None = None) -> Checkpoint | None:
     """The newest checkpoint whose `weights` (by default the first average, else the model) are whole; None if there is none at all.
 
-    Damaged ones are passed over, each with a sentence to `warn`. Raises UserError if all are damaged, or have no such weights.
+    Damaged ones are passed over, each with a sentence to `warn`; so are those without whole weights, which were saved in haste.
+    Raises UserError if none is left, or if the newest one holds other weights than those asked for.
     """
     folders = checkpoint_folders(run)
     for folder in folders:
         try:
             checkpoint = open_checkpoint(folder)
-            name = weights or default_weights(checkpoint)
-            if name not in checkpoint.weights:
-                raise UserError(f"{folder} holds no weights named {name}, only {', '.join(checkpoint.weights)}.")
-            if checkpoint.damage([f"{name}.safetensors"]):
-                warn(f"{folder} is damaged ({name}.safetensors is not what was written).")
-                continue
-            return checkpoint
         except UserError as error:
-            if "damaged" not in str(error):
-                raise
             warn(str(error))
+            continue
+        if not checkpoint.weights:
+            continue
+        name = weights or default_weights(checkpoint)
+        if name not in checkpoint.weights:
+            raise UserError(f"{folder} holds no weights named {name}, only {', '.join(checkpoint.weights)}.")
+        if not checkpoint.damage([f"{name}.safetensors"]):
+            return checkpoint
+        warn(f"{folder} is damaged ({name}.safetensors is not what was written).")
     if folders:
-        raise UserError(f"Every checkpoint in {run / FOLDER} is damaged.")
+        raise UserError(
+            f"No checkpoint in {run / FOLDER} holds whole weights: they are damaged, or were saved in haste. Train on with --resume."
+        )
     return None
 
 

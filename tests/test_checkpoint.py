@@ -59,7 +59,7 @@ def test_damage_is_noticed_and_the_one_before_is_taken(tmp_path, damage):
     assert len(said) == 1
     assert "step-00000002 is damaged" in said[0]
     (tmp_path / "checkpoints" / "step-00000001" / "state.json").write_text("[]")
-    with pytest.raises(UserError, match=r"Every checkpoint in .* is damaged"):
+    with pytest.raises(UserError, match=r"No checkpoint in .* holds whole weights"):
         find_weights(tmp_path, said.append)
 
 
@@ -68,6 +68,12 @@ def test_other_weights_may_be_asked_for_by_name(tmp_path):
     assert find_weights(tmp_path, pytest.fail, "ema-0.9999").step == 1
     with pytest.raises(UserError, match=r"no weights named ema-0.5, only ema, ema-0.9999, model"):
         find_weights(tmp_path, pytest.fail, "ema-0.5")
+
+
+def test_one_that_was_saved_in_haste_is_passed_over(tmp_path):
+    write(tmp_path, 1)
+    write(tmp_path, 2, ())
+    assert find_weights(tmp_path, pytest.fail).step == 1
 
 
 def test_a_state_of_another_kind_is_damage(tmp_path):

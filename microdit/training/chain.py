@@ -39,14 +39,13 @@ def train_chain(recipes: dict[str, Recipe], out: Path, settings: Settings, conso
     if not settings.resume and world.share(any((out / name).exists() for name in recipes)):
         raise UserError(f"{out} holds runs of these recipes already: go on with --resume, or choose another --out.")
     for number, (name, recipe) in enumerate(recipes.items(), start=1):
-        run = out / name
-        if world.share(is_finished(run, recipe)):
-            console.print(f"[bold]{number} of {len(recipes)}: {name}[/] is finished.")
-            continue
         console.print(f"[bold]{number} of {len(recipes)}: {name}[/]")
-        train_one(recipe, run, settings, console, world)
+        train_one(recipe, out / name, settings, console, world)
 
 
 def train_one(recipe: Recipe, run: Path, settings: Settings, console: Console, world: World) -> None:
-    """Raises what `Trainer` raises."""
+    """Nothing is done for a run that is finished. Raises what `Trainer` raises."""
+    if settings.resume and world.share(is_finished(run, recipe)):
+        console.print(f"{run} is finished.", highlight=False)
+        return
     Trainer(recipe, run, console, world, settings.resume, settings.accept_changes, settings.price_per_hour).train()

@@ -42,12 +42,12 @@ class World:
             dist.broadcast_object_list(box, src=0, group=group or self.control)
         return box[0]
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
         """Every process's value, on all, by rank."""
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
-            dist.all_gather_object(values, value, group=self.control)
+            dist.all_gather_object(values, value, group=group or self.control)
         return values
 
     def wait_for_all(self) -> None:

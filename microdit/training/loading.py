@@ -42,7 +42,14 @@ class Loader(Generic[T]):
         return item
 
     def close(self) -> None:
+        """End the thread; what it has read is dropped."""
         self._closed.set()
+
+    def __enter__(self) -> "Loader[T]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _read(self) -> None:
         torch.set_num_threads(1)  # of this thread; the cores belong to the loop

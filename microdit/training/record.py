@@ -56,7 +56,7 @@ class RunRecord:
         numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float) and name not in ("step", "time")}
         self._try(lambda: self._to_board(numbers, step))
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+            self._wandb.log(numbers, step=step, commit=True)
 
     def status(self, state: str, reason: str | None = None, **values: Any) -> None:
         content = {"state": state, "reason": reason, "name": self.recipe.name, **values}
@@ -138,7 +138,7 @@ def _start_wandb(recipe: Recipe, run: Path) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError("record.wandb_project asks for Weights & Biases, which is not installed: pip install wandb.") from error
+        raise UserError("record.wandb_project asks for Weights & Biases, which is not installed: pip install microdit[wandb].") from error
     return wandb.init(project=recipe.record.wandb_project, name=recipe.name, dir=str(run), id=run.name, resume="allow")
 
 

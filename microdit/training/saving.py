@@ -90,38 +90,50 @@ class Saver:
 
     def _complete(self, aside: Path, step: int, written: "Future[Any]", state: dict[str, Any], shapes: dict[str, torch.Size]) -> None:
         problem: str | None = None
+        checksums: dict[str, str] = {}
         try:
             written.result()
+            mine = (aside / SHARDS).glob(f"shard-{self.world.rank + 1:05d}-*")
+            checksums = {f"{SHARDS}/{path.name}": _flushed_checksum(path) for path in mine}
         except (Exception, CheckpointException) as error:  # whatever a write can raise, on any process: kept, and told by `finish`
             problem = _root_cause(error)
-        if self.world.is_main:
-            if problem is None:
-                try:
-                    self._publish(aside, step, state, shapes)
-                    self._prune()
-                except (Exception, CheckpointException) as error:
-                    problem = _root_cause(error)
-            if problem is not None:
-                shutil.rmtree(aside, ignore_errors=True)
         try:
+            answers = self.world.gather((problem, checksums), self.world.saving)
+            problem = next((found for found, _ in answers if found), None)
+            if self.world.is_main:
+                problem = problem or self._try_to_publish(
+                    aside, step, state, shapes, {k: v for _, part in answers for k, v in part.items()}
+                )
+                if problem:
+                    shutil.rmtree(aside, ignore_errors=True)
             self._problem = self.world.share(problem, self.world.saving)
         except RuntimeError as error:  # another process died; the loop ends for the same reason
             self._problem = f"the processes lost each other ({error})"
         if self._problem is None:
             self.last_saved = step
 
-    def _publish(self, aside: Path, step: int, state: dict[str, Any], shapes: dict[str, torch.Size]) -> None:
+    def _try_to_publish(
+        self, aside: Path, step: int, state: dict[str, Any], shapes: dict[str, torch.Size], checksums: dict[str, str]
+    ) -> str | None:
+        """What went wrong, if anything did."""
+        try:
+            self._publish(aside, step, state, shapes, checksums)
+            self._prune()
+        except (Exception, CheckpointException) as error:
+            return _root_cause(error)
+        return None
+
+    def _publish(self, aside: Path, step: int, state: dict[str, Any], shapes: dict[str, torch.Size], checksums: dict[str, str]) -> None:
         """Whole weights, checksums, state; then the name."""
         for part in sorted({name.partition("/")[0] for name in shapes}):
             whole = {name: torch.empty(shape) for name, shape in shapes.items() if name.partition("/")[0] == part}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
                 load(whole, storage_reader=HuggingFaceStorageReader(str(aside / SHARDS)), no_dist=True)
-            save_file({name.partition("/")[2]: tensor for name, tensor in whole.items()}, aside / f"{part}.safetensors")
-        paths = sorted(path for path in aside.rglob("*") if path.is_file())
-        for path in paths:
-            _flush(path)
-        files = {path.relative_to(aside).as_posix(): sha256_of(path) for path in paths}
+            path = aside / f"{part}.safetensors"
+            save_file({name.partition("/")[2]: tensor for name, tensor in whole.items()}, path)
+            checksums[path.name] = _flushed_checksum(path)
+        files = dict(sorted(checksums.items()))
         write_aside(aside / STATE, json.dumps({"step": step, "files": files, **state}, indent=1).encode())
         target = self.run / FOLDER / f"step-{step:08d}"
         shutil.rmtree(target, ignore_errors=True)
@@ -183,9 +195,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _flush(path: Path) -> None:
+def _flushed_checksum(path: Path) -> str:
+    """Once the file is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+    return sha256_of(path)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -77,12 +77,15 @@ def find_checkpoint(
 
 
 def is_finished(run: Path, recipe: Recipe) -> bool:
-    """Whether the run's newest checkpoint is of the recipe's last step."""
+    """Whether the run's newest checkpoint is of this recipe's last step, and whole."""
     folders = checkpoint_folders(run)
     try:
-        return bool(folders) and open_checkpoint(folders[0]).step == recipe.total_steps
+        checkpoint = open_checkpoint(folders[0]) if folders else None
     except UserError:
         return False  # damaged: resuming will say so
+    if checkpoint is None or checkpoint.step != recipe.total_steps or _recipe_changes(checkpoint, recipe):
+        return False
+    return not checkpoint.damage(list(checkpoint.state["files"]))
 
 
 def first_weights(recipe: Recipe, run: Path, config: ModelConfig, data: EncodedSet) -> dict[str, Tensor] | None:
@@ -145,13 +148,17 @@ def fingerprints(recipe: Recipe, sets: list[EncodedSet]) -> dict[str, dict[str, 
 
 def _changes(checkpoint: Checkpoint, recipe: Recipe, sets: list[EncodedSet]) -> list[str]:
     """What of the recipe and the data differs from those that the checkpoint was made with, in words."""
-    then, now = checkpoint.state["recipe"], yaml.safe_load(recipe.to_yaml())
-    changes = [change for change in _differences(then, now) if re.split(r"[.:]", change)[0] not in FREE_TO_CHANGE]
+    changes = _recipe_changes(checkpoint, recipe)
     old, new = checkpoint.state["sets"], fingerprints(recipe, sets)
     for name in sorted(old.keys() & new.keys()):
         if old[name]["fingerprint"] != new[name]["fingerprint"]:
             changes.append(f"the content of the set {name}: {old[name]['rows']} rows then ({old[name]['path']}), {new[name]['rows']} now")
     return changes
+
+
+def _recipe_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+    then, now = checkpoint.state["recipe"], yaml.safe_load(recipe.to_yaml())
+    return [change for change in _differences(then, now) if re.split(r"[.:]", change)[0] not in FREE_TO_CHANGE]
 
 
 def _differences(then: Any, now: Any, key: str = "") -> list[str]:

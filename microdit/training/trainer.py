@@ -92,9 +92,10 @@ class Trainer:
         recipe, total = self.recipe, self.recipe.total_steps
         keep_freed_memory()
         self._welcome()
-        reader = Loader(self._batch, range(self.step, total), AHEAD, recipe.data.read_timeout, self.mixture.where)
+        batches = Loader(self._batch, range(self.step, total), AHEAD, recipe.data.read_timeout, self.mixture.where)
         meters = Meters(self.step, total, self.peak, self.world.size, self.world.device, self.console)
-        with self._reported(), meters, stop_requests() as stop:
+        sums = StepSums([], [])
+        with self._reported(), meters, stop_requests() as stop, batches as reader:
             while self.step < total:
                 phase, step_in_phase = recipe.phase_at(self.step)
                 rate = learning_rate(phase, step_in_phase)
@@ -122,13 +123,12 @@ class Trainer:
                     left = self.work.after(self.step, tokens, caption_tokens)
                     self._write_metrics(meters, phase, step_in_phase, rate, grad_norm, left)
                 if (self._due(recipe.record.checkpoint_every) and not self.guard.in_a_row) or last or stopping:
-                    self._save()
+                    self._save(in_haste=sums.stop_by_machine and not last)
                 if recipe.record.sample_prompts and (self._due(recipe.record.samples_every) or last):
                     self._sample()
                 self.saver.check()
                 if stopping:
                     break
-            reader.close()
             self._end(sums)
 
     def _batch(self, step: int) -> TrainingBatch:
@@ -193,9 +193,9 @@ class Trainer:
         self, meters: Meters, phase: PhaseRecipe, step_in_phase: int, rate: float, grad_norm: float, flops_left: float
     ) -> None:
         measured = self.held_out.measure(self.state.loss) if self.held_out and self._due_held_out() else {}
+        numbers: dict[str, Any] = meters.read()
         if self.record is None:
             return
-        numbers: dict[str, Any] = meters.read()
         dollars, seconds_left = self.cost.dollars(), meters.seconds_left(flops_left)
         values = {
             "step": self.step,
@@ -227,15 +227,19 @@ class Trainer:
         cost = {"gpu_hours": self.cost.gpu_hours(), "dollars": self.cost.dollars()}
         self.record.status(state, reason, step=self.step, total_steps=self.recipe.total_steps, **values, **cost, **counts)
 
-    def _save(self) -> None:
-        """Begin a checkpoint. Weights that are no numbers are never saved: the older checkpoints are what a rollback needs."""
+    def _save(self, in_haste: bool = False) -> None:
+        """Begin a checkpoint. `in_haste`, before the machine is taken away, only what resuming needs.
+
+        Weights that are no numbers are never saved: the older checkpoints are what a rollback needs.
+        """
         if not self.state.is_finite():
             self._warn(f"Some weights are not finite after step {self.step}: no checkpoint of them.")
             return
         costs = {"gpu_hours": self.cost.gpu_hours(), "dollars": self.cost.dollars()}
         position = {"images_seen": self.recipe.samples_before(self.step), "guard": self.guard.state(), **costs}
         description = describe(self.recipe, self.config, self.data, self.mixture.sets)
-        self.saver.save(self.step, self.state.tensors(), {**description, **position}, ["model", *self.state.averages])
+        exports = [] if in_haste else ["model", *self.state.averages]
+        self.saver.save(self.step, self.state.tensors(), {**description, **position}, exports)
 
     def _sample(self) -> None:
         """Write a grid of the recipe's prompts to samples/, with the averaged weights. All processes gather, the first one draws."""
@@ -271,8 +275,9 @@ class Trainer:
     def _end(self, sums: StepSums) -> None:
         """Wait for the last checkpoint, and say how it went."""
         saved = self.saver.finish()
-        if self.mixture.replaced:
-            self._warn(f"{self.mixture.replaced} samples were damaged, and others took their places: encode the data again.")
+        replaced = sum(self.world.gather(self.mixture.replaced))
+        if replaced:
+            self._warn(f"{replaced} samples were damaged, and others took their places: encode the data again.")
         if self.step < self.recipe.total_steps:
             where = f"saved in {self.run}" if saved else "NOT saved (see above)"
             code = EXIT_BY_USER if sums.stop_by_user else EXIT_RESTART

@@ -131,6 +131,12 @@ def test_compiled_blocks_compute_the_same_and_compile_once_for_all_mask_ratios()
     assert len(set(graphs)) == 1
 
 
+@pytest.mark.slow
+def test_the_trainer_compiled_equals_the_trainer_eager(tmp_path, encoded_emoji, plain):
+    compiled = losses_of(tmp_path / "run", encoded_emoji, "engine.compile=true")
+    assert compiled == pytest.approx(losses(plain), abs=1e-4)
+
+
 def test_what_auto_means():
     class World:
         def __init__(self, size):

@@ -133,6 +133,8 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(tmp_path, encoded_emoji, w
     assert "Traceback" not in running.output
     assert status(run)["state"] == "stopped"
     step = status(run)["step"]
+    files = {p.name for p in (run / "checkpoints" / f"step-{step:08d}").iterdir()}
+    assert files == {"shards", "state.json"} | (set() if number == signal.SIGTERM else {"model.safetensors", "ema.safetensors"})
     resumed = train(run, encoded_emoji, "--resume")
     assert resumed.wait() == [0]
     assert f"from step {step}" in resumed.output
@@ -206,6 +208,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(tmp_path, encoded_emoji
     assert "step-00000040 is damaged" in resumed.output
     assert "from step 20" in resumed.output
     assert losses(run) == losses(whole_run)
+
+
+def test_a_finished_run_is_left_as_it_is(encoded_emoji, whole_run):
+    before = {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")}
+    again = train(whole_run, encoded_emoji, "--resume")
+    assert again.wait() == [0], again.output
+    assert f"{whole_run} is finished" in again.output
+    assert {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")} == before
 
 
 def test_if_every_checkpoint_is_damaged_nothing_begins_silently_anew(tmp_path, encoded_emoji, whole_run):
