@@ -1,0 +1,112 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.image.kid import poly_mmd
+
+from microdit.errors import UserError
+from microdit.evaluation import kid as kid_file
+from microdit.evaluation.kid import cmmd, kid
+
+
+def normal(count: int, dimensions: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, dimensions, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def naive_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Equation 3 of Gretton et al. 2012, as it is written."""
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> float:
+        return (float(a @ b) / len(a) + 1) ** 3
+
+    n, m = len(x), len(y)
+    xx = sum(kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    yy = sum(kernel(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return xx + yy - 2 * sum(kernel(a, b) for a in x for b in y) / (n * m)
+
+
+def test_of_subsets_that_are_the_whole_it_is_the_naive_double_loop():
+    x, y = normal(30, 5, 1), 1.3 * normal(30, 5, 2) + 0.4
+    found = kid(x, y, subset_size=30, subsets=3)
+    assert found.value == pytest.approx(naive_mmd(x, y), rel=1e-12)
+    assert found.subset_deviation == pytest.approx(0, abs=1e-12)
+
+
+def test_it_is_what_torchmetrics_gives():
+    x, y = normal(50, 8, 1), normal(50, 8, 2).exp()
+    assert kid(x, y, subset_size=50, subsets=2).value == pytest.approx(float(poly_mmd(x, y)), rel=1e-9)
+
+
+def test_of_equal_distributions_it_is_0_on_average_at_any_size():
+    """Within 3 of its own standard errors, over 400 pairs of sets."""
+    for size in (5, 50):
+        values = np.array([kid(normal(size, 6, 2 * s), normal(size, 6, 2 * s + 1), size, 2).value for s in range(400)])
+        assert abs(values.mean()) < 3 * values.std() / math.sqrt(len(values))
+        assert (values < 0).any()
+
+
+def test_of_a_shift_it_is_the_closed_form():
+    """In one dimension E (xy + 1)^3 = 1 + 3 E[x] E[y] + 3 E[x^2] E[y^2] + E[x^3] E[y^3], by the moments of N(0, 1) and N(1, 1)."""
+    moments = {0: (0, 1, 0), 1: (1, 2, 4)}
+
+    def expected_kernel(a: int, b: int) -> int:
+        return 1 + sum(weight * p * q for weight, p, q in zip((3, 3, 1), moments[a], moments[b], strict=True))
+
+    expected = expected_kernel(0, 0) + expected_kernel(1, 1) - 2 * expected_kernel(0, 1)
+    found = kid(normal(20_000, 1, 1), normal(20_000, 1, 2) + 1, subset_size=1000, subsets=100)
+    assert abs(found.value - expected) < 3 * found.standard_error
+    assert found.standard_error < 0.1 * expected
+
+
+def test_the_standard_error_is_the_spread_of_repetitions():
+    """Far apart sets: each repetition draws both anew. Within a fifth; more subsets of the same samples do not make it smaller."""
+    found = [kid(normal(400, 3, 2 * s), normal(400, 3, 2 * s + 1) + 1, subset_size=50, subsets=60) for s in range(150)]
+    spread = np.std([one.value for one in found])
+    assert np.mean([one.standard_error for one in found]) == pytest.approx(spread, rel=0.2)
+    x, y = normal(400, 3, 0), normal(400, 3, 1) + 1
+    few, many = (kid(x, y, subset_size=50, subsets=subsets).standard_error for subsets in (30, 600))
+    assert many == pytest.approx(few, rel=0.4)
+
+
+def test_the_same_seed_draws_the_same_subsets():
+    x, y = normal(100, 4, 1), normal(80, 4, 2)
+    assert kid(x, y, 20, 5) == kid(x, y, 20, 5)
+    assert kid(x, y, 20, 5) != kid(x, y, 20, 5, seed=1)
+
+
+def naive_cmmd(x: torch.Tensor, y: torch.Tensor) -> float:
+    x, y = (torch.stack([row / row.norm() for row in rows]) for rows in (x, y))
+
+    def mean_kernel(a: torch.Tensor, b: torch.Tensor) -> float:
+        return sum(math.exp(-float((p - q).square().sum()) / (2 * 10**2)) for p in a for q in b) / (len(a) * len(b))
+
+    return 1000 * (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
+
+
+@pytest.mark.parametrize("block", [1, 7, 1024])
+def test_cmmd_is_the_naive_double_loop_in_blocks_of_any_size(block, monkeypatch):
+    monkeypatch.setattr(kid_file, "BLOCK", block)
+    x, y = normal(20, 6, 1), normal(31, 6, 2) + 1
+    assert cmmd(x, y) == pytest.approx(naive_cmmd(x, y), rel=1e-9)
+    assert cmmd(x, 5 * y) == pytest.approx(cmmd(y, x), rel=1e-9)
+
+
+def test_cmmd_of_a_set_and_itself_is_0_and_of_two_points_the_closed_form():
+    x = normal(50, 6)
+    assert cmmd(x, x) == pytest.approx(0, abs=1e-9)
+    opposite = cmmd(torch.tensor([[3.0, 0.0]]), torch.tensor([[-1.0, 0.0]]))
+    assert opposite == pytest.approx(1000 * (2 - 2 * math.exp(-4 / 200)))
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="KID needs at least 2 subsets of 2 to 500 samples, for there are 500 and 2000 of them"):
+        kid(normal(500, 2), normal(2000, 2))
+    for settings in ({"subset_size": 1}, {"subsets": 1}):
+        with pytest.raises(UserError, match="KID needs"):
+            kid(normal(1000, 2), normal(1000, 2), **settings)
+    for metric in (kid, cmmd):
+        with pytest.raises(UserError, match="Features of 2 and of 3 dimensions"):
+            metric(normal(9, 2), normal(9, 3))
+    with pytest.raises(UserError, match="not finite"):
+        cmmd(torch.full((2, 2), torch.nan), normal(2, 2))
