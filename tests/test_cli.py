@@ -1,6 +1,8 @@
 """The commands, one after the other, as a person would run them."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +79,54 @@ def test_weights_are_chosen_by_name(workplace):
         assert drawn.returncode == 0, drawn.output
     assert Image.open(workplace / "model.png").tobytes() != Image.open(workplace / "ema.png").tobytes()
     assert "no weights named other, only ema, model" in microdit("sample", "runs/tiny", "x", "--weights", "other", cwd=workplace).output
+
+
+def test_two_runs_pictures_are_drawn_and_judged_in_both_orders(workplace):
+    """The judge is a real server that always answers A: with both orders that is no preference."""
+
+    class AlwaysA(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            answer = {"choices": [{"message": {"content": "A"}}], "usage": {"total_tokens": 7}}
+            content = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    (workplace / "prompts.txt").write_text("red heart\nowl\npizza\n")
+    for seed in (0, 5):
+        command = ["draw", "runs/tiny", "prompts.txt", "--steps", 2, "--seed", seed, "--out", f"drawn-{seed}"]
+        drawn = microdit(*command, cwd=workplace)
+        assert drawn.returncode == 0, drawn.output
+    times = {path: path.stat().st_mtime_ns for path in (workplace / "drawn-0").iterdir()}
+    assert microdit("draw", "runs/tiny", "prompts.txt", "--steps", 2, "--out", "drawn-0", cwd=workplace).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (workplace / "drawn-0").iterdir()} == times
+    other = microdit("draw", "runs/tiny", "prompts.txt", "--steps", 3, "--out", "drawn-0", cwd=workplace)
+    assert "made with another num_inference_steps" in other.output
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), AlwaysA)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    judged = microdit("prefer", "drawn-0", "drawn-5", "--judge-url", url, "--yes", cwd=workplace)
+    server.shutdown()
+    assert judged.returncode == 0, judged.output
+    assert "6 requests" in judged.output
+    assert '"win_rate": 0.5' in judged.output
+    assert '"disagreed": 3' in judged.output
+    assert "Who judges?" in microdit("prefer", "drawn-0", "drawn-5", cwd=workplace).output
+
+
+def test_the_emoji_geneval_draws_and_judges(workplace):
+    command = ["geneval", "runs/tiny", "--per-task", 1, "--per-prompt", 1, "--steps", 2, "--out", "geneval"]
+    done = microdit(*command, cwd=workplace)
+    assert done.returncode == 0, done.output
+    summary = json.loads((workplace / "geneval" / "summary.json").read_text())
+    assert summary["pictures"] == 6
+    assert len((workplace / "geneval" / "results.jsonl").read_text().splitlines()) == 6
 
 
 def test_data_verify(workplace):
