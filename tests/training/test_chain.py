@@ -90,6 +90,19 @@ def test_two_processes_train_all_four_phases_alike(tmp_path, data, whole):
         assert losses(out / name) == pytest.approx(losses(whole / name), abs=2e-5)
 
 
+def test_the_mask_may_fall_while_it_trains(tmp_path, data):
+    schedule = ["phases.0.mask_ratio=0", "phases.0.mask_schedule=[[0, 0.75], [0.5, 0.5], [1, 0]]"]
+    arguments = ["train", DRY / "1-32-masked.yaml", f"data.path={data}", *SHORT, *schedule, "--out", tmp_path / "run"]
+    running = start(tmp_path / "logs", arguments)
+    assert running.wait() == [0], running.output
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    ratios = [line["mask_ratio"] for line in lines]
+    assert (ratios[0], ratios[-1]) == (0.75, 0.0)
+    assert ratios == sorted(ratios, reverse=True)
+    assert len(set(ratios)) == 12
+    assert all(line["loss"] is not None for line in lines)
+
+
 def test_nothing_is_overwritten(data, whole):
     again = train_dry(whole, data)
     assert again.wait() == [1]

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from microdit.data.latents import Batch
 from microdit.diffusion.edm import EDM
+from microdit.model.blocks import layer_norm
 from microdit.model.microdit import MicroDiT
 from microdit.model.sizes import Size, resolve
 from microdit.recipe import EngineRecipe
@@ -97,6 +98,16 @@ def test_bfloat16_is_near_float32_and_not_the_same(tmp_path, encoded_emoji, plai
         assert 1e-6 < worst < 0.05, name
         saved = load_file(tmp_path / name / "checkpoints" / "step-00000050" / "model.safetensors")
         assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+
+
+def test_norms_compute_in_float32_whatever_comes_in():
+    """The model's layer norms on bfloat16 tokens: the float32 result, rounded once, but for ties of rounding."""
+    norm = layer_norm(1024)
+    x = (torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)) * 3 + 5).bfloat16()
+    in_float32 = norm(x.float()).bfloat16()
+    rounded = norm.bfloat16()(x)
+    assert (rounded != in_float32).float().mean() < 1e-3
+    assert torch.allclose(rounded.float(), in_float32.float(), rtol=2**-7, atol=1e-6)
 
 
 def small_losses() -> list[DenoisingLoss]:
