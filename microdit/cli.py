@@ -245,21 +245,44 @@ def sample(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder, trained on the emoji.")],
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many training captions to draw.")] = 256,
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    reference: Annotated[str | None, typer.Option(help=f"Compare with this set as a whole. {SOURCE_HELP}")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many captions to draw; papers take 30,000.")] = 256,
+    network: Annotated[str, typer.Option(help="efficientnet, inception:FILE (FID), clip:PLACE (CMMD) or dino:PLACE.")] = "efficientnet",
+    out: Annotated[Path | None, typer.Option(help="Folder for the compared pictures. [default: RUN/evaluation]")] = None,
     steps: Annotated[int, typer.Option(help="Of the Heun sampler.")] = 18,
     guidance: float = 2.0,
     seed: int = 0,
+    weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
+    device: Annotated[str, typer.Option(help="Where --network runs.")] = "cpu",
 ) -> None:
-    """Measure how often a caption's picture is recognised: is the right one among the 10 nearest of all training pictures?
+    """Measure a run: are single pictures recognised (emoji), or, with --reference, how near are all of them to a set?
 
-    Writes metrics.json into the run folder.
+    With --reference: Frechet distance (FID), its extrapolation to infinitely many pictures, KID, precision, recall, density and
+    coverage, on the captions of the set's first records. Goes on where it was stopped; under torchrun each process draws its share.
+
+    Without: is a caption's picture among the 10 nearest of all training pictures? Writes metrics.json into the run folder.
+
+    Example: microdit evaluate runs/emoji --reference emoji -n 512
     """
+    from microdit.data.sources import open_source
+    from microdit.evaluation.distribution import compare_with_reference, open_network
+    from microdit.evaluation.drawing import DrawSettings
     from microdit.evaluation.emoji import evaluate_emoji_run
 
+    settings = DrawSettings(steps, guidance, seed, weights)
     with _progress("evaluate", count * steps) as advance:
-        metrics = evaluate_emoji_run(run, count, steps, guidance, seed, _warn, advance)
-    console.print(json.dumps(metrics, indent=1))
+        metrics: dict[str, Any] | None
+        if reference is None:
+            metrics = evaluate_emoji_run(run, count, settings, _warn, advance)
+        else:
+            source, features = open_source(reference), open_network(network, device)
+            folder = out or run / "evaluation"
+            metrics = compare_with_reference(run, source, count, features, settings, folder, _warn, _share(), advance)
+    if metrics is None:
+        console.print("This process's pictures are drawn, the others' not yet. Once they are, run the same command again.")
+    else:
+        console.print(json.dumps(metrics, indent=1))
 
 
 @app.command()

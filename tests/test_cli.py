@@ -120,6 +120,26 @@ def test_two_runs_pictures_are_drawn_and_judged_in_both_orders(workplace):
     assert "Who judges?" in microdit("prefer", "drawn-0", "drawn-5", cwd=workplace).output
 
 
+def test_a_run_is_compared_with_a_reference_set(workplace):
+    command = ["evaluate", "runs/tiny", "--reference", "emoji:held_out", "-n", 16, "--steps", 2, "--out", "compared"]
+    done = microdit(*command, cwd=workplace)
+    assert done.returncode == 0, done.output
+    result = json.loads((workplace / "compared" / "distribution.json").read_text())
+    assert (result["pictures"], result["reference"]["pictures"]) == (16, 106)
+    assert result["frechet_distance"] > 0
+    assert result["kid"]["value"] > 0.01  # a model that learnt nothing draws something else
+    assert result["recall"] < 0.5
+    for options, sentence in [
+        (["-n", 107], "holds 106 records with captions, fewer than the 107 asked for"),
+        (["--network", "vgg"], "write efficientnet, inception:FILE"),
+        (["--network", "inception:nowhere"], "There is no Inception network at nowhere"),
+    ]:
+        refused = microdit("evaluate", "runs/tiny", "--reference", "emoji:held_out", "--out", "other", *options, cwd=workplace)
+        assert refused.returncode == 1
+        assert sentence in refused.output
+        assert "Traceback" not in refused.output
+
+
 def test_the_emoji_geneval_draws_and_judges(workplace):
     command = ["geneval", "runs/tiny", "--per-task", 1, "--per-prompt", 1, "--steps", 2, "--out", "geneval"]
     done = microdit(*command, cwd=workplace)

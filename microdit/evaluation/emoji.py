@@ -11,6 +11,7 @@ from PIL import Image
 
 from microdit.data.emoji import emoji_rows
 from microdit.data.pixels import to_image, to_tensor
+from microdit.evaluation.drawing import DrawSettings
 from microdit.evaluation.features import EfficientNetLite0
 from microdit.evaluation.retrieval import retrieval, spread_ids
 from microdit.files import write_aside
@@ -20,29 +21,28 @@ from microdit.pipeline import Pipeline
 def evaluate_emoji_run(
     run: Path,
     count: int,
-    steps: int,
-    guidance_scale: float,
-    seed: int,
+    settings: DrawSettings,
     warn: Callable[[str], None],
     on_step: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Draw `count` training captions, look each picture up among all training pictures; write and return metrics.json.
 
     The same is measured of the autoencoder's reconstructions: no model of these latents can do better.
-    `on_step(n)` is called after each n more picture-steps, of `count * steps`.
+    `on_step(n)` is called after each n more picture-steps.
     """
-    pipeline, checkpoint = Pipeline.from_run(run, warn)
+    pipeline, checkpoint = Pipeline.from_run(run, warn, settings.weights)
     rows = list(emoji_rows("train"))
     right_N = spread_ids(len(rows), count)
     chosen = [rows[i] for i in right_N]
-    drawn = pipeline([row.caption for row in chosen], steps, guidance_scale, seed, on_step)
+    captions = [row.caption for row in chosen]
+    drawn = pipeline(captions, settings.num_inference_steps, settings.guidance_scale, settings.seed, on_step)
     network = EfficientNetLite0()
     size = checkpoint.state["data"]["resolution"]
     pictures_MD = network([to_image(to_tensor(row.image, size)) for row in rows])
     metrics = {
         "step": checkpoint.step,
         "images_seen": checkpoint.state["images_seen"],
-        "sampler": {"steps": steps, "guidance_scale": guidance_scale, "seed": seed},
+        "sampler": asdict(settings),
         "retrieval": asdict(retrieval(network(drawn), pictures_MD, right_N)),
         "retrieval_of_reconstructions": asdict(
             retrieval(network(_reconstruct(pipeline, [row.image for row in chosen], size)), pictures_MD, right_N)
