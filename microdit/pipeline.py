@@ -81,14 +81,16 @@ class Pipeline:
         if not -100 <= guidance_scale <= 100:
             raise UserError(f"guidance_scale must be a number between -100 and 100, not {guidance_scale}; 3 to 6 are usual.")
         shape = self._latent_shape(height, width)
+        device = next(self.model.parameters()).device  # the encoders stay where they are, on the CPU
         images: list[Image.Image] = []
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
-            noise_BCHW = torch.stack([_noise(shape, seed + start + i) for i in range(len(batch))])
+            noise_BCHW = torch.stack([_noise(shape, seed + start + i) for i in range(len(batch))]).to(device)
             text_BLE, mask_BL = self._embed(batch)
+            text_BLE, mask_BL = text_BLE.to(device), None if mask_BL is None else mask_BL.to(device)
             denoiser = guided_denoiser(self.model, self.edm, text_BLE, mask_BL, guidance_scale)
             latents_BCHW = heun(denoiser, noise_BCHW, noise_schedule(self.edm, num_inference_steps), on_step)
-            images += [to_image(pixels) for pixels in self.autoencoder.decode(latents_BCHW)]
+            images += [to_image(pixels) for pixels in self.autoencoder.decode(latents_BCHW.cpu())]
         return images
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from microdit.checkpoint import Checkpoint
 from microdit.diffusion.edm import EDM
@@ -12,7 +11,7 @@ from microdit.training.distributed import World
 from microdit.training.ema import EMA, names_of
 from microdit.training.optim import Optimizers
 from microdit.training.parallel import compute_dtype, prepare_blocks, sharding_of, wrap
-from microdit.training.saving import Tensors, load_into
+from microdit.training.saving import Tensors, load_into, whole
 from microdit.training.step import DenoisingLoss
 
 
@@ -44,8 +43,7 @@ class TrainingState:
     def clip(self, largest_norm: float) -> float:
         """Scale the gradients down to the norm `largest_norm`, if theirs is larger. Returns what it was, over all processes."""
         gradients = [weight.grad for weight in self._weights if weight.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = whole(torch.nn.utils.get_total_norm(gradients, foreach=True))
         torch.nn.utils.clip_grads_with_norm_(self._weights, largest_norm, norm, foreach=True)
         return norm.item()
 
@@ -58,7 +56,7 @@ class TrainingState:
     def is_finite(self) -> bool:
         """Whether every weight is a number. All processes must call this."""
         norm = torch.nn.utils.get_total_norm([weight.detach() for weight in self._weights], foreach=True)
-        return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
+        return bool(whole(norm).isfinite())
 
     def tensors(self) -> Tensors:
         """Everything, named PART/NAME. They are the live tensors: filling them fills the state."""

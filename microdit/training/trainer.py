@@ -21,7 +21,7 @@ from rich.markup import escape
 from torch.nn.parallel import DistributedDataParallel
 
 from microdit.checkpoint import Checkpoint
-from microdit.data.latents import refuse_strangers
+from microdit.data.latents import Batch, refuse_strangers
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, StoppedError, UserError
 from microdit.grids import draw_grid, save_png
 from microdit.pipeline import Pipeline, model_of
@@ -83,6 +83,8 @@ class Trainer:
             self._restore(checkpoint)
         self.held_out = self._open_held_out()
         self.saver = Saver(run, world, recipe.record.keep_checkpoints, recipe.record.keep_every, self._warn)
+        if checkpoint:
+            self.saver.last_saved = checkpoint.step
         self.record = RunRecord(run, recipe, self._warn, self.step) if world.is_main else None
         self.work = Work(recipe, self.config)
         self.peak, self.peak_source = peak_flops(world.device, compute_dtype(recipe.engine, world.device))
@@ -137,10 +139,8 @@ class Trainer:
         phase, step_in_phase = self.recipe.phase_at(step)
         batch = self.mixture.batch(step, world.rank, world.size)
         numbers = range(world.rank, phase.batch_size, world.size)
-        p = self.config.patch_size
-        tokens = (batch.latents_BCHW.shape[-2] // p) * (batch.latents_BCHW.shape[-1] // p)
         ratio = phase.mask_ratio_at(step_in_phase)
-        return add_draws(batch, self.state.edm, self.recipe.seed, step, numbers, tokens, ratio, diffusion.caption_dropout)
+        return add_draws(batch, self.state.edm, self.recipe.seed, step, numbers, self._tokens(batch), ratio, diffusion.caption_dropout)
 
     def _forward_backward(self, batch: TrainingBatch, phase: PhaseRecipe, stop: StopRequests) -> StepSums:
         """Gradients of the mean loss over the global batch, micro-batch by micro-batch."""
@@ -245,7 +245,7 @@ class Trainer:
         """Write a grid of the recipe's prompts to samples/, with the averaged weights. All processes gather, the first one draws."""
         averages = next(iter(self.state.averages.values()), None)
         source = averages.averages if averages else {name: weight.detach() for name, weight in self.state.model.named_parameters()}
-        weights = {name: whole(tensor).cpu() for name, tensor in source.items()}
+        weights = {name: whole(tensor) for name, tensor in source.items()}
         if self.record is not None:
             record, prompts = self.recipe.record, list(self.recipe.record.sample_prompts)
             description = describe(self.recipe, self.config, self.data, self.mixture.sets)
@@ -274,7 +274,7 @@ class Trainer:
 
     def _end(self, sums: StepSums) -> None:
         """Wait for the last checkpoint, and say how it went."""
-        saved = self.saver.finish()
+        saved = self.saver.finish() and self.saver.last_saved == self.step  # weights that are not finite were not even begun to be saved
         replaced = sum(self.world.gather(self.mixture.replaced))
         if replaced:
             self._warn(f"{replaced} samples were damaged, and others took their places: encode the data again.")
@@ -283,7 +283,7 @@ class Trainer:
             code = EXIT_BY_USER if sums.stop_by_user else EXIT_RESTART
             raise StoppedError(f"Stopped at step {self.step} of {self.recipe.total_steps}, {where}. Go on with --resume.", code)
         if not saved:
-            raise UserError(f"Trained to the end, but the last checkpoint could not be written to {self.run}: make room, then --resume.")
+            raise UserError(f"Trained to the end, but the last checkpoint is not in {self.run} (see above): put that right, then --resume.")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.state.load(checkpoint)
@@ -307,7 +307,7 @@ class Trainer:
     def _due_held_out(self) -> bool:
         return self.held_out is not None and (self._due(self.recipe.record.held_out_every) or self.step == self.recipe.total_steps)
 
-    def _tokens(self, batch: TrainingBatch) -> int:
+    def _tokens(self, batch: Batch | TrainingBatch) -> int:
         """Patches of a picture."""
         height, width = batch.latents_BCHW.shape[-2:]
         return (height // self.config.patch_size) * (width // self.config.patch_size)
