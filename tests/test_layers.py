@@ -8,12 +8,13 @@ PACKAGE = Path(__file__).parents[1] / "microdit"
 LAYERS = [
     ("__main__",),
     ("cli",),
+    ("cli_data", "cli_evaluation"),
     ("training", "evaluation"),
     ("pipeline", "recipe_file", "report", "runs"),
     ("checkpoint", "recipe", "grids", "curves", "run_folder"),
     ("data", "diffusion", "encoders"),
     ("model",),
-    ("files", "errors", "formats"),
+    ("files", "errors", "formats", "terminal"),
 ]
 FRIENDS = {("data", "encoders"), ("files", "errors")}  # data/encode.py drives the frozen encoders
 PURE = {"model": {"torch", "numpy"}, "diffusion": {"torch"}}  # what may come from outside besides the standard library

@@ -1,0 +1,42 @@
+"""What all commands share: the terminal, lines of progress, and this process's share of the work."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console()
+
+SOURCE_HELP = (
+    "emoji and scenes are built in. Else: a folder of pictures with .txt files, metadata.jsonl or metadata.csv; .tar files (WebDataset); "
+    ".parquet files; hf:NAME[:SPLIT] of the hub or a path; or NAME:PATH of cc12m, sa1b, textcaps, journeydb, diffusiondb, coco2014."
+)
+
+
+def share() -> tuple[int, int]:
+    """This process's number and their count, under torchrun."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Advance:
+    """Counts work done on a progress line: `advance(n)`, or `advance(n, "a note")`."""
+
+    def __init__(self, progress: Progress, name: str, total: int):
+        self._progress = progress
+        self._task = progress.add_task(name, total=total, note="")
+
+    def __call__(self, count: int, note: str = "") -> None:
+        self._progress.update(self._task, advance=count, note=note)
+
+
+@contextmanager
+def progress(name: str, total: int) -> Iterator[Advance]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as line:
+        yield Advance(line, name, total)
+
+
+def warn(sentence: str) -> None:
+    console.print(f"[yellow]{sentence}[/]")
