@@ -100,7 +100,7 @@ def train(
         console.quiet = not world.is_main
         train_one(loaded, run, settings, console, world)
     stop_world()
-    console.print(f'Trained. Pictures: microdit sample {run} "a red heart"', highlight=False)
+    console.print(f'Trained. Pictures: microdit sample {run} "red heart"', highlight=False)
 
 
 @app.command()
@@ -136,7 +136,7 @@ def sample(
 ) -> None:
     """Draw pictures of prompts with a trained run, as one grid with the captions under them.
 
-    Example: microdit sample runs/emoji "a red heart" "a green cat" --seed 7
+    Example: microdit sample runs/emoji "red heart" "green cat" --seed 7
     """
     from microdit.grids import draw_grid, save_png
     from microdit.pipeline import Pipeline

@@ -75,7 +75,7 @@ class Pipeline:
         picture-steps. Raises UserError for settings that make no picture.
         """
         if not prompts:
-            raise UserError('There is no prompt: write at least one, for example "a red heart".')
+            raise UserError('There is no prompt: write at least one, for example "red heart".')
         if not 2 <= num_inference_steps <= 1000:
             raise UserError(f"The sampler takes from 2 to 1000 steps, not {num_inference_steps}; 18 to 30 are usual.")
         if not -100 <= guidance_scale <= 100:
