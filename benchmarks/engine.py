@@ -100,7 +100,7 @@ def bare_step(recipe: Recipe, run: Path, world: World) -> Callable[[int], None]:
     state.optimizers.set_rate(1e-3)
 
     def step(number: int) -> None:
-        state.loss(batches[number], phase.routing).mean().backward()
+        state.loss(batches[number]).mean().backward()
         torch.nn.utils.clip_grad_norm_(weights, phase.grad_clip, foreach=True)
         state.optimizers.step()
         state.optimizers.zero_grad()
@@ -116,7 +116,7 @@ def checkpoint(name: str, overrides: list[str], batch: int, place: Path, world: 
     state.optimizers.set_rate(1e-5)
 
     def step() -> None:
-        state.loss(batch_of_step, phase.routing).mean().backward()
+        state.loss(batch_of_step).mean().backward()
         state.clip(phase.grad_clip)
         state.take_step(0)
         state.optimizers.zero_grad()

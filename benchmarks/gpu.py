@@ -126,7 +126,7 @@ def training_step(
 def random_batch(batch: int, resolution: int, mask: float) -> TrainingBatch:
     side = resolution // 8
     samples = Batch(torch.randn(batch, 4, side, side), torch.randn(batch, *CAPTION), torch.ones(batch, CAPTION[0], dtype=torch.bool))
-    return add_draws(samples, EDM(), 0, 0, range(batch), (side // 2) ** 2, mask, 0.1)
+    return add_draws(samples, EDM(), 0, 0, range(batch), (side // 2, side // 2), mask, 0.1)
 
 
 def reckoned_gb(size: str, batch: int, resolution: int, mask: float, world: World, sharded: bool) -> float:

@@ -81,7 +81,7 @@ def count(size: str, ranks: int, batch: int, side: int, kept: int | None, checkp
         model.recompute_blocks = checkpointing
         loss = DenoisingLoss(model, EDM(), mask_padding=False)
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        for block in (model.caption, *model.mixer, *model.blocks):
+        for block in (model.caption, *model.all_blocks):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(loss, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False))
         latents = torch.empty(batch, 4, side, side)
@@ -109,16 +109,15 @@ def largest_block(model: MicroDiT, batch: int, side: int, kept: int | None) -> i
     """What the largest block keeps when it is computed anew: it lies beside the others' inputs."""
     tokens = (side // 2) ** 2
     largest = 0
-    for stack, n, width in ((model.mixer, tokens, model.config.mixer_dim), (model.blocks, kept or tokens, model.config.dim)):
-        for block in stack:
-            x, caption, condition = (
-                torch.empty(batch, *shape, dtype=torch.bfloat16, requires_grad=True)
-                for shape in ((n, width), (CAPTION[0], width), (model.config.dim,))
-            )
-            saved = SavedBytes()
-            with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-                block(x, caption, None, condition)
-            largest = max(largest, saved.total)
+    for block, (_, width, n) in zip(model.all_blocks, model.config.tokens_by_block(tokens, kept or tokens), strict=True):
+        x, caption, condition = (
+            torch.empty(batch, *shape, dtype=torch.bfloat16, requires_grad=True)
+            for shape in ((n, width), (CAPTION[0], width), (model.config.dim,))
+        )
+        saved = SavedBytes()
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+            block(x, caption, None, condition)
+        largest = max(largest, saved.total)
     return largest
 
 

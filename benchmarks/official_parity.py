@@ -21,7 +21,7 @@ from microdit.diffusion.sampling import guided_denoiser, heun, noise_schedule
 from microdit.errors import UserError
 from microdit.model.microdit import MicroDiT
 from microdit.model.official import convert_to_official, export_official, load_official
-from microdit.model.patches import unpatchify
+from microdit.model.patches import patchify, unpatchify
 from microdit.model.routing import put_tokens
 
 LIMIT = 1e-4
@@ -93,10 +93,10 @@ def _outputs(model: MicroDiT, tensors: dict[str, Tensor]) -> Iterator[tuple[str,
     for name, reference in _named(tensors, r"out\.masked"):
         keep_ids = tensors[name.replace("out.masked", "in.ids_keep")]
         kept = model(x, c_noise, caption, keep_ids)
-        yield name, unpatchify(put_tokens(kept, keep_ids, (height // p) * (width // p)), p, height, width), reference
+        yield name, unpatchify(put_tokens(kept, keep_ids, torch.zeros_like(patchify(x, p))), p, height, width), reference
     for name, reference in _named(tensors, r"out\.mask\d"):
         keep_ids = tensors[name.replace("out.mask", "in.ids_keep")]
-        yield name, 1 - put_tokens(torch.ones(*keep_ids.shape, 1), keep_ids, reference.shape[1]).squeeze(-1), reference
+        yield name, torch.ones_like(reference).scatter(1, keep_ids, 0.0), reference
 
 
 def _losses_and_gradients(model: MicroDiT, edm: EDM, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from microdit.diffusion.edm import EDM, draw_sigma, edm_loss
 from microdit.model.flops import training_flops
 from microdit.model.microdit import MicroDiT
-from microdit.model.routing import kept_tokens, random_keep_ids
+from microdit.model.routing import choose_kept, kept_tokens
 from microdit.model.sizes import SIZES, resolve
 from microdit.recipe import OptimizerRecipe
 from microdit.training.memory import keep_freed_memory
@@ -79,7 +79,7 @@ def build_loss(size: str, batch: int, mask_ratio: float) -> Callable[[], Tensor]
     device = latents.device
 
     def loss() -> Tensor:
-        keep_ids = random_keep_ids(batch, tokens, mask_ratio, device=device)
+        keep_ids = choose_kept(torch.rand(batch, tokens, device=device), mask_ratio)
         sigma = draw_sigma(EDM(), batch, device=device)
         return edm_loss(model, EDM(), latents, model.embed_caption(text), sigma, torch.randn_like(latents), keep_ids).mean()
 

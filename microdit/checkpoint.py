@@ -53,8 +53,10 @@ class Checkpoint:
     @property
     def model_config(self) -> ModelConfig:
         fields = dict(self.state["model"])
-        for stack in ("blocks", "mixer"):
-            fields[stack] = tuple(BlockShape(**shape) for shape in fields[stack])
+        for stack in ("blocks", "mixer", "decoder"):
+            fields[stack] = tuple(BlockShape(**shape) for shape in fields.get(stack, ()))
+        if "dense_blocks" in fields:
+            fields["dense_blocks"] = tuple(fields["dense_blocks"])
         return ModelConfig(**fields)
 
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from microdit.errors import UserError
+from microdit.model.routing import GRID_RATIOS, METHODS
 from microdit.recipe import DataRecipe, EMARecipe, ModelRecipe, PhaseRecipe, Recipe
 
 
@@ -104,6 +105,7 @@ def _problems(recipe: Recipe) -> list[str]:
     need(model.dim % 4 == 0, f"model.dim ({model.dim}) must be divisible by 4, for positions in two dimensions.")
     for name in ("attention_range", "ffn_range"):
         need(min(getattr(model, name)) > 0, f"model.{name} must hold ratios above 0.")
+    found += _routing_problems(model)
     need(model.position_scale > 0, "model.position_scale must be above 0.")
     need(model.mixer_depth >= 0 and model.num_experts >= 0, "model.mixer_depth and model.num_experts cannot be negative.")
     need(model.num_experts == 0 or model.expert_capacity > 0, "model.expert_capacity must be above 0.")
@@ -122,7 +124,8 @@ def _problems(recipe: Recipe) -> list[str]:
     need(all(item.repeat >= 0 for item in data.sets.values()), "data.sets: repeat cannot be negative.")
     need(not data.sets or any(item.repeat for item in data.sets.values()), "data.sets: at least one must have a repeat above 0.")
     for index, phase in enumerate(recipe.phases):
-        found += [f"phases.{index}.{problem}" for problem in _phase_problems(phase) + _weight_problems(phase, data)]
+        problems = _phase_problems(phase) + _mask_problems(phase, model) + _weight_problems(phase, data)
+        found += [f"phases.{index}.{problem}" for problem in problems]
     need(all(0 <= beta < 1 for beta in recipe.optimizer.betas), "optimizer.betas must lie in [0, 1).")
     need(recipe.optimizer.eps > 0, "optimizer.eps must be above 0.")
     for name in (
@@ -140,11 +143,43 @@ def _problems(recipe: Recipe) -> list[str]:
     return found
 
 
+def _routing_problems(model: ModelRecipe) -> list[str]:
+    method = METHODS[model.routing]
+    first, last = method.dense_blocks if model.dense_blocks is None else model.dense_blocks
+    checks = [
+        (
+            model.dense_blocks is None or method.drop == "blocks",
+            f"model.dense_blocks is for model.routing tread and sprint, and not for {model.routing}: leave it out.",
+        ),
+        (first >= 0 and last >= 0, f"model.dense_blocks is [{first}, {last}], and cannot be negative."),
+        (
+            first + last < model.depth or method.drop != "blocks",
+            f"model.depth is {model.depth}, and routing {model.routing} has {first} dense blocks before its sparse ones and {last} after "
+            f"them: it needs at least {first + last + 1}, or fewer model.dense_blocks, such as [{(model.depth - 1) // 2}, "
+            f"{(model.depth - 1) // 2}].",
+        ),
+        (
+            not method.decoder or (model.decoder_depth >= 1 and model.mixer_dim % 4 == 0),
+            f"model.routing {model.routing} needs a model.decoder_depth of at least 1 and a model.mixer_dim divisible by 4.",
+        ),
+    ]
+    return [sentence for ok, sentence in checks if not ok]
+
+
 def _phase_problems(phase: PhaseRecipe) -> list[str]:
     checks = [
         (phase.steps >= 1, f"steps is {phase.steps}, and must be at least 1."),
         (phase.batch_size >= 1, f"batch_size is {phase.batch_size}, and must be at least 1."),
         (phase.learning_rate > 0 and math.isfinite(phase.learning_rate), f"learning_rate is {phase.learning_rate}, and must be above 0."),
+        (phase.warmup_steps >= 0, f"warmup_steps is {phase.warmup_steps}, and cannot be negative."),
+        (0 <= phase.final_learning_rate <= 1, "final_learning_rate is a share of learning_rate, and must lie in [0, 1]."),
+        (phase.grad_clip > 0, "grad_clip must be above 0."),
+    ]
+    return [sentence for ok, sentence in checks if not ok]
+
+
+def _mask_problems(phase: PhaseRecipe, model: ModelRecipe) -> list[str]:
+    checks = [
         (
             0 <= phase.mask_ratio < 1,
             f"mask_ratio is {phase.mask_ratio}, and must lie in [0, 1): at 1 no patch would be left to learn from; the paper uses 0.75.",
@@ -155,12 +190,13 @@ def _phase_problems(phase: PhaseRecipe) -> list[str]:
             "mask_schedule must be points [progress, ratio], progress growing from 0 to 1, ratios in [0, 1), such as [[0, 0.75], [1, 0]].",
         ),
         (
-            phase.routing != "none" or (phase.mask_ratio == 0 and not phase.mask_schedule),
-            "routing is none, so mask_ratio must be 0 (or use routing deferred).",
+            model.routing != "none" or (phase.mask_ratio == 0 and not phase.mask_schedule),
+            "mask_ratio must be 0, since model.routing is none (or use model.routing deferred).",
         ),
-        (phase.warmup_steps >= 0, f"warmup_steps is {phase.warmup_steps}, and cannot be negative."),
-        (0 <= phase.final_learning_rate <= 1, "final_learning_rate is a share of learning_rate, and must lie in [0, 1]."),
-        (phase.grad_clip > 0, "grad_clip must be above 0."),
+        (
+            phase.mask_pattern == "random" or (phase.mask_ratio in (0, *GRID_RATIOS) and not phase.mask_schedule),
+            f"mask_pattern is grid, so mask_ratio must be one of {', '.join(map(str, GRID_RATIOS))}, without a mask_schedule.",
+        ),
     ]
     return [sentence for ok, sentence in checks if not ok]
 

@@ -1,12 +1,14 @@
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from microdit.checkpoint import checkpoint_folders, find_weights, open_checkpoint
+from microdit.checkpoint import Checkpoint, checkpoint_folders, find_weights, open_checkpoint
 from microdit.errors import UserError
 from microdit.files import sha256_of
+from microdit.model.sizes import Size, resolve
 
 
 def write(run, step, names=("model", "ema")):
@@ -82,3 +84,14 @@ def test_a_state_of_another_kind_is_damage(tmp_path):
         (folder / "state.json").write_text(content)
         with pytest.raises(UserError, match="damaged"):
             open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("routing", ["deferred", "maskdit", "sprint"])
+def test_an_architecture_comes_back_from_json_and_an_old_one_is_deferred(tmp_path, routing):
+    config = resolve(Size(dim=32, depth=5, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=2, routing=routing, decoder_depth=2))
+    model = json.loads(json.dumps(asdict(config)))
+    assert Checkpoint(tmp_path, 1, {"model": model}).model_config == config
+    for key in ("routing", "dense_blocks", "decoder"):
+        del model[key]
+    old = Checkpoint(tmp_path, 1, {"model": model}).model_config
+    assert old == replace(config, routing="deferred", dense_blocks=(0, 0), decoder=())

@@ -69,8 +69,31 @@ def test_phases_follow_each_other(recipe_file):
         ("phases.9.steps=1", "override 'phases.9.steps=1' does not fit"),
         ("model.dim=100", "model.dim \\(100\\) is not divisible by model.head_dim \\(16\\): try 96"),
         ("model.head_dim=0", "model.head_dim is 0"),
-        ("phases.0.routing=none", "routing is none, so mask_ratio must be 0"),
-        ("phases.0.routing=tread", "phases.0.routing: Invalid value 'tread'"),
+        ("model.routing=none", "phases.0.mask_ratio must be 0, since model.routing is none"),
+        ("model.routing=deffered", "model.routing: Invalid value 'deffered'"),
+        ("phases.0.routing=naive", "unknown key phases.0.routing; did you mean model.routing"),
+        (
+            "model.routing=sprint",
+            r"depth is 2, and routing sprint has 2 dense blocks .* and 2 after them: it needs at least 5, or .* \[0, 0\]",
+        ),
+        ("model={dim: 64, depth: 6, head_dim: 16, mixer_dim: 32, mixer_depth: 1, routing: tread}", "it needs at least 7"),
+        ("model.dense_blocks=[1, 1]", "model.dense_blocks is for model.routing tread and sprint, and not for deferred"),
+        (
+            "model={dim: 64, depth: 9, head_dim: 16, mixer_dim: 32, mixer_depth: 1, routing: tread, dense_blocks: [-1, 1]}",
+            "cannot be negative",
+        ),
+        (
+            "model={dim: 64, depth: 2, head_dim: 16, mixer_dim: 32, mixer_depth: 1, routing: maskdit, decoder_depth: 0}",
+            "decoder_depth of at",
+        ),
+        (
+            "phases.0={name: a, steps: 1, batch_size: 1, learning_rate: 1, mask_ratio: 0.6, mask_pattern: grid}",
+            "must be one of 0.25, 0.5, 0.75",
+        ),
+        (
+            "phases.0={name: a, steps: 1, batch_size: 1, learning_rate: 1, mask_schedule: [[0, 0.75], [1, 0]], mask_pattern: grid}",
+            "without a mask_schedule",
+        ),
         ("phases.0.learning_rate=-1", "learning_rate is -1.0"),
         ("phases.0.learning_rate=.nan", "learning_rate is nan"),
         ("ema=[{decay: 1.0}]", "ema.0.decay is 1.0"),

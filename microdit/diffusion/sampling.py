@@ -1,12 +1,17 @@
 """From noise to latents: EDM's deterministic Heun sampler and classifier-free guidance, as small functions over a denoiser."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from microdit.diffusion.edm import EDM, denoise
+from microdit.errors import UserError
 from microdit.model.microdit import MicroDiT
+from microdit.model.routing import METHODS
+
+Guidance = Literal["classifier-free", "path-drop"]
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(noisy latents (B, C, H, W), sigma (B,)) -> denoised latents (B, C, H, W)."""
@@ -22,15 +27,36 @@ def noise_schedule(edm: EDM, num_steps: int) -> Tensor:
 
 
 def guided_denoiser(
-    model: MicroDiT, edm: EDM, text_BLE: Tensor, text_mask_BL: Tensor | None = None, guidance_scale: float = 1.0
+    model: MicroDiT,
+    edm: EDM,
+    text_BLE: Tensor,
+    text_mask_BL: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    guidance: Guidance = "classifier-free",
 ) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022, 2207.12598) towards the captions, away from the empty (zero) caption.
 
-    At `guidance_scale` 1 the empty caption is not computed. Captions are embedded once, not at every step.
+    At `guidance_scale` 1 the empty caption is not computed. Captions are embedded once, not at every step. Path-drop guidance (SPRINT,
+    2510.21986) leaves out the sparse blocks with the empty caption: a cheaper and weaker model to move away from. Raises UserError
+    where the model was not trained to do without them.
     """
+    if guidance == "path-drop" and METHODS[model.config.routing].restore != "fused":
+        raise UserError(
+            f"Path-drop guidance leaves out the sparse blocks, which a model with routing {model.config.routing} cannot do without: "
+            "use a model trained with model.routing sprint, or classifier-free guidance."
+        )
     if guidance_scale == 1:
         caption = model.embed_caption(text_BLE, text_mask_BL)
         return lambda noisy, sigma: denoise(model, edm, noisy, sigma, caption)
+    if guidance == "path-drop":
+        caption, empty = model.embed_caption(text_BLE, text_mask_BL), model.embed_caption(torch.zeros_like(text_BLE), text_mask_BL)
+
+        def path_drop_denoiser(noisy_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
+            conditional = denoise(model, edm, noisy_BCHW, sigma_B, caption)
+            unconditional = denoise(model, edm, noisy_BCHW, sigma_B, empty, drop_path=True)
+            return unconditional + guidance_scale * (conditional - unconditional)
+
+        return path_drop_denoiser
     text = torch.cat([text_BLE, torch.zeros_like(text_BLE)])
     # Zero tokens are all alike, so it makes no difference how many of them the mask lets through.
     mask = None if text_mask_BL is None else torch.cat([text_mask_BL, text_mask_BL])

@@ -120,12 +120,15 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The last layer: adaptive norm, then a linear map from tokens to patches, zero at the start."""
+    """The last layer: adaptive norm, then a linear map from tokens to patches, zero at the start.
 
-    def __init__(self, dim: int, patch_values: int):
+    `condition_dim` is the width of the vector that drives adaLN; it differs from `dim` behind a decoder.
+    """
+
+    def __init__(self, dim: int, condition_dim: int, patch_values: int):
         super().__init__()
         self.norm = layer_norm(dim)
-        self.modulation = nn.Linear(dim, 2 * dim)
+        self.modulation = nn.Linear(condition_dim, 2 * dim)
         self.linear = nn.Linear(dim, patch_values)
 
     def forward(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:

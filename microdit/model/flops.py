@@ -9,17 +9,18 @@ from microdit.model.microdit import TIME_FREQUENCIES, ModelConfig
 from microdit.model.routing import METHODS
 
 
-def forward_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: int, routing: str = "deferred") -> int:
-    """Of a forward pass on `tokens` patches, of which `kept` go on after the drop (all, where nothing is dropped)."""
-    return 2 * (
-        _without_input_gradient(config, tokens, caption_tokens) + _with_input_gradient(config, tokens, kept, caption_tokens, routing)
-    )
+def forward_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: int) -> int:
+    """Of a forward pass on `tokens` patches, of which `kept` go on after the drop (all, where nothing is dropped).
+
+    With routing sprint, 0 is a pass without the sparse blocks.
+    """
+    return 2 * (_without_input_gradient(config, tokens, caption_tokens) + _with_input_gradient(config, tokens, kept, caption_tokens))
 
 
-def training_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: int, routing: str = "deferred") -> int:
+def training_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: int) -> int:
     """Of a forward and a backward pass. Backward, a product costs twice as much; half of that where its input needs no gradient."""
     outer = _without_input_gradient(config, tokens, caption_tokens)
-    inner = _with_input_gradient(config, tokens, kept, caption_tokens, routing)
+    inner = _with_input_gradient(config, tokens, kept, caption_tokens)
     return 2 * (2 * outer + 3 * inner)
 
 
@@ -28,22 +29,23 @@ def _without_input_gradient(config: ModelConfig, tokens: int, caption_tokens: in
     return config.dim * (tokens * config.patch_values + TIME_FREQUENCIES + caption_tokens * config.caption_channels)
 
 
-def _with_input_gradient(config: ModelConfig, tokens: int, kept: int, caption_tokens: int, routing: str) -> int:
-    """Multiply-adds of all other products, in the order of `MicroDiT.forward`."""
-    dim, mixer_dim = config.dim, config.mixer_dim
+def _with_input_gradient(config: ModelConfig, tokens: int, kept: int, caption_tokens: int) -> int:
+    """Multiply-adds of all other products."""
+    dim, mixer_dim, method = config.dim, config.mixer_dim, METHODS[config.routing]
     total = dim * dim + _caption(config, caption_tokens)
+    for shape, width, seen in config.tokens_by_block(tokens, kept):
+        total += _block(config, shape, width, seen, caption_tokens)
 
-    before_drop = METHODS[routing].blocks_before_drop
-    first_sparse = len(config.mixer) if before_drop is None else before_drop(len(config.mixer))
-    in_mixer = tokens if first_sparse else kept
-    for shape in config.mixer:
-        total += _block(config, shape, mixer_dim, in_mixer, caption_tokens)
     if config.mixer and mixer_dim != dim:
-        total += (tokens + caption_tokens + kept) * dim * mixer_dim
+        into_mixer = kept if method.drop == "patches" else tokens
+        out_of_mixer = tokens if method.drop == "blocks" else kept
+        total += (into_mixer + caption_tokens + out_of_mixer) * dim * mixer_dim
+    if config.decoder and mixer_dim != dim:
+        total += (kept + caption_tokens) * dim * mixer_dim
+    if method.restore == "fused":
+        total += tokens * 2 * dim * dim
 
-    for shape in config.blocks:
-        total += _block(config, shape, dim, kept, caption_tokens)
-    return total + 2 * dim * dim + kept * dim * config.patch_values
+    return total + 2 * dim * config.last_dim + config.last_tokens(tokens, kept) * config.last_dim * config.patch_values
 
 
 def _caption(config: ModelConfig, tokens: int) -> int:

@@ -5,12 +5,14 @@ Notable:
 - layer-wise width scaling: later blocks are wider;
 - expert-choice mixture of experts in every second block, never in the last;
 - the caption enters twice: its tokens by cross-attention, its mean by adaLN;
+- dropped tokens take one of six ways (`routing.py`);
 - patches come out, not pictures: `patches.unpatchify` puts them together when all are there.
 
 Shape legend: B batch, C channels, H W height and width, T tokens, K kept tokens, P values in a patch, L caption tokens, D dim.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -21,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from microdit.model.blocks import Block, BlockShape, Head, SelfAttention, SwiGLU, layer_norm
 from microdit.model.patches import patchify, sincos_positions
-from microdit.model.routing import make_route
+from microdit.model.routing import METHODS, Restore, Routing, make_route
 
 TIME_FREQUENCIES = 512
 
@@ -36,6 +38,9 @@ class ModelConfig:
     mixer_dim: int
     mixer: tuple[BlockShape, ...]
     caption_ffn_dim: int
+    decoder: tuple[BlockShape, ...] = ()  # as wide as the mixer
+    routing: Routing = "deferred"
+    dense_blocks: tuple[int, int] = (0, 0)  # of `blocks`, how many see all tokens before the drop and after the restore
     in_channels: int = 4
     patch_size: int = 2
     caption_channels: int = 1024
@@ -43,9 +48,41 @@ class ModelConfig:
     bias: bool = False
     position_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        method = METHODS[self.routing]
+        if (any(self.dense_blocks) and method.drop != "blocks") or bool(self.decoder) != method.decoder:
+            raise ValueError(
+                f"dense blocks {self.dense_blocks} and a decoder of {len(self.decoder)} do not fit to routing '{self.routing}'"
+            )
+        if method.drop == "blocks" and sum(self.dense_blocks) >= len(self.blocks):
+            raise ValueError(f"{len(self.blocks)} blocks leave none to be sparse, with {self.dense_blocks} dense ones before and after")
+
     @property
     def patch_values(self) -> int:
         return self.patch_size**2 * self.in_channels
+
+    @property
+    def last_dim(self) -> int:
+        """The width of the tokens that the head sees."""
+        return self.mixer_dim if self.decoder else self.dim
+
+    def last_tokens(self, tokens: int, kept: int) -> int:
+        """How many the head sees, if `kept` pass the drop."""
+        return kept if METHODS[self.routing].restore == "nothing" else tokens
+
+    def tokens_by_block(self, tokens: int, kept: int) -> list[tuple[BlockShape, int, int]]:
+        """Every block that computes, in order: its shape, its width, and how many of the tokens it sees, if `kept` pass the drop."""
+        first, last = self.dense_blocks
+        method = METHODS[self.routing]
+        in_mixer = kept if method.drop == "patches" else tokens
+        sparse = self.blocks[first : len(self.blocks) - last]
+        return [
+            *((shape, self.mixer_dim, in_mixer) for shape in self.mixer),
+            *((shape, self.dim, tokens) for shape in self.blocks[:first]),
+            *((shape, self.dim, kept) for shape in sparse if kept),
+            *((shape, self.dim, tokens) for shape in self.blocks[len(self.blocks) - last :]),
+            *((shape, self.mixer_dim, tokens) for shape in self.decoder),
+        ]
 
 
 class Caption(NamedTuple):
@@ -67,18 +104,32 @@ class MicroDiT(nn.Module):
         self.patch_embed = nn.Linear(config.patch_values, dim)
         self.time_embed = nn.Sequential(nn.Linear(TIME_FREQUENCIES, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.caption = CaptionEmbedder(config)
-        self.mixer = nn.ModuleList(
-            Block(shape, mixer_dim, dim, config.head_dim, config.bias, config.expert_capacity) for shape in config.mixer
-        )
+
+        def blocks(shapes: tuple[BlockShape, ...], width: int) -> nn.ModuleList:
+            return nn.ModuleList(Block(shape, width, dim, config.head_dim, config.bias, config.expert_capacity) for shape in shapes)
+
+        self.mixer = blocks(config.mixer, mixer_dim)
         if config.mixer and mixer_dim != dim:
             self.mixer_in: nn.Module = _norm_linear(dim, mixer_dim, config.bias)
             self.mixer_caption: nn.Module = _norm_linear(dim, mixer_dim, config.bias)
             self.mixer_out: nn.Module = _norm_linear(mixer_dim, dim, config.bias)
         else:
             self.mixer_in = self.mixer_caption = self.mixer_out = nn.Identity()
-        self.blocks = nn.ModuleList(Block(shape, dim, dim, config.head_dim, config.bias, config.expert_capacity) for shape in config.blocks)
-        self.head = Head(dim, config.patch_values)
+        self.blocks = blocks(config.blocks, dim)
+        self.decoder = blocks(config.decoder, mixer_dim)
+        if config.decoder and mixer_dim != dim:
+            self.decoder_in: nn.Module = _norm_linear(dim, mixer_dim, config.bias)
+            self.decoder_caption: nn.Module = _norm_linear(dim, mixer_dim, config.bias)
+        else:
+            self.decoder_in = self.decoder_caption = nn.Identity()
+        self.restore = Restore(config.routing, config.last_dim)
+        self.head = Head(config.last_dim, dim, config.patch_values)
         self.init_weights()
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        """In the order of the forward pass."""
+        return cast(list[Block], [*self.mixer, *self.blocks, *self.decoder])
 
     def forward(
         self,
@@ -86,24 +137,40 @@ class MicroDiT(nn.Module):
         c_noise_B: Tensor,
         caption: Caption,
         keep_ids_BK: Tensor | None = None,
-        routing: str = "deferred",
+        path_kept_B: Tensor | None = None,
     ) -> Tensor:
-        """Returns F on all patches, (B, T, P), or on the kept ones, (B, K, P), in the order of `keep_ids_BK`."""
-        route = make_route(routing, len(self.mixer), keep_ids_BK)
+        """Returns F on all patches, (B, T, P), in their own order, where nothing is dropped or the routing restores what was;
+        else, with naive and deferred, on the kept ones, (B, K, P), in the order of `keep_ids_BK`.
+
+        With routing sprint, the sparse blocks count for nothing where `path_kept_B` is 0, and are left out altogether if K is 0.
+        """
         dtype = self.patch_embed.weight.dtype  # latents and noise levels come in float32, whatever the weights compute in
         patches_BTP = patchify(latents_BCHW, self.config.patch_size).to(dtype)
-        x_BTD = self.patch_embed(patches_BTP) + self._positions(latents_BCHW).to(dtype)
+        x_BTD = self.patch_embed(patches_BTP) + self._positions(latents_BCHW, self.config.dim).to(dtype)
         condition_BD = F.gelu(self._embed_noise(c_noise_B) + caption.pooled_BD, approximate="tanh")
 
-        x_BTD = self.mixer_in(x_BTD)
-        mixer_caption_BLD = self.mixer_caption(caption.tokens_BLD)
-        for index, block in enumerate(self.mixer):
-            x_BTD = self._run(block, route.before(index, x_BTD), mixer_caption_BLD, caption.mask_BL, condition_BD)
+        def run(blocks: Iterable[nn.Module], x_BTD: Tensor, caption_BLD: Tensor) -> Tensor:
+            for block in blocks:
+                x_BTD = self._run(block, x_BTD, caption_BLD, caption.mask_BL, condition_BD)
+            return x_BTD
 
-        # The drop comes before the projection, so that dropped tokens cost nothing more.
-        x_BTD = self.mixer_out(route.before(len(self.mixer), x_BTD))
-        for block in self.blocks:
-            x_BTD = self._run(block, x_BTD, caption.tokens_BLD, caption.mask_BL, condition_BD)
+        route = make_route(self.config.routing, patches_BTP.shape[1], keep_ids_BK, path_kept_B)
+        first, last = self.config.dense_blocks
+        blocks = list(self.blocks)
+        dense, sparse, dense_again = blocks[:first], blocks[first : len(blocks) - last], blocks[len(blocks) - last :]
+
+        x_BTD = self.mixer_in(route.drop("patches", x_BTD))
+        x_BTD = run(self.mixer, x_BTD, self.mixer_caption(caption.tokens_BLD))
+        x_BTD = self.mixer_out(route.drop("mixer", x_BTD))  # the drop comes before the projection, so that dropped tokens cost nothing more
+        earlier_BTD = run(dense, x_BTD, caption.tokens_BLD)
+        x_BKD = route.drop("blocks", earlier_BTD)
+        if x_BKD.shape[1]:
+            x_BKD = run(sparse, x_BKD, caption.tokens_BLD)
+        x_BTD = self.restore(self.decoder_in(x_BKD), earlier_BTD, route)
+        x_BTD = run(dense_again, x_BTD, caption.tokens_BLD)
+        if self.decoder:
+            x_BTD = x_BTD + self._positions(latents_BCHW, self.config.mixer_dim).to(dtype)  # mask tokens are all alike
+            x_BTD = run(self.decoder, x_BTD, self.decoder_caption(caption.tokens_BLD))
         return self.head(x_BTD, condition_BD)
 
     def embed_caption(self, text_BLE: Tensor, text_mask_BL: Tensor | None = None) -> Caption:
@@ -121,11 +188,12 @@ class MicroDiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
         self.caption.init_weights()
-        backbone, mixer = cast(list[Block], self.blocks), cast(list[Block], self.mixer)
+        backbone = cast(list[Block], self.blocks)
         for index, block in enumerate(backbone):
             block.init_weights(0.02 / math.sqrt(2 * (index + 1)))
-        for block in mixer:
+        for block in cast(list[Block], [*self.mixer, *self.decoder]):
             block.init_weights(0.02 / math.sqrt(2 * len(backbone)))
+        self.restore.init_weights()
         self.head.init_weights()
 
     def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
@@ -133,9 +201,9 @@ class MicroDiT(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    def _positions(self, latents_BCHW: Tensor) -> Tensor:
+    def _positions(self, latents_BCHW: Tensor, dim: int) -> Tensor:
         rows, columns = (side // self.config.patch_size for side in latents_BCHW.shape[-2:])
-        table = sincos_positions(rows, columns, self.config.dim, self.config.position_scale)
+        table = sincos_positions(rows, columns, dim, self.config.position_scale)
         return table.to(latents_BCHW)
 
     def _embed_noise(self, c_noise_B: Tensor) -> Tensor:

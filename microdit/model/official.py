@@ -78,8 +78,13 @@ def convert_to_official(ours: Mapping[str, Tensor], config: ModelConfig) -> dict
 
 
 def export_official(model: MicroDiT, grid_size: int) -> dict[str, Tensor]:
-    """The whole official state dict of `model` for square latents of `grid_size` x `grid_size` patches."""
+    """The whole official state dict of `model` for square latents of `grid_size` x `grid_size` patches.
+
+    Raises UserError if the model has weights that the official layout has no names for.
+    """
     config = model.config
+    if config.routing in ("maskdit", "sprint"):
+        raise UserError(f"The official layout has no place for the weights of routing {config.routing}.")
     official = convert_to_official(model.state_dict(), config)
     official["pos_embed"] = sincos_positions(grid_size, grid_size, config.dim, config.position_scale).unsqueeze(0).clone()
     official["mask_token"] = torch.zeros(1, 1, config.patch_values)

@@ -6,11 +6,12 @@ import numpy as np
 
 from microdit.model.blocks import BlockShape
 from microdit.model.microdit import ModelConfig
+from microdit.model.routing import METHODS, Routing
 
 
 @dataclass(frozen=True)
 class Size:
-    """The few numbers that people choose. Ratios are of `dim` (of `mixer_dim` in the patch-mixer)."""
+    """The few numbers that people choose. Ratios are of `dim` (of `mixer_dim` in the patch-mixer and in the decoder)."""
 
     dim: int
     depth: int
@@ -23,6 +24,9 @@ class Size:
     num_experts: int = 8  # 0: no mixture of experts
     experts_every: int = 2
     round_ffn_to: int = 256
+    routing: Routing = "deferred"
+    dense_blocks: tuple[int, int] | None = None  # tread, sprint: blocks before the drop, and after the restore; null is the published
+    decoder_depth: int = 8  # maskdit: blocks of width mixer_dim at the end
 
 
 SIZES = {
@@ -54,6 +58,8 @@ def resolve(size: Size, **settings: int | float | bool) -> ModelConfig:
     )
     # In the mixer the last block may have experts, but never the first (matters when every block shall have them).
     mixer = tuple(_shape(size, size.mixer_dim, 1.0, size.mixer_ffn_ratio, i > 0 and with_experts(i, -1)) for i in range(size.mixer_depth))
+    method = METHODS[size.routing]
+    decoder = (_shape(size, size.mixer_dim, 1.0, size.mixer_ffn_ratio, experts=False),) * (size.decoder_depth if method.decoder else 0)
     return ModelConfig(
         dim=size.dim,
         head_dim=size.head_dim,
@@ -61,6 +67,9 @@ def resolve(size: Size, **settings: int | float | bool) -> ModelConfig:
         mixer_dim=size.mixer_dim,
         mixer=mixer,
         caption_ffn_dim=_round_up(2 * 4 * size.dim // 3, size.round_ffn_to),
+        decoder=decoder,
+        routing=size.routing,
+        dense_blocks=method.dense_blocks if size.dense_blocks is None else tuple(size.dense_blocks),  # type: ignore[arg-type]
         **settings,  # type: ignore[arg-type]
     )
 

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from microdit.data.latents import Batch
 from microdit.diffusion.edm import EDM
-from microdit.model.routing import kept_tokens
+from microdit.model.routing import Pattern, choose_kept
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """Samples with their draws. `caption_kept_B` is 0 where the caption is replaced by zeros, for guidance."""
+    """Samples with their draws. `caption_kept_B` is 0 where the caption is replaced by zeros, for guidance; `path_kept_B`, for the same
+    end, where the sparse blocks count for nothing (routing sprint)."""
 
     latents_BCHW: Tensor
     text_BLE: Tensor
@@ -27,6 +28,7 @@ class TrainingBatch:
     noise_BCHW: Tensor
     caption_kept_B: Tensor
     keep_ids_BK: Tensor | None
+    path_kept_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sigma_B)
@@ -46,18 +48,29 @@ class TrainingBatch:
 
 
 def add_draws(
-    batch: Batch, edm: EDM, seed: int, step: int, numbers: range, tokens: int, mask_ratio: float, caption_dropout: float
+    batch: Batch,
+    edm: EDM,
+    seed: int,
+    step: int,
+    numbers: range,
+    grid: tuple[int, int],
+    mask_ratio: float,
+    caption_dropout: float,
+    path_drop: float = 0.0,
+    mask_pattern: Pattern = "random",
 ) -> TrainingBatch:
-    """`numbers`: the places of these samples in the global batch. `tokens`: patches of a picture."""
+    """`numbers`: the places of these samples in the global batch. `grid`: rows and columns of patches of a picture."""
     latents_BCHW = batch.latents_BCHW
     B, size = len(latents_BCHW), latents_BCHW[0].numel()
-    normal, uniform = torch.empty(B, size + 1), torch.empty(B, 1 + (tokens if mask_ratio else 0))
+    rows, columns = grid
+    normal, uniform = torch.empty(B, size + 1), torch.empty(B, 1 + (rows * columns if mask_ratio else 0))
+    path_B = torch.empty(B)
     generator = torch.Generator()
-    for number, normal_row, uniform_row in zip(numbers, normal, uniform, strict=True):
+    for number, normal_row, uniform_row, path in zip(numbers, normal, uniform, path_B, strict=True):
         generator.manual_seed(_mix(seed, step, number))
         normal_row.normal_(generator=generator)
         uniform_row.uniform_(generator=generator)
-    kept = kept_tokens(tokens, mask_ratio)
+        path.uniform_(generator=generator)  # last, so that with any path_drop the other draws are the same
     return TrainingBatch(
         latents_BCHW,
         batch.text_BLE,
@@ -65,7 +78,8 @@ def add_draws(
         sigma_B=(normal[:, size] * edm.P_std + edm.P_mean).exp(),
         noise_BCHW=normal[:, :size].reshape(latents_BCHW.shape),
         caption_kept_B=(uniform[:, 0] >= caption_dropout).float(),
-        keep_ids_BK=uniform[:, 1:].argsort(dim=1)[:, :kept] if mask_ratio else None,
+        keep_ids_BK=choose_kept(uniform[:, 1:], mask_ratio, mask_pattern, columns),
+        path_kept_B=(path_B >= path_drop).float() if path_drop else None,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from microdit.model.blocks import BlockShape
 from microdit.model.microdit import MicroDiT, ModelConfig
+from microdit.model.routing import METHODS
 
 FLOAT = 4  # bytes: weights, gradients, moments and averages are float32
 
@@ -52,7 +53,7 @@ def footprint(
     blocks: dict[str, int] = {}
     for name, count in weights.items():
         stack, number = name.split(".")[:2]
-        group = f"{stack}.{number}" if stack in ("blocks", "mixer") else "caption" if stack == "caption" else "rest"
+        group = f"{stack}.{number}" if stack in ("blocks", "mixer", "decoder") else "caption" if stack == "caption" else "rest"
         blocks[group] = blocks.get(group, 0) + count
     # One block computes while the next one comes in.
     copied = blocks.pop("rest") + 2 * max(blocks.values()) if sharded else sum(weights.values())
@@ -63,13 +64,9 @@ def footprint(
 
 def activations(config: ModelConfig, tokens: int, kept: int, caption_tokens: int, checkpointing: bool) -> int:
     """Elements that autograd keeps for one sample. With checkpointing, blocks keep their input, and one block is computed anew."""
-    mixer = [_block(shape, config.mixer_dim, tokens, caption_tokens, config.expert_capacity) for shape in config.mixer]
-    backbone = [_block(shape, config.dim, kept, caption_tokens, config.expert_capacity) for shape in config.blocks]
-    if checkpointing:
-        inputs = len(mixer) * tokens * config.mixer_dim + len(backbone) * kept * config.dim
-        inside = inputs + max([*mixer, *backbone])
-    else:
-        inside = sum(mixer) + sum(backbone)
+    by_block = config.tokens_by_block(tokens, kept)
+    blocks = [_block(shape, width, n, caption_tokens, config.expert_capacity) for shape, width, n in by_block]
+    inside = sum(n * width for _, width, n in by_block) + max(blocks) if checkpointing else sum(blocks)
     return inside + _outside(config, tokens, kept, caption_tokens)
 
 
@@ -92,5 +89,12 @@ def _outside(config: ModelConfig, tokens: int, kept: int, caption_tokens: int) -
     D, M, L, F = config.dim, config.mixer_dim, caption_tokens, config.caption_ffn_dim
     # text; projected, activated, normed, projected; the caption block's attention and feed-forward
     caption = L * (config.caption_channels + 4 * D) + L * (2 * D + 7 * D) + L * (2 * D + 4 * F)
-    projections = (2 * tokens * D + L * (D + M) + 2 * kept * M) if config.mixer and M != D else 0
-    return caption + projections + tokens * config.patch_values + kept * (3 * D + 4 * config.patch_values)
+    method, P = METHODS[config.routing], config.patch_values
+    projections = 0
+    if config.mixer and M != D:  # into the mixer, its caption, and out of it
+        projections += 2 * (kept if method.drop == "patches" else tokens) * D + L * (D + M)
+        projections += 2 * (tokens if method.drop == "blocks" else kept) * M
+    if config.decoder and M != D:
+        projections += 2 * kept * D + L * (D + M)
+    fused = 2 * tokens * D if method.restore == "fused" else 0
+    return caption + projections + fused + tokens * P + config.last_tokens(tokens, kept) * (3 * config.last_dim + 4 * P)

@@ -23,7 +23,7 @@ class Optimizers:
         experts = {id(weight) for module in model.modules() if isinstance(module, ExpertChoice) for weight in (module.w_in, module.w_out)}
         muon: set[int] = set()
         if recipe.method == "muon":
-            muon = {id(weight) for stack in (model.mixer, model.blocks) for weight in stack.parameters() if weight.dim() == 2}
+            muon = {id(weight) for block in model.all_blocks for weight in block.parameters() if weight.dim() == 2}
         rest = [weight for weight in model.parameters() if id(weight) not in muon]
 
         def group(weights: list[nn.Parameter], rate: float, decay: float) -> dict[str, object]:

@@ -7,7 +7,7 @@ Notable:
 - blocks are compiled one by one, with the number of tokens left open, so that another mask ratio compiles nothing again.
 """
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ def compute_dtype(engine: EngineRecipe, device: torch.device) -> torch.dtype:
 def prepare_blocks(model: MicroDiT, engine: EngineRecipe, sharding: Sharding, world: World) -> None:
     """Compile, mark for recomputing and shard the blocks, in place. The weights may still be on the meta device."""
     model.recompute_blocks = engine.activation_checkpointing
-    blocks = cast(list[Block], [*model.mixer, *model.blocks])
+    blocks = model.all_blocks
     if engine.compile:
         compile_blocks(blocks)
     if sharding == "fsdp":

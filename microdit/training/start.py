@@ -31,7 +31,7 @@ FREE_TO_CHANGE = {"record", "engine", "guard", "name"}  # of a recipe, between s
 
 
 def refuse_misfits(recipe: Recipe, sets: list[EncodedSet], world: World) -> None:
-    """Raises UserError if the batches cannot be dealt out to the processes."""
+    """Raises UserError if the batches cannot be dealt out to the processes, or the patches not into a phase's grid."""
     rows = sum(len(encoded) for encoded in sets)
     if world.size > rows:
         raise UserError(f"There are {world.size} processes and {rows} samples in {', '.join(str(s.folder) for s in sets)}: start fewer.")
@@ -45,6 +45,8 @@ def refuse_misfits(recipe: Recipe, sets: list[EncodedSet], world: World) -> None
                 f"phases.{index}.batch_size {phase.batch_size} cannot be dealt out to {world.size} processes in micro-batches of {micro}: "
                 f"take a multiple of {least}, such as {near}, or another engine.micro_batch."
             )
+        if phase.mask_pattern == "grid":
+            _refuse_odd_grids(index, recipe.model.patch_size, sets)
 
 
 def find_checkpoint(
@@ -132,6 +134,17 @@ def model_config(recipe: Recipe, data: EncodedSet) -> ModelConfig:
         bias=recipe.model.bias,
         position_scale=recipe.model.position_scale,
     )
+
+
+def _refuse_odd_grids(phase: int, patch_size: int, sets: list[EncodedSet]) -> None:
+    for encoded in sets:
+        for bucket in range(len(encoded.bucket_sizes)):
+            rows, columns = (side // patch_size for side in encoded.latent_shape(bucket)[1:])
+            if rows % 2 or columns % 2:
+                raise UserError(
+                    f"phases.{phase}.mask_pattern grid cuts patches into cells of 2 x 2, and pictures of {encoded.folder} have "
+                    f"{rows} x {columns} patches at model.patch_size {patch_size}: use mask_pattern random, or another patch_size."
+                )
 
 
 def fingerprints(recipe: Recipe, sets: list[EncodedSet]) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,7 @@ from microdit.checkpoint import Checkpoint
 from microdit.data.latents import Batch, refuse_strangers
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, StoppedError, UserError
 from microdit.grids import draw_grid, save_png
+from microdit.model.routing import METHODS
 from microdit.pipeline import Pipeline, model_of
 from microdit.recipe import PhaseRecipe, Recipe
 from microdit.training.chips import peak_flops
@@ -106,7 +107,7 @@ class Trainer:
                 started = time.monotonic()
                 batch = reader.next()
                 waited = time.monotonic() - started
-                sums = self._forward_backward(batch, phase, stop)
+                sums = self._forward_backward(batch, stop)
                 grad_norm = self.state.clip(phase.grad_clip)
                 objection = self.guard.objection(sums.loss, grad_norm)
                 if objection is None:
@@ -118,7 +119,7 @@ class Trainer:
                     self._skip(objection)
 
                 last, stopping = self.step == total, sums.stop_by_machine or sums.stop_by_user
-                tokens, caption_tokens = self._tokens(batch), batch.text_BLE.shape[1]
+                tokens, caption_tokens = math.prod(self._grid(batch)), batch.text_BLE.shape[1]
                 flops = self.work.of_step(phase, step_in_phase, tokens, caption_tokens)
                 meters.step(phase.name, self.step, sums, flops, waited, objection is None)
                 if self._due(recipe.record.metrics_every) or self._due_held_out() or last or stopping:
@@ -135,21 +136,21 @@ class Trainer:
 
     def _batch(self, step: int) -> TrainingBatch:
         """This process's share of the samples of a step, and their draws."""
-        diffusion, world = self.recipe.diffusion, self.world
-        phase, step_in_phase = self.recipe.phase_at(step)
+        recipe, world = self.recipe, self.world
+        phase, step_in_phase = recipe.phase_at(step)
         batch = self.mixture.batch(step, world.rank, world.size)
         numbers = range(world.rank, phase.batch_size, world.size)
-        ratio = phase.mask_ratio_at(step_in_phase)
-        return add_draws(batch, self.state.edm, self.recipe.seed, step, numbers, self._tokens(batch), ratio, diffusion.caption_dropout)
+        shares = (phase.mask_ratio_at(step_in_phase), recipe.diffusion.caption_dropout, METHODS[self.config.routing].path_drop)
+        return add_draws(batch, self.state.edm, recipe.seed, step, numbers, self._grid(batch), *shares, phase.mask_pattern)
 
-    def _forward_backward(self, batch: TrainingBatch, phase: PhaseRecipe, stop: StopRequests) -> StepSums:
+    def _forward_backward(self, batch: TrainingBatch, stop: StopRequests) -> StepSums:
         """Gradients of the mean loss over the global batch, micro-batch by micro-batch."""
         tally = Tally(self.world.device)
         parts = batch.split(self.recipe.engine.micro_batch or len(batch))
         for index, part in enumerate(parts):
             part = part.to(self.world.device)
             with self._no_sync_before_the_last(index, len(parts)):
-                loss_B = self.state.loss(part, phase.routing)
+                loss_B = self.state.loss(part)
                 (loss_B.sum() / len(batch)).backward()
             tally.add(loss_B, part.sigma_B, self.state.edm)
         tally.add_stops(stop.by_machine, stop.by_user)
@@ -307,10 +308,10 @@ class Trainer:
     def _due_held_out(self) -> bool:
         return self.held_out is not None and (self._due(self.recipe.record.held_out_every) or self.step == self.recipe.total_steps)
 
-    def _tokens(self, batch: Batch | TrainingBatch) -> int:
-        """Patches of a picture."""
+    def _grid(self, batch: Batch | TrainingBatch) -> tuple[int, int]:
+        """Rows and columns of a picture's patches."""
         height, width = batch.latents_BCHW.shape[-2:]
-        return (height // self.config.patch_size) * (width // self.config.patch_size)
+        return height // self.config.patch_size, width // self.config.patch_size
 
     def _warn(self, sentence: str) -> None:
         self.console.print(f"[yellow]{escape(sentence)}[/]")

@@ -20,7 +20,7 @@ class Work:
     def of_step(self, phase: PhaseRecipe, step_in_phase: int, tokens: int, caption_tokens: int) -> float:
         """FLOPs of the whole batch, forward and backward."""
         kept = kept_tokens(tokens, phase.mask_ratio_at(step_in_phase))
-        return phase.batch_size * self._flops(self._config, tokens, kept, caption_tokens, phase.routing)
+        return phase.batch_size * self._flops(self._config, tokens, kept, caption_tokens)
 
     def after(self, step: int, tokens: int, caption_tokens: int) -> float:
         """FLOPs of all steps from number `step` to the end."""

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from microdit.diffusion.edm import EDM, denoise, denoise_patches, draw_sigma, edm_loss, preconditioning
 from microdit.model.patches import patchify, unpatchify
-from microdit.model.routing import put_tokens
+from microdit.model.routing import METHODS, put_tokens, take_tokens
+from microdit.model.sizes import Size
+from tests.conftest import busy_model
 
 EDM_SETTINGS = EDM()
 
@@ -51,14 +53,63 @@ def test_loss_equals_the_definition_on_whole_pictures(tiny_model, masked):
         s, sd = sigma[sample].item(), EDM_SETTINGS.sigma_data
         noisy = latents + sigma.view(2, 1, 1, 1) * noise
         patches = denoise_patches(tiny_model, EDM_SETTINGS, noisy, sigma, caption, keep_ids)
-        keep = torch.ones(2, 16) if keep_ids is None else put_tokens(torch.ones(2, 4, 1), keep_ids, 16).squeeze(-1)
+        keep = torch.ones(2, 16) if keep_ids is None else torch.zeros(2, 16).scatter(1, keep_ids, 1.0)
         if keep_ids is not None:
-            patches = put_tokens(patches, keep_ids, 16)
+            patches = put_tokens(patches, keep_ids, torch.zeros(2, 16, 16, dtype=torch.float64))
         picture = unpatchify(patches, 2, 8, 8)
         pixel_keep = keep[sample].view(4, 4).repeat_interleave(2, 0).repeat_interleave(2, 1)
         error = ((picture[sample] - latents[sample]) ** 2 * pixel_keep).sum() / (pixel_keep.sum() * 4)
         expected = (s**2 + sd**2) / (s * sd) ** 2 * error
         assert loss[sample].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("routing", [routing for routing, method in METHODS.items() if method.drop])
+def test_each_rows_loss_equals_its_definition_patch_by_patch(routing):
+    size = Size(dim=32, depth=7, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=0, routing=routing, decoder_depth=1)
+    model, generator = busy_model(size), torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 2, 4, 8, 8, generator=generator, dtype=torch.float64)
+    sigma, sigma_data = torch.tensor([0.4, 3.0], dtype=torch.float64), EDM_SETTINGS.sigma_data
+    caption = model.embed_caption(torch.randn(2, 3, 12, generator=generator, dtype=torch.float64))
+    keep_ids = torch.tensor([[0, 5, 10, 15], [1, 2, 7, 8]])
+    loss = edm_loss(model, EDM_SETTINGS, latents, caption, sigma, noise, keep_ids)
+
+    c_skip, c_out, c_in, c_noise = preconditioning(EDM_SETTINGS, sigma)
+    noisy = latents + sigma.view(2, 1, 1, 1) * noise
+    out = model(c_in.view(2, 1, 1, 1) * noisy, c_noise, caption, keep_ids)
+    clean, noisy = patchify(latents, 2), patchify(noisy, 2)
+    for sample in range(2):
+        kept = keep_ids[sample].tolist()
+        row_of = {token: row for row, token in enumerate(kept if out.shape[1] == 4 else range(16))}
+        errors, reconstructions = [], []
+        for token in range(16):
+            if token in row_of:
+                denoised = c_skip[sample] * noisy[sample, token] + c_out[sample] * out[sample, row_of[token]]
+                if token in kept or routing in ("tread", "sprint"):
+                    weight = (sigma[sample] ** 2 + sigma_data**2) / (sigma[sample] * sigma_data) ** 2
+                    errors.append(weight.item() * (denoised - clean[sample, token]).square().mean().item())
+                else:
+                    target = (noisy[sample, token] - noisy[sample, token].mean()) / (noisy[sample, token].var() + 1e-6).sqrt()
+                    reconstructions.append((denoised - target).square().mean().item())
+        expected = sum(errors) / len(errors)
+        if routing == "maskdit":
+            assert (len(errors), len(reconstructions)) == (4, 12)
+            expected += 0.1 * sum(reconstructions) / 12
+        assert loss[sample].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_maskdits_decoder_learns_from_the_reconstruction():
+    """The gradient of the reconstruction alone: that of the loss less that of its denoising part."""
+    model = busy_model(Size(dim=32, depth=2, head_dim=8, mixer_dim=16, mixer_depth=0, num_experts=0, routing="maskdit", decoder_depth=2))
+    latents, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sigma, keep_ids = torch.tensor([0.7], dtype=torch.float64), torch.tensor([[0, 5, 10, 15]])
+    caption = model.embed_caption(torch.randn(1, 3, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    weights = [*model.decoder.parameters(), model.restore.mask_token]
+    loss = edm_loss(model, EDM_SETTINGS, latents, caption, sigma, noise, keep_ids)
+    denoised = denoise_patches(model, EDM_SETTINGS, latents + sigma.view(1, 1, 1, 1) * noise, sigma, caption, keep_ids)
+    error = (take_tokens(denoised, keep_ids) - take_tokens(patchify(latents, 2), keep_ids)).square().mean()
+    denoising = (sigma**2 + EDM_SETTINGS.sigma_data**2) / (sigma * EDM_SETTINGS.sigma_data) ** 2 * error
+    for gradient in torch.autograd.grad((loss - denoising).sum(), weights):
+        assert gradient.abs().max() > 1e-6
 
 
 def test_denoising_whole_latents_is_denoising_their_patches(tiny_model):

@@ -3,6 +3,9 @@ import torch
 
 from microdit.diffusion.edm import EDM, denoise
 from microdit.diffusion.sampling import guided_denoiser, heun, noise_schedule
+from microdit.errors import UserError
+from microdit.model.sizes import Size
+from tests.conftest import busy_model
 
 EDM_SETTINGS = EDM()
 MEAN, DEVIATION = 0.3, 0.9
@@ -58,3 +61,22 @@ def test_guidance_moves_away_from_the_empty_caption(tiny_model, guidance_scale):
     empty = denoise(tiny_model, EDM_SETTINGS, noisy, sigma, tiny_model.embed_caption(torch.zeros_like(text)))
     guided = guided_denoiser(tiny_model, EDM_SETTINGS, text, mask, guidance_scale)(noisy, sigma)
     assert torch.allclose(guided, empty + guidance_scale * (conditional - empty), atol=1e-9)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_path_drop_guidance_moves_away_from_the_model_without_its_sparse_blocks(guidance_scale):
+    model = busy_model(Size(dim=32, depth=5, head_dim=8, mixer_dim=32, mixer_depth=0, num_experts=0, routing="sprint"))
+    noisy, sigma = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([0.5, 4.0], dtype=torch.float64)
+    text, mask = torch.randn(2, 3, 12, dtype=torch.float64), torch.tensor([[True, True, True], [True, False, False]])
+    conditional = denoise(model, EDM_SETTINGS, noisy, sigma, model.embed_caption(text, mask))
+    weak = denoise(model, EDM_SETTINGS, noisy, sigma, model.embed_caption(torch.zeros_like(text)), drop_path=True)
+    guided = guided_denoiser(model, EDM_SETTINGS, text, mask, guidance_scale, "path-drop")
+    assert torch.allclose(guided(noisy, sigma), weak + guidance_scale * (conditional - weak), atol=1e-9)
+    assert torch.allclose(guided(noisy, sigma), guided_denoiser(model, EDM_SETTINGS, text, mask, guidance_scale)(noisy, sigma)) == (
+        guidance_scale == 1
+    )
+
+
+def test_path_drop_guidance_needs_a_model_that_was_trained_for_it(tiny_model):
+    with pytest.raises(UserError, match=r"with routing deferred cannot do without: use a model trained with model\.routing sprint"):
+        guided_denoiser(tiny_model, EDM_SETTINGS, torch.zeros(1, 3, 12, dtype=torch.float64), None, 3.0, "path-drop")

@@ -1,5 +1,8 @@
 """The formula against PyTorch's own counter, and against what is known of the paper's run."""
 
+from dataclasses import replace
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from microdit.diffusion.edm import EDM, edm_loss
 from microdit.model.flops import forward_flops, training_flops
 from microdit.model.microdit import MicroDiT, ModelConfig
-from microdit.model.routing import kept_tokens
+from microdit.model.routing import METHODS, Routing, kept_tokens
 from microdit.model.sizes import SIZES, Size, resolve
 
 
-def counted(config: ModelConfig, side: int, kept: int | None, caption_tokens: int, routing: str) -> tuple[int, int]:
+def counted(config: ModelConfig, side: int, kept: int | None, caption_tokens: int) -> tuple[int, int]:
     """Forward alone, and forward with backward, of two samples on the meta device."""
     B = 2
     with torch.device("meta"):
@@ -25,7 +28,7 @@ def counted(config: ModelConfig, side: int, kept: int | None, caption_tokens: in
         keep_ids = None if kept is None else torch.zeros(B, kept, dtype=torch.long)
 
         def loss():
-            return edm_loss(model, EDM(), latents, model.embed_caption(text), sigma, torch.randn_like(latents), keep_ids, routing).mean()
+            return edm_loss(model, EDM(), latents, model.embed_caption(text), sigma, torch.randn_like(latents), keep_ids).mean()
 
         # The math kernel is made of plain matrix products, which the counter knows on every device.
         with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
@@ -35,41 +38,49 @@ def counted(config: ModelConfig, side: int, kept: int | None, caption_tokens: in
     return forward.get_total_flops() // B, (forward.get_total_flops() + backward.get_total_flops()) // B
 
 
-@hypothesis_settings(max_examples=25)
+@hypothesis_settings(max_examples=60)
 @given(
     size=st.builds(
         Size,
         dim=st.sampled_from([32, 64]),
-        depth=st.integers(1, 4),
+        depth=st.integers(4, 6),
         head_dim=st.sampled_from([8, 16]),
         mixer_dim=st.sampled_from([16, 32, 64]),
         mixer_depth=st.integers(0, 3),
         num_experts=st.sampled_from([0, 2, 4]),
         experts_every=st.integers(1, 3),
         round_ffn_to=st.just(8),
+        routing=st.sampled_from(get_args(Routing)),
+        decoder_depth=st.integers(1, 2),
     ),
     capacity=st.sampled_from([1.0, 1.3, 2.0]),
     patch_size=st.sampled_from([1, 2]),
     mask=st.sampled_from([0.0, 0.3, 0.75]),
-    routing=st.sampled_from(["deferred", "naive"]),
+    dense_blocks=st.tuples(st.integers(0, 2), st.integers(0, 1)),
     caption_tokens=st.integers(1, 9),
 )
-def test_the_formula_is_what_pytorch_counts(size, capacity, patch_size, mask, routing, caption_tokens):
+def test_the_formula_is_what_pytorch_counts(size, capacity, patch_size, mask, dense_blocks, caption_tokens):
+    size = replace(size, dense_blocks=dense_blocks if METHODS[size.routing].drop == "blocks" else None)
+    mask = 0.0 if size.routing == "none" else mask
     config = resolve(size, patch_size=patch_size, expert_capacity=capacity, caption_channels=12)
     tokens = (12 // patch_size) ** 2
     kept = kept_tokens(tokens, mask)
-    found = counted(config, 12, kept if mask else None, caption_tokens, routing)
-    assert found == (
-        forward_flops(config, tokens, kept, caption_tokens, routing),
-        training_flops(config, tokens, kept, caption_tokens, routing),
-    )
+    found = counted(config, 12, kept if mask else None, caption_tokens)
+    assert found == (forward_flops(config, tokens, kept, caption_tokens), training_flops(config, tokens, kept, caption_tokens))
+
+
+def test_without_the_path_sprint_costs_less_and_what_pytorch_counts():
+    config = resolve(Size(dim=32, depth=8, head_dim=8, mixer_dim=32, mixer_depth=0, num_experts=0, routing="sprint"))
+    whole, less = (counted(config, 12, kept, 5)[0] for kept in (None, 0))
+    assert (forward_flops(config, 36, 36, 5), forward_flops(config, 36, 0, 5)) == (whole, less)
+    assert less < 0.7 * whole
 
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("mask", [0.0, 0.75])
 def test_the_papers_sizes_are_what_pytorch_counts(name, mask):
     config, kept = resolve(SIZES[name]), kept_tokens(256, mask)
-    assert counted(config, 32, kept if mask else None, 77, "deferred")[1] == training_flops(config, 256, kept, 77)
+    assert counted(config, 32, kept if mask else None, 77)[1] == training_flops(config, 256, kept, 77)
 
 
 @pytest.mark.parametrize(("tokens", "mask", "gflops"), [(256, 0.75, 285), (256, 0, 731), (1024, 0.75, 1122), (1024, 0, 3265)])

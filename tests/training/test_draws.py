@@ -11,19 +11,19 @@ from microdit.training.draws import add_draws
 from microdit.training.tally import Tally, noise_bins
 
 
-def drawn(numbers: range, seed=0, step=0, mask_ratio=0.75, caption_dropout=0.1, tokens=64):
+def drawn(numbers: range, seed=0, step=0, mask_ratio=0.75, caption_dropout=0.1, path_drop=0.0, pattern="random"):
     n = len(numbers)
     batch = Batch(torch.zeros(n, 4, 16, 16), torch.ones(n, 3, 5), torch.ones(n, 3, dtype=torch.bool))
-    return add_draws(batch, EDM(), seed, step, numbers, tokens, mask_ratio, caption_dropout)
+    return add_draws(batch, EDM(), seed, step, numbers, (8, 8), mask_ratio, caption_dropout, path_drop, pattern)
 
 
 @given(world=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99), step=st.integers(0, 10**6))
 def test_a_samples_draws_do_not_depend_on_how_the_batch_is_cut(world, micro, seed, step):
-    whole = drawn(range(16), seed, step)
+    whole = drawn(range(16), seed, step, path_drop=0.5)
     for rank in range(world):
-        parts = drawn(range(rank, 16, world), seed, step).split(micro)
+        parts = drawn(range(rank, 16, world), seed, step, path_drop=0.5).split(micro)
         assert sum(len(part) for part in parts) == 16 // world
-        for name in ("sigma_B", "noise_BCHW", "caption_kept_B", "keep_ids_BK"):
+        for name in ("sigma_B", "noise_BCHW", "caption_kept_B", "keep_ids_BK", "path_kept_B"):
             assert torch.cat([getattr(part, name) for part in parts]).equal(getattr(whole, name)[rank::world])
 
 
@@ -44,6 +44,29 @@ def test_the_draws_have_the_distributions_asked_for():
     assert all(len(set(row)) == 16 for row in draws.keep_ids_BK.tolist())
     assert torch.bincount(draws.keep_ids_BK.flatten(), minlength=64).float().std() < 60  # of 1,000 each
     assert torch.bincount(noise_bins(draws.sigma_B, EDM()), minlength=8).float().sub(500).abs().max() < 100
+
+
+def test_paths_are_dropped_as_often_as_asked_and_no_other_draw_knows_of_it():
+    plain, dropping = drawn(range(4000)), drawn(range(4000), path_drop=0.1)
+    assert plain.path_kept_B is None
+    assert dropping.path_kept_B.mean().item() == pytest.approx(0.9, abs=0.02)
+    both_dropped = ((1 - dropping.path_kept_B) * (1 - dropping.caption_kept_B)).mean().item()
+    assert both_dropped == pytest.approx(0.01, abs=0.006)  # caption and path, each on its own
+    for name in ("sigma_B", "noise_BCHW", "caption_kept_B", "keep_ids_BK"):
+        assert getattr(plain, name).equal(getattr(dropping, name))
+
+
+def test_the_draws_are_those_of_earlier_versions():
+    """Recipes that were begun before must go on with the same numbers."""
+    draws = drawn(range(2, 4), seed=5, step=9)
+    assert draws.keep_ids_BK[0, :4].tolist() == [51, 33, 35, 19]
+    assert draws.sigma_B.tolist() == pytest.approx([0.9707378149032593, 1.8449785709381104])
+
+
+def test_a_grid_draws_one_of_each_2_x_2():
+    ids = drawn(range(50), pattern="grid").keep_ids_BK
+    cell = ids // 16 * 4 + ids % 8 // 2  # rows of 8: two of them hold four cells
+    assert torch.equal(cell.sort(dim=1).values, torch.arange(16).expand(50, 16))
 
 
 def test_without_a_mask_nothing_is_dropped():

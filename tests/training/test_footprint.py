@@ -1,11 +1,15 @@
 """The arithmetic against what is really held."""
 
+from dataclasses import replace
+from typing import get_args
+
 import pytest
 import torch
 
 from benchmarks.memory import SavedBytes
 from microdit.diffusion.edm import EDM
 from microdit.model.microdit import MicroDiT
+from microdit.model.routing import Routing
 from microdit.model.sizes import Size, resolve
 from microdit.recipe import OptimizerRecipe
 from microdit.training.draws import TrainingBatch
@@ -34,6 +38,16 @@ def test_activations_are_within_a_tenth_of_what_is_kept(side, kept, experts):
     tokens = (side // 2) ** 2
     reckoned = footprint(model, 4, tokens, kept or tokens, 16, element=4)
     assert reckoned.activations == pytest.approx(held(model, side, kept), rel=0.1)
+
+
+@pytest.mark.parametrize("mixer_depth", [0, 2])
+@pytest.mark.parametrize("routing", get_args(Routing))
+def test_activations_of_every_routing_are_within_a_tenth(routing, mixer_depth):
+    size = replace(SIZE, depth=8, mixer_depth=mixer_depth, routing=routing, decoder_depth=2)
+    model = MicroDiT(resolve(size, caption_channels=96)).train()
+    for kept in (None,) if routing == "none" else (None, 64):
+        reckoned = footprint(model, 4, 256, kept or 256, 16, element=4)
+        assert reckoned.activations == pytest.approx(held(model, 32, kept), rel=0.1), kept
 
 
 def test_weights_gradients_and_moments_are_exact_and_shared_out():

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,8 +13,9 @@ from microdit.training.ema import EMA, names_of
 from microdit.training.optim import Optimizers, learning_rate
 
 
-def small_model() -> MicroDiT:
-    return MicroDiT(resolve(Size(dim=32, depth=3, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=2, round_ffn_to=8)))
+def small_model(**settings: object) -> MicroDiT:
+    size = Size(dim=32, depth=3, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=2, round_ffn_to=8)
+    return MicroDiT(resolve(replace(size, **settings)))
 
 
 @given(warmup=st.integers(0, 50), final=st.floats(0, 1))
@@ -45,13 +47,17 @@ def test_experts_learn_at_half_the_rate_and_only_matrices_decay(method):
     assert any(name.endswith("w_in") for name, _ in model.named_parameters())
 
 
-def test_muon_has_the_blocks_matrices_and_adamw_the_rest():
-    model = small_model()
+@pytest.mark.parametrize("routing", ["deferred", "maskdit", "sprint"])
+def test_muon_has_the_blocks_matrices_and_adamw_the_rest(routing):
+    model = small_model(depth=5, routing=routing)
     adamw, muon = Optimizers(model, OptimizerRecipe(method="muon")).all
     names = {id(weight): name for name, weight in model.named_parameters()}
     by_muon = {names[id(weight)] for group in muon.param_groups for weight in group["params"]}
-    expected = {name for name, weight in model.named_parameters() if name.startswith(("blocks.", "mixer.")) and weight.dim() == 2}
+    expected = {
+        name for name, weight in model.named_parameters() if name.startswith(("blocks.", "mixer.", "decoder.")) and weight.dim() == 2
+    }
     assert by_muon == expected
+    assert any(name.startswith("decoder.") for name in by_muon) == (routing == "maskdit")
     assert len(by_muon) + sum(len(group["params"]) for group in adamw.param_groups) == len(names)
 
 

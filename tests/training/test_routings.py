@@ -1,0 +1,103 @@
+"""Every row of the routing table, trained by the real command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from microdit.data.latents import Batch
+from microdit.diffusion.edm import EDM
+from microdit.model.microdit import MicroDiT
+from microdit.model.routing import METHODS
+from microdit.model.sizes import Size, resolve
+from microdit.training.draws import add_draws
+from microdit.training.step import DenoisingLoss
+from tests.training.processes import losses, train, wait_for
+
+ROW = {
+    "none": ["phases.0.mask_ratio=0"],
+    "naive": [],
+    "deferred": [],
+    "maskdit": ["model.decoder_depth=2", "phases.0.mask_ratio=0.5"],
+    "tread": ["model.depth=7", "phases.0.mask_ratio=0.5"],
+    "sprint": ["model.depth=5", "phases.0.mask_pattern=grid"],
+}
+LEARNING = ("phases.0.learning_rate=4e-3", "phases.1.learning_rate=2e-3", "phases.1.batch_size=8")
+
+
+def row(routing: str) -> list[str]:
+    return [f"model.routing={routing}", *ROW[routing], *LEARNING]
+
+
+@pytest.mark.parametrize("routing", METHODS)
+def test_every_row_learns(tmp_path, encoded_emoji, routing):
+    """By the loss with noise that is always the same, masked for 25 steps and on all patches for 15."""
+    run = tmp_path / "run"
+    running = train(run, encoded_emoji, *row(routing), f"data.held_out={encoded_emoji}", "record.held_out_every=1")
+    assert running.wait() == [0], running.output
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    held_out = [record["held_out_loss"] for record in records if "held_out_loss" in record]
+    assert len(held_out) == 40
+    assert held_out[-1] < 0.93 * held_out[0]
+
+
+@pytest.mark.parametrize("routing", ["maskdit", "tread", "sprint"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ["engine.sharding=ddp", "engine.micro_batch=2"],
+        ["engine.sharding=fsdp", "engine.activation_checkpointing=true"],
+    ],
+    ids=["ddp", "fsdp"],
+)
+def test_two_processes_learn_the_same_as_one(tmp_path, encoded_emoji, routing, engine):
+    """The second phase drops nothing, so that mask tokens go unused: DDP waits for their gradients all the same."""
+    short = [*row(routing), "phases.0.steps=8", "phases.1.steps=6"]
+    alone, spread = train(tmp_path / "alone", encoded_emoji, *short), train(tmp_path / "spread", encoded_emoji, *short, *engine, ranks=2)
+    assert (alone.wait(), spread.wait()) == ([0], [0, 0]), alone.output + spread.output
+    assert losses(tmp_path / "spread") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
+
+
+@pytest.mark.parametrize("routing", ["maskdit", "tread", "sprint"])
+def test_tokens_come_back_under_autocast(routing):
+    """Tokens may then be bfloat16, while the mask token, a weight, is float32."""
+    size = Size(32, 3, 8, 16, 1, num_experts=0, routing=routing, dense_blocks=None if routing == "maskdit" else (0, 0), decoder_depth=1)
+    torch.manual_seed(0)
+    model = MicroDiT(resolve(size, caption_channels=12))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    batch = Batch(torch.randn(4, 4, 16, 16), torch.randn(4, 5, 12), torch.ones(4, 5, dtype=torch.bool))
+    for ratio in (0.75, 0.0):
+        drawn = add_draws(batch, EDM(), 0, 0, range(4), (8, 8), ratio, 0.1, METHODS[routing].path_drop)
+        exact, rough = (DenoisingLoss(model, EDM(), True, autocast)(drawn) for autocast in (None, torch.bfloat16))
+        assert rough.dtype == torch.float32
+        assert 0 < (rough - exact).abs().max() < 0.05 * exact.max()
+
+
+def test_sprint_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, encoded_emoji):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    running = train(whole, encoded_emoji, *row("sprint"))
+    assert running.wait() == [0], running.output
+    running = train(killed, encoded_emoji, *row("sprint"))
+    wait_for(lambda: (killed / "checkpoints" / "step-00000020").is_dir() and 22 in losses(killed), running)
+    running.kill()
+    running = train(killed, encoded_emoji, *row("sprint"), "--resume")
+    assert running.wait() == [0], running.output
+    assert losses(killed) == losses(whole)
+    ours, theirs = (weights(run, "model") for run in (killed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    start = weights(whole, "model", 20)
+    assert not torch.equal(start["restore.mask_token"], ours["restore.mask_token"])
+
+
+def test_a_grid_needs_an_even_number_of_patches(tmp_path, encoded_emoji):
+    running = train(tmp_path / "run", encoded_emoji, "phases.0.mask_pattern=grid", "model.patch_size=16")
+    assert running.wait() == [1], running.output
+    assert "phases.0.mask_pattern grid cuts patches into cells of 2 x 2" in running.output
+    assert "1 x 1 patches at model.patch_size 16" in running.output
+
+
+def weights(run: Path, name: str, step: int = 40) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
