@@ -159,8 +159,16 @@ def _routing_problems(model: ModelRecipe) -> list[str]:
             f"{(model.depth - 1) // 2}].",
         ),
         (
-            not method.decoder or (model.decoder_depth >= 1 and model.mixer_dim % 4 == 0),
-            f"model.routing {model.routing} needs a model.decoder_depth of at least 1 and a model.mixer_dim divisible by 4.",
+            model.decoder_depth is None or method.decoder > 0,
+            f"model.decoder_depth is for model.routing maskdit, and not for {model.routing}: leave it out.",
+        ),
+        (
+            not method.decoder or model.decoder_depth is None or model.decoder_depth >= 1,
+            f"model.decoder_depth is {model.decoder_depth}, and must be at least 1.",
+        ),
+        (
+            not method.decoder or model.mixer_dim % 4 == 0,
+            f"model.mixer_dim ({model.mixer_dim}) must be divisible by 4, for positions in two dimensions: the decoder is as wide.",
         ),
     ]
     return [sentence for ok, sentence in checks if not ok]

@@ -1,5 +1,6 @@
 """Small real things that many tests share."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from microdit.data.sources import Part, Source
 from microdit.encoders.autoencoder import Pixels
 from microdit.encoders.text import MiniLM
 from microdit.model.microdit import MicroDiT
+from microdit.model.routing import METHODS
 from microdit.model.sizes import Size, resolve
 
 settings.register_profile("machine", deadline=None)  # how long an example takes says more of the machine than of the code
@@ -42,6 +44,11 @@ def busy_model(size: Size, **settings: int | float | bool) -> MicroDiT:
         for weight in model.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64) * 0.2)
     return model
+
+
+def routed(size: Size, routing: str) -> Size:
+    """`size` with this routing; where that has a decoder, one of two blocks."""
+    return replace(size, routing=routing, decoder_depth=2 if METHODS[routing].decoder else None)
 
 
 @pytest.fixture(scope="session")

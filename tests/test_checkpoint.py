@@ -9,6 +9,7 @@ from microdit.checkpoint import Checkpoint, checkpoint_folders, find_weights, op
 from microdit.errors import UserError
 from microdit.files import sha256_of
 from microdit.model.sizes import Size, resolve
+from tests.conftest import routed
 
 
 def write(run, step, names=("model", "ema")):
@@ -88,7 +89,7 @@ def test_a_state_of_another_kind_is_damage(tmp_path):
 
 @pytest.mark.parametrize("routing", ["deferred", "maskdit", "sprint"])
 def test_an_architecture_comes_back_from_json_and_an_old_one_is_deferred(tmp_path, routing):
-    config = resolve(Size(dim=32, depth=5, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=2, routing=routing, decoder_depth=2))
+    config = resolve(routed(Size(dim=32, depth=5, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=2), routing))
     model = json.loads(json.dumps(asdict(config)))
     assert Checkpoint(tmp_path, 1, {"model": model}).model_config == config
     for key in ("routing", "dense_blocks", "decoder"):

@@ -77,6 +77,7 @@ def test_phases_follow_each_other(recipe_file):
             r"depth is 2, and routing sprint has 2 dense blocks .* and 2 after them: it needs at least 5, or .* \[0, 0\]",
         ),
         ("model={dim: 64, depth: 6, head_dim: 16, mixer_dim: 32, mixer_depth: 1, routing: tread}", "it needs at least 7"),
+        ("model.decoder_depth=2", "model.decoder_depth is for model.routing maskdit, and not for deferred"),
         ("model.dense_blocks=[1, 1]", "model.dense_blocks is for model.routing tread and sprint, and not for deferred"),
         (
             "model={dim: 64, depth: 9, head_dim: 16, mixer_dim: 32, mixer_depth: 1, routing: tread, dense_blocks: [-1, 1]}",
@@ -84,7 +85,7 @@ def test_phases_follow_each_other(recipe_file):
         ),
         (
             "model={dim: 64, depth: 2, head_dim: 16, mixer_dim: 32, mixer_depth: 1, routing: maskdit, decoder_depth: 0}",
-            "decoder_depth of at",
+            "model.decoder_depth is 0",
         ),
         (
             "phases.0={name: a, steps: 1, batch_size: 1, learning_rate: 1, mask_ratio: 0.6, mask_pattern: grid}",

@@ -50,7 +50,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         method = METHODS[self.routing]
-        if (any(self.dense_blocks) and method.drop != "blocks") or bool(self.decoder) != method.decoder:
+        if (any(self.dense_blocks) and method.drop != "blocks") or bool(self.decoder) != bool(method.decoder):
             raise ValueError(
                 f"dense blocks {self.dense_blocks} and a decoder of {len(self.decoder)} do not fit to routing '{self.routing}'"
             )

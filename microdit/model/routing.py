@@ -30,7 +30,7 @@ class Method:
     dense_blocks: how many blocks of the backbone see all tokens before the drop, and after the restore.
     restore: what stands in the place of a dropped token behind the sparse blocks: nothing, what it was at the drop ("earlier"),
         a mask token, or a mask token that is then fused with what the token was at the drop ("fused").
-    decoder: whether a small stack of further blocks sees all tokens at the end.
+    decoder: how many further, smaller blocks see all tokens at the end.
     loss: on the kept patches, on all, or on the kept ones with a reconstruction of the dropped ones.
     path_drop: the share of training samples whose sparse blocks count for nothing: all their tokens come back as mask tokens.
     """
@@ -38,7 +38,7 @@ class Method:
     drop: Place | None
     dense_blocks: tuple[int, int] = (0, 0)
     restore: Literal["nothing", "earlier", "mask", "fused"] = "nothing"
-    decoder: bool = False
+    decoder: int = 0
     loss: Literal["kept", "all", "reconstruction"] = "kept"
     path_drop: float = 0.0
 
@@ -51,7 +51,7 @@ METHODS: dict[Routing, Method] = {
     # MicroDiT, 2407.15811
     "deferred": Method(drop="mixer"),
     # MaskDiT, 2306.09305
-    "maskdit": Method(drop="mixer", restore="mask", decoder=True, loss="reconstruction"),
+    "maskdit": Method(drop="mixer", restore="mask", decoder=8, loss="reconstruction"),
     # TREAD, 2501.04765: from the second block to the fourth from the end
     "tread": Method(drop="blocks", dense_blocks=(2, 4), restore="earlier", loss="all"),
     # SPRINT, 2510.21986; path_drop is that of the authors' recipes

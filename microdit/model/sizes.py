@@ -25,8 +25,10 @@ class Size:
     experts_every: int = 2
     round_ffn_to: int = 256
     routing: Routing = "deferred"
-    dense_blocks: tuple[int, int] | None = None  # tread, sprint: blocks before the drop, and after the restore; null is the published
-    decoder_depth: int = 8  # maskdit: blocks of width mixer_dim at the end
+    dense_blocks: tuple[int, int] | None = (
+        None  # tread, sprint: of depth, how many before the drop and after the restore; null: as published
+    )
+    decoder_depth: int | None = None  # maskdit: further blocks, as wide as the mixer's; null: as published
 
 
 SIZES = {
@@ -59,7 +61,8 @@ def resolve(size: Size, **settings: int | float | bool) -> ModelConfig:
     # In the mixer the last block may have experts, but never the first (matters when every block shall have them).
     mixer = tuple(_shape(size, size.mixer_dim, 1.0, size.mixer_ffn_ratio, i > 0 and with_experts(i, -1)) for i in range(size.mixer_depth))
     method = METHODS[size.routing]
-    decoder = (_shape(size, size.mixer_dim, 1.0, size.mixer_ffn_ratio, experts=False),) * (size.decoder_depth if method.decoder else 0)
+    decoder_depth = method.decoder if size.decoder_depth is None else size.decoder_depth
+    decoder = (_shape(size, size.mixer_dim, 1.0, size.mixer_ffn_ratio, experts=False),) * decoder_depth
     return ModelConfig(
         dim=size.dim,
         head_dim=size.head_dim,

@@ -9,7 +9,7 @@ from microdit.diffusion.edm import EDM, denoise, denoise_patches, draw_sigma, ed
 from microdit.model.patches import patchify, unpatchify
 from microdit.model.routing import METHODS, put_tokens, take_tokens
 from microdit.model.sizes import Size
-from tests.conftest import busy_model
+from tests.conftest import busy_model, routed
 
 EDM_SETTINGS = EDM()
 
@@ -65,8 +65,8 @@ def test_loss_equals_the_definition_on_whole_pictures(tiny_model, masked):
 
 @pytest.mark.parametrize("routing", [routing for routing, method in METHODS.items() if method.drop])
 def test_each_rows_loss_equals_its_definition_patch_by_patch(routing):
-    size = Size(dim=32, depth=7, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=0, routing=routing, decoder_depth=1)
-    model, generator = busy_model(size), torch.Generator().manual_seed(0)
+    size = Size(dim=32, depth=7, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=0)
+    model, generator = busy_model(routed(size, routing)), torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 2, 4, 8, 8, generator=generator, dtype=torch.float64)
     sigma, sigma_data = torch.tensor([0.4, 3.0], dtype=torch.float64), EDM_SETTINGS.sigma_data
     caption = model.embed_caption(torch.randn(2, 3, 12, generator=generator, dtype=torch.float64))

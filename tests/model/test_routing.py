@@ -12,17 +12,17 @@ from microdit.diffusion.edm import EDM, edm_loss
 from microdit.model.microdit import MicroDiT
 from microdit.model.routing import METHODS, Routing, choose_kept, make_route, put_tokens, take_tokens
 from microdit.model.sizes import Size, resolve
-from tests.conftest import busy_model
+from tests.conftest import busy_model, routed
 
 # A mixer narrower than the backbone, experts, width scaling, and room for the dense blocks of every row.
-SIZE = Size(dim=32, depth=7, head_dim=8, mixer_dim=16, mixer_depth=2, num_experts=4, round_ffn_to=8, decoder_depth=2)
+SIZE = Size(dim=32, depth=7, head_dim=8, mixer_dim=16, mixer_depth=2, num_experts=4, round_ffn_to=8)
 DROPPING = [routing for routing, method in METHODS.items() if method.drop]
 KEEP_IDS = torch.tensor([[0, 5, 6, 9], [1, 2, 3, 15]])
 IS_KEPT = torch.zeros(2, 16).scatter(1, KEEP_IDS, 1.0).bool()
 
 
 def model_of(routing: str, **size: object) -> MicroDiT:
-    return busy_model(replace(SIZE, routing=routing, **size))
+    return busy_model(replace(routed(SIZE, routing), **size))
 
 
 @pytest.fixture(params=DROPPING)

@@ -16,6 +16,7 @@ from microdit.training.draws import TrainingBatch
 from microdit.training.footprint import footprint
 from microdit.training.optim import Optimizers
 from microdit.training.step import DenoisingLoss
+from tests.conftest import routed
 
 SIZE = Size(dim=128, depth=6, head_dim=32, mixer_dim=64, mixer_depth=2, num_experts=4, round_ffn_to=32)
 
@@ -43,7 +44,7 @@ def test_activations_are_within_a_tenth_of_what_is_kept(side, kept, experts):
 @pytest.mark.parametrize("mixer_depth", [0, 2])
 @pytest.mark.parametrize("routing", get_args(Routing))
 def test_activations_of_every_routing_are_within_a_tenth(routing, mixer_depth):
-    size = replace(SIZE, depth=8, mixer_depth=mixer_depth, routing=routing, decoder_depth=2)
+    size = routed(replace(SIZE, depth=8, mixer_depth=mixer_depth), routing)
     model = MicroDiT(resolve(size, caption_channels=96)).train()
     for kept in (None,) if routing == "none" else (None, 64):
         reckoned = footprint(model, 4, 256, kept or 256, 16, element=4)

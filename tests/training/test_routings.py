@@ -14,6 +14,7 @@ from microdit.model.routing import METHODS
 from microdit.model.sizes import Size, resolve
 from microdit.training.draws import add_draws
 from microdit.training.step import DenoisingLoss
+from tests.conftest import routed
 from tests.training.processes import losses, train, wait_for
 
 ROW = {
@@ -63,9 +64,9 @@ def test_two_processes_learn_the_same_as_one(tmp_path, encoded_emoji, routing, e
 @pytest.mark.parametrize("routing", ["maskdit", "tread", "sprint"])
 def test_tokens_come_back_under_autocast(routing):
     """Tokens may then be bfloat16, while the mask token, a weight, is float32."""
-    size = Size(32, 3, 8, 16, 1, num_experts=0, routing=routing, dense_blocks=None if routing == "maskdit" else (0, 0), decoder_depth=1)
+    size = Size(dim=32, depth=7, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=0)
     torch.manual_seed(0)
-    model = MicroDiT(resolve(size, caption_channels=12))
+    model = MicroDiT(resolve(routed(size, routing), caption_channels=12))
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     batch = Batch(torch.randn(4, 4, 16, 16), torch.randn(4, 5, 12), torch.ones(4, 5, dtype=torch.bool))
