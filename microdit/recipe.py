@@ -7,6 +7,7 @@ from typing import Any, Literal
 import yaml
 from omegaconf import MISSING
 
+from microdit.model.routing import Pattern
 from microdit.model.sizes import Size
 
 
@@ -71,7 +72,7 @@ class PhaseRecipe:
     learning_rate: float = MISSING
     mask_ratio: float = 0.0
     mask_schedule: list[list[float]] | None = None  # instead: [progress, ratio] points, straight lines between, as [[0, 0.75], [1, 0]]
-    mask_pattern: Literal["random", "grid"] = "random"  # grid: as many out of each 2 x 2 of patches; for ratios 0.25, 0.5, 0.75
+    mask_pattern: Pattern = "random"  # grid: as many out of each 2 x 2 of patches; for ratios 0.25, 0.5, 0.75
     warmup_steps: int = 0
     final_learning_rate: float = 1.0  # of learning_rate, reached by a cosine at the phase's end; 1 keeps it constant
     grad_clip: float = 0.25

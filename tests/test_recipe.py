@@ -18,6 +18,8 @@ phases:
   - {name: full, steps: 5, batch_size: 8, learning_rate: 1e-4}
 """
 
+ROUTING = ["model.routing=tread", "model.dense_blocks=[0, 1]", "phases.0.mask_pattern=grid"]
+
 
 @pytest.fixture
 def recipe_file(tmp_path):
@@ -40,7 +42,8 @@ def test_numbers_are_numbers_and_defaults_are_the_papers(recipe_file):
 
 
 def test_overrides_reach_into_phases_and_the_written_recipe_reads_back(recipe_file, tmp_path):
-    recipe = load_recipe(recipe_file, ["phases.1.steps=7", "model.ffn_range=[1, 2]", "seed=3", "phases.0.learning_rate=1e-5"])
+    recipe = load_recipe(recipe_file, ["phases.1.steps=7", "model.ffn_range=[1, 2]", "seed=3", "phases.0.learning_rate=1e-5", *ROUTING])
+    assert (recipe.model.routing, recipe.model.dense_blocks, recipe.phases[0].mask_pattern) == ("tread", (0, 1), "grid")
     assert (recipe.phases[1].steps, recipe.seed, recipe.total_steps) == (7, 3, 17)
     assert recipe.model.ffn_range == (1.0, 2.0)
     assert recipe.phases[0].learning_rate == 1e-5

@@ -52,7 +52,7 @@ METHODS: dict[Routing, Method] = {
     "deferred": Method(drop="mixer"),
     # MaskDiT, 2306.09305
     "maskdit": Method(drop="mixer", restore="mask", decoder=8, loss="reconstruction"),
-    # TREAD, 2501.04765: from the second block to the fourth from the end
+    # TREAD, 2501.04765: dropped tokens leave behind the second block and are back for the last four
     "tread": Method(drop="blocks", dense_blocks=(2, 4), restore="earlier", loss="all"),
     # SPRINT, 2510.21986; path_drop is that of the authors' recipes
     "sprint": Method(drop="blocks", dense_blocks=(2, 2), restore="fused", loss="all", path_drop=0.1),

@@ -25,9 +25,7 @@ class Size:
     experts_every: int = 2
     round_ffn_to: int = 256
     routing: Routing = "deferred"
-    dense_blocks: tuple[int, int] | None = (
-        None  # tread, sprint: of depth, how many before the drop and after the restore; null: as published
-    )
+    dense_blocks: tuple[int, int] | None = None  # tread, sprint: of the depth, before the drop and after the restore; null: as published
     decoder_depth: int | None = None  # maskdit: further blocks, as wide as the mixer's; null: as published
 
 
