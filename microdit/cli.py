@@ -81,9 +81,9 @@ def train(
 
     Example: microdit train recipes/microdit-xl --resume --price-per-hour 2.5
     """
+    from microdit.distributed import start_world, stop_world
     from microdit.recipe_file import load_recipe
     from microdit.training.chain import Settings, load_chain, train_chain, train_one
-    from microdit.training.distributed import start_world, stop_world
 
     settings = Settings(resume, accept_changes, price_per_hour)
     if recipe.is_dir():
