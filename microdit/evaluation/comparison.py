@@ -18,9 +18,10 @@ def comparison_table(published: Published, table: str, runs: list[RunResult]) ->
     rows = published.tables[table]
     metrics = metrics_of(rows)
     shown = Table(box=None, header_style="bold", pad_edge=False)
-    shown.add_column("model", overflow="fold", min_width=16)
+    shown.add_column("model", overflow="fold")
     for title in (*(TRAINING_COLUMNS if table == "main" else ()), *(METRICS[name] for name in metrics)):
-        shown.add_column(title, justify="right")
+        # Broken at every word, and never cut: all tables fit a terminal of 80 columns.
+        shown.add_column("\n".join(title.split()), justify="right", no_wrap=title != "GPU-days")
     for run in runs:
         shown.add_row(escape(str(run.path)), *_cells(run, _figures(run, table), table, metrics), style=RUN_STYLE)
     study = None

@@ -18,7 +18,7 @@ DATA = Path(__file__).with_name("published.yaml")
 TITLES = {"main": "Quality and cost", "geneval": "GenEval by task", "ablations": "Ablations"}
 TASKS = ("overall", *GENEVAL_TASKS)
 METRICS = {  # all that rows may have, in the order of columns
-    "fid": "FID", "clip-fid": "CLIP-FID", "clip-score": "CLIP score", "preferred": "preferred", "speed-up": "speed-up",
+    "fid": "FID", "clip-fid": "CLIP FID", "clip-score": "CLIP score", "preferred": "preferred", "speed-up": "speed-up",
     "overall": "overall", "single_object": "one object", "two_object": "two objects", "counting": "counting", "colors": "colours",
     "position": "position", "color_attr": "colour of each",
 }  # fmt: skip
@@ -60,7 +60,7 @@ class Training:
         return [_rounded(self.parameters), _rounded(self.images), _rounded(self.seen), days, dollars]
 
 
-TRAINING_COLUMNS = ("parameters", "images", "seen", "GPU-days", "cost")
+TRAINING_COLUMNS = ("params", "images", "seen", "GPU-days", "cost")
 
 
 @dataclass(frozen=True, kw_only=True)
