@@ -87,7 +87,7 @@ def _without_counterpart(run: RunResult, metrics: list[str]) -> Iterator[str]:
     if run.recognised is not None:
         alone.append(f"{100 * run.recognised:.1f}% of emoji recognised")
     if alone:
-        yield f"{run.path}: nobody has published {', '.join(alone)}."
+        yield f"{run.path}: the table has nothing to set beside {', '.join(alone)}."
     elif not run.metrics:
         yield f"{run.path}: nothing is measured yet; see microdit evaluate."
 

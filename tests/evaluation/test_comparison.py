@@ -79,7 +79,7 @@ def test_reasons_and_what_stands_alone_are_named():
     assert lines == [
         "runs/emoji: FID 143.6 is not comparable with coco-30k: features of efficientnet-lite0, not of Inception; compared with emoji, not "
         "with coco2014; 512 pictures, not 30,000: the Frechet distance is biased upwards.",
-        "runs/emoji: nobody has published kid 0.118 of 512 pictures, 44.9% of emoji recognised.",
+        "runs/emoji: the table has nothing to set beside kid 0.118 of 512 pictures, 44.9% of emoji recognised.",
     ]
     assert list(comparison_words(PUBLISHED, "main", RunResult(path=Path("new"), metrics={}))) == [
         "new: nothing is measured yet; see microdit evaluate."
