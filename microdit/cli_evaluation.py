@@ -31,6 +31,7 @@ def evaluate(
     network: Annotated[str, typer.Option(help="efficientnet (offline), or inception:FILE, with which fid is FID.")] = "efficientnet",
     clip: Annotated[str, typer.Option(help="A CLIP of transformers.")] = "openai/clip-vit-large-patch14",
     dino: Annotated[str, typer.Option(help="A DINOv2 of transformers.")] = "facebook/dinov2-large",
+    side: Annotated[int | None, typer.Option(min=8, help="Pixels that both are cut to and compared at. [default: as drawn]")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for pictures, metrics.json, report.html. [default: RUN/evaluation]")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Evaluate each new checkpoint while RUN trains, and plot them.")] = False,
     steps: Annotated[int, typer.Option(help="Of the sampler.")] = 18,
@@ -69,7 +70,7 @@ def evaluate(
             found = evaluate_emoji_run(Path(run), count, settings, warn, advance)
         console.print(json.dumps(found, indent=1))
         return
-    question = Question(choose_metrics(metrics), count, network, clip, dino)
+    question = Question(choose_metrics(metrics), count, network, clip, dino, side)
     source = open_source(reference)
     world = start_world(device, PATIENCE)
     console.quiet = not world.is_main

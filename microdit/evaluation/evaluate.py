@@ -47,6 +47,7 @@ class Question:
     network: str = "efficientnet"
     clip: str = "openai/clip-vit-large-patch14"
     dino: str = "facebook/dinov2-large"
+    side: int | None = None  # pixels that both are cut to before anything sees them; None: as drawn
     resamples: int = 100
 
 
@@ -67,13 +68,13 @@ def evaluate(painter: Painter, reference: Source, question: Question, settings: 
         draw_pictures(painter, captions, out / "pictures", settings, world, on_step=advance)
     paths = [out / "pictures" / picture_name(number) for number in range(question.count)]
     with Image.open(paths[0]) as first:
-        side = min(first.size)
+        side = question.side or min(first.size)
 
     notes: list[str] = []
     drawn, real = {}, {}
     for kind, network in networks.items():
         with progress(f"features of {question.count:,} pictures, {network.name}", question.count) as advance:
-            drawn[kind] = extract(network, (path.read_bytes() for path in paths), None, out / "features", world, warn, advance)
+            drawn[kind] = extract(network, (path.read_bytes() for path in paths), question.side, out / "features", world, warn, advance)
         with progress(f"features of {reference.name}, {network.name}", None) as advance:
             real[kind] = extract(network, _contents(reference), side, feature_cache(), world, warn, advance)
     notes += _complaints(reference, real[kinds[0]], side)
@@ -154,8 +155,8 @@ def _complaints(reference: Source, real: Features, side: int) -> list[str]:
         raise UserError(f"None of the {real.total} pictures of {reference.name} can be read: there is nothing to compare with.")
     if real.enlarged == seen:
         raise UserError(
-            f"All {seen} pictures of {reference.name} are smaller than the {side} px that were drawn, and would be blurred by enlarging "
-            "them: take the set at its full size."
+            f"All {seen} pictures of {reference.name} are smaller than {side} px, and would be blurred by enlarging them: take the set "
+            "at its full size, or compare at a smaller --side."
         )
     notes = []
     if real.left_out:

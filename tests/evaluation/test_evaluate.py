@@ -114,8 +114,10 @@ def test_captions_are_a_sample_of_which_a_smaller_one_is_the_beginning(tmp_path)
 def test_a_reference_that_is_none_is_refused_and_small_pictures_are_counted(tmp_path, world):
     source = first_of(emoji_source("train"), 8)
     question = Question(["kid"], 8)
-    with pytest.raises(UserError, match=r"All 8 pictures of .* are smaller than the 300 px that were drawn"):
+    with pytest.raises(UserError, match=r"All 8 pictures of .* are smaller than 300 px"):
         evaluate(Copyist(source, side=300), source, question, DrawSettings(), tmp_path / "large", world)
+    small = evaluate(Copyist(source, side=300), source, Question(["kid"], 8, side=32), DrawSettings(), tmp_path / "shrunk", world)
+    assert small["reference"]["side"] == 32
     with pytest.raises(UserError, match="holds 8 records with captions, fewer than the 9 asked for"):
         evaluate(Copyist(source), source, Question(["kid"], 9), DrawSettings(), tmp_path / "many", world)
 
