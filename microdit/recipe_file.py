@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from microdit.errors import UserError
-from microdit.recipe import DataRecipe, EMARecipe, ModelRecipe, PhaseRecipe, Recipe
+from microdit.recipe import LEAST_QUALITY_SAMPLES, DataRecipe, EMARecipe, ModelRecipe, PhaseRecipe, Recipe
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -133,9 +133,12 @@ def _problems(recipe: Recipe) -> list[str]:
         "keep_every",
         "held_out_every",
         "held_out_samples",
+        "quality_every",
     ):
         value = getattr(recipe.record, name)
         need(value is None or value >= 1, f"record.{name} must be at least 1.")
+    few = f"record.quality_samples is {recipe.record.quality_samples}, and must be at least {LEAST_QUALITY_SAMPLES}: fewer say nothing."
+    need(recipe.record.quality_samples >= LEAST_QUALITY_SAMPLES, few)
     need(recipe.record.sample_steps >= 2, "record.sample_steps must be at least 2.")
     return found
 
