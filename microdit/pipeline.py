@@ -112,6 +112,7 @@ def unchanged(encoder: E, wanted: dict[str, Any]) -> E:
     return encoder
 
 
+@torch.no_grad()
 def draw_latents(
     model: MicroDiT,
     edm: EDM,
