@@ -98,6 +98,11 @@ def _drawings(metrics: list[dict[str, Any]]) -> Iterator[_Drawing | None]:
     yield _loss(x, _column(metrics, "loss"), _column(metrics, "held_out_loss"))
     yield _by_noise(x, metrics, "loss_by_noise", "Loss by noise level", noisy=True)
     yield _by_noise(x, metrics, "held_out_by_noise", "Held-out loss by noise level", noisy=False)
+    kid_note = "KID of pictures of always the same captions, against the decoded latents of their rows: lower is better."
+    yield _single(x, _column(metrics, "quality_kid"), "Distance from real pictures", "KID", note=kid_note)
+    found_note = "Drawn pictures whose own is among the ten nearest of those looked at: higher is better."
+    recognised = _column(metrics, "quality_retrieval") * 100
+    yield _single(x, recognised, "Recognised pictures", "% of drawn pictures", from_zero=True, note=found_note)
     yield _single(x, _column(metrics, "learning_rate"), "Learning rate", "learning rate", from_zero=True, scientific=True)
     mask_ratio = _column(metrics, "mask_ratio") * 100
     if np.unique(mask_ratio[np.isfinite(mask_ratio)]).size > 1:
@@ -150,6 +155,7 @@ def _single(
     log: bool = False,
     from_zero: bool = False,
     scientific: bool = False,
+    note: str = "",
 ) -> _Drawing | None:
     if not np.isfinite(y).any():
         return None
@@ -160,7 +166,7 @@ def _single(
         axes.set_ylim(bottom=0)
     if scientific:
         axes.yaxis.set_major_formatter(FuncFormatter(_scientific))
-    return _Drawing(title, figure)
+    return _Drawing(title, figure, note)
 
 
 def _blank(label: str) -> tuple[Figure, Axes]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -19,6 +19,7 @@ from microdit.errors import UserError
 from microdit.model.microdit import MicroDiT, ModelConfig
 
 BATCH = 64
+E = TypeVar("E", Autoencoder, TextEncoder)
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,8 @@ class Pipeline:
     def around(cls, model: MicroDiT, state: dict[str, Any]) -> "Pipeline":
         """`model` with the encoders that a checkpoint's `state` names. Raises UserError if these have changed since."""
         card = state["data"]
-        autoencoder = load_autoencoder(card["autoencoder"]["name"])
-        text_encoder = load_text_encoder(card["text_encoder"]["name"])
-        for encoder, wanted in ((autoencoder, card["autoencoder"]), (text_encoder, card["text_encoder"])):
-            if encoder.fingerprint != wanted["fingerprint"]:
-                raise UserError(
-                    f"The encoder '{encoder.name}' is not the one that the data was encoded with "
-                    f"(fingerprint {encoder.fingerprint}, not {wanted['fingerprint']}): encode and train again, or bring back the old one."
-                )
+        autoencoder = unchanged(load_autoencoder(card["autoencoder"]["name"]), card["autoencoder"])
+        text_encoder = unchanged(load_text_encoder(card["text_encoder"]["name"]), card["text_encoder"])
         channels, height, width = card["latent_shape"]
         shape, full = (channels, height, width), card["captions"] == "full"
         return cls(model, EDM(**state["edm"]), autoencoder, text_encoder, shape, state["mask_padding"], full)
@@ -93,15 +88,12 @@ class Pipeline:
         if not -100 <= guidance_scale <= 100:
             raise UserError(f"guidance_scale must be a number between -100 and 100, not {guidance_scale}; 3 to 6 are usual.")
         shape = self._latent_shape(height, width)
-        device = next(self.model.parameters()).device  # the encoders may be elsewhere: while training they are on the CPU
         images: list[Image.Image] = []
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
-            noise_BCHW = torch.stack([_noise(shape, seed + start + i) for i in range(len(batch))]).to(device)
-            text_BLE, mask_BL = self._embed(batch)
-            text_BLE, mask_BL = text_BLE.to(device), None if mask_BL is None else mask_BL.to(device)
-            denoiser = guided_denoiser(self.model, self.edm, text_BLE, mask_BL, guidance_scale)
-            latents_BCHW = heun(denoiser, noise_BCHW, noise_schedule(self.edm, num_inference_steps), on_step)
+            noise_BCHW = torch.stack([first_noise(shape, seed + start + i) for i in range(len(batch))])
+            caption = self._embed(batch)
+            latents_BCHW = draw_latents(self.model, self.edm, noise_BCHW, *caption, num_inference_steps, guidance_scale, on_step)
             images += [to_image(pixels) for pixels in self.autoencoder.decode(latents_BCHW).cpu()]
         return images
 
@@ -122,6 +114,34 @@ class Pipeline:
         return text_BLE, mask_BL if self.mask_padding else None
 
 
+def unchanged(encoder: E, wanted: dict[str, Any]) -> E:
+    """`encoder`, if it is the one that a card or checkpoint names. Raises UserError if it has changed since."""
+    if encoder.fingerprint != wanted["fingerprint"]:
+        raise UserError(
+            f"The encoder '{encoder.name}' is not the one that the data was encoded with "
+            f"(fingerprint {encoder.fingerprint}, not {wanted['fingerprint']}): encode and train again, or bring back the old one."
+        )
+    return encoder
+
+
+@torch.no_grad()
+def draw_latents(
+    model: MicroDiT,
+    edm: EDM,
+    noise_BCHW: Tensor,
+    text_BLE: Tensor,
+    text_mask_BL: Tensor | None,
+    num_inference_steps: int,
+    guidance_scale: float,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Latents (B, C, H, W) of embedded captions, on the CPU, where the encoders are; drawn where the model's weights lie."""
+    device = next(model.parameters()).device
+    text_BLE, text_mask_BL = text_BLE.to(device), None if text_mask_BL is None else text_mask_BL.to(device)
+    denoiser = guided_denoiser(model, edm, text_BLE, text_mask_BL, guidance_scale)
+    return heun(denoiser, noise_BCHW.to(device), noise_schedule(edm, num_inference_steps), on_step).cpu()
+
+
 def model_of(config: ModelConfig, weights: dict[str, Tensor]) -> MicroDiT:
     """A model for drawing, which takes the weights as they are."""
     with torch.device("meta"):
@@ -130,5 +150,6 @@ def model_of(config: ModelConfig, weights: dict[str, Tensor]) -> MicroDiT:
     return model.eval().requires_grad_(False)
 
 
-def _noise(shape: tuple[int, int, int], seed: int) -> Tensor:
+def first_noise(shape: tuple[int, int, int], seed: int) -> Tensor:
+    """What a picture begins with: standard normal, of its own seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

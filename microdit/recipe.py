@@ -10,6 +10,8 @@ from omegaconf import MISSING
 from microdit.model.routing import Pattern
 from microdit.model.sizes import Size
 
+LEAST_QUALITY_SAMPLES = 16
+
 
 @dataclass(frozen=True)
 class SetRecipe:
@@ -140,6 +142,8 @@ class RecordRecipe:
     keep_every: int | None = None  # and those of every n-th step, for ever
     held_out_every: int = 500
     held_out_samples: int = 256
+    quality_every: int | None = None  # draw stored captions and compare the pictures with their own; without, never
+    quality_samples: int = 64  # of them: from 16 to the rows of the set
     sample_prompts: list[str] = field(default_factory=list)
     sample_steps: int = 18
     guidance_scale: float = 2.0

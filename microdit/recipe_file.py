@@ -13,7 +13,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from microdit.errors import UserError
 from microdit.model.routing import GRID_RATIOS, METHODS
-from microdit.recipe import DataRecipe, EMARecipe, ModelRecipe, PhaseRecipe, Recipe
+from microdit.recipe import LEAST_QUALITY_SAMPLES, DataRecipe, EMARecipe, ModelRecipe, PhaseRecipe, Recipe
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -136,9 +136,12 @@ def _problems(recipe: Recipe) -> list[str]:
         "keep_every",
         "held_out_every",
         "held_out_samples",
+        "quality_every",
     ):
         value = getattr(recipe.record, name)
         need(value is None or value >= 1, f"record.{name} must be at least 1.")
+    few = f"record.quality_samples is {recipe.record.quality_samples}, and must be at least {LEAST_QUALITY_SAMPLES}: fewer say nothing."
+    need(recipe.record.quality_samples >= LEAST_QUALITY_SAMPLES, few)
     need(recipe.record.sample_steps >= 2, "record.sample_steps must be at least 2.")
     return found
 

@@ -8,8 +8,10 @@ PACKAGE = Path(__file__).parents[1] / "microdit"
 LAYERS = [
     ("__main__",),
     ("cli",),
-    ("cli_compare", "cli_data", "cli_evaluation"),
-    ("training", "evaluation"),
+    ("cli_compare", "cli_data", "cli_evaluation", "cli_lab"),
+    ("lab",),
+    ("training",),
+    ("evaluation",),
     ("pipeline", "recipe_file", "report", "runs"),
     ("checkpoint", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),

@@ -105,6 +105,8 @@ def test_phases_follow_each_other(recipe_file):
         ("ema=[{decay: 0.9}, {decay: 0.9}]", "ema names a decay twice"),
         ("engine.micro_batch=0", "engine.micro_batch must be at least 1"),
         ("engine.sharding=zero", "engine.sharding: Invalid value 'zero'"),
+        ("record.quality_every=0", "record.quality_every must be at least 1"),
+        ("record.quality_samples=15", "record.quality_samples is 15, and must be at least 16"),
         ("guard.loss_jump=1", "guard.loss_jump must be above 1"),
         ("phases.0.mask_schedule=[[0, 0.5], [1, 0]]", "phases.0.mask_schedule takes the place of mask_ratio"),
         ("phases.1.mask_schedule=[[0.1, 0.5], [1, 0]]", "phases.1.mask_schedule must be points"),

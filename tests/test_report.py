@@ -68,7 +68,7 @@ def metrics_line(step: int, **more: object) -> dict[str, object]:
 def write_run(run: Path, **status: object) -> Path:
     (run / "samples").mkdir(parents=True)
     (run / "recipe.yaml").write_text("name: try\nseed: 7\n")
-    held_out = {"held_out_loss": 0.5, "held_out_by_noise": [0.1] * 8}
+    held_out = {"held_out_loss": 0.5, "held_out_by_noise": [0.1] * 8, "quality_kid": 0.2, "quality_retrieval": 0.3}
     lines = [metrics_line(step, **(held_out if step % 200 == 0 else {})) for step in range(50, 1001, 50)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     content = {
@@ -126,11 +126,13 @@ def test_every_series_has_its_curve_in_colours_of_the_page(tmp_path):
     path = write_report(write_run(tmp_path / "run"))
     titles = {
         "Loss", "Loss by noise level", "Held-out loss by noise level", "Learning rate", "Mask ratio", "Gradient norm", "Speed",
-        "Model FLOP utilisation", "Waiting for data", "Memory, peak",
+        "Model FLOP utilisation", "Waiting for data", "Memory, peak", "Distance from real pictures", "Recognised pictures",
     }  # fmt: skip
     page = Page(path)
     assert titles <= set(page.titles)
     assert page.tags.count("svg") == len(titles)
+    assert "lower is better" in page.words
+    assert "higher is better" in page.words
     text = path.read_text()
     for variable in ("ink", "grid", "curve", "second", *(f"noise-{level + 1}" for level in range(len(NOISE)))):
         assert f"var(--{variable})" in text[text.index("</style>") :]

@@ -61,6 +61,12 @@ class EncodedSet:
         """Rows in each bucket."""
         return [int(ends[-1]) for ends in self._ends]
 
+    @property
+    def largest_bucket(self) -> int:
+        """The one with the most rows."""
+        sizes = self.bucket_sizes
+        return max(range(len(sizes)), key=lambda bucket: sizes[bucket])
+
     def latent_shape(self, bucket: int = 0) -> tuple[int, int, int]:
         """(C, H, W) of the latents in a bucket."""
         height, width = self.card["sizes"][bucket][str(self.resolution)]

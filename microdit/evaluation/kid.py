@@ -56,6 +56,24 @@ def kid(features_ND: Tensor, others_MD: Tensor, subset_size: int = 1000, subsets
     return KID(float(values.mean()), deviation / independent**0.5, deviation)
 
 
+def paired_kid(features_ND: Tensor, others_ND: Tensor) -> float:
+    """KID of sets whose rows belong together, such as pictures of the same captions: row i of one and row i of the other may be alike.
+
+    The unbiased squared MMD of such pairs (equation 4 of Gretton et al. 2012) leaves out the kernel between the two of a pair, as it does
+    between a sample and itself: 0 for a set and itself, else above or below. Raises UserError for features that do not fit together, sets
+    of different size, or fewer than 2 pairs.
+    """
+    features_ND, others_ND = same_space(features_ND, others_ND)
+    count = len(features_ND)
+    if count != len(others_ND) or count < 2:
+        raise UserError(
+            f"The KID of pairs needs at least 2 of them, and not {count} pictures on one side and {len(others_ND)} on the other."
+        )
+    within_NN = _cubic_kernel(features_ND, features_ND) + _cubic_kernel(others_ND, others_ND)
+    kernel_NN = within_NN - 2 * _cubic_kernel(features_ND, others_ND)
+    return float(kernel_NN.sum() - kernel_NN.trace()) / (count * (count - 1))
+
+
 def cmmd(embeddings_ND: Tensor, others_MD: Tensor) -> float:
     """1000 times the squared MMD of CLIP embeddings, scaled to length 1, with the kernel exp(-|x - y|^2 / (2 sigma^2)), sigma = 10.
 

@@ -28,4 +28,4 @@ def retrieval(generated_ND: Tensor, pictures_MD: Tensor, right_N: Tensor) -> Ret
 
 def spread_ids(rows: int, count: int) -> Tensor:
     """`count` row numbers spread evenly over `rows`: the same captions for every model."""
-    return torch.linspace(0, rows - 1, min(count, rows)).round().long()
+    return torch.linspace(0, rows - 1, min(count, rows), dtype=torch.float64).round().long()

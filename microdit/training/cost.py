@@ -26,6 +26,10 @@ class Cost:
             return self.earlier_dollars or None
         return self.earlier_dollars + self._hours() * self.price_per_hour
 
+    def so_far(self) -> dict[str, float | None]:
+        """As it goes into records."""
+        return {"gpu_hours": self.gpu_hours(), "dollars": self.dollars()}
+
     def to_go(self, seconds: float) -> float | None:
         """Dollars for `seconds` more."""
         return None if self.price_per_hour is None else seconds * self.processes * self.price_per_hour / 3600

@@ -3,16 +3,27 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from microdit.data.latents import Batch, EncodedSet
+from microdit.data.latents import Batch, EncodedSet, refuse_strangers
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World
 from microdit.errors import UserError
+from microdit.pipeline import first_noise
+from microdit.recipe import Recipe
 from microdit.training.draws import TrainingBatch
 from microdit.training.tally import Tally, by_noise
 
 MICRO_BATCH = 32
+
+
+def open_held_out(recipe: Recipe, data: EncodedSet, edm: EDM, world: World) -> "HeldOut | None":
+    """Of the set that the recipe names, which must be like `data`; None if it names none. Raises UserError."""
+    if recipe.data.held_out is None:
+        return None
+    held_out = HeldOut(Path(recipe.data.held_out), data.resolution, recipe.record.held_out_samples, edm, world)
+    refuse_strangers([data, held_out.data])
+    return held_out
 
 
 class HeldOut:
@@ -21,13 +32,13 @@ class HeldOut:
     def __init__(self, folder: Path, resolution: int, count: int, edm: EDM, world: World):
         """Raises UserError if the set is missing, of another shape, or smaller than the number of processes."""
         self.data = EncodedSet(folder, resolution)
-        sizes = self.data.bucket_sizes
-        self._bucket = max(range(len(sizes)), key=lambda bucket: sizes[bucket])
+        self._bucket = self.data.largest_bucket
+        rows = self.data.bucket_sizes[self._bucket]
         self._edm, self._world = edm, world
         # Every process must call the model equally often, so what is left over by even shares is left out.
-        self.count = min(count, sizes[self._bucket]) // world.size * world.size
+        self.count = min(count, rows) // world.size * world.size
         if not self.count:
-            raise UserError(f"{folder} holds {sizes[self._bucket]} samples, too few for {world.size} processes.")
+            raise UserError(f"{folder} holds {rows} samples, too few for {world.size} processes.")
 
     @torch.no_grad()
     def measure(self, loss: nn.Module) -> dict[str, object]:
@@ -46,10 +57,6 @@ class HeldOut:
         batch = Batch(self.data.latents([latents for latents, _ in stored], self._bucket), *self.data.text([text for _, text in stored]))
         quantile_B = (torch.tensor(list(numbers), dtype=torch.float64) + 0.5) / self.count
         sigma_B = (torch.special.ndtri(quantile_B) * self._edm.P_std + self._edm.P_mean).exp().float()
-        noise = [_noise(batch.latents_BCHW[0], number) for number in numbers]
+        noise = [first_noise(self.data.latent_shape(self._bucket), number) for number in numbers]
         everything = torch.ones(len(numbers))
         return TrainingBatch(batch.latents_BCHW, batch.text_BLE, batch.text_mask_BL, sigma_B, torch.stack(noise), everything, None)
-
-
-def _noise(like: Tensor, number: int) -> Tensor:
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(number))

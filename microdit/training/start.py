@@ -26,6 +26,7 @@ from microdit.model.microdit import ModelConfig
 from microdit.model.sizes import resolve
 from microdit.recipe import Recipe
 from microdit.training.saving import newest_whole
+from microdit.training.state import TrainingState
 
 FREE_TO_CHANGE = {"record", "engine", "guard", "name"}  # of a recipe, between save and resume: what is learnt stays the same
 
@@ -197,3 +198,14 @@ def describe(recipe: Recipe, config: ModelConfig, data: EncodedSet, sets: list[E
         "sets": fingerprints(recipe, sets),
         "recipe": yaml.safe_load(recipe.to_yaml()),
     }
+
+
+def greeting(recipe: Recipe, run: Path, sets: list[EncodedSet], state: TrainingState, step: int, world: World) -> str:
+    """What begins, in words, for a console that knows markup."""
+    start = f"from step {step}" if step else "from scratch" if recipe.init_from is None else f"from {recipe.init_from}"
+    samples = " + ".join(f"{len(encoded):,}" for encoded in sets)
+    ways = {"none": "", "ddp": f", copied to {world.size} processes", "fsdp": f", sharded over {world.size} processes"}
+    return (
+        f"[bold]{recipe.name}[/]: {state.parameters / 1e6:.1f} M parameters on {samples} samples, "
+        f"{recipe.total_steps:,} steps {start}, into {run}{ways[state.sharding]}."
+    )

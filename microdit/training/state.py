@@ -7,6 +7,7 @@ from microdit.checkpoint import Checkpoint
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World
 from microdit.model.microdit import MicroDiT, ModelConfig
+from microdit.pipeline import model_of
 from microdit.recipe import Recipe
 from microdit.training.ema import EMA, names_of
 from microdit.training.optim import Optimizers
@@ -66,6 +67,12 @@ class TrainingState:
             "optimizer": self.optimizers.tensors(),
         }
         return {f"{part}/{name}": tensor for part, content in parts.items() for name, tensor in content.items()}
+
+    def drawing_model(self) -> MicroDiT:
+        """A model with the first average (the weights, where there is none), whole on each process. All processes must call this."""
+        averages = next(iter(self.averages.values()), None)
+        source = averages.averages if averages else {name: weight.detach() for name, weight in self.model.named_parameters()}
+        return model_of(self.model.config, {name: whole(tensor) for name, tensor in source.items()})
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Raises UserError if it holds other tensors. All processes must call this."""

@@ -21,27 +21,28 @@ from rich.markup import escape
 from torch.nn.parallel import DistributedDataParallel
 
 from microdit.checkpoint import Checkpoint
-from microdit.data.latents import Batch, refuse_strangers
+from microdit.data.latents import Batch
 from microdit.distributed import World
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, StoppedError, UserError
-from microdit.grids import draw_grid, save_png
+from microdit.grids import save_png
 from microdit.model.routing import METHODS
-from microdit.pipeline import Pipeline, model_of
 from microdit.recipe import PhaseRecipe, Recipe
 from microdit.training.chips import peak_flops
 from microdit.training.cost import Cost
 from microdit.training.draws import TrainingBatch, add_draws
 from microdit.training.guard import Guard
-from microdit.training.held_out import HeldOut
+from microdit.training.held_out import open_held_out
 from microdit.training.loading import Loader
 from microdit.training.memory import keep_freed_memory
 from microdit.training.meters import Meters, in_words
 from microdit.training.mixture import open_mixture
 from microdit.training.optim import learning_rate
 from microdit.training.parallel import compute_dtype
+from microdit.training.quality import open_quality
 from microdit.training.record import RunRecord, device_name, last_cost
-from microdit.training.saving import Saver, newest_whole, whole
-from microdit.training.start import describe, find_checkpoint, fingerprints, first_weights, model_config, refuse_misfits
+from microdit.training.samples import draw_samples
+from microdit.training.saving import Saver, newest_whole
+from microdit.training.start import describe, find_checkpoint, fingerprints, first_weights, greeting, model_config, refuse_misfits
 from microdit.training.state import TrainingState
 from microdit.training.stopping import StopRequests, stop_requests
 from microdit.training.tally import StepSums, Tally
@@ -82,7 +83,8 @@ class Trainer:
         self._last: dict[str, Any] = {}  # metrics
         if checkpoint:
             self._restore(checkpoint)
-        self.held_out = self._open_held_out()
+        self.held_out = open_held_out(recipe, self.data, self.state.edm, world)
+        self.quality = open_quality(recipe, self.held_out.data if self.held_out else self.data, self.state.edm, world)
         self.saver = Saver(run, world, recipe.record.keep_checkpoints, recipe.record.keep_every, self._warn)
         if checkpoint:
             self.saver.last_saved = checkpoint.step
@@ -101,8 +103,7 @@ class Trainer:
         with self._reported(), meters, stop_requests() as stop, batches as reader:
             while self.step < total:
                 phase, step_in_phase = recipe.phase_at(self.step)
-                rate = learning_rate(phase, step_in_phase)
-                self.state.optimizers.set_rate(rate)
+                self.state.optimizers.set_rate(learning_rate(phase, step_in_phase))
 
                 started = time.monotonic()
                 batch = reader.next()
@@ -122,11 +123,13 @@ class Trainer:
                 tokens, caption_tokens = math.prod(self._grid(batch)), batch.text_BLE.shape[1]
                 flops = self.work.of_step(phase, step_in_phase, tokens, caption_tokens)
                 meters.step(phase.name, self.step, sums, flops, waited, objection is None)
-                if self._due(recipe.record.metrics_every) or self._due_held_out() or last or stopping:
+                in_haste = sums.stop_by_machine and not last  # before the machine is taken away
+                measured = self._measure(last, in_haste)
+                if self._due(recipe.record.metrics_every) or measured or last or stopping:
                     left = self.work.after(self.step, tokens, caption_tokens)
-                    self._write_metrics(meters, phase, step_in_phase, rate, grad_norm, left)
+                    self._write_metrics(meters, measured, phase, step_in_phase, grad_norm, left)
                 if (self._due(recipe.record.checkpoint_every) and not self.guard.in_a_row) or last or stopping:
-                    self._save(in_haste=sums.stop_by_machine and not last)
+                    self._save(in_haste)
                 if recipe.record.sample_prompts and (self._due(recipe.record.samples_every) or last):
                     self._sample()
                 self.saver.check()
@@ -190,10 +193,21 @@ class Trainer:
             return None
         return newest_whole(self.run, self.world, self._warn, skip=self._rollbacks_here - 1)
 
+    def _measure(self, last: bool, in_haste: bool) -> dict[str, Any]:
+        """What is measured now and then, if it is time. All processes must call this."""
+        record = self.recipe.record
+        measured: dict[str, Any] = {}
+        if self.held_out and (self._due(record.held_out_every) or last):
+            measured |= self.held_out.measure(self.state.loss)
+        if self.quality and (self._due(record.quality_every) or last) and not in_haste:
+            figures = self.quality.measure(self.state.drawing_model())
+            self.console.print(self.quality.in_words(self.step, figures), highlight=False)
+            measured |= figures
+        return measured
+
     def _write_metrics(
-        self, meters: Meters, phase: PhaseRecipe, step_in_phase: int, rate: float, grad_norm: float, flops_left: float
+        self, meters: Meters, measured: dict[str, Any], phase: PhaseRecipe, step_in_phase: int, grad_norm: float, flops_left: float
     ) -> None:
-        measured = self.held_out.measure(self.state.loss) if self.held_out and self._due_held_out() else {}
         numbers: dict[str, Any] = meters.read()
         if self.record is None:
             return
@@ -203,7 +217,7 @@ class Trainer:
             "phase": phase.name,
             **numbers,
             **measured,
-            "learning_rate": rate,
+            "learning_rate": learning_rate(phase, step_in_phase),
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "mask_ratio": phase.mask_ratio_at(step_in_phase),
             "images_seen": self.recipe.samples_before(self.step),
@@ -225,8 +239,7 @@ class Trainer:
         keys = ("phase", "loss", "images_per_second", "seconds_left")
         values = {key: self._last.get(key) for key in keys}
         counts = {"skipped": self.guard.skipped, "rollbacks": self.guard.rollbacks, "checkpoints_failed": self.saver.failed}
-        cost = {"gpu_hours": self.cost.gpu_hours(), "dollars": self.cost.dollars()}
-        self.record.status(state, reason, step=self.step, total_steps=self.recipe.total_steps, **values, **cost, **counts)
+        self.record.status(state, reason, step=self.step, total_steps=self.recipe.total_steps, **values, **self.cost.so_far(), **counts)
 
     def _save(self, in_haste: bool = False) -> None:
         """Begin a checkpoint. `in_haste`, before the machine is taken away, only what resuming needs.
@@ -236,24 +249,17 @@ class Trainer:
         if not self.state.is_finite():
             self._warn(f"Some weights are not finite after step {self.step}: no checkpoint of them.")
             return
-        costs = {"gpu_hours": self.cost.gpu_hours(), "dollars": self.cost.dollars()}
-        position = {"images_seen": self.recipe.samples_before(self.step), "guard": self.guard.state(), **costs}
+        position = {"images_seen": self.recipe.samples_before(self.step), "guard": self.guard.state(), **self.cost.so_far()}
         description = describe(self.recipe, self.config, self.data, self.mixture.sets)
         exports = [] if in_haste else ["model", *self.state.averages]
         self.saver.save(self.step, self.state.tensors(), {**description, **position}, exports)
 
     def _sample(self) -> None:
-        """Write a grid of the recipe's prompts to samples/, with the averaged weights. All processes gather, the first one draws."""
-        averages = next(iter(self.state.averages.values()), None)
-        source = averages.averages if averages else {name: weight.detach() for name, weight in self.state.model.named_parameters()}
-        weights = {name: whole(tensor) for name, tensor in source.items()}
+        """Write a grid of the recipe's prompts to samples/. All processes gather the weights, the first one draws."""
+        model = self.state.drawing_model()
         if self.record is not None:
-            record, prompts = self.recipe.record, list(self.recipe.record.sample_prompts)
-            description = describe(self.recipe, self.config, self.data, self.mixture.sets)
-            pipeline = Pipeline.around(model_of(self.config, weights), description)
-            images = pipeline(prompts, record.sample_steps, record.guidance_scale, self.recipe.seed)
-            title = f"{self.recipe.name}, step {self.step}, {self.recipe.samples_before(self.step):,} images seen"
-            self.record.picture(lambda path: save_png(draw_grid(images, prompts, title=title), path), self.step)
+            grid = draw_samples(model, self.recipe, describe(self.recipe, self.config, self.data, self.mixture.sets), self.step)
+            self.record.picture(lambda path: save_png(grid, path), self.step)
         self.world.wait_for_all()
 
     @contextmanager
@@ -293,20 +299,8 @@ class Trainer:
         self.cost.earlier_hours = max(self.cost.earlier_hours, checkpoint.state["gpu_hours"])
         self.cost.earlier_dollars = max(self.cost.earlier_dollars, checkpoint.state["dollars"] or 0.0)
 
-    def _open_held_out(self) -> HeldOut | None:
-        if self.recipe.data.held_out is None:
-            return None
-        held_out = HeldOut(
-            Path(self.recipe.data.held_out), self.data.resolution, self.recipe.record.held_out_samples, self.state.edm, self.world
-        )
-        refuse_strangers([self.data, held_out.data])
-        return held_out
-
-    def _due(self, every: int) -> bool:
-        return self.step % every == 0
-
-    def _due_held_out(self) -> bool:
-        return self.held_out is not None and (self._due(self.recipe.record.held_out_every) or self.step == self.recipe.total_steps)
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
 
     def _grid(self, batch: Batch | TrainingBatch) -> tuple[int, int]:
         """Rows and columns of a picture's patches."""
@@ -322,13 +316,5 @@ class Trainer:
         if self.record is not None:
             machine = {"world_size": world.size, "device": device_name(world.device), "price_per_hour": self.cost.price_per_hour}
             self.record.started(data, {**machine, "from_step": self.step})
-        start = (
-            f"from step {self.step}" if self.step else "from scratch" if self.recipe.init_from is None else f"from {self.recipe.init_from}"
-        )
-        samples = " + ".join(f"{len(encoded):,}" for encoded in self.mixture.sets)
-        ways = {"none": "", "ddp": f", copied to {world.size} processes", "fsdp": f", sharded over {world.size} processes"}
-        self.console.print(
-            f"[bold]{self.recipe.name}[/]: {self.state.parameters / 1e6:.1f} M parameters on {samples} samples, "
-            f"{self.recipe.total_steps:,} steps {start}, into {self.run}{ways[self.state.sharding]}. "
-            f"Utilisation is against {self.peak / 1e12:.3g} TFLOP/s, {self.peak_source}."
-        )
+        text = greeting(self.recipe, self.run, self.mixture.sets, self.state, self.step, world)
+        self.console.print(f"{text} Utilisation is against {self.peak / 1e12:.3g} TFLOP/s, {self.peak_source}.")

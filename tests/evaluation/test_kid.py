@@ -7,7 +7,7 @@ from torchmetrics.image.kid import poly_mmd
 
 from microdit.errors import UserError
 from microdit.evaluation import kid as kid_file
-from microdit.evaluation.kid import cmmd, kid
+from microdit.evaluation.kid import cmmd, kid, paired_kid
 
 
 def normal(count: int, dimensions: int, seed: int = 0) -> torch.Tensor:
@@ -44,6 +44,33 @@ def test_of_equal_distributions_it_is_0_on_average_at_any_size():
         values = np.array([kid(normal(size, 6, 2 * s), normal(size, 6, 2 * s + 1), size, 2).value for s in range(400)])
         assert abs(values.mean()) < 3 * values.std() / math.sqrt(len(values))
         assert (values < 0).any()
+
+
+def test_of_pairs_it_is_the_naive_double_loop():
+    """Equation 4 of Gretton et al. 2012, as it is written."""
+    x, y = normal(20, 5, 1), 1.3 * normal(20, 5, 2) + 0.4
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> float:
+        return (float(a @ b) / len(a) + 1) ** 3
+
+    pairs = [(i, j) for i in range(20) for j in range(20) if i != j]
+    h = [kernel(x[i], x[j]) + kernel(y[i], y[j]) - kernel(x[i], y[j]) - kernel(x[j], y[i]) for i, j in pairs]
+    assert paired_kid(x, y) == pytest.approx(sum(h) / (20 * 19), rel=1e-12)
+
+
+def test_pairs_that_are_alike_do_not_lower_it():
+    """Of one distribution, y following x: 0 on average, where the estimator for independent sets lies below. Of x and itself: 0."""
+    paired, independent = [], []
+    for seed in range(400):
+        x = normal(20, 6, 2 * seed)
+        y = 0.8 * x + 0.6 * normal(20, 6, 2 * seed + 1)
+        paired.append(paired_kid(x, y))
+        independent.append(kid(x, y, 20, 2).value)
+    for values, expected in ((np.array(paired), True), (np.array(independent), False)):
+        assert bool(abs(values.mean()) < 3 * values.std() / math.sqrt(len(values))) is expected
+    assert paired_kid(x, x) == pytest.approx(0, abs=1e-12)
+    with pytest.raises(UserError, match="at least 2 of them, and not 20 pictures on one side and 19"):
+        paired_kid(x, x[1:])
 
 
 def test_of_a_shift_it_is_the_closed_form():

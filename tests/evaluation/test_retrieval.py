@@ -28,6 +28,7 @@ def test_captions_are_spread_over_all():
     ids = spread_ids(100, 5).tolist()
     assert ids == [0, 25, 50, 74, 99]
     assert spread_ids(3, 10).tolist() == [0, 1, 2]
+    assert spread_ids(37_000_000, 3).tolist() == [0, 18_500_000, 36_999_999]  # more than float32 can count
 
 
 def test_features_see_what_a_picture_shows():
