@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from microdit.cli_budget import bench, budget
 from microdit.cli_data import data_app
 from microdit.cli_evaluation import draw, evaluate, geneval, prefer
 from microdit.errors import StoppedError, UserError
@@ -148,7 +149,7 @@ def sample(
     console.print(f"{len(images)} pictures of step {checkpoint.step}, seed {seed}, in [bold]{out}[/]")
 
 
-for command in (evaluate, draw, prefer, geneval):
+for command in (budget, bench, evaluate, draw, prefer, geneval):
     app.command()(command)
 
 

@@ -8,7 +8,8 @@ PACKAGE = Path(__file__).parents[1] / "microdit"
 LAYERS = [
     ("__main__",),
     ("cli",),
-    ("cli_data", "cli_evaluation"),
+    ("cli_data", "cli_evaluation", "cli_budget"),
+    ("budget",),
     ("training", "evaluation"),
     ("pipeline", "recipe_file", "report", "runs"),
     ("checkpoint", "recipe", "grids", "curves", "run_folder"),
