@@ -1,9 +1,8 @@
-"""What a sum of money buys: a model by the rules of scaling.py that fits the card, and the paper's phases for as long as the money lasts."""
+"""What a sum buys: a model by the rules of scaling.py that fits the card, and the paper's phases as far as the money goes."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 from microdit.budget.bill import time_factor
@@ -52,9 +51,9 @@ class Plan:
             f"[bold]{money(self.dollars)}[/] buy {self.gpu_hours:,.4g} GPU-hours of {self.machine.chip.name}, "
             f"{self.flops:.3g} FLOPs at {self.machine.utilisation:.0%} of its peak.",
             f"Two rules say how large a model they suit, in parameters of a dense one of the same cost: {self.wanted.by_fit / 1e6:,.0f} M "
-            f"(fit of 2410.08184) and {self.wanted.by_paper / 1e6:,.0f} M (published run of 2407.15811, sizes growing as the root of compute).",
-            f"Neither was fitted to masked training or to experts: take it as half to twice that, [bold]width {low} to {high}[/] of our sizes.",
-            f"Chosen, in the middle: [bold]width {self.width}, depth {size.depth}[/], as costly as {self.equivalent / 1e6:,.0f} M dense ones.",
+            f"(fit of 2410.08184) and {self.wanted.by_paper / 1e6:,.0f} M (the run of 2407.15811, sizes growing as the root of compute).",
+            f"Neither was fitted to masked training or to experts: half to twice that may do: [bold]width {low} to {high}[/] of our sizes.",
+            f"Chosen, in the middle: [bold]width {self.width}, depth {size.depth}[/], as costly as {self.equivalent / 1e6:,.0f} M.",
         ]
         if not FITTED[0] <= self.flops <= FITTED[1]:
             lines.append(f"The fit is of runs from {FITTED[0]:.0e} to {FITTED[1]:.0e} FLOPs, so here it is extrapolated.")
@@ -91,10 +90,10 @@ def buy(dollars: float, machine: Machine, given: Given, data: str) -> Plan:
 
 def _refuse_too_little(dollars: float, flops: float, machine: Machine, given: Given) -> None:
     smallest = size_of_width(WIDTHS[0])
-    images = flops / _mean_flops(AT_256, _flops_of(AT_256, smallest, given))
+    images = flops / _mean_flops(AT_256, smallest, given)
     if images < LEAST_IMAGES:
         raise UserError(
-            f"{money(dollars)} are too little: on {machine.chip.name} they pay for {images / 1e6:.2g} M images through the smallest of our sizes, "
+            f"{money(dollars)} are too little: on {machine.chip.name} they pay for {images / 1e6:.2g} M images on our smallest size, "
             f"and with fewer than {LEAST_IMAGES / 1e6:.0f} M we promise no model at 256 px; "
             f"these take {money(math.ceil(100 * dollars * LEAST_IMAGES / images) / 100)}."
         )
@@ -102,22 +101,17 @@ def _refuse_too_little(dollars: float, flops: float, machine: Machine, given: Gi
 
 def _recipes(size: Size, flops: float, machine: Machine, given: Given, data: str) -> dict[str, Recipe] | None:
     """The phases that use up `flops`, with engine settings that fit. None if there are none."""
-    for stages in (STAGES, AT_256):
-        costs = _flops_of(stages, size, given)
-        batch = _batch(flops / _mean_flops(stages, costs), machine.count)
-        ways = [_way(stage, size, batch, machine, given, stage is stages[-1]) for stage in stages]
-        if None in ways:
-            continue  # what does not fit at 512 px may at 256
-        engines = [_engine(way) for way in ways if way is not None]
-        images = flops / _mean_flops(stages, [cost * time_factor(engine) for cost, engine in zip(costs, engines, strict=True)])
-        steps = [int(images * share / batch) for share in _shares(stages)]
-        if stages is STAGES and steps[2] * batch < LEAST_AT_512:
-            continue
-        return {
-            file_stem(stage): stage_recipe(stage, size, max(1, count), batch, data, engine, stage is stages[-1])
-            for stage, count, engine in zip(stages, steps, engines, strict=True)
-        }
-    return None
+    stages = STAGES if flops / _mean_flops(STAGES, size, given) * _shares(STAGES)[2] >= LEAST_AT_512 else AT_256
+    batch = _batch(flops / _mean_flops(stages, size, given), machine.count)
+    ways = [_way(stage, size, batch, machine, given, stage is stages[-1]) for stage in stages]
+    engines = [_engine(way) for way in ways if way is not None]
+    if len(engines) < len(ways):
+        return None
+    images = flops / _mean_flops(stages, size, given, tuple(time_factor(engine) for engine in engines))
+    return {
+        file_stem(stage): stage_recipe(stage, size, max(1, int(images * share / batch)), batch, data, engine, stage is stages[-1])
+        for stage, share, engine in zip(stages, _shares(stages), engines, strict=True)
+    }
 
 
 def _batch(images: float, gpus: int) -> int:
@@ -135,14 +129,11 @@ def _engine(way: Way) -> EngineRecipe:
     return EngineRecipe(sharding=sharding, micro_batch=way.micro_batch, compile=True, activation_checkpointing=way.checkpointing)  # type: ignore[arg-type]
 
 
-@lru_cache
-def _flops_of(stages: Sequence[Stage], size: Size, given: Given) -> list[float]:
-    return [stage_flops(stage, size, given) for stage in stages]
-
-
-def _mean_flops(stages: Sequence[Stage], costs: list[float]) -> float:
-    """Of an image, over all phases."""
-    return sum(share * cost for share, cost in zip(_shares(stages), costs, strict=True))
+def _mean_flops(stages: Sequence[Stage], size: Size, given: Given, factors: Sequence[float] = (1.0,) * len(STAGES)) -> float:
+    """Of an image, over all phases; each phase's counted `factors` times."""
+    return sum(
+        share * factor * stage_flops(stage, size, given) for share, factor, stage in zip(_shares(stages), factors, stages, strict=False)
+    )
 
 
 def _shares(stages: Sequence[Stage]) -> list[float]:
