@@ -1,14 +1,16 @@
 """A budget as tables that a person understands at once."""
 
 from collections.abc import Callable
+from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from microdit.budget.encoding import MILLION, STORED_TOKENS, UTILISATION, Encoding
 from microdit.budget.fit import HEADROOM, Way
 from microdit.budget.reckoning import SMALL_CARD_GB, Budget, PhaseBudget
-from microdit.formats import count, duration, hours, money
+from microdit.formats import count, duration, figure, hours, money
 
 
 def show(budget: Budget, console: Console) -> None:
@@ -28,45 +30,59 @@ def show(budget: Budget, console: Console) -> None:
         console.print(f"assumed, for want of the encoded data: {'; '.join(budget.assumed)}", highlight=False, soft_wrap=True)
     for table in (_costs(budget), _memory(budget), _ways(budget)):
         console.print(table)
-    for line in _data(budget.encoding):
+    for line in [_verdict(budget), *_data(budget.encoding)]:
         console.print(line, highlight=False, soft_wrap=True)
 
 
 def _costs(budget: Budget) -> Table:
-    table = _table("What it costs", "phase", "px", "dropped", "steps", "batch", "images", "GFLOPs a sample", "EFLOPs", "hours", "dollars")
+    table = _table("What it costs", "px", "drop", "steps", "batch", "images", "GFLOPs/\nsample", "EFLOPs", "hours", "dollars")
     for phase in budget.phases:
         b = phase.bill
-        numbers = [count(b.steps), count(b.batch_size), _short(b.images), f"{b.flops_per_sample / 1e9:,.4g}", f"{b.flops / 1e18:,.4g}"]
+        numbers = [count(b.steps), count(b.batch_size), _short(b.images), figure(b.flops_per_sample / 1e9), figure(b.flops / 1e18)]
         table.add_row(b.name, str(b.resolution), _dropped(b.mask_ratios), *numbers, hours(b.hours), money(b.dollars))
     table.add_section()
-    totals = [_short(budget.images), "", f"{budget.flops / 1e18:,.4g}", hours(budget.hours), money(budget.dollars)]
-    table.add_row(f"all: {duration(3600 * budget.hours)}", "", "", "", "", *totals, style="bold")
+    totals = [_short(budget.images), "", figure(budget.flops / 1e18), hours(budget.hours), money(budget.dollars)]
+    table.add_row("all", "", "", "", "", *totals, style="bold")
+    table.caption = f"{duration(3600 * budget.hours)} in all"
     return table
 
 
 def _memory(budget: Budget) -> Table:
-    parts = ("parameters", "gradients", "moments", "averages", "activations", "gathered")
-    names = ("weights", *parts[1:])
-    card = budget.machine.chip.memory_gb
-    table = _table("GB on each GPU, as the recipe's engine says", "phase", *names, "total", f"fits {card} GB?")
+    """`gathered` are low-precision copies of weights."""
+    table = _table("GB on each GPU, as the recipe says", "weights", "grads", "moments", "averages", "activations", "copies", "total")
     for phase in budget.phases:
-        values = [f"{getattr(phase.parts, part) / 1e9:.2f}" for part in parts]
-        verdict = "[green]yes[/]" if phase.fits else "[red]no[/]"
-        table.add_row(phase.bill.name, *values, f"{phase.asked.gigabytes:.1f}", f"{verdict}: {_setting(phase.asked)}")
+        p = phase.parts
+        parts = (p.parameters, p.gradients, p.moments, p.averages, p.activations, p.gathered, p.total)
+        table.add_row(phase.bill.name, *(f"{part / 1e9:.2f}" for part in parts))
     return table
 
 
 def _ways(budget: Budget) -> Table:
-    gpus, memory = budget.machine.count, budget.machine.chip.memory_gb
-    columns: dict[str, Callable[[PhaseBudget], Way | None]] = {f"on {gpus} x {memory} GB": lambda phase: phase.advice}
-    columns.setdefault(f"on {gpus} x {SMALL_CARD_GB} GB", lambda phase: phase.small)
-    columns.setdefault(f"on 1 x {SMALL_CARD_GB} GB", lambda phase: phase.small_alone)
-    table = Table(
-        "phase", *columns, title=f"Engine settings that fit, {HEADROOM:.0%} of the card left free", title_justify="left", title_style="bold"
-    )
+    columns = _places(budget)
+    table = _table("Does it fit? Micro-batch, sharding, GB in use", "as the recipe says", *columns, justify="left")
     for phase in budget.phases:
-        table.add_row(phase.bill.name, *(_way(choose(phase)) for choose in columns.values()))
+        asked = _way(phase.asked) if phase.fits else f"[red]{_way(phase.asked)}: too much[/]"
+        table.add_row(phase.bill.name, asked, *(_way(choose(phase)) for choose in columns.values()))
+    table.caption = f"{HEADROOM:.0%} of a card is left free. recomputed: engine.activation_checkpointing, a third more time."
     return table
+
+
+def _verdict(budget: Budget) -> str:
+    """The table in a sentence."""
+    fits = {"As it is": [phase.bill.name for phase in budget.phases if not phase.fits]}
+    for place, choose in _places(budget).items():
+        fits[place.replace("on", "On", 1)] = [phase.bill.name for phase in budget.phases if choose(phase) is None]
+    said = [f"{place}: {'[red]no[/], not ' + ', '.join(missing) if missing else 'yes'}" for place, missing in fits.items()]
+    return f"[bold]Fits?[/] {'. '.join(said)}."
+
+
+def _places(budget: Budget) -> dict[str, Callable[[PhaseBudget], Way | None]]:
+    """The machine, as many cards of 24 GB, and one of them; those that are the same only once."""
+    gpus, memory = budget.machine.count, budget.machine.chip.memory_gb
+    places: dict[str, Callable[[PhaseBudget], Way | None]] = {f"on {gpus} x {memory} GB": lambda phase: phase.advice}
+    places.setdefault(f"on {gpus} x {SMALL_CARD_GB} GB", lambda phase: phase.small)
+    places.setdefault(f"on 1 x {SMALL_CARD_GB} GB", lambda phase: phase.small_alone)
+    return places
 
 
 def _data(data: Encoding) -> list[str]:
@@ -88,19 +104,19 @@ def _data(data: Encoding) -> list[str]:
     return [*lines, f"[bold]Encoding[/] them once: {hours(data.gpu_hours)} GPU-hours, {money(data.dollars)} ({rate})."]
 
 
-def _table(title: str, first: str, *columns: str) -> Table:
-    table = Table(first, title=title, title_justify="left", title_style="bold")
+def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right") -> Table:
+    """Narrow enough for 80 characters."""
+    look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "caption_justify": "left", "caption_style": "dim"}
+    table = Table("phase", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **look)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify=justify)
     return table
 
 
 def _way(way: Way | None) -> str:
-    return "[red]does not fit[/]" if way is None else f"{_setting(way)} ({way.gigabytes:.1f} GB)"
-
-
-def _setting(way: Way) -> str:
-    return f"micro-batch {way.micro_batch}, {way.sharding}{', recomputed' if way.checkpointing else ''}"
+    if way is None:
+        return "[red]does not fit[/]"
+    return f"{way.micro_batch}, {way.sharding}{', recomputed' if way.checkpointing else ''}, {way.gigabytes:.1f}"
 
 
 def _dropped(ratios: tuple[float, float]) -> str:
@@ -109,5 +125,5 @@ def _dropped(ratios: tuple[float, float]) -> str:
 
 
 def _short(number: float) -> str:
-    """12.3 M"""
-    return f"{number / 1e6:,.4g} M" if number >= MILLION else count(number)
+    """12.3 M, 1,230 M"""
+    return f"{figure(number / 1e6, 3)} M" if number >= MILLION else count(number)

@@ -23,11 +23,11 @@ def test_the_published_run_is_priced_without_its_data(tmp_path):
         "1,165.4 M parameters, on 8 x H100 SXM",
         "282.1",
         "714.2",
-        "1,069",
-        "3,003",
+        "1069",
+        "3003",
         "$512.47",
         "assumed, for want of",
-        "does not fit",
+        "On 1 x 24 GB: no, not 512-masked, 512-full.",
     ):
         assert text in output
 

@@ -1,5 +1,6 @@
 """What a sum of money buys."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_the_ladder_holds_the_papers_sizes_and_grows():
     assert size_of_width(512) is SMALL
     assert size_of_width(1024) is LARGE
     costs = [equivalent_size(size_of_width(width)) for width in WIDTHS]
-    assert all(1.2 < b / a < 4 for a, b in zip(costs, costs[1:], strict=False))
+    assert all(1.2 < b / a < 4 for a, b in pairwise(costs))
     with torch.device("meta"):
         counts = [sum(weight.numel() for weight in MicroDiT(resolve(size_of_width(width))).parameters()) for width in WIDTHS]
     assert counts == sorted(counts)
@@ -45,7 +46,10 @@ def test_the_rules_give_their_own_points():
     assert wanted_size(1.5e21, 1.0, 1.0).by_fit == pytest.approx(1e9, rel=0.05)
     run, size = paper_flops(LARGE), equivalent_size(LARGE)
     assert wanted_size(run, run, size).by_paper == size
-    assert wanted_size(run, run, size).by_fit == pytest.approx(size, rel=0.15)  # the two agree on it
+    assert size / wanted_size(run, run, size).by_fit == pytest.approx(1.14, abs=0.005)  # as docs/budget.md says
+    small = wanted_size(1e18, run, size)
+    assert small.by_paper / small.by_fit == pytest.approx(1.7, abs=0.05)
+    assert (round(size / 1e6), round(equivalent_size(SMALL) / 1e6)) == (465, 83)
 
 
 def test_the_published_runs_money_buys_the_published_run():
