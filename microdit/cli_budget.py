@@ -76,7 +76,7 @@ def bench(
     recipe: Annotated[
         Path | None, typer.Option(help="Its first phase is trained on. [default: MicroDiT_Tiny_2, 256 px, 75% dropped]")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="How long to measure, after two steps to warm up.")] = 20.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure, after two steps to warm up.")] = 20.0,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Samples a step. [default: the recipe's; else 256 on a GPU, 8 on a CPU]")
     ] = None,
@@ -91,6 +91,8 @@ def bench(
 
     Example: microdit bench --recipe recipes/microdit-xl/1-256-masked.yaml --micro-batch 64
     """
+    from torch import OutOfMemoryError
+
     from microdit.budget.bench import bench_recipe, measure
     from microdit.budget.measured import keep_measurement, measurements_file
     from microdit.budget.shapes import shapes_of
@@ -99,8 +101,11 @@ def bench(
     world = start_world(device)
     chosen = bench_recipe(recipe, micro_batch, world.device)
     shapes = shapes_of(chosen)
-    with progress(f"bench {chosen.name}", round(seconds)) as advance:
-        found = measure(chosen, shapes, world, seconds, advance)
+    try:
+        with progress(f"bench {chosen.name}", round(seconds)) as advance:
+            found = measure(chosen, shapes, world, seconds, advance)
+    except OutOfMemoryError as error:
+        raise UserError(f"{chosen.phases[0].batch_size} samples at a time do not fit this GPU: take a smaller --micro-batch.") from error
     stop_world()
     place = file or measurements_file()
     keep_measurement(found, place)

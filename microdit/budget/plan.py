@@ -53,7 +53,7 @@ class Plan:
             f"Two rules say how large a model they suit, in parameters of a dense one of the same cost: {self.wanted.by_fit / 1e6:,.0f} M "
             f"(fit of 2410.08184) and {self.wanted.by_paper / 1e6:,.0f} M (the run of 2407.15811, sizes growing as the root of compute).",
             f"Neither was fitted to masked training or to experts: half to twice that may do: [bold]width {low} to {high}[/] of our sizes.",
-            f"Chosen, in the middle: [bold]width {self.width}, depth {size.depth}[/], as costly as {self.equivalent / 1e6:,.0f} M.",
+            f"Chosen: [bold]width {self.width}, depth {size.depth}[/], as costly as {self.equivalent / 1e6:,.0f} M.",
         ]
         if not FITTED[0] <= self.flops <= FITTED[1]:
             lines.append(f"The fit is of runs from {FITTED[0]:.0e} to {FITTED[1]:.0e} FLOPs, so here it is extrapolated.")

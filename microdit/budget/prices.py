@@ -69,9 +69,10 @@ def _read(file: Path) -> dict[str, Price]:
         raise UserError(f"{file} must hold chips and dollars an hour, such as 'h100: 2.2'.")
     prices = {}
     for name, dollars in content.items():
-        if named_chip(str(name)) is None:
-            raise UserError(f"{file}: {name} is no known chip: {', '.join(chip.name for chip in CHIPS)}.")
-        prices[named_chip(str(name)).name] = Price(_checked(dollars, f"{file}: {name}"), str(file))  # type: ignore[union-attr]
+        chip = named_chip(str(name))
+        if chip is None:
+            raise UserError(f"{file}: {name} is no known chip: {', '.join(known.name for known in CHIPS)}.")
+        prices[chip.name] = Price(_checked(dollars, f"{file}: {name}"), str(file))
     return prices
 
 

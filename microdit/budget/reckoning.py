@@ -21,7 +21,8 @@ SMALL_CARD_GB = 24  # what a good card for games has
 class PhaseBudget:
     """A phase of the recipe `recipe`.
 
-    `asked`: memory as its engine settings say. `advice`: the way that suits the chip; `small`, that suits as many cards of 24 GB, and
+    `asked`: memory as its engine settings say, in `parts`. `divides`: whether its micro-batch divides a GPU's share of the batch, without
+    which `microdit train` refuses. `advice`: the way that suits the chip; `small`, that suits as many cards of 24 GB, and
     `small_alone`, one of them. None: it does not fit.
     """
 
@@ -30,6 +31,7 @@ class PhaseBudget:
     asked: Way
     parts: Footprint
     fits: bool
+    divides: bool
     advice: Way
     small: Way | None
     small_alone: Way | None
@@ -85,6 +87,7 @@ def _phases(name: str, recipe: Recipe, shapes: Shapes, machine: Machine) -> list
             raise load.refuse(machine.chip.memory_gb, machine.chip.name)
         asked, parts = load.as_asked(recipe.engine)
         fits = parts.total <= usable(machine.chip.memory_gb)
+        divides = load.share % (recipe.engine.micro_batch or load.share) == 0
         small = load.best_way(SMALL_CARD_GB), alone.best_way(SMALL_CARD_GB)
-        found.append(PhaseBudget(name, its_bill, asked, parts, fits, advice, *small))
+        found.append(PhaseBudget(name, its_bill, asked, parts, fits, divides, advice, *small))
     return found

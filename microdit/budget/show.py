@@ -61,15 +61,14 @@ def _ways(budget: Budget) -> Table:
     columns = _places(budget)
     table = _table("Does it fit? Micro-batch, sharding, GB in use", "as the recipe says", *columns, justify="left")
     for phase in budget.phases:
-        asked = _way(phase.asked) if phase.fits else f"[red]{_way(phase.asked)}: too much[/]"
-        table.add_row(phase.bill.name, asked, *(_way(choose(phase)) for choose in columns.values()))
+        table.add_row(phase.bill.name, _asked(phase), *(_way(choose(phase)) for choose in columns.values()))
     table.caption = f"{HEADROOM:.0%} of a card is left free. recomputed: engine.activation_checkpointing, a third more time."
     return table
 
 
 def _verdict(budget: Budget) -> str:
     """The table in a sentence."""
-    fits = {"As it is": [phase.bill.name for phase in budget.phases if not phase.fits]}
+    fits = {"As it is": [phase.bill.name for phase in budget.phases if not (phase.fits and phase.divides)]}
     for place, choose in _places(budget).items():
         fits[place.replace("on", "On", 1)] = [phase.bill.name for phase in budget.phases if choose(phase) is None]
     said = [f"{place}: {'[red]no[/], not ' + ', '.join(missing) if missing else 'yes'}" for place, missing in fits.items()]
@@ -111,6 +110,12 @@ def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right
     for column in columns:
         table.add_column(column, justify=justify)
     return table
+
+
+def _asked(phase: PhaseBudget) -> str:
+    if not phase.divides:
+        return "[red]micro_batch does not divide a GPU's share of the batch[/]"
+    return _way(phase.asked) if phase.fits else f"[red]{_way(phase.asked)}: too much[/]"
 
 
 def _way(way: Way | None) -> str:

@@ -60,3 +60,11 @@ def test_the_recipes_own_settings_are_taken_as_the_trainer_would():
     assert way.gigabytes == parts.total / 1e9
     alone = load_recipe(PUBLISHED / "1-256-masked.yaml")
     assert load_of(PUBLISHED / "1-256-masked.yaml", 1).as_asked(alone.engine)[0].sharding == "ddp"
+
+
+@pytest.mark.parametrize(("gpus", "divides"), [(16, True), (32, False)])
+def test_a_micro_batch_larger_than_a_gpus_share_is_said_to_be_refused_by_training(gpus, divides):
+    """128 in the recipe, of a batch of 2,048."""
+    (phase,) = reckon(load_recipes(PUBLISHED / "1-256-masked.yaml", None), machine(count=gpus)).phases
+    assert phase.divides is divides
+    assert 2048 // gpus % phase.advice.micro_batch == 0

@@ -6,7 +6,7 @@ import pytest
 
 from microdit.budget.machine import ASSUMED_UTILISATION, find_machine
 from microdit.budget.measured import Measurement, keep_measurement, measurements_file, read_measurements
-from microdit.budget.prices import PRICES
+from microdit.budget.prices import PRICES, Price
 from microdit.errors import UserError
 from microdit.training.chips import CHIPS
 
@@ -26,7 +26,7 @@ def test_your_own_price_wins_over_the_file_and_the_file_over_the_table(tmp_path)
     file = tmp_path / "prices.yaml"
     file.write_text("h100: 1.5\nrtx4090: 0.4\n")
     assert find(tmp_path, price=2.0, prices=file).price.dollars == 2.0
-    assert find(tmp_path, prices=file).price == type(PRICES["L4"])(1.5, str(file))
+    assert find(tmp_path, prices=file).price == Price(1.5, str(file))
     assert find(tmp_path, chip="l4", prices=file).price == PRICES["L4"]
     assert find(tmp_path).price == PRICES["H100 SXM"]
 
