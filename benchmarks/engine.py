@@ -21,11 +21,11 @@ from rich.console import Console
 
 from microdit.data.emoji import emoji_source
 from microdit.data.encode import EncodeSettings, encode_source
+from microdit.distributed import World, start_world
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.text import load_text_encoder
 from microdit.recipe import Recipe
 from microdit.recipe_file import load_recipe
-from microdit.training.distributed import World, start_world
 from microdit.training.memory import keep_freed_memory
 from microdit.training.trainer import Trainer
 

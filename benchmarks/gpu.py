@@ -20,13 +20,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from microdit.data.latents import Batch
 from microdit.diffusion.edm import EDM
+from microdit.distributed import World, start_world, stop_world
 from microdit.model.flops import training_flops
 from microdit.model.microdit import MicroDiT, ModelConfig
 from microdit.model.routing import kept_tokens
 from microdit.model.sizes import SIZES, Size, resolve
 from microdit.recipe import EMARecipe, EngineRecipe, OptimizerRecipe
 from microdit.training.chips import peak_flops
-from microdit.training.distributed import World, start_world, stop_world
 from microdit.training.draws import TrainingBatch, add_draws
 from microdit.training.ema import EMA
 from microdit.training.footprint import footprint

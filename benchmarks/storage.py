@@ -21,10 +21,10 @@ from microdit.data.encode import EncodeSettings, encode_source
 from microdit.data.forms import CaptionForm, LatentForm, bytes_of_row
 from microdit.data.latents import EncodedSet
 from microdit.diffusion.edm import draw_sigma, edm_loss
+from microdit.distributed import start_world
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.text import load_text_encoder
 from microdit.recipe_file import load_recipe
-from microdit.training.distributed import start_world
 from microdit.training.trainer import Trainer
 
 SAMPLES, AUTHORS_TB = 37e6, 7.3

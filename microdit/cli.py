@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from microdit.cli_budget import bench, budget
+from microdit.cli_compare import compare
 from microdit.cli_data import data_app
 from microdit.cli_evaluation import draw, evaluate, geneval, prefer
 from microdit.errors import StoppedError, UserError
@@ -82,9 +83,9 @@ def train(
 
     Example: microdit train recipes/microdit-xl --resume --price-per-hour 2.5
     """
+    from microdit.distributed import start_world, stop_world
     from microdit.recipe_file import load_recipe
     from microdit.training.chain import Settings, load_chain, train_chain, train_one
-    from microdit.training.distributed import start_world, stop_world
 
     settings = Settings(resume, accept_changes, price_per_hour)
     if recipe.is_dir():
@@ -149,7 +150,7 @@ def sample(
     console.print(f"{len(images)} pictures of step {checkpoint.step}, seed {seed}, in [bold]{out}[/]")
 
 
-for command in (budget, bench, evaluate, draw, prefer, geneval):
+for command in (budget, bench, evaluate, draw, prefer, geneval, compare):
     app.command()(command)
 
 

@@ -96,7 +96,7 @@ def bench(
     from microdit.budget.bench import bench_recipe, measure
     from microdit.budget.measured import keep_measurement, measurements_file
     from microdit.budget.shapes import shapes_of
-    from microdit.training.distributed import start_world, stop_world
+    from microdit.distributed import start_world, stop_world
 
     world = start_world(device)
     chosen = bench_recipe(recipe, micro_batch, world.device)

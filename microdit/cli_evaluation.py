@@ -1,76 +1,134 @@
 """The commands that measure: microdit evaluate, draw, prefer, geneval."""
 
 import json
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from microdit.errors import UserError
-from microdit.terminal import SOURCE_HELP, console, progress, share, warn
+from microdit.formats import figure
+from microdit.terminal import SOURCE_HELP, console, progress, warn
+
+# Processes draw at different speeds, and the first one measures alone.
+PATIENCE = timedelta(hours=12)
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[str, typer.Argument(help="A run folder; with --reference also a diffusers pipeline, by folder or hub id.")],
     reference: Annotated[str | None, typer.Option(help=f"Compare with this set as a whole. {SOURCE_HELP}")] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="fid, kid, precision, recall, density, coverage (by --network); clip-fid, cmmd, clip-score (by --clip); dino-fd (by "
+            "--dino). With commas between. [default: all by --network]"
+        ),
+    ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many captions to draw; papers take 30,000.")] = 256,
-    network: Annotated[str, typer.Option(help="efficientnet, inception:FILE (FID), clip:PLACE (CMMD) or dino:PLACE.")] = "efficientnet",
-    out: Annotated[Path | None, typer.Option(help="Folder for the compared pictures. [default: RUN/evaluation]")] = None,
-    steps: Annotated[int, typer.Option(help="Of the Heun sampler.")] = 18,
+    network: Annotated[str, typer.Option(help="efficientnet (offline), or inception:FILE, with which fid is FID.")] = "efficientnet",
+    clip: Annotated[str, typer.Option(help="A CLIP of transformers.")] = "openai/clip-vit-large-patch14",
+    dino: Annotated[str, typer.Option(help="A DINOv2 of transformers.")] = "facebook/dinov2-large",
+    side: Annotated[int | None, typer.Option(min=8, help="Pixels that both are cut to and compared at. [default: as drawn]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for pictures, metrics.json, report.html. [default: RUN/evaluation]")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Evaluate each new checkpoint while RUN trains, and plot them.")] = False,
+    steps: Annotated[int, typer.Option(help="Of the sampler.")] = 18,
     guidance: float = 2.0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")] = 0,
     weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
-    device: Annotated[str, typer.Option(help="Where --network runs.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
 ) -> None:
     """Measure a run: are single pictures recognised (emoji), or, with --reference, how near are all of them to a set?
 
-    With --reference: Frechet distance (FID), its extrapolation to infinitely many pictures, KID, precision, recall, density and
-    coverage, on the captions of the set's first records. Goes on where it was stopped; under torchrun each process draws its share.
+    With --reference: the captions of the set's first records are drawn and compared with all of its pictures. Every metric comes with a
+    95% interval; a page shows the pictures nearest to the reference and farthest from it. Goes on where it was stopped; under torchrun
+    the work is shared, and the figures are the same.
 
     Without: is a caption's picture among the 10 nearest of all training pictures? Writes metrics.json into the run folder.
 
     Example: microdit evaluate runs/emoji --reference emoji -n 512
+
+    Example: torchrun --nproc-per-node 8 -m microdit evaluate RUN --reference coco2014:PATH -n 30000 --metrics fid,clip-score
+    --network inception:inception-2015-12-05.pt
     """
     from microdit.data.sources import open_source
-    from microdit.evaluation.distribution import compare_with_reference, open_network
-    from microdit.evaluation.drawing import DrawSettings
+    from microdit.distributed import start_world, stop_world
     from microdit.evaluation.emoji import evaluate_emoji_run
+    from microdit.evaluation.evaluate import Question
+    from microdit.evaluation.evaluate import evaluate as evaluate_set
+    from microdit.evaluation.metrics import choose_metrics
+    from microdit.evaluation.painters import DrawSettings, open_painter
+    from microdit.evaluation.watch import watch_run
 
     settings = DrawSettings(steps, guidance, seed, weights)
-    with progress("evaluate", count * steps) as advance:
-        metrics: dict[str, Any] | None
-        if reference is None:
-            metrics = evaluate_emoji_run(run, count, settings, warn, advance)
-        else:
-            source, features = open_source(reference), open_network(network, device)
-            folder = out or run / "evaluation"
-            metrics = compare_with_reference(run, source, count, features, settings, folder, warn, share(), advance)
-    if metrics is None:
-        console.print("This process's pictures are drawn, the others' not yet. Once they are, run the same command again.")
+    if reference is None:
+        if metrics is not None or watch:
+            raise UserError("--metrics and --watch compare with a set: name one with --reference, such as emoji.")
+        with progress("evaluate", count * steps) as advance:
+            found = evaluate_emoji_run(Path(run), count, settings, warn, advance)
+        console.print(json.dumps(found, indent=1))
+        return
+    question = Question(choose_metrics(metrics), count, network, clip, dino, side)
+    source = open_source(reference)
+    world = start_world(device, PATIENCE)
+    console.quiet = not world.is_main
+    folder = out or Path(run) / "evaluation"
+    if watch:
+        page = watch_run(Path(run), source, question, settings, folder, world)
+        console.print(f"Quality of all checkpoints: [bold]{page}[/]", highlight=False)
     else:
-        console.print(json.dumps(metrics, indent=1))
+        result = evaluate_set(open_painter(run, settings, warn, world.device), source, question, settings, folder, world)
+        if world.is_main:
+            console.print(_metrics_table(result))
+            console.print(
+                f"[bold]{folder / 'report.html'}[/] shows the pictures, {folder / 'metrics.json'} holds the figures.", highlight=False
+            )
+    stop_world()
+
+
+def _metrics_table(result: dict[str, Any]) -> Table:
+    from microdit.evaluation.metrics import METRICS, label
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("metric", "value", "95% interval", "better", "network"):
+        table.add_column(title, justify="right" if title in ("value", "95% interval") else "left")
+    for name, entry in result["metrics"].items():
+        interval = "" if entry["low"] is None else f"{figure(entry['low'])} to {figure(entry['high'])}"
+        better = "lower" if METRICS[name].lower_is_better else "higher"
+        table.add_row(label(name, entry["network"]), figure(entry["value"]), interval, better, entry["network"])
+        if "infinity" in entry:
+            table.add_row("  infinitely many", figure(entry["infinity"]), "", better, entry["network"])
+    return table
 
 
 def draw(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[str, typer.Argument(help="A run folder, or a diffusers pipeline, by folder or hub id.")],
     prompts: Annotated[Path, typer.Argument(help='A file with one prompt a line, or .jsonl with {"prompt": ...}.')],
     out: Annotated[Path, typer.Option(help="Folder to make: 0000.png, 0001.png ..., prompts.jsonl.")],
-    steps: Annotated[int, typer.Option(help="Of the Heun sampler.")] = 18,
+    steps: Annotated[int, typer.Option(help="Of the sampler.")] = 18,
     guidance: float = 2.0,
     seed: Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")] = 0,
     weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
 ) -> None:
     """Draw a file of prompts, one picture each, for 'microdit prefer' and other evaluations. Goes on where it was stopped.
 
     Under torchrun each process draws its share, and the pictures are the same.
     """
-    from microdit.evaluation.drawing import DrawSettings, draw_pictures, read_prompt_file
+    from microdit.distributed import start_world, stop_world
+    from microdit.evaluation.drawing import draw_pictures, read_prompt_file, steps_to_draw
+    from microdit.evaluation.painters import DrawSettings, open_painter
 
-    texts = read_prompt_file(prompts)
-    with progress("draw", len(texts) * steps) as advance:
-        draw_pictures(run, texts, out, DrawSettings(steps, guidance, seed, weights), warn, share=share(), on_step=advance)
+    texts, settings = read_prompt_file(prompts), DrawSettings(steps, guidance, seed, weights)
+    world = start_world(device, PATIENCE)
+    console.quiet = not world.is_main
+    painter = open_painter(run, settings, warn, world.device)
+    with progress("draw", steps_to_draw(len(texts), painter, settings, world)) as advance:
+        draw_pictures(painter, texts, out, settings, world, on_step=advance)
     console.print(f"{len(texts)} pictures in [bold]{out}[/]", highlight=False)
+    stop_world()
 
 
 def prefer(
@@ -114,7 +172,7 @@ def prefer(
 
 
 def geneval(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[str, typer.Argument(help="A run folder, or a diffusers pipeline, by folder or hub id.")],
     out: Annotated[Path, typer.Option(help="Folder for pictures, results.jsonl and summary.json.")],
     prompts: Annotated[Path | None, typer.Option(help="GenEval's evaluation_metadata.jsonl. [default: prompts about emoji]")] = None,
     detector: Annotated[str, typer.Option(help="Mask2Former, a folder or hub name.")] = "facebook/mask2former-swin-small-coco-instance",
@@ -124,25 +182,35 @@ def geneval(
     steps: Annotated[int, typer.Option(help="Of the Heun sampler.")] = 18,
     guidance: float = 2.0,
     seed: int = 0,
-    device: str = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
 ) -> None:
-    """Draw GenEval's prompts and let detectors judge: objects, counts, colours, positions. Without --prompts, on emoji and offline."""
-    from microdit.evaluation.drawing import DrawSettings, draw_pictures
+    """Draw GenEval's prompts and let detectors judge: objects, counts, colours, positions. Without --prompts, on emoji and offline.
+
+    Goes on where it was stopped. Under torchrun the drawing is shared.
+    """
+    from microdit.distributed import start_world, stop_world
+    from microdit.evaluation.drawing import draw_pictures, steps_to_draw
     from microdit.evaluation.emoji_geneval import EmojiColours, EmojiDetector, emoji_prompts
     from microdit.evaluation.geneval import ClipColours, Mask2Former, evaluate_geneval
     from microdit.evaluation.geneval_rules import read_prompts
+    from microdit.evaluation.painters import DrawSettings, open_painter
 
     wanted = emoji_prompts(per_task) if prompts is None else read_prompts(prompts)
     texts = [prompt.text for prompt in wanted for _ in range(per_prompt)]
     pictures = out / "pictures"
-    with progress("draw", len(texts) * steps) as advance:
-        settings = DrawSettings(steps, guidance, seed)
-        draw_pictures(run, texts, pictures, settings, warn, partial(_geneval_name, per_prompt), on_step=advance)
-    with progress("judge", len(texts)) as advance:
-        finder = EmojiDetector() if prompts is None else Mask2Former(detector, device)
-        colours = EmojiColours() if prompts is None else ClipColours(classifier, device)
-        summary = evaluate_geneval(pictures, wanted, finder, colours, out, warn, lambda done, total: advance(1))
-    console.print_json(json.dumps(summary))
+    settings = DrawSettings(steps, guidance, seed)
+    world = start_world(device, PATIENCE)
+    console.quiet = not world.is_main
+    painter = open_painter(run, settings, warn, world.device)
+    with progress("draw", steps_to_draw(len(texts), painter, settings, world)) as advance:
+        draw_pictures(painter, texts, pictures, settings, world, partial(_geneval_name, per_prompt), advance)
+    if world.is_main:
+        with progress("judge", len(texts)) as advance:
+            finder = EmojiDetector() if prompts is None else Mask2Former(detector, str(world.device))
+            colours = EmojiColours() if prompts is None else ClipColours(classifier, str(world.device))
+            summary = evaluate_geneval(pictures, wanted, finder, colours, out, warn, lambda done, total: advance(1))
+        console.print_json(json.dumps(summary))
+    stop_world()
 
 
 def _geneval_name(per_prompt: int, number: int) -> str:

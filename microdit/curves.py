@@ -64,6 +64,28 @@ def draw_curves(metrics: list[dict[str, Any]]) -> list[Curve]:
         ]
 
 
+def draw_points(
+    title: str,
+    x_label: str,
+    y_label: str,
+    x: list[float],
+    y: list[float],
+    low: list[float | None] | None = None,
+    high: list[float | None] | None = None,
+    note: str = "",
+) -> Curve:
+    """Points joined by lines, with bars from `low` to `high` where both are known."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _blank(y_label)
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+        axes.plot(x, y, color=CURVE, marker="o", markersize=4)
+        for at, bottom, top in zip(x, low or [], high or [], strict=False):
+            if bottom is not None and top is not None:
+                axes.plot([at, at], [bottom, top], color=CURVE, alpha=0.5)
+        return Curve(title, _svg(figure, title, []), note)
+
+
 @dataclass(frozen=True)
 class _Drawing:
     title: str

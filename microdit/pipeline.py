@@ -55,8 +55,20 @@ class Pipeline:
         checkpoint = find_weights(run, warn, weights)
         if checkpoint is None:
             raise UserError(f"There is no checkpoint in {run}: train one with 'microdit train RECIPE --out {run}'.")
+        return cls.from_checkpoint(checkpoint, weights), checkpoint
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, weights: str | None = None) -> "Pipeline":
+        """With those of its weights that `from_run` takes."""
         model = model_of(checkpoint.model_config, checkpoint.tensors(weights or default_weights(checkpoint)))
-        return cls.around(model, checkpoint.state), checkpoint
+        return cls.around(model, checkpoint.state)
+
+    def to(self, device: torch.device | str) -> "Pipeline":
+        """All of its parts, in float32; they are moved, not copied."""
+        self.model.to(device)
+        self.autoencoder.to(device)
+        self.text_encoder.to(device)
+        return self
 
     @torch.no_grad()
     def __call__(
@@ -81,7 +93,7 @@ class Pipeline:
         if not -100 <= guidance_scale <= 100:
             raise UserError(f"guidance_scale must be a number between -100 and 100, not {guidance_scale}; 3 to 6 are usual.")
         shape = self._latent_shape(height, width)
-        device = next(self.model.parameters()).device  # the encoders stay where they are, on the CPU
+        device = next(self.model.parameters()).device  # the encoders may be elsewhere: while training they are on the CPU
         images: list[Image.Image] = []
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
@@ -90,7 +102,7 @@ class Pipeline:
             text_BLE, mask_BL = text_BLE.to(device), None if mask_BL is None else mask_BL.to(device)
             denoiser = guided_denoiser(self.model, self.edm, text_BLE, mask_BL, guidance_scale)
             latents_BCHW = heun(denoiser, noise_BCHW, noise_schedule(self.edm, num_inference_steps), on_step)
-            images += [to_image(pixels) for pixels in self.autoencoder.decode(latents_BCHW.cpu())]
+            images += [to_image(pixels) for pixels in self.autoencoder.decode(latents_BCHW).cpu()]
         return images
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:

@@ -1,6 +1,5 @@
 """A run as one page of HTML that needs nothing else: for a browser without a network, today or in ten years."""
 
-import base64
 import io
 import re
 import time
@@ -9,13 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from PIL import Image
 
 from microdit import formats
 from microdit.curves import Curve, draw_curves
 from microdit.errors import UserError
 from microdit.files import write_aside
+from microdit.page import page_template, picture_address
 from microdit.run_folder import RECIPE, RunFolder, is_run, state_of
 
 TEMPLATE = "report.html.jinja"
@@ -65,7 +64,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         )
     parts = [_read(RunFolder(path)) for path in runs]
     title = parts[0].name if is_run(run) else run.resolve().name
-    page = _template().render(title=title, parts=parts, written=time.time(), totals=_totals(parts))
+    page = page_template(TEMPLATE).render(title=title, parts=parts, written=time.time(), totals=_totals(parts))
     target = out or run / "report.html"
     try:
         write_aside(target, page.encode(errors="replace"))
@@ -121,7 +120,7 @@ def _picture(step: int, path: Path, newest: bool) -> Picture | None:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
             if newest and len(content) <= NEWEST_BYTES:
-                return Picture(step, _address("png", content))
+                return Picture(step, picture_address("png", content))
             small = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # SyntaxError is how Pillow says that a PNG is broken
         return None
@@ -129,11 +128,7 @@ def _picture(step: int, path: Path, newest: bool) -> Picture | None:
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=90 if newest else 80)
-    return Picture(step, _address("webp", buffer.getvalue()))
-
-
-def _address(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return Picture(step, picture_address("webp", buffer.getvalue()))
 
 
 def _totals(parts: list[RunPart]) -> dict[str, float | None]:
@@ -143,13 +138,3 @@ def _totals(parts: list[RunPart]) -> dict[str, float | None]:
         known = [number for part in parts if (number := formats.finite(part.facts.get(key))) is not None]
         totals[key] = sum(known) if known else None
     return totals
-
-
-def _template() -> jinja2.Template:
-    """Escapes everything: recipes, names and reasons are other people's text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    for name in ("figure", "count", "hours", "money", "duration", "moment", "share"):
-        environment.filters[name] = getattr(formats, name)
-    return environment.get_template(TEMPLATE)

@@ -23,7 +23,7 @@ def share() -> tuple[int, int]:
 class Advance:
     """Counts work done on a progress line: `advance(n)`, or `advance(n, "a note")`."""
 
-    def __init__(self, progress: Progress, name: str, total: int):
+    def __init__(self, progress: Progress, name: str, total: int | None):
         self._progress = progress
         self._task = progress.add_task(name, total=total, note="")
 
@@ -32,7 +32,8 @@ class Advance:
 
 
 @contextmanager
-def progress(name: str, total: int) -> Iterator[Advance]:
+def progress(name: str, total: int | None) -> Iterator[Advance]:
+    """A line on the terminal, with speed and time left where `total` is known."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeRemainingColumn(), console=console) as line:
         yield Advance(line, name, total)

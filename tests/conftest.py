@@ -14,6 +14,8 @@ from microdit.encoders.autoencoder import Pixels
 from microdit.encoders.text import MiniLM
 from microdit.model.microdit import MicroDiT
 from microdit.model.sizes import Size, resolve
+from tests.commands import microdit
+from tests.training.processes import RECIPE
 
 settings.register_profile("machine", deadline=None)  # how long an example takes says more of the machine than of the code
 settings.load_profile("machine")
@@ -60,3 +62,22 @@ def encoded_emoji(tmp_path_factory: pytest.TempPathFactory, text_encoder: MiniLM
     out = tmp_path_factory.mktemp("encoded") / "emoji"
     encode_source(first_of(emoji_source("train"), 40), out, EncodeSettings((16,), "fp16", "fp16"), Pixels(), text_encoder)
     return out
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    """Encoded with the bundled autoencoder and trained for a few steps, by the commands."""
+    place = tmp_path_factory.mktemp("workplace")
+    encoded = microdit("data", "encode", "emoji:held_out", "--out", "data/emoji", cwd=place)
+    assert encoded.returncode == 0, encoded.output
+    assert "kept at 64 px" in encoded.output
+    overrides = [
+        "data.path=data/emoji",
+        "phases.0.steps=4",
+        "phases.1.steps=2",
+        "record.sample_prompts=[red heart]",
+        "record.sample_steps=2",
+    ]
+    trained = microdit("train", RECIPE, *overrides, cwd=place)
+    assert trained.returncode == 0, trained.output
+    return place

@@ -3,43 +3,12 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from PIL import Image
 
-from tests.training.processes import RECIPE, start
-
-
-class Done(NamedTuple):
-    returncode: int
-    output: str
-
-
-def microdit(*arguments: object, cwd: Path) -> Done:
-    """The real command in a process of its own."""
-    running = start(cwd / ".logs", list(arguments), cores=2, cwd=cwd)
-    return Done(running.wait(300)[0], running.output)
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
-    """Encoded with the bundled autoencoder and trained for a few steps, by the commands."""
-    place = tmp_path_factory.mktemp("workplace")
-    encoded = microdit("data", "encode", "emoji:held_out", "--out", "data/emoji", cwd=place)
-    assert encoded.returncode == 0, encoded.output
-    assert "kept at 64 px" in encoded.output
-    overrides = [
-        "data.path=data/emoji",
-        "phases.0.steps=4",
-        "phases.1.steps=2",
-        "record.sample_prompts=[red heart]",
-        "record.sample_steps=2",
-    ]
-    trained = microdit("train", RECIPE, *overrides, cwd=place)
-    assert trained.returncode == 0, trained.output
-    return place
+from tests.commands import microdit
+from tests.training.processes import RECIPE
 
 
 def test_training_writes_into_its_run_folder(workplace):
@@ -118,26 +87,6 @@ def test_two_runs_pictures_are_drawn_and_judged_in_both_orders(workplace):
     assert '"win_rate": 0.5' in judged.output
     assert '"disagreed": 3' in judged.output
     assert "Who judges?" in microdit("prefer", "drawn-0", "drawn-5", cwd=workplace).output
-
-
-def test_a_run_is_compared_with_a_reference_set(workplace):
-    command = ["evaluate", "runs/tiny", "--reference", "emoji:held_out", "-n", 16, "--steps", 2, "--out", "compared"]
-    done = microdit(*command, cwd=workplace)
-    assert done.returncode == 0, done.output
-    result = json.loads((workplace / "compared" / "distribution.json").read_text())
-    assert (result["pictures"], result["reference"]["pictures"]) == (16, 106)
-    assert result["frechet_distance"] > 0
-    assert result["kid"]["value"] > 0.01  # a model that learnt nothing draws something else
-    assert result["recall"] < 0.5
-    for options, sentence in [
-        (["-n", 107], "holds 106 records with captions, fewer than the 107 asked for"),
-        (["--network", "vgg"], "write efficientnet, inception:FILE"),
-        (["--network", "inception:nowhere"], "There is no Inception network at nowhere"),
-    ]:
-        refused = microdit("evaluate", "runs/tiny", "--reference", "emoji:held_out", "--out", "other", *options, cwd=workplace)
-        assert refused.returncode == 1
-        assert sentence in refused.output
-        assert "Traceback" not in refused.output
 
 
 def test_the_emoji_geneval_draws_and_judges(workplace):

@@ -8,16 +8,16 @@ PACKAGE = Path(__file__).parents[1] / "microdit"
 LAYERS = [
     ("__main__",),
     ("cli",),
-    ("cli_data", "cli_evaluation", "cli_budget"),
+    ("cli_budget", "cli_compare", "cli_data", "cli_evaluation"),
     ("budget",),
     ("training", "evaluation"),
     ("pipeline", "recipe_file", "report", "runs"),
-    ("checkpoint", "recipe", "grids", "curves", "run_folder"),
+    ("checkpoint", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),
     ("model",),
-    ("files", "errors", "formats", "terminal"),
+    ("files", "errors", "formats", "terminal", "distributed"),
 ]
-FRIENDS = {("data", "encoders"), ("files", "errors")}  # data/encode.py drives the frozen encoders
+FRIENDS = {("data", "encoders"), ("files", "errors"), ("distributed", "errors")}  # data/encode.py drives the frozen encoders
 PURE = {"model": {"torch", "numpy"}, "diffusion": {"torch"}}  # what may come from outside besides the standard library
 
 

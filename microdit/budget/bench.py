@@ -14,10 +14,10 @@ from microdit.budget.reckoning import load_recipes
 from microdit.budget.shapes import Shapes
 from microdit.budget.stages import STAGES, stage_recipe
 from microdit.data.latents import Batch
+from microdit.distributed import World
 from microdit.model.sizes import SIZES
 from microdit.recipe import EngineRecipe, Recipe
 from microdit.training.chips import find_chip, peak_flops
-from microdit.training.distributed import World
 from microdit.training.draws import TrainingBatch, add_draws
 from microdit.training.memory import keep_freed_memory
 from microdit.training.parallel import compute_dtype

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from microdit.encoders.model_files import find_folder, lasting_name, loading
 from microdit.errors import UserError
-from microdit.evaluation.frechet import Interval, bootstrap_interval, float64_features
-from microdit.evaluation.image_features import BATCH, load_network
+from microdit.evaluation.image_features import BATCH
+from microdit.evaluation.intervals import Interval, bootstrap_interval
+from microdit.evaluation.network_files import load_network
+from microdit.evaluation.vectors import float64_features
 
 _TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"]
 

@@ -2,57 +2,57 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 
+from microdit.distributed import World
 from microdit.errors import UserError
+from microdit.evaluation.painters import DrawSettings, Painter
 from microdit.files import write_aside
-from microdit.pipeline import BATCH, Pipeline
 
 SETTINGS = "settings.json"
 
 
-@dataclass(frozen=True)
-class DrawSettings:
-    """Picture number i starts from the noise of `seed` + i."""
-
-    num_inference_steps: int = 18
-    guidance_scale: float = 2.0
-    seed: int = 0
-    weights: str | None = None
+def picture_name(number: int) -> str:
+    return f"{number:04}.png"
 
 
 def draw_pictures(
-    run: Path,
+    painter: Painter,
     prompts: list[str],
     folder: Path,
     settings: DrawSettings,
-    warn: Callable[[str], None],
-    name: Callable[[int], str] = "{:04}.png".format,
-    share: tuple[int, int] = (0, 1),
+    world: World,
+    name: Callable[[int], str] = picture_name,
     on_step: Callable[[int], None] | None = None,
 ) -> None:
-    """`folder`/`name(i)` for each prompt; those that are there already are kept. `share`: this process's number and their count.
+    """`folder`/`name(i)` for each prompt; those that are there already are kept. Every process must call this; all are drawn when it ends.
 
-    Pictures are drawn in fixed groups, so that each is the same for any number of processes. `on_step(n)`: after n more picture-steps.
-    Raises UserError if the folder holds pictures of another run, checkpoint, prompts or settings.
+    Pictures are drawn in fixed groups, so that each is the same for any number of processes. `on_step(n)`: after n more picture-steps,
+    of this process's share (see `steps_to_draw`). Raises UserError if the folder holds pictures made otherwise.
     """
-    pipeline, checkpoint = Pipeline.from_run(run, warn, settings.weights)
-    about = {"run": str(run), "step": checkpoint.step, "prompts": prompts, **asdict(settings)}
-    _claim(folder, about)
-    rank, world = share
-    for start in range(0, len(prompts), BATCH)[rank::world]:
-        numbers = range(start, min(start + BATCH, len(prompts)))
+    objection = world.share(_claim(folder, painter, prompts, settings) if world.is_main else None)
+    if objection:
+        raise UserError(objection)
+    for start in _starts(len(prompts), painter.batch, world):
+        numbers = range(start, min(start + painter.batch, len(prompts)))
         missing = [number for number in numbers if not (folder / name(number)).is_file()]
         if not missing:
+            if on_step:
+                on_step(len(numbers) * settings.num_inference_steps)
             continue
-        group = [prompts[number] for number in numbers]
-        images = pipeline(group, settings.num_inference_steps, settings.guidance_scale, settings.seed + start, on_step)
+        images = painter([prompts[number] for number in numbers], settings.seed + start, on_step)
         for number in missing:
             png = BytesIO()
             images[number - start].save(png, "PNG")
             write_aside(folder / name(number), png.getvalue())
+    world.wait_for_all()
+
+
+def steps_to_draw(count: int, painter: Painter, settings: DrawSettings, world: World) -> int:
+    """Picture-steps of this process's share of `count` pictures."""
+    return settings.num_inference_steps * sum(min(painter.batch, count - start) for start in _starts(count, painter.batch, world))
 
 
 def read_prompt_file(path: Path) -> list[str]:
@@ -69,15 +69,18 @@ def read_prompt_file(path: Path) -> list[str]:
     return prompts
 
 
-def _claim(folder: Path, about: dict[str, object]) -> None:
+def _starts(count: int, batch: int, world: World) -> range:
+    return range(world.rank * batch, count, world.size * batch)
+
+
+def _claim(folder: Path, painter: Painter, prompts: list[str], settings: DrawSettings) -> str | None:
+    """Write down what is drawn here; a sentence if it is something else already."""
+    about = {**painter.about, "prompts": prompts, **asdict(settings)}
     path = folder / SETTINGS
     if path.is_file():
         before = json.loads(path.read_text())
         changed = [key for key in about if before.get(key) != about[key]]
-        if changed:
-            raise UserError(f"{folder} holds pictures made with another {', '.join(changed)}: choose another --out, or delete it.")
-        return
-    write_aside(path, json.dumps(about, indent=1).encode())
-    prompts = about["prompts"]
-    assert isinstance(prompts, list)
+        return f"{folder} holds pictures made with another {', '.join(changed)}: choose another --out, or delete it." if changed else None
     write_aside(folder / "prompts.jsonl", "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts).encode())
+    write_aside(path, json.dumps(about, indent=1).encode())
+    return None

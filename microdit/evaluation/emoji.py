@@ -11,8 +11,8 @@ from PIL import Image
 
 from microdit.data.emoji import emoji_rows
 from microdit.data.pixels import to_image, to_tensor
-from microdit.evaluation.drawing import DrawSettings
 from microdit.evaluation.features import EfficientNetLite0
+from microdit.evaluation.painters import DrawSettings
 from microdit.evaluation.retrieval import retrieval, spread_ids
 from microdit.files import write_aside
 from microdit.pipeline import Pipeline

@@ -1,29 +1,24 @@
 """Frechet distance between Gaussians fitted to the features of two sets of pictures (FID, Heusel et al. 2017, arXiv 1706.08500).
 
-- Moments are streamed and merged in float64, so that no set of features need be held whole.
 - The trace of the matrix square root needs no inverse and no complex numbers: it is right for singular covariances too.
-- A finite sample lifts the distance. `frechet_infinity` removes that bias; `bootstrap_interval` says how far chance alone moves a metric.
-- Statistics on the disk carry what made them, and are refused for anything else.
+- A finite sample lifts the distance: `frechet_infinity` removes that bias, and `frechet_interval` says how far chance moves it.
 
-Shapes: N samples, B of them in a batch, D features, R the rank of a covariance.
+Shapes: N samples, D features, R the rank of a covariance.
 """
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import safetensors
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save
 from torch import Tensor
 
 from microdit.errors import UserError
-from microdit.files import write_aside
+from microdit.evaluation.intervals import Interval, bootstrap_interval
+from microdit.evaluation.vectors import float64_features, refuse_other_dimensions
 
-_KIND = "microdit feature statistics 1"
 _Matrix = NDArray[np.float64]
 
 
@@ -35,54 +30,20 @@ class Gaussian:
     covariance: Tensor
     count: int
 
-
-class Moments:
-    """Mean and scatter of features that arrive in batches: any split, in any order, gives the same but for rounding.
-
-    Batches are centred before they are multiplied, and joined by the update of Chan, Golub & LeVeque (1979): far from the origin no
-    digits are lost, as they would be by subtracting the square of the mean from the mean of the squares.
-    """
-
-    def __init__(self, dimensions: int):
-        """`dimensions` is D."""
-        self.count = 0
-        self._mean_D = torch.zeros(dimensions, dtype=torch.float64)
-        self._scatter_DD = torch.zeros(dimensions, dimensions, dtype=torch.float64)
-
-    def add(self, features_BD: Tensor) -> None:
-        """A batch of any length from 1. Raises UserError for features that are not finite, or of another D."""
-        batch_BD = float64_features(features_BD).cpu()
-        _refuse_other_dimensions(batch_BD.shape[1], len(self._mean_D))
-        mean_D = batch_BD.mean(dim=0)
-        centred_BD = batch_BD - mean_D
-        self._join(len(batch_BD), mean_D, centred_BD.T @ centred_BD)
-
-    def merge(self, other: "Moments") -> None:
-        """Takes in all that `other` has seen; `other` stays as it is. Raises UserError if its D is another."""
-        _refuse_other_dimensions(len(other._mean_D), len(self._mean_D))
-        if other.count:
-            self._join(other.count, other._mean_D, other._scatter_DD)
-
-    def gaussian(self) -> Gaussian:
-        """Raises UserError for fewer than 2 feature vectors, which have no covariance."""
-        if self.count < 2:
-            raise UserError(f"A covariance needs the features of at least 2 pictures, and there are {self.count}.")
-        return Gaussian(self._mean_D.clone(), self._scatter_DD / (self.count - 1), self.count)
-
-    def _join(self, count: int, mean_D: Tensor, scatter_DD: Tensor) -> None:
-        total = self.count + count
-        shift_D = mean_D - self._mean_D
-        self._scatter_DD = self._scatter_DD + scatter_DD + torch.outer(shift_D, shift_D) * (self.count * count / total)
-        self._mean_D = self._mean_D + shift_D * (count / total)
-        self.count = total
+    @cached_property
+    def root(self) -> _Matrix:
+        """F (D, R) with F F^T = covariance."""
+        return _root(self.covariance)
 
 
 def fit_gaussian(features_ND: Tensor) -> Gaussian:
-    """Of features that are held whole. Raises UserError as `Moments` does."""
-    features_ND = float64_features(features_ND)
-    moments = Moments(features_ND.shape[1])
-    moments.add(features_ND)
-    return moments.gaussian()
+    """Raises UserError for fewer than 2 feature vectors, which have no covariance, or for features that are not finite."""
+    features_ND = float64_features(features_ND).cpu()
+    if len(features_ND) < 2:
+        raise UserError(f"A covariance needs the features of at least 2 pictures, and there are {len(features_ND)}.")
+    mean_D = features_ND.mean(dim=0)
+    centred_ND = features_ND - mean_D  # before it is squared, so that far from the origin no digits are lost
+    return Gaussian(mean_D, centred_ND.T @ centred_ND / (len(features_ND) - 1), len(features_ND))
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -90,8 +51,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
     Raises UserError if a and b are of different D.
     """
-    _refuse_other_dimensions(len(a.mean), len(b.mean))
-    return _distance(a, b, _root(a.covariance), _root(b.covariance))
+    refuse_other_dimensions(len(a.mean), len(b.mean))
+    return _distance(a, b, a.root, b.root)
 
 
 @dataclass(frozen=True)
@@ -119,108 +80,41 @@ def frechet_infinity(
         raise UserError(
             f"FID-infinity needs at least 2 subsets, of 2 to {total - 1} of the {total} samples: not {points} from {smallest} upwards."
         )
-    _refuse_other_dimensions(features_ND.shape[1], len(reference.mean))
+    refuse_other_dimensions(features_ND.shape[1], len(reference.mean))
     generator = torch.Generator().manual_seed(seed)
     counts = [round(count) for count in np.linspace(smallest, total, points)]
-    root_DR, distances = _root(reference.covariance), []
-    for count in counts:
-        subset = fit_gaussian(features_ND[torch.randperm(total, generator=generator)[:count]])
-        distances.append(_distance(subset, reference, _root(subset.covariance), root_DR))
+    distances = [_distance_of_samples(features_ND[torch.randperm(total, generator=generator)[:count]], reference) for count in counts]
     _, intercept = np.polyfit(1 / np.array(counts), distances, deg=1)
     return ExtrapolatedDistance(float(intercept), tuple(counts), tuple(distances))
 
 
-@dataclass(frozen=True)
-class Interval:
-    """The metric of all samples, and between which bounds its expectation lies."""
-
-    value: float
-    low: float
-    high: float
-
-
-def bootstrap_interval(
-    metric: Callable[[Tensor], float], samples: Tensor, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+def frechet_interval(
+    features_ND: Tensor, reference: Gaussian, resamples: int = 100, seed: int = 0, on_resample: Callable[[int], None] | None = None
 ) -> Interval:
-    """Of `metric(samples)`, where `samples` (N, ...) are independent rows: rows are drawn anew, with repeats (Efron 1979).
+    """The distance of the samples to `reference`, and a 95% interval of what other samples of the same number would give.
 
-    The interval is for the metric's expectation at this N. It is the pivotal one, from the resamples' deviations from their own mean:
-    repeats lift a biased metric such as FID further than the bias of the samples themselves, and percentiles would lie above the value.
-    Raises UserError for fewer than 2 samples or resamples, or a confidence outside (0, 1).
+    The reference is taken as it is. `on_resample(1)` is called after each. Raises UserError as `bootstrap_interval` does.
     """
-    if len(samples) < 2 or resamples < 2 or not 0 < confidence < 1:
-        raise UserError(
-            f"A bootstrap interval needs at least 2 samples and resamples, and a confidence between 0 and 1: not {len(samples)} samples, "
-            f"{resamples} resamples and a confidence of {confidence}."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    value = metric(samples)
-    drawn = np.array(
-        [metric(samples[torch.randint(len(samples), (len(samples),), generator=generator).to(samples.device)]) for _ in range(resamples)]
-    )
-    below, above = np.quantile(drawn - drawn.mean(), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(value, value - float(above), value - float(below))
+    features_ND = float64_features(features_ND).cpu()
+    refuse_other_dimensions(features_ND.shape[1], len(reference.mean))
+
+    def distance(sample_ND: Tensor) -> float:
+        if on_resample:
+            on_resample(1)
+        return _distance_of_samples(sample_ND, reference)
+
+    return bootstrap_interval(distance, features_ND, resamples, seed=seed)
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What made statistics: the encoder's fingerprint, how pictures were resized for it, and which pictures they were."""
-
-    encoder: str
-    resize: str
-    source: str
-
-
-def save_statistics(path: Path, gaussian: Gaussian, origin: Origin) -> None:
-    """One safetensors file; `origin` and a checksum lie in its metadata."""
-    tensors = {"mean": gaussian.mean.contiguous(), "covariance": gaussian.covariance.contiguous()}
-    metadata = {"kind": _KIND, "count": str(gaussian.count), **asdict(origin)}
-    write_aside(path, save(tensors, {**metadata, "checksum": _checksum(tensors, metadata)}))
-
-
-def load_statistics(path: Path, encoder: str, resize: str) -> tuple[Gaussian, Origin]:
-    """What `save_statistics` wrote. Raises UserError if it is damaged, or was made by another encoder or with another resize."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in ("mean", "covariance")}
-        checksum = metadata.pop("checksum")
-        if metadata["kind"] != _KIND or checksum != _checksum(tensors, metadata):
-            raise ValueError("it is not what was written")
-        origin = Origin(metadata["encoder"], metadata["resize"], metadata["source"])
-        gaussian = Gaussian(tensors["mean"], tensors["covariance"], int(metadata["count"]))
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} holds no whole feature statistics ({error}): compute them again.") from error
-    if (origin.encoder, origin.resize) != (encoder, resize):
-        raise UserError(
-            f"{path} holds statistics of the encoder {origin.encoder} with pictures resized by {origin.resize}, and the pictures to "
-            f"compare are seen by {encoder}, resized by {resize}: compute the statistics anew."
-        )
-    return gaussian, origin
-
-
-def few_samples_warning(count: int, dimensions: int) -> str | None:
-    """A sentence if there are so few samples that a Frechet distance says more of their number than of the pictures."""
-    if count > dimensions:
-        return None
-    return (
-        f"{count} samples are too few for {dimensions} features: the covariance is singular, and the Frechet distance far too high. "
-        f"Compare only distances of equally many samples, take more than {dimensions} of them, or use KID."
-    )
-
-
-def float64_features(features_ND: Tensor) -> Tensor:
-    """As float64. Raises UserError unless they are (N, D) with N and D from 1, and finite."""
-    if features_ND.ndim != 2 or not features_ND.numel():
-        raise UserError(
-            f"Features must be a table of pictures by dimensions, at least one of each; these have the shape {tuple(features_ND.shape)}."
-        )
-    broken = int((~features_ND.isfinite()).any(dim=1).sum())
-    if broken:
-        raise UserError(
-            f"The features of {broken} of {len(features_ND)} pictures are not finite: leave these pictures out, or repair them."
-        )
-    return features_ND.detach().double()
+def _distance_of_samples(features_ND: Tensor, reference: Gaussian) -> float:
+    """As `frechet_distance`. Of fewer samples than dimensions, the centred samples themselves are a root of their covariance."""
+    if len(features_ND) > features_ND.shape[1]:
+        return frechet_distance(fit_gaussian(features_ND), reference)
+    mean_D = features_ND.mean(dim=0)
+    root_ND = (features_ND - mean_D) / (len(features_ND) - 1) ** 0.5
+    apart = (mean_D - reference.mean).square().sum()
+    root_trace = np.linalg.svd(root_ND.numpy() @ reference.root, compute_uv=False).sum()
+    return max(0.0, float(apart + root_ND.square().sum() + reference.covariance.trace() - 2 * root_trace))
 
 
 def _distance(a: Gaussian, b: Gaussian, root_a_DR: _Matrix, root_b_DR: _Matrix) -> float:
@@ -247,15 +141,3 @@ def _root(covariance_DD: Tensor) -> _Matrix:
     eigenvalues_D, vectors_DD = np.linalg.eigh(matrix_DD)
     kept_D = eigenvalues_D > np.abs(eigenvalues_D).max() * rounding
     return vectors_DD[:, kept_D] * np.sqrt(eigenvalues_D[kept_D])
-
-
-def _refuse_other_dimensions(one: int, other: int) -> None:
-    if one != other:
-        raise UserError(f"Features of {one} and of {other} dimensions cannot be compared: they are of different encoders.")
-
-
-def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
-    for name in sorted(tensors):
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()

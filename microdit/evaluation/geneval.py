@@ -20,15 +20,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from microdit.encoders.model_files import (
-    find_folder,
-    fingerprint_of,
-    loading,
-    read_json,
-    refuse_incomplete,
-    weight_files,
-    weight_patterns,
-)
 from microdit.errors import UserError
 from microdit.evaluation.geneval_rules import (
     COLOURS,
@@ -41,6 +32,7 @@ from microdit.evaluation.geneval_rules import (
     parse_prompt,
     score,
 )
+from microdit.evaluation.network_files import load_beside, load_network
 from microdit.files import sha256_of, write_aside
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
@@ -128,8 +120,9 @@ class Mask2Former:
             raise UserError("The Mask2Former of transformers needs scipy: pip install scipy.")
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
-        folder, self._model, self.fingerprint = _load_model(place, "mask2former", Mask2FormerForUniversalSegmentation, device)
-        self._prepare = _load_beside(folder, "preprocessor_config.json", AutoImageProcessor)
+        self._model, folder, self.fingerprint = load_network(place, ("mask2former",), Mask2FormerForUniversalSegmentation)
+        self._model.to(device)
+        self._prepare = load_beside(folder, "preprocessor_config.json", AutoImageProcessor)
         self._names = {n: GENEVAL_NAMES.get(name, name) for n, name in self._model.config.id2label.items()}
         self._device = device
         self.class_names = frozenset(self._names.values())
@@ -166,9 +159,10 @@ class ClipColours:
     def __init__(self, place: str = CLASSIFIER, device: str = "cpu") -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        folder, self._model, self.fingerprint = _load_model(place, "clip", CLIPModel, device)
-        self._prepare = _load_beside(folder, "preprocessor_config.json", AutoImageProcessor)
-        self._tokenizer = _load_beside(folder, "tokenizer.json", AutoTokenizer)
+        self._model, folder, self.fingerprint = load_network(place, ("clip",), CLIPModel)
+        self._model.to(device)
+        self._prepare = load_beside(folder, "preprocessor_config.json", AutoImageProcessor)
+        self._tokenizer = load_beside(folder, "tokenizer.json", AutoTokenizer)
         self._device = device
         self._descriptions: dict[str, Tensor] = {}  # by class
 
@@ -255,40 +249,6 @@ def _summarise(lines: list[dict[str, Any]], prompts: int, without: int, judges: 
     scores = asdict(score((line["tag"], line["correct"]) for line in lines))
     pictures = {task: sum(line["tag"] == task for line in lines) for task in TASKS}
     return scores | {"pictures_of_tasks": pictures, "prompts": prompts, "prompts_without_pictures": without, "judges": judges}
-
-
-def _load_model(place: str, model_type: str, model_class: Any, device: str) -> tuple[Path, Any, str]:
-    """(folder, model, fingerprint of the weights and of how pictures are prepared)."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    folder = find_folder(place, ["*.json", "*.txt"])
-    said = read_json(folder / "config.json").get("model_type")
-    if said != model_type:
-        raise UserError(f"{folder / 'config.json'} says model_type {said}; {model_type} is needed here.")
-    for stem, ending in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        find_folder(place, weight_patterns(stem, ending))
-        if files := weight_files(folder, stem, ending):
-            break
-    else:
-        raise UserError(
-            f"There are no weights in {folder}: neither model.safetensors nor pytorch_model.bin. Download the whole folder again."
-        )
-    settings = {"use_safetensors": ending == ".safetensors", "ignore_mismatched_sizes": True, "output_loading_info": True}
-    with loading(folder):
-        model, info = model_class.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **settings)
-    refuse_incomplete(folder, [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
-    fingerprint = fingerprint_of([*files, *sorted(folder.glob("*config.json"))])
-    return folder, model.eval().requires_grad_(False).to(device), fingerprint
-
-
-def _load_beside(folder: Path, name: str, auto_class: Any) -> Any:
-    """What comes with a model. Its file is looked for first: without it transformers may make up an empty one."""
-    if not (folder / name).is_file():
-        raise UserError(f"{folder} has no {name}: put it there, from where the model comes from.")
-    with loading(folder / name):
-        return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _detection(name: str, score: float, mask: Any) -> Detection:

@@ -10,25 +10,17 @@ by channel in float, so that nothing is rounded after it. Pictures that are not 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from microdit.encoders.model_files import (
-    find_folder,
-    fingerprint_of,
-    lasting_name,
-    loading,
-    read_json,
-    refuse_incomplete,
-    weight_files,
-    weight_patterns,
-)
+from microdit.encoders.model_files import fingerprint_of, lasting_name, loading
 from microdit.errors import UserError
 from microdit.evaluation.features import EfficientNetLite0
+from microdit.evaluation.network_files import load_network
 from microdit.files import sha256_of
 
 BATCH = 32
@@ -134,37 +126,6 @@ def resize_cleanly(image: Image.Image, side: int) -> Tensor:
         for channel in image.convert("RGB").split()
     ]
     return torch.from_numpy(np.stack(channels)).clamp(0, 255)
-
-
-def load_network(place: str, model_types: tuple[str, ...], model_class: Any) -> tuple[Any, Path, str]:
-    """The network in float32, the folder it came from, and its fingerprint: 16 digits of the weights' SHA-256.
-
-    Of a whole CLIP the half is taken that `model_class` is. Raises UserError if `place`, a folder or an id of the hub, holds a network of
-    none of the `model_types`, or not all of it.
-    """
-    folder = find_folder(place, ["config.json", *weight_patterns("model", ".safetensors")])
-    settings = read_json(folder / "config.json")
-    model_type = settings.get("model_type")
-    if model_type not in model_types:
-        raise UserError(f"{folder / 'config.json'} says model_type {model_type}, where {' or '.join(model_types)} is needed.")
-    files = weight_files(folder, "model", ".safetensors")
-    if not files:
-        raise UserError(f"There are no weights in {folder}: model.safetensors is needed. Download the whole folder again.")
-    with loading(folder):
-        config = model_class.config_class.from_pretrained(folder, local_files_only=True)
-        if model_type == "clip":  # both halves of a CLIP project into the same space, whose size only the whole knows
-            config.projection_dim = settings["projection_dim"]
-        model, info = model_class.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # refused below, with the names
-            output_loading_info=True,
-        )
-    refuse_incomplete(folder, [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
-    return model.eval().requires_grad_(False), folder, fingerprint_of(files)
 
 
 @torch.no_grad()

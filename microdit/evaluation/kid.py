@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from microdit.errors import UserError
-from microdit.evaluation.frechet import float64_features
+from microdit.evaluation.vectors import same_space
 
 SIGMA = 10.0  # the width of CMMD's kernel, and the factor by which its numbers are made readable
 SCALE = 1000.0
@@ -40,7 +40,7 @@ def kid(features_ND: Tensor, others_MD: Tensor, subset_size: int = 1000, subsets
     Not multiplied by 1000, as some papers do. Raises UserError for features that do not fit together, for fewer samples than a subset
     takes, fewer than 2 samples in a subset, or fewer than 2 subsets.
     """
-    features_ND, others_MD = _pair(features_ND, others_MD)
+    features_ND, others_MD = same_space(features_ND, others_MD)
     fewest = min(len(features_ND), len(others_MD))
     if not 2 <= subset_size <= fewest or subsets < 2:
         raise UserError(
@@ -62,19 +62,9 @@ def cmmd(embeddings_ND: Tensor, others_MD: Tensor) -> float:
     The estimator of least variance (equation 5 of Gretton et al. 2012, a sample's pair with itself included), as in the authors' code: 0
     for a set and itself, never below. Raises UserError for embeddings that do not fit together.
     """
-    embeddings_ND, others_MD = (F.normalize(set_ND, dim=1) for set_ND in _pair(embeddings_ND, others_MD))
+    embeddings_ND, others_MD = (F.normalize(set_ND, dim=1) for set_ND in same_space(embeddings_ND, others_MD))
     within = _mean_kernel(embeddings_ND, embeddings_ND) + _mean_kernel(others_MD, others_MD)
     return max(0.0, SCALE * (within - 2 * _mean_kernel(embeddings_ND, others_MD)))
-
-
-def _pair(features_ND: Tensor, others_MD: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float64. Raises UserError if they are of different encoders."""
-    features_ND, others_MD = float64_features(features_ND), float64_features(others_MD)
-    if features_ND.shape[1] != others_MD.shape[1]:
-        raise UserError(
-            f"Features of {features_ND.shape[1]} and of {others_MD.shape[1]} dimensions cannot be compared: they are of different encoders."
-        )
-    return features_ND, others_MD
 
 
 def _subset(features_ND: Tensor, size: int, generator: torch.Generator) -> Tensor:

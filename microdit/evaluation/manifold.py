@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from microdit.errors import UserError
-from microdit.evaluation.frechet import float64_features
+from microdit.evaluation.vectors import same_space
 
 BLOCK_ENTRIES = 1 << 24  # distances held at once: 128 MiB of float64
 ROUNDING = 1e-12  # squared distances below this share of the squared lengths are 0
@@ -22,45 +22,59 @@ ROUNDING = 1e-12  # squared distances below this share of the squared lengths ar
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Shares of generated pictures in the manifold of the real ones, and of real pictures in the manifold of the generated ones."""
+    """`precise_M`: which generated pictures lie in the manifold of the real ones; `recalled_N`: the other way round. Bool."""
 
-    precision: float
-    recall: float
+    precise_M: Tensor
+    recalled_N: Tensor
+
+    @property
+    def precision(self) -> float:
+        return float(self.precise_M.double().mean())
+
+    @property
+    def recall(self) -> float:
+        return float(self.recalled_N.double().mean())
 
 
 @dataclass(frozen=True)
 class DensityCoverage:
-    """In how many real balls a generated picture lies, over k (1 is expected of equal distributions); share of real balls that hold one."""
+    """`density_M`: in how many real balls each generated picture lies, over k (1 is expected of equal distributions), float64;
+    `covered_N`: which real balls hold a generated picture, bool."""
 
-    density: float
-    coverage: float
+    density_M: Tensor
+    covered_N: Tensor
+
+    @property
+    def density(self) -> float:
+        return float(self.density_M.mean())
+
+    @property
+    def coverage(self) -> float:
+        return float(self.covered_N.double().mean())
 
 
 def precision_recall(real_ND: Tensor, generated_MD: Tensor, k: int = 3) -> PrecisionRecall:
     """Equations 1 and 2 of arXiv 1904.06991, with its k. Raises UserError for features that do not fit together, or k outside [1, N)."""
     real_ND, generated_MD = _centred(real_ND, generated_MD, k)
-    return PrecisionRecall(_share_inside(generated_MD, real_ND, k), _share_inside(real_ND, generated_MD, k))
+    return PrecisionRecall(_inside(generated_MD, real_ND, k), _inside(real_ND, generated_MD, k))
 
 
 def density_coverage(real_ND: Tensor, generated_MD: Tensor, k: int = 5) -> DensityCoverage:
     """Section 3 of arXiv 2002.09797, with its k. Raises UserError for features that do not fit together, or k outside [1, N)."""
     real_ND, generated_MD = _centred(real_ND, generated_MD, k)
     radii_N = _squared_radii(real_ND, k)
-    inside, covered = 0, 0
+    balls_M = torch.zeros(len(generated_MD), dtype=torch.float64)
+    covered = []
     for rows, distances_BM in _squared_distances(real_ND, generated_MD):
         inside_BM = distances_BM <= radii_N[rows, None]
-        inside += int(inside_BM.sum())
-        covered += int(inside_BM.any(dim=1).sum())
-    return DensityCoverage(inside / (k * len(generated_MD)), covered / len(real_ND))
+        balls_M += inside_BM.sum(dim=0).cpu()
+        covered.append(inside_BM.any(dim=1))
+    return DensityCoverage(balls_M / k, torch.cat(covered))
 
 
 def _centred(real_ND: Tensor, generated_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Both as float64, moved so that the real ones have mean 0: distances stay, and lose fewer digits. Raises UserError."""
-    real_ND, generated_MD = float64_features(real_ND), float64_features(generated_MD)
-    if real_ND.shape[1] != generated_MD.shape[1]:
-        raise UserError(
-            f"Features of {real_ND.shape[1]} and of {generated_MD.shape[1]} dimensions cannot be compared: they are of different encoders."
-        )
+    real_ND, generated_MD = same_space(real_ND, generated_MD)
     fewest = min(len(real_ND), len(generated_MD))
     if not 1 <= k < fewest:
         raise UserError(f"There is no neighbour number {k} among {fewest} pictures: choose k from 1, below the number of pictures.")
@@ -68,12 +82,10 @@ def _centred(real_ND: Tensor, generated_MD: Tensor, k: int) -> tuple[Tensor, Ten
     return real_ND - centre_D, generated_MD - centre_D
 
 
-def _share_inside(points_ND: Tensor, manifold_MD: Tensor, k: int) -> float:
-    """Of the points that lie in at least one ball of the manifold."""
+def _inside(points_ND: Tensor, manifold_MD: Tensor, k: int) -> Tensor:
+    """(N,) bool: which points lie in at least one ball of the manifold."""
     radii_M = _squared_radii(manifold_MD, k)
-    return sum(int((distances_BM <= radii_M).any(dim=1).sum()) for _, distances_BM in _squared_distances(points_ND, manifold_MD)) / len(
-        points_ND
-    )
+    return torch.cat([(distances_BM <= radii_M).any(dim=1) for _, distances_BM in _squared_distances(points_ND, manifold_MD)])
 
 
 def _squared_radii(points_ND: Tensor, k: int) -> Tensor:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.recipe import Recipe
 from microdit.recipe_file import load_recipe
-from microdit.training.distributed import World
 from microdit.training.start import is_finished
 from microdit.training.trainer import Trainer
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from microdit.data.latents import Batch, EncodedSet
 from microdit.diffusion.edm import EDM
+from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.training.distributed import World
 from microdit.training.draws import TrainingBatch
 from microdit.training.tally import Tally, by_noise
 

@@ -15,10 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from microdit.distributed import World
 from microdit.model.blocks import Block
 from microdit.model.microdit import MicroDiT
 from microdit.recipe import EngineRecipe
-from microdit.training.distributed import World
 from microdit.training.step import DenoisingLoss
 
 Sharding = Literal["none", "ddp", "fsdp"]

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
 from microdit.checkpoint import FOLDER, SHARDS, STATE, Checkpoint, checkpoint_folders, open_checkpoint, step_of
+from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.files import sha256_of, write_aside
-from microdit.training.distributed import World
 
 Tensors = dict[str, Tensor]
 """All of a training's tensors, each named PART/NAME: `model/...`, `ema/...`, `optimizer/...`."""

@@ -20,11 +20,11 @@ from microdit.checkpoint import (
     refuse_other_encoders,
 )
 from microdit.data.latents import EncodedSet
+from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.model.microdit import ModelConfig
 from microdit.model.sizes import resolve
 from microdit.recipe import ModelRecipe, Recipe
-from microdit.training.distributed import World
 from microdit.training.saving import newest_whole
 
 FREE_TO_CHANGE = {"record", "engine", "guard", "name"}  # of a recipe, between save and resume: what is learnt stays the same

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from microdit.checkpoint import Checkpoint
 from microdit.diffusion.edm import EDM
+from microdit.distributed import World
 from microdit.model.microdit import MicroDiT, ModelConfig
 from microdit.recipe import Recipe
-from microdit.training.distributed import World
 from microdit.training.ema import EMA, names_of
 from microdit.training.optim import Optimizers
 from microdit.training.parallel import compute_dtype, prepare_blocks, sharding_of, wrap

@@ -22,13 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from microdit.checkpoint import Checkpoint
 from microdit.data.latents import Batch, refuse_strangers
+from microdit.distributed import World
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, StoppedError, UserError
 from microdit.grids import draw_grid, save_png
 from microdit.pipeline import Pipeline, model_of
 from microdit.recipe import PhaseRecipe, Recipe
 from microdit.training.chips import peak_flops
 from microdit.training.cost import Cost
-from microdit.training.distributed import World
 from microdit.training.draws import TrainingBatch, add_draws
 from microdit.training.guard import Guard
 from microdit.training.held_out import HeldOut

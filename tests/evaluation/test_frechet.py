@@ -1,29 +1,14 @@
-import math
-
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from microdit.errors import UserError
-from microdit.evaluation.frechet import (
-    Gaussian,
-    Moments,
-    Origin,
-    bootstrap_interval,
-    few_samples_warning,
-    fit_gaussian,
-    frechet_distance,
-    frechet_infinity,
-    load_statistics,
-    save_statistics,
-)
-
-ORIGIN = Origin("0123456789abcdef", "bicubic", "two hundred pictures")
+from microdit.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance, frechet_infinity, frechet_interval
+from microdit.evaluation.vectors import few_samples_warning
 
 
 def normal(count: int, dimensions: int, seed: int = 0) -> torch.Tensor:
@@ -88,34 +73,21 @@ def test_singular_covariances_of_different_planes_are_right():
     assert frechet_distance(a, b) == pytest.approx(13 + 26 - 2 * 3)
 
 
-@given(st.lists(st.integers(1, 7), min_size=1, max_size=8), st.floats(-1e6, 1e6), st.randoms())
-def test_moments_are_the_same_for_any_split_and_any_order_of_merging(sizes, offset, random):
-    features = normal(sum(sizes) + 2, 4) + offset
-    whole = fit_gaussian(features)
-    parts = []
-    for batch in features.split([*sizes, 2]):
-        parts.append(Moments(4))
-        parts[-1].add(batch[:1])
-        if len(batch) > 1:
-            parts[-1].add(batch[1:])
-    parts.append(Moments(4))  # one that saw nothing
-    random.shuffle(parts)
-    merged = parts[0]
-    for part in parts[1:]:
-        merged.merge(part)
-    gaussian = merged.gaussian()
-    assert gaussian.count == len(features)
-    torch.testing.assert_close(gaussian.mean, whole.mean, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(gaussian.covariance, whole.covariance, rtol=1e-8, atol=1e-8)
-    np.testing.assert_allclose(gaussian.covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-8, atol=1e-8)
-
-
 def test_far_from_the_origin_no_digits_are_lost():
     """Integers around 10^9: in float64 the squares' sum has lost the variance, which is that of 0, 1 and 2 exactly."""
-    moments = Moments(1)
-    for value in (0.0, 1.0, 2.0):
-        moments.add(torch.tensor([[1e9 + value]], dtype=torch.float64))
-    assert moments.gaussian().covariance.item() == pytest.approx(1.0, rel=1e-6)
+    features = torch.tensor([[1e9], [1e9 + 1], [1e9 + 2]], dtype=torch.float64)
+    assert fit_gaussian(features).covariance.item() == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [5, 12, 13, 40])
+def test_an_interval_is_around_the_distance_itself_on_either_side_of_as_many_samples_as_dimensions(count):
+    """Of fewer samples than dimensions another root is taken, which must make no difference."""
+    reference, samples = fit_gaussian(normal(50, 12, 1)), normal(count, 12, 2)
+    counted: list[int] = []
+    interval = frechet_interval(samples, reference, resamples=20, on_resample=counted.append)
+    assert interval.value == pytest.approx(frechet_distance(fit_gaussian(samples), reference), rel=1e-9)
+    assert interval.low < interval.value < interval.high
+    assert sum(counted) == 21
 
 
 def test_infinity_is_nearer_to_0_than_the_distance_of_samples_of_the_reference_itself():
@@ -145,106 +117,18 @@ def test_infinity_refuses_subsets_that_cannot_be():
             frechet_infinity(normal(10, 2), reference, **settings)
 
 
-def test_the_interval_of_a_mean_is_the_textbooks():
-    """Of normal samples: mean -+ 1.96 standard errors."""
-    samples = normal(400, 1)[:, 0]
-    interval = bootstrap_interval(lambda s: float(s.mean()), samples, resamples=4000)
-    error = float(samples.std()) / math.sqrt(400)
-    assert interval.value == pytest.approx(float(samples.mean()))
-    assert interval.low == pytest.approx(interval.value - 1.96 * error, abs=0.15 * error)
-    assert interval.high == pytest.approx(interval.value + 1.96 * error, abs=0.15 * error)
-    assert interval == bootstrap_interval(lambda s: float(s.mean()), samples, resamples=4000)
-    assert interval != bootstrap_interval(lambda s: float(s.mean()), samples, resamples=4000, seed=1)
-
-
-def test_the_interval_of_a_frechet_distance_holds_its_expectation_as_often_as_it_says():
-    """Nine times in ten of 80; an interval of percentiles, which the resamples' own bias lifts, mostly does not."""
-    reference = Gaussian(torch.zeros(16, dtype=torch.float64), torch.eye(16, dtype=torch.float64), 10**9)
-
-    def distance(features: torch.Tensor) -> float:
-        return frechet_distance(fit_gaussian(features), reference)
-
-    expectation = np.mean([distance(normal(60, 16, 1000 + seed) + 0.5) for seed in range(1000)])
-    held = held_by_percentiles = 0
-    for seed in range(80):
-        drawn = []
-
-        def kept(features: torch.Tensor, drawn: list[float] = drawn) -> float:
-            drawn.append(distance(features))
-            return drawn[-1]
-
-        interval = bootstrap_interval(kept, normal(60, 16, seed) + 0.5, 100, 0.9, seed)
-        held += interval.low <= expectation <= interval.high
-        low, high = np.quantile(drawn[1:], [0.05, 0.95])
-        held_by_percentiles += low <= expectation <= high
-    assert 61 <= held <= 80  # 72 are expected, with a deviation of 2.7
-    assert held_by_percentiles < 40
-
-
-def test_an_interval_of_nothing_is_refused():
-    for samples, settings in ((torch.ones(1), {}), (torch.ones(9), {"resamples": 1}), (torch.ones(9), {"confidence": 1.0})):
-        with pytest.raises(UserError, match="A bootstrap interval needs at least 2 samples and resamples"):
-            bootstrap_interval(lambda s: float(s.mean()), samples, **settings)
-
-
-def test_statistics_come_back_as_they_were(tmp_path):
-    gaussian = fit_gaussian(normal(30, 5))
-    save_statistics(tmp_path / "s.safetensors", gaussian, ORIGIN)
-    loaded, origin = load_statistics(tmp_path / "s.safetensors", ORIGIN.encoder, ORIGIN.resize)
-    assert origin == ORIGIN
-    assert loaded.count == 30
-    assert torch.equal(loaded.mean, gaussian.mean)
-    assert torch.equal(loaded.covariance, gaussian.covariance)
-
-
-def test_statistics_of_another_encoder_or_resize_are_refused(tmp_path):
-    save_statistics(tmp_path / "s.safetensors", fit_gaussian(normal(30, 5)), ORIGIN)
-    for encoder, resize in (("fedcba9876543210", "bicubic"), (ORIGIN.encoder, "bilinear")):
-        with pytest.raises(UserError, match="statistics of the encoder 0123456789abcdef with pictures resized by bicubic"):
-            load_statistics(tmp_path / "s.safetensors", encoder, resize)
-
-
-@given(st.data())
-def test_no_changed_bit_of_statistics_goes_unseen(tmp_path_factory, data):
-    path = tmp_path_factory.mktemp("statistics") / "s.safetensors"
-    save_statistics(path, fit_gaussian(normal(30, 3)), ORIGIN)
-    content = bytearray(path.read_bytes())
-    where = data.draw(st.integers(0, len(content) - 1))
-    content[where] ^= 1 << data.draw(st.integers(0, 7))
-    path.write_bytes(bytes(content))
-    with pytest.raises(UserError, match="holds no whole feature statistics"):
-        load_statistics(path, ORIGIN.encoder, ORIGIN.resize)
-
-
-def test_what_is_no_statistics_file_is_refused(tmp_path):
-    save_statistics(tmp_path / "s.safetensors", fit_gaussian(normal(30, 3)), ORIGIN)
-    (tmp_path / "short.safetensors").write_bytes((tmp_path / "s.safetensors").read_bytes()[:-1])
-    (tmp_path / "text.safetensors").write_text("statistics")
-    (tmp_path / "empty.safetensors").write_bytes(b"")
-    save_file({"mean": torch.zeros(2), "covariance": torch.eye(2)}, tmp_path / "strange.safetensors")
-    save_file({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
-    for name in ("short", "text", "empty", "strange", "weights", "missing"):
-        with pytest.raises(UserError, match=rf"{name}\.safetensors holds no whole feature statistics"):
-            load_statistics(tmp_path / f"{name}.safetensors", ORIGIN.encoder, ORIGIN.resize)
-
-
 def test_features_that_do_not_fit_are_refused():
-    moments = Moments(3)
-    moments.add(normal(1, 3))
     with pytest.raises(UserError, match="at least 2 pictures, and there are 1"):
-        moments.gaussian()
-    with pytest.raises(UserError, match="Features of 4 and of 3 dimensions"):
-        moments.add(normal(2, 4))
-    with pytest.raises(UserError, match="Features of 2 and of 3 dimensions"):
-        moments.merge(Moments(2))
+        fit_gaussian(normal(1, 3))
     with pytest.raises(UserError, match="Features of 3 and of 4 dimensions"):
         frechet_distance(fit_gaussian(normal(9, 3)), fit_gaussian(normal(9, 4)))
-    with pytest.raises(UserError, match="Features of 3 and of 4 dimensions"):
-        frechet_infinity(normal(99, 3), fit_gaussian(normal(9, 4)))
+    for metric in (frechet_infinity, frechet_interval):
+        with pytest.raises(UserError, match="Features of 3 and of 4 dimensions"):
+            metric(normal(99, 3), fit_gaussian(normal(9, 4)))
     broken = normal(5, 3)
     broken[1, 0], broken[3] = torch.nan, torch.inf
     with pytest.raises(UserError, match="features of 2 of 5 pictures are not finite"):
-        moments.add(broken)
+        fit_gaussian(broken)
     for shape in ((0, 3), (3,), (3, 0)):
         with pytest.raises(UserError, match="table of pictures by dimensions"):
             fit_gaussian(torch.zeros(shape))

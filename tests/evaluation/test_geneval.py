@@ -271,7 +271,7 @@ def test_a_class_that_the_detector_does_not_know_is_refused(tmp_path: Path, pict
 
 
 def test_a_folder_with_another_model_or_half_of_one_is_refused(tmp_path: Path, detector_folder: Path, classifier_folder: Path):
-    with pytest.raises(UserError, match="model_type mask2former; clip is needed"):
+    with pytest.raises(UserError, match="model_type mask2former, where clip is needed"):
         ClipColours(str(detector_folder))
     broken = tmp_path / "broken"
     shutil.copytree(classifier_folder, broken)

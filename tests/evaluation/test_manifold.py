@@ -25,14 +25,17 @@ def balls(centres: torch.Tensor, points: torch.Tensor, k: int) -> list[list[bool
     return [[distance(centre, point) <= radius(centres, i, k) for point in points] for i, centre in enumerate(centres)]
 
 
-def naive(real: torch.Tensor, generated: torch.Tensor, k: int) -> tuple[PrecisionRecall, DensityCoverage]:
-    """The equations of both papers, as they are written."""
+def naive(real: torch.Tensor, generated: torch.Tensor, k: int) -> tuple[list[bool], list[bool], list[float], list[bool]]:
+    """The equations of both papers, as they are written, before the mean is taken."""
     in_real, in_generated = balls(real, generated, k), balls(generated, real, k)
-    precision = sum(any(ball[j] for ball in in_real) for j in range(len(generated))) / len(generated)
-    recall = sum(any(ball[i] for ball in in_generated) for i in range(len(real))) / len(real)
-    density = sum(map(sum, in_real)) / (k * len(generated))
-    coverage = sum(map(any, in_real)) / len(real)
-    return PrecisionRecall(precision, recall), DensityCoverage(density, coverage)
+    precise = [any(ball[j] for ball in in_real) for j in range(len(generated))]
+    recalled = [any(ball[i] for ball in in_generated) for i in range(len(real))]
+    density = [sum(ball[j] for ball in in_real) / k for j in range(len(generated))]
+    return precise, recalled, density, [any(ball) for ball in in_real]
+
+
+def shares(found: PrecisionRecall | DensityCoverage) -> tuple[float, float]:
+    return (found.precision, found.recall) if isinstance(found, PrecisionRecall) else (found.density, found.coverage)
 
 
 @given(st.integers(5, 25), st.integers(5, 25), st.integers(1, 4), st.floats(0, 2), st.integers(0, 999), st.sampled_from([8, 64, 1 << 24]))
@@ -40,22 +43,25 @@ def test_both_are_the_naive_loops_in_blocks_of_any_size(reals, generateds, k, sh
     real, generated = normal(reals, 3, seed) + 100, normal(generateds, 3, seed + 1) + 100 + shift
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifold, "BLOCK_ENTRIES", entries)
-        found = precision_recall(real, generated, k), density_coverage(real, generated, k)
-    assert found == naive(real, generated, k)
+        near, dense = precision_recall(real, generated, k), density_coverage(real, generated, k)
+    rows = near.precise_M, near.recalled_N, dense.density_M, dense.covered_N
+    expected = naive(real, generated, k)
+    assert tuple(row.tolist() for row in rows) == expected
+    assert (*shares(near), *shares(dense)) == pytest.approx(tuple(sum(row) / len(row) for row in expected))
 
 
 def test_equal_sets_have_everything():
     """Also where features lie far from the origin, and where pictures occur twice, so that balls are points."""
     for features in (normal(60, 4), normal(60, 4) * 1e-3 + 1e4, normal(20, 4).repeat(3, 1) + 50):
         for k in (1, 2):
-            assert precision_recall(features, features.clone(), k) == PrecisionRecall(1.0, 1.0)
+            assert shares(precision_recall(features, features.clone(), k)) == (1.0, 1.0)
             assert density_coverage(features, features.clone(), k).coverage == 1.0
 
 
 def test_disjoint_sets_have_nothing():
     real, generated = normal(50, 4), normal(50, 4, 1) + 100
-    assert precision_recall(real, generated) == PrecisionRecall(0.0, 0.0)
-    assert density_coverage(real, generated) == DensityCoverage(0.0, 0.0)
+    assert shares(precision_recall(real, generated)) == (0.0, 0.0)
+    assert shares(density_coverage(real, generated)) == (0.0, 0.0)
 
 
 def test_a_dropped_mode_costs_recall_and_coverage_and_an_invented_one_precision_and_density():

@@ -99,7 +99,7 @@ def _main(log: Path, arguments: list[str], environment: dict[str, str], cores: i
 
     from microdit import cli
 
-    os.environ.update(environment)
+    os.environ.update(environment, XDG_CACHE_HOME=str(log.parent / "cache"))  # not the user's own
     os.chdir(cwd)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)

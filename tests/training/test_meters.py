@@ -11,11 +11,11 @@ import wandb
 from rich.console import Console
 
 from microdit.diffusion.edm import EDM
+from microdit.distributed import start_world
 from microdit.errors import UserError
 from microdit.model.sizes import Size, resolve
 from microdit.recipe_file import load_recipe
 from microdit.training.cost import Cost
-from microdit.training.distributed import start_world
 from microdit.training.held_out import HeldOut
 from microdit.training.meters import Meters, in_words
 from microdit.training.record import RunRecord, last_cost

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from microdit.distributed import start_world
 from microdit.errors import UserError
-from microdit.training.distributed import start_world
 from microdit.training.saving import Saver, load_into, newest_whole
 
 

@@ -13,7 +13,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from microdit.errors import UserError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=20)  # how long a process waits for the others before it takes them for dead
+TIMEOUT = timedelta(minutes=20)  # in training
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,18 @@ class World:
             dist.barrier(group=self.control)
 
 
-def start_world(device: str = "auto") -> World:
+def start_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone.
 
-    `device`: cpu, cuda, or auto, which is cuda where there is one. Raises UserError for a GPU that is not there.
+    `device`: cpu, cuda, or auto, which is cuda where there is one. `timeout`: after which a process takes the others for dead.
+    Raises UserError for a GPU that is not there.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT, store=_meeting_place(size), rank=rank, world_size=size)
-    return World(rank, size, chosen, dist.new_group(backend="gloo", timeout=TIMEOUT), dist.new_group(backend="gloo", timeout=TIMEOUT))
+        dist.init_process_group(backend, timeout=timeout, store=_meeting_place(size), rank=rank, world_size=size)
+    return World(rank, size, chosen, dist.new_group(backend="gloo", timeout=timeout), dist.new_group(backend="gloo", timeout=timeout))
 
 
 def stop_world() -> None:
@@ -92,7 +93,9 @@ def _device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("engine.device is cuda, and PyTorch sees no GPU here: install a CUDA build of torch, or set engine.device=cpu.")
+        raise UserError(
+            "The device is to be cuda, and PyTorch sees no GPU: install a CUDA build of torch, or take cpu (engine.device=cpu)."
+        )
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= gpus:
         raise UserError(

@@ -1,0 +1,96 @@
+"""Runs beside published figures, as people read it: one table, and what may be compared in it."""
+
+from collections.abc import Iterator
+
+from rich.markup import escape
+from rich.table import Table
+
+from microdit.evaluation.comparability import Verdict, geneval_verdict, metric_verdict
+from microdit.evaluation.published import METRICS, TRAINING_COLUMNS, Protocol, Published, Row, Training, metric_cell, metrics_of
+from microdit.evaluation.run_results import Measured, RunResult
+from microdit.formats import count, figure
+
+RUN_STYLE = "bold green"
+
+
+def comparison_table(published: Published, table: str, runs: list[RunResult]) -> Table:
+    """The runs above, the published rows below."""
+    rows = published.tables[table]
+    metrics = metrics_of(rows)
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    shown.add_column("model", overflow="fold")
+    for title in (*(TRAINING_COLUMNS if table == "main" else ()), *(METRICS[name] for name in metrics)):
+        # Broken at every word, and never cut: all tables fit a terminal of 80 columns.
+        shown.add_column("\n".join(title.split()), justify="right", no_wrap=title != "GPU-days")
+    for run in runs:
+        shown.add_row(escape(str(run.path)), *_cells(run, _figures(run, table), table, metrics), style=RUN_STYLE)
+    study = None
+    for row in rows:
+        if row.study != study:
+            study = row.study
+            shown.add_row(f"[italic]{escape(study or '')}[/]")
+        shown.add_row(escape(row.name), *_cells(row, row.metrics, table, metrics))
+    return shown
+
+
+def comparison_words(published: Published, table: str, run: RunResult) -> Iterator[str]:
+    """Lines on what of a run may be compared with what of the table. A difference is told only where it means something."""
+    rows = published.tables[table]
+    if table == "geneval":
+        if run.geneval is None:
+            yield f"{run.path}: no GenEval here; name its folder with --geneval."
+        else:
+            yield from _words(run, "overall", run.geneval.shares.get("overall"), "geneval", rows, geneval_verdict(run.geneval))
+        return
+    for name, protocol in _protocols(published, rows):
+        for metric in protocol.networks:
+            if metric in run.metrics:
+                verdict = metric_verdict(metric, run.metrics[metric], protocol)
+                yield from _words(run, metric, run.metrics[metric].value, name, rows, verdict)
+    yield from _without_counterpart(run, metrics_of(rows))
+
+
+def _cells(training: Training, figures: dict[str, float], table: str, metrics: list[str]) -> list[str]:
+    return [*(training.cells() if table == "main" else []), *(metric_cell(name, figures.get(name)) for name in metrics)]
+
+
+def _figures(run: RunResult, table: str) -> dict[str, float]:
+    if table == "geneval":
+        return run.geneval.shares if run.geneval else {}
+    return {name: measured.value for name, measured in run.metrics.items()}
+
+
+def _protocols(published: Published, rows: tuple[Row, ...]) -> list[tuple[str, Protocol]]:
+    used = {row.protocol for row in rows}
+    return [(name, protocol) for name, protocol in published.protocols.items() if name in used]
+
+
+def _words(run: RunResult, metric: str, value: float | None, protocol: str, rows: tuple[Row, ...], verdict: Verdict) -> Iterator[str]:
+    head = f"{run.path}: {METRICS[metric]} {metric_cell(metric, value)}"
+    if not verdict.comparable or value is None:
+        yield f"{head} is not comparable with {protocol}: {'; '.join(verdict.reasons or ('a task has no pictures',))}."
+        return
+    yield f"{head} is comparable with {protocol}" + (f", but {'; '.join(verdict.unknown)}." if verdict.unknown else ".")
+    for row in rows:
+        if row.protocol == protocol and metric in row.metrics:
+            apart = value - row.metrics[metric]
+            yield f"  {row.name}: {metric_cell(metric, row.metrics[metric])}, the run is {_difference(apart)}."
+
+
+def _difference(apart: float) -> str:
+    rounded = round(abs(apart), 4)
+    return "equal" if rounded == 0 else f"{figure(rounded)} {'above' if apart > 0 else 'below'}"
+
+
+def _without_counterpart(run: RunResult, metrics: list[str]) -> Iterator[str]:
+    alone = [f"{name} {_alone(measured)}" for name, measured in run.metrics.items() if name not in metrics]
+    if run.recognised is not None:
+        alone.append(f"{100 * run.recognised:.1f}% of emoji recognised")
+    if alone:
+        yield f"{run.path}: the table has nothing to set beside {', '.join(alone)}."
+    elif not run.metrics:
+        yield f"{run.path}: nothing is measured yet; see microdit evaluate."
+
+
+def _alone(measured: Measured) -> str:
+    return figure(measured.value) + ("" if measured.pictures is None else f" of {count(measured.pictures)} pictures")

@@ -1,0 +1,209 @@
+"""`microdit evaluate --reference`: draw a set's captions, see both sets through networks, measure, and write it down.
+
+    OUT/pictures/0000.png ...   what was drawn, and settings.json, prompts.jsonl
+    OUT/features/               features of these pictures; the reference's lie in a cache of the user's
+    OUT/metrics.json            every metric with its interval, network and reference
+    OUT/report.html             the same for people, with the pictures nearest to the reference and farthest from it
+
+Each step goes on where it was stopped, and is shared among the processes of torchrun.
+"""
+
+import hashlib
+import heapq
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from microdit.data.sources import Record, Source
+from microdit.distributed import World
+from microdit.errors import UserError
+from microdit.evaluation.clip_score import ClipCaptions
+from microdit.evaluation.drawing import draw_pictures, picture_name, steps_to_draw
+from microdit.evaluation.extraction import Features, extract
+from microdit.evaluation.image_features import ClipFeatures, DinoFeatures, EfficientNetFeatures, ImageFeatures, InceptionFeatures
+from microdit.evaluation.metrics import METRICS, Kind, Sets, measure, resamples_of
+from microdit.evaluation.nearest import nearest
+from microdit.evaluation.page import Neighbour, write_page
+from microdit.evaluation.painters import DrawSettings, Painter
+from microdit.files import write_aside
+from microdit.terminal import progress, warn
+
+EXTREMES = 12  # nearest pictures on the page, and farthest ones
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to measure. `network`: efficientnet or inception:FILE; `clip`, `dino`: folders or ids of the hub, opened only if needed."""
+
+    metrics: list[str]
+    count: int
+    network: str = "efficientnet"
+    clip: str = "openai/clip-vit-large-patch14"
+    dino: str = "facebook/dinov2-large"
+    side: int | None = None  # pixels that both are cut to before anything sees them; None: as drawn
+    resamples: int = 100
+
+
+def feature_cache() -> Path:
+    """Where features of reference sets are kept: below XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "microdit" / "features"
+
+
+def evaluate(painter: Painter, reference: Source, question: Question, settings: DrawSettings, out: Path, world: World) -> dict[str, Any]:
+    """Every process must call this; the first one writes OUT/metrics.json and OUT/report.html. Returns the former's content.
+
+    Raises UserError for too few records, networks that cannot be opened, or a folder that holds other pictures.
+    """
+    kinds = list(dict.fromkeys(METRICS[name].kind for name in question.metrics))
+    networks = {kind: open_network(kind, question, world.device) for kind in kinds}  # before hours of drawing
+    captions = _captions(reference, question.count)
+    with progress("draw", steps_to_draw(question.count, painter, settings, world)) as advance:
+        draw_pictures(painter, captions, out / "pictures", settings, world, on_step=advance)
+    paths = [out / "pictures" / picture_name(number) for number in range(question.count)]
+    with Image.open(paths[0]) as first:
+        side = question.side or min(first.size)
+
+    notes: list[str] = []
+    drawn, real = {}, {}
+    for kind, network in networks.items():
+        with progress(f"features of {question.count:,} pictures, {network.name}", question.count) as advance:
+            drawn[kind] = extract(network, (path.read_bytes() for path in paths), question.side, out / "features", world, warn, advance)
+        with progress(f"features of {reference.name}, {network.name}", None) as advance:
+            real[kind] = extract(network, _contents(reference), side, feature_cache(), world, warn, advance)
+    notes += _complaints(reference, real[kinds[0]], side)
+    if not world.is_main:
+        return {}
+
+    metrics = _measure(question, networks, real, drawn, captions, world.device)
+    notes += list(dict.fromkeys(entry["warning"] for entry in metrics.values() if entry.get("warning")))
+    for note in notes:
+        warn(note)
+    result = {
+        **painter.about,
+        "reference": {
+            "source": reference.name,
+            "pictures": len(real[kinds[0]].numbers_N),
+            "left_out": real[kinds[0]].left_out,
+            "side": side,
+            "fingerprint": real[kinds[0]].fingerprint,
+        },
+        "pictures": question.count,
+        "settings": asdict(settings),
+        "metrics": metrics,
+        "notes": notes,
+    }
+    write_aside(out / "metrics.json", json.dumps(result, indent=1).encode())
+    write_page(out / "report.html", result, *_extremes(reference, drawn[kinds[0]], real[kinds[0]], captions, paths, side))
+    return result
+
+
+def open_network(kind: Kind, question: Question, device: torch.device) -> ImageFeatures:
+    """Raises UserError."""
+    if kind == "clip":
+        return ClipFeatures(question.clip, device)
+    if kind == "dino":
+        return DinoFeatures(question.dino, device)
+    name, _, file = question.network.partition(":")
+    if name == "efficientnet" and not file:
+        return EfficientNetFeatures()
+    if name == "inception" and file:
+        return InceptionFeatures(Path(file), device=device)
+    raise UserError(f"--network {question.network}: write efficientnet, or inception:FILE.")
+
+
+def _captions(reference: Source, count: int) -> list[str]:
+    """One caption each, the first of those that the source would train with, of the records whose names have the smallest hashes.
+
+    A sample by chance, but always the same one, and a smaller one is the beginning of a larger. (Sets are often ordered by content.)
+    """
+    hashed = (
+        (_hash(part.name, record.key), caption)
+        for part in reference.parts
+        for record in part.records()
+        if (caption := _caption(reference, record))
+    )
+    found = [caption for _, caption in heapq.nsmallest(count, hashed)]
+    if len(found) < count:
+        raise UserError(f"{reference.name} holds {len(found)} records with captions, fewer than the {count} asked for: lower -n.")
+    return found
+
+
+def _caption(reference: Source, record: Record) -> str:
+    """Empty if it has none, or cannot be used."""
+    return "" if record.problem else next((record.captions[name] for name in reference.caption_weights if name in record.captions), "")
+
+
+def _hash(part: str, key: str) -> bytes:
+    return hashlib.sha256(f"{part}/{key}".encode(errors="surrogatepass")).digest()
+
+
+def _contents(reference: Source) -> Iterator[bytes]:
+    return (record.image for part in reference.parts for record in part.records())
+
+
+def _complaints(reference: Source, real: Features, side: int) -> list[str]:
+    """Raises UserError if nothing of the reference can be compared."""
+    seen = len(real.numbers_N)
+    if not seen:
+        raise UserError(f"None of the {real.total} pictures of {reference.name} can be read: there is nothing to compare with.")
+    if real.enlarged == seen:
+        raise UserError(
+            f"All {seen} pictures of {reference.name} are smaller than {side} px, and would be blurred by enlarging them: take the set "
+            "at its full size, or compare at a smaller --side."
+        )
+    notes = []
+    if real.left_out:
+        notes.append(f"{real.left_out} of {real.total} pictures of {reference.name} could not be read, and are left out.")
+    if real.enlarged:
+        notes.append(f"{real.enlarged} of {seen} pictures of {reference.name} are smaller than {side} px, and were enlarged.")
+    return notes
+
+
+def _measure(
+    question: Question,
+    networks: dict[Kind, ImageFeatures],
+    real: dict[Kind, Features],
+    drawn: dict[Kind, Features],
+    captions: list[str],
+    device: torch.device,
+) -> dict[str, Any]:
+    results = {}
+    with progress("measure", sum(1 + resamples_of(name, question.resamples) for name in question.metrics)) as advance:
+        for name in question.metrics:
+            kind = METRICS[name].kind
+            captions_MD: Tensor | None = None
+            if name == "clip-score":
+                captions_MD = ClipCaptions(question.clip, device)(captions)
+            sets = Sets(real[kind].features_ND, drawn[kind].features_ND, captions_MD)
+            network = networks[kind]
+            results[name] = {
+                **measure(name, sets, question.resamples, advance),
+                "network": network.name,
+                "fingerprint": network.fingerprint,
+                "resize": network.resize,
+            }
+            advance(1)
+    return results
+
+
+def _extremes(
+    reference: Source, drawn: Features, real: Features, captions: list[str], paths: list[Path], side: int
+) -> tuple[list[Neighbour], list[Neighbour]]:
+    """The pictures nearest to a real one, nearest first, and the farthest, farthest first."""
+    distance_M, row_M = nearest(drawn.features_ND, real.features_ND)
+    order = distance_M.argsort().tolist()
+    chosen = order[:EXTREMES], order[: -EXTREMES - 1 : -1]
+    wanted = {int(real.numbers_N[row_M[m]]) for group in chosen for m in group}
+    contents = {number: content for number, content in enumerate(_contents(reference)) if number in wanted}
+    near, far = (
+        [Neighbour(captions[m], paths[m].read_bytes(), contents[int(real.numbers_N[row_M[m]])], side, float(distance_M[m])) for m in group]
+        for group in chosen
+    )
+    return near, far

@@ -1,0 +1,109 @@
+"""Whatever makes pictures of prompts: a run of ours, or any text-to-image pipeline of diffusers, behind one protocol."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from microdit.checkpoint import Checkpoint
+from microdit.encoders.model_files import is_place, lasting_name, loading
+from microdit.errors import UserError
+from microdit.pipeline import BATCH, Pipeline
+from microdit.run_folder import is_run
+
+FOREIGN_BATCH = 8  # pictures that a pipeline of unknown size draws at a time
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """Picture number i starts from the noise of `seed` + i."""
+
+    num_inference_steps: int = 18
+    guidance_scale: float = 2.0
+    seed: int = 0
+    weights: str | None = None  # of a run: model, ema, or ema-DECAY
+
+
+class Painter(Protocol):
+    """`about` tells its pictures from those of others; `batch` is how many it draws at a time."""
+
+    about: dict[str, Any]
+    batch: int
+
+    def __call__(self, prompts: list[str], seed: int, on_step: Callable[[int], None] | None = None) -> list[Image.Image]:
+        """One picture a prompt, RGB; the first starts from the noise of `seed`, the next of `seed` + 1.
+
+        `on_step(n)`: after n more picture-steps.
+        """
+        ...
+
+
+def open_painter(place: str, settings: DrawSettings, warn: Callable[[str], None], device: torch.device | str = "cpu") -> Painter:
+    """`place`: a run folder, the folder of a diffusers pipeline, or its id of the hub. Raises UserError."""
+    if is_run(Path(place)):
+        return RunPainter(Path(place), *Pipeline.from_run(Path(place), warn, settings.weights), settings, device)
+    if (Path(place) / "model_index.json").is_file() or (not Path(place).exists() and is_place(place)):
+        return DiffusersPainter(place, settings, device)
+    raise UserError(
+        f"{place} is neither a run folder (no recipe.yaml in it) nor a diffusers pipeline (no model_index.json): name a folder that "
+        "'microdit train' wrote, or a pipeline's folder or hub id."
+    )
+
+
+class RunPainter:
+    """A checkpoint of ours."""
+
+    batch = BATCH
+
+    def __init__(self, run: Path, pipeline: Pipeline, checkpoint: Checkpoint, settings: DrawSettings, device: torch.device | str):
+        state = checkpoint.state
+        costs = {key: state[key] for key in ("images_seen", "gpu_hours", "dollars") if state.get(key) is not None}
+        self.about = {"run": str(run), "step": checkpoint.step, **costs}
+        self._pipeline, self._settings = pipeline.to(device), settings
+
+    def __call__(self, prompts: list[str], seed: int, on_step: Callable[[int], None] | None = None) -> list[Image.Image]:
+        settings = self._settings
+        return self._pipeline(prompts, settings.num_inference_steps, settings.guidance_scale, seed, on_step)
+
+
+class DiffusersPainter:
+    """A text-to-image pipeline of diffusers, in float32 on a CPU and bfloat16 on a GPU. Only safetensors are read."""
+
+    batch = FOREIGN_BATCH
+
+    def __init__(self, place: str, settings: DrawSettings, device: torch.device | str):
+        """Raises UserError if it cannot be loaded, or does not take prompts, steps, a guidance scale and generators."""
+        from diffusers import DiffusionPipeline  # slow to import
+
+        if settings.weights is not None:
+            raise UserError(f"--weights {settings.weights} chooses among the weights of a run, and {place} is a pipeline: leave it out.")
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        with loading(Path(place)):
+            self._pipeline = DiffusionPipeline.from_pretrained(place, use_safetensors=True, dtype=dtype).to(device)
+        wanted = {"prompt", "num_inference_steps", "guidance_scale", "generator"}
+        missing = sorted(wanted - set(inspect.signature(self._pipeline.__call__).parameters))
+        if missing:
+            raise UserError(f"{place} is a {type(self._pipeline).__name__}, which takes no {', '.join(missing)}: it cannot be evaluated.")
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._settings = settings
+        self.about = {"pipeline": lasting_name(place), "class": type(self._pipeline).__name__}
+
+    def __call__(self, prompts: list[str], seed: int, on_step: Callable[[int], None] | None = None) -> list[Image.Image]:
+        settings = self._settings
+        images: list[Image.Image] = []
+        for start in range(0, len(prompts), FOREIGN_BATCH):
+            group = prompts[start : start + FOREIGN_BATCH]
+            generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(group))]
+            images += self._pipeline(
+                prompt=group,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                generator=generators,
+            ).images
+            if on_step:
+                on_step(len(group) * settings.num_inference_steps)
+        return [image.convert("RGB") for image in images]

@@ -1,0 +1,23 @@
+"""Pages of HTML that need nothing else: no script, no font, no picture from elsewhere."""
+
+import base64
+from pathlib import Path
+
+import jinja2
+
+from microdit import formats
+
+
+def page_template(name: str) -> jinja2.Template:
+    """Of this folder. Escapes everything: recipes, names, captions and reasons are other people's text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    for name_of_filter in ("figure", "count", "hours", "money", "duration", "moment", "share"):
+        environment.filters[name_of_filter] = getattr(formats, name_of_filter)
+    return environment.get_template(name)
+
+
+def picture_address(kind: str, content: bytes) -> str:
+    """What an <img> shows. `kind`: png or webp."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

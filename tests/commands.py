@@ -1,0 +1,17 @@
+"""The real command line, for tests that use it as a person would."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.training.processes import start
+
+
+class Done(NamedTuple):
+    returncode: int
+    output: str
+
+
+def microdit(*arguments: object, cwd: Path, ranks: int = 1) -> Done:
+    """The real command in processes of its own. The worst of their exit codes, and all that they printed."""
+    running = start(cwd / ".logs", list(arguments), ranks, cores=2, cwd=cwd)
+    return Done(max(running.wait(300)), running.output)
