@@ -9,9 +9,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from microdit.cli_budget import bench, budget
 from microdit.cli_compare import compare
 from microdit.cli_data import data_app
 from microdit.cli_evaluation import draw, evaluate, geneval, prefer
+from microdit.cli_lab import lab_app
 from microdit.errors import StoppedError, UserError
 from microdit.terminal import console, progress, warn
 
@@ -20,6 +22,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptio
     "In order: [bold]data encode[/] once, [bold]train[/] a recipe, [bold]sample[/] pictures, [bold]evaluate[/] them."
 ))  # fmt: skip
 app.add_typer(data_app, name="data")
+app.add_typer(lab_app, name="lab")
 
 
 def main() -> None:
@@ -149,7 +152,7 @@ def sample(
     console.print(f"{len(images)} pictures of step {checkpoint.step}, seed {seed}, in [bold]{out}[/]")
 
 
-for command in (evaluate, draw, prefer, geneval, compare):
+for command in (budget, bench, evaluate, draw, prefer, geneval, compare):
     app.command()(command)
 
 

@@ -27,7 +27,7 @@ class Advance:
         self._progress = progress
         self._task = progress.add_task(name, total=total, note="")
 
-    def __call__(self, count: int, note: str = "") -> None:
+    def __call__(self, count: float, note: str = "") -> None:
         self._progress.update(self._task, advance=count, note=note)
 
 

@@ -8,8 +8,8 @@ PACKAGE = Path(__file__).parents[1] / "microdit"
 LAYERS = [
     ("__main__",),
     ("cli",),
-    ("cli_compare", "cli_data", "cli_evaluation", "cli_lab"),
-    ("lab",),
+    ("cli_budget", "cli_compare", "cli_data", "cli_evaluation", "cli_lab"),
+    ("lab", "budget"),
     ("training",),
     ("evaluation",),
     ("pipeline", "recipe_file", "report", "runs"),

@@ -57,6 +57,17 @@ def find_chip(device_name: str) -> Chip | None:
     return next((chip for chip in CHIPS if all(_has(words, mark) for mark in chip.marks)), None)
 
 
+def named_chip(name: str) -> Chip | None:
+    """By a name as people write it: h100, rtx4090, 4090, "A100 80GB", in any case."""
+    wanted = _plain(name)
+    exact = next((chip for chip in CHIPS if _plain(chip.name) == wanted), None)
+    if exact is not None or not wanted:
+        return exact
+    first = [chip for chip in CHIPS if _plain(chip.marks[0]) == wanted and len(chip.marks) == 1]  # h100 without more is the SXM one
+    endings = [chip for chip in CHIPS if _plain(chip.name).endswith(wanted)]
+    return first[0] if first else endings[0] if len(endings) == 1 else None
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s that `device` can do in matrix products of `dtype`, and where the number is from.
 
@@ -81,6 +92,10 @@ def _measured(device: torch.device, dtype: torch.dtype, side: int) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)
     return 2 * side**3 / best
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def _has(words: str, mark: str) -> bool:

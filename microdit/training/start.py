@@ -24,7 +24,7 @@ from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.model.microdit import ModelConfig
 from microdit.model.sizes import resolve
-from microdit.recipe import Recipe
+from microdit.recipe import ModelRecipe, Recipe
 from microdit.training.saving import newest_whole
 from microdit.training.state import TrainingState
 
@@ -126,14 +126,19 @@ def model_config(recipe: Recipe, data: EncodedSet) -> ModelConfig:
         _, height, width = data.latent_shape(bucket)
         if height % p or width % p:
             raise UserError(f"model.patch_size {p} does not divide the {height} x {width} latents of {data.folder}.")
+    return architecture(recipe.model, channels, data.card["text_channels"])
+
+
+def architecture(model: ModelRecipe, in_channels: int, caption_channels: int) -> ModelConfig:
+    """The recipe's model for latents of `in_channels` and captions of `caption_channels` a token."""
     return resolve(
-        recipe.model,
-        patch_size=p,
-        in_channels=channels,
-        caption_channels=data.card["text_channels"],
-        expert_capacity=recipe.model.expert_capacity,
-        bias=recipe.model.bias,
-        position_scale=recipe.model.position_scale,
+        model,
+        patch_size=model.patch_size,
+        in_channels=in_channels,
+        caption_channels=caption_channels,
+        expert_capacity=model.expert_capacity,
+        bias=model.bias,
+        position_scale=model.position_scale,
     )
 
 

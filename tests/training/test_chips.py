@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from microdit.training.chips import CHIPS, find_chip, peak_flops
+from microdit.training.chips import CHIPS, find_chip, named_chip, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,30 @@ def test_the_cpu_is_measured():
     assert math.isfinite(flops)
     assert flops > 1e8
     assert source == "a measured float32 product of 2048 x 2048"
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("h100", "H100 SXM"),
+        ("H100-PCIe", "H100 PCIe"),
+        ("a100", "A100 40 GB"),
+        ("A100 80GB", "A100 80 GB"),
+        ("rtx4090", "RTX 4090"),
+        ("4090", "RTX 4090"),
+        ("v100", "V100"),
+        ("a10", "A10"),
+        ("h200", "H200"),
+    ],
+)
+def test_chips_are_known_by_the_names_that_people_write(written, name):
+    assert named_chip(written).name == name
+
+
+@pytest.mark.parametrize("written", ["", "h900", "0", "rtx"])
+def test_what_is_no_name_of_a_chip_is_not_guessed(written):
+    assert named_chip(written) is None
+
+
+def test_every_chip_is_known_by_its_own_name():
+    assert all(named_chip(chip.name) is chip for chip in CHIPS)

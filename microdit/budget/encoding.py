@@ -1,0 +1,64 @@
+"""What comes before training: how much room an encoded set takes, and how long the frozen encoders work on it."""
+
+from dataclasses import dataclass
+
+from microdit.budget.machine import Machine
+from microdit.budget.shapes import Shapes
+from microdit.data.forms import bytes_of_row
+from microdit.data.shards import CHECKSUM_BYTES
+
+STORED_TOKENS = 25  # of a caption, on average: padding is not stored (docs/storage.md)
+UTILISATION = 0.25  # of the chip's peak by the encoders: assumed, not measured
+MILLION = 1_000_000
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Of `images` pictures at all of the recipe's resolutions. Hours and dollars are None for encoders that we have no FLOPs of, and
+    for sets that are encoded already, whose `bytes_per_sample` is what they take on the disk."""
+
+    images: int
+    encoded: bool
+    bytes_per_sample: dict[str, float]  # by the form that latents and captions are stored in
+    flops_per_sample: float | None
+    gpu_hours: float | None
+    dollars: float | None
+
+
+def encoding(shapes: list[Shapes], machine: Machine, images: int | None) -> Encoding:
+    """`shapes` of the recipes' phases; each resolution is stored once. `images`: else those of the sets, else a million."""
+    by_resolution = list({item.resolution: item for item in shapes}.values())
+    first = by_resolution[0]
+    if first.samples is not None and first.bytes is not None:
+        return Encoding(images or first.samples, True, {"as encoded": first.bytes / first.samples}, None, None, None)
+    stored = {form: _stored(by_resolution, form) for form in ("fp16", "int8")}
+    count = images or MILLION
+    if (first.autoencoder, first.text_encoder) != ("sdxl", "dfn-clip-h"):
+        return Encoding(count, False, stored, None, None, None)
+    flops = clip_h_text_flops(first.caption_tokens) + sum(
+        share * sdxl_encoder_flops(h, w) for item in by_resolution for share, h, w in item.sides
+    )
+    hours = count * flops / (machine.chip.teraflops * 1e12 * UTILISATION) / 3600
+    return Encoding(count, False, stored, flops, hours, hours * machine.price.dollars)
+
+
+def sdxl_encoder_flops(height: int, width: int) -> int:
+    """Of the encoder of SDXL's autoencoder, for latents of that size (in tests counted on diffusers' own): convolutions, and the
+    self-attention over all latents in its middle."""
+    latents = height * width
+    return latents * (264_233_088 + 4 * 512 * latents)
+
+
+def clip_h_text_flops(tokens: int) -> int:
+    """Of CLIP-H's text tower, 24 layers of width 1024 with a feed-forward of four times that."""
+    return 24 * (24 * tokens * 1024**2 + 4 * tokens**2 * 1024)
+
+
+def _stored(by_resolution: list[Shapes], form: str) -> float:
+    latents = sum(
+        share * item.latent_channels * bytes_of_row(height * width, form)  # type: ignore[arg-type]
+        for item in by_resolution
+        for share, height, width in item.sides
+    )
+    text = STORED_TOKENS * bytes_of_row(by_resolution[0].caption_channels, form)  # type: ignore[arg-type]
+    return latents + text + CHECKSUM_BYTES * (len(by_resolution) + 1)

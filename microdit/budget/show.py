@@ -1,0 +1,134 @@
+"""A budget as tables that a person understands at once."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from microdit.budget.encoding import MILLION, STORED_TOKENS, UTILISATION, Encoding
+from microdit.budget.fit import HEADROOM, Way
+from microdit.budget.reckoning import SMALL_CARD_GB, Budget, PhaseBudget
+from microdit.formats import count, duration, figure, hours, money
+
+
+def show(budget: Budget, console: Console) -> None:
+    machine = budget.machine
+    console.print(
+        f"[bold]{budget.parameters / 1e6:,.1f} M parameters, on {machine.count} x {machine.chip.name}[/] "
+        f"({machine.chip.teraflops:,.4g} TFLOP/s, {machine.chip.memory_gb} GB each)",
+        highlight=False,
+    )
+    console.print(
+        f"utilisation {machine.utilisation:.1%} ({machine.utilisation_source}); "
+        f"{money(machine.price.dollars)} a GPU-hour ({machine.price.source})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if budget.assumed:
+        console.print(f"assumed, for want of the encoded data: {'; '.join(budget.assumed)}", highlight=False, soft_wrap=True)
+    for table in (_costs(budget), _memory(budget), _ways(budget)):
+        console.print(table)
+    for line in [_verdict(budget), *_data(budget.encoding)]:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _costs(budget: Budget) -> Table:
+    table = _table("What it costs", "px", "drop", "steps", "batch", "images", "GFLOPs/\nsample", "EFLOPs", "hours", "dollars")
+    for phase in budget.phases:
+        b = phase.bill
+        numbers = [count(b.steps), count(b.batch_size), _short(b.images), figure(b.flops_per_sample / 1e9), figure(b.flops / 1e18)]
+        table.add_row(b.name, str(b.resolution), _dropped(b.mask_ratios), *numbers, hours(b.hours), money(b.dollars))
+    table.add_section()
+    totals = [_short(budget.images), "", figure(budget.flops / 1e18), hours(budget.hours), money(budget.dollars)]
+    table.add_row("all", "", "", "", "", *totals, style="bold")
+    table.caption = f"{duration(3600 * budget.hours)} in all"
+    return table
+
+
+def _memory(budget: Budget) -> Table:
+    """`gathered` are low-precision copies of weights."""
+    table = _table("GB on each GPU, as the recipe says", "weights", "grads", "moments", "averages", "activations", "copies", "total")
+    for phase in budget.phases:
+        p = phase.parts
+        parts = (p.parameters, p.gradients, p.moments, p.averages, p.activations, p.gathered, p.total)
+        table.add_row(phase.bill.name, *(f"{part / 1e9:.2f}" for part in parts))
+    return table
+
+
+def _ways(budget: Budget) -> Table:
+    columns = _places(budget)
+    table = _table("Does it fit? Micro-batch, sharding, GB in use", "as the recipe says", *columns, justify="left")
+    for phase in budget.phases:
+        table.add_row(phase.bill.name, _asked(phase), *(_way(choose(phase)) for choose in columns.values()))
+    table.caption = f"{HEADROOM:.0%} of a card is left free. recomputed: engine.activation_checkpointing, a third more time."
+    return table
+
+
+def _verdict(budget: Budget) -> str:
+    """The table in a sentence."""
+    fits = {"As it is": [phase.bill.name for phase in budget.phases if not (phase.fits and phase.divides)]}
+    for place, choose in _places(budget).items():
+        fits[place.replace("on", "On", 1)] = [phase.bill.name for phase in budget.phases if choose(phase) is None]
+    said = [f"{place}: {'[red]no[/], not ' + ', '.join(missing) if missing else 'yes'}" for place, missing in fits.items()]
+    return f"[bold]Fits?[/] {'. '.join(said)}."
+
+
+def _places(budget: Budget) -> dict[str, Callable[[PhaseBudget], Way | None]]:
+    """The machine, as many cards of 24 GB, and one of them; those that are the same only once."""
+    gpus, memory = budget.machine.count, budget.machine.chip.memory_gb
+    places: dict[str, Callable[[PhaseBudget], Way | None]] = {f"on {gpus} x {memory} GB": lambda phase: phase.advice}
+    places.setdefault(f"on {gpus} x {SMALL_CARD_GB} GB", lambda phase: phase.small)
+    places.setdefault(f"on 1 x {SMALL_CARD_GB} GB", lambda phase: phase.small_alone)
+    return places
+
+
+def _data(data: Encoding) -> list[str]:
+    images = f"{_short(data.images)} images"
+    size = ", ".join(
+        f"{value * data.images / 1e9:,.4g} GB ({form}, {value:,.0f} bytes each)" for form, value in data.bytes_per_sample.items()
+    )
+    lines = [f"[bold]Data:[/] {images} take {size}."]
+    if data.encoded:
+        return lines
+    lines[0] += f" Captions of {STORED_TOKENS} tokens on average."
+    if data.images == MILLION:
+        lines[0] += " Say how many with --images."
+    if data.gpu_hours is None or data.flops_per_sample is None:
+        return [*lines, "What these encoders cost is not known here: only the SDXL autoencoder and DFN5B-CLIP-H are reckoned."]
+    rate = (
+        f"{data.flops_per_sample / 1e12:.3g} TFLOPs a sample, {UTILISATION:.0%} of the peak assumed, reading and decoding files not counted"
+    )
+    return [*lines, f"[bold]Encoding[/] them once: {hours(data.gpu_hours)} GPU-hours, {money(data.dollars)} ({rate})."]
+
+
+def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right") -> Table:
+    """Narrow enough for 80 characters."""
+    look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "caption_justify": "left", "caption_style": "dim"}
+    table = Table("phase", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **look)
+    for column in columns:
+        table.add_column(column, justify=justify)
+    return table
+
+
+def _asked(phase: PhaseBudget) -> str:
+    if not phase.divides:
+        return "[red]micro_batch does not divide a GPU's share of the batch[/]"
+    return _way(phase.asked) if phase.fits else f"[red]{_way(phase.asked)}: too much[/]"
+
+
+def _way(way: Way | None) -> str:
+    if way is None:
+        return "[red]does not fit[/]"
+    return f"{way.micro_batch}, {way.sharding}{', recomputed' if way.checkpointing else ''}, {way.gigabytes:.1f}"
+
+
+def _dropped(ratios: tuple[float, float]) -> str:
+    first, last = (f"{ratio:.0%}" for ratio in ratios)
+    return first if first == last else f"{first} to {last}"
+
+
+def _short(number: float) -> str:
+    """12.3 M, 1,230 M"""
+    return f"{figure(number / 1e6, 3)} M" if number >= MILLION else count(number)

@@ -1,0 +1,82 @@
+"""The commands as a person runs them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from microdit.budget.measured import read_measurements
+from microdit.recipe_file import load_recipe
+from tests.budget.test_bill import PUBLISHED
+from tests.training.processes import RECIPE, start
+
+
+def microdit(tmp_path: Path, *arguments: object) -> tuple[int, str]:
+    running = start(tmp_path / "logs", list(arguments), cwd=tmp_path)
+    return running.wait()[0], running.output
+
+
+def test_the_published_run_is_priced_without_its_data(tmp_path):
+    code, output = microdit(tmp_path, "budget", PUBLISHED, "--chip", "h100", "--count", 8, "--price", 2.5, "--mfu", 0.45)
+    assert code == 0, output
+    for text in (
+        "1,165.4 M parameters, on 8 x H100 SXM",
+        "282.1",
+        "714.2",
+        "1069",
+        "3003",
+        "$512.47",
+        "assumed, for want of",
+        "On 1 x 24 GB: no, not 512-masked, 512-full.",
+    ):
+        assert text in output
+
+
+def test_json_says_the_same_and_overrides_count(tmp_path):
+    code, output = microdit(tmp_path, "budget", PUBLISHED, "phases.0.steps=10", "--images", 1000, "--bench", "none.json", "--json")
+    assert code == 0, output
+    found = json.loads(output)
+    assert [phase["bill"]["steps"] for phase in found["phases"]] == [10] * 4
+    assert found["encoding"]["images"] == 1000
+    assert found["machine"]["price"]["dollars"] == 2.69
+
+
+def test_a_sum_becomes_recipes_ready_to_train(tmp_path):
+    code, output = microdit(tmp_path, "budget", "--dollars", 50, "--chip", "rtx4090", "--data", "data/cats", "--out", "bought")
+    assert code == 0, output
+    assert "Written: microdit train bought" in output
+    assert load_recipe(tmp_path / "bought" / "1-256-masked.yaml").data.path == "data/cats"
+
+
+def test_bench_measures_a_real_step_and_keeps_it(tmp_path):
+    code, output = microdit(
+        tmp_path, "bench", "--recipe", RECIPE, "--seconds", 0.5, "--micro-batch", 4, "--device", "cpu", "--file", "bench.json"
+    )
+    assert code == 0, output
+    assert "images/s, MFU" in output
+    (found,) = read_measurements(tmp_path / "bench.json").values()
+    assert found.chip == "CPU, 1 threads"
+    assert (found.micro_batch, found.model, found.precision) == (4, "tiny", "float32")
+    assert 0 < found.utilisation < 1.5  # of a peak that is itself measured
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["budget"], "Name a recipe, to see what it costs, or --dollars"),
+        (["budget", PUBLISHED, "--dollars", 5], "one of the two"),
+        (["budget", PUBLISHED, "--out", "x"], "--out goes with --dollars"),
+        (["budget", PUBLISHED, "--chip", "h900"], "There is no chip named h900 in our table; known are"),
+        (["budget", PUBLISHED, "--price", -1], "--price is -1.0"),
+        (["budget", PUBLISHED, "--mfu", 1.5], "must lie in (0, 1]"),
+        (["budget", PUBLISHED, "--chip", "t4"], "does not fit: one sample at a time"),
+        (["budget", "nowhere.yaml"], "There is no recipe at nowhere.yaml"),
+        (["budget", "--dollars", 0.001], "are too little"),
+        (["bench", "--recipe", "nowhere.yaml"], "There is no recipe at nowhere.yaml"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(tmp_path, arguments, sentence):
+    code, output = microdit(tmp_path, *arguments)
+    assert code == 1
+    assert sentence in output
+    assert "Traceback" not in output

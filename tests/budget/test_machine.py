@@ -1,0 +1,102 @@
+"""Chips by name, prices, utilisation: given, measured, assumed."""
+
+import json
+
+import pytest
+
+from microdit.budget.machine import ASSUMED_UTILISATION, find_machine
+from microdit.budget.measured import Measurement, keep_measurement, measurements_file, read_measurements
+from microdit.budget.prices import PRICES, Price
+from microdit.errors import UserError
+from microdit.training.chips import CHIPS
+
+MEASURED = Measurement("RTX 4090", 0.41, 165.2e12, "the vendor's figure", 300.0, "MicroDiT_Tiny_2", 256, "bfloat16", "2.13.0", "2026-11-24")
+
+
+def find(tmp_path, chip="h100", count=8, price=None, utilisation=None, prices=None):
+    return find_machine(chip, count, price, utilisation, prices, tmp_path / "bench.json")
+
+
+def test_every_chip_has_a_price():
+    assert set(PRICES) == {chip.name for chip in CHIPS}
+    assert all(0.1 < price.dollars < 20 for price in PRICES.values())
+
+
+def test_your_own_price_wins_over_the_file_and_the_file_over_the_table(tmp_path):
+    file = tmp_path / "prices.yaml"
+    file.write_text("h100: 1.5\nrtx4090: 0.4\n")
+    assert find(tmp_path, price=2.0, prices=file).price.dollars == 2.0
+    assert find(tmp_path, prices=file).price == Price(1.5, str(file))
+    assert find(tmp_path, chip="l4", prices=file).price == PRICES["L4"]
+    assert find(tmp_path).price == PRICES["H100 SXM"]
+
+
+def test_utilisation_is_given_measured_or_assumed_and_says_which(tmp_path):
+    assert find(tmp_path, chip="4090").utilisation == ASSUMED_UTILISATION
+    assert "assumed" in find(tmp_path, chip="4090").utilisation_source
+    keep_measurement(MEASURED, tmp_path / "bench.json")
+    found = find(tmp_path, chip="4090")
+    assert found.utilisation == 0.41
+    assert "measured on 2026-11-24" in found.utilisation_source
+    assert find(tmp_path, chip="4090", utilisation=0.3).utilisation == 0.3
+    assert find(tmp_path, chip="h100").utilisation == ASSUMED_UTILISATION
+
+
+def test_measurements_of_several_chips_are_kept_the_newest_of_each(tmp_path):
+    file = tmp_path / "deep" / "bench.json"
+    for chip, share in (("A", 0.2), ("B", 0.3), ("A", 0.4)):
+        keep_measurement(Measurement(**{**MEASURED.__dict__, "chip": chip, "utilisation": share}), file)
+    assert {name: item.utilisation for name, item in read_measurements(file).items()} == {"A": 0.4, "B": 0.3}
+
+
+def test_the_file_lies_where_the_user_keeps_state(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert measurements_file() == tmp_path / "microdit" / "bench.json"
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert measurements_file() == tmp_path / ".local" / "state" / "microdit" / "bench.json"
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", json.dumps({"A": {"chip": "A"}}), json.dumps({"A": {**MEASURED.__dict__, "utilisation": 0}})]
+)
+def test_damaged_measurements_are_named(tmp_path, content):
+    (tmp_path / "bench.json").write_text(content)
+    with pytest.raises(UserError, match=r"bench\.json cannot be read .* run microdit bench again"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"chip": "h900"}, "There is no chip named h900 in our table; known are B200, "),
+        ({"chip": ""}, "There is no chip named"),
+        ({"price": -1.0}, "--price is -1.0, and must be the dollars of a GPU-hour"),
+        ({"price": float("nan")}, "--price is nan"),
+        ({"utilisation": 0.0}, r"--mfu is 0.0, and must lie in \(0, 1\]"),
+        ({"utilisation": 1.1}, "--mfu is 1.1"),
+        ({"utilisation": float("nan")}, "--mfu is nan"),
+        ({"count": 0}, "--count is 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        find(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("- 1", "must hold chips and dollars"),
+        ("h900: 2", "h900 is no known chip"),
+        ("h100: cheap", "h100 is cheap"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_a_bad_price_list_is_refused(tmp_path, content, sentence):
+    file = tmp_path / "prices.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        find(tmp_path, prices=file)
+    with pytest.raises(UserError, match="cannot be read"):
+        find(tmp_path, prices=tmp_path / "nowhere.yaml")
