@@ -11,7 +11,6 @@ Each step goes on where it was stopped, and is shared among the processes of tor
 import hashlib
 import heapq
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.evaluation.clip_score import ClipCaptions
 from microdit.evaluation.drawing import draw_pictures, picture_name, steps_to_draw
-from microdit.evaluation.extraction import Features, extract
+from microdit.evaluation.extraction import Features, extract, feature_cache
 from microdit.evaluation.image_features import ClipFeatures, DinoFeatures, EfficientNetFeatures, ImageFeatures, InceptionFeatures
 from microdit.evaluation.metrics import METRICS, Kind, Sets, measure, resamples_of
 from microdit.evaluation.nearest import nearest
@@ -49,11 +48,6 @@ class Question:
     dino: str = "facebook/dinov2-large"
     side: int | None = None  # pixels that both are cut to before anything sees them; None: as drawn
     resamples: int = 100
-
-
-def feature_cache() -> Path:
-    """Where features of reference sets are kept: below XDG_CACHE_HOME, or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "microdit" / "features"
 
 
 def evaluate(painter: Painter, reference: Source, question: Question, settings: DrawSettings, out: Path, world: World) -> dict[str, Any]:

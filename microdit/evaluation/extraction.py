@@ -7,6 +7,7 @@ Shapes: N pictures, D features.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -39,6 +40,11 @@ class Features:
     @property
     def left_out(self) -> int:
         return self.total - len(self.numbers_N)
+
+
+def feature_cache() -> Path:
+    """Where features of reference sets are kept: below XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "microdit" / "features"
 
 
 def extract(

@@ -1,0 +1,113 @@
+"""Equal budgets: what a step of each arm costs, and so how many steps each may take.
+
+FLOPs are counted by formula; images are what the reference arm sees, since all arms have its batch. Seconds are measured once, all arms in
+turns, so that a machine that others use slows all of them alike; from then on an arm's seconds are its steps times its seconds a step.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+
+from microdit.distributed import World
+from microdit.errors import UserError
+from microdit.files import write_aside
+from microdit.lab.study import Budget, Study
+from microdit.recipe import Recipe
+from microdit.terminal import progress
+from microdit.training.trainer import Trainer
+
+ROUNDS = 7  # of which the median is taken
+STEPS_A_ROUND = 4
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """What a step costs, and the `steps` that each budget buys."""
+
+    flops_per_step: float
+    seconds_per_step: float
+    steps: dict[Budget, int]
+
+    def legs(self, readings: list[float]) -> list[int]:
+        """The steps at which quality is measured: shares of each budget, in order."""
+        return sorted({max(1, round(share * steps)) for share in readings for steps in self.steps.values()})
+
+    def cost(self, budget: Budget, step: int) -> float:
+        """FLOPs, seconds or batches."""
+        return step * {"flops": self.flops_per_step, "seconds": self.seconds_per_step, "images": 1.0}[budget]
+
+
+def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World) -> dict[str, ArmPlan]:
+    """The plan in `out`/plan.json, or a new one, which is written there. Raises UserError if that one is of other arms or budgets."""
+    path = out / "plan.json"
+    asked = {"reference": asdict(study.reference), "arms": {arm: recipe.to_yaml() for arm, recipe in recipes.items()}}
+    if path.is_file():
+        before = json.loads(path.read_text())["asked"]
+        if before != asked:
+            changed = [arm for arm in recipes if before["arms"].get(arm) != asked["arms"][arm]] or ["the budget"]
+            raise UserError(f"{out} holds results of this study as it was before {', '.join(changed)} changed: choose another --out.")
+        return read_plan(out)
+    with TemporaryDirectory() as place:
+        trainers = {arm: Trainer(recipe, Path(place) / arm, Console(quiet=True), world) for arm, recipe in recipes.items()}
+        flops = {arm: _flops_of_a_step(trainer) for arm, trainer in trainers.items()}
+        seconds = _seconds_of_a_step(trainers)
+    reference, steps = study.reference.arm, study.reference.steps
+    plans = {arm: _plan(steps, flops[reference], seconds[reference], flops[arm], seconds[arm]) for arm in recipes}
+    write_aside(path, json.dumps({"asked": asked, "arms": {arm: asdict(plan) for arm, plan in plans.items()}}, indent=1).encode())
+    return plans
+
+
+def _plan(steps: int, reference_flops: float, reference_seconds: float, flops: float, seconds: float) -> ArmPlan:
+    bought = {"flops": steps * reference_flops / flops, "seconds": steps * reference_seconds / seconds, "images": steps}
+    return ArmPlan(flops, seconds, {budget: max(1, round(count)) for budget, count in bought.items()})  # type: ignore[misc]
+
+
+def read_plan(out: Path) -> dict[str, ArmPlan]:
+    """The plan that results in `out` were made by. Raises UserError if there is none."""
+    path = out / "plan.json"
+    if not path.is_file():
+        raise UserError(f"There is no {path}: run the study first.")
+    return {arm: ArmPlan(**values) for arm, values in json.loads(path.read_text())["arms"].items()}
+
+
+def _flops_of_a_step(trainer: Trainer) -> float:
+    """Forward and backward, of the whole batch."""
+    batch = trainer._batch(0)
+    return trainer.work.of_step(trainer.recipe.phases[0], 0, math.prod(trainer._grid(batch)), batch.text_BLE.shape[1])
+
+
+def _seconds_of_a_step(trainers: dict[str, Trainer]) -> dict[str, float]:
+    steps = {arm: _stepper(trainer) for arm, trainer in trainers.items()}
+    times: dict[str, list[float]] = {arm: [] for arm in trainers}
+    with progress("time a step of each arm", ROUNDS * len(trainers)) as advance:
+        for _ in range(ROUNDS):
+            for arm, step in steps.items():
+                started = time.perf_counter()
+                for _ in range(STEPS_A_ROUND):
+                    step()
+                times[arm].append((time.perf_counter() - started) / STEPS_A_ROUND)
+                advance(1)
+    return {arm: median(values[1:]) for arm, values in times.items()}  # the first round warms up
+
+
+def _stepper(trainer: Trainer) -> Callable[[], None]:
+    """What the trainer does in a step, without reading and recording."""
+    phase, state = trainer.recipe.phases[0], trainer.state
+    batches = cycle([trainer._batch(number % trainer.recipe.total_steps) for number in range(STEPS_A_ROUND)])
+    state.optimizers.set_rate(phase.learning_rate)
+
+    def step() -> None:
+        state.loss(next(batches)).mean().backward()
+        state.clip(phase.grad_clip)
+        state.take_step(1)
+        state.optimizers.zero_grad()
+
+    return step

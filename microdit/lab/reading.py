@@ -1,0 +1,83 @@
+"""Quality of a checkpoint for the lab: small, always the same pictures and noise, nothing masked, averaged weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from microdit.data.emoji import emoji_source
+from microdit.distributed import World
+from microdit.evaluation.extraction import extract, feature_cache
+from microdit.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
+from microdit.evaluation.image_features import EfficientNetFeatures
+from microdit.evaluation.kid import kid
+from microdit.evaluation.retrieval import retrieval, spread_ids
+from microdit.lab.study import Study
+from microdit.pipeline import Pipeline
+from microdit.recipe import Recipe
+from microdit.terminal import progress, warn
+from microdit.training.held_out import HeldOut
+from microdit.training.step import DenoisingLoss
+
+HELD_OUT = 106  # samples of the held-out emoji
+
+
+@dataclass(frozen=True)
+class Reading:
+    """`recognised`: share of captions whose picture is among the 10 nearest of all training pictures, by EfficientNet-Lite0."""
+
+    held_out_loss: float
+    frechet_distance: float
+    kid: float
+    recognised: float
+
+
+class Reader:
+    """Holds what all readings of a study share: the reference's features, captions, the network."""
+
+    def __init__(self, study: Study, recipe: Recipe, world: World):
+        self._study, self._recipe, self._world = study, recipe, world
+        self._network = EfficientNetFeatures()
+        self._records = [record for part in emoji_source("train").parts for record in part.records()]
+        self._right_N = spread_ids(len(self._records), study.pictures)
+        self._captions = [self._records[i].captions["caption"] for i in self._right_N]
+        self._real: tuple[Tensor, Gaussian] | None = None
+
+    def read(self, run: Path) -> tuple[Reading, list[Image.Image]]:
+        """Of the newest checkpoint, and pictures of the study's prompts."""
+        pipeline, checkpoint = Pipeline.from_run(run, _refuse)
+        side = checkpoint.state["data"]["resolution"]
+        real_MD, gaussian = self._reference(side)
+        settings = (self._study.num_inference_steps, self._study.guidance_scale)
+        drawn_ND = self._network(pipeline(self._captions, *settings, seed=0))
+        strip = pipeline(list(self._study.prompts), *settings, seed=0)
+        subset = min(len(drawn_ND), len(real_MD), 1000)
+        reading = Reading(
+            held_out_loss=self._held_out(pipeline, side),
+            frechet_distance=frechet_distance(gaussian, fit_gaussian(drawn_ND)),
+            kid=kid(drawn_ND, real_MD, subset_size=subset, subsets=20).value,
+            recognised=retrieval(drawn_ND, real_MD, self._right_N).top_10,
+        )
+        return reading, strip
+
+    def _held_out(self, pipeline: Pipeline, side: int) -> float:
+        data = self._recipe.data
+        assert data.held_out is not None
+        held_out = HeldOut(Path(data.held_out), side, HELD_OUT, pipeline.edm, self._world)
+        found = held_out.measure(DenoisingLoss(pipeline.model, pipeline.edm, pipeline.mask_padding))["held_out_loss"]
+        assert isinstance(found, float)
+        return found
+
+    def _reference(self, side: int) -> tuple[Tensor, Gaussian]:
+        if self._real is None:
+            with progress("features of the emoji", len(self._records)) as advance:
+                contents = (record.image for record in self._records)
+                found = extract(self._network, contents, side, feature_cache(), self._world, warn, advance)
+            self._real = found.features_ND, fit_gaussian(found.features_ND)
+        return self._real
+
+
+def _refuse(sentence: str) -> None:
+    """A run of the lab that is damaged is no result."""
+    raise AssertionError(sentence)

@@ -1,0 +1,114 @@
+"""`microdit lab report`: a study's results as Markdown with figures, for docs/lab/."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from microdit.formats import figure
+from microdit.grids import save_png
+from microdit.lab.plan import ArmPlan
+from microdit.lab.plots import draw_study
+from microdit.lab.study import HIGHER_IS_BETTER, MEASURES, Budget, Study
+from microdit.lab.summary import Spread, Verdict, at_budget, diverged, judge
+
+TITLES = {
+    "held_out_loss": "Held-out loss",
+    "frechet_distance": "Frechet distance, EfficientNet-Lite0",
+    "kid": "KID, EfficientNet-Lite0",
+    "recognised": "Recognised among the 10 nearest",
+}
+BUDGETS: dict[Budget, str] = {"flops": "Equal FLOPs", "seconds": "Equal seconds", "images": "Equal images"}
+ANSWERS = {True: "holds", False: "does not hold", None: "open"}
+
+
+def write_report(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], out: Path, folder: Path) -> Path:
+    """`folder`/README.md, its figures, and the results themselves. `out` is where the study was run. Returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for measure in MEASURES:
+        draw_study(study, plans, results, measure, TITLES[measure], folder / f"{measure}.png")
+    strips = _join_strips(study, plans, out, folder / "strips.png")
+    for name in ("plan.json", "results.jsonl"):
+        if out.resolve() != folder.resolve():
+            shutil.copyfile(out / name, folder / name)
+    parts = [_head(study, plans, results), _claims(judge(study, plans, results))]
+    parts += [_table(study, plans, results, budget) for budget in BUDGETS]
+    parts += [f"![{TITLES[measure]} against cost]({measure}.png)" for measure in MEASURES]
+    if strips:
+        parts.append(f"The same prompts from the same noise, seed {study.seeds[0]}, at equal FLOPs:\n\n![samples of each arm](strips.png)")
+    page = folder / "README.md"
+    page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return page
+
+
+def _head(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]]) -> str:
+    plan, steps = plans[study.reference.arm], study.reference.steps
+    flops, seconds = steps * plan.flops_per_step, steps * plan.seconds_per_step
+    seeds = len({line["seed"] for line in results})
+    lost = [f"{arm} diverged for seed {line['seed']} before step {line['step']:,}" for arm in study.arms for line in diverged(results, arm)]
+    budgets = f"the FLOPs ({figure(flops / 1e12, 3)} T), the seconds ({figure(seconds, 3)}, all arms timed in turns) and the images"
+    sampler = f"{study.pictures} pictures, {study.num_inference_steps} steps, guidance {figure(study.guidance_scale)}"
+    lines = [
+        f"# {study.name}: {study.question}",
+        f"Each arm is read at three budgets: {budgets} that `{study.reference.arm}` takes for {steps:,} steps. {seeds} seeds; the same "
+        f"samples, noise and captions for every arm. Averaged weights; {sampler}; nothing is masked when quality is measured. ± is one "
+        "standard deviation over seeds.",
+        f"Made by `microdit lab run recipes/lab/{study.name}.yaml` and `microdit lab report recipes/lab/{study.name}.yaml`.",
+        study.notes,
+    ]
+    return "\n\n".join([*(line for line in lines if line), *(f"**{one}.**" for one in lost)])
+
+
+def _claims(verdicts: list[Verdict]) -> str:
+    """The table that people look for first."""
+    if not verdicts:
+        return ""
+    rows = ["| claim | measured here | holds? |", "|---|---|---|"]
+    for verdict in verdicts:
+        claim = verdict.claim
+        found = verdict.why
+        if verdict.better and verdict.worse:
+            found = (
+                f"{TITLES[claim.measure]}: {claim.better} {_words(verdict.better)}, {claim.worse} {_words(verdict.worse)}; {verdict.why}"
+            )
+        rows.append(f"| {claim.says} | {found} | **{ANSWERS[verdict.holds]}** ({BUDGETS[claim.budget].lower()}) |")
+    return "\n".join(rows)
+
+
+def _table(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], budget: Budget) -> str:
+    rows = [f"### {BUDGETS[budget]}", ""]
+    rows += [
+        f"| arm | steps | GFLOPs a step | ms a step | {' | '.join(TITLES[measure] for measure in MEASURES)} |",
+        "|---" * (4 + len(MEASURES)) + "|",
+    ]
+    found = {arm: [at_budget(results, arm, plan.steps[budget], measure) for measure in MEASURES] for arm, plan in plans.items()}
+    for arm in study.arms:
+        plan, cells = plans[arm], []
+        for column, spread in enumerate(found[arm]):
+            others = [values[column].mean for values in found.values() if values[column]]  # type: ignore[union-attr]
+            best = (max if MEASURES[column] in HIGHER_IS_BETTER else min)(others) if others else None
+            words = "–" if spread is None else _words(spread)
+            cells.append(f"**{words}**" if spread is not None and spread.mean == best else words)
+        costs = f"{plan.steps[budget]:,} | {plan.flops_per_step / 1e9:.1f} | {plan.seconds_per_step * 1e3:.1f}"
+        rows.append(f"| {arm} | {costs} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _words(spread: Spread) -> str:
+    return figure(spread.mean, 3) + (f" ± {figure(spread.deviation, 2)}" if spread.seeds > 1 else " (one seed)")
+
+
+def _join_strips(study: Study, plans: dict[str, ArmPlan], out: Path, path: Path) -> bool:
+    """The strips of the first seed at the end of the FLOPs budget, one under the other."""
+    names = [out / "strips" / f"{arm}-{study.seeds[0]}-{plans[arm].steps['flops']}.png" for arm in study.arms]
+    strips = [Image.open(name) for name in names if name.is_file()]
+    if not strips:
+        return False
+    joined = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
+    top = 0
+    for strip in strips:
+        joined.paste(strip, (0, top))
+        top += strip.height
+    save_png(joined, path)
+    return True

@@ -1,0 +1,103 @@
+"""`microdit lab run`: every arm for every seed on both budgets, whatever was done before left alone.
+
+OUT/plan.json                    what a step costs, and the steps that the budgets buy
+OUT/results.jsonl                one line a reading: arm, seed, step, FLOPs, seconds, and the quality
+OUT/strips/ARM-SEED-STEP.png     the same prompts from the same noise
+OUT/runs/ARM/seed-N/             the run folders; deleted once all of an arm's readings are taken, unless --keep
+
+The same samples, noise and masks' random numbers for every arm: draws depend on the seed, the step and the sample's place alone.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from microdit.distributed import World
+from microdit.errors import StoppedError, UserError
+from microdit.files import write_aside
+from microdit.grids import draw_grid, save_png
+from microdit.lab.plan import ArmPlan, make_plan
+from microdit.lab.reading import Reader
+from microdit.lab.study import Study
+from microdit.recipe import Recipe
+from microdit.terminal import console, progress
+from microdit.training.trainer import Trainer
+
+
+def run_study(study: Study, recipes: dict[str, Recipe], out: Path, world: World, keep: bool = False) -> None:
+    """Goes on where it was stopped. An arm that diverges gets a line that says so. Raises UserError, StoppedError."""
+    plans = make_plan(study, recipes, out, world)
+    todo = [(arm, seed) for seed in study.seeds for arm in study.arms]  # seed by seed: a first result of every arm comes early
+    done = read_results(out)
+    reader = Reader(study, recipes[study.reference.arm], world)
+    with progress(study.name, len(todo)) as advance:
+        for arm, seed in todo:
+            advance(0, f"{arm}, seed {seed}")
+            legs = plans[arm].legs(study.readings)
+            known = {line["step"] for line in done if (line["arm"], line["seed"]) == (arm, seed)}
+            diverged = any(line.get("diverged") for line in done if (line["arm"], line["seed"]) == (arm, seed))
+            if not diverged and not set(legs) <= known:
+                _train(study, recipes[arm], arm, seed, plans[arm], legs, known, reader, out, world)
+            run = _run_folder(out, arm, seed)
+            if not keep and run.exists():
+                shutil.rmtree(run)
+            advance(1)
+
+
+def read_results(out: Path) -> list[dict[str, Any]]:
+    """The lines of results.jsonl; half a line at the end, of a run that was killed, is left out."""
+    path = out / "results.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _train(
+    study: Study,
+    recipe: Recipe,
+    arm: str,
+    seed: int,
+    plan: ArmPlan,
+    legs: list[int],
+    known: set[int],
+    reader: Reader,
+    out: Path,
+    world: World,
+) -> None:
+    run = _run_folder(out, arm, seed)
+    for step in (leg for leg in legs if leg not in known):
+        try:
+            _train_to(recipe, seed, step, run, world)
+        except StoppedError:
+            raise
+        except UserError as error:
+            console.print(f"[yellow]{arm}, seed {seed}, did not reach step {step}: {error}[/]")
+            _append(out, {"arm": arm, "seed": seed, "step": step, "diverged": str(error)})
+            return
+        reading, strip = reader.read(run)
+        save_png(draw_grid(strip, study.prompts, title=f"{arm}, seed {seed}, step {step:,}"), out / "strips" / f"{arm}-{seed}-{step}.png")
+        costs = {"flops": step * plan.flops_per_step, "seconds": step * plan.seconds_per_step}
+        _append(out, {"arm": arm, "seed": seed, "step": step, **costs, **asdict(reading)})
+
+
+def _train_to(recipe: Recipe, seed: int, step: int, run: Path, world: World) -> None:
+    """A longer phase with a constant rate is the same phase, so a run that ended goes on."""
+    phase = replace(recipe.phases[0], steps=step)
+    record = replace(recipe.record, checkpoint_every=max(step, 1), keep_checkpoints=1, sample_prompts=[], held_out_every=step + 1)
+    leg = replace(recipe, seed=seed, phases=[phase], record=record)
+    trainer = Trainer(leg, run, Console(quiet=True), world, resume=run.exists(), accept_changes=True)
+    if trainer.step < step:
+        trainer.train()
+
+
+def _append(out: Path, line: dict[str, Any]) -> None:
+    """The file is written anew, so that half a line of a killed process does not spoil the next."""
+    content = "".join(f"{json.dumps(one)}\n" for one in [*read_results(out), line])
+    write_aside(out / "results.jsonl", content.encode())
+
+
+def _run_folder(out: Path, arm: str, seed: int) -> Path:
+    return out / "runs" / arm / f"seed-{seed}"

@@ -1,0 +1,132 @@
+"""A study: arms that differ by a few lines of a recipe, each trained for several seeds on equal budgets. `recipes/lab/` holds them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from microdit.errors import UserError
+from microdit.recipe import Recipe
+from microdit.recipe_file import load_recipe
+
+# What the study decides itself, so that budgets are equal and results can be compared.
+OURS = (
+    "seed",
+    "name",
+    "data",
+    "init_from",
+    "ema",
+    "engine",
+    "record",
+    "phases.0.steps",
+    "phases.0.batch_size",
+    "phases.0.final_learning_rate",
+)
+FREE = ("phases.0.mask_ratio",)
+MEASURES = ("held_out_loss", "frechet_distance", "kid", "recognised")
+HIGHER_IS_BETTER = ("recognised",)
+
+Budget = Literal["flops", "seconds", "images"]
+Measure = Literal["held_out_loss", "frechet_distance", "kid", "recognised"]
+
+
+@dataclass(frozen=True)
+class ReferenceArm:
+    """Budgets are what this arm takes for so many steps: its FLOPs, its seconds, its images."""
+
+    arm: str = MISSING
+    steps: int = MISSING
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What others report: that arm `better` is better than arm `worse` by `measure`, at equal `budget`."""
+
+    says: str = MISSING
+    better: str = MISSING
+    worse: str = MISSING
+    measure: Measure = "frechet_distance"
+    budget: Budget = "flops"
+
+
+@dataclass(frozen=True)
+class Study:
+    """`arms`: overrides of the base recipe by name. `base` lies beside the study's file, and has one phase with a constant rate."""
+
+    name: str = MISSING
+    question: str = MISSING
+    base: str = "base.yaml"
+    reference: ReferenceArm = MISSING
+    arms: dict[str, list[str]] = MISSING
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    claims: list[Claim] = field(default_factory=list)
+    readings: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # shares of each budget at which quality is measured
+    pictures: int = 256  # that are drawn for each reading
+    num_inference_steps: int = 10
+    guidance_scale: float = 2.0
+    prompts: list[str] = field(
+        default_factory=lambda: ["red heart", "cat face", "green apple", "pizza", "owl", "fire engine"]
+    )  # of the strips
+    notes: str = ""  # what a reader should know, in the report
+
+
+def load_study(path: Path) -> tuple[Study, dict[str, Recipe]]:
+    """The study and the recipe of each arm. Raises UserError naming file, arm and fix."""
+    try:
+        raw = OmegaConf.load(path)
+        study = cast(Study, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), raw)))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is no readable study: {' '.join(str(error).split())}.") from error
+    except ConfigKeyError as error:
+        raise UserError(f"{path}: unknown key {error.full_key or error.key}.") from error
+    except MissingMandatoryValue as error:
+        raise UserError(f"{path}: {error.full_key} is missing, and has no default.") from error
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(f"{path}: {str(error).strip().splitlines()[0]}.") from error
+    problems = _problems(study)
+    if problems:
+        raise UserError(f"{path} asks for what cannot be:\n  - " + "\n  - ".join(problems))
+    return study, {arm: _recipe_of(path, study, arm) for arm in study.arms}
+
+
+def _problems(study: Study) -> list[str]:
+    problems = []
+    if study.reference.arm not in study.arms:
+        problems.append(f"reference.arm {study.reference.arm} is none of the arms: {', '.join(study.arms)}.")
+    if study.reference.steps < 1:
+        problems.append(f"reference.steps is {study.reference.steps}, and must be at least 1.")
+    for claim in study.claims:
+        problems += [
+            f"the claim '{claim.says}' is about {arm}, which is no arm." for arm in (claim.better, claim.worse) if arm not in study.arms
+        ]
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        problems.append(f"seeds {study.seeds} must be different ones, at least one.")
+    if sorted(set(study.readings)) != study.readings or not study.readings or study.readings[0] <= 0 or study.readings[-1] != 1:
+        problems.append(f"readings {study.readings} must rise, from above 0 to 1.0, the whole budget.")
+    for arm, overrides in study.arms.items():
+        for override in overrides:
+            key = override.partition("=")[0]
+            if any(key == ours or key.startswith(f"{ours}.") for ours in OURS):
+                problems.append(
+                    f"the arm {arm} sets {key}: the budgets would not be equal, or the results not comparable. Set it in the base."
+                )
+    return problems
+
+
+def _recipe_of(path: Path, study: Study, arm: str) -> Recipe:
+    recipe = load_recipe(
+        path.parent / study.base, [*study.arms[arm], f"name={study.name}-{arm}", f"phases.0.steps={study.reference.steps}"]
+    )
+    if len(recipe.phases) != 1 or recipe.phases[0].final_learning_rate != 1 or recipe.phases[0].mask_schedule:
+        raise UserError(
+            f"{path.parent / study.base} must have one phase with a constant learning rate: quality is read on the way, where a schedule "
+            "that is not at its end would mislead."
+        )
+    if recipe.data.held_out is None:
+        raise UserError(f"{path.parent / study.base} needs data.held_out, an encoded set that is never learnt from.")
+    if not recipe.ema:
+        raise UserError(f"{path.parent / study.base} needs an ema: without, a constant learning rate leaves noise in the weights.")
+    return recipe

@@ -1,0 +1,94 @@
+"""A study from end to end, by the commands: stopped and resumed, an arm that diverges, the report."""
+
+import json
+
+import pytest
+
+from microdit.lab.run import read_results
+from tests.commands import microdit
+from tests.training.processes import start, wait_for
+
+BASE = """
+name: base
+data: {path: data/emoji, held_out: data/emoji}
+model: {dim: 32, depth: 3, head_dim: 8, mixer_dim: 32, mixer_depth: 1, num_experts: 0, round_ffn_to: 8, patch_size: 2}
+phases: [{name: all, steps: 1, batch_size: 4, learning_rate: 1e-3}]
+ema: [{decay: 0.9}]
+"""
+STUDY = """
+name: small
+question: which is better?
+reference: {arm: none, steps: 8}
+seeds: [0, 1]
+readings: [0.5, 1.0]
+pictures: 12
+num_inference_steps: 2
+prompts: [red heart, owl]
+arms:
+  none: [model.routing=none]
+  deferred: [phases.0.mask_ratio=0.75]
+  wild: [phases.0.learning_rate=1e30]
+claims:
+  - {says: masking is cheaper, better: deferred, worse: none, measure: held_out_loss}
+  - {says: wild is good, better: wild, worse: none}
+"""
+
+
+@pytest.fixture(scope="module")
+def laboratory(workplace):
+    (workplace / "base.yaml").write_text(BASE)
+    (workplace / "small.yaml").write_text(STUDY)
+    return workplace
+
+
+def test_a_study_that_is_killed_goes_on_and_its_report_says_what_happened(laboratory):
+    out = laboratory / "lab" / "small"
+    running = start(laboratory / ".logs", ["lab", "run", "small.yaml"], cores=2, cwd=laboratory)
+    wait_for(lambda: len(read_results(out)) >= 3, running, seconds=300)
+    running.kill()
+    before = read_results(out)
+    with (out / "results.jsonl").open("a") as file:
+        file.write('{"arm": "none", "se')  # as a kill in the middle of a line leaves it
+    done = microdit("lab", "run", "small.yaml", cwd=laboratory)
+    assert done.returncode == 0, done.output
+    results = read_results(out)
+    assert results[: len(before)] == before
+    plan = json.loads((out / "plan.json").read_text())["arms"]
+    for arm in ("none", "deferred"):
+        steps = plan[arm]["steps"].values()
+        legs = {max(1, round(share * count)) for share in (0.5, 1.0) for count in steps}
+        for seed in (0, 1):
+            lines = [line for line in results if (line["arm"], line["seed"]) == (arm, seed)]
+            assert sorted(line["step"] for line in lines) == sorted(legs)  # each once
+            assert all(line["flops"] == line["step"] * plan[arm]["flops_per_step"] for line in lines)
+            assert all(line["held_out_loss"] > 0 and line["frechet_distance"] > 0 for line in lines)
+    assert len({line["frechet_distance"] for line in results if "frechet_distance" in line}) == len(results) - 2
+    diverged = [line for line in results if line.get("diverged")]
+    assert [(line["arm"], line["seed"]) for line in diverged] == [("wild", 0), ("wild", 1)]
+    assert not list((out / "runs").glob("*/*"))  # run folders of arms that are done are gone
+    assert plan["none"]["steps"]["flops"] == plan["none"]["steps"]["seconds"] == 8
+    assert plan["deferred"]["flops_per_step"] < plan["none"]["flops_per_step"]
+
+    again = microdit("lab", "run", "small.yaml", cwd=laboratory)
+    assert again.returncode == 0, again.output
+    assert read_results(out) == results
+
+    reported = microdit("lab", "report", "small.yaml", "--to", "docs-small", cwd=laboratory)
+    assert reported.returncode == 0, reported.output
+    page = (laboratory / "docs-small" / "README.md").read_text()
+    assert "**wild diverged for seed 0 before step" in page
+    assert "| masking is cheaper | Held-out loss: deferred" in page
+    assert "2 seeds of wild diverged" in page
+    assert page.count("\n| deferred |") == 3  # a table for each budget
+    for name in ("frechet_distance.png", "held_out_loss.png", "strips.png", "plan.json", "results.jsonl"):
+        assert (laboratory / "docs-small" / name).stat().st_size > 100
+
+
+def test_a_study_that_changed_is_not_mixed_with_its_old_results(laboratory):
+    (laboratory / "small.yaml").write_text(STUDY.replace("mask_ratio=0.75", "mask_ratio=0.5"))
+    refused = microdit("lab", "run", "small.yaml", cwd=laboratory)
+    assert refused.returncode == 1
+    assert "holds results of this study as it was before deferred changed: choose another --out" in refused.output
+    nothing = microdit("lab", "report", "small.yaml", "--out", "nowhere", cwd=laboratory)
+    assert nothing.returncode == 1
+    assert "There are no results in nowhere: run the study first" in nothing.output

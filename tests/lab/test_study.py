@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+
+from microdit.errors import UserError
+from microdit.lab.study import load_study
+
+BASE = """
+name: base
+data: {path: data, held_out: held-out}
+model: {dim: 32, depth: 2, head_dim: 8, mixer_dim: 32, mixer_depth: 1}
+phases: [{name: all, steps: 1, batch_size: 4, learning_rate: 1e-3}]
+"""
+STUDY = """
+name: small
+question: which is better?
+reference: {arm: none, steps: 8}
+arms:
+  none: [model.routing=none]
+  deferred: [phases.0.mask_ratio=0.75]
+claims: [{says: masking is cheaper, better: deferred, worse: none}]
+"""
+
+
+def load(folder: Path, study: str = STUDY, base: str = BASE):
+    (folder / "base.yaml").write_text(base)
+    (folder / "study.yaml").write_text(study)
+    return load_study(folder / "study.yaml")
+
+
+def test_arms_are_the_base_with_their_overrides(tmp_path):
+    study, recipes = load(tmp_path)
+    assert list(recipes) == ["none", "deferred"]
+    assert recipes["none"].model.routing == "none"
+    assert recipes["deferred"].phases[0].mask_ratio == 0.75
+    assert {recipe.phases[0].steps for recipe in recipes.values()} == {8}
+    assert study.claims[0].budget == "flops"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("arm: none", "arm: dense", "reference.arm dense is none of the arms: none, deferred"),
+        ("steps: 8", "steps: 0", "reference.steps is 0, and must be at least 1"),
+        ("better: deferred", "better: tread", "the claim 'masking is cheaper' is about tread, which is no arm"),
+        (
+            "[model.routing=none]",
+            "[model.routing=none, phases.0.steps=9]",
+            "none sets phases.0.steps: the budgets would not be equal",
+        ),
+        ("[model.routing=none]", "[phases.0.batch_size=8]", "the arm none sets phases.0.batch_size"),
+        ("[model.routing=none]", "[seed=3]", "the arm none sets seed"),
+        ("[model.routing=none]", "[model.routing=nothing]", "Invalid value 'nothing'"),
+        ("question:", "seeds: [1, 1]\nquestion:", r"seeds \[1, 1\] must be different"),
+        ("question:", "readings: [0.5]\nquestion:", r"readings \[0.5\] must rise, from above 0 to 1.0"),
+        ("question:", "arm: 1\nquestion:", "unknown key arm"),
+        ("name: small", "", "name is missing"),
+        ("name: small", "name: [", "is no readable study"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused(tmp_path, old, new, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load(tmp_path, STUDY.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        (", learning_rate: 1e-3}", ", learning_rate: 1e-3, final_learning_rate: 0.1}", "one phase with a constant learning rate"),
+        ("1e-3}]", "1e-3}, {name: more, steps: 1, batch_size: 4, learning_rate: 1e-3}]", "one phase with a constant learning rate"),
+        (", held_out: held-out", "", "needs data.held_out"),
+        ("name: base", "name: base\nema: []", "needs an ema"),
+    ],
+)
+def test_a_base_whose_quality_cannot_be_read_on_the_way_is_refused(tmp_path, old, new, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load(tmp_path, base=BASE.replace(old, new))
+
+
+def test_the_studies_that_come_with_the_project_are_whole():
+    for path in sorted(Path("recipes/lab").glob("*.yaml")):
+        if path.name != "base.yaml":
+            study, recipes = load_study(path)
+            assert path.stem == study.name
+            assert len(recipes) >= 2
+            assert len(study.seeds) >= 3
