@@ -7,7 +7,11 @@ from microdit.errors import UserError
 from microdit.recipe import PhaseRecipe
 from microdit.recipe_file import load_recipe
 
-RECIPES = sorted(Path(__file__).parents[1].glob("recipes/**/*.yaml"))
+RECIPES = [
+    path
+    for path in sorted(Path(__file__).parents[1].glob("recipes/**/*.yaml"))
+    if path.parent.name != "lab" or path.name.startswith("base")
+]  # the others there are studies
 
 MINIMAL = """
 name: test

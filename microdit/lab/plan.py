@@ -25,19 +25,19 @@ from microdit.terminal import progress
 from microdit.training.trainer import Trainer
 
 ROUNDS = 7  # of which the median is taken
-STEPS_A_ROUND = 4
+STEPS_A_ROUND = 4  # evenly spread over the training: phases cost differently
 
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """What a step costs, and the `steps` that each budget buys."""
+    """What a step costs, on average over the phases, and the `steps` that each budget buys."""
 
     flops_per_step: float
     seconds_per_step: float
     steps: dict[Budget, int]
 
     def legs(self, readings: list[float]) -> list[int]:
-        """The steps at which quality is measured: shares of each budget, in order."""
+        """The steps at which quality is measured: shares of each budget, in order. For a scheduled arm `readings` is [1.0]."""
         return sorted({max(1, round(share * steps)) for share in readings for steps in self.steps.values()})
 
     def cost(self, budget: Budget, step: int) -> float:
@@ -79,9 +79,9 @@ def read_plan(out: Path) -> dict[str, ArmPlan]:
 
 
 def _flops_of_a_step(trainer: Trainer) -> float:
-    """Forward and backward, of the whole batch."""
+    """Forward and backward, of the whole batch, on average over the training."""
     batch = trainer._batch(0)
-    return trainer.work.of_step(trainer.recipe.phases[0], 0, math.prod(trainer._grid(batch)), batch.text_BLE.shape[1])
+    return trainer.work.after(0, math.prod(trainer._grid(batch)), batch.text_BLE.shape[1]) / trainer.recipe.total_steps
 
 
 def _seconds_of_a_step(trainers: dict[str, Trainer]) -> dict[str, float]:
@@ -100,8 +100,8 @@ def _seconds_of_a_step(trainers: dict[str, Trainer]) -> dict[str, float]:
 
 def _stepper(trainer: Trainer) -> Callable[[], None]:
     """What the trainer does in a step, without reading and recording."""
-    phase, state = trainer.recipe.phases[0], trainer.state
-    batches = cycle([trainer._batch(number % trainer.recipe.total_steps) for number in range(STEPS_A_ROUND)])
+    phase, state, total = trainer.recipe.phases[0], trainer.state, trainer.recipe.total_steps
+    batches = cycle([trainer._batch((2 * number + 1) * total // (2 * STEPS_A_ROUND)) for number in range(STEPS_A_ROUND)])
     state.optimizers.set_rate(phase.learning_rate)
 
     def step() -> None:

@@ -22,7 +22,7 @@ from microdit.files import write_aside
 from microdit.grids import draw_grid, save_png
 from microdit.lab.plan import ArmPlan, make_plan
 from microdit.lab.reading import Reader
-from microdit.lab.study import Study
+from microdit.lab.study import Study, is_scheduled, stretched
 from microdit.recipe import Recipe
 from microdit.terminal import console, progress
 from microdit.training.trainer import Trainer
@@ -37,7 +37,7 @@ def run_study(study: Study, recipes: dict[str, Recipe], out: Path, world: World,
     with progress(study.name, len(todo)) as advance:
         for arm, seed in todo:
             advance(0, f"{arm}, seed {seed}")
-            legs = plans[arm].legs(study.readings)
+            legs = plans[arm].legs([1.0] if is_scheduled(recipes[arm]) else study.readings)
             known = {line["step"] for line in done if (line["arm"], line["seed"]) == (arm, seed)}
             diverged = any(line.get("diverged") for line in done if (line["arm"], line["seed"]) == (arm, seed))
             if not diverged and not set(legs) <= known:
@@ -67,8 +67,8 @@ def _train(
     out: Path,
     world: World,
 ) -> None:
-    run = _run_folder(out, arm, seed)
     for step in (leg for leg in legs if leg not in known):
+        run = _run_folder(out, arm, seed) / (f"{step}-steps" if is_scheduled(recipe) else "")
         try:
             _train_to(recipe, seed, step, run, world)
         except StoppedError:
@@ -85,9 +85,8 @@ def _train(
 
 def _train_to(recipe: Recipe, seed: int, step: int, run: Path, world: World) -> None:
     """A longer phase with a constant rate is the same phase, so a run that ended goes on."""
-    phase = replace(recipe.phases[0], steps=step)
     record = replace(recipe.record, checkpoint_every=max(step, 1), keep_checkpoints=1, sample_prompts=[], held_out_every=step + 1)
-    leg = replace(recipe, seed=seed, phases=[phase], record=record)
+    leg = replace(stretched(recipe, step), seed=seed, record=record)
     trainer = Trainer(leg, run, Console(quiet=True), world, resume=run.exists(), accept_changes=True)
     if trainer.step < step:
         trainer.train()

@@ -1,6 +1,10 @@
-"""A study: arms that differ by a few lines of a recipe, each trained for several seeds on equal budgets. `recipes/lab/` holds them."""
+"""A study: arms that differ by a few lines of a recipe, each trained for several seeds on equal budgets. `recipes/lab/` holds them.
 
-from dataclasses import dataclass, field
+An arm with one phase and a constant learning rate is read on its way, at every budget. One with several phases (their steps are shares
+here), a mask schedule or a falling rate is trained anew for each budget, since only its end counts.
+"""
+
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -54,7 +58,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    """`arms`: overrides of the base recipe by name. `base` lies beside the study's file, and has one phase with a constant rate."""
+    """`arms`: overrides of the base recipe by name. `base` lies beside the study's file."""
 
     name: str = MISSING
     question: str = MISSING
@@ -92,6 +96,23 @@ def load_study(path: Path) -> tuple[Study, dict[str, Recipe]]:
     return study, {arm: _recipe_of(path, study, arm) for arm in study.arms}
 
 
+def is_scheduled(recipe: Recipe) -> bool:
+    """Whether the end is told beforehand: then quality on the way would mislead, and each budget needs a training of its own."""
+    first = recipe.phases[0]
+    return len(recipe.phases) > 1 or first.mask_schedule is not None or first.final_learning_rate != 1
+
+
+def stretched(recipe: Recipe, steps: int) -> Recipe:
+    """So that all phases together take `steps`, each its share, and at least one; `steps` is at least their number."""
+    phases, before, start = [], 0, 0
+    for left, phase in zip(range(len(recipe.phases) - 1, -1, -1), recipe.phases, strict=True):
+        before += phase.steps
+        end = min(max(start + 1, round(before / recipe.total_steps * steps)), steps - left)
+        phases.append(replace(phase, steps=end - start))
+        start = end
+    return replace(recipe, phases=phases)
+
+
 def _problems(study: Study) -> list[str]:
     problems = []
     if study.reference.arm not in study.arms:
@@ -117,16 +138,13 @@ def _problems(study: Study) -> list[str]:
 
 
 def _recipe_of(path: Path, study: Study, arm: str) -> Recipe:
-    recipe = load_recipe(
-        path.parent / study.base, [*study.arms[arm], f"name={study.name}-{arm}", f"phases.0.steps={study.reference.steps}"]
-    )
-    if len(recipe.phases) != 1 or recipe.phases[0].final_learning_rate != 1 or recipe.phases[0].mask_schedule:
-        raise UserError(
-            f"{path.parent / study.base} must have one phase with a constant learning rate: quality is read on the way, where a schedule "
-            "that is not at its end would mislead."
-        )
+    """For as many steps as the reference arm takes."""
+    base = load_recipe(path.parent / study.base)
+    recipe = load_recipe(path.parent / study.base, [*study.arms[arm], f"name={study.name}-{arm}"])
+    if any(phase.batch_size != base.phases[0].batch_size for phase in recipe.phases):
+        raise UserError(f"{path}: phases of the arm {arm} have another batch_size than {study.base}: budgets of images would not be equal.")
     if recipe.data.held_out is None:
         raise UserError(f"{path.parent / study.base} needs data.held_out, an encoded set that is never learnt from.")
     if not recipe.ema:
         raise UserError(f"{path.parent / study.base} needs an ema: without, a constant learning rate leaves noise in the weights.")
-    return recipe
+    return stretched(recipe, study.reference.steps)

@@ -36,7 +36,7 @@ def test_the_four_phases_cost_what_the_formula_says_and_the_authors_code_a_littl
         side = phase.bill.resolution // 8
         tokens = (side // 2) ** 2
         kept = kept_tokens(tokens, recipe.phases[0].mask_ratio)
-        ours = counted(config, side, kept if kept < tokens else None, 77, "deferred")[1]
+        ours = counted(config, side, kept if kept < tokens else None, 77)[1]
         assert phase.bill.flops_per_sample == ours
         assert (ours + one_hot_flops(config, tokens, kept)) / 1e9 == pytest.approx(authors, rel=0.01)
 
@@ -78,7 +78,7 @@ def test_a_falling_mask_costs_between_its_ends():
     assert masked < falling < full
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(path for path in RECIPES.iterdir() if path.name != "lab"), ids=lambda path: path.name)
 def test_every_recipe_of_ours_has_a_bill(path):
     found = reckon(load_recipes(path, None), machine(count=1))
     assert found.dollars > 0

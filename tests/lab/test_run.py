@@ -27,11 +27,12 @@ prompts: [red heart, owl]
 arms:
   none: [model.routing=none]
   deferred: [phases.0.mask_ratio=0.75]
+  finish: ["phases=[{name: a, steps: 1, mask_ratio: 0.75, REST}, {name: b, steps: 1, REST}]"]
   wild: [phases.0.learning_rate=1e30]
 claims:
   - {says: masking is cheaper, better: deferred, worse: none, measure: held_out_loss}
   - {says: wild is good, better: wild, worse: none}
-"""
+""".replace("REST", "batch_size: 4, learning_rate: 1e-3")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,10 @@ def test_a_study_that_is_killed_goes_on_and_its_report_says_what_happened(labora
             assert all(line["flops"] == line["step"] * plan[arm]["flops_per_step"] for line in lines)
             assert all(line["held_out_loss"] > 0 and line["frechet_distance"] > 0 for line in lines)
     assert len({line["frechet_distance"] for line in results if "frechet_distance" in line}) == len(results) - 2
+    finish = [line["step"] for line in results if (line["arm"], line["seed"]) == ("finish", 1)]
+    assert sorted(finish) == sorted(set(plan["finish"]["steps"].values()))  # each budget's end, and nothing on the way
+    costs = [plan[arm]["flops_per_step"] for arm in ("none", "deferred", "finish")]
+    assert costs[2] == pytest.approx((costs[0] + costs[1]) / 2)  # half of the steps are masked
     diverged = [line for line in results if line.get("diverged")]
     assert [(line["arm"], line["seed"]) for line in diverged] == [("wild", 0), ("wild", 1)]
     assert not list((out / "runs").glob("*/*"))  # run folders of arms that are done are gone

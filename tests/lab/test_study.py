@@ -1,9 +1,12 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from microdit.errors import UserError
-from microdit.lab.study import load_study
+from microdit.lab.study import is_scheduled, load_study, stretched
+from microdit.recipe import PhaseRecipe, Recipe
 
 BASE = """
 name: base
@@ -66,20 +69,41 @@ def test_a_study_that_cannot_be_is_refused(tmp_path, old, new, sentence):
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        (", learning_rate: 1e-3}", ", learning_rate: 1e-3, final_learning_rate: 0.1}", "one phase with a constant learning rate"),
-        ("1e-3}]", "1e-3}, {name: more, steps: 1, batch_size: 4, learning_rate: 1e-3}]", "one phase with a constant learning rate"),
         (", held_out: held-out", "", "needs data.held_out"),
         ("name: base", "name: base\nema: []", "needs an ema"),
     ],
 )
-def test_a_base_whose_quality_cannot_be_read_on_the_way_is_refused(tmp_path, old, new, sentence):
+def test_a_base_that_cannot_be_measured_is_refused(tmp_path, old, new, sentence):
     with pytest.raises(UserError, match=sentence):
         load(tmp_path, base=BASE.replace(old, new))
 
 
+ONE = "batch_size: 4, learning_rate: 1e-3"
+PHASES = f'["phases=[{{name: a, steps: 3, mask_ratio: 0.75, {ONE}}}, {{name: b, steps: 1, {ONE}}}]"]'
+
+
+def test_phases_of_an_arm_share_the_budget(tmp_path):
+    _, recipes = load(tmp_path, STUDY.replace("[phases.0.mask_ratio=0.75]", PHASES))
+    assert [phase.steps for phase in recipes["deferred"].phases] == [6, 2]
+    assert is_scheduled(recipes["deferred"])
+    assert not is_scheduled(recipes["none"])
+    with pytest.raises(UserError, match="the arm deferred have another batch_size than base"):
+        load(tmp_path, STUDY.replace("[phases.0.mask_ratio=0.75]", PHASES.replace("size: 4", "size: 8")))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(4, 5000))
+def test_stretched_phases_keep_their_shares_to_within_a_step(steps, total):
+    phases = [PhaseRecipe(name=str(n), steps=count, batch_size=1, learning_rate=1.0) for n, count in enumerate(steps)]
+    long = stretched(Recipe(name="r", phases=phases), total)
+    assert long.total_steps == total
+    for before, after in zip(phases, long.phases, strict=True):
+        assert after.steps >= 1
+        assert abs(after.steps - before.steps / sum(steps) * total) <= len(steps)
+
+
 def test_the_studies_that_come_with_the_project_are_whole():
     for path in sorted(Path("recipes/lab").glob("*.yaml")):
-        if path.name != "base.yaml":
+        if not path.name.startswith("base"):
             study, recipes = load_study(path)
             assert path.stem == study.name
             assert len(recipes) >= 2
