@@ -1,7 +1,7 @@
 """Equal budgets: what a step of each arm costs, and so how many steps each may take.
 
 FLOPs are counted by formula; images are what the reference arm sees, since all arms have its batch. Seconds are measured once, all arms in
-turns, so that a machine that others use slows all of them alike; from then on an arm's seconds are its steps times its seconds a step.
+turns; from then on an arm's seconds are its steps times its seconds a step.
 """
 
 import json
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
 from rich.console import Console
@@ -24,7 +23,7 @@ from microdit.recipe import Recipe
 from microdit.terminal import progress
 from microdit.training.trainer import Trainer
 
-ROUNDS = 7  # of which the median is taken
+ROUNDS = 12  # of which the fastest counts: what others take from the machine only ever slows it
 STEPS_A_ROUND = 4  # evenly spread over the training: phases cost differently
 
 
@@ -95,7 +94,7 @@ def _seconds_of_a_step(trainers: dict[str, Trainer]) -> dict[str, float]:
                     step()
                 times[arm].append((time.perf_counter() - started) / STEPS_A_ROUND)
                 advance(1)
-    return {arm: median(values[1:]) for arm, values in times.items()}  # the first round warms up
+    return {arm: min(values) for arm, values in times.items()}
 
 
 def _stepper(trainer: Trainer) -> Callable[[], None]:
