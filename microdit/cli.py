@@ -1,4 +1,4 @@
-"""The command line. Each command is a few lines that call the package; those about data, pictures and evaluation have files of their own."""
+"""The command line. Each command is a few lines that call the package; those about data, pictures, evaluation have files of their own."""
 
 import os
 import sys

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from microdit.encoders.text import TextEncoder
 from microdit.errors import UserError
 
-NO_CHARACTER = "\ue000"  # of a private use area: what an encoder makes of it, it makes of all that it does not know
+RARE = "\U0002a6d4"  # a letter that no vocabulary has: what an encoder makes of it, it makes of all that it does not know
 
 
 def clean_prompt(prompt: str) -> str:
@@ -29,7 +29,7 @@ def clean_prompts(prompts: list[str]) -> list[str]:
 
 def warn_of_unread(prompts: list[str], encoder: TextEncoder, warn: Callable[[str], None]) -> None:
     """A sentence to `warn` for each cleaned prompt that the encoder does not read to its end, or of which it knows no word."""
-    unknown = set(encoder.tokenize([NO_CHARACTER])[0])
+    unknown = set(encoder.tokenize([RARE])[0])
     for prompt in dict.fromkeys(filter(None, prompts)):
         (ids,) = encoder.tokenize([prompt])
         if len(ids) >= encoder.max_tokens and encoder.tokenize([prompt[:-1]]) == [ids]:

@@ -37,7 +37,9 @@ class SpeedColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:.3g}/s" if speed else "")
+        if not speed:
+            return Text("")
+        return Text(f"{speed:,.0f}/s" if speed >= 100 else f"{speed:.3g}/s")
 
 
 @contextmanager
