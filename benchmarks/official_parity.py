@@ -17,7 +17,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from microdit.diffusion.edm import EDM, edm_loss
-from microdit.diffusion.sampling import guided_denoiser, heun, noise_schedule
+from microdit.diffusion.guidance import guided_denoiser
+from microdit.diffusion.solvers import heun, noise_schedule
 from microdit.errors import UserError
 from microdit.model.microdit import MicroDiT
 from microdit.model.official import convert_to_official, export_official, load_official

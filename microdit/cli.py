@@ -1,4 +1,4 @@
-"""The command line. Each command is a few lines that call the package; those about data and evaluation have files of their own."""
+"""The command line. Each command is a few lines that call the package; those about data, pictures, evaluation have files of their own."""
 
 import os
 import sys
@@ -14,8 +14,9 @@ from microdit.cli_compare import compare
 from microdit.cli_data import data_app
 from microdit.cli_evaluation import draw, evaluate, geneval, prefer
 from microdit.cli_lab import lab_app
+from microdit.cli_pictures import grid, sample
 from microdit.errors import StoppedError, UserError
-from microdit.terminal import console, progress, warn
+from microdit.terminal import console, progress
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, help=(
     "Train text-to-image diffusion transformers from scratch on a micro-budget.\n\n"
@@ -126,33 +127,7 @@ def runs(folder: Annotated[Path, typer.Argument(help="Where the run folders lie.
     console.print(runs_table(list_runs(folder)))
 
 
-@app.command()
-def sample(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    prompts: Annotated[list[str], typer.Argument(help="What to draw; each in quotes.")],
-    steps: Annotated[int, typer.Option(help="Of the Heun sampler; each costs two evaluations.")] = 30,
-    guidance: Annotated[float, typer.Option(help="1: none. 2 suits the demo's small model; the paper's takes 5.")] = 2.0,
-    seed: Annotated[int, typer.Option(help="Other seeds make other pictures.")] = 0,
-    height: Annotated[int | None, typer.Option(help="Pixels, if not as in training.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels, if not as in training.")] = None,
-    weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
-) -> None:
-    """Draw pictures of prompts with a trained run, as one grid with the captions under them.
-
-    Example: microdit sample runs/emoji "red heart" "green cat" --seed 7
-    """
-    from microdit.grids import draw_grid, save_png
-    from microdit.pipeline import Pipeline
-
-    pipeline, checkpoint = Pipeline.from_run(run, warn, weights)
-    with progress("sample", len(prompts) * steps) as advance:
-        images = pipeline(prompts, steps, guidance, seed, advance, height, width)
-    save_png(draw_grid(images, prompts), out)
-    console.print(f"{len(images)} pictures of step {checkpoint.step}, seed {seed}, in [bold]{out}[/]")
-
-
-for command in (budget, bench, evaluate, draw, prefer, geneval, compare):
+for command in (sample, grid, budget, bench, evaluate, draw, prefer, geneval, compare):
     app.command()(command)
 
 

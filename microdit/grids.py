@@ -1,4 +1,4 @@
-"""Pictures for people: a grid of images with their captions under them."""
+"""Pictures for people: a grid of images with their captions under them, a labelled sheet of rows and columns, a film."""
 
 import io
 import textwrap
@@ -6,6 +6,7 @@ import unicodedata
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from microdit.files import write_aside
 
@@ -13,6 +14,7 @@ CELL = 128  # pixels of a picture in a grid
 LINES = 3  # of a caption
 LINE_HEIGHT = 15
 GAP = 8
+FRAME_MS, LAST_FRAME_MS = 120, 2000  # how long a film shows them
 
 
 def draw_grid(images: list[Image.Image], captions: list[str], columns: int = 8, title: str | None = None) -> Image.Image:
@@ -29,12 +31,39 @@ def draw_grid(images: list[Image.Image], captions: list[str], columns: int = 8, 
     for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left = GAP + index % columns * cell_width
         y = top + index // columns * cell_height
-        cell = _to_cell(image)
-        canvas.paste(cell, (left + (CELL - cell.width) // 2, y + (CELL - cell.height) // 2))
-        lines = textwrap.wrap(_drawable(caption), 20)[:LINES]
-        for number, line in enumerate(lines):
-            draw.text((left, y + CELL + 2 + number * LINE_HEIGHT), line, "black", font)
+        _paste(canvas, image, left, y)
+        _write(draw, caption, left, y + CELL + 2)
     return canvas
+
+
+def draw_sheet(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str], title: str | None = None) -> Image.Image:
+    """A table of images: labels of columns above, of rows to the left, if there are any."""
+    left = GAP + (CELL if any(row_labels) else 0)
+    top = GAP + (LINE_HEIGHT + GAP if title else 0) + LINES * LINE_HEIGHT
+    step = CELL + GAP
+    canvas = Image.new("RGB", (left + len(column_labels) * step, top + len(rows) * step), "white")
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        draw.text((GAP, GAP), _drawable(title), "black", ImageFont.load_default(12))
+    for index, label in enumerate(column_labels):
+        _write(draw, label, left + index * step, top - LINES * LINE_HEIGHT)
+    for number, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
+        _write(draw, label, GAP, top + number * step)
+        for index, image in enumerate(images):
+            _paste(canvas, image, left + index * step, top + number * step)
+    return canvas
+
+
+def _paste(canvas: Image.Image, image: Image.Image, left: int, top: int) -> None:
+    """In the middle of the cell that begins there."""
+    cell = _to_cell(image)
+    canvas.paste(cell, (left + (CELL - cell.width) // 2, top + (CELL - cell.height) // 2))
+
+
+def _write(draw: ImageDraw.ImageDraw, text: str, left: int, top: int) -> None:
+    """As many lines as there is room for."""
+    for number, line in enumerate(textwrap.wrap(_drawable(text), 20)[:LINES]):
+        draw.text((left, top + number * LINE_HEIGHT), line, "black", ImageFont.load_default(12))
 
 
 def _to_cell(image: Image.Image) -> Image.Image:
@@ -50,8 +79,18 @@ def _drawable(caption: str) -> str:
     return "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace").decode()
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Whole or not at all."""
+def save_png(image: Image.Image, path: Path, about: dict[str, str] | None = None) -> None:
+    """Whole or not at all. `about` becomes text in the file (iTXt), which `Image.info` shows."""
+    buffer, text = io.BytesIO(), PngInfo()
+    for key, value in (about or {}).items():
+        text.add_itxt(key, value)
+    image.save(buffer, "PNG", pnginfo=text)
+    write_aside(path, buffer.getvalue())
+
+
+def save_gif(frames: list[Image.Image], path: Path) -> None:
+    """A film that begins anew after a while. Whole or not at all."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
     write_aside(path, buffer.getvalue())

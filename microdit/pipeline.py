@@ -1,9 +1,9 @@
 """From captions to pictures: text encoder, denoiser, sampler and autoencoder together."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from PIL import Image
@@ -12,14 +12,72 @@ from torch import Tensor
 from microdit.checkpoint import Checkpoint, default_weights, find_weights
 from microdit.data.pixels import to_image
 from microdit.diffusion.edm import EDM
-from microdit.diffusion.sampling import guided_denoiser, heun, noise_schedule
+from microdit.diffusion.guidance import GuidanceKind, Guide, Text, guided_denoiser
+from microdit.diffusion.solvers import Churn, Solver, solve
+from microdit.diffusion.steps import OnStep, Step
 from microdit.encoders.autoencoder import Autoencoder, load_autoencoder
 from microdit.encoders.text import TextEncoder, load_text_encoder
 from microdit.errors import UserError
 from microdit.model.microdit import MicroDiT, ModelConfig
+from microdit.prompts import clean_prompt, clean_prompts, warn_of_unread
 
 BATCH = 64
 E = TypeVar("E", Autoencoder, TextEncoder)
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How a picture is drawn. Raises UserError for what makes no picture.
+
+    Noise levels are sigma, from 80 (noise alone) down to 0.002. `guidance_rescale` lies between 0 (none) and 1.
+    """
+
+    num_inference_steps: int = 30
+    guidance_scale: float = 2.0
+    solver: Solver = "heun"
+    guidance: GuidanceKind = "classifier-free"
+    guidance_interval: tuple[float, float] | None = None  # noise levels (above the first, up to the second) at which guidance acts
+    guidance_rescale: float = 0.0
+    churn: float = 0.0  # S_churn, S_tmin and S_tmax, S_noise of 2206.00364, algorithm 2; 0: no new noise on the way
+    churn_interval: tuple[float, float] | None = None
+    churn_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.num_inference_steps <= 1000:
+            raise UserError(f"The sampler takes from 2 to 1000 steps, not {self.num_inference_steps}; 18 to 30 are usual.")
+        _between("guidance_scale", self.guidance_scale, -100, 100, "; 3 to 6 are usual")
+        _among("solver", self.solver, get_args(Solver))
+        _among("guidance", self.guidance, get_args(GuidanceKind))
+        _interval("guidance_interval", self.guidance_interval)
+        _between("guidance_rescale", self.guidance_rescale, 0, 1, "; 0.7 is usual, 0 leaves it out")
+        _between("churn", self.churn, 0, 1000, "; 40 is usual, 0 leaves it out")
+        _interval("churn_interval", self.churn_interval)
+        _between("churn_noise", self.churn_noise, 0, 2, "; 1 to 1.007 are usual")
+        if self.churn and self.solver != "heun":
+            raise UserError(f"Only the solver heun can churn, not {self.solver}: take heun, or churn 0.")
+
+    @property
+    def noise_on_the_way(self) -> Churn:
+        return Churn(self.churn, *(self.churn_interval or (Churn.S_tmin, Churn.S_tmax)), self.churn_noise)
+
+
+def _between(name: str, value: float, low: float, high: float, hint: str) -> None:
+    if not low <= value <= high:
+        raise UserError(f"{name} must be a number between {low} and {high}, not {value}{hint}.")
+
+
+def _among(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"There is no {name} '{value}'. Known: {', '.join(known)}.")
+
+
+def _interval(name: str, interval: tuple[float, float] | None) -> None:
+    if interval is not None and not 0 <= interval[0] < interval[1]:
+        low, high = interval
+        raise UserError(f"{name} must be two noise levels, the lower one first, such as 0.2 5, not {low} {high}.")
+
+
+USUAL = SamplerSettings()
 
 
 @dataclass(frozen=True)
@@ -33,6 +91,7 @@ class Pipeline:
     latent_shape: tuple[int, int, int]
     mask_padding: bool
     full_captions: bool = False  # with the padding's vectors, as the authors' models were trained
+    guide: Guide | None = None  # the weak model of autoguidance
 
     @classmethod
     def around(cls, model: MicroDiT, state: dict[str, Any]) -> "Pipeline":
@@ -63,39 +122,76 @@ class Pipeline:
         self.model.to(device)
         self.autoencoder.to(device)
         self.text_encoder.to(device)
+        if self.guide:
+            self.guide.model.to(device)
         return self
+
+    def guided_by(self, weak: "Pipeline") -> "Pipeline":
+        """For autoguidance. Raises UserError if the weak one was trained on latents or captions of another kind."""
+
+        def kind(pipeline: Pipeline) -> tuple[object, ...]:
+            encoders = pipeline.autoencoder.fingerprint, pipeline.text_encoder.fingerprint
+            return *encoders, pipeline.latent_shape, pipeline.mask_padding, pipeline.full_captions
+
+        if kind(self) != kind(weak):
+            raise UserError(
+                "The weak model of autoguidance was trained with other encoders, sizes or caption padding: "
+                "name an earlier or smaller run on the same encoded data."
+            )
+        return replace(self, guide=Guide(weak.model, weak.edm))
 
     @torch.no_grad()
     def __call__(
         self,
         prompts: list[str],
-        num_inference_steps: int = 30,
-        guidance_scale: float = 2.0,
+        settings: SamplerSettings = USUAL,
         seed: int = 0,
         on_step: Callable[[int], None] | None = None,
         height: int | None = None,
         width: int | None = None,
+        *,
+        negative_prompts: list[str] | None = None,
+        on_denoised: OnStep | None = None,
+        warn: Callable[[str], None] | None = None,
     ) -> list[Image.Image]:
         """One picture a prompt. Picture number i starts from the noise of seed + i, whatever the others are.
 
-        `height` and `width` in pixels, if not those of the training data's squares. `on_step(n)` is called after each n more
-        picture-steps. Raises UserError for settings that make no picture.
+        `height` and `width` in pixels, if not those of the training data's squares. `negative_prompts`: one for all, or one each.
+        After each n more picture-steps come `on_denoised(step)`, with the latents as they are taken for then (see `decode`), and
+        `on_step(n)`; what they raise ends the drawing. `warn` is told which prompts are not read as a whole.
+        Raises UserError for settings that make no picture.
         """
-        if not prompts:
-            raise UserError('There is no prompt: write at least one, for example "red heart".')
-        if not 2 <= num_inference_steps <= 1000:
-            raise UserError(f"The sampler takes from 2 to 1000 steps, not {num_inference_steps}; 18 to 30 are usual.")
-        if not -100 <= guidance_scale <= 100:
-            raise UserError(f"guidance_scale must be a number between -100 and 100, not {guidance_scale}; 3 to 6 are usual.")
+        prompts, negatives = clean_prompts(prompts), [clean_prompt(prompt) for prompt in negative_prompts or []]
+        if len(negatives) not in (0, 1, len(prompts)):
+            raise UserError(f"There are {len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each.")
+        if warn:
+            warn_of_unread(prompts + negatives, self.text_encoder, warn)
         shape = self._latent_shape(height, width)
+        guide = self.guide if settings.guidance == "autoguidance" else None
+
+        def after(step: Step) -> None:
+            if on_denoised:
+                on_denoised(step)
+            if on_step:
+                on_step(len(step.denoised_BCHW))
+
         images: list[Image.Image] = []
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
-            noise_BCHW = torch.stack([first_noise(shape, seed + start + i) for i in range(len(batch))])
-            caption = self._embed(batch)
-            latents_BCHW = draw_latents(self.model, self.edm, noise_BCHW, *caption, num_inference_steps, guidance_scale, on_step)
-            images += [to_image(pixels) for pixels in self.autoencoder.decode(latents_BCHW).cpu()]
+            text, negative = self._embed(batch, negatives[start : start + BATCH] if len(negatives) > 1 else negatives)
+            generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+
+            def draw(generators: list[torch.Generator] = generators) -> Tensor:
+                return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+            latents_BCHW = draw_latents(self.model, self.edm, draw(), *text, settings, negative, guide, after, draw)
+            images += self.decode(latents_BCHW)
         return images
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor) -> list[Image.Image]:
+        """The pictures of latents, such as those that `on_denoised` sees."""
+        return [to_image(pixels) for pixels in self.autoencoder.decode(latents_BCHW.cpu()).cpu()]
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         channels, *trained = self.latent_shape
@@ -107,11 +203,20 @@ class Pipeline:
             sides.append(default if side is None else side // self.autoencoder.downsampling)
         return channels, sides[0], sides[1]
 
-    def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+    def _embed(self, prompts: list[str], negatives: list[str]) -> tuple[Text, Text | None]:
+        """Together, so that both have as many tokens."""
+        both = prompts + negatives
         if self.full_captions:
-            return self.text_encoder.embed_full(self.text_encoder.tokenize(prompts)), None
-        text_BLE, mask_BL = self.text_encoder.encode(prompts)
-        return text_BLE, mask_BL if self.mask_padding else None
+            text_BLE, mask_BL = self.text_encoder.embed_full(self.text_encoder.tokenize(both)), None
+        else:
+            text_BLE, mask_BL = self.text_encoder.encode(both)
+            mask_BL = mask_BL if self.mask_padding else None
+        for index, prompt in enumerate(both):
+            if not prompt:
+                text_BLE[index] = 0  # the empty caption, as it was in training
+        count = len(prompts)
+        text, negative = (Text(text_BLE[part], None if mask_BL is None else mask_BL[part]) for part in (slice(count), slice(count, None)))
+        return text, negative if negatives else None
 
 
 def unchanged(encoder: E, wanted: dict[str, Any]) -> E:
@@ -131,15 +236,34 @@ def draw_latents(
     noise_BCHW: Tensor,
     text_BLE: Tensor,
     text_mask_BL: Tensor | None,
-    num_inference_steps: int,
-    guidance_scale: float,
-    on_step: Callable[[int], None] | None = None,
+    settings: SamplerSettings,
+    negative: Text | None = None,
+    guide: Guide | None = None,
+    on_step: OnStep | None = None,
+    draw: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """Latents (B, C, H, W) of embedded captions, on the CPU, where the encoders are; drawn where the model's weights lie."""
+    """Latents (B, C, H, W) of embedded captions, on the CPU, where the encoders are; drawn where the model's weights lie.
+
+    `draw` makes further noise, for churn. See `guided_denoiser` for `negative` and `guide`.
+    """
     device = next(model.parameters()).device
-    text_BLE, text_mask_BL = text_BLE.to(device), None if text_mask_BL is None else text_mask_BL.to(device)
-    denoiser = guided_denoiser(model, edm, text_BLE, text_mask_BL, guidance_scale)
-    return heun(denoiser, noise_BCHW.to(device), noise_schedule(edm, num_inference_steps), on_step).cpu()
+
+    def moved(text_BLE: Tensor, mask_BL: Tensor | None) -> Text:
+        return Text(text_BLE.to(device), None if mask_BL is None else mask_BL.to(device))
+
+    denoiser = guided_denoiser(
+        model,
+        edm,
+        *moved(text_BLE, text_mask_BL),
+        settings.guidance_scale,
+        settings.guidance,
+        interval=settings.guidance_interval,
+        rescale=settings.guidance_rescale,
+        negative=moved(*negative) if negative else None,
+        guide=guide,
+    )
+    noise_BCHW, steps = noise_BCHW.to(device), settings.num_inference_steps
+    return solve(settings.solver, denoiser, noise_BCHW, edm, steps, on_step, settings.noise_on_the_way, draw).cpu()
 
 
 def model_of(config: ModelConfig, weights: dict[str, Tensor]) -> MicroDiT:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 console = Console()
 
@@ -31,11 +32,21 @@ class Advance:
         self._progress.update(self._task, advance=count, note=note)
 
 
+class SpeedColumn(ProgressColumn):
+    """Units of work a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:,.0f}/s" if speed >= 100 else f"{speed:.3g}/s")
+
+
 @contextmanager
 def progress(name: str, total: int | None) -> Iterator[Advance]:
     """A line on the terminal, with speed and time left where `total` is known."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as line:
+    with Progress(*columns, SpeedColumn(), TimeRemainingColumn(), console=console) as line:
         yield Advance(line, name, total)
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from microdit.model.microdit import Caption, MicroDiT
+from microdit.model.caption import Caption
+from microdit.model.microdit import MicroDiT
 from microdit.model.patches import patchify, unpatchify
 from microdit.model.routing import METHODS, take_tokens
 

@@ -35,7 +35,7 @@ def evaluate_emoji_run(
     right_N = spread_ids(len(rows), count)
     chosen = [rows[i] for i in right_N]
     captions = [row.caption for row in chosen]
-    drawn = pipeline(captions, settings.num_inference_steps, settings.guidance_scale, settings.seed, on_step)
+    drawn = pipeline(captions, settings.sampler, settings.seed, on_step)
     network = EfficientNetLite0()
     size = checkpoint.state["data"]["resolution"]
     pictures_MD = network([to_image(to_tensor(row.image, size)) for row in rows])

@@ -12,7 +12,7 @@ from PIL import Image
 from microdit.checkpoint import Checkpoint
 from microdit.encoders.model_files import is_place, lasting_name, loading
 from microdit.errors import UserError
-from microdit.pipeline import BATCH, Pipeline
+from microdit.pipeline import BATCH, Pipeline, SamplerSettings
 from microdit.run_folder import is_run
 
 FOREIGN_BATCH = 8  # pictures that a pipeline of unknown size draws at a time
@@ -26,6 +26,11 @@ class DrawSettings:
     guidance_scale: float = 2.0
     seed: int = 0
     weights: str | None = None  # of a run: model, ema, or ema-DECAY
+
+    @property
+    def sampler(self) -> SamplerSettings:
+        """Of a run."""
+        return SamplerSettings(self.num_inference_steps, self.guidance_scale)
 
 
 class Painter(Protocol):
@@ -66,8 +71,7 @@ class RunPainter:
         self._pipeline, self._settings = pipeline.to(device), settings
 
     def __call__(self, prompts: list[str], seed: int, on_step: Callable[[int], None] | None = None) -> list[Image.Image]:
-        settings = self._settings
-        return self._pipeline(prompts, settings.num_inference_steps, settings.guidance_scale, seed, on_step)
+        return self._pipeline(prompts, self._settings.sampler, seed, on_step)
 
 
 class DiffusersPainter:

@@ -14,7 +14,7 @@ from microdit.evaluation.image_features import EfficientNetFeatures
 from microdit.evaluation.kid import kid
 from microdit.evaluation.retrieval import retrieval, spread_ids
 from microdit.lab.study import Study
-from microdit.pipeline import Pipeline
+from microdit.pipeline import Pipeline, SamplerSettings
 from microdit.recipe import Recipe
 from microdit.terminal import progress, warn
 from microdit.training.held_out import HeldOut
@@ -49,9 +49,9 @@ class Reader:
         pipeline, checkpoint = Pipeline.from_run(run, _refuse)
         side = checkpoint.state["data"]["resolution"]
         real_MD, gaussian = self._reference(side)
-        settings = (self._study.num_inference_steps, self._study.guidance_scale)
-        drawn_ND = self._network(pipeline(self._captions, *settings, seed=0))
-        strip = pipeline(list(self._study.prompts), *settings, seed=0)
+        settings = SamplerSettings(self._study.num_inference_steps, self._study.guidance_scale)
+        drawn_ND = self._network(pipeline(self._captions, settings, seed=0))
+        strip = pipeline(list(self._study.prompts), settings, seed=0)
         subset = min(len(drawn_ND), len(real_MD), 1000)
         reading = Reading(
             held_out_loss=self._held_out(pipeline, side),

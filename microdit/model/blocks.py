@@ -9,6 +9,7 @@ Shape legend: B batch, T tokens, L caption tokens, D dim, A attention width, N h
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +41,18 @@ class SelfAttention(nn.Module):
     def forward(self, x_BTD: Tensor, key_mask_BT: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D). Tokens where `key_mask_BT` is False are attended by nobody."""
         q_BTA, k_BTA, v_BTA = self.qkv(x_BTD).chunk(3, dim=-1)
-        return self.out(_attend(q_BTA, k_BTA, v_BTA, self.head_dim, key_mask_BT))
+        return self.out(_attend(q_BTA, _keys_values(k_BTA, v_BTA, self.head_dim), key_mask_BT))
 
     def init_weights(self, output_std: float) -> None:
         nn.init.trunc_normal_(self.qkv.weight, std=0.02)
         nn.init.trunc_normal_(self.out.weight, std=output_std)
+
+
+class KeysValues(NamedTuple):
+    """What attention asks: normalised keys, and values, cut into heads. A caption's are the same at every step of sampling."""
+
+    k_BNLH: Tensor
+    v_BNLH: Tensor
 
 
 class CrossAttention(nn.Module):
@@ -57,10 +65,15 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
-    def forward(self, x_BTD: Tensor, caption_BLD: Tensor, caption_mask_BL: Tensor | None = None) -> Tensor:
-        """(B, T, D), (B, L, D) -> (B, T, D)."""
+    def forward(self, x_BTD: Tensor, caption: Tensor | KeysValues, caption_mask_BL: Tensor | None = None) -> Tensor:
+        """(B, T, D), (B, L, D) -> (B, T, D). In the place of the caption's tokens, what `keys_values` makes of them."""
+        keys_values = self.keys_values(caption) if isinstance(caption, Tensor) else caption
+        return self.out(_attend(self.q(x_BTD), keys_values, caption_mask_BL))
+
+    def keys_values(self, caption_BLD: Tensor) -> KeysValues:
+        """All that depends on the caption alone."""
         k_BLD, v_BLD = self.kv(caption_BLD).chunk(2, dim=-1)
-        return self.out(_attend(self.q(x_BTD), k_BLD, v_BLD, self.head_dim, caption_mask_BL))
+        return _keys_values(k_BLD, v_BLD, self.head_dim)
 
     def init_weights(self, output_std: float) -> None:
         nn.init.trunc_normal_(self.q.weight, std=0.02)
@@ -104,11 +117,14 @@ class Block(nn.Module):
         )
         self.modulation = nn.Linear(condition_dim, 6 * dim)
 
-    def forward(self, x_BTD: Tensor, caption_BLD: Tensor, caption_mask_BL: Tensor | None, condition_BD: Tensor) -> Tensor:
-        """`condition_BD` is the activated sum of noise level and pooled caption, the same for all blocks."""
+    def forward(self, x_BTD: Tensor, caption: Tensor | KeysValues, caption_mask_BL: Tensor | None, condition_BD: Tensor) -> Tensor:
+        """`caption`: its tokens (B, L, D), or what this block's cross-attention makes of them.
+
+        `condition_BD` is the activated sum of noise level and pooled caption, the same for all blocks.
+        """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition_BD).unsqueeze(1).chunk(6, dim=-1)
         x_BTD = torch.addcmul(x_BTD, gate_1, self.attn(modulate(self.attn_norm(x_BTD), shift_1, scale_1)))
-        x_BTD = x_BTD + self.cross_attn(self.cross_norm(x_BTD), caption_BLD, caption_mask_BL)
+        x_BTD = x_BTD + self.cross_attn(self.cross_norm(x_BTD), caption, caption_mask_BL)
         return torch.addcmul(x_BTD, gate_2, self.ffn(modulate(self.ffn_norm(x_BTD), shift_2, scale_2)))
 
     def init_weights(self, output_std: float) -> None:
@@ -150,12 +166,24 @@ def modulate(x_BTD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
     return torch.addcmul(shift_B1D, x_BTD, 1 + scale_B1D)
 
 
-def _attend(q_BTA: Tensor, k_BLA: Tensor, v_BLA: Tensor, head_dim: int, key_mask_BL: Tensor | None) -> Tensor:
-    """Scaled dot-product attention over heads of `head_dim`, after the query-key norm. (B, T, A), (B, L, A) -> (B, T, A)."""
-    width = q_BTA.shape[-1]
-    q_BTA = F.layer_norm(q_BTA, (width,), eps=NORM_EPS)
-    k_BLA = F.layer_norm(k_BLA, (width,), eps=NORM_EPS)
-    q_BNTH, k_BNLH, v_BNLH = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q_BTA, k_BLA, v_BLA))
+def _keys_values(k_BLA: Tensor, v_BLA: Tensor, head_dim: int) -> KeysValues:
+    """(B, L, A) each."""
+    return KeysValues(_heads(_normalise(k_BLA), head_dim), _heads(v_BLA, head_dim))
+
+
+def _attend(q_BTA: Tensor, keys_values: KeysValues, key_mask_BL: Tensor | None) -> Tensor:
+    """Scaled dot-product attention, after the query-key norm: (B, T, A) -> (B, T, A)."""
+    q_BNTH = _heads(_normalise(q_BTA), keys_values.k_BNLH.shape[-1])
     mask_B11L = None if key_mask_BL is None else key_mask_BL[:, None, None, :]
-    out_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNLH, v_BNLH, attn_mask=mask_B11L)
+    out_BNTH = F.scaled_dot_product_attention(q_BNTH, *keys_values, attn_mask=mask_B11L)
     return out_BNTH.transpose(1, 2).flatten(-2)
+
+
+def _normalise(x_BTA: Tensor) -> Tensor:
+    """Over all heads together, without parameters."""
+    return F.layer_norm(x_BTA, (x_BTA.shape[-1],), eps=NORM_EPS)
+
+
+def _heads(x_BTA: Tensor, head_dim: int) -> Tensor:
+    """(B, T, N * H) -> (B, N, T, H)."""
+    return x_BTA.unflatten(-1, (-1, head_dim)).transpose(1, 2)

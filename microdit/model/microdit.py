@@ -14,14 +14,15 @@ Shape legend: B batch, C channels, H W height and width, T tokens, K kept tokens
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from microdit.model.blocks import Block, BlockShape, Head, SelfAttention, SwiGLU, layer_norm
+from microdit.model.blocks import Block, BlockShape, Head, KeysValues, layer_norm
+from microdit.model.caption import Caption, CaptionEmbedder
 from microdit.model.patches import patchify, sincos_positions
 from microdit.model.routing import METHODS, Restore, Routing, make_route
 
@@ -85,14 +86,6 @@ class ModelConfig:
         ]
 
 
-class Caption(NamedTuple):
-    """A caption as the blocks use it. Depends on neither noise nor picture, so it can be computed once for all steps."""
-
-    tokens_BLD: Tensor
-    pooled_BD: Tensor
-    mask_BL: Tensor | None
-
-
 class MicroDiT(nn.Module):
     """The denoising network F of EDM (2206.00364, eq. 7): noisy latents, noise level and caption in, patches out."""
 
@@ -103,7 +96,7 @@ class MicroDiT(nn.Module):
         dim, mixer_dim = config.dim, config.mixer_dim
         self.patch_embed = nn.Linear(config.patch_values, dim)
         self.time_embed = nn.Sequential(nn.Linear(TIME_FREQUENCIES, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
-        self.caption = CaptionEmbedder(config)
+        self.caption = CaptionEmbedder(config.caption_channels, dim, config.head_dim, config.caption_ffn_dim, config.bias)
 
         def blocks(shapes: tuple[BlockShape, ...], width: int) -> nn.ModuleList:
             return nn.ModuleList(Block(shape, width, dim, config.head_dim, config.bias, config.expert_capacity) for shape in shapes)
@@ -149,9 +142,10 @@ class MicroDiT(nn.Module):
         x_BTD = self.patch_embed(patches_BTP) + self._positions(latents_BCHW, self.config.dim).to(dtype)
         condition_BD = F.gelu(self._embed_noise(c_noise_B) + caption.pooled_BD, approximate="tanh")
 
-        def run(blocks: Iterable[nn.Module], x_BTD: Tensor, caption_BLD: Tensor) -> Tensor:
+        def run(blocks: Iterable[nn.Module], x_BTD: Tensor, narrow: nn.Module | None = None) -> Tensor:
+            tokens_BLD = narrow(caption.tokens_BLD) if narrow is not None and not caption.answers else caption.tokens_BLD
             for block in blocks:
-                x_BTD = self._run(block, x_BTD, caption_BLD, caption.mask_BL, condition_BD)
+                x_BTD = self._run(block, x_BTD, caption.answers.get(block, tokens_BLD), caption.mask_BL, condition_BD)
             return x_BTD
 
         route = make_route(self.config.routing, patches_BTP.shape[1], keep_ids_BK, path_kept_B)
@@ -160,22 +154,29 @@ class MicroDiT(nn.Module):
         dense, sparse, dense_again = blocks[:first], blocks[first : len(blocks) - last], blocks[len(blocks) - last :]
 
         x_BTD = self.mixer_in(route.drop("patches", x_BTD))
-        x_BTD = run(self.mixer, x_BTD, self.mixer_caption(caption.tokens_BLD))
+        x_BTD = run(self.mixer, x_BTD, self.mixer_caption)
         x_BTD = self.mixer_out(route.drop("mixer", x_BTD))  # the drop comes before the projection, so that dropped tokens cost nothing more
-        earlier_BTD = run(dense, x_BTD, caption.tokens_BLD)
+        earlier_BTD = run(dense, x_BTD)
         x_BKD = route.drop("blocks", earlier_BTD)
         if x_BKD.shape[1]:
-            x_BKD = run(sparse, x_BKD, caption.tokens_BLD)
+            x_BKD = run(sparse, x_BKD)
         x_BTD = self.restore(self.decoder_in(x_BKD), earlier_BTD, route)
-        x_BTD = run(dense_again, x_BTD, caption.tokens_BLD)
+        x_BTD = run(dense_again, x_BTD)
         if self.decoder:
             x_BTD = x_BTD + self._positions(latents_BCHW, self.config.mixer_dim).to(dtype)  # mask tokens are all alike
-            x_BTD = run(self.decoder, x_BTD, self.decoder_caption(caption.tokens_BLD))
+            x_BTD = run(self.decoder, x_BTD, self.decoder_caption)
         return self.head(x_BTD, condition_BD)
 
     def embed_caption(self, text_BLE: Tensor, text_mask_BL: Tensor | None = None) -> Caption:
         """Text encoder output (B, L, caption_channels) -> `Caption`. The mask is True at real tokens; None: all are."""
         return self.caption(text_BLE, text_mask_BL)
+
+    def answer_once(self, caption: Caption) -> Caption:
+        """`caption` with every block's keys and values, which sampling would else compute at each step. Training has no use for it."""
+        tokens_BLD = caption.tokens_BLD
+        stacks = ((self.mixer, self.mixer_caption(tokens_BLD)), (self.blocks, tokens_BLD), (self.decoder, self.decoder_caption(tokens_BLD)))
+        answers = {block: cast(Block, block).cross_attn.keys_values(asked_BLD) for blocks, asked_BLD in stacks for block in blocks}
+        return caption._replace(answers=answers)
 
     def init_weights(self) -> None:
         """Depth-scaled truncated normals in the blocks; adaLN, head and the caption block's outputs at zero."""
@@ -196,7 +197,7 @@ class MicroDiT(nn.Module):
         self.restore.init_weights()
         self.head.init_weights()
 
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, block: nn.Module, *inputs: Tensor | KeysValues | None) -> Tensor:
         if self.recompute_blocks and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
@@ -212,53 +213,6 @@ class MicroDiT(nn.Module):
         frequencies = torch.exp(-math.log(10000) * exponent / (TIME_FREQUENCIES // 2))
         angle = c_noise_B.float()[:, None] * frequencies
         return self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.patch_embed.weight.dtype))
-
-
-class CaptionEmbedder(nn.Module):
-    """Caption MLP, one self-attention block over its tokens, and the pooled vector for adaLN."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        dim = config.dim
-        self.project = NormMLP(config.caption_channels, dim)
-        self.attn_norm = layer_norm(dim)
-        self.attn = SelfAttention(dim, dim, config.head_dim, config.bias)
-        self.ffn_norm = layer_norm(dim)
-        self.ffn = SwiGLU(dim, config.caption_ffn_dim, config.bias)
-        self.pool = NormMLP(dim, dim)
-
-    def forward(self, text_BLE: Tensor, mask_BL: Tensor | None) -> Caption:
-        y_BLD = self.project(text_BLE)
-        y_BLD = y_BLD + self.attn(self.attn_norm(y_BLD), mask_BL)
-        y_BLD = y_BLD + self.ffn(self.ffn_norm(y_BLD))
-        if mask_BL is None:
-            mean_BD = y_BLD.mean(dim=1)
-        else:
-            weight_BL1 = mask_BL.unsqueeze(-1).to(y_BLD)
-            mean_BD = (y_BLD * weight_BL1).sum(dim=1) / weight_BL1.sum(dim=1)
-        return Caption(y_BLD, self.pool(mean_BD), mask_BL)
-
-    def init_weights(self) -> None:
-        for mlp in (self.project, self.pool):
-            nn.init.normal_(mlp.fc1.weight, std=0.02)
-            nn.init.normal_(mlp.fc2.weight, std=0.02)
-        self.attn.init_weights(0.02)
-        self.ffn.init_weights(0.02)
-        nn.init.zeros_(self.attn.out.weight)
-        nn.init.zeros_(self.ffn.down.weight)
-
-
-class NormMLP(nn.Module):
-    """Linear, GELU, layer norm, linear."""
-
-    def __init__(self, in_dim: int, dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(in_dim, dim)
-        self.norm = layer_norm(dim)
-        self.fc2 = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.norm(F.gelu(self.fc1(x), approximate="tanh")))
 
 
 def _norm_linear(in_dim: int, out_dim: int, bias: bool) -> nn.Sequential:

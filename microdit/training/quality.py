@@ -21,7 +21,7 @@ from microdit.evaluation.features import EfficientNetLite0
 from microdit.evaluation.kid import paired_kid
 from microdit.evaluation.retrieval import retrieval, spread_ids
 from microdit.model.microdit import MicroDiT
-from microdit.pipeline import draw_latents, first_noise, unchanged
+from microdit.pipeline import SamplerSettings, draw_latents, first_noise, unchanged
 from microdit.recipe import LEAST_QUALITY_SAMPLES, Recipe
 
 REFERENCES = 512  # pictures among which a drawn one's own is looked for
@@ -70,8 +70,8 @@ class Quality:
             shape, numbers = self._data.latent_shape(self._bucket), range(len(self._drawn_N))[part]
             noise_BCHW = torch.stack([first_noise(shape, number) for number in numbers])
             mask_BL = None if self._mask_BL is None else self._mask_BL[part]
-            steps, guidance_scale = self._record.sample_steps, self._record.guidance_scale
-            return draw_latents(model, self._edm, noise_BCHW, self._text_BLE[part], mask_BL, steps, guidance_scale)
+            settings = SamplerSettings(self._record.sample_steps, self._record.guidance_scale)
+            return draw_latents(model, self._edm, noise_BCHW, self._text_BLE[part], mask_BL, settings)
 
         return self.compare(draw)
 

@@ -3,11 +3,12 @@ import math
 import pytest
 import torch
 
+from microdit.model.caption import join
 from microdit.model.microdit import MicroDiT
 from microdit.model.moe import ExpertChoice
 from microdit.model.patches import unpatchify
 from microdit.model.sizes import SIZES, Size, resolve
-from tests.conftest import busy_model
+from tests.conftest import busy_model, routed
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("MicroDiT_XL_2", 1_165_442_320), ("MicroDiT_Tiny_2", 200_692_752)])
@@ -88,3 +89,20 @@ def test_every_weight_learns(mixer_depth, mixer_dim):
     silent = [name for name, weight in model.named_parameters() if weight.grad is None or weight.grad.abs().max() == 0]
     # A bias of the keys moves all scores of a query alike; after the query-key norm it still matters, so none may be silent.
     assert silent == []
+
+
+@pytest.mark.parametrize("routing", ["deferred", "maskdit", "sprint"])
+def test_a_captions_keys_and_values_may_be_computed_beforehand(routing):
+    """For one caption and for a caption of the whole batch, with padding masked or not."""
+    size = Size(dim=32, depth=5, head_dim=8, mixer_dim=32 if routing == "sprint" else 16, mixer_depth=2, num_experts=2, round_ffn_to=8)
+    model = busy_model(routed(size, routing))
+    latents, c_noise = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+    text, mask = torch.randn(2, 3, 12, dtype=torch.float64), torch.tensor([[True, True, True], [True, False, False]])
+    for caption in (model.embed_caption(text), model.embed_caption(text, mask)):
+        assert torch.allclose(model(latents, c_noise, model.answer_once(caption)), model(latents, c_noise, caption), atol=1e-12)
+    one = model.embed_caption(text[:1])
+    for_both = model.answer_once(one).map(lambda x: x.expand(2, *x.shape[1:]))
+    repeated = model.embed_caption(text[:1].repeat(2, 1, 1))
+    assert torch.allclose(model(latents, c_noise, for_both), model(latents, c_noise, repeated), atol=1e-12)
+    joined = join(model.answer_once(one), model.answer_once(model.embed_caption(text[1:])))
+    assert torch.allclose(model(latents, c_noise, joined), model(latents, c_noise, model.embed_caption(text)), atol=1e-12)

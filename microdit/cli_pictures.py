@@ -1,0 +1,200 @@
+"""The commands that draw with a run, for people to look at: microdit sample, grid."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from microdit.errors import UserError
+from microdit.terminal import console, progress, warn
+
+if TYPE_CHECKING:
+    from microdit.checkpoint import Checkpoint
+    from microdit.diffusion.guidance import GuidanceKind
+    from microdit.diffusion.solvers import Solver
+    from microdit.pipeline import Pipeline, SamplerSettings
+
+Run = Annotated[Path, typer.Argument(help="A run folder.")]
+Steps = Annotated[int, typer.Option(help="Of the solver. Heun's cost two evaluations of the model each, the others' one.")]
+Guidance = Annotated[float, typer.Option(help="1: none. 2 suits the demo's small model; the paper's takes 5.")]
+SolverName = Annotated[str, typer.Option(help="heun, dpm (good from about 10 steps on) or euler.")]
+Interval = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="Guide only at noise levels between these, such as 0.2 5; elsewhere a step costs half."),
+]
+Rescale = Annotated[float, typer.Option(help="0 to 1: how far to take back the contrast that guidance adds.")]
+Kind = Annotated[str | None, typer.Option(help="classifier-free, path-drop (sprint models) or autoguidance. [default: classifier-free]")]
+Autoguide = Annotated[Path | None, typer.Option(help="A smaller or earlier run of the same data, to be guided away from.")]
+AutoguideWeights = Annotated[str | None, typer.Option(help="Its weights: model, ema, or ema-DECAY.")]
+Churn = Annotated[float, typer.Option(help="New noise on the way (EDM's S_churn), with heun: 0 none, 40 much.")]
+Negative = Annotated[str | None, typer.Option(help="What not to draw, in the place of the empty caption.")]
+Seed = Annotated[int, typer.Option(help="Other seeds make other pictures.")]
+Height = Annotated[int | None, typer.Option(help="Pixels, if not as in training.")]
+Width = Annotated[int | None, typer.Option(help="Pixels, if not as in training.")]
+Weights = Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")]
+
+
+def sample(
+    run: Run,
+    prompts: Annotated[list[str], typer.Argument(help="What to draw; each in quotes.")],
+    steps: Steps = 30,
+    guidance: Guidance = 2.0,
+    seed: Seed = 0,
+    solver: SolverName = "heun",
+    guidance_interval: Interval = None,
+    guidance_rescale: Rescale = 0.0,
+    guidance_kind: Kind = None,
+    autoguide: Autoguide = None,
+    autoguide_weights: AutoguideWeights = None,
+    churn: Churn = 0.0,
+    negative: Negative = None,
+    height: Height = None,
+    width: Width = None,
+    weights: Weights = None,
+    trajectory: Annotated[Path | None, typer.Option(help="Also write how the pictures come about: .png a filmstrip, .gif a film.")] = None,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
+) -> None:
+    """Draw pictures of prompts with a trained run, as one grid with the captions under them.
+
+    The PNG holds prompts, seed, settings and the weights' checksum as text. Which solver and how many steps: docs/sampling.md.
+
+    Example: microdit sample runs/emoji "red heart" "green cat" --seed 7
+
+    Example: microdit sample runs/emoji "red heart" --solver dpm --steps 12 --guidance-interval 0.2 5 --trajectory heart.gif
+    """
+    from microdit.grids import draw_grid, save_png
+    from microdit.prompts import clean_prompts
+    from microdit.trajectory import Trajectory, refuse_other_endings
+
+    prompts, negatives = clean_prompts(prompts), clean_prompts([negative]) if negative else []
+    settings = _settings(steps, guidance, solver, guidance_interval, guidance_rescale, guidance_kind, autoguide, churn)
+    refuse_other_endings(trajectory)
+    pipeline, checkpoint = _open(run, weights, autoguide, autoguide_weights)
+    film = Trajectory()
+    with progress("sample", len(prompts) * steps) as advance:
+        images = pipeline(
+            prompts,
+            settings,
+            seed,
+            advance,
+            height,
+            width,
+            negative_prompts=negatives,
+            on_denoised=film.add if trajectory else None,
+            warn=warn,
+        )
+    about = _about(run, checkpoint, weights, prompts, negatives, seed, settings)
+    save_png(draw_grid(images, prompts), out, about)
+    console.print(f"{len(images)} pictures of step {checkpoint.step}, seed {seed}, in [bold]{out}[/]")
+    if trajectory:
+        film.save(trajectory, prompts, pipeline.decode, about)
+        console.print(f"How they came about: [bold]{trajectory}[/]")
+
+
+def grid(
+    run: Run,
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    sweep: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME=VALUE,VALUE,...; once or twice. NAME: steps, guidance, solver, guidance-interval (LOW:HIGH or none), "
+            "guidance-rescale, churn, seed."
+        ),
+    ],
+    steps: Steps = 30,
+    guidance: Guidance = 2.0,
+    seed: Seed = 0,
+    solver: SolverName = "heun",
+    guidance_interval: Interval = None,
+    guidance_rescale: Rescale = 0.0,
+    guidance_kind: Kind = None,
+    autoguide: Autoguide = None,
+    autoguide_weights: AutoguideWeights = None,
+    churn: Churn = 0.0,
+    negative: Negative = None,
+    height: Height = None,
+    width: Width = None,
+    weights: Weights = None,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("sweep.png"),
+) -> None:
+    """Draw one prompt with one or two settings varied, all from the same seed, as a labelled sheet.
+
+    Example: microdit grid runs/emoji "red heart" --sweep guidance=1,2,4,8 --sweep steps=4,8,16
+    """
+    from microdit.grids import draw_sheet, save_png
+    from microdit.prompts import clean_prompts
+    from microdit.sweep import Drawn, sheet_of
+
+    prompts, negatives = clean_prompts([prompt]), clean_prompts([negative]) if negative else []
+    settings = _settings(steps, guidance, solver, guidance_interval, guidance_rescale, guidance_kind, autoguide, churn)
+    sheet = sheet_of(sweep, Drawn(settings, seed))
+    pipeline, checkpoint = _open(run, weights, autoguide, autoguide_weights)
+    images = []
+    with progress("grid", sum(cell.settings.num_inference_steps for row in sheet.cells for cell in row)) as advance:
+        for row in sheet.cells:
+            images.append(
+                [
+                    pipeline(prompts, cell.settings, cell.seed, advance, height, width, negative_prompts=negatives, warn=warn)[0]
+                    for cell in row
+                ]
+            )
+    about = _about(run, checkpoint, weights, prompts, negatives, seed, settings) | {"sweep": "; ".join(sweep)}
+    save_png(draw_sheet(images, sheet.row_labels, sheet.column_labels, f"{prompts[0]}, seed {seed}"), out, about)
+    console.print(f"{sum(map(len, images))} pictures of step {checkpoint.step}, seed {seed}, in [bold]{out}[/]")
+
+
+def _settings(
+    steps: int,
+    guidance: float,
+    solver: str,
+    interval: tuple[float, float] | None,
+    rescale: float,
+    kind: str | None,
+    autoguide: Path | None,
+    churn: float,
+) -> "SamplerSettings":
+    from microdit.pipeline import SamplerSettings
+
+    if autoguide and kind not in (None, "autoguidance"):
+        raise UserError(f"--autoguide names a weak model, which {kind} guidance has no use for: leave one of the two out.")
+    kind = kind or ("autoguidance" if autoguide else "classifier-free")
+    return SamplerSettings(steps, guidance, cast("Solver", solver), cast("GuidanceKind", kind), interval, rescale, churn)
+
+
+def _open(run: Path, weights: str | None, autoguide: Path | None, autoguide_weights: str | None) -> tuple["Pipeline", "Checkpoint"]:
+    from microdit.pipeline import Pipeline
+
+    if autoguide_weights and not autoguide:
+        raise UserError("--autoguide-weights chooses among the weights of a weak model: name its run with --autoguide.")
+    pipeline, checkpoint = Pipeline.from_run(run, warn, weights)
+    if autoguide:
+        pipeline = pipeline.guided_by(Pipeline.from_run(autoguide, warn, autoguide_weights)[0])
+    return pipeline, checkpoint
+
+
+def _about(
+    run: Path,
+    checkpoint: "Checkpoint",
+    weights: str | None,
+    prompts: list[str],
+    negatives: list[str],
+    seed: int,
+    settings: "SamplerSettings",
+) -> dict[str, str]:
+    """What a PNG says of itself, as text: enough to draw it again."""
+    import json
+    from dataclasses import asdict
+
+    from microdit import __version__
+    from microdit.checkpoint import default_weights
+
+    file = f"{weights or default_weights(checkpoint)}.safetensors"
+    return {
+        "prompt": "\n".join(prompts),
+        "negative_prompt": "\n".join(negatives),
+        "seed": str(seed),
+        "settings": json.dumps(asdict(settings)),
+        "model": f"{run.resolve().name}, step {checkpoint.step}, {file}",
+        "model_sha256": checkpoint.state["files"][file],
+        "software": f"microdit {__version__}",
+    }

@@ -1,0 +1,136 @@
+"""Guidance: away from what a weaker denoiser says, towards what the caption asks for.
+
+All kinds are D = D_weak + scale (D_strong - D_weak). They differ in what is weak:
+- classifier-free (2207.12598): the same model with the empty caption, or with a negative prompt;
+- path-drop (SPRINT, 2510.21986): the same, and its sparse blocks are left out;
+- autoguidance (2406.02507): a smaller or less trained model, with the same caption.
+
+Captions are embedded, and every block's keys and values of them computed, once for all steps; the empty caption's once for all pictures.
+
+Shape legend: B batch, C channels, H W height and width, L caption tokens, E the text encoder's channels.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from microdit.diffusion.edm import EDM, denoise
+from microdit.diffusion.steps import Denoiser
+from microdit.errors import UserError
+from microdit.model.caption import Caption, join
+from microdit.model.microdit import MicroDiT
+from microdit.model.routing import METHODS
+
+GuidanceKind = Literal["classifier-free", "path-drop", "autoguidance"]
+
+
+class Guide(NamedTuple):
+    """The weak model of autoguidance, trained on latents and captions of the same encoders."""
+
+    model: MicroDiT
+    edm: EDM
+
+
+class Text(NamedTuple):
+    """Vectors of a text encoder; the mask is True at real tokens, None: all are."""
+
+    text_BLE: Tensor
+    mask_BL: Tensor | None
+
+
+def guided_denoiser(
+    model: MicroDiT,
+    edm: EDM,
+    text_BLE: Tensor,
+    text_mask_BL: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    guidance: GuidanceKind = "classifier-free",
+    *,
+    interval: tuple[float, float] | None = None,
+    rescale: float = 0.0,
+    negative: Text | None = None,
+    guide: Guide | None = None,
+) -> Denoiser:
+    """At `guidance_scale` 1, and at noise levels outside of `interval` (2404.07724), the weak denoiser is not computed.
+
+    `rescale`: how far to bring the result back to the spread of the strong denoiser (2305.08891). `negative`: in the place of the empty
+    caption, of all pictures or of each, with as many tokens as `text_BLE`. Raises UserError where the model cannot guide like that.
+    """
+    _refuse(model, guidance, negative, guide)
+    caption = model.answer_once(model.embed_caption(text_BLE, text_mask_BL))
+    if guidance_scale == 1:
+        return _plain(model, edm, caption)
+    if guidance == "autoguidance":
+        assert guide is not None
+        strong = _plain(model, edm, caption)
+        weak = _plain(*guide, guide.model.answer_once(guide.model.embed_caption(text_BLE, text_mask_BL)))
+        pair = _one_by_one(strong, weak)
+    else:
+        # Zero tokens are all alike, so it makes no difference how many of them there are, or how many a mask lets through.
+        opposite = negative or Text(torch.zeros_like(text_BLE[:1]), None if text_mask_BL is None else text_mask_BL[:1])
+        away = model.answer_once(model.embed_caption(*opposite)).map(lambda x: x.expand(len(text_BLE), *x.shape[1:]))
+        if guidance == "path-drop":
+            strong = _plain(model, edm, caption)
+            pair = _one_by_one(strong, _plain(model, edm, away, drop_path=True))
+        else:
+            both = join(caption, away)
+            strong = _plain(model, edm, both.map(lambda x: x[: len(text_BLE)]))
+            pair = _doubled(model, edm, both)
+
+    def denoiser(noisy_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
+        inside_B = None if interval is None else (interval[0] < sigma_B) & (sigma_B <= interval[1])
+        if inside_B is not None and not inside_B.any():
+            return strong(noisy_BCHW, sigma_B)
+        towards, away_from = pair(noisy_BCHW, sigma_B)
+        guided = away_from + guidance_scale * (towards - away_from)
+        if rescale:
+            guided = _rescaled(guided, towards, rescale)
+        return guided if inside_B is None else torch.where(inside_B.view(-1, 1, 1, 1), guided, towards)
+
+    return denoiser
+
+
+def _refuse(model: MicroDiT, guidance: GuidanceKind, negative: Text | None, guide: Guide | None) -> None:
+    if guidance == "path-drop" and METHODS[model.config.routing].restore != "fused":
+        raise UserError(
+            f"Path-drop guidance leaves out the sparse blocks, which a model with routing {model.config.routing} cannot do without: "
+            "use a model trained with model.routing sprint, or classifier-free guidance."
+        )
+    if guidance == "autoguidance" and negative is not None:
+        raise UserError(
+            "Autoguidance has no place for a negative prompt, since its weak model is given the prompt itself: "
+            "leave the negative prompt out, or use classifier-free guidance."
+        )
+    if (guidance == "autoguidance") != (guide is not None):
+        raise UserError("Autoguidance needs a weak model, and no other guidance has one: name a run with --autoguide, or another guidance.")
+
+
+_Pair = tuple[Tensor, Tensor]
+_PairDenoiser = Callable[[Tensor, Tensor], _Pair]
+
+
+def _plain(model: MicroDiT, edm: EDM, caption: Caption, drop_path: bool = False) -> Denoiser:
+    return lambda noisy_BCHW, sigma_B: denoise(model, edm, noisy_BCHW, sigma_B, caption, drop_path)
+
+
+def _one_by_one(strong: Denoiser, weak: Denoiser) -> _PairDenoiser:
+    return lambda noisy_BCHW, sigma_B: (strong(noisy_BCHW, sigma_B), weak(noisy_BCHW, sigma_B))
+
+
+def _doubled(model: MicroDiT, edm: EDM, both: Caption) -> _PairDenoiser:
+    """In one call of the model: small batches use a machine badly."""
+
+    def pair(noisy_BCHW: Tensor, sigma_B: Tensor) -> _Pair:
+        doubled = denoise(model, edm, torch.cat([noisy_BCHW] * 2), torch.cat([sigma_B] * 2), both)
+        towards, away_from = doubled.chunk(2)
+        return towards, away_from
+
+    return pair
+
+
+def _rescaled(guided_BCHW: Tensor, towards_BCHW: Tensor, share: float) -> Tensor:
+    """2305.08891, eq. 15 and 16, of D: guidance makes pictures too contrasty, and the deviation over a picture says by how much."""
+    wanted, found = (x.std(dim=(1, 2, 3), keepdim=True) for x in (towards_BCHW, guided_BCHW))
+    return guided_BCHW * (1 + share * (wanted / found.clamp(min=1e-12) - 1))
