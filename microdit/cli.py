@@ -13,6 +13,7 @@ from microdit.cli_budget import bench, budget
 from microdit.cli_compare import compare
 from microdit.cli_data import data_app
 from microdit.cli_evaluation import draw, evaluate, geneval, prefer
+from microdit.cli_hub import export, import_official
 from microdit.cli_lab import lab_app
 from microdit.errors import StoppedError, UserError
 from microdit.terminal import console, progress, warn
@@ -126,34 +127,41 @@ def runs(folder: Annotated[Path, typer.Argument(help="Where the run folders lie.
     console.print(runs_table(list_runs(folder)))
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def sample(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    prompts: Annotated[list[str], typer.Argument(help="What to draw; each in quotes.")],
+    arguments: Annotated[list[str], typer.Argument(help="What to draw, each in quotes; before it a run or an exported model, if any.")],
     steps: Annotated[int, typer.Option(help="Of the Heun sampler; each costs two evaluations.")] = 30,
     guidance: Annotated[float, typer.Option(help="1: none. 2 suits the demo's small model; the paper's takes 5.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Other seeds make other pictures.")] = 0,
     height: Annotated[int | None, typer.Option(help="Pixels, if not as in training.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels, if not as in training.")] = None,
-    weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
+    weights: Annotated[str | None, typer.Option(help="Of a run: model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
 ) -> None:
-    """Draw pictures of prompts with a trained run, as one grid with the captions under them.
+    """Draw pictures of prompts, as one grid with the captions under them: with a run, an exported model, or the demo model.
+
+    A first argument that is a folder is the model. Without one, the demo model that comes with microdit draws all arguments.
+
+    Example: microdit sample "red heart" "owl"
 
     Example: microdit sample runs/emoji "red heart" "green cat" --seed 7
     """
     from microdit.grids import draw_grid, save_png
-    from microdit.pipeline import Pipeline
+    from microdit.hub.demo import model_and_prompts
+    from microdit.hub.opening import open_model
 
-    pipeline, checkpoint = Pipeline.from_run(run, warn, weights)
+    model, prompts = model_and_prompts(arguments)
+    opened = open_model(model, warn, weights)
     with progress("sample", len(prompts) * steps) as advance:
-        images = pipeline(prompts, steps, guidance, seed, advance, height, width)
+        images = opened.pipeline(prompts, steps, guidance, seed, advance, height, width)
     save_png(draw_grid(images, prompts), out)
-    console.print(f"{len(images)} pictures of step {checkpoint.step}, seed {seed}, in [bold]{out}[/]")
+    step = f"step {opened.about['step']}" if "step" in opened.about else model
+    console.print(f"{len(images)} pictures of {step}, seed {seed}, in [bold]{out}[/]")
 
 
-for command in (budget, bench, evaluate, draw, prefer, geneval, compare):
+for command in (budget, bench, evaluate, draw, prefer, geneval, compare, export):
     app.command()(command)
+app.command("import-official")(import_official)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ PACKAGE = Path(__file__).parents[1] / "microdit"
 LAYERS = [
     ("__main__",),
     ("cli",),
-    ("cli_budget", "cli_compare", "cli_data", "cli_evaluation", "cli_lab"),
+    ("cli_budget", "cli_compare", "cli_data", "cli_evaluation", "cli_hub", "cli_lab"),
     ("lab", "budget"),
     ("training",),
     ("evaluation",),
+    ("hub",),
     ("pipeline", "recipe_file", "report", "runs"),
     ("checkpoint", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),

@@ -64,14 +64,14 @@ def load_autoencoder(name: str) -> Autoencoder:
     if name == "pixels":
         return Pixels()
     if name == "icon":
-        return DiffusersAutoencoder(name, BUNDLED_ICON)
+        return _load(name, BUNDLED_ICON)
     place = ALIASES.get(name, name)
     if not is_place(place):
         raise UserError(f"There is no autoencoder in {name}: no such folder. Known names: {_KNOWN}.")
     folder = find_folder(place, [*_FILES, *(f"vae/{file}" for file in _FILES)])
     if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"
-    return DiffusersAutoencoder(lasting_name(name), folder)
+    return _load(lasting_name(name), folder)
 
 
 class Pixels:
@@ -93,34 +93,23 @@ class Pixels:
 
 
 class DiffusersAutoencoder:
-    """A diffusers autoencoder in a folder. Latents are (z - shift_factor) * scaling_factor, by its config.
+    """An autoencoder of diffusers: `model`, which is frozen. Latents are (z - shift_factor) * scaling_factor, by its config.
 
     Of an AutoencoderKL z is the distribution's mean, so that encoding twice gives the same; the authors of 2407.15811 draw from the
     distribution. Pictures and latents may be on any device and come back on the model's, in float32.
     """
 
-    def __init__(self, name: str, folder: Path):
-        """Raises UserError if the folder holds no autoencoder that can be used."""
-        files = _safe_weights(folder)
-        class_name = read_json(folder / "config.json").get("_class_name")
-        if class_name not in _KINDS:
-            raise UserError(f"{folder / 'config.json'} says _class_name {class_name}; only {', '.join(_KINDS)} can be used.")
-        model_class, self._latents_of = _KINDS[class_name]
-        with loading(folder):
-            self.model, info = model_class.from_pretrained(
-                folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-            )
-        refuse_incomplete(folder, info["missing_keys"])
-        self.model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.name = name
-        self.fingerprint = fingerprint_of(files)
-        self.channels: int = self.model.config.latent_channels
-        self.downsampling: int = pixels_per_latent(self.model)
+    def __init__(self, name: str, model: Any, fingerprint: str):
+        self.name, self.model, self.fingerprint = name, model, fingerprint
+        self.channels: int = model.config.latent_channels
+        self.downsampling: int = pixels_per_latent(model)
+        model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:
         scale, shift = _scale_and_shift(self.model)
-        z_BCHW = self._latents_of(self.model.encode(_fit(images_BCHW, self.model))).contiguous().float()
+        latents_of = _KINDS[type(self.model).__name__][1]
+        z_BCHW = latents_of(self.model.encode(_fit(images_BCHW, self.model))).contiguous().float()
         return (z_BCHW - shift) * scale
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
@@ -150,6 +139,20 @@ def _scale_and_shift(model: Any) -> tuple[float, float]:
 
 def _fit(tensor: Tensor, model: Any) -> Tensor:
     return tensor.to(model.device, model.dtype)
+
+
+def _load(name: str, folder: Path) -> DiffusersAutoencoder:
+    """Raises UserError if the folder holds no autoencoder that can be used."""
+    files = _safe_weights(folder)
+    class_name = read_json(folder / "config.json").get("_class_name")
+    if class_name not in _KINDS:
+        raise UserError(f"{folder / 'config.json'} says _class_name {class_name}; only {', '.join(_KINDS)} can be used.")
+    with loading(folder):
+        model, info = _KINDS[class_name][0].from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    refuse_incomplete(folder, info["missing_keys"])
+    return DiffusersAutoencoder(name, model, fingerprint_of(files))
 
 
 def _safe_weights(folder: Path) -> list[Path]:

@@ -62,7 +62,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.register_to_config(
             vae_scale_factor=vae_scale_factor, mask_padding=mask_padding, full_captions=full_captions, pad_token_id=pad_token_id
         )
-        if isinstance(vae, nn.Module):
+        if vae is not None:
             vae.to(memory_format=torch.channels_last)  # as `DiffusersAutoencoder`: faster, and the same to the last bit
         self._interrupt = False
 
@@ -212,7 +212,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
             return None
 
         def after_step(index: int, sigma: Tensor, latents_BCHW: Tensor) -> Tensor | None:
-            answer = callback(self, index, sigma, {name: latents_BCHW for name in names}) or {}
+            answer = callback(self, index, sigma, dict.fromkeys(names, latents_BCHW)) or {}
             return None if self._interrupt else answer.get("latents", latents_BCHW)
 
         return after_step

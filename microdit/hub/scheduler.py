@@ -12,7 +12,7 @@ from microdit.diffusion.edm import EDM
 class EDMSettings(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """The fields of `EDM` (2206.00364, table 1), saved as scheduler_config.json."""
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         sigma_data: float = 0.9,

@@ -29,7 +29,7 @@ class MicroDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     The other arguments are the fields of `ModelConfig`, with a dictionary for each block's shape.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         dim: int,
@@ -70,6 +70,7 @@ class MicroDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
         """As in diffusers, but only safetensors are read. Raises UserError for a damaged file, or weights of another architecture."""
         wants_info = kwargs.pop("output_loading_info", False)
+        model: Any
         place = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
         with loading(place):
             model, info = super().from_pretrained(
@@ -81,7 +82,7 @@ class MicroDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 f"{place} holds the weights of another architecture than its config.json says ({len(strange)} are missing or strange, "
                 f"such as {strange[0]}): download it again, or export it anew."
             )
-        return (model, info) if wants_info else model
+        return (model, info) if wants_info else model  # type: ignore[return-value]
 
     def forward(
         self,
