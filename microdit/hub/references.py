@@ -26,6 +26,7 @@ class _Reference(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def __init__(self, name: str, fingerprint: str | None = None):
         super().__init__()
         self._opened: Any = None
+        self.register_buffer("nothing", torch.zeros(0), persistent=False)  # diffusers asks parts for their dtype, opened or not
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
