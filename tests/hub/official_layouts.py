@@ -22,7 +22,9 @@ def save_bare(weights: dict[str, Tensor], path: Path) -> None:
 
 def save_whole_model(weights: dict[str, Tensor], path: Path) -> None:
     """A latent diffusion model's state dict, compiled, with a bit of its autoencoder."""
-    torch.save({**{f"dit._orig_mod.{name}": tensor for name, tensor in weights.items()}, "vae.decoder.conv_in.weight": torch.zeros(2)}, path)
+    torch.save(
+        {**{f"dit._orig_mod.{name}": tensor for name, tensor in weights.items()}, "vae.decoder.conv_in.weight": torch.zeros(2)}, path
+    )
 
 
 def save_training_state(weights: dict[str, Tensor], path: Path) -> None:

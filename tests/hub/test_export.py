@@ -55,16 +55,35 @@ def test_figures_of_these_weights_come_along_and_those_of_others_do_not(workplac
         assert expected in (out / "README.md").read_text()
 
 
-def test_an_export_is_evaluated_as_a_run_is(workplace, exported):
+def test_an_export_is_compared_with_a_set_as_a_run_is(workplace, exported):
+    reference = workplace / "reference"
+    reference.mkdir()
+    for number in range(5):
+        Image.new("RGB", (64, 64), (50 * number, 0, 90)).save(reference / f"{number}.png")
+        (reference / f"{number}.txt").write_text(f"shade {number}")
+    command = ["evaluate", exported, "--reference", "reference", "--metrics", "kid", "-n", 4, "--steps", 2, "--out", "measured"]
+    done = microdit(*command, cwd=workplace)
+    assert done.returncode == 0, done.output
+    metrics = json.loads((workplace / "measured" / "metrics.json").read_text())
+    assert metrics["step"] == 6
+    assert metrics["images_seen"] == 44
+    assert metrics["class"] == "MicroDiTPipeline"
+
+
+def test_what_was_exported_is_drawn_by_the_painter_of_runs(workplace, exported):
+    painter = open_painter(str(workplace / exported), DrawSettings(num_inference_steps=2), pytest.fail)
+    assert isinstance(painter, RunPainter)
+    run = open_painter(str(workplace / "runs" / "tiny"), DrawSettings(num_inference_steps=2), pytest.fail)
+    assert painter(["owl"], 3)[0].tobytes() == run(["owl"], 3)[0].tobytes()
+
+
+@pytest.mark.slow
+def test_an_exports_emoji_are_recognised_as_a_runs_are(workplace, exported):
     done = microdit("evaluate", exported, "-n", 8, "--steps", 2, cwd=workplace)
     assert done.returncode == 0, done.output
     metrics = json.loads((workplace / exported / "metrics.json").read_text())
     assert metrics["step"] == 6
     assert metrics["retrieval_of_reconstructions"]["top_10"] > 0.7
-    painter = open_painter(str(workplace / exported), DrawSettings(num_inference_steps=2), pytest.fail)
-    assert isinstance(painter, RunPainter)
-    assert painter.about["class"] == "MicroDiTPipeline"
-    assert painter.about["images_seen"] == 44
 
 
 def test_nothing_is_overwritten_and_nothing_half_written_stays(workplace, exported, tmp_path):
