@@ -1,8 +1,12 @@
 """What a pipeline's model_index.json may name. Diffusers would import whatever is written there."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
+from microdit.encoders.model_files import refuse_incomplete, weight_files
 from microdit.errors import UserError
 
 PIPELINE = "MicroDiTPipeline"
@@ -25,6 +29,15 @@ def refuse_strange_components(model_index: Mapping[str, Any], place: str) -> Non
     for name, value in model_index.items():
         if isinstance(value, list | tuple) and not _is_component(name, value):
             raise UserError(f"{place} is refused: its model_index.json names {value} as its {name}, which is no component of {PIPELINE}.")
+
+
+def refuse_incomplete_autoencoder(folder: Path, model: Any) -> None:
+    """Raises UserError if the folder that `model` was loaded from lacks some of its weights: diffusers goes on with random ones."""
+    found: set[str] = set()
+    for path in weight_files(folder, "diffusion_pytorch_model", ".safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= set(file.keys())
+    refuse_incomplete(folder, [name for name in model.state_dict() if name not in found])
 
 
 def _is_component(name: str, value: list[Any] | tuple[Any, ...]) -> bool:

@@ -23,7 +23,7 @@ from microdit.encoders.autoencoder import decode_latents
 from microdit.encoders.text import FrozenTextEncoder, TextEncoder
 from microdit.encoders.text_models import as_text_model
 from microdit.errors import UserError
-from microdit.hub.components import refuse_strange_components
+from microdit.hub.components import refuse_incomplete_autoencoder, refuse_strange_components
 from microdit.hub.denoising import AfterStep, Prompt, draw_latents
 from microdit.hub.references import ReferencedAutoencoder, ReferencedTextEncoder
 from microdit.hub.scheduler import EDMSettings
@@ -77,7 +77,11 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
         """As in diffusers, but only safetensors are read. Float32, unless `dtype` says otherwise."""
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or torch.float32
-        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True}, dtype=dtype)
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True}, dtype=dtype)
+        vae = Path(pretrained_model_name_or_path) / "vae"
+        if vae.is_dir() and "vae" not in kwargs and isinstance(pipeline.vae, AutoencoderKL | AutoencoderTiny | AutoencoderDC):
+            refuse_incomplete_autoencoder(vae, pipeline.vae)
+        return pipeline
 
     @property
     def interrupt(self) -> bool:

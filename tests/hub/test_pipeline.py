@@ -223,6 +223,13 @@ def test_folders_that_are_damaged_or_name_strange_parts_are_refused(pipeline, tm
         del tensors["denoiser.head.linear.weight"]
         save_file(tensors, copy / weights, {"format": "pt"})
 
+    def half_an_autoencoder(copy):
+        path = copy / "vae" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        name = max(tensors)
+        del tensors[name]
+        save_file(tensors, path, {"format": "pt"})
+
     def pickled(copy):
         torch.save(load_file(copy / weights), (copy / weights).with_suffix(".bin"))
         (copy / weights).unlink()
@@ -242,6 +249,7 @@ def test_folders_that_are_damaged_or_name_strange_parts_are_refused(pipeline, tm
 
     assert "cut" in broken("cut", cut)
     assert "denoiser.head.linear.weight" in broken("without", without)
+    assert "lacks the weights" in broken("half", half_an_autoencoder)
     assert "pickled" in broken("pickled", pickled)
     assert "other_size" in broken("other_size", other_size)
     assert "which is no component" in broken("strange", strange)
