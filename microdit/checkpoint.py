@@ -11,7 +11,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,17 @@ class Checkpoint:
 
     @property
     def model_config(self) -> ModelConfig:
-        fields = dict(self.state["model"])
-        for stack in ("blocks", "mixer", "decoder"):
-            fields[stack] = tuple(BlockShape(**shape) for shape in fields.get(stack, ()))
-        if "dense_blocks" in fields:
-            fields["dense_blocks"] = tuple(fields["dense_blocks"])
-        return ModelConfig(**fields)
+        return config_of_fields(self.state["model"])
+
+
+def config_of_fields(saved: Mapping[str, Any]) -> ModelConfig:
+    """The architecture, as it is stored in JSON. Raises TypeError or ValueError if these fields are none."""
+    fields = dict(saved)
+    for stack in ("blocks", "mixer", "decoder"):
+        fields[stack] = tuple(BlockShape(**shape) for shape in fields.get(stack, ()))
+    if "dense_blocks" in fields:
+        fields["dense_blocks"] = tuple(fields["dense_blocks"])
+    return ModelConfig(**fields)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -13,6 +13,7 @@ from microdit.cli_budget import bench, budget
 from microdit.cli_compare import compare
 from microdit.cli_data import data_app
 from microdit.cli_evaluation import draw, evaluate, geneval, prefer
+from microdit.cli_hub import export, import_official
 from microdit.cli_lab import lab_app
 from microdit.cli_pictures import grid, sample
 from microdit.errors import StoppedError, UserError
@@ -127,8 +128,10 @@ def runs(folder: Annotated[Path, typer.Argument(help="Where the run folders lie.
     console.print(runs_table(list_runs(folder)))
 
 
-for command in (sample, grid, budget, bench, evaluate, draw, prefer, geneval, compare):
+for command in (grid, budget, bench, evaluate, draw, prefer, geneval, compare, export):
     app.command()(command)
+app.command(no_args_is_help=True)(sample)
+app.command("import-official")(import_official)
 
 
 if __name__ == "__main__":

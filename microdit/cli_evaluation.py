@@ -18,7 +18,9 @@ PATIENCE = timedelta(hours=12)
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(help="A run folder; with --reference also a diffusers pipeline, by folder or hub id.")],
+    run: Annotated[
+        str, typer.Argument(help="A run folder or an exported model; with --reference also any diffusers pipeline, by folder or hub id.")
+    ],
     reference: Annotated[str | None, typer.Option(help=f"Compare with this set as a whole. {SOURCE_HELP}")] = None,
     metrics: Annotated[
         str | None,

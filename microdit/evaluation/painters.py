@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from microdit.checkpoint import Checkpoint
 from microdit.encoders.model_files import is_place, lasting_name, loading
 from microdit.errors import UserError
-from microdit.pipeline import BATCH, Pipeline, SamplerSettings
+from microdit.hub.opening import OpenedModel, is_our_pipeline, open_model
+from microdit.pipeline import BATCH, SamplerSettings
 from microdit.run_folder import is_run
 
 FOREIGN_BATCH = 8  # pictures that a pipeline of unknown size draws at a time
@@ -49,8 +49,8 @@ class Painter(Protocol):
 
 def open_painter(place: str, settings: DrawSettings, warn: Callable[[str], None], device: torch.device | str = "cpu") -> Painter:
     """`place`: a run folder, the folder of a diffusers pipeline, or its id of the hub. Raises UserError."""
-    if is_run(Path(place)):
-        return RunPainter(Path(place), *Pipeline.from_run(Path(place), warn, settings.weights), settings, device)
+    if is_run(Path(place)) or is_our_pipeline(place):
+        return RunPainter(open_model(place, warn, settings.weights), settings, device)
     if (Path(place) / "model_index.json").is_file() or (not Path(place).exists() and is_place(place)):
         return DiffusersPainter(place, settings, device)
     raise UserError(
@@ -60,15 +60,13 @@ def open_painter(place: str, settings: DrawSettings, warn: Callable[[str], None]
 
 
 class RunPainter:
-    """A checkpoint of ours."""
+    """A model of ours: a run's checkpoint, or one that was exported."""
 
     batch = BATCH
 
-    def __init__(self, run: Path, pipeline: Pipeline, checkpoint: Checkpoint, settings: DrawSettings, device: torch.device | str):
-        state = checkpoint.state
-        costs = {key: state[key] for key in ("images_seen", "gpu_hours", "dollars") if state.get(key) is not None}
-        self.about = {"run": str(run), "step": checkpoint.step, **costs}
-        self._pipeline, self._settings = pipeline.to(device), settings
+    def __init__(self, opened: OpenedModel, settings: DrawSettings, device: torch.device | str):
+        self.about = opened.about
+        self._pipeline, self._settings = opened.pipeline.to(device), settings
 
     def __call__(self, prompts: list[str], seed: int, on_step: Callable[[int], None] | None = None) -> list[Image.Image]:
         return self._pipeline(prompts, self._settings.sampler, seed, on_step)

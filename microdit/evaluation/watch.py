@@ -18,6 +18,7 @@ from microdit.evaluation.evaluate import Question, evaluate
 from microdit.evaluation.metrics import METRICS, label
 from microdit.evaluation.painters import DrawSettings, RunPainter
 from microdit.files import write_aside
+from microdit.hub.opening import opened_run
 from microdit.page import page_template
 from microdit.pipeline import Pipeline
 from microdit.run_folder import RunFolder, is_run, state_of
@@ -81,7 +82,8 @@ def _open(run: Path, checkpoint: Checkpoint, settings: DrawSettings, world: Worl
     """None on all processes if the trainer has deleted it in the meantime."""
     painter = None
     try:
-        painter = RunPainter(run, Pipeline.from_checkpoint(checkpoint, settings.weights), checkpoint, settings, world.device)
+        opened = opened_run(run, Pipeline.from_checkpoint(checkpoint, settings.weights), checkpoint)
+        painter = RunPainter(opened, settings, world.device)
     except FileNotFoundError:
         if checkpoint.folder.is_dir():
             raise

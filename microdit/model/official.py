@@ -51,6 +51,7 @@ PARTS = [
     (".adaLN_modulation.1.", ".modulation."),
 ]
 NO_WEIGHTS = ("pos_embed", "mask_token")
+SHOWN = 12  # problems of a checkpoint that are listed
 HEAD_DIM_OF_RELEASED = {512: 32, 1024: 64}  # by model width: Tiny and XL
 
 
@@ -103,7 +104,8 @@ def load_official(official: Mapping[str, Tensor], head_dim: int | None = None, e
     weights = convert_from_official(official)
     problems = _misfits(model.state_dict(), weights, config) + _position_misfits(official, config)
     if problems:
-        raise UserError("This is not a MicroDiT checkpoint of the official layout:\n  - " + "\n  - ".join(problems))
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise UserError("This is not a MicroDiT checkpoint of the official layout:\n  - " + "\n  - ".join([*problems[:SHOWN], *more]))
     model.load_state_dict(weights, assign=True)
     return model
 

@@ -1,0 +1,54 @@
+"""A pipeline's folder on the disk: written beside and renamed, so that it is there whole or not at all."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from microdit.errors import UserError
+
+RECORD = "record.json"  # where a model comes from: written by us beside what diffusers reads
+CARD = "README.md"
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    """Raises UserError if there is something at `folder`, other than an empty folder."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists already and is not empty: name another folder, or delete it first.")
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """`fill` writes into an empty folder beside `folder`, which then takes its name.
+
+    Raises UserError if the name is taken, or the disk is full.
+    """
+    refuse_to_overwrite(folder)
+    folder = folder.resolve()
+    aside = folder.with_name(f".{folder.name}.part")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        fill(aside)
+        for path in aside.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # the libraries write weights for their owner alone
+        if folder.is_dir():
+            folder.rmdir()
+        aside.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written: {error}.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Empty if there is none, or it makes no sense: nothing is drawn by it."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
