@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from microdit.data.emoji import emoji_source
+from microdit.data.sources import open_source
 from microdit.distributed import World
 from microdit.evaluation.extraction import extract, feature_cache
 from microdit.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
@@ -17,15 +17,17 @@ from microdit.lab.study import Study
 from microdit.pipeline import Pipeline, SamplerSettings
 from microdit.recipe import Recipe
 from microdit.terminal import progress, warn
-from microdit.training.held_out import HeldOut
+from microdit.training.held_out import HeldOut, reads_captions
 from microdit.training.step import DenoisingLoss
 
-HELD_OUT = 106  # samples of the held-out emoji
+HELD_OUT = 106  # samples: as many as there are held-out emoji
 
 
 @dataclass(frozen=True)
 class Reading:
-    """`recognised`: share of captions whose picture is among the 10 nearest of all training pictures, by EfficientNet-Lite0."""
+    """`recognised`: share of captions whose picture is among the 10 nearest of all training pictures, by EfficientNet-Lite0; by chance
+    alone where captions are not learnt from.
+    """
 
     held_out_loss: float
     frechet_distance: float
@@ -39,9 +41,10 @@ class Reader:
     def __init__(self, study: Study, recipe: Recipe, world: World):
         self._study, self._recipe, self._world = study, recipe, world
         self._network = EfficientNetFeatures()
-        self._records = [record for part in emoji_source("train").parts for record in part.records()]
+        self._records = [record for part in open_source(study.source).parts for record in part.records()]
         self._right_N = spread_ids(len(self._records), study.pictures)
-        self._captions = [self._records[i].captions["caption"] for i in self._right_N]
+        self._with_captions = reads_captions(recipe)
+        self._captions = [self._records[i].captions["caption"] if self._with_captions else "" for i in self._right_N]
         self._real: tuple[Tensor, Gaussian] | None = None
 
     def read(self, run: Path) -> tuple[Reading, list[Image.Image]]:
@@ -64,14 +67,14 @@ class Reader:
     def _held_out(self, pipeline: Pipeline, side: int) -> float:
         data = self._recipe.data
         assert data.held_out is not None
-        held_out = HeldOut(Path(data.held_out), side, HELD_OUT, pipeline.edm, self._world)
+        held_out = HeldOut(Path(data.held_out), side, HELD_OUT, pipeline.edm, self._world, self._with_captions)
         found = held_out.measure(DenoisingLoss(pipeline.model, pipeline.edm, pipeline.mask_padding))["held_out_loss"]
         assert isinstance(found, float)
         return found
 
     def _reference(self, side: int) -> tuple[Tensor, Gaussian]:
         if self._real is None:
-            with progress("features of the emoji", len(self._records)) as advance:
+            with progress(f"features of {self._study.source}", len(self._records)) as advance:
                 contents = (record.image for record in self._records)
                 found = extract(self._network, contents, side, feature_cache(), self._world, warn, advance)
             self._real = found.features_ND, fit_gaussian(found.features_ND)

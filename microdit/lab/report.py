@@ -10,7 +10,7 @@ from microdit.formats import figure
 from microdit.grids import save_png
 from microdit.lab.plan import ArmPlan
 from microdit.lab.plots import draw_study
-from microdit.lab.study import HIGHER_IS_BETTER, MEASURES, Budget, Study
+from microdit.lab.study import HIGHER_IS_BETTER, Budget, Study
 from microdit.lab.summary import Spread, Verdict, at_budget, diverged, judge
 
 TITLES = {
@@ -26,7 +26,7 @@ ANSWERS = {True: "holds", False: "does not hold", None: "open"}
 def write_report(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], out: Path, folder: Path) -> Path:
     """`folder`/README.md, its figures, and the results themselves. `out` is where the study was run. Returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    for measure in MEASURES:
+    for measure in study.measures:
         draw_study(study, plans, results, measure, TITLES[measure], folder / f"{measure}.png")
     strips = _join_strips(study, plans, out, folder / "strips.png")
     for name in ("plan.json", "results.jsonl"):
@@ -34,7 +34,7 @@ def write_report(study: Study, plans: dict[str, ArmPlan], results: list[dict[str
             shutil.copyfile(out / name, folder / name)
     parts = [_head(study, plans, results), _claims(judge(study, plans, results))]
     parts += [_table(study, plans, results, budget) for budget in BUDGETS]
-    parts += [f"![{TITLES[measure]} against cost]({measure}.png)" for measure in MEASURES]
+    parts += [f"![{TITLES[measure]} against cost]({measure}.png)" for measure in study.measures]
     if strips:
         parts.append(f"The same prompts from the same noise, seed {study.seeds[0]}, at equal FLOPs:\n\n![samples of each arm](strips.png)")
     page = folder / "README.md"
@@ -79,15 +79,15 @@ def _claims(verdicts: list[Verdict]) -> str:
 def _table(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], budget: Budget) -> str:
     rows = [f"### {BUDGETS[budget]}", ""]
     rows += [
-        f"| arm | steps | GFLOPs a step | ms a step | {' | '.join(TITLES[measure] for measure in MEASURES)} |",
-        "|---" * (4 + len(MEASURES)) + "|",
+        f"| arm | steps | GFLOPs a step | ms a step | {' | '.join(TITLES[measure] for measure in study.measures)} |",
+        "|---" * (4 + len(study.measures)) + "|",
     ]
-    found = {arm: [at_budget(results, arm, plan.steps[budget], measure) for measure in MEASURES] for arm, plan in plans.items()}
+    found = {arm: [at_budget(results, arm, plan.steps[budget], measure) for measure in study.measures] for arm, plan in plans.items()}
     for arm in study.arms:
         plan, cells = plans[arm], []
         for column, spread in enumerate(found[arm]):
             others = [values[column].mean for values in found.values() if values[column]]  # type: ignore[union-attr]
-            best = (max if MEASURES[column] in HIGHER_IS_BETTER else min)(others) if others else None
+            best = (max if study.measures[column] in HIGHER_IS_BETTER else min)(others) if others else None
             words = "–" if spread is None else _words(spread)
             cells.append(f"**{words}**" if spread is not None and spread.mean == best else words)
         costs = f"{plan.steps[budget]:,} | {plan.flops_per_step / 1e9:.1f} | {plan.seconds_per_step * 1e3:.1f}"

@@ -6,7 +6,7 @@ here), a mask schedule or a falling rate is trained anew for each budget, since 
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -30,11 +30,11 @@ OURS = (
     "phases.0.final_learning_rate",
 )
 FREE = ("phases.0.mask_ratio",)
-MEASURES = ("held_out_loss", "frechet_distance", "kid", "recognised")
 HIGHER_IS_BETTER = ("recognised",)
 
 Budget = Literal["flops", "seconds", "images"]
 Measure = Literal["held_out_loss", "frechet_distance", "kid", "recognised"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ class Study:
     arms: dict[str, list[str]] = MISSING
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     claims: list[Claim] = field(default_factory=list)
+    measures: list[Measure] = field(default_factory=lambda: list(MEASURES))  # that the report shows
     readings: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # shares of each budget at which quality is measured
+    source: str = "emoji"  # what the data was encoded from: its pictures are what drawn ones are compared with
     pictures: int = 256  # that are drawn for each reading
     num_inference_steps: int = 10
     guidance_scale: float = 2.0

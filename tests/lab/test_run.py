@@ -21,6 +21,7 @@ question: which is better?
 reference: {arm: none, steps: 8}
 seeds: [0, 1]
 readings: [0.5, 1.0]
+measures: [frechet_distance, held_out_loss]
 pictures: 12
 num_inference_steps: 2
 prompts: [red heart, owl]
@@ -84,6 +85,7 @@ def test_a_study_that_is_killed_goes_on_and_its_report_says_what_happened(labora
     assert "**wild diverged for seed 0 before step" in page
     assert "| masking is cheaper | Held-out loss: deferred" in page
     assert "2 seeds of wild diverged" in page
+    assert "KID" not in page  # only the measures that the study asks for
     assert page.count("\n| deferred |") == 3  # a table for each budget
     for name in ("frechet_distance.png", "held_out_loss.png", "strips.png", "plan.json", "results.jsonl"):
         assert (laboratory / "docs-small" / name).stat().st_size > 100
