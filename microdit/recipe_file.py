@@ -110,7 +110,7 @@ def _problems(recipe: Recipe) -> list[str]:
     need(model.mixer_depth >= 0 and model.num_experts >= 0, "model.mixer_depth and model.num_experts cannot be negative.")
     need(model.num_experts == 0 or model.expert_capacity > 0, "model.expert_capacity must be above 0.")
     need(recipe.diffusion.sigma_data > 0 and recipe.diffusion.P_std > 0, "diffusion.sigma_data and P_std must be above 0.")
-    need(0 <= recipe.diffusion.caption_dropout <= 1, "diffusion.caption_dropout must lie in [0, 1]; 1 trains without captions.")
+    need(0 <= recipe.diffusion.caption_dropout < 1, "diffusion.caption_dropout must lie in [0, 1).")
     for index, ema in enumerate(recipe.ema):
         need(0 <= ema.decay < 1, f"ema.{index}.decay is {ema.decay}, and must lie in [0, 1), for example 0.999.")
         need(ema.start >= 0, f"ema.{index}.start is {ema.start}, and cannot be negative.")

@@ -19,6 +19,7 @@ Split = Literal["train", "held_out"]
 SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 HELD_OUT_ONE_IN = 20
 PART_SIZE = 500  # records
+UNNAMED = "an emoji"
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,15 @@ def emoji_rows(split: Split) -> Iterator[Row]:
             yield Row(key, caption, _on_white(_twemoji_folder() / f"{key}.png"))
 
 
-def emoji_source(split: Split) -> Source:
-    """The same pictures as files: PNG with transparency."""
+def emoji_source(split: Split, named: bool = True) -> Source:
+    """The same pictures as files: PNG with transparency. Without their names, all are "an emoji": a caption that tells nothing."""
     captions = [(key, caption) for key, caption in _emoji_captions() if is_held_out(caption) == (split == "held_out")]
+    if not named:
+        captions = [(key, UNNAMED) for key, _ in captions]
     starts = range(0, len(captions), PART_SIZE)
     parts = [Part(f"emoji-{start:06d}", partial(_records, captions[start : start + PART_SIZE])) for start in starts]
-    return Source("emoji" if split == "train" else f"emoji:{split}", parts, license="CC-BY 4.0")
+    kind = ("" if named else "unnamed") + ("" if split == "train" else f"_{split}")
+    return Source(f"emoji:{kind.lstrip('_')}".rstrip(":"), parts, license="CC-BY 4.0")
 
 
 def is_held_out(caption: str) -> bool:

@@ -19,7 +19,7 @@ ARCHIVES = (*TARS, ".zip")
 END = "#end"  # ends the key of a record which says that the rest of its part cannot be read
 
 KINDS = """A source is one of
-  emoji, emoji:held_out          the embedded pictures
+  emoji, emoji:held_out          the embedded pictures; emoji:unnamed, emoji:unnamed_held_out all have one caption
   scenes, scenes:5000            scenes drawn from them, and how many; scenes:held_out are others
   NAME:FOLDER                    one of the paper's sets: {named}
   a folder                       of pictures with .txt files or metadata.jsonl, of archives, of tables, or by Dataset.save_to_disk
@@ -123,10 +123,10 @@ def _open(name: str, captions: dict[str, float] | None) -> Source:
 
 
 def _open_embedded(name: str, kind: str, rest: str) -> Source:
-    if kind == "emoji" and rest in ("", "train", "held_out"):
+    if kind == "emoji" and rest in ("", "train", "held_out", "unnamed", "unnamed_held_out"):
         from microdit.data.emoji import emoji_source
 
-        return emoji_source("held_out" if rest == "held_out" else "train")
+        return emoji_source("held_out" if rest.endswith("held_out") else "train", named=not rest.startswith("unnamed"))
     if kind == "scenes" and (rest in ("", "held_out") or (rest.isdecimal() and int(rest) > 0)):
         from microdit.data.scenes import held_out_scenes, scenes_source
 

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
+from microdit.data.card import read_card
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.files import write_aside
@@ -54,6 +55,7 @@ def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World)
             changed = [arm for arm in recipes if before["arms"].get(arm) != asked["arms"][arm]] or ["the budget"]
             raise UserError(f"{out} holds results of this study as it was before {', '.join(changed)} changed: choose another --out.")
         return read_plan(out)
+    _refuse_other_pictures(recipes)
     with TemporaryDirectory() as place:
         trainers = {arm: Trainer(recipe, Path(place) / arm, Console(quiet=True), world) for arm, recipe in recipes.items()}
         flops = {arm: _flops_of_a_step(trainer) for arm, trainer in trainers.items()}
@@ -62,6 +64,18 @@ def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World)
     plans = {arm: _plan(steps, flops[reference], seconds[reference], flops[arm], seconds[arm]) for arm in recipes}
     write_aside(path, json.dumps({"asked": asked, "arms": {arm: asdict(plan) for arm, plan in plans.items()}}, indent=1).encode())
     return plans
+
+
+def _refuse_other_pictures(recipes: dict[str, Recipe]) -> None:
+    """Arms may have encoders of their own, but learn from the same pictures in the same order."""
+    seen: dict[str, str] = {}
+    for arm, recipe in recipes.items():
+        if recipe.data.path is not None:
+            card = read_card(Path(recipe.data.path))
+            pictures = f"{card['rows']:,} rows of {card.get('source')}"
+            seen.setdefault(pictures, f"{arm} from {recipe.data.path}, {pictures}")
+    if len(seen) > 1:
+        raise UserError(f"Arms of one study must learn from the same pictures: {'; '.join(seen.values())}.")
 
 
 def _plan(steps: int, reference_flops: float, reference_seconds: float, flops: float, seconds: float) -> ArmPlan:

@@ -15,9 +15,8 @@ from microdit.evaluation.kid import kid
 from microdit.evaluation.retrieval import retrieval, spread_ids
 from microdit.lab.study import Study
 from microdit.pipeline import Pipeline, SamplerSettings
-from microdit.recipe import Recipe
 from microdit.terminal import progress, warn
-from microdit.training.held_out import HeldOut, reads_captions
+from microdit.training.held_out import HeldOut
 from microdit.training.step import DenoisingLoss
 
 HELD_OUT = 106  # samples: as many as there are held-out emoji
@@ -25,9 +24,7 @@ HELD_OUT = 106  # samples: as many as there are held-out emoji
 
 @dataclass(frozen=True)
 class Reading:
-    """`recognised`: share of captions whose picture is among the 10 nearest of all training pictures, by EfficientNet-Lite0; by chance
-    alone where captions are not learnt from.
-    """
+    """`recognised`: share of captions whose picture is among the 10 nearest of all training pictures, by EfficientNet-Lite0."""
 
     held_out_loss: float
     frechet_distance: float
@@ -38,17 +35,16 @@ class Reading:
 class Reader:
     """Holds what all readings of a study share: the reference's features, captions, the network."""
 
-    def __init__(self, study: Study, recipe: Recipe, world: World):
-        self._study, self._recipe, self._world = study, recipe, world
+    def __init__(self, study: Study, world: World):
+        self._study, self._world = study, world
         self._network = EfficientNetFeatures()
         self._records = [record for part in open_source(study.source).parts for record in part.records()]
         self._right_N = spread_ids(len(self._records), study.pictures)
-        self._with_captions = reads_captions(recipe)
-        self._captions = [self._records[i].captions["caption"] if self._with_captions else "" for i in self._right_N]
+        self._captions = [self._records[i].captions["caption"] for i in self._right_N]
         self._real: tuple[Tensor, Gaussian] | None = None
 
-    def read(self, run: Path) -> tuple[Reading, list[Image.Image]]:
-        """Of the newest checkpoint, and pictures of the study's prompts."""
+    def read(self, run: Path, held_out: str | None) -> tuple[Reading, list[Image.Image]]:
+        """Of the newest checkpoint, and pictures of the study's prompts. `held_out`: the folder of samples that were not learnt from."""
         pipeline, checkpoint = Pipeline.from_run(run, _refuse)
         side = checkpoint.state["data"]["resolution"]
         real_MD, gaussian = self._reference(side)
@@ -57,17 +53,16 @@ class Reader:
         strip = pipeline(list(self._study.prompts), settings, seed=0)
         subset = min(len(drawn_ND), len(real_MD), 1000)
         reading = Reading(
-            held_out_loss=self._held_out(pipeline, side),
+            held_out_loss=self._held_out_loss(pipeline, side, held_out),
             frechet_distance=frechet_distance(gaussian, fit_gaussian(drawn_ND)),
             kid=kid(drawn_ND, real_MD, subset_size=subset, subsets=20).value,
             recognised=retrieval(drawn_ND, real_MD, self._right_N).top_10,
         )
         return reading, strip
 
-    def _held_out(self, pipeline: Pipeline, side: int) -> float:
-        data = self._recipe.data
-        assert data.held_out is not None
-        held_out = HeldOut(Path(data.held_out), side, HELD_OUT, pipeline.edm, self._world, self._with_captions)
+    def _held_out_loss(self, pipeline: Pipeline, side: int, folder: str | None) -> float:
+        assert folder is not None
+        held_out = HeldOut(Path(folder), side, HELD_OUT, pipeline.edm, self._world)
         found = held_out.measure(DenoisingLoss(pipeline.model, pipeline.edm, pipeline.mask_padding))["held_out_loss"]
         assert isinstance(found, float)
         return found

@@ -33,7 +33,7 @@ def run_study(study: Study, recipes: dict[str, Recipe], out: Path, world: World,
     plans = make_plan(study, recipes, out, world)
     todo = [(arm, seed) for seed in study.seeds for arm in study.arms]  # seed by seed: a first result of every arm comes early
     done = read_results(out)
-    reader = Reader(study, recipes[study.reference.arm], world)
+    reader = Reader(study, world)
     with progress(study.name, len(todo)) as advance:
         for arm, seed in todo:
             advance(0, f"{arm}, seed {seed}")
@@ -77,7 +77,7 @@ def _train(
             console.print(f"[yellow]{arm}, seed {seed}, did not reach step {step}: {error}[/]")
             _append(out, {"arm": arm, "seed": seed, "step": step, "diverged": str(error)})
             return
-        reading, strip = reader.read(run)
+        reading, strip = reader.read(run, recipe.data.held_out)
         save_png(draw_grid(strip, study.prompts, title=f"{arm}, seed {seed}, step {step:,}"), out / "strips" / f"{arm}-{seed}-{step}.png")
         costs = {"flops": step * plan.flops_per_step, "seconds": step * plan.seconds_per_step}
         _append(out, {"arm": arm, "seed": seed, "step": step, **costs, **asdict(reading)})

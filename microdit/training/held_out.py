@@ -21,27 +21,20 @@ def open_held_out(recipe: Recipe, data: EncodedSet, edm: EDM, world: World) -> "
     """Of the set that the recipe names, which must be like `data`; None if it names none. Raises UserError."""
     if recipe.data.held_out is None:
         return None
-    held_out = HeldOut(Path(recipe.data.held_out), data.resolution, recipe.record.held_out_samples, edm, world, reads_captions(recipe))
+    held_out = HeldOut(Path(recipe.data.held_out), data.resolution, recipe.record.held_out_samples, edm, world)
     refuse_strangers([data, held_out.data])
     return held_out
 
 
-def reads_captions(recipe: Recipe) -> bool:
-    """Whether the model learns from captions at all."""
-    return recipe.diffusion.caption_dropout < 1
-
-
 class HeldOut:
-    """The first samples of an encoded set; number i of n has the noise level of quantile (i + 1/2) / n, no mask, and its caption, or with
-    `captions` False the empty one.
-    """
+    """The first samples of an encoded set; number i of n has the noise level of quantile (i + 1/2) / n, no mask, its caption."""
 
-    def __init__(self, folder: Path, resolution: int, count: int, edm: EDM, world: World, captions: bool = True):
+    def __init__(self, folder: Path, resolution: int, count: int, edm: EDM, world: World):
         """Raises UserError if the set is missing, of another shape, or smaller than the number of processes."""
         self.data = EncodedSet(folder, resolution)
         self._bucket = self.data.largest_bucket
         rows = self.data.bucket_sizes[self._bucket]
-        self._edm, self._world, self._captions = edm, world, captions
+        self._edm, self._world = edm, world
         # Every process must call the model equally often, so what is left over by even shares is left out.
         self.count = min(count, rows) // world.size * world.size
         if not self.count:
@@ -65,5 +58,5 @@ class HeldOut:
         quantile_B = (torch.tensor(list(numbers), dtype=torch.float64) + 0.5) / self.count
         sigma_B = (torch.special.ndtri(quantile_B) * self._edm.P_std + self._edm.P_mean).exp().float()
         noise = [first_noise(self.data.latent_shape(self._bucket), number) for number in numbers]
-        kept = torch.full((len(numbers),), float(self._captions))
-        return TrainingBatch(batch.latents_BCHW, batch.text_BLE, batch.text_mask_BL, sigma_B, torch.stack(noise), kept, None)
+        everything = torch.ones(len(numbers))
+        return TrainingBatch(batch.latents_BCHW, batch.text_BLE, batch.text_mask_BL, sigma_B, torch.stack(noise), everything, None)

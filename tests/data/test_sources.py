@@ -25,6 +25,9 @@ def keys(*arguments):
 def test_the_embedded_sets_open_by_name():
     assert open_source("emoji").name == "emoji"
     assert set(keys("emoji")).isdisjoint(keys("emoji:held_out"))
+    assert keys("emoji:unnamed_held_out") == keys("emoji:held_out")
+    assert {record.captions["caption"] for record in records_of(open_source("emoji:unnamed_held_out"))} == {"an emoji"}
+    assert open_source("emoji:unnamed").name == "emoji:unnamed"
     assert len(keys("scenes:7")) == 7
     assert len(open_source("scenes").parts) == 4  # 2,000 scenes
     assert len(keys("scenes:held_out")) == 200

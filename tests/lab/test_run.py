@@ -18,6 +18,7 @@ ema: [{decay: 0.9}]
 STUDY = """
 name: small
 question: which is better?
+source: emoji:held_out
 reference: {arm: none, steps: 8}
 seeds: [0, 1]
 readings: [0.5, 1.0]
@@ -99,3 +100,26 @@ def test_a_study_that_changed_is_not_mixed_with_its_old_results(laboratory):
     nothing = microdit("lab", "report", "small.yaml", "--out", "nowhere", cwd=laboratory)
     assert nothing.returncode == 1
     assert "There are no results in nowhere: run the study first" in nothing.output
+
+
+def test_arms_may_have_their_own_encoders_but_not_their_own_pictures(laboratory):
+    encoded = microdit(
+        "data", "encode", "emoji:held_out", "--autoencoder", "pixels", "--resolutions", 16, "--out", "data/px", cwd=laboratory
+    )
+    assert encoded.returncode == 0, encoded.output
+    other = microdit("data", "encode", "scenes:8", "--out", "data/other", cwd=laboratory)
+    assert other.returncode == 0, other.output
+    arms = STUDY[STUDY.index("arms:") : STUDY.index("claims:")]
+    own = "arms:\n  none: [model.routing=none]\n  pixels: [data.path=data/px, data.held_out=data/px, model.patch_size=4]\n"
+    study = STUDY[: STUDY.index("claims:")].replace(arms, own).replace("name: small", "name: own")
+    (laboratory / "own.yaml").write_text(study.replace("seeds: [0, 1]", "seeds: [0]"))
+    done = microdit("lab", "run", "own.yaml", cwd=laboratory)
+    assert done.returncode == 0, done.output
+    assert {line["arm"] for line in read_results(laboratory / "lab" / "own")} == {"none", "pixels"}
+
+    (laboratory / "own.yaml").write_text(study.replace("name: own", "name: strange").replace("data.path=data/px", "data.path=data/other"))
+    refused = microdit("lab", "run", "own.yaml", cwd=laboratory)
+    assert refused.returncode == 1
+    assert "Arms of one study must learn from the same pictures: none from data/emoji, 106 rows of emoji:held_out; pixels from" in " ".join(
+        refused.output.split()
+    )

@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,18 +104,6 @@ def test_the_held_out_loss_is_the_same_every_time_and_falls_into_all_bins(encode
     assert first["held_out_loss"] == pytest.approx(sum(first["held_out_by_noise"]) / 8)  # five samples in each bin
     with pytest.raises(UserError, match="no encoded data set"):
         HeldOut(Path("nowhere"), 16, 40, EDM(), world)
-
-
-def test_a_model_that_learns_without_captions_is_measured_without(encoded_emoji):
-    """What the captions say then makes no difference: whichever ones the pictures have, the empty one is read."""
-    world = start_world("cpu")
-    model = busy_model(Size(32, 2, 8, 16, 1, num_experts=0, round_ffn_to=8), caption_channels=384, in_channels=3).float()
-    loss = DenoisingLoss(model, EDM(), mask_padding=True)
-    without = HeldOut(encoded_emoji, 16, 8, EDM(), world, captions=False)
-    batch = without._batch(range(8))
-    silent = replace(batch, text_BLE=torch.zeros_like(batch.text_BLE), caption_kept_B=torch.ones(8))
-    assert without.measure(loss)["held_out_loss"] == pytest.approx(loss(silent).mean().item())
-    assert without.measure(loss) != HeldOut(encoded_emoji, 16, 8, EDM(), world).measure(loss)
 
 
 def test_the_wandb_project_gets_the_metrics(tmp_path, monkeypatch):
