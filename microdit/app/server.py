@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
@@ -17,17 +18,21 @@ from microdit.app.asking import AskedWronglyError
 from microdit.app.images_api import ServerFailedError, images_api
 from microdit.app.jobs import OUR_MISTAKE, QueueClosedError, QueueFullError, WorkQueue
 from microdit.app.limits import Limits
+from microdit.app.page_api import page_api
 from microdit.errors import UserError
 
 LIMITS = Limits()
+RECIPES = Path("recipes")
 RETRY_SECONDS = 2
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 
 log = logging.getLogger(__name__)
 
 
-def web_app(queue: WorkQueue, limits: Limits = LIMITS, local: bool = True) -> FastAPI:
-    """All that is served over `queue`, which is closed as the server ends.
+def web_app(
+    queue: WorkQueue, limits: Limits = LIMITS, *, runs: dict[str, Path] | None = None, recipes: Path = RECIPES, local: bool = True
+) -> FastAPI:
+    """All that is served over `queue`, which is closed as the server ends: the endpoint, and the page with its `runs` and `recipes`.
 
     `local`: answer only to this machine's own names, so that no page from elsewhere reaches in under a name of its own.
     """
@@ -44,6 +49,7 @@ def web_app(queue: WorkQueue, limits: Limits = LIMITS, local: bool = True) -> Fa
     # Without the pages of its own that FastAPI offers: they load scripts from elsewhere.
     app = FastAPI(lifespan=life, docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(own_names_only)])
     app.include_router(images_api(queue, limits))
+    app.include_router(page_api(queue, limits, runs or {}, recipes))
     _answer_errors(app)
     return app
 
