@@ -108,7 +108,7 @@ function showPictures(place, told, prompt) {
 
 function picture(address, prompt, seed) {
   const image = make("img", { src: address, alt: prompt || "picture" });
-  return make("figure", { title: `${prompt} (seed ${seed})` }, image, make("figcaption", { textContent: `${seed} · ${prompt}` }));
+  return make("figure", { title: `${prompt} (seed ${seed})` }, image, make("figcaption", { textContent: `${seed} · ${prompt || "empty prompt"}` }));
 }
 
 function keep(told, prompt) {
