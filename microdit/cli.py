@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from microdit.cli_app import app as web_page
 from microdit.cli_budget import bench, budget
 from microdit.cli_compare import compare
 from microdit.cli_data import data_app
@@ -131,6 +132,7 @@ def runs(folder: Annotated[Path, typer.Argument(help="Where the run folders lie.
 for command in (grid, budget, bench, evaluate, draw, prefer, geneval, compare, export):
     app.command()(command)
 app.command(no_args_is_help=True)(sample)
+app.command("app")(web_page)
 app.command("import-official")(import_official)
 
 

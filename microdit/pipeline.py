@@ -166,7 +166,7 @@ class Pipeline:
             raise UserError(f"There are {len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each.")
         if warn:
             warn_of_unread(prompts + negatives, self.text_encoder, warn)
-        shape = self._latent_shape(height, width)
+        shape = self.latent_shape_of(height, width)
         guide = self.guide if settings.guidance == "autoguidance" else None
 
         def after(step: Step) -> None:
@@ -193,7 +193,8 @@ class Pipeline:
         """The pictures of latents, such as those that `on_denoised` sees."""
         return [to_image(pixels) for pixels in self.autoencoder.decode(latents_BCHW.cpu()).cpu()]
 
-    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+    def latent_shape_of(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Of a picture with these sides in pixels; None: as in training. Raises UserError for sides that cannot be."""
         channels, *trained = self.latent_shape
         step = self.autoencoder.downsampling * self.model.config.patch_size
         sides = []

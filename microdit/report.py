@@ -56,6 +56,17 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
     Raises UserError if `run` is neither, or if the page cannot be written.
     """
+    page = report_page(run)
+    target = out or run / "report.html"
+    try:
+        write_aside(target, page)
+    except OSError as error:
+        raise UserError(f"The report could not be written to {target}: {error}. Name another file with --out.") from error
+    return target
+
+
+def report_page(run: Path) -> bytes:
+    """The page of `write_report`. Raises UserError if `run` is no run."""
     runs = [run] if is_run(run) else _phase_folders(run)
     if not runs:
         raise UserError(
@@ -65,12 +76,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     parts = [_read(RunFolder(path)) for path in runs]
     title = parts[0].name if is_run(run) else run.resolve().name
     page = page_template(TEMPLATE).render(title=title, parts=parts, written=time.time(), totals=_totals(parts))
-    target = out or run / "report.html"
-    try:
-        write_aside(target, page.encode(errors="replace"))
-    except OSError as error:
-        raise UserError(f"The report could not be written to {target}: {error}. Name another file with --out.") from error
-    return target
+    return page.encode(errors="replace")
 
 
 def _phase_folders(folder: Path) -> list[Path]:

@@ -8,7 +8,8 @@ PACKAGE = Path(__file__).parents[1] / "microdit"
 LAYERS = [
     ("__main__",),
     ("cli",),
-    ("cli_budget", "cli_compare", "cli_data", "cli_evaluation", "cli_hub", "cli_lab", "cli_pictures"),
+    ("cli_app", "cli_budget", "cli_compare", "cli_data", "cli_evaluation", "cli_hub", "cli_lab", "cli_pictures"),
+    ("app",),
     ("lab", "budget"),
     ("training",),
     ("evaluation", "sweep"),

@@ -1,0 +1,16 @@
+"""What one request may ask for: a bound on the time and the memory that anybody can take."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`pixels` are of all pictures of a request together. How many steps a sampler takes is bounded by `SamplerSettings`."""
+
+    body_bytes: int = 64 * 1024
+    body_seconds: float = 10  # until the whole of it has come
+    prompt_letters: int = 2000
+    pictures: int = 16
+    side: int = 1024
+    pixels: int = 4 * 1024 * 1024
+    last_seed: int = 2**53 - 1  # the largest that JavaScript counts exactly
