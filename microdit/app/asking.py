@@ -38,7 +38,7 @@ def read_drawing(fields: dict[str, Any], models: Mapping[str, Pipeline], limits:
 
     An empty prompt is the empty caption that models are trained with. Without a seed, one is thrown.
     """
-    unknown = sorted(set(fields) - KNOWN)
+    unknown = sorted(set(fields) - KNOWN - IGNORED)
     if unknown:
         raise AskedWronglyError(f"There is no field {unknown[0]!r:.60}. Known: {', '.join(sorted(KNOWN))}.", unknown[0][:60])
     given = {key: value for key, value in fields.items() if value is not None}
@@ -75,6 +75,7 @@ def read_drawing(fields: dict[str, Any], models: Mapping[str, Pipeline], limits:
 
 
 OWN = {"seed", "steps", "guidance_scale", "negative_prompt", "solver"}
+IGNORED = {"quality", "style", "background", "moderation"}  # of OpenAI's: clients send them, and they change nothing here
 KNOWN = {"prompt", "n", "size", "response_format", "model", "user"} | OWN
 
 

@@ -68,7 +68,16 @@ def test_models_and_health(client):
         {"prompt": "red\x00\x1b[2J\nheart"},
         {"prompt": "\ud800 half a letter"},
         {"prompt": "x" * 2000},
-        {"n": None, "model": "tiny", "user": "somebody", "response_format": "b64_json", "size": "auto", "negative_prompt": "blue"},
+        {
+            "n": None,
+            "model": "tiny",
+            "user": "somebody",
+            "response_format": "b64_json",
+            "size": "auto",
+            "quality": "hd",
+            "style": "vivid",
+            "negative_prompt": "blue",
+        },
         {"seed": 2**53 - 2},
     ],
 )
@@ -106,7 +115,7 @@ BAD_FIELDS = [
     ({"seed": 2**64}, "seed", "between 0 and"),
     ({"response_format": "url"}, "response_format", "no url"),
     ({"user": 7}, "user", "must be text"),
-    ({"quality": "hd"}, "quality", "There is no field 'quality'"),
+    ({"qualities": "hd"}, "qualities", "There is no field 'qualities'"),
 ]
 
 
