@@ -30,6 +30,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         fill(aside)
+        for path in aside.glob("*/config.json"):
+            _forget_this_machine(path)
         for path in aside.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)  # the libraries write weights for their owner alone
         if folder.is_dir():
@@ -39,6 +41,13 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         raise UserError(f"{folder} could not be written: {error}.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _forget_this_machine(config: Path) -> None:
+    """The libraries write where a component was loaded from, which is nobody else's business."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    if values.pop("_name_or_path", None) is not None:
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -90,6 +90,14 @@ def test_an_exports_emoji_are_recognised_as_a_runs_are(workplace, exported):
     assert metrics["retrieval_of_reconstructions"]["top_10"] > 0.7
 
 
+def test_an_export_does_not_say_where_on_this_machine_it_was_made(workplace, exported):
+    files = [path for path in (workplace / exported).rglob("*") if path.suffix in (".json", ".md")]
+    assert len(files) >= 6
+    for path in files:
+        assert str(workplace) not in path.read_text(), path
+        assert "_name_or_path" not in path.read_text(), path
+
+
 def test_nothing_is_overwritten_and_nothing_half_written_stays(workplace, exported, tmp_path):
     again = microdit("export", "runs/tiny", exported, cwd=workplace)
     assert again.returncode == 1
