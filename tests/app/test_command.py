@@ -13,10 +13,10 @@ from tests.training.processes import start, wait_for
 def test_the_command_serves_a_run_until_it_is_interrupted(workplace):
     running = start(workplace / ".logs", ["app", "runs/tiny", "--port", 0], cwd=workplace)
     try:
-        wait_for(lambda: "Ctrl-C" in running.output, running)
+        wait_for(lambda: "Ctrl-C" in running.output, running, seconds=300)  # in a new environment nothing is compiled yet
         url = re.search(r"http://127\.0\.0\.1:\d+", running.output)[0]
-        assert "microdit" in httpx.get(url).text
-        assert httpx.get(url + "/api/about").json()["runs"] == ["tiny"]
+        assert "microdit" in httpx.get(url, timeout=60).text
+        assert httpx.get(url + "/api/about", timeout=60).json()["runs"] == ["tiny"]
         answer = httpx.post(url + "/v1/images/generations", json={"prompt": "red heart", "steps": 2}, timeout=60)
         assert answer.status_code == 200
         os.kill(running.processes[0].pid, signal.SIGINT)

@@ -38,7 +38,7 @@ def page(browser, served_page):
     """Opened; whatever it asks of elsewhere, and whatever its script trips over, fails the test."""
     _, url = served_page
     page = browser.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)
     elsewhere: list[str] = []
     mistakes: list[str] = []
     page.on("request", lambda request: elsewhere.append(request.url) if not request.url.startswith((url, "data:")) else None)
