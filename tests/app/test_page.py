@@ -39,6 +39,7 @@ def page(browser, served_page):
     _, url = served_page
     page = browser.new_page()
     page.set_default_timeout(60_000)
+    expect.set_options(timeout=60_000)
     elsewhere: list[str] = []
     mistakes: list[str] = []
     page.on("request", lambda request: elsewhere.append(request.url) if not request.url.startswith((url, "data:")) else None)
