@@ -1,5 +1,6 @@
 """Small real things that many tests share."""
 
+import signal
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,8 @@ from tests.training.processes import RECIPE
 
 settings.register_profile("machine", deadline=None)  # how long an example takes says more of the machine than of the code
 settings.load_profile("machine")
+# A shell starts what runs in its background with Ctrl-C ignored, which the commands that tests interrupt would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

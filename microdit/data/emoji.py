@@ -49,8 +49,8 @@ def emoji_source(split: Split, named: bool = True) -> Source:
         captions = [(key, UNNAMED) for key, _ in captions]
     starts = range(0, len(captions), PART_SIZE)
     parts = [Part(f"emoji-{start:06d}", partial(_records, captions[start : start + PART_SIZE])) for start in starts]
-    kind = ("" if named else "unnamed") + ("" if split == "train" else f"_{split}")
-    return Source(f"emoji:{kind.lstrip('_')}".rstrip(":"), parts, license="CC-BY 4.0")
+    kind = "_".join(([] if named else ["unnamed"]) + ([] if split == "train" else [split]))
+    return Source(f"emoji:{kind}" if kind else "emoji", parts, license="CC-BY 4.0")
 
 
 def is_held_out(caption: str) -> bool:

@@ -5,7 +5,7 @@ Two kinds: two to four of one thing ("three pizzas"), and two things in a relati
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
@@ -51,16 +51,11 @@ class Scene:
     objects: tuple[tuple[str, Box], ...]
 
 
-def scenes_source(count: int, seed: int = 0) -> Source:
+def scenes_source(count: int = 2000, seed: int = 0) -> Source:
     """The scenes 0 to `count`, as PNG files. A larger `count` only adds to them."""
     starts = range(0, count, PART_SIZE)
     parts = [Part(f"scenes-{start:06d}", partial(_records, seed, start, min(start + PART_SIZE, count))) for start in starts]
     return Source(f"scenes:{count}", parts, license="CC-BY 4.0")
-
-
-def held_out_scenes() -> Source:
-    """200 scenes of another seed: the same things and captions' words, elsewhere in the picture."""
-    return replace(scenes_source(200, seed=1), name="scenes:held_out")
 
 
 def scene(i: int, seed: int = 0) -> Scene:

@@ -20,7 +20,7 @@ END = "#end"  # ends the key of a record which says that the rest of its part ca
 
 KINDS = """A source is one of
   emoji, emoji:held_out          the embedded pictures; emoji:unnamed, emoji:unnamed_held_out all have one caption
-  scenes, scenes:5000            scenes drawn from them, and how many; scenes:held_out are others
+  scenes, scenes:5000            scenes drawn from them, and how many
   NAME:FOLDER                    one of the paper's sets: {named}
   a folder                       of pictures with .txt files or metadata.jsonl, of archives, of tables, or by Dataset.save_to_disk
   a file, or a pattern in quotes .tar, .tgz, .tar.gz, .zip or .parquet
@@ -127,10 +127,10 @@ def _open_embedded(name: str, kind: str, rest: str) -> Source:
         from microdit.data.emoji import emoji_source
 
         return emoji_source("held_out" if rest.endswith("held_out") else "train", named=not rest.startswith("unnamed"))
-    if kind == "scenes" and (rest in ("", "held_out") or (rest.isdecimal() and int(rest) > 0)):
-        from microdit.data.scenes import held_out_scenes, scenes_source
+    if kind == "scenes" and (not rest or (rest.isdecimal() and int(rest) > 0)):
+        from microdit.data.scenes import scenes_source
 
-        return held_out_scenes() if rest == "held_out" else scenes_source(int(rest or 2000))
+        return scenes_source(int(rest)) if rest else scenes_source()
     raise UserError(f"There is no source '{name}'. {_kinds()}")
 
 

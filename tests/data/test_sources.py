@@ -30,7 +30,6 @@ def test_the_embedded_sets_open_by_name():
     assert open_source("emoji:unnamed").name == "emoji:unnamed"
     assert len(keys("scenes:7")) == 7
     assert len(open_source("scenes").parts) == 4  # 2,000 scenes
-    assert len(keys("scenes:held_out")) == 200
 
 
 def test_what_lies_at_a_path_is_found_out(tmp_path):
