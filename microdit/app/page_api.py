@@ -10,6 +10,7 @@ import threading
 import uuid
 from collections import OrderedDict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 from fastapi import APIRouter, Request, Response
@@ -152,9 +153,7 @@ def _budget(fields: dict[str, Any], recipes: Path) -> str:
 
 def _of_text(text: str) -> dict[str, Any]:
     """A recipe that was given as a file."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(text, errors="replace")
         return load_recipes(path, None)
