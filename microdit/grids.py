@@ -79,13 +79,18 @@ def _drawable(caption: str) -> str:
     return "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace").decode()
 
 
-def save_png(image: Image.Image, path: Path, about: dict[str, str] | None = None) -> None:
-    """Whole or not at all. `about` becomes text in the file (iTXt), which `Image.info` shows."""
+def png_bytes(image: Image.Image, about: dict[str, str] | None = None) -> bytes:
+    """A PNG file. `about` becomes text in it (iTXt), which `Image.info` shows."""
     buffer, text = io.BytesIO(), PngInfo()
     for key, value in (about or {}).items():
         text.add_itxt(key, value)
     image.save(buffer, "PNG", pnginfo=text)
-    write_aside(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_png(image: Image.Image, path: Path, about: dict[str, str] | None = None) -> None:
+    """Whole or not at all. For `about` see `png_bytes`."""
+    write_aside(path, png_bytes(image, about))
 
 
 def save_gif(frames: list[Image.Image], path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import io
 import json
 import time
 from dataclasses import asdict
@@ -10,12 +9,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from microdit import __version__
 from microdit.app.asking import AskedWronglyError, read_drawing, read_object
 from microdit.app.jobs import Drawing, Job, WorkQueue
 from microdit.app.limits import Limits
+from microdit.grids import png_bytes
 
 LOOK_EVERY = 0.05  # seconds between two looks at whether a job has ended, or its client gone
 
@@ -99,8 +98,4 @@ def png_of(picture: Image.Image, drawing: Drawing, number: int) -> bytes:
         "model": drawing.model,
         "software": f"microdit {__version__}",
     }
-    text, file = PngInfo(), io.BytesIO()
-    for key, value in about.items():
-        text.add_itxt(key, value)
-    picture.save(file, "PNG", pnginfo=text)
-    return file.getvalue()
+    return png_bytes(picture, about)

@@ -30,6 +30,7 @@ from microdit.budget.show import show
 from microdit.diffusion.solvers import Solver
 from microdit.errors import UserError
 from microdit.formats import finite
+from microdit.grids import png_bytes
 from microdit.pipeline import USUAL, Pipeline
 from microdit.report import report_page
 from microdit.training.chips import CHIPS
@@ -99,7 +100,7 @@ def page_api(queue: WorkQueue, limits: Limits, runs: dict[str, Path], recipes: P
         if job.state == "done":
             told["pictures"] = [_address(png_of(picture, job.drawing, number)) for number, picture in enumerate(job.pictures)]
         elif (latents_BCHW := job.latents_BCHW) is not None:
-            told["pictures"] = [_address(_png(picture)) for picture in _decode(queue.models[job.drawing.model], latents_BCHW)]
+            told["pictures"] = [_address(png_bytes(picture)) for picture in _decode(queue.models[job.drawing.model], latents_BCHW)]
         return told
 
     @router.delete("/api/jobs/{name}")
@@ -164,12 +165,6 @@ def _side(pipeline: Pipeline) -> str:
     _, height, width = pipeline.latent_shape
     scale = pipeline.autoencoder.downsampling
     return f"{width * scale}x{height * scale}"
-
-
-def _png(picture: Image.Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()
 
 
 def _address(png: bytes) -> str:

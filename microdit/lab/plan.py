@@ -67,12 +67,13 @@ def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World)
 
 
 def _refuse_other_pictures(recipes: dict[str, Recipe]) -> None:
-    """Arms may have encoders of their own, but learn from the same pictures in the same order."""
+    """Arms may have encoders of their own, but learn from the same pictures, in the same order and size."""
     seen: dict[str, str] = {}
     for arm, recipe in recipes.items():
         if recipe.data.path is not None:
             card = read_card(Path(recipe.data.path))
-            pictures = f"{card['rows']:,} rows of {card.get('source')}"
+            sides = recipe.data.resolution or card["settings"]["resolutions"]
+            pictures = f"{card['rows']:,} rows of {card.get('source')} at {sides} px"
             seen.setdefault(pictures, f"{arm} from {recipe.data.path}, {pictures}")
     if len(seen) > 1:
         raise UserError(f"Arms of one study must learn from the same pictures: {'; '.join(seen.values())}.")

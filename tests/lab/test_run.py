@@ -103,14 +103,12 @@ def test_a_study_that_changed_is_not_mixed_with_its_old_results(laboratory):
 
 
 def test_arms_may_have_their_own_encoders_but_not_their_own_pictures(laboratory):
-    encoded = microdit(
-        "data", "encode", "emoji:held_out", "--autoencoder", "pixels", "--resolutions", 16, "--out", "data/px", cwd=laboratory
-    )
+    encoded = microdit("data", "encode", "emoji:held_out", "--autoencoder", "pixels", "--out", "data/px", cwd=laboratory)
     assert encoded.returncode == 0, encoded.output
     other = microdit("data", "encode", "scenes:8", "--out", "data/other", cwd=laboratory)
     assert other.returncode == 0, other.output
     arms = STUDY[STUDY.index("arms:") : STUDY.index("claims:")]
-    own = "arms:\n  none: [model.routing=none]\n  pixels: [data.path=data/px, data.held_out=data/px, model.patch_size=4]\n"
+    own = "arms:\n  none: [model.routing=none]\n  pixels: [data.path=data/px, data.held_out=data/px, model.patch_size=8]\n"
     study = STUDY[: STUDY.index("claims:")].replace(arms, own).replace("name: small", "name: own")
     (laboratory / "own.yaml").write_text(study.replace("seeds: [0, 1]", "seeds: [0]"))
     done = microdit("lab", "run", "own.yaml", cwd=laboratory)
@@ -120,6 +118,7 @@ def test_arms_may_have_their_own_encoders_but_not_their_own_pictures(laboratory)
     (laboratory / "own.yaml").write_text(study.replace("name: own", "name: strange").replace("data.path=data/px", "data.path=data/other"))
     refused = microdit("lab", "run", "own.yaml", cwd=laboratory)
     assert refused.returncode == 1
-    assert "Arms of one study must learn from the same pictures: none from data/emoji, 106 rows of emoji:held_out; pixels from" in " ".join(
-        refused.output.split()
+    assert (
+        "Arms of one study must learn from the same pictures: none from data/emoji, 106 rows of emoji:held_out at [64] px; pixels from"
+        in " ".join(refused.output.split())
     )
