@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(help="A run, or a folder that was exported or imported.")]
 Steps = Annotated[int, typer.Option(help="Of the solver. Heun's cost two evaluations of the model each, the others' one.")]
 Guidance = Annotated[float, typer.Option(help="1: none. 2 suits the demo's small model; the paper's takes 5.")]
-SolverName = Annotated[str, typer.Option(help="heun, dpm (good from about 10 steps on) or euler.")]
+SolverName = Annotated[str, typer.Option(help="heun (the paper's), dpm (second order, too, at half of its calls) or euler.")]
 Interval = Annotated[
     tuple[float, float] | None,
     typer.Option(metavar="LOW HIGH", help="Guide only at noise levels between these, such as 0.2 5; elsewhere a step costs half."),
