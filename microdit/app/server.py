@@ -24,6 +24,7 @@ from microdit.errors import UserError
 LIMITS = Limits()
 RECIPES = Path("recipes")
 RETRY_SECONDS = 2
+BACKLOG = 2048  # connections that wait to be taken: as many as uvicorn has by default
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(BACKLOG)  # so that whoever is told the address may connect, before the server is ready to answer
     except (OSError, OverflowError) as error:
         listener.close()
         raise UserError(f"Nothing can be served at {host}:{port} ({error}): choose another with --port or --host.") from error

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import random
+import socket
 import threading
 import time
 
@@ -256,6 +257,6 @@ def test_who_waits_while_the_server_ends_is_told_so(tiny):
 def test_ports_and_hosts():
     assert [is_local(host) for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "example.org")] == [True, True, True, False, False]
     with listen("127.0.0.1", 0) as taken:
-        taken.listen()
+        socket.create_connection(taken.getsockname(), timeout=5).close()  # who is told the address need not wait for the server
         with pytest.raises(UserError, match="choose another with --port"):
             listen("127.0.0.1", taken.getsockname()[1])
