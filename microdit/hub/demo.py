@@ -13,7 +13,7 @@ def model_and_prompts(arguments: list[str], demo: Path = DEMO) -> tuple[str, lis
 
     Raises UserError for a first argument that looks like a path and is none, and if there is no demo model.
     """
-    if arguments and Path(arguments[0]).is_dir():
+    if arguments and os.path.isdir(arguments[0]):  # not Path.is_dir: "" is no folder, and what is too long for a name is none
         return arguments[0], arguments[1:]
     if arguments and _looks_like_a_path(arguments[0]):
         raise UserError(
@@ -32,5 +32,5 @@ def _looks_like_a_path(text: str) -> bool:
     """Prompts may hold a slash, as in "a black/white cat"; paths rarely hold a space, and then begin like this."""
     separated = any(separator in text for separator in {"/", os.sep})
     return (
-        text.startswith(("runs/", "./", "../", "/", "~")) or text in (".", "..") or (separated and " " not in text) or Path(text).exists()
+        text.startswith(("runs/", "./", "../", "/", "~")) or text in (".", "..") or (separated and " " not in text) or os.path.exists(text)
     )

@@ -8,7 +8,9 @@ import pytest
 
 import microdit
 from microdit.errors import UserError
-from microdit.hub.demo import model_and_prompts
+from microdit.hub.demo import DEMO, model_and_prompts
+from microdit.hub.opening import open_model
+from microdit.pipeline import SamplerSettings
 from tests.commands import microdit as command
 
 
@@ -30,6 +32,8 @@ def place(tmp_path, monkeypatch) -> Path:
         (["runs/emoji"], "runs/emoji", []),
         (["a black/white cat"], "demo", ["a black/white cat"]),
         (["owl", "runs/emoji"], "demo", ["owl", "runs/emoji"]),
+        ([""], "demo", [""]),
+        (["cat " * 2500], "demo", ["cat " * 2500]),
     ],
 )
 def test_a_folder_is_the_model_and_anything_else_is_a_prompt(place, arguments, model, prompts):
@@ -49,6 +53,15 @@ def test_without_a_demo_model_it_says_so(place):
 
 def test_sample_alone_explains_itself(tmp_path):
     assert 'microdit sample "red heart"' in command("sample", cwd=tmp_path).output
+
+
+def test_the_demo_model_of_this_package_knows_a_red_heart_from_a_green_apple():
+    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 12e6
+    heart, apple = open_model(str(DEMO), pytest.fail).pipeline(["red heart", "green apple"], SamplerSettings(18), seed=0)
+    red, green, blue = heart.getpixel((32, 32))
+    assert red > 150 > 2 * max(green, blue)
+    red, green, blue = apple.getpixel((32, 32))
+    assert green > max(red, blue)
 
 
 def test_an_installed_package_draws_with_its_demo_model(workplace, tmp_path):
