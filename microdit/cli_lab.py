@@ -20,6 +20,8 @@ def run(
     """Train every arm of a study for every seed on equal FLOPs and on equal seconds. Goes on where it was stopped.
 
     Example: microdit lab run recipes/lab/masking.yaml
+
+    Small models leave cores idle: start the same command several times, with OMP_NUM_THREADS=1, and the processes share the work.
     """
     from microdit.distributed import start_world
     from microdit.lab.run import run_study

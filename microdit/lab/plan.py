@@ -61,7 +61,7 @@ def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World)
         flops = {arm: _flops_of_a_step(trainer) for arm, trainer in trainers.items()}
         seconds = _seconds_of_a_step(trainers)
     reference, steps = study.reference.arm, study.reference.steps
-    plans = {arm: _plan(steps, flops[reference], seconds[reference], flops[arm], seconds[arm]) for arm in recipes}
+    plans = {arm: _plan(study.budgets, steps, flops[reference], seconds[reference], flops[arm], seconds[arm]) for arm in recipes}
     write_aside(path, json.dumps({"asked": asked, "arms": {arm: asdict(plan) for arm, plan in plans.items()}}, indent=1).encode())
     return plans
 
@@ -79,9 +79,13 @@ def _refuse_other_pictures(recipes: dict[str, Recipe]) -> None:
         raise UserError(f"Arms of one study must learn from the same pictures: {'; '.join(seen.values())}.")
 
 
-def _plan(steps: int, reference_flops: float, reference_seconds: float, flops: float, seconds: float) -> ArmPlan:
-    bought = {"flops": steps * reference_flops / flops, "seconds": steps * reference_seconds / seconds, "images": steps}
-    return ArmPlan(flops, seconds, {budget: max(1, round(count)) for budget, count in bought.items()})  # type: ignore[misc]
+def _plan(budgets: list[Budget], steps: int, reference_flops: float, reference_seconds: float, flops: float, seconds: float) -> ArmPlan:
+    bought: dict[Budget, float] = {
+        "flops": steps * reference_flops / flops,
+        "seconds": steps * reference_seconds / seconds,
+        "images": steps,
+    }
+    return ArmPlan(flops, seconds, {budget: max(1, round(bought[budget])) for budget in budgets})
 
 
 def read_plan(out: Path) -> dict[str, ArmPlan]:
@@ -99,7 +103,7 @@ def _flops_of_a_step(trainer: Trainer) -> float:
 
 
 def _seconds_of_a_step(trainers: dict[str, Trainer]) -> dict[str, float]:
-    steps = {arm: _stepper(trainer) for arm, trainer in trainers.items()}
+    steps = {arm: stepper(trainer) for arm, trainer in trainers.items()}
     times: dict[str, list[float]] = {arm: [] for arm in trainers}
     with progress("time a step of each arm", ROUNDS * len(trainers)) as advance:
         for _ in range(ROUNDS):
@@ -112,7 +116,7 @@ def _seconds_of_a_step(trainers: dict[str, Trainer]) -> dict[str, float]:
     return {arm: min(values) for arm, values in times.items()}
 
 
-def _stepper(trainer: Trainer) -> Callable[[], None]:
+def stepper(trainer: Trainer) -> Callable[[], None]:
     """What the trainer does in a step, without reading and recording."""
     phase, state, total = trainer.recipe.phases[0], trainer.state, trainer.recipe.total_steps
     batches = cycle([trainer._batch((2 * number + 1) * total // (2 * STEPS_A_ROUND)) for number in range(STEPS_A_ROUND)])

@@ -1,6 +1,7 @@
 """Figures of a study for its report: quality against cost, one line an arm, with the spread over seeds."""
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,11 @@ def draw_study(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, 
 def _draw_arm(axes: Axes, budget: Budget, plan: ArmPlan, results: list[dict[str, Any]], arm: str, measure: str, number: int) -> None:
     """Only readings within the budget: behind it no other arm would be there to compare with."""
     steps = sorted(
-        {line["step"] for line in results if line["arm"] == arm and line["step"] <= plan.steps[budget] and not line.get("diverged")}
+        {
+            line["step"]
+            for line in results
+            if line["arm"] == arm and line["step"] <= plan.steps.get(budget, math.inf) and not line.get("diverged")
+        }
     )
     spreads = [(step, spread) for step in steps if (spread := at_budget(results, arm, step, measure))]
     if not spreads:

@@ -19,7 +19,7 @@ TITLES = {
     "kid": "KID, EfficientNet-Lite0",
     "recognised": "Recognised among the 10 nearest",
 }
-BUDGETS: dict[Budget, str] = {"flops": "Equal FLOPs", "seconds": "Equal seconds", "images": "Equal images"}
+TABLES: dict[Budget, str] = {"flops": "Equal FLOPs", "seconds": "Equal seconds", "images": "Equal images"}
 ANSWERS = {True: "holds", False: "does not hold", None: "open"}
 
 
@@ -33,10 +33,13 @@ def write_report(study: Study, plans: dict[str, ArmPlan], results: list[dict[str
         if out.resolve() != folder.resolve():
             shutil.copyfile(out / name, folder / name)
     parts = [_head(study, plans, results), _claims(judge(study, plans, results))]
-    parts += [_table(study, plans, results, budget) for budget in BUDGETS]
+    parts += [_table(study, plans, results, budget) for budget in study.budgets]
     parts += [f"![{TITLES[measure]} against cost]({measure}.png)" for measure in study.measures]
     if strips:
-        parts.append(f"The same prompts from the same noise, seed {study.seeds[0]}, at equal FLOPs:\n\n![samples of each arm](strips.png)")
+        equal = TABLES[study.budgets[0]].removeprefix("Equal ")
+        parts.append(
+            f"The same prompts from the same noise, seed {study.seeds[0]}, at equal {equal}:\n\n![samples of each arm](strips.png)"
+        )
     page = folder / "README.md"
     page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return page
@@ -47,11 +50,16 @@ def _head(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]]
     flops, seconds = steps * plan.flops_per_step, steps * plan.seconds_per_step
     seeds = len({line["seed"] for line in results})
     lost = [f"{arm} diverged for seed {line['seed']} before step {line['step']:,}" for arm in study.arms for line in diverged(results, arm)]
-    budgets = f"the FLOPs ({figure(flops / 1e12, 3)} T), the seconds ({figure(seconds, 3)}, all arms timed in turns) and the images"
+    words: dict[Budget, str] = {
+        "flops": f"the FLOPs ({figure(flops / 1e12, 3)} T)",
+        "seconds": f"the seconds ({figure(seconds, 3)}, all arms timed in turns)",
+        "images": "the images",
+    }
+    budgets = ", ".join(words[budget] for budget in study.budgets)
     sampler = f"{study.pictures} pictures, {study.num_inference_steps} steps, guidance {figure(study.guidance_scale)}"
     lines = [
         f"# {study.name}: {study.question}",
-        f"Each arm is read at three budgets: {budgets} that `{study.reference.arm}` takes for {steps:,} steps. {seeds} seeds; the same "
+        f"Each arm is read at equal cost, {budgets} that `{study.reference.arm}` takes for {steps:,} steps. {seeds} seeds; the same "
         f"samples, noise and captions for every arm. Averaged weights; {sampler}; nothing is masked when quality is measured. ± is one "
         "standard deviation over seeds.",
         f"Made by `microdit lab run recipes/lab/{study.name}.yaml` and `microdit lab report recipes/lab/{study.name}.yaml`.",
@@ -72,12 +80,12 @@ def _claims(verdicts: list[Verdict]) -> str:
             found = (
                 f"{TITLES[claim.measure]}: {claim.better} {_words(verdict.better)}, {claim.worse} {_words(verdict.worse)}; {verdict.why}"
             )
-        rows.append(f"| {claim.says} | {found} | **{ANSWERS[verdict.holds]}** ({BUDGETS[claim.budget].lower()}) |")
+        rows.append(f"| {claim.says} | {found} | **{ANSWERS[verdict.holds]}** ({TABLES[claim.budget].lower()}) |")
     return "\n".join(rows)
 
 
 def _table(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], budget: Budget) -> str:
-    rows = [f"### {BUDGETS[budget]}", ""]
+    rows = [f"### {TABLES[budget]}", ""]
     rows += [
         f"| arm | steps | GFLOPs a step | ms a step | {' | '.join(TITLES[measure] for measure in study.measures)} |",
         "|---" * (4 + len(study.measures)) + "|",
@@ -100,8 +108,8 @@ def _words(spread: Spread) -> str:
 
 
 def _join_strips(study: Study, plans: dict[str, ArmPlan], out: Path, path: Path) -> bool:
-    """The strips of the first seed at the end of the FLOPs budget, one under the other."""
-    names = [out / "strips" / f"{arm}-{study.seeds[0]}-{plans[arm].steps['flops']}.png" for arm in study.arms]
+    """The strips of the first seed at the end of the first budget, one under the other."""
+    names = [out / "strips" / f"{arm}-{study.seeds[0]}-{plans[arm].steps[study.budgets[0]]}.png" for arm in study.arms]
     strips = [Image.open(name) for name in names if name.is_file()]
     if not strips:
         return False

@@ -6,10 +6,15 @@ OUT/strips/ARM-SEED-STEP.png     the same prompts from the same noise
 OUT/runs/ARM/seed-N/             the run folders; deleted once all of an arm's readings are taken, unless --keep
 
 The same samples, noise and masks' random numbers for every arm: draws depend on the seed, the step and the sample's place alone.
+
+Processes may share a study: each takes an arm and seed that no other is at. OUT/.lock lets one time the arms while the others wait.
 """
 
+import fcntl
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,22 +35,33 @@ from microdit.training.trainer import Trainer
 
 def run_study(study: Study, recipes: dict[str, Recipe], out: Path, world: World, keep: bool = False) -> None:
     """Goes on where it was stopped. An arm that diverges gets a line that says so. Raises UserError, StoppedError."""
-    plans = make_plan(study, recipes, out, world)
+    with _alone(out):
+        plans = make_plan(study, recipes, out, world)
     todo = [(arm, seed) for seed in study.seeds for arm in study.arms]  # seed by seed: a first result of every arm comes early
-    done = read_results(out)
     reader = Reader(study, world)
+    elsewhere = 0
     with progress(study.name, len(todo)) as advance:
         for arm, seed in todo:
             advance(0, f"{arm}, seed {seed}")
-            legs = plans[arm].legs([1.0] if is_scheduled(recipes[arm]) else study.readings)
-            known = {line["step"] for line in done if (line["arm"], line["seed"]) == (arm, seed)}
-            diverged = any(line.get("diverged") for line in done if (line["arm"], line["seed"]) == (arm, seed))
-            if not diverged and not set(legs) <= known:
-                _train(study, recipes[arm], arm, seed, plans[arm], legs, known, reader, out, world)
-            run = _run_folder(out, arm, seed)
-            if not keep and run.exists():
-                shutil.rmtree(run)
+            with _claimed(out, arm, seed) as mine:
+                if mine:
+                    _do(study, recipes[arm], arm, seed, plans[arm], reader, out, world, keep)
+                elsewhere += not mine
             advance(1)
+    if elsewhere:
+        console.print(f"{elsewhere} of {len(todo)} are being trained by other processes: wait for those too.", highlight=False)
+
+
+def _do(study: Study, recipe: Recipe, arm: str, seed: int, plan: ArmPlan, reader: Reader, out: Path, world: World, keep: bool) -> None:
+    """One arm for one seed, but for readings that were taken before."""
+    lines = [line for line in read_results(out) if (line["arm"], line["seed"]) == (arm, seed)]
+    known = {line["step"] for line in lines}
+    legs = plan.legs([1.0] if is_scheduled(recipe) else study.readings)
+    if not any(line.get("diverged") for line in lines) and not set(legs) <= known:
+        _train(study, recipe, arm, seed, plan, legs, known, reader, out, world)
+    run = _run_folder(out, arm, seed)
+    if not keep and run.exists():
+        shutil.rmtree(run)
 
 
 def read_results(out: Path) -> list[dict[str, Any]]:
@@ -94,8 +110,31 @@ def _train_to(recipe: Recipe, seed: int, step: int, run: Path, world: World) -> 
 
 def _append(out: Path, line: dict[str, Any]) -> None:
     """The file is written anew, so that half a line of a killed process does not spoil the next."""
-    content = "".join(f"{json.dumps(one)}\n" for one in [*read_results(out), line])
-    write_aside(out / "results.jsonl", content.encode())
+    with _alone(out):
+        content = "".join(f"{json.dumps(one)}\n" for one in [*read_results(out), line])
+        write_aside(out / "results.jsonl", content.encode())
+
+
+@contextmanager
+def _claimed(out: Path, arm: str, seed: int) -> Iterator[bool]:
+    """Whether no other process is at this arm and seed; until the end of the block none will be."""
+    path = out / ".claims" / f"{arm}-{seed}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the file is closed, also by a process that is killed
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _run_folder(out: Path, arm: str, seed: int) -> Path:

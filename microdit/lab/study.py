@@ -26,7 +26,6 @@ OURS = (
     "engine",
     "record",
     "phases.0.steps",
-    "phases.0.batch_size",
     "phases.0.final_learning_rate",
 )
 # But the same pictures may be encoded by other encoders (checked when the study is run); the loss on them is then another loss.
@@ -36,6 +35,7 @@ HIGHER_IS_BETTER = ("recognised",)
 Budget = Literal["flops", "seconds", "images"]
 Measure = Literal["held_out_loss", "frechet_distance", "kid", "recognised"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
+BUDGETS: tuple[Budget, ...] = get_args(Budget)
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Study:
     reference: ReferenceArm = MISSING
     arms: dict[str, list[str]] = MISSING
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    budgets: list[Budget] = field(default_factory=lambda: list(BUDGETS))  # a scheduled arm is trained once for each
     claims: list[Claim] = field(default_factory=list)
     measures: list[Measure] = field(default_factory=lambda: list(MEASURES))  # that the report shows
     readings: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # shares of each budget at which quality is measured
@@ -126,6 +127,13 @@ def _problems(study: Study) -> list[str]:
         problems += [
             f"the claim '{claim.says}' is about {arm}, which is no arm." for arm in (claim.better, claim.worse) if arm not in study.arms
         ]
+    if not study.budgets or len(set(study.budgets)) < len(study.budgets):
+        problems.append(f"budgets {study.budgets} must be different ones, at least one of {', '.join(BUDGETS)}.")
+    problems += [
+        f"the claim '{claim.says}' is about equal {claim.budget}, which is none of its budgets: {', '.join(study.budgets)}."
+        for claim in study.claims
+        if claim.budget not in study.budgets
+    ]
     if not study.seeds or len(set(study.seeds)) < len(study.seeds):
         problems.append(f"seeds {study.seeds} must be different ones, at least one.")
     if sorted(set(study.readings)) != study.readings or not study.readings or study.readings[0] <= 0 or study.readings[-1] != 1:
@@ -144,8 +152,11 @@ def _recipe_of(path: Path, study: Study, arm: str) -> Recipe:
     """For as many steps as the reference arm takes."""
     base = load_recipe(path.parent / study.base)
     recipe = load_recipe(path.parent / study.base, [*study.arms[arm], f"name={study.name}-{arm}"])
-    if any(phase.batch_size != base.phases[0].batch_size for phase in recipe.phases):
-        raise UserError(f"{path}: phases of the arm {arm} have another batch_size than {study.base}: budgets of images would not be equal.")
+    if "images" in study.budgets and any(phase.batch_size != base.phases[0].batch_size for phase in recipe.phases):
+        raise UserError(
+            f"{path}: phases of the arm {arm} have another batch_size than {study.base}: budgets of images would not be equal. Without "
+            "them, `budgets: [flops, seconds]`, it may."
+        )
     if recipe.data.held_out is None:
         raise UserError(f"{path.parent / study.base} needs data.held_out, an encoded set that is never learnt from.")
     if not recipe.ema:

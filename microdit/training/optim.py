@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from microdit.model.microdit import MicroDiT
 from microdit.model.moe import ExpertChoice
 from microdit.recipe import OptimizerRecipe, PhaseRecipe
+from microdit.training.muon import CPUMuon
 
 
 class Optimizers:
-    """AdamW; with `method` muon, the two-dimensional weights of all blocks learn by Muon (torch.optim.Muon) instead.
+    """AdamW; with `method` muon, the two-dimensional weights of all blocks learn by Muon (torch.optim.Muon; on a CPU `muon.py`) instead.
 
     Groups carry `rate`, their share of the phase's learning rate: 1, or the experts' own (2407.15811, appendix).
     Weight decay is on matrices only: norms and biases have none.
@@ -40,7 +41,8 @@ class Optimizers:
         if muon:
             matrices = group([w for w in model.parameters() if id(w) in muon], 1.0, recipe.weight_decay)
             # Updates as large as AdamW's (2502.16982), so that one learning rate serves both.
-            self.all.append(torch.optim.Muon([matrices], lr=0.0, adjust_lr_fn="match_rms_adamw"))
+            on_cpu = all(weight.device.type == "cpu" for weight in rest)
+            self.all.append((CPUMuon if on_cpu else torch.optim.Muon)([matrices], lr=0.0, adjust_lr_fn="match_rms_adamw"))
 
     def set_rate(self, learning_rate: float) -> None:
         for optimizer in self.all:

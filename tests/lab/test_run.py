@@ -52,8 +52,10 @@ def test_a_study_that_is_killed_goes_on_and_its_report_says_what_happened(labora
     before = read_results(out)
     with (out / "results.jsonl").open("a") as file:
         file.write('{"arm": "none", "se')  # as a kill in the middle of a line leaves it
+    beside = start(laboratory / ".logs", ["lab", "run", "small.yaml"], cores=2, cwd=laboratory)
     done = microdit("lab", "run", "small.yaml", cwd=laboratory)
     assert done.returncode == 0, done.output
+    assert beside.wait() == [0]  # two processes shared the study
     results = read_results(out)
     assert results[: len(before)] == before
     plan = json.loads((out / "plan.json").read_text())["arms"]

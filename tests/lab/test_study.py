@@ -51,7 +51,7 @@ def test_arms_are_the_base_with_their_overrides(tmp_path):
             "[model.routing=none, phases.0.steps=9]",
             "none sets phases.0.steps: the budgets would not be equal",
         ),
-        ("[model.routing=none]", "[phases.0.batch_size=8]", "the arm none sets phases.0.batch_size"),
+        ("[model.routing=none]", "[phases.0.batch_size=8]", "the arm none have another batch_size than base"),
         ("[model.routing=none]", "[seed=3]", "the arm none sets seed"),
         ("[model.routing=none]", "[model.routing=nothing]", "Invalid value 'nothing'"),
         ("question:", "seeds: [1, 1]\nquestion:", r"seeds \[1, 1\] must be different"),
@@ -59,6 +59,8 @@ def test_arms_are_the_base_with_their_overrides(tmp_path):
         ("question:", "arm: 1\nquestion:", "unknown key arm"),
         ("name: small", "", "name is missing"),
         ("name: small", "name: [", "is no readable study"),
+        ("name: small", "name: small\nbudgets: [seconds]", "about equal flops, which is none of its budgets: seconds"),
+        ("name: small", "name: small\nbudgets: []", "at least one of flops, seconds, images"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(tmp_path, old, new, sentence):
@@ -89,6 +91,7 @@ def test_phases_of_an_arm_share_the_budget(tmp_path):
     assert not is_scheduled(recipes["none"])
     with pytest.raises(UserError, match="the arm deferred have another batch_size than base"):
         load(tmp_path, STUDY.replace("[phases.0.mask_ratio=0.75]", PHASES.replace("size: 4", "size: 8")))
+    load(tmp_path, "budgets: [flops, seconds]" + STUDY.replace("[phases.0.mask_ratio=0.75]", PHASES.replace("size: 4", "size: 8")))
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(4, 5000))
