@@ -48,7 +48,8 @@ def write_report(study: Study, plans: dict[str, ArmPlan], results: list[dict[str
 def _head(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]]) -> str:
     plan, steps = plans[study.reference.arm], study.reference.steps
     flops, seconds = steps * plan.flops_per_step, steps * plan.seconds_per_step
-    seeds = len({line["seed"] for line in results})
+    number = len({line["seed"] for line in results})
+    seeds = f"{number} seeds" if number > 1 else "One seed"
     lost = [f"{arm} diverged for seed {line['seed']} before step {line['step']:,}" for arm in study.arms for line in diverged(results, arm)]
     words: dict[Budget, str] = {
         "flops": f"the FLOPs ({figure(flops / 1e12, 3)} T)",
@@ -59,7 +60,7 @@ def _head(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]]
     sampler = f"{study.pictures} pictures, {study.num_inference_steps} steps, guidance {figure(study.guidance_scale)}"
     lines = [
         f"# {study.name}: {study.question}",
-        f"Each arm is read at equal cost, {budgets} that `{study.reference.arm}` takes for {steps:,} steps. {seeds} seeds; the same "
+        f"Each arm is read at equal cost, {budgets} that `{study.reference.arm}` takes for {steps:,} steps. {seeds}; the same "
         f"samples, noise and captions for every arm. Averaged weights; {sampler}; nothing is masked when quality is measured. ± is one "
         "standard deviation over seeds.",
         f"Made by `microdit lab run recipes/lab/{study.name}.yaml` and `microdit lab report recipes/lab/{study.name}.yaml`.",
