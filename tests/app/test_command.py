@@ -1,10 +1,15 @@
 """microdit app as a person starts it."""
 
+import base64
+import io
 import os
 import re
 import signal
 
 import httpx
+import pytest
+from openai import BadRequestError, NotFoundError, OpenAI
+from PIL import Image
 
 from tests.commands import microdit
 from tests.training.processes import start, wait_for
@@ -25,6 +30,32 @@ def test_the_command_serves_a_run_until_it_is_interrupted(workplace):
         running.kill()
     assert "Traceback" not in running.output
     assert "no password" not in running.output
+
+
+def test_a_run_and_its_export_draw_alike_for_openais_own_client(workplace):
+    """Its client, as its users call it: `pip install openai`."""
+    exported = microdit("export", "runs/tiny", "exported-tiny", cwd=workplace)
+    assert exported.returncode == 0, exported.output
+    running = start(workplace / ".logs", ["app", "runs/tiny", "exported-tiny", "--port", 0], cwd=workplace)
+    try:
+        wait_for(lambda: "Ctrl-C" in running.output, running, seconds=300)
+        url = re.search(r"http://127\.0\.0\.1:\d+", running.output)[0]
+        client = OpenAI(base_url=url + "/v1", api_key="not asked for", max_retries=0)
+        models = [model.id for model in client.models.list()]
+        assert models == ["tiny", "exported-tiny"]
+        drawn = [
+            client.images.generate(model=model, prompt="red heart", n=2, response_format="b64_json", extra_body={"seed": 3, "steps": 2})
+            for model in models
+        ]
+        pictures = [[Image.open(io.BytesIO(base64.b64decode(one.b64_json))).tobytes() for one in answer.data] for answer in drawn]
+        assert pictures[0] == pictures[1]
+        assert pictures[0][0] != pictures[0][1]
+        with pytest.raises(BadRequestError, match="n must be between 1 and"):
+            client.images.generate(model="tiny", prompt="red heart", n=1000)
+        with pytest.raises(NotFoundError, match=r"There is no model 'dall-e-3'\. Known: tiny, exported-tiny"):
+            client.images.generate(model="dall-e-3", prompt="red heart")
+    finally:
+        running.kill()
 
 
 def test_mistakes_are_sentences(workplace):
