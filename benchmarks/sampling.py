@@ -59,7 +59,8 @@ def main() -> None:
     parser.add_argument("--solvers", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--few", type=int, help="only step counts up to this many, besides the base")
     parser.add_argument("--progress", type=Path, default=Path("sampling.jsonl"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/sampling.json"), help="a .png of the second table lies beside it")
+    parser.add_argument("--out", type=Path, default=Path("docs/sampling.json"))
+    parser.add_argument("--plot", type=Path, default=Path("docs/images/sampling.png"), help="of the second table")
     args = parser.parse_args()
     progress = Progress(args.progress)
     what = {"size": args.size, "pictures": args.pictures, "steps": args.steps, "rounds": args.rounds, "guidance": args.guidance}
@@ -69,7 +70,7 @@ def main() -> None:
         result |= measure_quality(args, progress)
         print_rows(result["alone"])
         print_rows(result["quality"])
-        plot(result["quality"], args.out.with_suffix(".png"))
+        plot(result["quality"], args.plot)
     write_aside(args.out, json.dumps(result, indent=1).encode())
 
 
