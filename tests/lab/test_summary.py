@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microdit.lab.plan import ArmPlan, _plan
-from microdit.lab.study import Claim, ReferenceArm, Study
+from microdit.lab.study import BUDGETS, Claim, ReferenceArm, Study
 from microdit.lab.summary import Spread, at_budget, judge
 
 PLAN = ArmPlan(1e9, 0.1, {"flops": 10, "seconds": 20, "images": 10})
@@ -74,9 +74,11 @@ def test_a_spread_is_that_of_the_seeds_that_got_there():
 
 @given(st.integers(1, 10**5), st.floats(1e6, 1e15), st.floats(1e-4, 1e2), st.floats(0.02, 50), st.floats(0.02, 50))
 def test_every_budget_is_spent_to_within_a_step(steps, flops, seconds, flops_ratio, seconds_ratio):
-    plan = _plan(steps, flops, seconds, flops * flops_ratio, seconds * seconds_ratio)
+    plan = _plan(list(BUDGETS), steps, flops, seconds, flops * flops_ratio, seconds * seconds_ratio)
     for budget, spent in (("flops", steps * flops), ("seconds", steps * seconds), ("images", steps)):
         taken = plan.cost(budget, plan.steps[budget])
         assert abs(taken - spent) <= plan.cost(budget, 1) * (1 + 1e-9)
     assert plan.legs([0.5, 1.0])[-1] == max(plan.steps.values())
     assert set(plan.steps.values()) <= set(plan.legs([0.25, 1.0]))
+    only = _plan(["seconds"], steps, flops, seconds, flops * flops_ratio, seconds * seconds_ratio)
+    assert only.steps == {"seconds": plan.steps["seconds"]}
