@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 
 class CPUMuon(torch.optim.Muon):
-    """Takes the same arguments, keeps the same state, and steps alike but for rounding. Equal shapes are orthogonalized together."""
+    """PyTorch's with `adjust_lr_fn="match_rms_adamw"`, and no other: the same state and, but for rounding, the same steps."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
