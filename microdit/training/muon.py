@@ -1,7 +1,7 @@
 """Muon on a CPU: torch.optim.Muon's update, in float32.
 
-PyTorch's own works in bfloat16, which most CPUs only emulate: there one of its steps takes as long as ten of a small model's
-(`python benchmarks/muon.py`).
+PyTorch's own works in bfloat16, which most CPUs only emulate: there one of its steps takes longer than ten training steps of
+a small model (`python benchmarks/muon.py`).
 """
 
 from collections import defaultdict
