@@ -27,6 +27,10 @@ Kind = Annotated[str | None, typer.Option(help="classifier-free, path-drop (spri
 Autoguide = Annotated[str | None, typer.Option(help="A smaller or earlier model of the same data, to be guided away from.")]
 AutoguideWeights = Annotated[str | None, typer.Option(help="Its weights: model, ema, or ema-DECAY.")]
 Churn = Annotated[float, typer.Option(help="New noise on the way (EDM's S_churn), with heun: 0 none, 40 much.")]
+NoiseRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="The last and the first noise level. 0.03 30 suits the demo's model. [default: 0.002 80]"),
+]
 Negative = Annotated[str | None, typer.Option(help="What not to draw, in the place of the empty caption.")]
 Seed = Annotated[int, typer.Option(help="Other seeds make other pictures.")]
 Height = Annotated[int | None, typer.Option(help="Pixels, if not as in training.")]
@@ -46,6 +50,7 @@ def sample(
     autoguide: Autoguide = None,
     autoguide_weights: AutoguideWeights = None,
     churn: Churn = 0.0,
+    noise_range: NoiseRange = None,
     negative: Negative = None,
     height: Height = None,
     width: Width = None,
@@ -62,7 +67,7 @@ def sample(
 
     Example: microdit sample runs/emoji "red heart" "green cat" --seed 7
 
-    Example: microdit sample runs/emoji "red heart" --solver dpm --steps 12 --guidance-interval 0.2 5 --trajectory heart.gif
+    Example: microdit sample runs/emoji "red heart" --solver dpm --steps 12 --noise-range 0.03 30 --trajectory heart.gif
     """
     from microdit.grids import draw_grid, save_png
     from microdit.hub.demo import model_and_prompts
@@ -71,7 +76,7 @@ def sample(
 
     model, prompts = model_and_prompts(arguments)
     prompts, negatives = clean_prompts(prompts), clean_prompts([negative]) if negative else []
-    settings = _settings(steps, guidance, solver, guidance_interval, guidance_rescale, guidance_kind, autoguide, churn)
+    settings = _settings(steps, guidance, solver, guidance_interval, guidance_rescale, guidance_kind, autoguide, churn, noise_range)
     refuse_other_endings(trajectory)
     opened = _open(model, weights, autoguide, autoguide_weights)
     film = Trajectory()
@@ -102,7 +107,7 @@ def grid(
         list[str],
         typer.Option(
             help="NAME=VALUE,VALUE,...; once or twice. NAME: steps, guidance, solver, guidance-interval (LOW:HIGH or none), "
-            "guidance-rescale, churn, seed."
+            "guidance-rescale, churn, noise-range (LOW:HIGH or none), seed."
         ),
     ],
     steps: Steps = 30,
@@ -115,6 +120,7 @@ def grid(
     autoguide: Autoguide = None,
     autoguide_weights: AutoguideWeights = None,
     churn: Churn = 0.0,
+    noise_range: NoiseRange = None,
     negative: Negative = None,
     height: Height = None,
     width: Width = None,
@@ -130,7 +136,7 @@ def grid(
     from microdit.sweep import Drawn, sheet_of
 
     prompts, negatives = clean_prompts([prompt]), clean_prompts([negative]) if negative else []
-    settings = _settings(steps, guidance, solver, guidance_interval, guidance_rescale, guidance_kind, autoguide, churn)
+    settings = _settings(steps, guidance, solver, guidance_interval, guidance_rescale, guidance_kind, autoguide, churn, noise_range)
     sheet = sheet_of(sweep, Drawn(settings, seed))
     opened = _open(model, weights, autoguide, autoguide_weights)
     images = []
@@ -156,13 +162,15 @@ def _settings(
     kind: str | None,
     autoguide: str | None,
     churn: float,
+    noise_range: tuple[float, float] | None,
 ) -> "SamplerSettings":
     from microdit.pipeline import SamplerSettings
 
     if autoguide and kind not in (None, "autoguidance"):
         raise UserError(f"--autoguide names a weak model, which {kind} guidance has no use for: leave one of the two out.")
     kind = kind or ("autoguidance" if autoguide else "classifier-free")
-    return SamplerSettings(steps, guidance, cast("Solver", solver), cast("GuidanceKind", kind), interval, rescale, churn)
+    named = cast("Solver", solver), cast("GuidanceKind", kind)
+    return SamplerSettings(steps, guidance, *named, interval, rescale, churn, noise_range=noise_range)
 
 
 def _open(model: str, weights: str | None, autoguide: str | None, autoguide_weights: str | None) -> "OpenedModel":

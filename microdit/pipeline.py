@@ -1,5 +1,6 @@
 """From captions to pictures: text encoder, denoiser, sampler and autoencoder together."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,8 @@ E = TypeVar("E", Autoencoder, TextEncoder)
 class SamplerSettings:
     """How a picture is drawn. Raises UserError for what makes no picture.
 
-    Noise levels are sigma, from 80 (noise alone) down to 0.002. `guidance_rescale` lies between 0 (none) and 1.
+    Noise levels are sigma, from 80 (noise alone) down to 0.002, or as `noise_range` says: a model that was hardly trained near those ends
+    needs no steps there. `guidance_rescale` lies between 0 (none) and 1.
     """
 
     num_inference_steps: int = 30
@@ -41,6 +43,7 @@ class SamplerSettings:
     churn: float = 0.0  # S_churn, S_tmin and S_tmax, S_noise of 2206.00364, algorithm 2; 0: no new noise on the way
     churn_interval: tuple[float, float] | None = None
     churn_noise: float = 1.0
+    noise_range: tuple[float, float] | None = None  # the last and the first noise level, before the jump to 0; None: EDM's
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_inference_steps <= 1000:
@@ -53,6 +56,11 @@ class SamplerSettings:
         _between("churn", self.churn, 0, 1000, "; 40 is usual, 0 leaves it out")
         _interval("churn_interval", self.churn_interval)
         _between("churn_noise", self.churn_noise, 0, 2, "; 1 to 1.007 are usual")
+        _interval("noise_range", self.noise_range)
+        if self.noise_range and not (self.noise_range[0] > 0 and math.isfinite(self.noise_range[1])):
+            raise UserError(
+                f"noise_range must lie above 0 and end somewhere, such as 0.03 30, not {self.noise_range[0]} {self.noise_range[1]}."
+            )
         if self.churn and self.solver != "heun":
             raise UserError(f"Only the solver heun can churn, not {self.solver}: take heun, or churn 0.")
 
@@ -263,6 +271,8 @@ def draw_latents(
         negative=moved(*negative) if negative else None,
         guide=guide,
     )
+    if settings.noise_range:
+        edm = replace(edm, sigma_min=settings.noise_range[0], sigma_max=settings.noise_range[1])
     noise_BCHW, steps = noise_BCHW.to(device), settings.num_inference_steps
     return solve(settings.solver, denoiser, noise_BCHW, edm, steps, on_step, settings.noise_on_the_way, draw).cpu()
 

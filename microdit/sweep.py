@@ -76,4 +76,5 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "guidance-interval": ("guidance_interval", _interval),
     "guidance-rescale": ("guidance_rescale", float),
     "churn": ("churn", float),
+    "noise-range": ("noise_range", _interval),
 }

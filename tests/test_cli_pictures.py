@@ -11,7 +11,24 @@ from tests.commands import microdit
 
 
 def test_sample_takes_all_settings_shows_the_way_and_says_in_the_file_what_it_did(workplace):
-    options = ["--solver", "dpm", "--steps", 4, "--guidance", 3, "--guidance-interval", 0.2, 5, "--guidance-rescale", 0.5, "--seed", 9]
+    options = [
+        "--solver",
+        "dpm",
+        "--steps",
+        4,
+        "--guidance",
+        3,
+        "--guidance-interval",
+        0.2,
+        5,
+        "--guidance-rescale",
+        0.5,
+        "--seed",
+        9,
+        "--noise-range",
+        0.01,
+        60,
+    ]
     shown = ["--negative", "blue", "--trajectory", "way.gif", "--out", "all.png"]
     done = microdit("sample", "runs/tiny", "red heart", "кот\n", "owl " * 50, *options, *shown, cwd=workplace)
     assert done.returncode == 0, done.output
@@ -21,8 +38,9 @@ def test_sample_takes_all_settings_shows_the_way_and_says_in_the_file_what_it_di
     assert about["prompt"].split("\n")[:2] == ["red heart", "кот"]
     assert (about["negative_prompt"], about["seed"]) == ("blue", "9")
     written = json.loads(about["settings"])
-    written["guidance_interval"] = tuple(written["guidance_interval"])
-    assert SamplerSettings(**written) == SamplerSettings(4, 3.0, "dpm", guidance_interval=(0.2, 5.0), guidance_rescale=0.5)
+    written = {name: tuple(value) if isinstance(value, list) else value for name, value in written.items()}
+    expected = SamplerSettings(4, 3.0, "dpm", guidance_interval=(0.2, 5.0), guidance_rescale=0.5, noise_range=(0.01, 60.0))
+    assert SamplerSettings(**written) == expected
     newest = open_checkpoint(checkpoint_folders(workplace / "runs" / "tiny")[0])
     assert about["model_sha256"] == newest.state["files"]["ema.safetensors"]
     assert Image.open(workplace / "way.gif").n_frames == 4

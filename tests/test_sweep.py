@@ -15,6 +15,8 @@ def test_one_sweep_is_a_row_and_two_are_a_table():
     assert table.row_labels == ["steps 4", "steps 8", "steps 16"]
     assert table.cells[2][1] == Drawn(SamplerSettings(16, solver="dpm"), 3)
     assert [[cell.seed for cell in row] for row in sheet_of(["seed=1,2"], BASE).cells] == [[1, 2]]
+    ranges = sheet_of(["noise-range=none,0.03:30"], BASE).cells[0]
+    assert [cell.settings.noise_range for cell in ranges] == [None, (0.03, 30.0)]
     intervals = sheet_of(["guidance-interval=none,0.2:5"], BASE).cells[0]
     assert [cell.settings.guidance_interval for cell in intervals] == [None, (0.2, 5.0)]
 
