@@ -1,13 +1,13 @@
 """What sampling costs, and what each way of saving it costs in quality.
 
     python benchmarks/sampling.py                        (the caches, on the paper's Tiny_2 at 256 px with random weights)
-    python benchmarks/sampling.py --run runs/emoji       (and quality against cost, of a run trained on the emoji)
+    python benchmarks/sampling.py --model runs/emoji     (and quality against cost, of a model trained on the emoji)
 
 Base of both tables: 30 steps of Heun's method with guidance 5, or with --guidance. The first table times steps with the caption's work done
 at every call, embedded once, and done once in whole, in turns, in one run. The second draws captions of the emoji's training pictures
-with every solver, number of steps and guidance interval and compares the pictures with all of the emoji, by EfficientNet-Lite0 features.
-The first table, and each setting and seed of the second, are a line in the file of --progress when they are done; started again, the
-benchmark goes on behind them. Seconds are the fewest over rounds or seeds.
+with every solver and number of steps, guided everywhere, in an interval, or between nearer noise levels, and compares the pictures with
+all of the emoji, by EfficientNet-Lite0 features. The first table, and each setting and seed of the second, are a line in the file of
+--progress when they are done; started again, the benchmark goes on behind them. Seconds are the fewest over rounds or seeds.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microdit.checkpoint import Checkpoint
 from microdit.data.emoji import emoji_source
 from microdit.diffusion.edm import EDM, denoise
 from microdit.diffusion.guidance import guided_denoiser
@@ -35,20 +34,21 @@ from microdit.evaluation.frechet import fit_gaussian, frechet_distance
 from microdit.evaluation.image_features import EfficientNetFeatures
 from microdit.evaluation.kid import kid
 from microdit.evaluation.retrieval import spread_ids
-from microdit.files import write_aside
+from microdit.files import sha256_of, write_aside
+from microdit.hub.opening import open_model
 from microdit.model.microdit import MicroDiT
 from microdit.model.sizes import SIZES, resolve
 from microdit.pipeline import Pipeline, SamplerSettings
 
 LATENTS, CAPTION = (4, 32, 32), (77, 1024)  # 256 px through the SDXL autoencoder; DFN5B-CLIP-H
-INTERVALS = (None, (0.2, 5.0), (0.3, 2.0))
-STEPS = {"heun": (6, 9, 12, 18, 30), "dpm": (8, 12, 18, 30), "euler": (18, 30)}
 Row = dict[str, Any]
+WAYS: tuple[Row, ...] = ({}, {"guidance_interval": (0.3, 2.0)}, {"noise_range": (0.03, 30.0)})
+STEPS = {"heun": (6, 9, 12, 18, 30), "dpm": (8, 12, 18, 30), "euler": (18, 30)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="trained on the emoji")
+    parser.add_argument("--model", help="trained on the emoji: a run, or an exported folder such as microdit/demo_model")
     parser.add_argument("--size", choices=list(SIZES), default="MicroDiT_Tiny_2")
     parser.add_argument("--pictures", type=int, default=1, help="drawn at a time in the first table")
     parser.add_argument("--steps", type=int, default=30, help="of the base in both tables")
@@ -66,7 +66,7 @@ def main() -> None:
     what = {"size": args.size, "pictures": args.pictures, "steps": args.steps, "rounds": args.rounds, "guidance": args.guidance}
     result: Row = {"threads": torch.get_num_threads(), "caches": progress.once(what, lambda: time_caches(args))}
     print_rows(result["caches"])
-    if args.run:
+    if args.model:
         result |= measure_quality(args, progress)
         print_rows(result["alone"])
         print_rows(result["quality"])
@@ -136,15 +136,16 @@ def embedded_once(model: MicroDiT, text_BLE: Tensor, scale: float) -> Denoiser:
 
 def measure_quality(args: argparse.Namespace, progress: Progress) -> Row:
     """Every setting with every seed, those excepted that are done already."""
-    pipeline, checkpoint = Pipeline.from_run(args.run, print)
-    judge = Judge(checkpoint, args.captions)
+    opened = open_model(args.model, print)
+    pipeline, weights = opened.pipeline, sha256_of(opened.weights_file) if opened.weights_file else args.model
+    judge = Judge(opened.resolution, args.captions)
     settings = settings_of(args)
     chosen: list[list[Row]] = [[] for _ in settings]
     for seed in range(args.seeds):  # settings in turns, so that what else the machine does slows all
         for setting, of_seeds in zip(settings, chosen, strict=True):
-            what = {"weights": checkpoint.state["files"], "captions": args.captions, "setting": asdict(setting), "seed": seed}
+            what = {"weights": weights, "captions": args.captions, "setting": asdict(setting), "seed": seed}
             of_seeds.append(progress.once(what, partial(judge, pipeline, setting, seed)))
-    about = {"run": args.run.resolve().name, "step": checkpoint.step, "captions": args.captions, "seeds": args.seeds}
+    about = {"model": opened.name, "captions": args.captions, "seeds": args.seeds}
     rows = [summary(setting, of_seeds, chosen[0]) for setting, of_seeds in zip(settings, chosen, strict=True)]
     return {"of": about, "alone": [time_alone(pipeline, setting, args.rounds) for setting in settings], "quality": rows}
 
@@ -156,11 +157,8 @@ def time_alone(pipeline: Pipeline, settings: SamplerSettings, rounds: int) -> Ro
         started = time.perf_counter()
         pipeline(["red heart"], settings)
         seconds.append(time.perf_counter() - started)
-    interval = settings.guidance_interval
     return {
-        "solver": settings.solver,
-        "steps": settings.num_inference_steps,
-        "guided at noise": "all" if interval is None else f"{interval[0]} to {interval[1]}",
+        **named(settings),
         "seconds of one picture alone": round(min(seconds[1:]), 4),
     }
 
@@ -169,11 +167,11 @@ def settings_of(args: argparse.Namespace) -> list[SamplerSettings]:
     """The base first."""
     base = SamplerSettings(args.steps, args.guidance)
     others = [
-        replace(base, solver=solver, num_inference_steps=steps, guidance_interval=interval)
+        replace(base, solver=solver, num_inference_steps=steps, **way)
         for solver in args.solvers
         for steps in STEPS[solver]
         if args.few is None or steps <= args.few
-        for interval in INTERVALS
+        for way in WAYS
     ]
     return list(dict.fromkeys([base, *others]))
 
@@ -181,11 +179,10 @@ def settings_of(args: argparse.Namespace) -> list[SamplerSettings]:
 class Judge:
     """Holds captions and features of the emoji; called, it draws and compares."""
 
-    def __init__(self, checkpoint: Checkpoint, count: int):
+    def __init__(self, side: int, count: int):
         self._network = EfficientNetFeatures()
         records = [record for part in emoji_source("train").parts for record in part.records()]
         self._captions = [records[i].captions["caption"] for i in spread_ids(len(records), count)]
-        side = checkpoint.state["data"]["resolution"]
         found = extract(self._network, (record.image for record in records), side, feature_cache(), start_world("cpu"), print)
         self._real_MD = found.features_ND
         self._gaussian = fit_gaussian(self._real_MD)
@@ -208,17 +205,25 @@ def summary(settings: SamplerSettings, of_seeds: list[Row], base: list[Row]) -> 
     """Means over seeds, half the range as their spread, and what the base costs against this."""
     fastest, fastest_base = (min(row["seconds"] for row in rows) for rows in (of_seeds, base))
     distances, kids = ([row[name] for row in of_seeds] for name in ("frechet", "kid"))
-    interval = settings.guidance_interval
     return {
-        "solver": settings.solver,
-        "steps": settings.num_inference_steps,
-        "guided at noise": "all" if interval is None else f"{interval[0]} to {interval[1]}",
+        **named(settings),
         "seconds a picture": round(fastest, 4),
         "times faster": round(fastest_base / fastest, 2),
         "frechet": round(statistics.mean(distances), 2),
         "frechet +-": round((max(distances) - min(distances)) / 2, 2),
         "kid": round(statistics.mean(kids), 5),
         "kid +-": round((max(kids) - min(kids)) / 2, 5),
+    }
+
+
+def named(settings: SamplerSettings) -> Row:
+    """A row's first columns."""
+    guided, drawn = settings.guidance_interval, settings.noise_range or (EDM.sigma_min, EDM.sigma_max)
+    return {
+        "solver": settings.solver,
+        "steps": settings.num_inference_steps,
+        "guided at noise": "all" if guided is None else f"{guided[0]} to {guided[1]}",
+        "drawn at noise": f"{drawn[0]} to {drawn[1]}",
     }
 
 
@@ -231,7 +236,7 @@ def print_rows(rows: list[Row]) -> None:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Distance against seconds, a line for each solver and interval, the base as a star."""
+    """Distance against seconds, a line for each solver and way, the base as a star."""
     import io
 
     import matplotlib
@@ -242,7 +247,7 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5))
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        lines.setdefault(f"{row['solver']}, guided at {row['guided at noise']}", []).append(row)
+        lines.setdefault(f"{row['solver']}, guided at {row['guided at noise']}, drawn at {row['drawn at noise']}", []).append(row)
     for name, points in lines.items():
         points.sort(key=lambda row: row["steps"])
         x, y, spread = ([point[key] for point in points] for key in ("seconds a picture", "frechet", "frechet +-"))

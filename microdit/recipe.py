@@ -94,7 +94,7 @@ class PhaseRecipe:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW, or Muon for the blocks' matrices and AdamW for the rest. Experts learn at a rate of their own; only matrices decay."""
+    """AdamW, or Muon for most matrices and AdamW for the rest. Experts learn at a rate of their own; only matrices decay."""
 
     method: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)

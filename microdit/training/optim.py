@@ -12,7 +12,8 @@ from microdit.training.muon import CPUMuon
 
 
 class Optimizers:
-    """AdamW; with `method` muon, the two-dimensional weights of all blocks learn by Muon (torch.optim.Muon; on a CPU `muon.py`) instead.
+    """AdamW; with `method` muon, the matrices of the caption embedder and of all blocks learn by Muon instead (torch.optim.Muon; on a CPU
+    `muon.py`). Not those of adaLN, which are tall, so dear, and learn no better by it, nor the first and the last layer.
 
     Groups carry `rate`, their share of the phase's learning rate: 1, or the experts' own (2407.15811, appendix).
     Weight decay is on matrices only: norms and biases have none.
@@ -24,7 +25,9 @@ class Optimizers:
         experts = {id(weight) for module in model.modules() if isinstance(module, ExpertChoice) for weight in (module.w_in, module.w_out)}
         muon: set[int] = set()
         if recipe.method == "muon":
-            muon = {id(weight) for block in model.all_blocks for weight in block.parameters() if weight.dim() == 2}
+            adaln = {id(block.modulation.weight) for block in model.all_blocks}
+            inner = [weight for part in (model.caption, *model.all_blocks) for weight in part.parameters() if weight.dim() == 2]
+            muon = {id(weight) for weight in inner} - adaln
         rest = [weight for weight in model.parameters() if id(weight) not in muon]
 
         def group(weights: list[nn.Parameter], rate: float, decay: float) -> dict[str, object]:

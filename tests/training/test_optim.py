@@ -48,13 +48,15 @@ def test_experts_learn_at_half_the_rate_and_only_matrices_decay(method):
 
 
 @pytest.mark.parametrize("routing", ["deferred", "maskdit", "sprint"])
-def test_muon_has_the_blocks_matrices_and_adamw_the_rest(routing):
+def test_muon_has_the_matrices_inside_and_adamw_the_rest(routing):
     model = small_model(depth=5, routing=routing)
     adamw, muon = Optimizers(model, OptimizerRecipe(method="muon")).all
     names = {id(weight): name for name, weight in model.named_parameters()}
     by_muon = {names[id(weight)] for group in muon.param_groups for weight in group["params"]}
     expected = {
-        name for name, weight in model.named_parameters() if name.startswith(("blocks.", "mixer.", "decoder.")) and weight.dim() == 2
+        name
+        for name, weight in model.named_parameters()
+        if name.startswith(("caption.", "blocks.", "mixer.", "decoder.")) and weight.dim() == 2 and not name.endswith("modulation.weight")
     }
     assert by_muon == expected
     assert any(name.startswith("decoder.") for name in by_muon) == (routing == "maskdit")
