@@ -14,8 +14,10 @@ from rich.console import Console
 
 from microdit.distributed import start_world
 from microdit.lab.plan import stepper
+from microdit.recipe import OptimizerRecipe
 from microdit.recipe_file import load_recipe
 from microdit.training.muon import CPUMuon
+from microdit.training.optim import Optimizers
 from microdit.training.trainer import Trainer
 
 ROUNDS = 6
@@ -27,7 +29,7 @@ def main() -> None:
     with TemporaryDirectory() as place:
         recipe = load_recipe(parser.parse_args().recipe, ["optimizer.method=adamw"])
         trainer = Trainer(recipe, Path(place) / "run", Console(quiet=True), start_world("cpu"))
-        matrices = [weight for block in trainer.state.model.all_blocks for weight in block.parameters() if weight.dim() == 2]
+        matrices = Optimizers(trainer.state.model, OptimizerRecipe(method="muon")).all[1].param_groups[0]["params"]
         times = {"a training step with AdamW": _fastest(stepper(trainer))}
         for weight in matrices:  # a training step leaves none behind
             weight.grad = torch.randn_like(weight)

@@ -51,6 +51,7 @@ class ModelRecipe(Size):
     expert_capacity: float = 2.0
     bias: bool = False
     position_scale: float = 1.0
+    init_scale: float = 1.0  # times the paper's initial weights, which are for widths of about 1,000; 3 suits 128
     mask_padding: bool = True  # captions' padding is attended by nobody; False is what the authors do
 
 

@@ -107,6 +107,7 @@ def _problems(recipe: Recipe) -> list[str]:
         need(min(getattr(model, name)) > 0, f"model.{name} must hold ratios above 0.")
     found += _routing_problems(model)
     need(model.position_scale > 0, "model.position_scale must be above 0.")
+    need(0 < model.init_scale < math.inf, f"model.init_scale is {model.init_scale}, and must be above 0.")
     need(model.mixer_depth >= 0 and model.num_experts >= 0, "model.mixer_depth and model.num_experts cannot be negative.")
     need(model.num_experts == 0 or model.expert_capacity > 0, "model.expert_capacity must be above 0.")
     need(recipe.diffusion.sigma_data > 0 and recipe.diffusion.P_std > 0, "diffusion.sigma_data and P_std must be above 0.")

@@ -76,6 +76,7 @@ def test_phases_follow_each_other(recipe_file):
         ("phases.9.steps=1", "override 'phases.9.steps=1' does not fit"),
         ("model.dim=100", "model.dim \\(100\\) is not divisible by model.head_dim \\(16\\): try 96"),
         ("model.head_dim=0", "model.head_dim is 0"),
+        ("model.init_scale=-1", "model.init_scale is -1.0, and must be above 0"),
         ("model.routing=none", "phases.0.mask_ratio must be 0, since model.routing is none"),
         ("model.routing=deffered", "model.routing: Invalid value 'deffered'"),
         ("phases.0.routing=naive", "unknown key phases.0.routing; did you mean model.routing"),

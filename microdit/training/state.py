@@ -23,7 +23,7 @@ class TrainingState:
         """`weights`: whole ones to begin with. Else, if `fresh`, drawn by the recipe's seed; if not, `load` must follow."""
         diffusion = recipe.diffusion
         self.edm = EDM(diffusion.sigma_data, diffusion.P_mean, diffusion.P_std)
-        self.model = _build(config, recipe.seed, weights, fresh, world.device)
+        self.model = _build(config, recipe, weights, fresh, world.device)
         parameters = sum(weight.numel() for weight in self.model.parameters())
         self.sharding = sharding_of(recipe.engine, world, parameters)
         self.parameters = parameters
@@ -79,14 +79,16 @@ class TrainingState:
         load_into(checkpoint, self.tensors())
 
 
-def _build(config: ModelConfig, seed: int, weights: dict[str, Tensor] | None, fresh: bool, device: torch.device) -> MicroDiT:
+def _build(config: ModelConfig, recipe: Recipe, weights: dict[str, Tensor] | None, fresh: bool, device: torch.device) -> MicroDiT:
     """On the device, with weights; or on the meta device, where a checkpoint will be loaded into the shards alone."""
     if weights is None and not fresh:
         with torch.device("meta"):
             return MicroDiT(config).train()
-    torch.manual_seed(seed)  # of the initial weights, the same on all processes; every later draw has its own generator
+    torch.manual_seed(recipe.seed)  # of the initial weights, the same on all processes; every later draw has its own generator
     if weights is None:
-        return MicroDiT(config).train().to(device)
+        model = MicroDiT(config)
+        model.scale_init(recipe.model.init_scale)
+        return model.train().to(device)
     with torch.device("meta"):
         model = MicroDiT(config)
     model.load_state_dict(weights, assign=True)

@@ -43,6 +43,17 @@ def test_a_fresh_model_says_nothing_and_its_weights_shrink_with_depth():
         assert block.modulation.weight.abs().max() == 0
 
 
+def test_initial_matrices_inside_grow_by_the_scale_and_a_fresh_model_still_says_nothing():
+    torch.manual_seed(0)
+    model = MicroDiT(resolve(Size(dim=128, depth=4, head_dim=32, mixer_dim=128, mixer_depth=1, num_experts=2)))
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    model.scale_init(3)
+    for name, weight in model.named_parameters():
+        inside = name.startswith(("caption.", "mixer.", "blocks.")) and weight.dim() >= 2
+        assert torch.equal(weight, before[name] * (3 if inside else 1)), name
+    assert model(torch.randn(2, 4, 8, 8), torch.zeros(2), model.embed_caption(torch.randn(2, 3, 1024))).abs().max() == 0
+
+
 def test_padding_of_captions_changes_nothing_when_masked_and_something_when_not(tiny_model):
     latents, c_noise = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     text = torch.randn(2, 3, 12, dtype=torch.float64)
