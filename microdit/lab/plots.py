@@ -25,6 +25,7 @@ def draw_study(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, 
         for number, arm in enumerate(study.arms):
             _draw_arm(axes, budget, plans[arm], results, arm, measure, number)
         label, _ = AXES[budget]
+        axes.set_xlim(left=0)  # else equal costs, which differ by a rounded step, look far apart
         axes.set_xlabel(label)
         axes.set_ylabel(f"{title} ({'higher' if measure in HIGHER_IS_BETTER else 'lower'} is better)")
         axes.grid(linewidth=0.5, alpha=0.5)
