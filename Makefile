@@ -17,7 +17,7 @@ demo: .venv/installed ## encode the emoji, train the demo recipe, draw a caption
 	@bash examples/demo.sh $(BIN)/microdit
 
 test: .venv/installed lint ## lint, types, and every test that is not slow
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: .venv/installed ## the proofs that take minutes
 	$(BIN)/pytest -m slow

@@ -1,5 +1,6 @@
 """Small real things that many tests share."""
 
+import os
 import signal
 from dataclasses import replace
 from itertools import islice
@@ -22,6 +23,8 @@ from tests.training.processes import RECIPE
 
 settings.register_profile("machine", deadline=None)  # how long an example takes says more of the machine than of the code
 settings.load_profile("machine")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
+    torch.set_num_threads(1)
 # A shell starts what runs in its background with Ctrl-C ignored, which the commands that tests interrupt would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
