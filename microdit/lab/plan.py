@@ -58,8 +58,8 @@ def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World)
     _refuse_other_pictures(recipes)
     with TemporaryDirectory() as place:
         trainers = {arm: Trainer(recipe, Path(place) / arm, Console(quiet=True), world) for arm, recipe in recipes.items()}
-        flops = {arm: _flops_of_a_step(trainer) for arm, trainer in trainers.items()}
-        seconds = _seconds_of_a_step(trainers)
+        flops = {arm: flops_of_a_step(trainer) for arm, trainer in trainers.items()}
+        seconds = seconds_of_a_step(trainers)
     reference, steps = study.reference.arm, study.reference.steps
     plans = {arm: _plan(study.budgets, steps, flops[reference], seconds[reference], flops[arm], seconds[arm]) for arm in recipes}
     write_aside(path, json.dumps({"asked": asked, "arms": {arm: asdict(plan) for arm, plan in plans.items()}}, indent=1).encode())
@@ -96,13 +96,14 @@ def read_plan(out: Path) -> dict[str, ArmPlan]:
     return {arm: ArmPlan(**values) for arm, values in json.loads(path.read_text())["arms"].items()}
 
 
-def _flops_of_a_step(trainer: Trainer) -> float:
+def flops_of_a_step(trainer: Trainer) -> float:
     """Forward and backward, of the whole batch, on average over the training."""
     batch = trainer._batch(0)
     return trainer.work.after(0, math.prod(trainer._grid(batch)), batch.text_BLE.shape[1]) / trainer.recipe.total_steps
 
 
-def _seconds_of_a_step(trainers: dict[str, Trainer]) -> dict[str, float]:
+def seconds_of_a_step(trainers: dict[str, Trainer]) -> dict[str, float]:
+    """By the trainers' names; steps of all are timed in turns."""
     steps = {arm: stepper(trainer) for arm, trainer in trainers.items()}
     times: dict[str, list[float]] = {arm: [] for arm in trainers}
     with progress("time a step of each arm", ROUNDS * len(trainers)) as advance:
