@@ -1,4 +1,4 @@
-"""Figures of a study for its report: quality against cost, one line an arm, with the spread over seeds."""
+"""Figures of a study for its report, with the spread over seeds: quality against cost if measured on the way, else arm beside arm."""
 
 import io
 import math
@@ -16,24 +16,55 @@ from microdit.lab.summary import at_budget
 COLOURS = ("#1f5fbf", "#c2500a", "#14713a", "#7a3fb0", "#b3261e", "#5d6675", "#008b8b", "#b8860b", "#d6338a", "#3b3b3b")
 MARKERS = "osD^vPX*<>"
 AXES: dict[Budget, tuple[str, float]] = {"flops": ("TFLOPs of training", 1e12), "seconds": ("seconds of training", 1.0)}
+EQUAL: dict[Budget, str] = {"flops": "equal FLOPs", "seconds": "equal seconds", "images": "equal images"}
 
 
 def draw_study(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], measure: str, title: str, path: Path) -> None:
-    """Two panels, by FLOPs and by seconds, up to each budget; a bar is one standard deviation over seeds."""
+    """A panel for each budget. A bar is one standard deviation over seeds."""
+    label = f"{title} ({'higher' if measure in HIGHER_IS_BETTER else 'lower'} is better)"
+    if all(line["step"] in plans[line["arm"]].steps.values() for line in results):
+        figure = _draw_ends(study, plans, results, measure, label)
+    else:
+        figure = _draw_curves(study, plans, results, measure, label)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_aside(path, buffer.getvalue())
+
+
+def _draw_ends(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], measure: str, label: str) -> Figure:
+    """All arms at the end of each budget, one under the other; small dots are seeds."""
+    figure = Figure((1.5 + 4.5 * len(study.budgets), 1.2 + 0.35 * len(study.arms)), layout="constrained")
+    panels = figure.subplots(1, len(study.budgets), sharex=True, sharey=True, squeeze=False)[0]
+    arms = list(study.arms)
+    for budget, axes in zip(study.budgets, panels, strict=True):
+        for place, arm in enumerate(arms):
+            step, colour = plans[arm].steps[budget], COLOURS[place % len(COLOURS)]
+            spread = at_budget(results, arm, step, measure)
+            if spread is None:
+                continue
+            seeds = [line[measure] for line in results if (line["arm"], line["step"]) == (arm, step) and not line.get("diverged")]
+            axes.plot(seeds, [place] * len(seeds), ".", color=colour, alpha=0.5, markersize=5)
+            bar = spread.deviation if spread.seeds > 1 else 0.0
+            axes.errorbar([spread.mean], [place], xerr=[bar], color=colour, marker="o", markersize=6, capsize=3)
+        axes.set_title(EQUAL[budget], fontsize=10)
+        _dress(axes)
+    panels[0].set_yticks(range(len(arms)), arms)
+    panels[0].invert_yaxis()
+    figure.supxlabel(label, fontsize=10)
+    return figure
+
+
+def _draw_curves(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], measure: str, label: str) -> Figure:
+    """By FLOPs and by seconds, up to each budget, one line an arm."""
     figure = Figure((11, 4.2), layout="constrained")
     for budget, axes in zip(AXES, figure.subplots(1, 2), strict=True):
         for number, arm in enumerate(study.arms):
             _draw_arm(axes, budget, plans[arm], results, arm, measure, number)
-        label, _ = AXES[budget]
-        axes.set_xlim(left=0)  # else equal costs, which differ by a rounded step, look far apart
-        axes.set_xlabel(label)
-        axes.set_ylabel(f"{title} ({'higher' if measure in HIGHER_IS_BETTER else 'lower'} is better)")
-        axes.grid(linewidth=0.5, alpha=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel(AXES[budget][0])
+        axes.set_ylabel(label)
+        _dress(axes)
     figure.axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_aside(path, buffer.getvalue())
+    return figure
 
 
 def _draw_arm(axes: Axes, budget: Budget, plan: ArmPlan, results: list[dict[str, Any]], arm: str, measure: str, number: int) -> None:
@@ -53,3 +84,8 @@ def _draw_arm(axes: Axes, budget: Budget, plan: ArmPlan, results: list[dict[str,
     bars = [spread.deviation if spread.seeds > 1 else 0.0 for _, spread in spreads]
     colour = COLOURS[number % len(COLOURS)]
     axes.errorbar(x, y, bars, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=5, capsize=3, linewidth=1.4, label=arm)
+
+
+def _dress(axes: Axes) -> None:
+    axes.grid(linewidth=0.5, alpha=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
