@@ -58,19 +58,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--solvers", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--few", type=int, help="only step counts up to this many, besides the base")
+    parser.add_argument("--only", choices=("caches", "quality"), help="measure this table; the other stays in --out as it is")
     parser.add_argument("--progress", type=Path, default=Path("sampling.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("docs/sampling.json"))
     parser.add_argument("--plot", type=Path, default=Path("docs/images/sampling.png"), help="of the second table")
     args = parser.parse_args()
     progress = Progress(args.progress)
     what = {"size": args.size, "pictures": args.pictures, "steps": args.steps, "rounds": args.rounds, "guidance": args.guidance}
-    result: Row = {"threads": torch.get_num_threads(), "caches": progress.once(what, lambda: time_caches(args))}
-    print_rows(result["caches"])
-    if args.model:
-        result |= measure_quality(args, progress)
-        print_rows(result["alone"])
-        print_rows(result["quality"])
-        plot(result["quality"], args.plot)
+    result: Row = json.loads(args.out.read_text()) if args.only else {}
+    if args.only != "quality":
+        result["caches"] = {"threads": torch.get_num_threads(), "rows": progress.once(what, lambda: time_caches(args))}
+        print_rows(result["caches"]["rows"])
+    if args.model and args.only != "caches":
+        quality = result["quality"] = {"threads": torch.get_num_threads(), **measure_quality(args, progress)}
+        print_rows(quality["alone"])
+        print_rows(quality["rows"])
+        plot(quality["rows"], args.plot)
     write_aside(args.out, json.dumps(result, indent=1).encode())
 
 
@@ -147,7 +150,7 @@ def measure_quality(args: argparse.Namespace, progress: Progress) -> Row:
             of_seeds.append(progress.once(what, partial(judge, pipeline, setting, seed)))
     about = {"model": opened.name, "captions": args.captions, "seeds": args.seeds}
     rows = [summary(setting, of_seeds, chosen[0]) for setting, of_seeds in zip(settings, chosen, strict=True)]
-    return {"of": about, "alone": [time_alone(pipeline, setting, args.rounds) for setting in settings], "quality": rows}
+    return {"of": about, "alone": [time_alone(pipeline, setting, args.rounds) for setting in settings], "rows": rows}
 
 
 def time_alone(pipeline: Pipeline, settings: SamplerSettings, rounds: int) -> Row:
