@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method on a small data set: encode once, train masked then unmasked, draw, measure. `make demo` calls this.
+# The whole way on a small data set: encode once, train, draw, measure. `make demo` calls this.
 set -euo pipefail
 microdit=${1:-microdit}
 
@@ -9,7 +9,7 @@ fi
 if [ ! -d data/scenes ]; then
   "$microdit" data encode scenes:1000 --out data/scenes
 fi
-"$microdit" train recipes/emoji.yaml --out runs/emoji --resume
+"$microdit" train recipes/emoji-fast.yaml --out runs/emoji --resume
 
 # Two rows of training captions, then two of colours and objects that never stood together in training.
 "$microdit" sample runs/emoji --steps 18 --guidance 2 --out runs/emoji/grid.png \
