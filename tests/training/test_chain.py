@@ -75,7 +75,7 @@ def test_killed_in_the_third_phase_it_goes_on_there(tmp_path, data, whole):
     running.kill()
     resumed = train_dry(out, data, "--resume")
     assert resumed.wait() == [0], resumed.output
-    assert f"{out / PHASES[1]} is finished" in resumed.output
+    assert f"{out / PHASES[1]}isfinished" in resumed.output.replace(" ", "")  # lines break within long paths, too
     assert "3 of 4: 3-64-masked microdit-dry-64-masked" in resumed.output
     assert "4 of 4" in resumed.output
     for name in PHASES:
