@@ -11,24 +11,8 @@ from tests.commands import microdit
 
 
 def test_sample_takes_all_settings_shows_the_way_and_says_in_the_file_what_it_did(workplace):
-    options = [
-        "--solver",
-        "dpm",
-        "--steps",
-        4,
-        "--guidance",
-        3,
-        "--guidance-interval",
-        0.2,
-        5,
-        "--guidance-rescale",
-        0.5,
-        "--seed",
-        9,
-        "--noise-range",
-        0.01,
-        60,
-    ]
+    options = ["--solver", "dpm", "--steps", 4, "--guidance", 3, "--guidance-rescale", 0.5, "--seed", 9]
+    options += ["--guidance-interval", 0.2, 5, "--noise-range", 0.01, 60]
     shown = ["--negative", "blue", "--trajectory", "way.gif", "--out", "all.png"]
     done = microdit("sample", "runs/tiny", "red heart", "кот\n", "owl " * 50, *options, *shown, cwd=workplace)
     assert done.returncode == 0, done.output

@@ -9,7 +9,7 @@ from PIL import Image
 from microdit.formats import figure
 from microdit.grids import save_png
 from microdit.lab.plan import ArmPlan
-from microdit.lab.plots import draw_study
+from microdit.lab.plots import EQUAL, draw_study
 from microdit.lab.study import HIGHER_IS_BETTER, Budget, Study
 from microdit.lab.summary import Spread, Verdict, at_budget, diverged, judge
 
@@ -19,7 +19,6 @@ TITLES = {
     "kid": "KID, EfficientNet-Lite0",
     "recognised": "Recognised among the 10 nearest",
 }
-TABLES: dict[Budget, str] = {"flops": "Equal FLOPs", "seconds": "Equal seconds", "images": "Equal images"}
 ANSWERS = {True: "holds", False: "does not hold", None: "open"}
 
 
@@ -36,10 +35,8 @@ def write_report(study: Study, plans: dict[str, ArmPlan], results: list[dict[str
     parts += [_table(study, plans, results, budget) for budget in study.budgets]
     parts += [f"![{TITLES[measure]} against cost]({measure}.png)" for measure in study.measures]
     if strips:
-        equal = TABLES[study.budgets[0]].removeprefix("Equal ")
-        parts.append(
-            f"The same prompts from the same noise, seed {study.seeds[0]}, at equal {equal}:\n\n![samples of each arm](strips.png)"
-        )
+        equal = EQUAL[study.budgets[0]]
+        parts.append(f"The same prompts from the same noise, seed {study.seeds[0]}, at {equal}:\n\n![samples of each arm](strips.png)")
     page = folder / "README.md"
     page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return page
@@ -81,12 +78,12 @@ def _claims(verdicts: list[Verdict]) -> str:
             found = (
                 f"{TITLES[claim.measure]}: {claim.better} {_words(verdict.better)}, {claim.worse} {_words(verdict.worse)}; {verdict.why}"
             )
-        rows.append(f"| {claim.says} | {found} | **{ANSWERS[verdict.holds]}** ({TABLES[claim.budget].lower()}) |")
+        rows.append(f"| {claim.says} | {found} | **{ANSWERS[verdict.holds]}** ({EQUAL[claim.budget]}) |")
     return "\n".join(rows)
 
 
 def _table(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], budget: Budget) -> str:
-    rows = [f"### {TABLES[budget]}", ""]
+    rows = [f"### {EQUAL[budget].replace('equal', 'Equal')}", ""]
     rows += [
         f"| arm | steps | GFLOPs a step | ms a step | {' | '.join(TITLES[measure] for measure in study.measures)} |",
         "|---" * (4 + len(study.measures)) + "|",
