@@ -5,8 +5,9 @@
 
 Base of both tables: 30 steps of Heun's method with guidance 5, or with --guidance. The first table times steps with the caption's work done
 at every call, embedded once, and done once in whole, in turns, in one run. The second draws captions of the emoji's training pictures
-with every solver and number of steps, guided everywhere, in an interval, or between nearer noise levels, and compares the pictures with
-all of the emoji, by EfficientNet-Lite0 features. The first table, and each setting and seed of the second, are a line in the file of
+with every solver and number of steps, guided everywhere, in an interval, between nearer noise levels, or between nearer ones still and a
+quarter more strongly, and compares the pictures with all of the emoji, by EfficientNet-Lite0 features. The base more strongly guided is
+drawn too, to see what of the last is the guidance's. The first table, and each setting and seed of the second, are a line in the file of
 --progress when they are done; started again, the benchmark goes on behind them. Seconds are the fewest over rounds or seeds.
 """
 
@@ -42,7 +43,12 @@ from microdit.pipeline import Pipeline, SamplerSettings
 
 LATENTS, CAPTION = (4, 32, 32), (77, 1024)  # 256 px through the SDXL autoencoder; DFN5B-CLIP-H
 Row = dict[str, Any]
-WAYS: tuple[Row, ...] = ({}, {"guidance_interval": (0.3, 2.0)}, {"noise_range": (0.03, 30.0)})
+WAYS: tuple[tuple[float, Row], ...] = (  # times the base's guidance, other settings
+    (1, {}),
+    (1, {"guidance_interval": (0.3, 2.0)}),
+    (1, {"noise_range": (0.03, 30.0)}),
+    (1.25, {"noise_range": (0.05, 20.0)}),
+)
 STEPS = {"heun": (6, 9, 12, 18, 30), "dpm": (8, 12, 16, 30), "euler": (18, 30)}
 
 
@@ -170,13 +176,14 @@ def settings_of(args: argparse.Namespace) -> list[SamplerSettings]:
     """The base first."""
     base = SamplerSettings(args.steps, args.guidance)
     others = [
-        replace(base, solver=solver, num_inference_steps=steps, **way)
+        replace(base, solver=solver, num_inference_steps=steps, guidance_scale=times * args.guidance, **way)
         for solver in args.solvers
         for steps in STEPS[solver]
         if args.few is None or steps <= args.few
-        for way in WAYS
+        for times, way in WAYS
     ]
-    return list(dict.fromkeys([base, *others]))
+    stronger = replace(base, guidance_scale=WAYS[-1][0] * args.guidance)
+    return list(dict.fromkeys([base, stronger, *others]))
 
 
 class Judge:
@@ -225,6 +232,7 @@ def named(settings: SamplerSettings) -> Row:
     return {
         "solver": settings.solver,
         "steps": settings.num_inference_steps,
+        "guidance": settings.guidance_scale,
         "guided at noise": "all" if guided is None else f"{guided[0]} to {guided[1]}",
         "drawn at noise": f"{drawn[0]} to {drawn[1]}",
     }
@@ -250,7 +258,9 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5))
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        lines.setdefault(f"{row['solver']}, guided at {row['guided at noise']}, drawn at {row['drawn at noise']}", []).append(row)
+        lines.setdefault(
+            f"{row['solver']}, guidance {row['guidance']} at {row['guided at noise']}, drawn at {row['drawn at noise']}", []
+        ).append(row)
     for name, points in lines.items():
         points.sort(key=lambda row: row["steps"])
         x, y, spread = ([point[key] for point in points] for key in ("seconds a picture", "frechet", "frechet +-"))

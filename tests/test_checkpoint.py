@@ -88,11 +88,14 @@ def test_a_state_of_another_kind_is_damage(tmp_path):
 
 
 @pytest.mark.parametrize("routing", ["deferred", "maskdit", "sprint"])
-def test_an_architecture_comes_back_from_json_and_an_old_one_is_deferred(tmp_path, routing):
-    config = resolve(routed(Size(dim=32, depth=5, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=2), routing))
+def test_an_architecture_comes_back_from_json_and_an_old_one_is_deferred_and_gated(tmp_path, routing):
+    config = resolve(routed(Size(dim=32, depth=5, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=2, gated_ffn=False), routing))
     model = json.loads(json.dumps(asdict(config)))
     assert Checkpoint(tmp_path, 1, {"model": model}).model_config == config
     for key in ("routing", "dense_blocks", "decoder"):
         del model[key]
+    for shape in model["blocks"] + model["mixer"]:
+        del shape["gated"]
     old = Checkpoint(tmp_path, 1, {"model": model}).model_config
-    assert old == replace(config, routing="deferred", dense_blocks=(0, 0), decoder=())
+    stacks = {name: tuple(replace(shape, gated=True) for shape in getattr(config, name)) for name in ("blocks", "mixer")}
+    assert old == replace(config, routing="deferred", dense_blocks=(0, 0), decoder=(), **stacks)

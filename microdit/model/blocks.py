@@ -22,11 +22,14 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Widths of one block. `num_experts` 0 means a dense SwiGLU of hidden width `ffn_dim`; else each expert has it."""
+    """Widths of one block. `num_experts` 0 means a dense feed-forward of hidden width `ffn_dim`, a SwiGLU or, not gated, with a GELU;
+    else each expert has this width, and a GELU.
+    """
 
     attention_dim: int
     ffn_dim: int
     num_experts: int = 0
+    gated: bool = True
 
 
 class SelfAttention(nn.Module):
@@ -99,6 +102,22 @@ class SwiGLU(nn.Module):
         nn.init.trunc_normal_(self.down.weight, std=output_std)
 
 
+class GELU(nn.Module):
+    """down(gelu(up(x))), what a SwiGLU is compared with."""
+
+    def __init__(self, dim: int, hidden_dim: int, bias: bool):
+        super().__init__()
+        self.up = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BTD)))
+
+    def init_weights(self, output_std: float) -> None:
+        nn.init.trunc_normal_(self.up.weight, std=0.02)
+        nn.init.trunc_normal_(self.down.weight, std=output_std)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the caption, feed-forward (dense or experts), each added to the residual stream.
 
@@ -112,9 +131,10 @@ class Block(nn.Module):
         self.cross_norm = layer_norm(dim)
         self.cross_attn = CrossAttention(dim, head_dim, bias)
         self.ffn_norm = layer_norm(dim)
-        self.ffn: ExpertChoice | SwiGLU = (
-            ExpertChoice(dim, shape.ffn_dim, shape.num_experts, expert_capacity) if shape.num_experts else SwiGLU(dim, shape.ffn_dim, bias)
-        )
+        if shape.num_experts:
+            self.ffn: ExpertChoice | SwiGLU | GELU = ExpertChoice(dim, shape.ffn_dim, shape.num_experts, expert_capacity)
+        else:
+            self.ffn = (SwiGLU if shape.gated else GELU)(dim, shape.ffn_dim, bias)
         self.modulation = nn.Linear(condition_dim, 6 * dim)
 
     def forward(self, x_BTD: Tensor, caption: Tensor | KeysValues, caption_mask_BL: Tensor | None, condition_BD: Tensor) -> Tensor:

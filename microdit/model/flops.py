@@ -59,6 +59,6 @@ def _block(config: ModelConfig, shape: BlockShape, dim: int, tokens: int, captio
     attention = 4 * tokens * dim * shape.attention_dim + 2 * tokens * tokens * shape.attention_dim
     cross = 2 * (tokens + caption_tokens) * dim * dim + 2 * tokens * caption_tokens * dim
     if not shape.num_experts:
-        return modulation + attention + cross + 3 * tokens * dim * shape.ffn_dim
+        return modulation + attention + cross + (3 if shape.gated else 2) * tokens * dim * shape.ffn_dim
     chosen = shape.num_experts * int(config.expert_capacity * tokens / shape.num_experts)
     return modulation + attention + cross + tokens * dim * shape.num_experts + 2 * chosen * dim * shape.ffn_dim

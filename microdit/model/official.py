@@ -86,6 +86,8 @@ def export_official(model: MicroDiT, grid_size: int) -> dict[str, Tensor]:
     config = model.config
     if config.routing in ("maskdit", "sprint"):
         raise UserError(f"The official layout has no place for the weights of routing {config.routing}.")
+    if any(not shape.gated and not shape.num_experts for shape in config.blocks + config.mixer):
+        raise UserError("The official layout has no place for feed-forwards without a gate (model.gated_ffn: false).")
     official = convert_to_official(model.state_dict(), config)
     official["pos_embed"] = sincos_positions(grid_size, grid_size, config.dim, config.position_scale).unsqueeze(0).clone()
     official["mask_token"] = torch.zeros(1, 1, config.patch_values)

@@ -24,6 +24,7 @@ class Size:
     num_experts: int = 8  # 0: no mixture of experts
     experts_every: int = 2
     round_ffn_to: int = 256
+    gated_ffn: bool = True  # SwiGLU where there are no experts; False: a GELU between two matrices, as wide as costs the same
     routing: Routing = "deferred"
     dense_blocks: tuple[int, int] | None = None  # tread, sprint: of the depth, before the drop and after the restore; null: as published
     decoder_depth: int | None = None  # maskdit: further blocks, as wide as the mixer's; null: as published
@@ -77,10 +78,11 @@ def resolve(size: Size, **settings: int | float | bool) -> ModelConfig:
 
 def _shape(size: Size, dim: int, attention_ratio: float, ffn_ratio: float, experts: bool) -> BlockShape:
     """Attention in whole pairs of heads; a SwiGLU has three matrices, so two thirds of the hidden width at equal cost."""
+    gated = size.gated_ffn and not experts
     attention_dim = dim if attention_ratio == 1 else _round_up(int(dim * attention_ratio), 2 * size.head_dim)
     hidden_dim = int(dim * ffn_ratio)
-    ffn_dim = _round_up(hidden_dim if experts else int(2 * hidden_dim / 3), size.round_ffn_to)
-    return BlockShape(attention_dim, ffn_dim, size.num_experts if experts else 0)
+    ffn_dim = _round_up(int(2 * hidden_dim / 3) if gated else hidden_dim, size.round_ffn_to)
+    return BlockShape(attention_dim, ffn_dim, size.num_experts if experts else 0, size.gated_ffn)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -76,8 +76,8 @@ def _block(shape: BlockShape, dim: int, n: int, caption_tokens: int, capacity: f
     attention = 3 * n * D + 3 * n * A + 2 * n * A + 2 * n * A + n * D
     # residual, its norm, q, q normed, output twice; k and v, k normed
     cross = 2 * n * D + 2 * n * D + 2 * n * D + 3 * L * D
-    # residual, its norm, modulated; then gate, its activation, up, their product, and the output
-    feed_forward = 3 * n * D + 4 * n * F + n * D
+    # residual, its norm, modulated; then gate, its activation, up, their product (or up and its activation), and the output
+    feed_forward = 3 * n * D + (4 if shape.gated else 2) * n * F + n * D
     if shape.num_experts:
         chosen = shape.num_experts * int(capacity * n / shape.num_experts)
         # the tokens that experts take, hidden before and after its activation, their output, weighted; the sum

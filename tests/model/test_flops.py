@@ -66,6 +66,7 @@ def counted(config: ModelConfig, side: int, kept: int | None, caption_tokens: in
         num_experts=st.sampled_from([0, 2, 4]),
         experts_every=st.integers(1, 3),
         round_ffn_to=st.just(8),
+        gated_ffn=st.booleans(),
     ),
     capacity=st.sampled_from([1.0, 1.3, 2.0]),
     patch_size=st.sampled_from([1, 2]),

@@ -29,6 +29,19 @@ def test_width_grows_with_depth_and_experts_sit_in_every_second_block_but_the_la
     assert config.blocks[-1].ffn_dim == 2816  # SwiGLU: two thirds of 4 * 1024, rounded up
 
 
+def test_without_a_gate_the_feed_forward_is_wider_costs_the_same_and_is_a_gelu_between_two_matrices():
+    gated, plain = (
+        Size(dim=96, depth=3, head_dim=32, mixer_dim=96, mixer_depth=1, num_experts=0, round_ffn_to=2, gated_ffn=g) for g in (True, False)
+    )
+    for with_gate, without in zip(resolve(gated).blocks, resolve(plain).blocks, strict=True):
+        assert 2 * without.ffn_dim == pytest.approx(3 * with_gate.ffn_dim, rel=0.03)
+    ffn = busy_model(plain).blocks[0].ffn
+    x = torch.randn(2, 3, 96, dtype=torch.float64)
+    hidden = x @ ffn.up.weight.T
+    gelu = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    assert torch.allclose(ffn(x), gelu @ ffn.down.weight.T, atol=1e-12)
+
+
 def test_a_fresh_model_says_nothing_and_its_weights_shrink_with_depth():
     torch.manual_seed(0)
     model = MicroDiT(resolve(Size(dim=128, depth=4, head_dim=32, mixer_dim=128, mixer_depth=1, num_experts=2)))
@@ -91,8 +104,9 @@ def test_samples_of_a_batch_do_not_meet(tiny_model):
 
 @pytest.mark.parametrize("mixer_depth", [0, 1, 3])
 @pytest.mark.parametrize("mixer_dim", [16, 32])
-def test_every_weight_learns(mixer_depth, mixer_dim):
-    size = Size(dim=32, depth=3, head_dim=8, mixer_dim=mixer_dim, mixer_depth=mixer_depth, num_experts=2, round_ffn_to=8)
+@pytest.mark.parametrize("gated", [True, False])
+def test_every_weight_learns(mixer_depth, mixer_dim, gated):
+    size = Size(dim=32, depth=3, head_dim=8, mixer_dim=mixer_dim, mixer_depth=mixer_depth, num_experts=2, round_ffn_to=8, gated_ffn=gated)
     model = busy_model(size, bias=True)
     caption = model.embed_caption(torch.randn(2, 3, 12, dtype=torch.float64))
     keep_ids = torch.tensor([[0, 1, 2, 3], [4, 9, 10, 15]])

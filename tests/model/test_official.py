@@ -78,6 +78,12 @@ def test_weights_that_the_official_layout_has_no_names_for_are_not_exported(rout
         export_official(model, grid_size=4)
 
 
+def test_feed_forwards_without_a_gate_are_not_exported():
+    model = busy_model(Size(dim=32, depth=2, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=0, round_ffn_to=8, gated_ffn=False))
+    with pytest.raises(UserError, match="without a gate"):
+        export_official(model, grid_size=4)
+
+
 def test_what_does_not_fit_is_listed(official_fixture):
     state = {n.removeprefix("state."): t for n, t in load_file(official_fixture).items() if n.startswith("state.")}
     del state["blocks.2.norm2.weight"]

@@ -33,9 +33,9 @@ def held(model: MicroDiT, side: int, kept: int | None, B: int = 4, L: int = 16) 
 
 
 @pytest.mark.parametrize(("side", "kept"), [(16, None), (32, None), (32, 64)])
-@pytest.mark.parametrize("experts", [0, 4])
-def test_activations_are_within_a_tenth_of_what_is_kept(side, kept, experts):
-    model = MicroDiT(resolve(Size(**{**SIZE.__dict__, "num_experts": experts}), caption_channels=96)).train()
+@pytest.mark.parametrize(("experts", "gated"), [(0, True), (0, False), (4, True)])
+def test_activations_are_within_a_tenth_of_what_is_kept(side, kept, experts, gated):
+    model = MicroDiT(resolve(replace(SIZE, num_experts=experts, gated_ffn=gated), caption_channels=96)).train()
     tokens = (side // 2) ** 2
     reckoned = footprint(model, 4, tokens, kept or tokens, 16, element=4)
     assert reckoned.activations == pytest.approx(held(model, side, kept), rel=0.1)
