@@ -50,5 +50,9 @@ def report(
     results = read_results(folder)
     if not results:
         raise UserError(f"There are no results in {folder}: run the study first, microdit lab run {study}.")
-    page = write_report(loaded, read_plan(folder), results, folder, to or Path("docs/lab") / loaded.name)
+    plans = read_plan(folder)
+    new = [arm for arm in loaded.arms if arm not in plans]
+    if new:
+        raise UserError(f"{folder} has no results yet of {', '.join(new)}, which {study} has now: microdit lab run {study}.")
+    page = write_report(loaded, plans, results, folder, to or Path("docs/lab") / loaded.name)
     console.print(f"[bold]{page}[/]", highlight=False)

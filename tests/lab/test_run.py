@@ -100,6 +100,8 @@ def test_an_arm_may_be_added_and_what_was_done_stays(laboratory):
     out = laboratory / "lab" / "small"
     (laboratory / "small.yaml").write_text(LONGER)
     plan, results = json.loads((out / "plan.json").read_text()), read_results(out)
+    early = microdit("lab", "report", "small.yaml", "--to", "docs-small", cwd=laboratory)
+    assert (early.returncode, "has no results yet of half" in early.output) == (1, True), early.output
     done = microdit("lab", "run", "small.yaml", cwd=laboratory)
     assert done.returncode == 0, done.output
     plan_now, results_now = json.loads((out / "plan.json").read_text()), read_results(out)
