@@ -62,6 +62,7 @@ def config_of_fields(saved: Mapping[str, Any]) -> ModelConfig:
         fields[stack] = tuple(BlockShape(**shape) for shape in fields.get(stack, ()))
     if "dense_blocks" in fields:
         fields["dense_blocks"] = tuple(fields["dense_blocks"])
+    fields["extras"] = tuple(fields.get("extras", ()))
     return ModelConfig(**fields)
 
 

@@ -101,6 +101,7 @@ class OptimizerRecipe:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    split: bool = False  # Muon: queries, keys and values each a matrix
     expert_learning_rate: float = 0.5  # of learning_rate (2407.15811, appendix; the released code misses it)
 
 

@@ -35,20 +35,59 @@ class BlockShape:
 class SelfAttention(nn.Module):
     """Multi-head attention of width `attention_dim` among tokens of width `dim`."""
 
-    def __init__(self, dim: int, attention_dim: int, head_dim: int, bias: bool):
+    def __init__(self, dim: int, attention_dim: int, head_dim: int, bias: bool, store: "Store | None" = None):
         super().__init__()
         self.head_dim = head_dim
+        self.store = store
+        if store is not None and store.value_residual:
+            self.first_value = nn.Parameter(torch.tensor([0.0]))
         self.qkv = nn.Linear(dim, 3 * attention_dim, bias=bias)
         self.out = nn.Linear(attention_dim, dim, bias=bias)
 
     def forward(self, x_BTD: Tensor, key_mask_BT: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D). Tokens where `key_mask_BT` is False are attended by nobody."""
         q_BTA, k_BTA, v_BTA = self.qkv(x_BTD).chunk(3, dim=-1)
+        store = self.store
+        if store is not None and store.value_residual:
+            if store.first is not None and store.first.shape == v_BTA.shape:
+                v_BTA = v_BTA + self.first_value * store.first
+            elif store.first is None:
+                store.first = v_BTA
+                v_BTA = v_BTA + 0 * self.first_value
+            else:
+                v_BTA = v_BTA + 0 * self.first_value
+        if store is not None and store.rotary:
+            q_BNTH, k_BNTH = (rotate(_heads(_normalise(x), self.head_dim), *store.table) for x in (q_BTA, k_BTA))
+            out = F.scaled_dot_product_attention(q_BNTH, k_BNTH, _heads(v_BTA, self.head_dim))
+            return self.out(out.transpose(1, 2).flatten(-2))
         return self.out(_attend(q_BTA, _keys_values(k_BTA, v_BTA, self.head_dim), key_mask_BT))
 
     def init_weights(self, output_std: float) -> None:
         nn.init.trunc_normal_(self.qkv.weight, std=0.02)
         nn.init.trunc_normal_(self.out.weight, std=output_std)
+
+
+class Store:
+    """What blocks share in one pass."""
+
+    def __init__(self, extras):
+        self.value_residual, self.rotary = "value-residual" in extras, "rotary" in extras
+        self.first = None
+        self.table = None
+
+    def begin(self, rows, columns, head_dim):
+        self.first = None
+        if self.rotary:
+            quarter = head_dim // 4
+            frequencies = 100.0 ** (-torch.arange(quarter) / quarter)
+            row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+            angle = torch.cat([row.reshape(-1, 1) * frequencies, column.reshape(-1, 1) * frequencies], 1)
+            self.table = angle.cos(), angle.sin()
+
+
+def rotate(x_BNTH, cos, sin):
+    a, b = x_BNTH.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class KeysValues(NamedTuple):
@@ -124,10 +163,10 @@ class Block(nn.Module):
     `condition_dim` is the width of the vector that drives adaLN; it differs from `dim` in the patch-mixer.
     """
 
-    def __init__(self, shape: BlockShape, dim: int, condition_dim: int, head_dim: int, bias: bool, expert_capacity: float):
+    def __init__(self, shape: BlockShape, dim: int, condition_dim: int, head_dim: int, bias: bool, expert_capacity: float, store: Store | None = None):
         super().__init__()
         self.attn_norm = layer_norm(dim)
-        self.attn = SelfAttention(dim, shape.attention_dim, head_dim, bias)
+        self.attn = SelfAttention(dim, shape.attention_dim, head_dim, bias, store)
         self.cross_norm = layer_norm(dim)
         self.cross_attn = CrossAttention(dim, head_dim, bias)
         self.ffn_norm = layer_norm(dim)
@@ -177,8 +216,13 @@ class Head(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
 
-def layer_norm(dim: int) -> nn.LayerNorm:
+RMS = [False]
+
+
+def layer_norm(dim: int):
     """With a weight and without a bias, as everywhere in MicroDiT."""
+    if RMS[0]:
+        return nn.RMSNorm(dim, eps=NORM_EPS)
     return nn.LayerNorm(dim, eps=NORM_EPS, bias=False)
 
 
@@ -201,6 +245,8 @@ def _attend(q_BTA: Tensor, keys_values: KeysValues, key_mask_BL: Tensor | None) 
 
 def _normalise(x_BTA: Tensor) -> Tensor:
     """Over all heads together, without parameters."""
+    if RMS[0]:
+        return F.rms_norm(x_BTA, (x_BTA.shape[-1],), eps=NORM_EPS)
     return F.layer_norm(x_BTA, (x_BTA.shape[-1],), eps=NORM_EPS)
 
 

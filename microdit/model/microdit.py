@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from microdit.model.blocks import Block, BlockShape, Head, KeysValues, layer_norm
+from microdit.model.blocks import RMS, Block, BlockShape, Head, KeysValues, Store, layer_norm
 from microdit.model.caption import Caption, CaptionEmbedder
 from microdit.model.patches import patchify, sincos_positions
 from microdit.model.routing import METHODS, Restore, Routing, make_route
@@ -40,6 +40,7 @@ class ModelConfig:
     mixer: tuple[BlockShape, ...]
     caption_ffn_dim: int
     decoder: tuple[BlockShape, ...] = ()  # as wide as the mixer
+    extras: tuple[str, ...] = ()
     routing: Routing = "deferred"
     dense_blocks: tuple[int, int] = (0, 0)  # of `blocks`, how many see all tokens before the drop and after the restore
     in_channels: int = 4
@@ -94,12 +95,14 @@ class MicroDiT(nn.Module):
         self.config = config
         self.recompute_blocks = False  # in the backward pass, instead of keeping what is inside them (activation checkpointing)
         dim, mixer_dim = config.dim, config.mixer_dim
+        RMS[0] = "rms" in config.extras
+        self.store = Store(config.extras)
         self.patch_embed = nn.Linear(config.patch_values, dim)
         self.time_embed = nn.Sequential(nn.Linear(TIME_FREQUENCIES, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.caption = CaptionEmbedder(config.caption_channels, dim, config.head_dim, config.caption_ffn_dim, config.bias)
 
         def blocks(shapes: tuple[BlockShape, ...], width: int) -> nn.ModuleList:
-            return nn.ModuleList(Block(shape, width, dim, config.head_dim, config.bias, config.expert_capacity) for shape in shapes)
+            return nn.ModuleList(Block(shape, width, dim, config.head_dim, config.bias, config.expert_capacity, self.store) for shape in shapes)
 
         self.mixer = blocks(config.mixer, mixer_dim)
         if config.mixer and mixer_dim != dim:
@@ -115,6 +118,8 @@ class MicroDiT(nn.Module):
             self.decoder_caption: nn.Module = _norm_linear(dim, mixer_dim, config.bias)
         else:
             self.decoder_in = self.decoder_caption = nn.Identity()
+        if "align" in config.extras:
+            self.align = nn.Sequential(nn.Linear(dim, 256), nn.SiLU(), nn.Linear(256, 112))
         self.restore = Restore(config.routing, config.last_dim)
         self.head = Head(config.last_dim, dim, config.patch_values)
         self.init_weights()
@@ -148,6 +153,10 @@ class MicroDiT(nn.Module):
                 x_BTD = self._run(block, x_BTD, caption.answers.get(block, tokens_BLD), caption.mask_BL, condition_BD)
             return x_BTD
 
+        assert keep_ids_BK is None or not self.store.rotary
+        rows, columns = (side // self.config.patch_size for side in latents_BCHW.shape[-2:])
+        self.store.begin(rows, columns, self.config.head_dim)
+        RMS[0] = "rms" in self.config.extras
         route = make_route(self.config.routing, patches_BTP.shape[1], keep_ids_BK, path_kept_B)
         first, last = self.config.dense_blocks
         blocks = list(self.blocks)
@@ -159,7 +168,12 @@ class MicroDiT(nn.Module):
         earlier_BTD = run(dense, x_BTD)
         x_BKD = route.drop("blocks", earlier_BTD)
         if x_BKD.shape[1]:
-            x_BKD = run(sparse, x_BKD)
+            if hasattr(self, "align"):
+                x_BKD = run(sparse[:1], x_BKD)
+                self.store.inner = x_BKD
+                x_BKD = run(sparse[1:], x_BKD)
+            else:
+                x_BKD = run(sparse, x_BKD)
         x_BTD = self.restore(self.decoder_in(x_BKD), earlier_BTD, route)
         x_BTD = run(dense_again, x_BTD)
         if self.decoder:

@@ -25,6 +25,7 @@ class Size:
     experts_every: int = 2
     round_ffn_to: int = 256
     gated_ffn: bool = True  # SwiGLU where there are no experts; False: a GELU between two matrices, as wide as costs the same
+    extras: tuple[str, ...] = ()
     routing: Routing = "deferred"
     dense_blocks: tuple[int, int] | None = None  # tread, sprint: of the depth, before the drop and after the restore; null: as published
     decoder_depth: int | None = None  # maskdit: further blocks, as wide as the mixer's; null: as published
@@ -71,6 +72,7 @@ def resolve(size: Size, **settings: int | float | bool) -> ModelConfig:
         caption_ffn_dim=_round_up(2 * 4 * size.dim // 3, size.round_ffn_to),
         decoder=decoder,
         routing=size.routing,
+        extras=tuple(size.extras),
         dense_blocks=method.dense_blocks if size.dense_blocks is None else tuple(size.dense_blocks),  # type: ignore[arg-type]
         **settings,  # type: ignore[arg-type]
     )

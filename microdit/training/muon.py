@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
+SPLIT: dict[int, int] = {}
+
+
 class CPUMuon(torch.optim.Muon):
     """PyTorch's with `adjust_lr_fn="match_rms_adamw"`, and no other: the same state and, but for rounding, the same steps."""
 
@@ -21,7 +24,10 @@ class CPUMuon(torch.optim.Muon):
             alike: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for weight in group["params"]:
                 if weight.grad is not None:
-                    alike[_stackable(weight)].append((weight, self._direction(weight, group["momentum"])))
+                    direction = self._direction(weight, group["momentum"])
+                    pieces = SPLIT.get(id(weight), 1)
+                    for piece, part in zip(weight.chunk(pieces), direction.chunk(pieces), strict=True):
+                        alike[piece.shape].append((piece, part))
             for pairs in alike.values():
                 updates = orthogonalized(torch.stack([direction for _, direction in pairs]), group["ns_coefficients"], group["ns_steps"])
                 for (weight, _), update in zip(pairs, updates.unbind(), strict=True):

@@ -45,6 +45,11 @@ class Optimizers:
             matrices = group([w for w in model.parameters() if id(w) in muon], 1.0, recipe.weight_decay)
             # Updates as large as AdamW's (2502.16982), so that one learning rate serves both.
             on_cpu = all(weight.device.type == "cpu" for weight in rest)
+            from microdit.training import muon as muon_module
+
+            muon_module.SPLIT.clear()
+            if recipe.split:
+                muon_module.SPLIT.update({id(w): 3 if ".qkv." in n else 2 for n, w in model.named_parameters() if ".qkv." in n or ".kv." in n})
             self.all.append((CPUMuon if on_cpu else torch.optim.Muon)([matrices], lr=0.0, adjust_lr_fn="match_rms_adamw"))
 
     def set_rate(self, learning_rate: float) -> None:

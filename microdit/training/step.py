@@ -23,4 +23,10 @@ class DenoisingLoss(nn.Module):
         with torch.autocast(batch.sigma_B.device.type, self.autocast) if self.autocast else nullcontext():
             caption = self.model.embed_caption(batch.text_BLE * batch.caption_kept_B.view(-1, 1, 1), mask_BL)
             draws = batch.sigma_B, batch.noise_BCHW, batch.keep_ids_BK, batch.path_kept_B
-            return edm_loss(self.model, self.edm, batch.latents_BCHW, caption, *draws)
+            loss_B = edm_loss(self.model, self.edm, batch.latents_BCHW, caption, *draws)
+            if not hasattr(self.model, "align") or not self.training:
+                return loss_B
+            from microdit.training.align import features_of
+
+            found = self.model.align(self.model.store.inner)
+            return loss_B + 0.5 * (1 - torch.cosine_similarity(found, features_of(batch.latents_BCHW), dim=-1)).mean(1)
