@@ -12,7 +12,7 @@ fi
 "$microdit" train recipes/emoji-fast.yaml --out runs/emoji --resume
 
 # Two rows of training captions, then two of colours and objects that never stood together in training.
-"$microdit" sample runs/emoji --solver dpm --steps 16 --noise-range 0.03 30 --guidance 2 --out runs/emoji/grid.png \
+"$microdit" sample runs/emoji --solver dpm --steps 12 --noise-range 0.05 20 --guidance 2.5 --out runs/emoji/grid.png \
   "red heart" "bicycle" "cat face" "flag of Japan" "green apple" "fire engine" "owl" "pizza" \
   "crab" "sunflower" "police car" "grinning face" "banana" "soccer ball" "blue book" "mushroom" \
   "green cat" "blue apple" "purple car" "red banana" "yellow heart with ribbon" "blue mushroom" "green pizza" "purple whale" \

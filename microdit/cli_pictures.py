@@ -29,7 +29,7 @@ AutoguideWeights = Annotated[str | None, typer.Option(help="Its weights: model, 
 Churn = Annotated[float, typer.Option(help="New noise on the way (EDM's S_churn), with heun: 0 none, 40 much.")]
 NoiseRange = Annotated[
     tuple[float, float] | None,
-    typer.Option(metavar="LOW HIGH", help="The last and the first noise level. 0.03 30 suits the demo's model. [default: 0.002 80]"),
+    typer.Option(metavar="LOW HIGH", help="The last and the first noise level. 0.05 20 suits the demo's model. [default: 0.002 80]"),
 ]
 Negative = Annotated[str | None, typer.Option(help="What not to draw, in the place of the empty caption.")]
 Seed = Annotated[int, typer.Option(help="Other seeds make other pictures.")]
@@ -67,7 +67,7 @@ def sample(
 
     Example: microdit sample runs/emoji "red heart" "green cat" --seed 7
 
-    Example: microdit sample runs/emoji "red heart" --solver dpm --steps 12 --noise-range 0.03 30 --trajectory heart.gif
+    Example: microdit sample runs/emoji "red heart" --solver dpm --steps 12 --noise-range 0.05 20 --guidance 2.5 heart.gif
     """
     from microdit.grids import draw_grid, save_png
     from microdit.hub.demo import model_and_prompts

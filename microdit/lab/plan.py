@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from rich.console import Console
 
@@ -46,24 +47,39 @@ class ArmPlan:
 
 
 def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World) -> dict[str, ArmPlan]:
-    """The plan in `out`/plan.json, or a new one, which is written there. Raises UserError if that one is of other arms or budgets."""
+    """The plan in `out`/plan.json, with what arms it does not know cost, or a new one; either is written there.
+
+    Raises UserError if the known arms or the budgets have changed.
+    """
     path = out / "plan.json"
+    reference, steps = study.reference.arm, study.reference.steps
     asked = {"reference": asdict(study.reference), "arms": {arm: recipe.to_yaml() for arm, recipe in recipes.items()}}
+    plans: dict[str, ArmPlan] = {}
     if path.is_file():
-        before = json.loads(path.read_text())["asked"]
-        if before != asked:
-            changed = [arm for arm in recipes if before["arms"].get(arm) != asked["arms"][arm]] or ["the budget"]
-            raise UserError(f"{out} holds results of this study as it was before {', '.join(changed)} changed: choose another --out.")
-        return read_plan(out)
+        _refuse_changes(out, json.loads(path.read_text())["asked"], asked)
+        plans = read_plan(out)
     _refuse_other_pictures(recipes)
+    new = [arm for arm in recipes if arm not in plans]
+    if not new:
+        return plans
     with TemporaryDirectory() as place:
-        trainers = {arm: Trainer(recipe, Path(place) / arm, Console(quiet=True), world) for arm, recipe in recipes.items()}
+        trainers = {arm: Trainer(recipes[arm], Path(place) / arm, Console(quiet=True), world) for arm in dict.fromkeys([reference, *new])}
         flops = {arm: flops_of_a_step(trainer) for arm, trainer in trainers.items()}
         seconds = seconds_of_a_step(trainers)
-    reference, steps = study.reference.arm, study.reference.steps
-    plans = {arm: _plan(study.budgets, steps, flops[reference], seconds[reference], flops[arm], seconds[arm]) for arm in recipes}
+    # Beside the reference as it was timed at first: the machine may be faster or slower today.
+    first = plans[reference].seconds_per_step if plans else seconds[reference]
+    seconds = {arm: value * first / seconds[reference] for arm, value in seconds.items()}
+    plans |= {arm: _plan(study.budgets, steps, flops[reference], first, flops[arm], seconds[arm]) for arm in new}
     write_aside(path, json.dumps({"asked": asked, "arms": {arm: asdict(plan) for arm, plan in plans.items()}}, indent=1).encode())
     return plans
+
+
+def _refuse_changes(out: Path, before: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Of the budgets, or of arms that have results; there may be further arms."""
+    changed = [arm for arm, recipe in before["arms"].items() if recipe != asked["arms"].get(arm)]
+    if changed or before["reference"] != asked["reference"]:
+        what = ", ".join(changed) or "the budget"
+        raise UserError(f"{out} holds results of this study as it was before {what} changed: choose another --out.")
 
 
 def _refuse_other_pictures(recipes: dict[str, Recipe]) -> None:

@@ -36,6 +36,8 @@ claims:
   - {says: wild is good, better: wild, worse: none}
 """.replace("REST", "batch_size: 4, learning_rate: 1e-3")
 
+LONGER = STUDY.replace("  wild:", "  half: [phases.0.mask_ratio=0.5]\n  wild:")
+
 
 @pytest.fixture(scope="module")
 def laboratory(workplace):
@@ -94,8 +96,24 @@ def test_a_study_that_is_killed_goes_on_and_its_report_says_what_happened(labora
         assert (laboratory / "docs-small" / name).stat().st_size > 100
 
 
+def test_an_arm_may_be_added_and_what_was_done_stays(laboratory):
+    out = laboratory / "lab" / "small"
+    (laboratory / "small.yaml").write_text(LONGER)
+    plan, results = json.loads((out / "plan.json").read_text()), read_results(out)
+    done = microdit("lab", "run", "small.yaml", cwd=laboratory)
+    assert done.returncode == 0, done.output
+    plan_now, results_now = json.loads((out / "plan.json").read_text()), read_results(out)
+    half = plan_now["arms"].pop("half")
+    assert plan_now["arms"] == plan["arms"]
+    assert plan["arms"]["deferred"]["flops_per_step"] < half["flops_per_step"] < plan["arms"]["none"]["flops_per_step"]
+    assert half["steps"]["images"] == 8
+    assert half["steps"]["seconds"] == round(8 * plan["arms"]["none"]["seconds_per_step"] / half["seconds_per_step"])
+    assert results_now[: len(results)] == results
+    assert {(line["arm"], line["seed"]) for line in results_now[len(results) :]} == {("half", 0), ("half", 1)}
+
+
 def test_a_study_that_changed_is_not_mixed_with_its_old_results(laboratory):
-    (laboratory / "small.yaml").write_text(STUDY.replace("mask_ratio=0.75", "mask_ratio=0.5"))
+    (laboratory / "small.yaml").write_text(LONGER.replace("mask_ratio=0.75", "mask_ratio=0.25"))
     refused = microdit("lab", "run", "small.yaml", cwd=laboratory)
     assert refused.returncode == 1
     assert "holds results of this study as it was before deferred changed: choose another --out" in refused.output
