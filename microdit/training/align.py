@@ -1,5 +1,4 @@
 import torch
-from pathlib import Path
 
 _TABLE = {}
 
@@ -9,7 +8,17 @@ def key(latent):
 
 
 def features_of(latents_BCHW):
+    """By value; where rounding differs, of the nearest."""
     if not _TABLE:
         saved = torch.load("align.pt", weights_only=True)
-        _TABLE.update({key(l): f for l, f in zip(saved["latents"], saved["features"])})
-    return torch.stack([_TABLE[key(l)] for l in latents_BCHW])
+        _TABLE["flat"], _TABLE["features"] = saved["latents"].flatten(1), saved["features"]
+        _TABLE["index"] = {key(latent): i for i, latent in enumerate(saved["latents"])}
+    index = _TABLE["index"]
+    found = [index.get(key(latent)) for latent in latents_BCHW]
+    for i, place in enumerate(found):
+        if place is None:
+            distance = torch.cdist(latents_BCHW[i].flatten()[None], _TABLE["flat"])[0]
+            found[i] = int(distance.argmin())
+            assert distance.min() < 0.1, distance.min()
+            index[key(latents_BCHW[i])] = found[i]
+    return _TABLE["features"][found]
