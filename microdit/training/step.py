@@ -28,5 +28,5 @@ class DenoisingLoss(nn.Module):
                 return loss_B
             from microdit.training.align import features_of
 
-            found = self.model.align(self.model.store.inner)
-            return loss_B + 0.5 * (1 - torch.cosine_similarity(found, features_of(batch.latents_BCHW), dim=-1)).mean(1)
+            found, features = self.model.align(self.model.store.inner), features_of(batch.latents_BCHW)
+            return loss_B if features is None else loss_B + 0.5 * (1 - torch.cosine_similarity(found, features, dim=-1)).mean(1)
