@@ -1,0 +1,23 @@
+"""OpenMP reads its setting when PyTorch is imported; one that is there already stays."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(("own", "found"), [(None, "10000"), ("77", "77")])
+def test_threads_spin_for_a_short_time_unless_told_otherwise(own, found):
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    if own:
+        environment["GOMP_SPINCOUNT"] = own
+    code = "import sys, microdit, os; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", found]
+
+
+def test_openmp_itself_sees_it():
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    done = subprocess.run([sys.executable, "-c", "import microdit.cli, torch"], env=environment, capture_output=True, text=True, check=True)
+    assert "GOMP_SPINCOUNT = '10000'" in done.stderr
