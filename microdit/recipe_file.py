@@ -35,6 +35,17 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     return recipe
 
 
+def with_todays_defaults(kept: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that an earlier version wrote, with the keys that are new since then at their defaults: a default is what was done before.
+
+    As it is, if it has a key that is no more known, since then it asks for something else than any recipe of today.
+    """
+    try:
+        return cast(dict[str, Any], yaml.safe_load(_to_recipe(OmegaConf.create(kept), "").to_yaml()))
+    except UserError:
+        return kept
+
+
 def _apply_override(raw: DictConfig, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:

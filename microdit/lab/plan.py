@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from microdit.data.card import read_card
@@ -22,6 +23,7 @@ from microdit.errors import UserError
 from microdit.files import write_aside
 from microdit.lab.study import Budget, Study
 from microdit.recipe import Recipe
+from microdit.recipe_file import with_todays_defaults
 from microdit.terminal import progress
 from microdit.training.trainer import Trainer
 
@@ -76,7 +78,11 @@ def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World)
 
 def _refuse_changes(out: Path, before: dict[str, Any], asked: dict[str, Any]) -> None:
     """Of the budgets, or of arms that have results; there may be further arms."""
-    changed = [arm for arm, recipe in before["arms"].items() if recipe != asked["arms"].get(arm)]
+    changed = [
+        arm
+        for arm, recipe in before["arms"].items()
+        if arm not in asked["arms"] or with_todays_defaults(yaml.safe_load(recipe)) != yaml.safe_load(asked["arms"][arm])
+    ]
     if changed or before["reference"] != asked["reference"]:
         what = ", ".join(changed) or "the budget"
         raise UserError(f"{out} holds results of this study as it was before {what} changed: choose another --out.")

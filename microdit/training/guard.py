@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from microdit.recipe import GuardRecipe
+from microdit.training.level import Level
 
 REMEMBERED = 64  # losses of accepted steps
 ENOUGH = 16  # of them, before a jump can be told
@@ -19,6 +20,7 @@ class Guard:
         self.skipped = 0  # steps, over the whole run
         self.in_a_row = 0
         self.rollbacks = 0
+        self.level = Level()
         self._losses: deque[float] = deque(maxlen=REMEMBERED)
 
     def objection(self, loss: float, grad_norm: float) -> str | None:
@@ -30,9 +32,13 @@ class Guard:
             return f"the loss is {loss:.3g}, usual were {usual:.3g}"
         return None
 
-    def accept(self, loss: float) -> None:
+    def accept(self, loss: float, phase: str, step: int) -> str | None:
+        """Note a step that is taken. What to warn of, if the loss has risen for long."""
         self._losses.append(loss)
         self.in_a_row = 0
+        if phase != self.level.phase:
+            self.level = Level(phase)
+        return self.level.add(loss, step)
 
     def skip(self) -> bool:
         """Count a step that was not taken. True if it is time to go back to a checkpoint."""
@@ -41,14 +47,20 @@ class Guard:
         return self.in_a_row >= self.recipe.rollback_after
 
     def state(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "rollbacks": self.rollbacks, "losses": list(self._losses)}
+        counts = {"skipped": self.skipped, "in_a_row": self.in_a_row, "rollbacks": self.rollbacks}
+        return {**counts, "losses": list(self._losses), "level": self.level.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.skipped, self.in_a_row, self.rollbacks = state["skipped"], state["in_a_row"], state["rollbacks"]
-        self._losses = deque(state["losses"], maxlen=REMEMBERED)
+        self._recall(state)
 
     def roll_back(self, state: dict[str, Any]) -> None:
         """To what was usual at the checkpoint; what happened since still counts."""
         self.rollbacks += 1
         self.in_a_row = 0
+        self._recall(state)
+
+    def _recall(self, state: dict[str, Any]) -> None:
         self._losses = deque(state["losses"], maxlen=REMEMBERED)
+        if "level" in state:  # else of a version that kept none
+            self.level = Level(**state["level"])

@@ -25,6 +25,7 @@ from microdit.errors import UserError
 from microdit.model.microdit import ModelConfig
 from microdit.model.sizes import resolve
 from microdit.recipe import ModelRecipe, Recipe
+from microdit.recipe_file import with_todays_defaults
 from microdit.training.saving import newest_whole
 from microdit.training.state import TrainingState
 
@@ -176,7 +177,7 @@ def _changes(checkpoint: Checkpoint, recipe: Recipe, sets: list[EncodedSet]) -> 
 
 
 def _recipe_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
-    then, now = checkpoint.state["recipe"], yaml.safe_load(recipe.to_yaml())
+    then, now = with_todays_defaults(checkpoint.state["recipe"]), yaml.safe_load(recipe.to_yaml())
     return [change for change in _differences(then, now) if re.split(r"[.:]", change)[0] not in FREE_TO_CHANGE]
 
 

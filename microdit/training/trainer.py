@@ -112,12 +112,14 @@ class Trainer:
                 grad_norm = self.state.clip(phase.grad_clip)
                 objection = self.guard.objection(sums.loss, grad_norm)
                 if objection is None:
-                    self.guard.accept(sums.loss)
+                    rise = self.guard.accept(sums.loss, phase.name, self.step)
                     self.state.take_step(self.step)
                 self.state.optimizers.zero_grad()
                 self.step += 1
                 if objection is not None:
                     self._skip(objection)
+                elif rise is not None:
+                    self._warn(rise)
 
                 last, stopping = self.step == total, sums.stop_by_machine or sums.stop_by_user
                 tokens, caption_tokens = math.prod(self._grid(batch)), batch.text_BLE.shape[1]
@@ -285,6 +287,8 @@ class Trainer:
         replaced = sum(self.world.gather(self.mixture.replaced))
         if replaced:
             self._warn(f"{replaced} samples were damaged, and others took their places: encode the data again.")
+        if self.guard.level.warning:
+            self._warn(self.guard.level.warning)  # again: it may have been told days ago
         if self.step < self.recipe.total_steps:
             where = f"saved in {self.run}" if saved else "NOT saved (see above)"
             code = EXIT_BY_USER if sums.stop_by_user else EXIT_RESTART

@@ -9,7 +9,7 @@ from microdit.training.guard import ENOUGH, Guard
 def guard_that_saw(*losses: float) -> Guard:
     guard = Guard(GuardRecipe(loss_jump=10, rollback_after=3))
     for loss in losses:
-        guard.accept(loss)
+        guard.accept(loss, "phase", 0)
     return guard
 
 
@@ -28,7 +28,7 @@ def test_a_jump_is_refused_once_enough_is_known():
 def test_after_several_in_a_row_it_is_time_to_go_back_and_one_good_step_starts_the_count_anew():
     guard = guard_that_saw(1.0)
     assert [guard.skip(), guard.skip()] == [False, False]
-    guard.accept(1.0)
+    guard.accept(1.0, "phase", 0)
     assert [guard.skip(), guard.skip(), guard.skip()] == [False, False, True]
     assert guard.skipped == 5
 
@@ -43,3 +43,16 @@ def test_its_state_goes_through_a_checkpoint():
     other.skip()
     other.roll_back(guard.state())
     assert (other.skipped, other.rollbacks, other.in_a_row) == (2, 1, 0)
+
+
+def test_a_loss_that_stays_up_is_told_once_a_phase_and_learnt_from():
+    guard = guard_that_saw()
+    told = [guard.accept(loss, phase, 0) for phase, loss in [("masked", 0.5)] * 100 + [("full", 1.0)] * 100 + [("full", 1.5)] * 100]
+    assert [bool(sentence) for sentence in told].count(True) == 1
+    assert guard.level.warning in told[200:]
+    assert guard.objection(1.5, 1.0) is None
+    other = guard_that_saw()
+    other.restore({key: value for key, value in guard.state().items() if key != "level"})  # of a version that kept none
+    assert other.level.warning is None
+    other.roll_back(guard.state())
+    assert other.state() == guard.state() | {"rollbacks": 1}

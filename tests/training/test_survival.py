@@ -253,6 +253,25 @@ def test_a_run_is_never_overwritten_and_another_recipe_is_refused(tmp_path, enco
     assert max(losses(run)) == 45
 
 
+def test_a_run_of_an_earlier_version_goes_on_where_recipes_have_got_new_keys_since(tmp_path, encoded_emoji, whole_run):
+    run = tmp_path / "older"
+    shutil.copytree(whole_run, run)
+    state = run / "checkpoints" / "step-00000040" / "state.json"
+    content = json.loads(state.read_text())
+    del content["recipe"]["model"]["init_scale"], content["recipe"]["phases"][0]["mask_schedule"], content["recipe"]["optimizer"]
+    state.write_text(json.dumps(content))
+    same = train(run, encoded_emoji, "--resume")
+    assert same.wait() == [0], same.output
+    other = train(run, encoded_emoji, "--resume", "optimizer.eps=1e-6")
+    assert other.wait() == [1]
+    assert "optimizer.eps: 1e-08 then, 1e-06 now" in other.output
+    content["recipe"]["optimizer"] = {"no_more_known": 1}
+    state.write_text(json.dumps(content))
+    unknown = train(run, encoded_emoji, "--resume")
+    assert unknown.wait() == [1]
+    assert "optimizer.no_more_known: 1 then, None now" in unknown.output
+
+
 def test_a_step_that_is_not_finite_is_not_taken_and_the_weights_go_back(tmp_path, encoded_emoji):
     """An absurd rate in one step ruins the weights; the steps after it cannot be taken; then all goes on from the checkpoint."""
     phases = (
