@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from microdit.data.forms import CaptionForm, LatentForm
 from microdit.errors import UserError
-from microdit.terminal import SOURCE_HELP, console, share
+from microdit.terminal import SOURCE_HELP, LineOfProgress, console, share
 
 data_app = typer.Typer(no_args_is_help=True, help="Make and check encoded data sets.")
 
@@ -107,7 +107,7 @@ def _parts_progress(name: str, parts: int) -> Iterator[Callable[[int, int], None
     """A line that counts parts, with the records and their speed: how many records there are is not known before."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("parts  {task.fields[records]}"))
     started, records = time.monotonic(), 0
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with LineOfProgress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task(name, total=parts, records="")
 
         def advance(more_records: int, more_parts: int) -> None:

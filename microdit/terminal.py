@@ -1,14 +1,17 @@
 """What all commands share: the terminal, lines of progress, and this process's share of the work."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 console = Console()
+FIRST_LINE, LINE_EVERY = 10.0, 60.0  # seconds, where progress goes into a file
 
 SOURCE_HELP = (
     "emoji and scenes are built in. Else: a folder of pictures with .txt files, metadata.jsonl or metadata.csv; .tar files (WebDataset); "
@@ -19,6 +22,25 @@ SOURCE_HELP = (
 def share() -> tuple[int, int]:
     """This process's number and their count, under torchrun."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class LineOfProgress(Progress):
+    """A line that is drawn anew. Where that cannot be, in a file (nohup, SLURM), a new line of it once a minute."""
+
+    _next_line = 0.0
+
+    def start(self) -> None:
+        self._next_line = time.monotonic() + FIRST_LINE
+        super().start()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        if self.console.is_terminal or time.monotonic() < self._next_line:
+            return
+        self._next_line = time.monotonic() + LINE_EVERY
+        columns = [column for column in self.columns if isinstance(column, ProgressColumn) and not isinstance(column, BarColumn)]
+        parts = (column(self.tasks[self.task_ids.index(task_id)]) for column in columns)
+        self.console.print(Text("  ").join(part for part in parts if isinstance(part, Text) and part), soft_wrap=True)
 
 
 class Advance:
@@ -46,7 +68,7 @@ class SpeedColumn(ProgressColumn):
 def progress(name: str, total: int | None) -> Iterator[Advance]:
     """A line on the terminal, with speed and time left where `total` is known."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, SpeedColumn(), TimeRemainingColumn(), console=console) as line:
+    with LineOfProgress(*columns, SpeedColumn(), TimeRemainingColumn(), console=console) as line:
         yield Advance(line, name, total)
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 
+from microdit.terminal import LineOfProgress
 from microdit.training.tally import BINS, StepSums, by_noise
 
 SMOOTHING = 0.3  # of the speed that the time left is reckoned with
@@ -34,7 +35,7 @@ class Meters:
         self._window = Window()
         self._flops_per_second: float | None = None
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
-        self._progress = Progress(*columns, console=console, refresh_per_second=2)  # drawing takes milliseconds of a core
+        self._progress = LineOfProgress(*columns, console=console, refresh_per_second=2)  # drawing takes milliseconds of a core
         self._task: TaskID = self._progress.add_task("start", completed=first_step, total=total_steps, numbers="")
 
     def __enter__(self) -> "Meters":
