@@ -37,7 +37,10 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     if arguments.record:
-        results = record(arguments.record)
+        try:
+            results = record(arguments.record)
+        except UserError as error:
+            raise SystemExit(str(error)) from error
         write_aside(RESULTS / f"{results[0]['name']}.json", json.dumps(results, indent=1).encode() + b"\n")
     table = leaderboard(RESULTS)
     print(table, end="")

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from microdit.distributed import start_world
-from microdit.lab.plan import stepper
+from microdit.lab.timing import stepper
 from microdit.recipe import OptimizerRecipe
 from microdit.recipe_file import load_recipe
 from microdit.training.muon import CPUMuon

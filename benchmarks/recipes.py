@@ -2,7 +2,7 @@
 
     python benchmarks/recipes.py recipes/emoji.yaml recipes/emoji-fast.yaml      # where their encoded data lies
 
-A step is timed at four places of each training; of twelve rounds the fastest counts: what others take from the machine only ever slows it.
+Steps of each phase are timed; of twelve rounds the fastest counts: what others take from the machine only ever slows it.
 Reading, recording and checkpoints are left out.
 """
 
@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from microdit.distributed import start_world
-from microdit.lab.plan import flops_of_a_step, seconds_of_a_step
+from microdit.lab.timing import flops_of_a_step, seconds_of_a_step
 from microdit.recipe_file import load_recipe
 from microdit.training.trainer import Trainer
 

@@ -30,7 +30,8 @@ def run(
     loaded, recipes = load_study(study)
     folder = out or Path("lab") / loaded.name
     run_study(loaded, recipes, folder, start_world(recipes[loaded.reference.arm].engine.device), keep)
-    console.print(f"Results in [bold]{folder}[/]; a report: microdit lab report {study}", highlight=False)
+    place = "" if out is None else f" --out {out}"
+    console.print(f"Results in [bold]{folder}[/]; a report: microdit lab report {study}{place}", highlight=False)
 
 
 @lab_app.command()
@@ -40,12 +41,12 @@ def report(
     to: Annotated[Path | None, typer.Option(help="Folder to write README.md and figures to. [default: docs/lab/NAME]")] = None,
 ) -> None:
     """Write a study's tables, figures and verdicts as Markdown."""
-    from microdit.lab.plan import read_plan
+    from microdit.lab.plan import read_plan, refuse_changes
     from microdit.lab.report import write_report
     from microdit.lab.run import read_results
     from microdit.lab.study import load_study
 
-    loaded, _ = load_study(study)
+    loaded, recipes = load_study(study)
     folder = out or Path("lab") / loaded.name
     results = read_results(folder)
     if not results:
@@ -54,5 +55,6 @@ def report(
     new = [arm for arm in loaded.arms if arm not in plans]
     if new:
         raise UserError(f"{folder} has no results yet of {', '.join(new)}, which {study} has now: microdit lab run {study}.")
-    page = write_report(loaded, plans, results, folder, to or Path("docs/lab") / loaded.name)
+    refuse_changes(loaded, recipes, folder)
+    page = write_report(loaded, recipes, plans, results, folder, to or Path("docs/lab") / loaded.name)
     console.print(f"[bold]{page}[/]", highlight=False)

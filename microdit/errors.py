@@ -5,6 +5,10 @@ class UserError(Exception):
     """A mistake outside the program (recipe, data, disk). The command line prints it without a stack trace."""
 
 
+class DivergedError(UserError):
+    """Training ran into numbers that are not finite, or losses that stayed absurd: a matter of the recipe, not of the machine."""
+
+
 class StoppedError(UserError):
     """The run was asked to stop and saved itself. `exit_code` tells whoever started it whether to start it again."""
 

@@ -5,11 +5,7 @@ turns; from then on an arm's seconds are its steps times its seconds a step.
 """
 
 import json
-import math
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,14 +17,11 @@ from microdit.data.card import read_card
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.files import write_aside
-from microdit.lab.study import Budget, Study
+from microdit.lab.study import Budget, Study, measurement
+from microdit.lab.timing import flops_of_a_step, seconds_of_a_step
 from microdit.recipe import Recipe
 from microdit.recipe_file import with_todays_defaults
-from microdit.terminal import progress
 from microdit.training.trainer import Trainer
-
-ROUNDS = 12  # of which the fastest counts: what others take from the machine only ever slows it
-STEPS_A_ROUND = 4  # evenly spread over the training: phases cost differently
 
 
 @dataclass(frozen=True)
@@ -51,41 +44,56 @@ class ArmPlan:
 def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World) -> dict[str, ArmPlan]:
     """The plan in `out`/plan.json, with what arms it does not know cost, or a new one; either is written there.
 
-    Raises UserError if the known arms or the budgets have changed.
+    Raises UserError if the known arms, the budgets or what is measured have changed.
     """
-    path = out / "plan.json"
-    reference, steps = study.reference.arm, study.reference.steps
-    asked = {"reference": asdict(study.reference), "arms": {arm: recipe.to_yaml() for arm, recipe in recipes.items()}}
+    reference = study.reference.arm
+    asked = {
+        "reference": asdict(study.reference),
+        "measurement": measurement(study),
+        "arms": {arm: recipe.to_yaml() for arm, recipe in recipes.items()},
+    }
     plans: dict[str, ArmPlan] = {}
-    if path.is_file():
-        _refuse_changes(out, json.loads(path.read_text())["asked"], asked)
+    if (out / "plan.json").is_file():
+        refuse_changes(study, recipes, out)
         plans = read_plan(out)
     _refuse_other_pictures(recipes)
     new = [arm for arm in recipes if arm not in plans]
-    if not new:
-        return plans
-    with TemporaryDirectory() as place:
-        trainers = {arm: Trainer(recipes[arm], Path(place) / arm, Console(quiet=True), world) for arm in dict.fromkeys([reference, *new])}
-        flops = {arm: flops_of_a_step(trainer) for arm, trainer in trainers.items()}
-        seconds = seconds_of_a_step(trainers)
-    # Beside the reference as it was timed at first: the machine may be faster or slower today.
-    first = plans[reference].seconds_per_step if plans else seconds[reference]
-    seconds = {arm: value * first / seconds[reference] for arm, value in seconds.items()}
-    plans |= {arm: _plan(study.budgets, steps, flops[reference], first, flops[arm], seconds[arm]) for arm in new}
-    write_aside(path, json.dumps({"asked": asked, "arms": {arm: asdict(plan) for arm, plan in plans.items()}}, indent=1).encode())
+    if new:
+        plans |= _time(study, {arm: recipes[arm] for arm in dict.fromkeys([reference, *new])}, plans.get(reference), world)
+    content = {"asked": asked, "arms": {arm: asdict(plan) for arm, plan in plans.items()}}
+    write_aside(out / "plan.json", json.dumps(content, indent=1).encode())
     return plans
 
 
-def _refuse_changes(out: Path, before: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Of the budgets, or of arms that have results; there may be further arms."""
-    changed = [
-        arm
-        for arm, recipe in before["arms"].items()
-        if arm not in asked["arms"] or with_todays_defaults(yaml.safe_load(recipe)) != yaml.safe_load(asked["arms"][arm])
-    ]
-    if changed or before["reference"] != asked["reference"]:
-        what = ", ".join(changed) or "the budget"
-        raise UserError(f"{out} holds results of this study as it was before {what} changed: choose another --out.")
+def _time(study: Study, recipes: dict[str, Recipe], known: ArmPlan | None, world: World) -> dict[str, ArmPlan]:
+    """Of these arms, the reference arm among them. `known`: as that was timed at first; the machine may be faster or slower today."""
+    with TemporaryDirectory() as place:
+        trainers = {arm: Trainer(recipe, Path(place) / arm, Console(quiet=True), world) for arm, recipe in recipes.items()}
+        flops = {arm: flops_of_a_step(trainer) for arm, trainer in trainers.items()}
+        seconds = seconds_of_a_step(trainers)
+    reference = study.reference.arm
+    first = seconds[reference] if known is None else known.seconds_per_step
+    scaled = {arm: value * first / seconds[reference] for arm, value in seconds.items()}
+    costs = (study.reference.steps, flops[reference], first)
+    return {arm: _plan(study.budgets, *costs, flops[arm], scaled[arm]) for arm in recipes}
+
+
+def refuse_changes(study: Study, recipes: dict[str, Recipe], out: Path) -> None:
+    """Of budgets, of what is measured, or of arms that have results; there may be further arms. Raises UserError naming what changed."""
+    before = _content(out)
+    asked, budgets = before["asked"], set(before["arms"][before["asked"]["reference"]["arm"]]["steps"])
+    changed = [arm for arm, recipe in asked["arms"].items() if not _same_recipe(recipe, recipes.get(arm))]
+    if asked["reference"] != asdict(study.reference) or budgets != set(study.budgets):
+        changed.append("the budget")
+    now = measurement(study)
+    changed += [key for key, value in asked.get("measurement", now).items() if value != now[key]]  # plans of before hold none
+    if changed:
+        raise UserError(f"{out} holds results of this study as it was before {', '.join(changed)} changed: choose another --out.")
+
+
+def _same_recipe(before: str, now: Recipe | None) -> bool:
+    """But for the name, which changes nothing."""
+    return now is not None and with_todays_defaults(yaml.safe_load(before)) | {"name": now.name} == yaml.safe_load(now.to_yaml())
 
 
 def _refuse_other_pictures(recipes: dict[str, Recipe]) -> None:
@@ -111,44 +119,18 @@ def _plan(budgets: list[Budget], steps: int, reference_flops: float, reference_s
 
 
 def read_plan(out: Path) -> dict[str, ArmPlan]:
-    """The plan that results in `out` were made by. Raises UserError if there is none."""
+    """The plan that results in `out` were made by. Raises UserError if there is none, or it is damaged."""
+    return {arm: ArmPlan(**values) for arm, values in _content(out)["arms"].items()}
+
+
+def _content(out: Path) -> dict[str, Any]:
     path = out / "plan.json"
     if not path.is_file():
         raise UserError(f"There is no {path}: run the study first.")
-    return {arm: ArmPlan(**values) for arm, values in json.loads(path.read_text())["arms"].items()}
-
-
-def flops_of_a_step(trainer: Trainer) -> float:
-    """Forward and backward, of the whole batch, on average over the training."""
-    batch = trainer._batch(0)
-    return trainer.work.after(0, math.prod(trainer._grid(batch)), batch.text_BLE.shape[1]) / trainer.recipe.total_steps
-
-
-def seconds_of_a_step(trainers: dict[str, Trainer]) -> dict[str, float]:
-    """By the trainers' names; steps of all are timed in turns."""
-    steps = {arm: stepper(trainer) for arm, trainer in trainers.items()}
-    times: dict[str, list[float]] = {arm: [] for arm in trainers}
-    with progress("time a step of each arm", ROUNDS * len(trainers)) as advance:
-        for _ in range(ROUNDS):
-            for arm, step in steps.items():
-                started = time.perf_counter()
-                for _ in range(STEPS_A_ROUND):
-                    step()
-                times[arm].append((time.perf_counter() - started) / STEPS_A_ROUND)
-                advance(1)
-    return {arm: min(values) for arm, values in times.items()}
-
-
-def stepper(trainer: Trainer) -> Callable[[], None]:
-    """What the trainer does in a step, without reading and recording."""
-    phase, state, total = trainer.recipe.phases[0], trainer.state, trainer.recipe.total_steps
-    batches = cycle([trainer._batch((2 * number + 1) * total // (2 * STEPS_A_ROUND)) for number in range(STEPS_A_ROUND)])
-    state.optimizers.set_rate(phase.learning_rate)
-
-    def step() -> None:
-        state.loss(next(batches)).mean().backward()
-        state.clip(phase.grad_clip)
-        state.take_step(1)
-        state.optimizers.zero_grad()
-
-    return step
+    try:
+        content = json.loads(path.read_text())
+        if not {"asked", "arms"} <= content.keys():
+            raise ValueError("asked or arms are missing")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): results without their plan cannot be gone on with; choose another --out.") from error
+    return dict(content)

@@ -15,7 +15,11 @@ from microdit.lab.summary import at_budget
 
 COLOURS = ("#1f5fbf", "#c2500a", "#14713a", "#7a3fb0", "#b3261e", "#5d6675", "#008b8b", "#b8860b", "#d6338a", "#3b3b3b")
 MARKERS = "osD^vPX*<>"
-AXES: dict[Budget, tuple[str, float]] = {"flops": ("TFLOPs of training", 1e12), "seconds": ("seconds of training", 1.0)}
+AXES: dict[Budget, tuple[str, float]] = {
+    "flops": ("TFLOPs of training", 1e12),
+    "seconds": ("seconds of training", 1.0),
+    "images": ("batches of training", 1.0),
+}
 EQUAL: dict[Budget, str] = {"flops": "equal FLOPs", "seconds": "equal seconds", "images": "equal images"}
 
 
@@ -49,21 +53,21 @@ def _draw_ends(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, 
         axes.set_title(EQUAL[budget], fontsize=10)
         _dress(axes)
     panels[0].set_yticks(range(len(arms)), arms)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(arms) - 0.4, -0.6)  # the first on top, and no marker at the frame
     figure.supxlabel(label, fontsize=10)
     return figure
 
 
 def _draw_curves(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], measure: str, label: str) -> Figure:
-    """By FLOPs and by seconds, up to each budget, one line an arm."""
-    figure = Figure((11, 4.2), layout="constrained")
-    for budget, axes in zip(AXES, figure.subplots(1, 2), strict=True):
+    """By each budget, up to its end, one line an arm."""
+    figure = Figure((2 + 4.5 * len(study.budgets), 4.2), layout="constrained")
+    for budget, axes in zip(study.budgets, figure.subplots(1, len(study.budgets), squeeze=False)[0], strict=True):
         for number, arm in enumerate(study.arms):
             _draw_arm(axes, budget, plans[arm], results, arm, measure, number)
         axes.set_xlabel(AXES[budget][0])
         axes.set_ylabel(label)
         _dress(axes)
-    figure.axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from microdit.distributed import World
-from microdit.errors import StoppedError, UserError
+from microdit.errors import DivergedError, UserError
 from microdit.files import write_aside
 from microdit.grids import draw_grid, save_png
 from microdit.lab.plan import ArmPlan, make_plan
@@ -65,10 +65,19 @@ def _do(study: Study, recipe: Recipe, arm: str, seed: int, plan: ArmPlan, reader
 
 
 def read_results(out: Path) -> list[dict[str, Any]]:
-    """The lines of results.jsonl; half a line at the end, of a run that was killed, is left out."""
+    """The lines of results.jsonl; half a line at the end, of a run that was killed, is left out. Raises UserError if one is damaged."""
     path = out / "results.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    results = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):
+            try:
+                results.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(
+                    f"{path}: line {number} is damaged ({error}). Without it, that reading is taken anew: delete the line."
+                ) from error
+    return results
 
 
 def _train(
@@ -87,9 +96,7 @@ def _train(
         run = _run_folder(out, arm, seed) / (f"{step}-steps" if is_scheduled(recipe) else "")
         try:
             _train_to(recipe, seed, step, run, world)
-        except StoppedError:
-            raise
-        except UserError as error:
+        except DivergedError as error:
             console.print(f"[yellow]{arm}, seed {seed}, did not reach step {step}: {error}[/]")
             _append(out, {"arm": arm, "seed": seed, "step": step, "diverged": str(error)})
             return

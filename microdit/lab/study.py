@@ -4,9 +4,12 @@ An arm with one phase and a constant learning rate is read on its way, at every 
 here), a mask schedule or a falling rate is trained anew for each budget, since only its end counts.
 """
 
-from dataclasses import dataclass, field, replace
+import math
+import re
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -31,6 +34,8 @@ OURS = (
 # But the same pictures may be encoded by other encoders (checked when the study is run); the loss on them is then another loss.
 FREE = ("data.path", "data.held_out")
 HIGHER_IS_BETTER = ("recognised",)
+
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Budget = Literal["flops", "seconds", "images"]
 Measure = Literal["held_out_loss", "frechet_distance", "kid", "recognised"]
@@ -89,7 +94,8 @@ def load_study(path: Path) -> tuple[Study, dict[str, Recipe]]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no readable study: {' '.join(str(error).split())}.") from error
     except ConfigKeyError as error:
-        raise UserError(f"{path}: unknown key {error.full_key or error.key}.") from error
+        known = ", ".join(item.name for item in fields(Study))
+        raise UserError(f"{path}: unknown key {error.full_key or error.key}. A study may have {known}.") from error
     except MissingMandatoryValue as error:
         raise UserError(f"{path}: {error.full_key} is missing, and has no default.") from error
     except (OmegaConfBaseException, ValueError, TypeError) as error:
@@ -98,6 +104,12 @@ def load_study(path: Path) -> tuple[Study, dict[str, Recipe]]:
     if problems:
         raise UserError(f"{path} asks for what cannot be:\n  - " + "\n  - ".join(problems))
     return study, {arm: _recipe_of(path, study, arm) for arm in study.arms}
+
+
+def measurement(study: Study) -> dict[str, Any]:
+    """How quality is measured: readings compare only where all of it is the same."""
+    keys = ("source", "pictures", "num_inference_steps", "guidance_scale", "prompts")
+    return {key: getattr(study, key) for key in keys}
 
 
 def is_scheduled(recipe: Recipe) -> bool:
@@ -118,7 +130,11 @@ def stretched(recipe: Recipe, steps: int) -> Recipe:
 
 
 def _problems(study: Study) -> list[str]:
-    problems = []
+    problems = _measuring_problems(study)
+    if not study.arms:
+        problems.append("arms is empty: give at least one, by name, with its overrides.")
+    odd = [name for name in (study.name, *study.arms) if not FILE_NAME.fullmatch(name)]
+    problems += [f"{name!r} names a folder: letters, digits, dots, - and _ alone, a letter or digit first." for name in odd]
     if study.reference.arm not in study.arms:
         problems.append(f"reference.arm {study.reference.arm} is none of the arms: {', '.join(study.arms)}.")
     if study.reference.steps < 1:
@@ -127,6 +143,8 @@ def _problems(study: Study) -> list[str]:
         problems += [
             f"the claim '{claim.says}' is about {arm}, which is no arm." for arm in (claim.better, claim.worse) if arm not in study.arms
         ]
+        if claim.better == claim.worse:
+            problems.append(f"the claim '{claim.says}' compares {claim.better} with itself.")
     if not study.budgets or len(set(study.budgets)) < len(study.budgets):
         problems.append(f"budgets {study.budgets} must be different ones, at least one of {', '.join(BUDGETS)}.")
     problems += [
@@ -136,7 +154,8 @@ def _problems(study: Study) -> list[str]:
     ]
     if not study.seeds or len(set(study.seeds)) < len(study.seeds):
         problems.append(f"seeds {study.seeds} must be different ones, at least one.")
-    if sorted(set(study.readings)) != study.readings or not study.readings or study.readings[0] <= 0 or study.readings[-1] != 1:
+    rising = all(low < high for low, high in pairwise([0.0, *study.readings]))  # also False where one is no number
+    if not rising or not study.readings or study.readings[-1] != 1:
         problems.append(f"readings {study.readings} must rise, from above 0 to 1.0, the whole budget.")
     for arm, overrides in study.arms.items():
         for override in overrides:
@@ -148,10 +167,24 @@ def _problems(study: Study) -> list[str]:
     return problems
 
 
+def _measuring_problems(study: Study) -> list[str]:
+    checks = [
+        (study.pictures >= 2, f"pictures is {study.pictures}, and must be at least 2: a distance needs a spread."),
+        (study.num_inference_steps >= 2, f"num_inference_steps is {study.num_inference_steps}, and must be at least 2."),
+        (math.isfinite(study.guidance_scale), f"guidance_scale is {study.guidance_scale}, and must be a number."),
+        (bool(study.prompts), "prompts is empty: the strips need at least one."),
+        (len(set(study.measures)) == len(study.measures) > 0, f"measures must be different ones of {', '.join(MEASURES)}."),
+    ]
+    return [sentence for fine, sentence in checks if not fine]
+
+
 def _recipe_of(path: Path, study: Study, arm: str) -> Recipe:
     """For as many steps as the reference arm takes."""
     base = load_recipe(path.parent / study.base)
-    recipe = load_recipe(path.parent / study.base, [*study.arms[arm], f"name={study.name}-{arm}"])
+    try:
+        recipe = load_recipe(path.parent / study.base, [*study.arms[arm], f"name={study.name}-{arm}"])
+    except UserError as error:
+        raise UserError(f"{path}: the arm {arm}: {error}") from error
     if "images" in study.budgets and any(phase.batch_size != base.phases[0].batch_size for phase in recipe.phases):
         raise UserError(
             f"{path}: phases of the arm {arm} have another batch_size than {study.base}: budgets of images would not be equal. Without "
@@ -161,4 +194,6 @@ def _recipe_of(path: Path, study: Study, arm: str) -> Recipe:
         raise UserError(f"{path.parent / study.base} needs data.held_out, an encoded set that is never learnt from.")
     if not recipe.ema:
         raise UserError(f"{path.parent / study.base} needs an ema: without, a constant learning rate leaves noise in the weights.")
+    if study.reference.steps < len(recipe.phases):
+        raise UserError(f"{path}: reference.steps is {study.reference.steps}, and the arm {arm} has {len(recipe.phases)} phases.")
     return stretched(recipe, study.reference.steps)

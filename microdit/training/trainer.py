@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from microdit.checkpoint import Checkpoint
 from microdit.data.latents import Batch
 from microdit.distributed import World
-from microdit.errors import EXIT_BY_USER, EXIT_RESTART, StoppedError, UserError
+from microdit.errors import EXIT_BY_USER, EXIT_RESTART, DivergedError, StoppedError, UserError
 from microdit.grids import save_png
 from microdit.model.routing import METHODS
 from microdit.recipe import PhaseRecipe, Recipe
@@ -177,7 +177,7 @@ class Trainer:
         self.saver.finish()
         checkpoint = self._earlier_checkpoint()
         if checkpoint is None:
-            raise UserError(
+            raise DivergedError(
                 f"{in_a_row} steps in a row, up to step {self.step}, could not be taken ({objection}), and there is no earlier checkpoint "
                 "that helps. Resume with a lower learning rate (--accept-changes), or look at the data of these steps."
             )
@@ -294,7 +294,8 @@ class Trainer:
             code = EXIT_BY_USER if sums.stop_by_user else EXIT_RESTART
             raise StoppedError(f"Stopped at step {self.step} of {self.recipe.total_steps}, {where}. Go on with --resume.", code)
         if not saved:
-            raise UserError(f"Trained to the end, but the last checkpoint is not in {self.run} (see above): put that right, then --resume.")
+            cause = UserError if self.state.is_finite() else DivergedError
+            raise cause(f"Trained to the end, but the last checkpoint is not in {self.run} (see above): put that right, then --resume.")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.state.load(checkpoint)

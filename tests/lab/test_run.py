@@ -1,6 +1,7 @@
 """A study from end to end, by the commands: stopped and resumed, an arm that diverges, the report."""
 
 import json
+import shutil
 
 import pytest
 
@@ -122,9 +123,40 @@ def test_a_study_that_changed_is_not_mixed_with_its_old_results(laboratory):
     refused = microdit("lab", "run", "small.yaml", cwd=laboratory)
     assert refused.returncode == 1
     assert "holds results of this study as it was before deferred changed: choose another --out" in refused.output
+    for key, value in (("pictures: 12", "pictures: 13"), ("readings:", "budgets: [flops]\nreadings:")):
+        (laboratory / "small.yaml").write_text(LONGER.replace(key, value))
+        for command in ("run", "report"):
+            otherwise = microdit("lab", command, "small.yaml", cwd=laboratory)
+            assert otherwise.returncode == 1
+            assert f"as it was before {'pictures' if '13' in value else 'the budget'} changed" in otherwise.output
     nothing = microdit("lab", "report", "small.yaml", "--out", "nowhere", cwd=laboratory)
     assert nothing.returncode == 1
     assert "There are no results in nowhere: run the study first" in nothing.output
+
+
+def test_damaged_results_are_named(laboratory):
+    (laboratory / "small.yaml").write_text(LONGER)
+    out = laboratory / "damaged"
+    shutil.copytree(laboratory / "lab" / "small", out)
+    with (out / "results.jsonl").open("a") as file:
+        file.write("not JSON\n")
+    for command in ("run", "report"):
+        refused = microdit("lab", command, "small.yaml", "--out", "damaged", cwd=laboratory)
+        assert (refused.returncode, "results.jsonl: line" in refused.output) == (1, True), refused.output
+    (out / "plan.json").write_text("{}")
+    refused = microdit("lab", "run", "small.yaml", "--out", "damaged", cwd=laboratory)
+    assert (refused.returncode, "plan.json is damaged" in refused.output) == (1, True), refused.output
+    elsewhere = microdit("lab", "report", "small.yaml", "--to", "base.yaml", cwd=laboratory)
+    assert (elsewhere.returncode, "base.yaml cannot be the report's folder" in elsewhere.output) == (1, True), elsewhere.output
+
+
+def test_what_is_wrong_with_the_machine_is_no_divergence(laboratory):
+    """Training cannot write its checkpoints: the study stops, and goes on once it can."""
+    (laboratory / "broken.yaml").write_text(STUDY.replace("name: small", "name: broken").replace("seeds: [0, 1]", "seeds: [0]"))
+    first = start(laboratory / ".logs", ["lab", "run", "broken.yaml"], cwd=laboratory, file_size=300_000)
+    assert first.wait(300) == [1], first.output
+    assert "Traceback" not in first.output
+    assert read_results(laboratory / "lab" / "broken") == []
 
 
 def test_arms_may_have_their_own_encoders_but_not_their_own_pictures(laboratory):

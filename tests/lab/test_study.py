@@ -61,6 +61,18 @@ def test_arms_are_the_base_with_their_overrides(tmp_path):
         ("name: small", "name: [", "is no readable study"),
         ("name: small", "name: small\nbudgets: [seconds]", "about equal flops, which is none of its budgets: seconds"),
         ("name: small", "name: small\nbudgets: []", "at least one of flops, seconds, images"),
+        ("question:", "arm: 1\nquestion:", "A study may have name, question, base"),
+        ("question:", "readings: [.nan, 1.0]\nquestion:", "must rise"),
+        ("question:", "pictures: 1\nquestion:", "pictures is 1, and must be at least 2"),
+        ("question:", "num_inference_steps: 0\nquestion:", "num_inference_steps is 0"),
+        ("question:", "guidance_scale: .nan\nquestion:", "guidance_scale is nan"),
+        ("question:", "prompts: []\nquestion:", "prompts is empty"),
+        ("question:", "measures: [kid, kid]\nquestion:", "measures must be different ones"),
+        ("name: small", "name: ../small", "'../small' names a folder"),
+        ("  deferred:", "  a/b: []\n  deferred:", "'a/b' names a folder"),
+        ("worse: none", "worse: deferred", "compares deferred with itself"),
+        ("[model.routing=none]", "[model.routng=none]", "the arm none: .*did you mean model.routing"),
+        ("[model.routing=none]", "['']", "the arm none: '' is not an override"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(tmp_path, old, new, sentence):
@@ -91,6 +103,8 @@ def test_phases_of_an_arm_share_the_budget(tmp_path):
     assert not is_scheduled(recipes["none"])
     with pytest.raises(UserError, match="the arm deferred have another batch_size than base"):
         load(tmp_path, STUDY.replace("[phases.0.mask_ratio=0.75]", PHASES.replace("size: 4", "size: 8")))
+    with pytest.raises(UserError, match=r"reference\.steps is 1, and the arm deferred has 2 phases"):
+        load(tmp_path, STUDY.replace("steps: 8", "steps: 1").replace("[phases.0.mask_ratio=0.75]", PHASES))
     load(tmp_path, "budgets: [flops, seconds]" + STUDY.replace("[phases.0.mask_ratio=0.75]", PHASES.replace("size: 4", "size: 8")))
 
 

@@ -1,4 +1,5 @@
 import math
+import random
 from typing import Any
 
 import pytest
@@ -7,14 +8,17 @@ from hypothesis import strategies as st
 
 from microdit.lab.plan import ArmPlan, _plan
 from microdit.lab.study import BUDGETS, Claim, ReferenceArm, Study
-from microdit.lab.summary import Spread, at_budget, judge
+from microdit.lab.summary import Spread, at_budget, judge, jumped
 
 PLAN = ArmPlan(1e9, 0.1, {"flops": 10, "seconds": 20, "images": 10})
 CLAIM = Claim("a is better", "a", "b", "frechet_distance", "flops")
 
 
 def line(arm: str, seed: int, value: float, step: int = 10, **more: Any) -> dict[str, Any]:
-    return {"arm": arm, "seed": seed, "step": step, "frechet_distance": value, "recognised": value, **more}
+    return {"arm": arm, "seed": seed, "step": step, "frechet_distance": value, "recognised": value, "held_out_loss": 1.0, **more}
+
+
+PAIR = {"a": [1.0, 1.5, 0.5], "b": [5.0, 5.1, 4.9]}
 
 
 def verdict(results: list[dict[str, Any]], claim: Claim = CLAIM):
@@ -32,11 +36,37 @@ def test_a_clear_difference_decides_and_a_small_one_does_not():
     assert verdict(results([1.0, 3.0, 2.0], [2.2, 3.1, 1.2])).holds is None
 
 
-def test_how_far_apart_is_by_welchs_standard_error():
-    """By hand: means 2 and 4, deviations 1 and 1 over 3 seeds each: sqrt(1/3 + 1/3) = 0.8165; 2 / 0.8165 = 2.449."""
+def test_two_standard_errors_of_few_seeds_decide_nothing():
+    """By hand: 2 / sqrt(1/3 + 1/3) = 2.449 standard errors; with 4 degrees of freedom Student's distribution is 1/2 + 3/8 u (1 - u^2 / 3),
+    u = t / sqrt(4 + t^2), doubled: 0.96476."""
+    t = 2 / math.sqrt(2 / 3)
+    u = t / math.sqrt(4 + t * t)
+    by_hand = 2 * (1 - (0.5 + 0.75 * (u - u**3 / 3)))
+    assert by_hand == pytest.approx(0.0705, abs=1e-4)
     found = verdict(results([1.0, 2.0, 3.0], [3.0, 4.0, 5.0]))
-    assert found.holds is True
-    assert "apart by 2.4 standard errors over 3 and 3 seeds" in found.why
+    assert found.holds is None
+    assert found.why == f"p = {by_hand:.2g}, 3 and 3 seeds"
+    assert Spread(2.0, 1.0, 3).chance(Spread(4.0, 1.0, 3)) == pytest.approx(by_hand)
+
+
+def test_equal_arms_are_told_apart_by_chance_as_often_as_promised():
+    """2 + 2 seeds of one distribution, a thousand times: at two standard errors 18% would be told apart."""
+    generator = random.Random(0)
+    found = [verdict(results(*([generator.gauss(0, 1) for _ in range(2)] for _ in range(2)))).holds for _ in range(1000)]
+    assert sum(one is not None for one in found) / 1000 < 0.06
+
+
+def test_a_loss_that_jumped_is_told_and_what_the_claim_is_without_it():
+    lines = [line(arm, seed, value, held_out_loss=0.6 + 0.01 * value) for arm, values in PAIR.items() for seed, value in enumerate(values)]
+    assert verdict(lines).holds is True
+    assert "jumped" not in verdict(lines).why
+    lines[5] |= {"held_out_loss": 1.0, "frechet_distance": 50.0}
+    assert jumped(lines) == [lines[5]]
+    found = verdict(lines)
+    assert found.holds is None
+    assert "; without b, seed 2, whose loss had jumped: 1 and 5.05, p = " in found.why
+    lines[4] |= {"held_out_loss": 1.0}
+    assert "without it there are too few seeds" in verdict(lines).why
 
 
 def test_where_more_is_better_the_sign_turns():

@@ -1,0 +1,70 @@
+"""The table of docs/lab/README.md: every claim of every study that was run, and whether it holds, from the results in docs/lab.
+
+python benchmarks/lab_claims.py           # print it
+python benchmarks/lab_claims.py --write   # put it into docs/lab/README.md, between its two marks
+"""
+
+import argparse
+from pathlib import Path
+
+from microdit.files import write_aside
+from microdit.lab.plan import read_plan
+from microdit.lab.report import claim_cells
+from microdit.lab.run import read_results
+from microdit.lab.study import Study, load_study
+from microdit.lab.summary import judge
+
+PROJECT = Path(__file__).parents[1]
+LAB = PROJECT / "docs" / "lab"
+MARKS = ("<!-- claims: python benchmarks/lab_claims.py --write -->\n", "<!-- end of the claims -->\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    table = claims(studies())
+    print(table)
+    if arguments.write:
+        page = LAB / "README.md"
+        write_aside(page, with_table(page.read_text(), table).encode())
+
+
+def studies() -> list[Study]:
+    """Those that were run: the one of the headline first, the others by name."""
+    names = sorted((folder.parent.name for folder in LAB.glob("*/results.jsonl")), key=lambda name: (name != "masking", name))
+    recipes = [PROJECT / "recipes" / "lab" / f"{name}.yaml" for name in names]
+    return [load_study(path)[0] for path in recipes if path.is_file()]
+
+
+def claims(asked: list[Study]) -> str:
+    """One row a claim; then the arms that are one training under several names."""
+    rows = ["| study | claim | measured here | holds? |", "|---|---|---|---|"]
+    for study in asked:
+        verdicts = judge(study, read_plan(LAB / study.name), read_results(LAB / study.name))
+        rows += [f"| [{study.name}]({study.name}/README.md) | {' | '.join(claim_cells(verdict))} |" for verdict in verdicts]
+    same = [" = ".join(arms) for arms in shared_arms(asked)]
+    lines = [f"One training under several names, so no independent evidence: {'; '.join(same)}."] if same else []
+    return "\n".join([*rows, "", *lines])
+
+
+def shared_arms(asked: list[Study]) -> list[list[str]]:
+    """Arms of different studies with the same readings to the last digit."""
+    seen: dict[tuple[float, ...], list[str]] = {}
+    for study in asked:
+        lines = read_results(LAB / study.name)
+        for arm in study.arms:
+            found = {line["seed"]: line for line in lines if line["arm"] == arm and not line.get("diverged")}
+            if 0 in found:
+                seen.setdefault((found[0]["held_out_loss"], found[0]["frechet_distance"]), []).append(f"{arm} of {study.name}")
+    return [arms for arms in seen.values() if len(arms) > 1]
+
+
+def with_table(page: str, table: str) -> str:
+    """Raises ValueError if the marks are not there."""
+    start, end = page.index(MARKS[0]) + len(MARKS[0]), page.index(MARKS[1])
+    return f"{page[:start]}\n{table}\n{page[end:]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""How the best size of a model grows with the budget, by the study of sizes, beside the two rules of `microdit budget --dollars`.
+
+    python benchmarks/lab_sizes.py                   # of docs/lab/size
+    python benchmarks/lab_sizes.py --results DIR     # of another study that was run
+
+At each budget the mean held-out loss of the arms is taken as a parabola in the logarithm of the size, and its lowest point is the best
+size, if it lies between the arms; through the best sizes of all budgets goes a power law (as Hoffmann et al. 2022, 2203.15556, in their
+second approach). A size is that of a dense transformer of the same FLOPs a picture, as in budget/scaling.py.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from microdit.budget.scaling import LARGE, wanted_size
+from microdit.budget.stages import equivalent_size, paper_flops
+from microdit.lab.plan import ArmPlan, read_plan
+from microdit.lab.run import read_results
+from microdit.lab.study import load_study
+
+PROJECT = Path(__file__).parents[1]
+PATCHES = 64  # of the studies' 8 x 8 latents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=PROJECT / "docs" / "lab" / "size")
+    out = parser.parse_args().results
+    study, recipes = load_study(PROJECT / "recipes" / "lab" / "size.yaml")
+    plans, results = read_plan(out), read_results(out)
+    sizes = {arm: plans[arm].flops_per_step / (recipes[arm].phases[0].batch_size * 6 * PATCHES) for arm in study.arms}
+    print("| FLOPs | " + " | ".join(f"{arm}, {size / 1e6:.2f} M" for arm, size in sizes.items()) + " | best size, M | seeds alone |")
+    print("|---|" + "---|" * (len(sizes) + 2))
+    found: list[tuple[float, float]] = []
+    for share in study.readings:
+        flops = share * plans[study.reference.arm].flops_per_step * study.reference.steps
+        losses = {seed: {arm: loss_of(results, plans[arm], arm, seed, share) for arm in sizes} for seed in study.seeds}
+        means = {arm: mean(losses[seed][arm] for seed in study.seeds) for arm in sizes}
+        best = best_size(list(sizes.values()), list(means.values()))
+        alone = [best_size(list(sizes.values()), list(losses[seed].values())) for seed in study.seeds]
+        cells = [f"{loss:.3f}" for loss in means.values()] + [in_words(best, sizes), ", ".join(in_words(one, sizes) for one in alone)]
+        print(f"| {flops:.2e} | " + " | ".join(cells) + " |")
+        found += [(flops, best)] if best is not None and min(sizes.values()) <= best <= max(sizes.values()) else []
+    compare(found)
+
+
+def loss_of(results: list[dict[str, Any]], plan: ArmPlan, arm: str, seed: int, share: float) -> float:
+    """The held-out loss at that share of the budget."""
+    step = max(1, round(share * plan.steps["flops"]))
+    [line] = [line for line in results if (line["arm"], line["seed"], line["step"]) == (arm, seed, step)]
+    return float(line["held_out_loss"])
+
+
+def best_size(sizes: list[float], losses: list[float]) -> float | None:
+    """Where the parabola through loss against log size is lowest. None if it has no lowest point."""
+    square, slope, _ = np.polyfit(np.log(sizes), losses, 2)
+    return math.exp(-slope / (2 * square)) if square > 0 else None
+
+
+def power_law(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """(factor, exponent) of size = factor x FLOPs^exponent, through (FLOPs, size)."""
+    exponent, log_factor = np.polyfit([math.log(flops) for flops, _ in points], [math.log(size) for _, size in points], 1)
+    return math.exp(log_factor), float(exponent)
+
+
+def in_words(best: float | None, sizes: dict[str, float]) -> str:
+    if best is None:
+        return "none"
+    low, high = min(sizes.values()), max(sizes.values())
+    return f"{best / 1e6:.2f}" + (" (beyond the arms)" if not low <= best <= high else "")
+
+
+def compare(found: list[tuple[float, float]]) -> None:
+    print()
+    if len(found) < 2:
+        print("Fewer than two budgets have a best size between the arms: no law.")
+        return
+    factor, exponent = power_law(found)
+    print(f"Best size = {factor:.3g} x FLOPs^{exponent:.2f}, through {len(found)} budgets.")
+    paper = (paper_flops(LARGE), equivalent_size(LARGE))
+    for flops, size in found:
+        rules = wanted_size(flops, *paper)
+        by_rules = (
+            f"{rules.by_fit / 1e6:.2f} M by the fit of 2410.08184, {rules.by_paper / 1e6:.2f} M from the published run by the square root"
+        )
+        print(f"{flops:.2e} FLOPs: {size / 1e6:.2f} M here; {by_rules}.")
+    asked = factor * paper[0] ** exponent
+    print(f"At the {paper[0]:.2e} FLOPs of the published run it would ask for {asked / 1e6:,.0f} M; that has {paper[1] / 1e6:,.0f} M.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from microdit.lab.timing import moments
+from microdit.recipe import PhaseRecipe, Recipe
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=6))
+def test_every_phase_is_timed_and_counts_by_its_share(steps):
+    recipe = Recipe(name="r", phases=[PhaseRecipe(str(n), count, 1, 1.0) for n, count in enumerate(steps)])
+    shares = [0.0] * len(steps)
+    for step, share in moments(recipe):
+        shares[int(recipe.phase_at(step)[0].name)] += share
+    assert shares == pytest.approx([count / sum(steps) for count in steps])
+
+
+def test_a_finish_of_a_tenth_is_not_missed():
+    masked, full = PhaseRecipe("masked", 900, 1, 1.0), PhaseRecipe("full", 100, 1, 1.0)
+    assert moments(Recipe(name="r", phases=[masked, full]))[-1] == (950, 0.1)
+    assert [step for step, _ in moments(Recipe(name="r", phases=[masked]))] == [112, 337, 562, 787]
