@@ -81,7 +81,7 @@ def _same_luck(recipes: dict[str, Recipe]) -> str:
     """What one seed gives all arms alike: draws depend on the seed, the step and the sample's place in the batch."""
     if len({phase.batch_size for recipe in recipes.values() for phase in recipe.phases}) > 1:
         return "samples in the same order for every arm; arms with another batch draw other noise"
-    if len({(*recipe.data.sets, *(str(phase.weights) for phase in recipe.phases)) for recipe in recipes.values()}) > 1:
+    if len({(*recipe.data.sets, *sorted({str(phase.weights) for phase in recipe.phases})) for recipe in recipes.values()}) > 1:
         return "the same noise for every arm, the data being what differs"
     return "the same samples, noise and captions for every arm"
 

@@ -91,6 +91,7 @@ def test_a_study_that_is_killed_goes_on_and_its_report_says_what_happened(labora
     assert "**wild diverged for seed 0 before step" in page
     assert "| masking is cheaper | Held-out loss: deferred" in page
     assert "2 seeds of wild diverged" in page
+    assert "the same samples, noise and captions for every arm" in page
     assert "KID" not in page  # only the measures that the study asks for
     assert page.count("\n| deferred |") == 3  # a table for each budget
     for name in ("frechet_distance.png", "held_out_loss.png", "strips.png", "plan.json", "results.jsonl"):
