@@ -13,10 +13,13 @@ from microdit.terminal import console, progress
 def budget(
     recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe, or a folder of them.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as phases.0.steps=100")] = None,
-    chip: Annotated[str, typer.Option(help="Such as h100, a100-80gb, rtx4090.")] = "h100",
+    chip: Annotated[str, typer.Option(help="Such as h100, a100-80gb, rtx4090, or one of --prices.")] = "h100",
     gpus: Annotated[int, typer.Option("--count", help="How many of them.")] = 1,
     price: Annotated[float | None, typer.Option(help="Dollars of a GPU-hour. [default: from a dated table]")] = None,
-    prices: Annotated[Path | None, typer.Option(help="Your own price list, YAML: 'h100: 2.2'.")] = None,
+    prices: Annotated[
+        Path | None,
+        typer.Option(help="Your own prices and chips, YAML: 'h100: 2.2', 'rtx5080: {teraflops: 112.6, memory_gb: 16, price: 0.3}'."),
+    ] = None,
     mfu: Annotated[
         float | None, typer.Option(help="Share of the peak that is used. [default: as microdit bench measured, else 0.35]")
     ] = None,

@@ -58,7 +58,7 @@ class Plan:
         if not FITTED[0] <= self.flops <= FITTED[1]:
             lines.append(f"The fit is of runs from {FITTED[0]:.0e} to {FITTED[1]:.0e} FLOPs, so here it is extrapolated.")
         if self.smaller_for_memory:
-            lines.append(f"A wider one was wanted, and does not fit {self.machine.count} x {self.machine.chip.memory_gb} GB.")
+            lines.append(f"A wider one was wanted, and does not fit {self.machine.count} x {self.machine.chip.memory_gb:g} GB.")
         if self.width == max(WIDTHS):
             lines.append("It is the largest size that we plan with.")
         if len(self.recipes) == len(AT_256):
@@ -85,7 +85,7 @@ def buy(dollars: float, machine: Machine, given: Given, data: str) -> Plan:
             widths = _nearest(wanted.middle / UNCERTAINTY), _nearest(wanted.middle * UNCERTAINTY)
             equivalent = equivalent_size(size_of_width(width))
             return Plan(dollars, flops, gpu_hours, wanted, width, widths, equivalent, width < best, machine, recipes)
-    raise UserError(f"Not even the smallest of our sizes fits {machine.count} x {machine.chip.name} of {machine.chip.memory_gb} GB.")
+    raise UserError(f"Not even the smallest of our sizes fits {machine.count} x {machine.chip.name} of {machine.chip.memory_gb:g} GB.")
 
 
 def _refuse_too_little(dollars: float, flops: float, machine: Machine, given: Given) -> None:

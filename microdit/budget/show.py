@@ -17,7 +17,7 @@ def show(budget: Budget, console: Console) -> None:
     machine = budget.machine
     console.print(
         f"[bold]{budget.parameters / 1e6:,.1f} M parameters, on {machine.count} x {machine.chip.name}[/] "
-        f"({machine.chip.teraflops:,.4g} TFLOP/s, {machine.chip.memory_gb} GB each)",
+        f"({machine.chip.teraflops:,.4g} TFLOP/s, {machine.chip.memory_gb:g} GB each)",
         highlight=False,
     )
     console.print(
@@ -78,7 +78,7 @@ def _verdict(budget: Budget) -> str:
 def _places(budget: Budget) -> dict[str, Callable[[PhaseBudget], Way | None]]:
     """The machine, as many cards of 24 GB, and one of them; those that are the same only once."""
     gpus, memory = budget.machine.count, budget.machine.chip.memory_gb
-    places: dict[str, Callable[[PhaseBudget], Way | None]] = {f"on {gpus} x {memory} GB": lambda phase: phase.advice}
+    places: dict[str, Callable[[PhaseBudget], Way | None]] = {f"on {gpus} x {memory:g} GB": lambda phase: phase.advice}
     places.setdefault(f"on {gpus} x {SMALL_CARD_GB} GB", lambda phase: phase.small)
     places.setdefault(f"on 1 x {SMALL_CARD_GB} GB", lambda phase: phase.small_alone)
     return places
