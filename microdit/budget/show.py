@@ -9,6 +9,7 @@ from rich.table import Table
 
 from microdit.budget.encoding import MILLION, STORED_TOKENS, UTILISATION, Encoding
 from microdit.budget.fit import HEADROOM, Way
+from microdit.budget.plan import Plan
 from microdit.budget.reckoning import SMALL_CARD_GB, Budget, PhaseBudget
 from microdit.formats import count, duration, figure, hours, money
 
@@ -32,6 +33,19 @@ def show(budget: Budget, console: Console) -> None:
         console.print(table)
     for line in [_verdict(budget), *_data(budget.encoding)]:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def show_plan(plan: Plan, budget: Budget, console: Console) -> None:
+    """`budget`: of the plan's recipes."""
+    for line in plan.in_words():
+        console.print(line, highlight=False, soft_wrap=True)
+    show(budget, console)
+    if plan.encoding.dollars is not None:
+        parts = f"Training {money(budget.dollars)} and encoding {money(plan.encoding.dollars)}"
+        spent = money(budget.dollars + plan.encoding.dollars)
+        console.print(f"{parts}: [bold]{spent} of {money(plan.dollars)}[/].", highlight=False)
+        if plan.encoding.images > budget.images:
+            console.print(f"Only {_short(budget.images)} images are seen: encode no more of them (--images).", highlight=False)
 
 
 def _costs(budget: Budget) -> Table:
@@ -93,7 +107,7 @@ def _data(data: Encoding) -> list[str]:
     if data.encoded:
         return lines
     lines[0] += f" Captions of {STORED_TOKENS} tokens on average."
-    if data.images == MILLION:
+    if data.assumed:
         lines[0] += " Say how many with --images."
     if data.gpu_hours is None or data.flops_per_sample is None:
         return [*lines, "What these encoders cost is not known here: only the SDXL autoencoder and DFN5B-CLIP-H are reckoned."]
