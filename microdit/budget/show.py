@@ -5,13 +5,15 @@ from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from microdit.budget.encoding import MILLION, STORED_TOKENS, UTILISATION, Encoding
 from microdit.budget.fit import HEADROOM, Way
 from microdit.budget.plan import Plan
 from microdit.budget.reckoning import SMALL_CARD_GB, Budget, PhaseBudget
 from microdit.formats import count, duration, figure, hours, money
+
+WIDE = 1000  # characters, more than any table takes
 
 
 def show(budget: Budget, console: Console) -> None:
@@ -29,7 +31,10 @@ def show(budget: Budget, console: Console) -> None:
     )
     if budget.assumed:
         console.print(f"assumed, for want of the encoded data: {'; '.join(budget.assumed)}", highlight=False, soft_wrap=True)
-    for table in (_costs(budget), _memory(budget), _ways(budget)):
+    costs = _costs(budget)
+    if console.measure(costs, options=console.options.update(max_width=WIDE)).maximum > console.width:
+        costs.padding = 0  # large sums: closer together rather than cut
+    for table in (costs, _memory(budget), _ways(budget)):
         console.print(table)
     for line in [_verdict(budget), *_data(budget.encoding)]:
         console.print(line, highlight=False, soft_wrap=True)
@@ -118,11 +123,11 @@ def _data(data: Encoding) -> list[str]:
 
 
 def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right") -> Table:
-    """Narrow enough for 80 characters."""
+    """Narrow enough for 80 characters. Where names are too long for that they go on below; numbers stay whole."""
     look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "caption_justify": "left", "caption_style": "dim"}
-    table = Table("phase", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **look)
+    table = Table(Column("phase", overflow="fold"), title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **look)
     for column in columns:
-        table.add_column(column, justify=justify)
+        table.add_column(column, justify=justify, no_wrap=justify == "right")
     return table
 
 
