@@ -126,6 +126,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, settings, sentence):
         ("h900: {teraflops: 5000, price: 2}", "h900 is no known chip, so its speed and memory"),
         ("h100: cheap", "h100 is cheap"),
         ("h100:", "h100 is None, and must be the dollars"),
+        (f"h100: {10**400}", "h100 is 10{400}, and must be the dollars"),
         ("h100: true", "h100 is True, and must be the dollars"),
         ("h100: {price: .nan}", "h100: price is nan, and must be the dollars of a GPU-hour"),
         ("h100: {tflops: 900}", r"h100: tflops is no key of a chip: these are teraflops, memory_gb, price\."),
