@@ -13,15 +13,18 @@ from microdit.terminal import console, progress
 def budget(
     recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe, or a folder of them.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as phases.0.steps=100")] = None,
-    chip: Annotated[str, typer.Option(help="Such as h100, a100-80gb, rtx4090.")] = "h100",
+    chip: Annotated[str, typer.Option(help="Such as h100, a100-80gb, rtx4090, or one of --prices.")] = "h100",
     gpus: Annotated[int, typer.Option("--count", help="How many of them.")] = 1,
     price: Annotated[float | None, typer.Option(help="Dollars of a GPU-hour. [default: from a dated table]")] = None,
-    prices: Annotated[Path | None, typer.Option(help="Your own price list, YAML: 'h100: 2.2'.")] = None,
+    prices: Annotated[
+        Path | None,
+        typer.Option(help="Your own prices and chips, YAML: 'h100: 2.2', 'rtx5080: {teraflops: 112.6, memory_gb: 16, price: 0.3}'."),
+    ] = None,
     mfu: Annotated[
         float | None, typer.Option(help="Share of the peak that is used. [default: as microdit bench measured, else 0.35]")
     ] = None,
     images: Annotated[
-        int | None, typer.Option(min=1, help="How many will be encoded. [default: those of the sets, else a million]")
+        int | None, typer.Option(min=1, max=10**12, help="How many will be encoded. [default: those of the sets, else a million]")
     ] = None,
     dollars: Annotated[float | None, typer.Option(help="Instead of a recipe: find what this sum buys.")] = None,
     out: Annotated[Path | None, typer.Option(help="With --dollars: the folder to write its recipes to.")] = None,
@@ -35,7 +38,8 @@ def budget(
 ) -> None:
     """Know the bill before paying it: FLOPs, hours, dollars, memory, storage of a recipe. Nothing is run, no data is needed.
 
-    Or the other way round: what model and schedule a sum of money buys, as recipes ready to train.
+    Or the other way round: what model and schedule a sum of money buys, as recipes ready to train. Encoding the images (--images) is
+    paid first, training with the rest.
 
     Example: microdit budget recipes/microdit-xl --chip h100 --count 8 --price 2.5 --mfu 0.45
 
@@ -46,7 +50,7 @@ def budget(
     from microdit.budget.plan import buy
     from microdit.budget.reckoning import load_recipes, reckon
     from microdit.budget.shapes import Given
-    from microdit.budget.show import show
+    from microdit.budget.show import show, show_plan
     from microdit.budget.written import write_recipes
 
     if (recipe is None) == (dollars is None):
@@ -55,7 +59,7 @@ def budget(
         raise UserError("--out goes with --dollars: it is where the recipes that they buy are written.")
     machine = find_machine(chip, gpus, price, mfu, prices, bench or measurements_file())
     given = Given(latent_channels, downsampling, caption_tokens, caption_channels)
-    plan = buy(dollars, machine, given, data) if dollars is not None else None
+    plan = buy(dollars, machine, given, data, images) if dollars is not None else None
     recipes = plan.recipes if plan is not None else load_recipes(recipe, overrides) if recipe is not None else {}
     reckoned = reckon(recipes, machine, given, images)
     if out is not None and plan is not None:
@@ -64,11 +68,10 @@ def budget(
         found = {**reckoned.as_dict(), **({"plan": plan.as_dict()} if plan is not None else {})}
         typer.echo(json.dumps(found, indent=1))
         return
-    if plan is not None:
-        for line in plan.in_words():
-            console.print(line, highlight=False, soft_wrap=True)
-    show(reckoned, console)
-    if plan is not None:
+    if plan is None:
+        show(reckoned, console)
+    else:
+        show_plan(plan, reckoned, console)
         console.print(f"Written: microdit train {out}" if out else "Write it with --out FOLDER.", highlight=False)
 
 
@@ -95,12 +98,12 @@ def bench(
 
     from microdit.budget.bench import bench_recipe, measure
     from microdit.budget.measured import keep_measurement, measurements_file
-    from microdit.budget.shapes import shapes_of
+    from microdit.budget.shapes import assumed_shapes, shapes_of
     from microdit.distributed import start_world, stop_world
 
     world = start_world(device)
     chosen = bench_recipe(recipe, micro_batch, world.device)
-    shapes = shapes_of(chosen)
+    shapes = assumed_shapes(chosen) if recipe is None else shapes_of(chosen)
     try:
         with progress(f"bench {chosen.name}", round(seconds)) as advance:
             found = measure(chosen, shapes, world, seconds, advance)

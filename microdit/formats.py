@@ -8,10 +8,14 @@ MISSING = "–"
 
 
 def finite(value: Any) -> float | None:
-    """`value` if it is a number one can count with; a truth value is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """`value` if it is a number one can count with; a truth value is none, nor is a whole number beyond all floats."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def figure(value: Any, digits: int = 4) -> str:

@@ -5,31 +5,23 @@ Nothing of it comes from elsewhere, and the browser is told to load nothing from
 
 import asyncio
 import base64
-import io
 import threading
 import uuid
 from collections import OrderedDict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
 from microdit.app.asking import AskedWronglyError, read_drawing, read_object
+from microdit.app.bills import bill_text
 from microdit.app.images_api import png_of, read_body
 from microdit.app.jobs import Job, WorkQueue
 from microdit.app.limits import Limits
-from microdit.budget.machine import find_machine
-from microdit.budget.measured import measurements_file
-from microdit.budget.reckoning import load_recipes, reckon
-from microdit.budget.show import show
 from microdit.diffusion.solvers import Solver
-from microdit.errors import UserError
-from microdit.formats import finite
 from microdit.grids import png_bytes
 from microdit.pipeline import USUAL, Pipeline
 from microdit.report import report_page
@@ -117,7 +109,7 @@ def page_api(queue: WorkQueue, limits: Limits, runs: dict[str, Path], recipes: P
     @router.post("/api/budget")
     async def budget(request: Request) -> dict[str, str]:
         fields = read_object(await read_body(request, limits))
-        return {"text": await asyncio.to_thread(_budget, fields, recipes)}
+        return {"text": await asyncio.to_thread(bill_text, fields, recipes)}
 
     @router.get("/")
     @router.get("/page.js")
@@ -130,34 +122,6 @@ def page_api(queue: WorkQueue, limits: Limits, runs: dict[str, Path], recipes: P
             return pipeline.decode(latents_BCHW)
 
     return router
-
-
-def _budget(fields: dict[str, Any], recipes: Path) -> str:
-    """As `microdit budget` prints it. Raises UserError."""
-    count, price, text = fields.get("count", 1), fields.get("price"), fields.get("text")
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 100_000:
-        raise UserError("The number of GPUs must be a whole number from 1 to 100,000.")
-    if price is not None and finite(price) is None:
-        raise UserError("The price must be dollars of a GPU-hour, or left empty.")
-    machine = find_machine(str(fields.get("chip", "h100")), count, price, None, None, measurements_file())
-    if isinstance(text, str):
-        found = _of_text(text)
-    else:
-        chosen = recipes / str(fields.get("recipe", ""))
-        if recipes.resolve() not in chosen.resolve().parents or not chosen.exists():
-            raise UserError("There is no such recipe here: choose one, or give a file of your own.")
-        found = load_recipes(chosen, None)
-    console = Console(file=io.StringIO(), width=100, no_color=True, record=True)
-    show(reckon(found, machine), console)
-    return console.export_text()
-
-
-def _of_text(text: str) -> dict[str, Any]:
-    """A recipe that was given as a file."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(text, errors="replace")
-        return load_recipes(path, None)
 
 
 def _side(pipeline: Pipeline) -> str:

@@ -14,10 +14,11 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class Encoding:
-    """Of `images` pictures at all of the recipe's resolutions. Hours and dollars are None for encoders that we have no FLOPs of, and
-    for sets that are encoded already, whose `bytes_per_sample` is what they take on the disk."""
+    """Of `images` pictures at all of the recipe's resolutions; `assumed`: nobody said how many. Hours and dollars are None for encoders
+    that we have no FLOPs of, and for sets that are encoded already, whose `bytes_per_sample` is what they take on the disk."""
 
     images: int
+    assumed: bool
     encoded: bool
     bytes_per_sample: dict[str, float]  # by the form that latents and captions are stored in
     flops_per_sample: float | None
@@ -30,16 +31,16 @@ def encoding(shapes: list[Shapes], machine: Machine, images: int | None) -> Enco
     by_resolution = list({item.resolution: item for item in shapes}.values())
     first = by_resolution[0]
     if first.samples is not None and first.bytes is not None:
-        return Encoding(images or first.samples, True, {"as encoded": first.bytes / first.samples}, None, None, None)
+        return Encoding(images or first.samples, False, True, {"as encoded": first.bytes / first.samples}, None, None, None)
     stored = {form: _stored(by_resolution, form) for form in ("fp16", "int8")}
     count = images or MILLION
     if (first.autoencoder, first.text_encoder) != ("sdxl", "dfn-clip-h"):
-        return Encoding(count, False, stored, None, None, None)
+        return Encoding(count, images is None, False, stored, None, None, None)
     flops = clip_h_text_flops(first.caption_tokens) + sum(
         share * sdxl_encoder_flops(h, w) for item in by_resolution for share, h, w in item.sides
     )
     hours = count * flops / (machine.chip.teraflops * 1e12 * UTILISATION) / 3600
-    return Encoding(count, False, stored, flops, hours, hours * machine.price.dollars)
+    return Encoding(count, images is None, False, stored, flops, hours, hours * machine.price.dollars)
 
 
 def sdxl_encoder_flops(height: int, width: int) -> int:

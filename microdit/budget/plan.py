@@ -1,4 +1,4 @@
-"""What a sum buys: a model by the rules of scaling.py that fits the card, and the paper's phases as far as the money goes."""
+"""What a sum buys: encoded pictures, a model by the rules of scaling.py that fits the card, the paper's phases as far as the money goes."""
 
 import math
 from collections.abc import Sequence
@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from microdit.budget.bill import time_factor
+from microdit.budget.encoding import Encoding, encoding
 from microdit.budget.fit import Load, Way
 from microdit.budget.machine import Machine
-from microdit.budget.scaling import FITTED, LARGE, WIDTHS, Wanted, size_of_width, wanted_size
-from microdit.budget.shapes import Given, shapes_of
+from microdit.budget.scaling import FITTED, LARGE, SMALL, WIDTHS, Wanted, size_of_width, wanted_size
+from microdit.budget.shapes import Given, Shapes, shapes_of
 from microdit.budget.stages import AT_256, STAGES, Stage, equivalent_size, file_stem, paper_flops, stage_flops, stage_recipe
 from microdit.errors import UserError
 from microdit.formats import money
@@ -18,6 +19,7 @@ from microdit.recipe import EngineRecipe, Recipe
 
 UNCERTAINTY = 2  # a factor, on the size: our judgement of rules that were found on other models
 LEAST_IMAGES = 5_000_000  # seen in all, below which we promise no model at 256 px
+MOST_FLOPS = 1e24  # of training; hundreds of times the largest run that the rules were tried on (docs/budget.md)
 LEAST_AT_512 = 10_000_000  # seen masked at 512 px, a tenth of the paper's: with fewer, all is spent at 256 px
 STEPS_WANTED = 100_000  # in all; the batch is the largest power of two up to the paper's that leaves as many
 BATCHES = (2048, 1024, 512, 256, 128, 64)
@@ -25,12 +27,14 @@ BATCHES = (2048, 1024, 512, 256, 128, 64)
 
 @dataclass(frozen=True)
 class Plan:
-    """`width` is nearest to what the two rules want, in the middle, and `widths` to half and to twice that.
+    """Of `dollars`, `encoding` is paid first, and the rest buys `gpu_hours` and `flops` of training.
 
-    `equivalent`: its equivalent size (scaling.py). `smaller_for_memory`: a wider one was wanted, and does not fit.
+    `width` is nearest to what the two rules want, in the middle, and `widths` to half and to twice that. `equivalent`: its equivalent
+    size (scaling.py). `smaller_for_memory`: a wider one was wanted, and does not fit.
     """
 
     dollars: float
+    encoding: Encoding
     flops: float
     gpu_hours: float
     wanted: Wanted
@@ -47,8 +51,12 @@ class Plan:
     def in_words(self) -> list[str]:
         size = size_of_width(self.width)
         low, high = self.widths
+        paid = self.encoding.dollars or 0.0
+        pictures = f"{self.encoding.images:,} images ({'assumed; ' if self.encoding.assumed else ''}--images says how many)"
         lines = [
-            f"[bold]{money(self.dollars)}[/] buy {self.gpu_hours:,.4g} GPU-hours of {self.machine.chip.name}, "
+            f"[bold]{money(self.dollars)}[/]: "
+            + (f"{money(paid)} encode {pictures}, " if paid else "the images are encoded already, ")
+            + f"{money(self.dollars - paid)} buy {self.gpu_hours:,.4g} GPU-hours of {self.machine.chip.name} to train, "
             f"{self.flops:.3g} FLOPs at {self.machine.utilisation:.0%} of its peak.",
             f"Two rules say how large a model they suit, in parameters of a dense one of the same cost: {self.wanted.by_fit / 1e6:,.0f} M "
             f"(fit of 2410.08184) and {self.wanted.by_paper / 1e6:,.0f} M (the run of 2407.15811, sizes growing as the root of compute).",
@@ -58,7 +66,7 @@ class Plan:
         if not FITTED[0] <= self.flops <= FITTED[1]:
             lines.append(f"The fit is of runs from {FITTED[0]:.0e} to {FITTED[1]:.0e} FLOPs, so here it is extrapolated.")
         if self.smaller_for_memory:
-            lines.append(f"A wider one was wanted, and does not fit {self.machine.count} x {self.machine.chip.memory_gb} GB.")
+            lines.append(f"A wider one was wanted, and does not fit {self.machine.count} x {self.machine.chip.memory_gb:g} GB.")
         if self.width == max(WIDTHS):
             lines.append("It is the largest size that we plan with.")
         if len(self.recipes) == len(AT_256):
@@ -68,46 +76,116 @@ class Plan:
         return lines
 
 
-def buy(dollars: float, machine: Machine, given: Given, data: str) -> Plan:
-    """Raises UserError if that is too little for any model, or if none fits the machine."""
+@dataclass(frozen=True)
+class _Purse:
+    """What a sum leaves for training in `stages` when their pictures are encoded. `flops` are below 0 where it does not pay for that."""
+
+    stages: Sequence[Stage]
+    encoding: Encoding
+    flops: float
+
+
+def buy(dollars: float, machine: Machine, given: Given, data: str, images: int | None = None) -> Plan:
+    """`images`: how many to encode, else a million; none where the set `data` is on the disk.
+
+    Raises UserError if the sum is too little for any model or more than is planned with, or if no model fits the machine.
+    """
     if not dollars > 0 or dollars == float("inf"):
         raise UserError(f"--dollars is {dollars}, and must be a sum above 0.")
     if machine.price.dollars == 0:
         raise UserError("--dollars needs a --price above 0: for nothing, any number of GPU-hours can be had.")
-    gpu_hours = dollars / machine.price.dollars
-    flops = gpu_hours / machine.count * 3600 * machine.flops_per_second
-    _refuse_too_little(dollars, flops, machine, given)
-    wanted = wanted_size(flops, paper_flops(LARGE), equivalent_size(LARGE))
+    shapes = _shapes(given, data)
+    full, low = (_purse(dollars, stages, shapes, machine, images) for stages in (STAGES, AT_256))
+    _refuse_too_little(dollars, low, shapes, machine)
+    _refuse_too_much(dollars, full, machine)
+    purse = full if _reaches_512(full, shapes) else low
+    wanted = _wanted(purse.flops)
     best = _nearest(wanted.middle)
     for width in reversed(WIDTHS[: WIDTHS.index(best) + 1]):
-        recipes = _recipes(size_of_width(width), flops, machine, given, data)
+        recipes = _recipes(size_of_width(width), purse, shapes, machine, data)
         if recipes is not None:
             widths = _nearest(wanted.middle / UNCERTAINTY), _nearest(wanted.middle * UNCERTAINTY)
-            equivalent = equivalent_size(size_of_width(width))
-            return Plan(dollars, flops, gpu_hours, wanted, width, widths, equivalent, width < best, machine, recipes)
-    raise UserError(f"Not even the smallest of our sizes fits {machine.count} x {machine.chip.name} of {machine.chip.memory_gb} GB.")
+            return Plan(
+                dollars,
+                purse.encoding,
+                purse.flops,
+                purse.flops / _flops_per_dollar(machine) / machine.price.dollars,
+                wanted,
+                width,
+                widths,
+                equivalent_size(size_of_width(width)),
+                width < best,
+                machine,
+                recipes,
+            )
+    raise UserError(f"Not even the smallest of our sizes fits {machine.count} x {machine.chip.name} of {machine.chip.memory_gb:g} GB.")
 
 
-def _refuse_too_little(dollars: float, flops: float, machine: Machine, given: Given) -> None:
-    smallest = size_of_width(WIDTHS[0])
-    images = flops / _mean_flops(AT_256, smallest, given)
-    if images < LEAST_IMAGES:
+def _shapes(given: Given, data: str) -> dict[str, Shapes]:
+    """By the stage's name; read from the set `data`, if it is there."""
+    try:
+        return {stage.name: shapes_of(stage_recipe(stage, SMALL, 1, 1, data), given) for stage in STAGES}
+    except UserError as error:
+        raise UserError(f"{error} The plan's phases need 256 and 512 px: encode {data} at both, or name another --data.") from error
+
+
+def _purse(dollars: float, stages: Sequence[Stage], shapes: dict[str, Shapes], machine: Machine, images: int | None) -> _Purse:
+    paid = encoding([shapes[stage.name] for stage in stages], machine, images)
+    return _Purse(stages, paid, (dollars - (paid.dollars or 0.0)) * _flops_per_dollar(machine))
+
+
+def _flops_per_dollar(machine: Machine) -> float:
+    return 3600 * machine.flops_per_second / machine.count / machine.price.dollars
+
+
+def _refuse_too_little(dollars: float, purse: _Purse, shapes: dict[str, Shapes], machine: Machine) -> None:
+    """`purse`: at 256 px."""
+    of_an_image = _mean_flops(AT_256, size_of_width(WIDTHS[0]), shapes)
+    images = purse.flops / of_an_image
+    if images >= LEAST_IMAGES:
+        return
+    paid = purse.encoding.dollars or 0.0
+    enough = money(paid + LEAST_IMAGES * of_an_image / _flops_per_dollar(machine) + 0.005)  # to the next cent
+    too_little = f"{money(dollars)} are too little: on {machine.chip.name}"
+    encoded = f"encoding {purse.encoding.images:,} images"
+    if images <= 0:
         raise UserError(
-            f"{money(dollars)} are too little: on {machine.chip.name} they pay for {images / 1e6:.2g} M images on our smallest size, "
-            f"and with fewer than {LEAST_IMAGES / 1e6:.0f} M we promise no model at 256 px; "
-            f"these take {money(math.ceil(100 * dollars * LEAST_IMAGES / images) / 100)}."
+            f"{too_little}, {encoded} alone takes {money(paid)}: say how many there are with --images. "
+            f"With so many, the least that buys a model is {enough}."
+        )
+    after = f"after {money(paid)} for {encoded} (--images) " if paid else ""
+    raise UserError(
+        f"{too_little}, {after}they pay for {images / 1e6:.2g} M images seen by our smallest size, "
+        f"and with fewer than {LEAST_IMAGES / 1e6:.0f} M we promise no model at 256 px; the least that buys one is {enough}."
+    )
+
+
+def _refuse_too_much(dollars: float, purse: _Purse, machine: Machine) -> None:
+    if purse.flops > MOST_FLOPS:
+        most = (purse.encoding.dollars or 0.0) + MOST_FLOPS / _flops_per_dollar(machine)
+        raise UserError(
+            f"--dollars is {dollars:g}, and more than we plan with: on {machine.chip.name} that ends at {money(most)}, "
+            f"{MOST_FLOPS:.0e} FLOPs of training."
         )
 
 
-def _recipes(size: Size, flops: float, machine: Machine, given: Given, data: str) -> dict[str, Recipe] | None:
-    """The phases that use up `flops`, with engine settings that fit. None if there are none."""
-    stages = STAGES if flops / _mean_flops(STAGES, size, given) * _shares(STAGES)[2] >= LEAST_AT_512 else AT_256
-    batch = _batch(flops / _mean_flops(stages, size, given), machine.count)
-    ways = [_way(stage, size, batch, machine, given, stage is stages[-1]) for stage in stages]
+def _reaches_512(purse: _Purse, shapes: dict[str, Shapes]) -> bool:
+    """Whether enough images can be seen masked at 512 px, by the size that the rules want."""
+    if purse.flops <= 0:
+        return False
+    size = size_of_width(_nearest(_wanted(purse.flops).middle))
+    return purse.flops / _mean_flops(STAGES, size, shapes) * _shares(STAGES)[2] >= LEAST_AT_512
+
+
+def _recipes(size: Size, purse: _Purse, shapes: dict[str, Shapes], machine: Machine, data: str) -> dict[str, Recipe] | None:
+    """The phases that use up the purse, with engine settings that fit. None if there are none."""
+    stages = purse.stages
+    batch = _batch(purse.flops / _mean_flops(stages, size, shapes), machine.count)
+    ways = [_way(stage, size, batch, shapes[stage.name], machine, stage is stages[-1]) for stage in stages]
     engines = [_engine(way) for way in ways if way is not None]
     if len(engines) < len(ways):
         return None
-    images = flops / _mean_flops(stages, size, given, tuple(time_factor(engine) for engine in engines))
+    images = purse.flops / _mean_flops(stages, size, shapes, tuple(time_factor(engine) for engine in engines))
     return {
         file_stem(stage): stage_recipe(stage, size, max(1, int(images * share / batch)), batch, data, engine, stage is stages[-1])
         for stage, share, engine in zip(stages, _shares(stages), engines, strict=True)
@@ -119,9 +197,9 @@ def _batch(images: float, gpus: int) -> int:
     return -(-batch // gpus) * gpus
 
 
-def _way(stage: Stage, size: Size, batch: int, machine: Machine, given: Given, last: bool) -> Way | None:
+def _way(stage: Stage, size: Size, batch: int, shapes: Shapes, machine: Machine, last: bool) -> Way | None:
     recipe = stage_recipe(stage, size, steps=1, batch_size=batch, last=last)
-    return Load(recipe, recipe.phases[0], shapes_of(recipe, given), machine.count).best_way(machine.chip.memory_gb)
+    return Load(recipe, recipe.phases[0], shapes, machine.count).best_way(machine.chip.memory_gb)
 
 
 def _engine(way: Way) -> EngineRecipe:
@@ -129,10 +207,11 @@ def _engine(way: Way) -> EngineRecipe:
     return EngineRecipe(sharding=sharding, micro_batch=way.micro_batch, compile=True, activation_checkpointing=way.checkpointing)  # type: ignore[arg-type]
 
 
-def _mean_flops(stages: Sequence[Stage], size: Size, given: Given, factors: Sequence[float] = (1.0,) * len(STAGES)) -> float:
+def _mean_flops(stages: Sequence[Stage], size: Size, shapes: dict[str, Shapes], factors: Sequence[float] = (1.0,) * len(STAGES)) -> float:
     """Of an image, over all phases; each phase's counted `factors` times."""
     return sum(
-        share * factor * stage_flops(stage, size, given) for share, factor, stage in zip(_shares(stages), factors, stages, strict=False)
+        share * factor * stage_flops(stage, size, shapes[stage.name])
+        for share, factor, stage in zip(_shares(stages), factors, stages, strict=False)
     )
 
 
@@ -140,6 +219,10 @@ def _shares(stages: Sequence[Stage]) -> list[float]:
     """Each phase's part of the images: the paper's."""
     total = sum(stage.steps for stage in stages)
     return [stage.steps / total for stage in stages]
+
+
+def _wanted(flops: float) -> Wanted:
+    return wanted_size(flops, paper_flops(LARGE), equivalent_size(LARGE))
 
 
 def _nearest(equivalent: float) -> int:

@@ -1,13 +1,9 @@
 """What a GPU-hour costs: a small table with its date and sources, for a first idea. Your own price always wins."""
 
-import math
 from dataclasses import dataclass
-from pathlib import Path
-
-import yaml
 
 from microdit.errors import UserError
-from microdit.training.chips import CHIPS, Chip, named_chip
+from microdit.formats import finite
 
 
 @dataclass(frozen=True)
@@ -52,31 +48,9 @@ PRICES = {
 }
 
 
-def price_of(chip: Chip, given: float | None = None, file: Path | None = None) -> Price:
-    """`given`, else what `file` says (YAML, such as "h100: 2.2"), else the table. Raises UserError for what is no price."""
-    if given is not None:
-        return Price(_checked(given, "--price"), "--price")
-    own = _read(file) if file is not None else {}
-    return own.get(chip.name, PRICES[chip.name])
-
-
-def _read(file: Path) -> dict[str, Price]:
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"The prices in {file} cannot be read: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold chips and dollars an hour, such as 'h100: 2.2'.")
-    prices = {}
-    for name, dollars in content.items():
-        chip = named_chip(str(name))
-        if chip is None:
-            raise UserError(f"{file}: {name} is no known chip: {', '.join(known.name for known in CHIPS)}.")
-        prices[chip.name] = Price(_checked(dollars, f"{file}: {name}"), str(file))
-    return prices
-
-
-def _checked(dollars: object, where: str) -> float:
-    if isinstance(dollars, bool) or not isinstance(dollars, int | float) or not math.isfinite(dollars) or dollars < 0:
+def checked_price(dollars: object, where: str) -> float:
+    """Raises UserError, which begins with `where`, for what is no price."""
+    number = finite(dollars)
+    if number is None or number < 0:
         raise UserError(f"{where} is {dollars}, and must be the dollars of a GPU-hour, 0 or more.")
-    return float(dollars)
+    return number

@@ -49,12 +49,31 @@ def shapes_of(recipe: Recipe, given: Given = Given()) -> Shapes:
     """Raises UserError if a set is damaged, or if the model's patches do not fit."""
     folders = [Path(item.path) for item in recipe.data.named_sets.values()]
     found = [EncodedSet(folder, recipe.data.resolution) for folder in folders if (folder / CARD).is_file()]
-    shapes = _read(found, len(found) == len(folders)) if found else _assume(recipe, given)
+    shapes = _read(found, len(found) == len(folders)) if found else assumed_shapes(recipe, given)
     p = recipe.model.patch_size
     for _, height, width in shapes.sides:
         if height % p or width % p or not height or not width:
             raise UserError(f"{recipe.name}: model.patch_size {p} does not divide the {height} x {width} latents.")
     return shapes
+
+
+def assumed_shapes(recipe: Recipe, given: Given = Given()) -> Shapes:
+    """From what the recipe says of its data alone, whatever lies on the disk."""
+    data = recipe.data
+    autoencoder, text_encoder = data.autoencoder or "sdxl", data.text_encoder or "dfn-clip-h"
+    channels, downsampling = AUTOENCODERS.get(autoencoder, AUTOENCODERS["sdxl"])
+    tokens, width = TEXT_ENCODERS.get(text_encoder, TEXT_ENCODERS["dfn-clip-h"])
+    resolution = data.resolution or RESOLUTION
+    down = given.downsampling or downsampling
+    side, channels = resolution // down, given.latent_channels or channels
+    tokens, width = given.caption_tokens or tokens, given.caption_channels or width
+    assumed = [
+        f"latents of {channels} x {side} x {side} ({autoencoder}, {down} pixels a side)",
+        f"captions of {tokens} x {width} ({text_encoder})",
+    ]
+    if data.resolution is None:
+        assumed.insert(0, f"{RESOLUTION} px")
+    return Shapes(resolution, channels, ((1.0, side, side),), tokens, width, autoencoder, text_encoder, None, None, tuple(assumed))
 
 
 def _read(sets: list[EncodedSet], complete: bool) -> Shapes:
@@ -82,21 +101,3 @@ def _longest_caption(encoded: EncodedSet) -> int:
         return max(len(encoded.read(bucket, number)[1]) // row for number in range(min(LOOKED_AT, encoded.bucket_sizes[bucket])))
     except DamagedShard as damage:
         raise UserError(f"{damage}: encode {encoded.folder} again.") from damage
-
-
-def _assume(recipe: Recipe, given: Given) -> Shapes:
-    data = recipe.data
-    autoencoder, text_encoder = data.autoencoder or "sdxl", data.text_encoder or "dfn-clip-h"
-    channels, downsampling = AUTOENCODERS.get(autoencoder, AUTOENCODERS["sdxl"])
-    tokens, width = TEXT_ENCODERS.get(text_encoder, TEXT_ENCODERS["dfn-clip-h"])
-    resolution = data.resolution or RESOLUTION
-    down = given.downsampling or downsampling
-    side, channels = resolution // down, given.latent_channels or channels
-    tokens, width = given.caption_tokens or tokens, given.caption_channels or width
-    assumed = [
-        f"latents of {channels} x {side} x {side} ({autoencoder}, {down} pixels a side)",
-        f"captions of {tokens} x {width} ({text_encoder})",
-    ]
-    if data.resolution is None:
-        assumed.insert(0, f"{RESOLUTION} px")
-    return Shapes(resolution, channels, ((1.0, side, side),), tokens, width, autoencoder, text_encoder, None, None, tuple(assumed))

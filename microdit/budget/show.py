@@ -5,19 +5,22 @@ from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from microdit.budget.encoding import MILLION, STORED_TOKENS, UTILISATION, Encoding
 from microdit.budget.fit import HEADROOM, Way
+from microdit.budget.plan import Plan
 from microdit.budget.reckoning import SMALL_CARD_GB, Budget, PhaseBudget
 from microdit.formats import count, duration, figure, hours, money
+
+WIDE = 1000  # characters, more than any table takes
 
 
 def show(budget: Budget, console: Console) -> None:
     machine = budget.machine
     console.print(
         f"[bold]{budget.parameters / 1e6:,.1f} M parameters, on {machine.count} x {machine.chip.name}[/] "
-        f"({machine.chip.teraflops:,.4g} TFLOP/s, {machine.chip.memory_gb} GB each)",
+        f"({machine.chip.teraflops:,.4g} TFLOP/s, {machine.chip.memory_gb:g} GB each)",
         highlight=False,
     )
     console.print(
@@ -28,10 +31,26 @@ def show(budget: Budget, console: Console) -> None:
     )
     if budget.assumed:
         console.print(f"assumed, for want of the encoded data: {'; '.join(budget.assumed)}", highlight=False, soft_wrap=True)
-    for table in (_costs(budget), _memory(budget), _ways(budget)):
+    costs = _costs(budget)
+    if console.measure(costs, options=console.options.update(max_width=WIDE)).maximum > console.width:
+        costs.padding = 0  # large sums: closer together rather than cut
+    for table in (costs, _memory(budget), _ways(budget)):
         console.print(table)
     for line in [_verdict(budget), *_data(budget.encoding)]:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def show_plan(plan: Plan, budget: Budget, console: Console) -> None:
+    """`budget`: of the plan's recipes."""
+    for line in plan.in_words():
+        console.print(line, highlight=False, soft_wrap=True)
+    show(budget, console)
+    if plan.encoding.dollars is not None:
+        parts = f"Training {money(budget.dollars)} and encoding {money(plan.encoding.dollars)}"
+        spent = money(budget.dollars + plan.encoding.dollars)
+        console.print(f"{parts}: [bold]{spent} of {money(plan.dollars)}[/].", highlight=False)
+        if plan.encoding.images > budget.images:
+            console.print(f"Only {_short(budget.images)} images are seen: encode no more of them (--images).", highlight=False)
 
 
 def _costs(budget: Budget) -> Table:
@@ -78,7 +97,7 @@ def _verdict(budget: Budget) -> str:
 def _places(budget: Budget) -> dict[str, Callable[[PhaseBudget], Way | None]]:
     """The machine, as many cards of 24 GB, and one of them; those that are the same only once."""
     gpus, memory = budget.machine.count, budget.machine.chip.memory_gb
-    places: dict[str, Callable[[PhaseBudget], Way | None]] = {f"on {gpus} x {memory} GB": lambda phase: phase.advice}
+    places: dict[str, Callable[[PhaseBudget], Way | None]] = {f"on {gpus} x {memory:g} GB": lambda phase: phase.advice}
     places.setdefault(f"on {gpus} x {SMALL_CARD_GB} GB", lambda phase: phase.small)
     places.setdefault(f"on 1 x {SMALL_CARD_GB} GB", lambda phase: phase.small_alone)
     return places
@@ -93,7 +112,7 @@ def _data(data: Encoding) -> list[str]:
     if data.encoded:
         return lines
     lines[0] += f" Captions of {STORED_TOKENS} tokens on average."
-    if data.images == MILLION:
+    if data.assumed:
         lines[0] += " Say how many with --images."
     if data.gpu_hours is None or data.flops_per_sample is None:
         return [*lines, "What these encoders cost is not known here: only the SDXL autoencoder and DFN5B-CLIP-H are reckoned."]
@@ -104,11 +123,11 @@ def _data(data: Encoding) -> list[str]:
 
 
 def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right") -> Table:
-    """Narrow enough for 80 characters."""
+    """Narrow enough for 80 characters. Where names are too long for that they go on below; numbers stay whole."""
     look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "caption_justify": "left", "caption_style": "dim"}
-    table = Table("phase", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **look)
+    table = Table(Column("phase", overflow="fold"), title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **look)
     for column in columns:
-        table.add_column(column, justify=justify)
+        table.add_column(column, justify=justify, no_wrap=justify == "right")
     return table
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from microdit.budget.bill import phase_flops
 from microdit.budget.scaling import PATCHES
-from microdit.budget.shapes import Given, shapes_of
+from microdit.budget.shapes import Shapes, assumed_shapes
 from microdit.model.sizes import Size
 from microdit.recipe import DataRecipe, DiffusionRecipe, EMARecipe, EngineRecipe, ModelRecipe, PhaseRecipe, Recipe, RecordRecipe
 
@@ -77,17 +77,22 @@ def file_stem(stage: Stage) -> str:
     return f"{STAGES.index(stage) + 1}-{stage.name}"
 
 
-def stage_flops(stage: Stage, size: Size, given: Given) -> float:
+def stage_flops(stage: Stage, size: Size, shapes: Shapes) -> float:
     """Of one sample."""
     recipe = stage_recipe(stage, size, steps=1, batch_size=1)
-    return phase_flops(recipe, recipe.phases[0], shapes_of(recipe, given))
+    return phase_flops(recipe, recipe.phases[0], shapes)
 
 
 def equivalent_size(size: Size) -> float:
     """Parameters of a dense transformer that costs as much (see scaling.py)."""
-    return stage_flops(STAGES[1], size, Given()) / (6 * PATCHES)
+    return _published_flops(STAGES[1], size) / (6 * PATCHES)
 
 
 def paper_flops(size: Size) -> float:
     """Of the published run, were it done with `size`."""
-    return sum(stage.steps * BATCH * stage_flops(stage, size, Given()) for stage in STAGES)
+    return sum(stage.steps * BATCH * _published_flops(stage, size) for stage in STAGES)
+
+
+def _published_flops(stage: Stage, size: Size) -> float:
+    """Of one sample of the paper's latents and captions."""
+    return stage_flops(stage, size, assumed_shapes(stage_recipe(stage, size, steps=1, batch_size=1)))

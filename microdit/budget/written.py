@@ -17,10 +17,17 @@ def write_recipes(plan: Plan, folder: Path) -> None:
     """One file a phase, for `microdit train FOLDER`. Raises UserError if the folder holds something already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: choose another --out.")
-    chip = f"{plan.machine.count} x {plan.machine.chip.name}"
-    for number, (stem, recipe) in enumerate(plan.recipes.items(), start=1):
-        title = f"# Phase {number} of {len(plan.recipes)} of what {money(plan.dollars)} buy on {chip} (microdit budget --dollars).\n"
-        write_aside(folder / f"{stem}.yaml", (title + recipe_text(recipe)).encode())
+    for name, text in recipe_files(plan).items():
+        write_aside(folder / name, text.encode())
+
+
+def recipe_files(plan: Plan) -> dict[str, str]:
+    """Their text by the file's name."""
+    bought = f"what {money(plan.dollars)} buy on {plan.machine.count} x {plan.machine.chip.name} (microdit budget --dollars)"
+    return {
+        f"{stem}.yaml": f"# Phase {number} of {len(plan.recipes)} of {bought}.\n{recipe_text(recipe)}"
+        for number, (stem, recipe) in enumerate(plan.recipes.items(), start=1)
+    }
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -13,7 +13,7 @@ class Chip:
     name: str
     marks: tuple[str, ...]  # all of them are in the name that the driver gives
     teraflops: float
-    memory_gb: int
+    memory_gb: float
 
 
 # The vendors' published figures, written down in November 2026 without the data sheets at hand. Where a sheet prints the figure "with
@@ -66,6 +66,11 @@ def named_chip(name: str) -> Chip | None:
     first = [chip for chip in CHIPS if _plain(chip.marks[0]) == wanted and len(chip.marks) == 1]  # h100 without more is the SXM one
     endings = [chip for chip in CHIPS if _plain(chip.name).endswith(wanted)]
     return first[0] if first else endings[0] if len(endings) == 1 else None
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether people mean the same by both: rtx5080, "RTX 5080"."""
+    return _plain(one) == _plain(other)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

@@ -178,7 +178,16 @@ def _changes(checkpoint: Checkpoint, recipe: Recipe, sets: list[EncodedSet]) -> 
 
 def _recipe_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     then, now = with_todays_defaults(checkpoint.state["recipe"]), yaml.safe_load(recipe.to_yaml())
+    for key, used in _used_data(checkpoint).items():
+        if then["data"].get(key) is None and now["data"][key] is not None:
+            then["data"][key] = used  # naming what was used all along is no change
     return [change for change in _differences(then, now) if re.split(r"[.:]", change)[0] not in FREE_TO_CHANGE]
+
+
+def _used_data(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What recipes may say of their sets, as the checkpoint's were."""
+    data = checkpoint.state["data"]
+    return {"resolution": data["resolution"], "autoencoder": data["autoencoder"]["name"], "text_encoder": data["text_encoder"]["name"]}
 
 
 def _differences(then: Any, now: Any, key: str = "") -> list[str]:

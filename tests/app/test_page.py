@@ -8,8 +8,13 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+from microdit.app.bills import DATA
 from microdit.app.jobs import WorkQueue
 from microdit.app.server import web_app
+from microdit.budget.machine import find_machine
+from microdit.budget.plan import buy
+from microdit.budget.shapes import Given
+from microdit.budget.written import write_recipes
 from tests.app.serving import served
 from tests.training.processes import RECIPE
 
@@ -116,9 +121,33 @@ def test_the_report_of_the_run_and_the_budget_of_a_recipe(page):
     page.click("#budget .main")
     expect(page.locator("#bill")).to_contain_text("What it costs")
     expect(page.locator("#bill")).to_contain_text("$2.50 a GPU-hour")
+    expect(page.locator("#bill")).to_contain_text("utilisation 35.0% (assumed")
+    page.locator("#budget [name=mfu]").fill("0.5")
+    page.click("#budget .main")
+    expect(page.locator("#bill")).to_contain_text("utilisation 50.0% (--mfu)")
     page.locator("#budget [name=file]").set_input_files({"name": "my.yaml", "mimeType": "text/yaml", "buffer": b"name: [\n"})
     page.click("#budget .main")
     expect(page.locator("#message")).to_be_visible()
+
+
+def test_a_sum_is_answered_with_what_it_buys_and_the_recipes(page):
+    page.get_by_role("tab", name="Budget").click()
+    for name, value in {"count": "1", "price": "2", "images": "200000", "dollars": "3"}.items():
+        page.locator(f"#budget [name={name}]").fill(value)
+    page.click("#budget .main")
+    expect(page.locator("#bill")).to_contain_text("encode 200,000 images")
+    expect(page.locator("#bill")).to_contain_text("of $3.00.")
+    expect(page.locator("#bill")).to_contain_text("--- 1-256-masked.yaml")
+
+
+def test_the_recipes_of_a_sum_are_those_that_the_command_writes(served_page, tmp_path):
+    asked = {"chip": "rtx4090", "count": 1, "price": 0.5, "mfu": 0.3, "dollars": 40, "images": 10_000}
+    text = httpx.post(served_page[1] + "/api/budget", json=asked, timeout=60).json()["text"]
+    machine = find_machine("rtx4090", 1, 0.5, 0.3, None, tmp_path / "none.json")
+    write_recipes(buy(40, machine, Given(), DATA, 10_000), tmp_path / "out")
+    bill, *recipes = text.split("\n--- ")
+    assert "$40.00: " in bill
+    assert dict(part.split("\n", 1) for part in recipes) == {f.name: f.read_text() for f in sorted((tmp_path / "out").iterdir())}
 
 
 @pytest.mark.parametrize("name", ["../pyproject.toml", "/etc/passwd", "", "nothing.yaml"])
@@ -129,7 +158,23 @@ def test_only_recipes_of_the_folder_are_reckoned(served_page, name):
 
 @pytest.mark.parametrize(
     ("fields", "words"),
-    [({"count": 0}, "whole number"), ({"price": "x"}, "price"), ({"chip": "abacus"}, "no chip named abacus"), ({"price": -1}, "0 or more")],
+    [
+        ({"count": 0}, "whole number"),
+        ({"count": True}, "number of GPUs must be a whole number"),
+        ({"price": "x"}, "price"),
+        ({"price": 10**400}, "price must be dollars"),
+        ({"chip": "abacus"}, "no chip named abacus"),
+        ({"price": -1}, "0 or more"),
+        ({"mfu": "x"}, "utilisation must be the share"),
+        ({"mfu": 1.5}, "must lie in (0, 1]"),
+        ({"mfu": True}, "utilisation must be the share"),
+        ({"images": 0}, "number of images must be a whole number"),
+        ({"images": 1.5}, "number of images must be a whole number"),
+        ({"dollars": "x"}, "sum must be dollars"),
+        ({"dollars": -5}, "must be a sum above 0"),
+        ({"dollars": 1e300}, "more than we plan with"),
+        ({"dollars": 5, "text": "name: x"}, "one of the two"),
+    ],
 )
 def test_a_budget_that_cannot_be_is_a_sentence(served_page, fields, words):
     answer = httpx.post(served_page[1] + "/api/budget", json={"recipe": "emoji.yaml", **fields})

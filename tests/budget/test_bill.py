@@ -1,5 +1,6 @@
 """The bill of the published run, against what is known of it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from microdit.budget.bill import bill, config_of
 from microdit.budget.machine import Machine
 from microdit.budget.prices import Price
 from microdit.budget.reckoning import load_recipes, reckon
-from microdit.budget.shapes import shapes_of
+from microdit.budget.shapes import Given, shapes_of
 from microdit.errors import UserError
 from microdit.model.routing import kept_tokens
 from microdit.recipe_file import load_recipe
@@ -83,6 +84,23 @@ def test_every_recipe_of_ours_has_a_bill(path):
     found = reckon(load_recipes(path, None), machine(count=1))
     assert found.dollars > 0
     assert all(phase.advice is not None for phase in found.phases)
+
+
+@pytest.mark.parametrize("name", ["emoji", "emoji-fast", "emoji-long"])
+def test_the_emoji_recipes_are_billed_without_data_as_the_recorded_runs_were_with_it(name, monkeypatch, tmp_path):
+    """Their sets' captions have up to 14 tokens; MiniLM's are taken to have 16 before they are encoded."""
+    monkeypatch.chdir(tmp_path)
+    recorded = json.loads((RECIPES.parent / "docs" / "results" / f"{name}.json").read_text())[0]["flops"]
+    recipes = load_recipes(RECIPES / f"{name}.yaml", None)
+    assert reckon(recipes, machine(count=1), Given(caption_tokens=14)).flops == recorded
+    assert recorded < reckon(recipes, machine(count=1)).flops < 1.05 * recorded
+
+
+def test_the_dry_run_is_billed_for_the_latents_of_its_encoder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shapes = [shapes_of(recipe) for recipe in load_recipes(RECIPES / "microdit-dry", None).values()]
+    assert [item.sides for item in shapes] == [((1.0, side, side),) for side in (4, 4, 8, 8)]
+    assert {(item.latent_channels, item.caption_channels) for item in shapes} == {(8, 384)}
 
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused():

@@ -1,13 +1,16 @@
 """The commands as a person runs them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from microdit.budget.measured import read_measurements
+from microdit.cli_budget import bench
 from microdit.recipe_file import load_recipe
-from tests.budget.test_bill import PUBLISHED
+from tests.budget.test_bill import PUBLISHED, RECIPES
+from tests.budget.test_machine import MEASURED
 from tests.training.processes import RECIPE, start
 
 
@@ -46,6 +49,42 @@ def test_a_sum_becomes_recipes_ready_to_train(tmp_path):
     assert code == 0, output
     assert "Written: microdit train bought" in output
     assert load_recipe(tmp_path / "bought" / "1-256-masked.yaml").data.path == "data/cats"
+    spent = re.search(r"Training \$(\S+) and encoding \$(\S+): \$(\S+) of \$50.00\.", output)
+    training, encoding, both = (float(number) for number in spent.groups())
+    assert training + encoding == pytest.approx(both, abs=0.011)
+    assert both <= 50
+    assert f"${encoding} encode 1,000,000 images (assumed; --images says how many), " in output
+
+
+def test_a_sum_that_encodes_more_than_training_sees_is_told_so(tmp_path):
+    arguments = ["--dollars", 7.26, "--chip", "h100", "--price", 2, "--images", 10**7]
+    code, output = microdit(tmp_path, "budget", *arguments)
+    assert code == 0, output
+    assert re.search(r"Only [\d.]+ M images are seen: encode no more of them \(--images\)\.", output)
+
+
+def test_a_users_own_chip_serves_recipes_and_sums(tmp_path):
+    (tmp_path / "own.yaml").write_text("rtx5080: {teraflops: 112.6, memory_gb: 16, price: 0.3}\n")
+    for what in (["--dollars", 50], [RECIPES / "microdit-tiny"]):
+        code, output = microdit(tmp_path, "budget", *what, "--chip", "RTX5080", "--prices", "own.yaml")
+        assert code == 0, output
+        assert "on 1 x rtx5080 (112.6 TFLOP/s, 16 GB each)" in output
+        assert "$0.30 a GPU-hour (own.yaml)" in output
+
+
+def test_benchs_own_model_is_measured_on_the_papers_shapes_whatever_lies_in_data(tmp_path, monkeypatch, encoded_emoji):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").symlink_to(encoded_emoji)
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def measured(recipe, shapes, *_):
+        seen.append((shapes.latent_channels, shapes.sides, shapes.caption_tokens, shapes.caption_channels))
+        return MEASURED
+
+    monkeypatch.setattr("microdit.budget.bench.measure", measured)
+    bench(recipe=None, seconds=1.0, micro_batch=None, device="cpu", file=tmp_path / "bench.json")
+    assert seen == [(4, ((1.0, 32, 32),), 77, 1024)]
 
 
 def test_bench_measures_a_real_step_and_keeps_it(tmp_path):
@@ -71,7 +110,8 @@ def test_bench_measures_a_real_step_and_keeps_it(tmp_path):
         (["budget", PUBLISHED, "--mfu", 1.5], "must lie in (0, 1]"),
         (["budget", PUBLISHED, "--chip", "t4"], "does not fit: one sample at a time"),
         (["budget", "nowhere.yaml"], "There is no recipe at nowhere.yaml"),
-        (["budget", "--dollars", 0.001], "are too little"),
+        (["budget", "--dollars", 0.001], "say how many there are with --images"),
+        (["budget", "--dollars", 1e300], "more than we plan with"),
         (["bench", "--recipe", "nowhere.yaml"], "There is no recipe at nowhere.yaml"),
     ],
 )

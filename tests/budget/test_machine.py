@@ -29,6 +29,40 @@ def test_your_own_price_wins_over_the_file_and_the_file_over_the_table(tmp_path)
     assert find(tmp_path, prices=file).price == Price(1.5, str(file))
     assert find(tmp_path, chip="l4", prices=file).price == PRICES["L4"]
     assert find(tmp_path).price == PRICES["H100 SXM"]
+    assert find(tmp_path, prices=file).chip == find(tmp_path).chip
+
+
+def test_a_chip_of_ones_own_is_found_by_its_name_as_people_write_it(tmp_path):
+    file = tmp_path / "prices.yaml"
+    file.write_text("RTX 5080: {teraflops: 112.6, memory_gb: 16, price: 0.3}\nh900: {teraflops: 5000, memory_gb: 400}\n")
+    found = find(tmp_path, chip="rtx5080", prices=file)
+    assert (found.chip.name, found.chip.teraflops, found.chip.memory_gb) == ("RTX 5080", 112.6, 16)
+    assert found.price == Price(0.3, str(file))
+    assert find(tmp_path, chip="rtx5080", price=0.1, prices=file).price.dollars == 0.1
+    assert find(tmp_path, chip="h900", price=9.0, prices=file).chip.memory_gb == 400
+    with pytest.raises(UserError, match=r"prices\.yaml has no price of h900: add one, .* or give --price"):
+        find(tmp_path, chip="h900", prices=file)
+    with pytest.raises(UserError, match=r"no chip named rtx5070 .* MI300X, RTX 5080, h900\. Another one is defined in a file for --prices"):
+        find(tmp_path, chip="rtx5070", prices=file)
+
+
+def test_single_figures_of_a_known_chip_are_overridden_and_the_others_stay(tmp_path):
+    file = tmp_path / "prices.yaml"
+    file.write_text("4090: {teraflops: 150}\nH100 SXM: {memory_gb: 96, price: 1.5}\n")
+    ours, theirs = find(tmp_path, chip="rtx4090", prices=file), find(tmp_path, chip="rtx4090")
+    assert (ours.chip.name, ours.chip.teraflops, ours.chip.memory_gb, ours.price) == ("RTX 4090", 150, 24, theirs.price)
+    assert find(tmp_path, prices=file).chip.memory_gb == 96
+    assert find(tmp_path, prices=file).flops_per_second == find(tmp_path).flops_per_second
+    assert find(tmp_path, prices=file).price.dollars == 1.5
+
+
+def test_a_measured_speed_does_not_change_with_the_peak_that_a_user_says(tmp_path):
+    keep_measurement(MEASURED, tmp_path / "bench.json")
+    file = tmp_path / "prices.yaml"
+    file.write_text("rtx4090: {teraflops: 100}\n")
+    ours, theirs = find(tmp_path, chip="rtx4090", prices=file), find(tmp_path, chip="rtx4090")
+    assert ours.flops_per_second == pytest.approx(theirs.flops_per_second)
+    assert ours.utilisation == pytest.approx(0.41 * 1.652)
 
 
 def test_utilisation_is_given_measured_or_assumed_and_says_which(tmp_path):
@@ -36,7 +70,7 @@ def test_utilisation_is_given_measured_or_assumed_and_says_which(tmp_path):
     assert "assumed" in find(tmp_path, chip="4090").utilisation_source
     keep_measurement(MEASURED, tmp_path / "bench.json")
     found = find(tmp_path, chip="4090")
-    assert found.utilisation == 0.41
+    assert found.utilisation == pytest.approx(0.41)
     assert "measured on 2026-11-24" in found.utilisation_source
     assert find(tmp_path, chip="4090", utilisation=0.3).utilisation == 0.3
     assert find(tmp_path, chip="h100").utilisation == ASSUMED_UTILISATION
@@ -88,9 +122,23 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, settings, sentence):
     ("content", "sentence"),
     [
         ("- 1", "must hold chips and dollars"),
-        ("h900: 2", "h900 is no known chip"),
+        ("h900: 2", r"prices\.yaml: h900 is no known chip, so its speed and memory must be said: .h900: .teraflops: 112"),
+        ("h900: {teraflops: 5000, price: 2}", "h900 is no known chip, so its speed and memory"),
         ("h100: cheap", "h100 is cheap"),
+        ("h100:", "h100 is None, and must be the dollars"),
+        (f"h100: {10**400}", "h100 is 10{400}, and must be the dollars"),
+        ("h100: true", "h100 is True, and must be the dollars"),
+        ("h100: {price: .nan}", "h100: price is nan, and must be the dollars of a GPU-hour"),
+        ("h100: {tflops: 900}", r"h100: tflops is no key of a chip: these are teraflops, memory_gb, price\."),
+        ("h100: {teraflops: fast}", r"prices\.yaml: h100: teraflops is fast, and must be a number above 0\."),
+        ("h100: {teraflops: 0}", "teraflops is 0, and"),
+        ("h100: {teraflops: .inf}", "teraflops is inf, and"),
+        ("h100: {teraflops: true}", "teraflops is True, and"),
+        ("h100: {memory_gb: -80}", "memory_gb is -80, and"),
+        ("h100: {memory_gb: .nan}", "memory_gb is nan, and"),
+        ("h100: 2\nH100 SXM: {memory_gb: 90}", "speaks of H100 SXM twice, the second time as H100 SXM: put it into one"),
         ("a: [", "cannot be read"),
+        ("x9: {teraflops: 1, memory_gb: 1}\nX 9: {teraflops: 2, memory_gb: 1}", "speaks of X 9 twice"),
     ],
 )
 def test_a_bad_price_list_is_refused(tmp_path, content, sentence):

@@ -1,5 +1,6 @@
 """What a sum of money buys."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from microdit.budget.plan import LEAST_AT_512, LEAST_IMAGES, STEPS_WANTED, buy
 from microdit.budget.reckoning import load_recipes, reckon
 from microdit.budget.scaling import LARGE, SMALL, WIDTHS, size_of_width, wanted_size
-from microdit.budget.shapes import Given
+from microdit.budget.shapes import Given, assumed_shapes
 from microdit.budget.stages import STAGES, equivalent_size, paper_flops, stage_recipe
 from microdit.budget.written import write_recipes
 from microdit.errors import UserError
@@ -19,8 +20,8 @@ from microdit.recipe_file import load_recipe
 from tests.budget.test_bill import PUBLISHED, machine
 
 
-def buy_on(chip: str, dollars: float, count: int = 1, price: float = 1.0, utilisation: float = 0.4):
-    return buy(dollars, machine(count, price, utilisation, chip), Given(), "data/mine")
+def buy_on(chip: str, dollars: float, count: int = 1, price: float = 1.0, utilisation: float = 0.4, images: int | None = 1000):
+    return buy(dollars, machine(count, price, utilisation, chip), Given(), "data/mine", images)
 
 
 def test_the_table_of_stages_is_the_published_run():
@@ -60,16 +61,26 @@ def test_the_published_runs_money_buys_the_published_run():
 
 
 @pytest.mark.parametrize(
-    ("chip", "count", "dollars"),
-    [("rtx4090", 1, 500), ("rtx4090", 3, 90), ("t4", 1, 4), ("a100", 8, 2000), ("rtx3090", 1, 9), ("h100", 8, 9000)],
+    ("chip", "count", "dollars", "images"),
+    [
+        ("rtx4090", 1, 500, None),
+        ("rtx4090", 3, 90, 5_000_000),
+        ("t4", 1, 4, 1000),
+        ("a100", 8, 2000, 37_000_000),
+        ("rtx3090", 1, 9, None),
+        ("h100", 8, 9000, None),
+    ],
 )
-def test_the_money_is_spent_and_not_more_and_the_recipes_load_and_fit(tmp_path, chip, count, dollars):
-    found = buy_on(chip, dollars, count)
+def test_the_money_is_spent_and_not_more_and_the_recipes_load_and_fit(tmp_path, chip, count, dollars, images):
+    """Training and encoding together, each as the bill of the recipes that were written says."""
+    found = buy_on(chip, dollars, count, images=images)
     write_recipes(found, tmp_path / "out")
     recipes = load_recipes(tmp_path / "out", None)
     assert recipes == found.recipes
-    reckoned = reckon(recipes, found.machine)
-    assert 0.99 * dollars < reckoned.dollars <= dollars
+    reckoned = reckon(recipes, found.machine, images=images)
+    assert reckoned.encoding == found.encoding
+    assert 0.99 * dollars < reckoned.dollars + reckoned.encoding.dollars <= dollars
+    assert reckoned.encoding.images == (images or 1_000_000)
     assert all(phase.fits for phase in reckoned.phases)
     assert found.widths[0] <= found.width <= found.widths[1] or found.smaller_for_memory
     assert all(recipe.data.path == "data/mine" for recipe in recipes.values())
@@ -104,13 +115,73 @@ def test_the_uncertainty_is_said_in_words():
     assert any(f"width {found.widths[0]} to {found.widths[1]}" in line for line in found.in_words())
 
 
-def test_too_little_money_says_how_much_is_needed_and_that_is_enough():
-    with pytest.raises(UserError, match=r"\$0\.01 are too little: on H100 SXM they pay for .* these take \$0\.\d\d\.") as caught:
-        buy_on("h100", 0.01)
+@pytest.mark.parametrize(
+    ("dollars", "images", "sentence"),
+    [
+        (
+            0.01,
+            1000,
+            r"\$0\.01 are too little: on H100 SXM, after \$0\.00 for encoding 1,000 images \(--images\) they pay for .* one is \$0\.\d\d\.",
+        ),
+        (0.37, None, r"after \$0\.36 for encoding 1,000,000 images \(--images\) they pay for "),
+        (
+            0.2,
+            None,
+            r"on H100 SXM, encoding 1,000,000 images alone takes \$0\.36: say how many there are with --images\. .* is \$0\.\d\d\.",
+        ),
+    ],
+)
+def test_too_little_money_says_how_much_is_needed_and_that_is_enough(dollars, images, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        buy_on("h100", dollars, images=images)
     enough = float(str(caught.value).rsplit("$", 1)[1].rstrip("."))
-    found = buy_on("h100", enough)
+    found = buy_on("h100", enough, images=images)
     assert found.width == WIDTHS[0]
     assert sum(recipe.phases[0].steps * recipe.phases[0].batch_size for recipe in found.recipes.values()) > 0.9 * LEAST_IMAGES
+
+
+def test_pictures_that_cost_more_leave_less_for_training_and_those_of_256_px_are_paid_alone_where_no_others_are_seen():
+    few, many = buy_on("h100", 100, images=1000), buy_on("h100", 100, images=20_000_000)
+    assert many.flops / few.flops == pytest.approx(1 - many.encoding.dollars / 100, rel=0.001)
+    assert many.gpu_hours * 3600 * 989.4e12 * 0.4 == pytest.approx(many.flops)
+    assert "20,000,000 images (--images says how many)" in many.in_words()[0]
+    little = buy_on("h100", 2, images=None)
+    assert list(little.recipes) == ["1-256-masked", "2-256-full"]
+    assert little.encoding.flops_per_sample < many.encoding.flops_per_sample / 3
+    assert "1,000,000 images (assumed; --images says how many)" in little.in_words()[0]
+
+
+def test_what_is_encoded_already_costs_nothing_more(monkeypatch):
+    """Each stage's shapes as if read from a set of 1,000 images."""
+    there = lambda recipe, given: replace(assumed_shapes(recipe, given), samples=1000, bytes=10**8)  # noqa: E731
+    monkeypatch.setattr("microdit.budget.plan.shapes_of", there)
+    found = buy_on("h100", 100, images=None)
+    assert found.gpu_hours == pytest.approx(100)
+    assert "the images are encoded already" in found.in_words()[0]
+
+
+def test_only_the_set_that_is_named_is_looked_at(tmp_path, monkeypatch, encoded_emoji):
+    """At 16 px it holds nothing that the phases could be trained on."""
+    monkeypatch.chdir(tmp_path)
+    before = buy_on("h100", 100)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").symlink_to(encoded_emoji)
+    with pytest.raises(
+        UserError, match=r"holds the resolutions 16: .* need 256 and 512 px: encode data/mine at both, or name another --data"
+    ):
+        buy_on("h100", 100)
+    other = buy(100, before.machine, Given(), "data/other", 1000)
+    assert (other.flops, other.wanted, other.equivalent) == (before.flops, before.wanted, before.equivalent)
+
+
+@pytest.mark.parametrize("dollars", [1e300, 1e12])
+def test_more_than_is_planned_with_is_refused_and_what_is_named_is_not(dollars):
+    with pytest.raises(
+        UserError, match=r"--dollars is 1e\+\d+, and more than we plan with: on H100 SXM that ends at \$[\d,.]+, 1e\+24"
+    ) as caught:
+        buy_on("h100", dollars)
+    most = float(str(caught.value).split("$")[1].split(", ")[0].replace(",", ""))
+    assert buy_on("h100", most - 1).flops == pytest.approx(1e24, rel=1e-4)
 
 
 @pytest.mark.parametrize("dollars", [0, -5, float("nan"), float("inf")])

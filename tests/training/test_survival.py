@@ -272,6 +272,17 @@ def test_a_run_of_an_earlier_version_goes_on_where_recipes_have_got_new_keys_sin
     assert "optimizer.no_more_known: 1 then, None now" in unknown.output
 
 
+def test_a_recipe_may_begin_to_name_the_encoders_and_the_resolution_that_it_used_all_along(tmp_path, encoded_emoji, whole_run):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    named = ["data.resolution=16", "data.autoencoder=pixels", "data.text_encoder=minilm"]
+    same = train(run, encoded_emoji, "--resume", *named)
+    assert same.wait() == [0], same.output
+    other = train(run, encoded_emoji, "--resume", "data.autoencoder=icon")
+    assert other.wait() == [1]
+    assert "data.autoencoder is icon, but" in other.output
+
+
 def test_a_step_that_is_not_finite_is_not_taken_and_the_weights_go_back(tmp_path, encoded_emoji):
     """An absurd rate in one step ruins the weights; the steps after it cannot be taken; then all goes on from the checkpoint."""
     phases = (

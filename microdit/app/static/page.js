@@ -201,8 +201,8 @@ function startBudget(about) {
     event.preventDefault();
     say("");
     try {
-      const file = inputs.file.files[0], price = inputs.price.value;
-      const asked = { chip: inputs.chip.value, count: Number(inputs.count.value), price: price === "" ? null : Number(price) };
+      const file = inputs.file.files[0], asked = { chip: inputs.chip.value };
+      for (const name of ["count", "price", "mfu", "images", "dollars"]) asked[name] = inputs[name].value === "" ? null : Number(inputs[name].value);
       if (file) asked.text = await file.text();
       else asked.recipe = inputs.recipe.value;
       byId("bill").textContent = (await ask("POST", "api/budget", asked)).text;
