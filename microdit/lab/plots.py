@@ -87,7 +87,9 @@ def _draw_arm(axes: Axes, budget: Budget, plan: ArmPlan, results: list[dict[str,
     y = [spread.mean for _, spread in spreads]
     bars = [spread.deviation if spread.seeds > 1 else 0.0 for _, spread in spreads]
     colour = COLOURS[number % len(COLOURS)]
-    axes.errorbar(x, y, bars, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=5, capsize=3, linewidth=1.4, label=arm)
+    # Arms with an end alone lie above each other: hollow, so that each is seen.
+    look = {"markersize": 5} if len(x) > 1 else {"markersize": 8, "markerfacecolor": "none"}
+    axes.errorbar(x, y, bars, color=colour, marker=MARKERS[number % len(MARKERS)], capsize=3, linewidth=1.4, label=arm, **look)
 
 
 def _dress(axes: Axes) -> None:
