@@ -33,17 +33,14 @@ def main() -> None:
     study, recipes = load_study(PROJECT / "recipes" / "lab" / "size.yaml")
     plans, results = read_plan(out), read_results(out)
     sizes = {arm: plans[arm].flops_per_step / (recipes[arm].phases[0].batch_size * 6 * PATCHES) for arm in study.arms}
-    print("| FLOPs | " + " | ".join(f"{arm}, {size / 1e6:.2f} M" for arm, size in sizes.items()) + " | best size, M | seeds alone |")
-    print("|---|" + "---|" * (len(sizes) + 2))
+    print("| FLOPs | " + " | ".join(f"{arm}, {size / 1e6:.2f} M" for arm, size in sizes.items()) + " | best size |")
+    print("|---|" + "---|" * (len(sizes) + 1))
     found: list[tuple[float, float]] = []
     for share in study.readings:
         flops = share * plans[study.reference.arm].flops_per_step * study.reference.steps
-        losses = {seed: {arm: loss_of(results, plans[arm], arm, seed, share) for arm in sizes} for seed in study.seeds}
-        means = {arm: mean(losses[seed][arm] for seed in study.seeds) for arm in sizes}
-        best = best_size(list(sizes.values()), list(means.values()))
-        alone = [best_size(list(sizes.values()), list(losses[seed].values())) for seed in study.seeds]
-        cells = [f"{loss:.3f}" for loss in means.values()] + [in_words(best, sizes), ", ".join(in_words(one, sizes) for one in alone)]
-        print(f"| {flops:.2e} | " + " | ".join(cells) + " |")
+        losses = {arm: mean(loss_of(results, plans[arm], arm, seed, share) for seed in study.seeds) for arm in sizes}
+        best = best_size(list(sizes.values()), list(losses.values()))
+        print(f"| {flops:.2e} | {' | '.join(f'{loss:.3f}' for loss in losses.values())} | {in_words(best, sizes)} |")
         found += [(flops, best)] if best is not None and min(sizes.values()) <= best <= max(sizes.values()) else []
     compare(found)
 
@@ -70,8 +67,7 @@ def power_law(points: list[tuple[float, float]]) -> tuple[float, float]:
 def in_words(best: float | None, sizes: dict[str, float]) -> str:
     if best is None:
         return "none"
-    low, high = min(sizes.values()), max(sizes.values())
-    return f"{best / 1e6:.2f}" + (" (beyond the arms)" if not low <= best <= high else "")
+    return "below the arms" if best < min(sizes.values()) else "above the arms" if best > max(sizes.values()) else f"{best / 1e6:.2f} M"
 
 
 def compare(found: list[tuple[float, float]]) -> None:
