@@ -106,17 +106,17 @@ def buy(dollars: float, machine: Machine, given: Given, data: str, images: int |
         if recipes is not None:
             widths = _nearest(wanted.middle / UNCERTAINTY), _nearest(wanted.middle * UNCERTAINTY)
             return Plan(
-                dollars,
-                purse.encoding,
-                purse.flops,
-                purse.flops / _flops_per_dollar(machine) / machine.price.dollars,
-                wanted,
-                width,
-                widths,
-                equivalent_size(size_of_width(width)),
-                width < best,
-                machine,
-                recipes,
+                dollars=dollars,
+                encoding=purse.encoding,
+                flops=purse.flops,
+                gpu_hours=purse.flops / _flops_per_dollar(machine) / machine.price.dollars,
+                wanted=wanted,
+                width=width,
+                widths=widths,
+                equivalent=equivalent_size(size_of_width(width)),
+                smaller_for_memory=width < best,
+                machine=machine,
+                recipes=recipes,
             )
     raise UserError(f"Not even the smallest of our sizes fits {machine.count} x {machine.chip.name} of {machine.chip.memory_gb:g} GB.")
 
