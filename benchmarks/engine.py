@@ -95,7 +95,7 @@ def spent_on(work: Callable[[], object]) -> tuple[float, float]:
 def bare_step(recipe: Recipe, run: Path, world: World) -> Callable[[int], None]:
     trainer = Trainer(recipe, run, Console(quiet=True), world)
     phase, state = recipe.phases[0], trainer.state
-    batches = [trainer._batch(number) for number in range(MANY)]
+    batches = [trainer.share(number).parts[0].to(world.device) for number in range(MANY)]
     weights = list(state.model.parameters())
     state.optimizers.set_rate(1e-3)
 
@@ -112,14 +112,11 @@ def checkpoint(name: str, overrides: list[str], batch: int, place: Path, world: 
     """The wait of the loop, in steps; how much longer a step takes while the writing goes on; megabytes."""
     recipe = load_recipe(Path("recipes/emoji.yaml"), [*overrides, ONE_PHASE.format(steps=1000, batch=batch)])
     trainer = Trainer(recipe, place / name, Console(quiet=True), world)
-    batch_of_step, phase, state = trainer._batch(0), recipe.phases[0], trainer.state
+    share, phase, state = trainer.share(0), recipe.phases[0], trainer.state
     state.optimizers.set_rate(1e-5)
 
     def step() -> None:
-        state.loss(batch_of_step).mean().backward()
-        state.clip(phase.grad_clip)
-        state.take_step(0)
-        state.optimizers.zero_grad()
+        state.learn(share.parts, 0, phase.grad_clip, trainer.guard).values()
 
     for _ in range(2):
         step()

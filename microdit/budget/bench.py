@@ -20,6 +20,7 @@ from microdit.model.sizes import SIZES
 from microdit.recipe import EngineRecipe, Recipe
 from microdit.training.chips import find_chip, peak_flops
 from microdit.training.draws import TrainingBatch, add_draws
+from microdit.training.guard import Guard
 from microdit.training.memory import keep_freed_memory
 from microdit.training.parallel import compute_dtype
 from microdit.training.record import device_name
@@ -53,17 +54,13 @@ def measure(recipe: Recipe, shapes: Shapes, world: World, seconds: float, advanc
     config = config_of(recipe, shapes)
     state = TrainingState(recipe, config, world, None, fresh=True)
     state.optimizers.set_rate(phase.learning_rate)
+    guard = Guard(recipe.guard, device)
     batch = _random_batch(recipe, shapes, state, micro_batch).to(device)
     dtype = compute_dtype(recipe.engine, device)
     peak, peak_source = peak_flops(device, dtype)
 
     def step(number: int) -> None:
-        state.loss(batch).mean().backward()
-        state.clip(phase.grad_clip)
-        state.take_step(number)
-        state.optimizers.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        state.learn([batch], number, phase.grad_clip, guard).values()
 
     for number in range(WARM_UP):
         step(number)

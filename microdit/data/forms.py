@@ -7,6 +7,8 @@ padding vectors of the whole context, as the authors' models were trained.
 Shape legend: C channels, H W height and width, L caption tokens, E channels of a token.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -30,22 +32,47 @@ def pack_text(text_LE: Floats, form: CaptionForm) -> bytes:
     return _pack(text_LE, "int8" if form == "int8" else "fp16")
 
 
-def unpack(blobs: list[memoryview], values: int, form: LatentForm | CaptionForm) -> tuple[Tensor, Tensor]:
-    """Several packed arrays of rows of `values` numbers, of any form but `ids`: (B, R, values) float32, zeros behind the rows of each, and
-    how many rows each has, (B,). The rows are a caption's tokens, or the channels of latents.
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows of numbers as they are stored, (B, R, V): int8 with a float16 scale for each row, (B, R, 1), or floats without. Zeros behind the
+    rows of each."""
 
-    The stored numbers are put together first and converted once: one conversion for each sample would take many times as long.
+    numbers_BRV: Tensor
+    scale_BR1: Tensor | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "StoredRows":
+        return StoredRows(change(self.numbers_BRV), None if self.scale_BR1 is None else change(self.scale_BR1))
+
+    def expand(self) -> Tensor:
+        """(B, R, V) float32, on the device where they are."""
+        numbers_BRV = self.numbers_BRV.float()
+        return numbers_BRV if self.scale_BR1 is None else numbers_BRV * self.scale_BR1.float()
+
+
+def stack(blobs: list[memoryview], values: int, form: LatentForm | CaptionForm, multiple: int = 1) -> tuple[StoredRows, Tensor]:
+    """Put packed arrays of rows of `values` numbers together, of any form but `ids`, with room for a `multiple` of rows.
+
+    Also returns how many rows each has, (B,). The rows are a caption's tokens, or the channels of latents.
     """
     dtype, row_bytes = (np.int8, values + SCALE_BYTES) if form == "int8" else (np.float16, 2 * values)
     rows_B = [len(blob) // row_bytes for blob in blobs]
-    stored_BRV = np.zeros((len(blobs), max(rows_B), values), dtype)
-    scale_BR1 = np.zeros((len(blobs), max(rows_B), 1), np.float16)
+    room = -(-max(rows_B) // multiple) * multiple
+    stored_BRV = np.zeros((len(blobs), room, values), dtype)
+    scale_BR1 = np.zeros((len(blobs), room, 1), np.float16) if form == "int8" else None
     for index, (blob, rows) in enumerate(zip(blobs, rows_B, strict=True)):
-        start = SCALE_BYTES * rows if form == "int8" else 0
-        scale_BR1[index, :rows, 0] = np.frombuffer(blob, np.float16, rows) if form == "int8" else 1
+        start = 0
+        if scale_BR1 is not None:
+            scale_BR1[index, :rows, 0] = np.frombuffer(blob, np.float16, rows)
+            start = SCALE_BYTES * rows
         stored_BRV[index, :rows] = np.frombuffer(blob, dtype, offset=start).reshape(rows, values)
-    numbers_BRV = torch.from_numpy(stored_BRV).float()
-    return (numbers_BRV * torch.from_numpy(scale_BR1).float() if form == "int8" else numbers_BRV), torch.tensor(rows_B)
+    scale = None if scale_BR1 is None else torch.from_numpy(scale_BR1)
+    return StoredRows(torch.from_numpy(stored_BRV), scale), torch.tensor(rows_B)
+
+
+def unpack(blobs: list[memoryview], values: int, form: LatentForm | CaptionForm) -> tuple[Tensor, Tensor]:
+    """`stack`, expanded: (B, R, values) float32, and how many rows each has, (B,)."""
+    stored, rows_B = stack(blobs, values, form)
+    return stored.expand(), rows_B
 
 
 def pack_ids(ids: list[int]) -> bytes:

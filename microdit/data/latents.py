@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from microdit.data.card import read_card
-from microdit.data.forms import unpack, unpack_ids
+from microdit.data.forms import StoredRows, stack, unpack, unpack_ids
 from microdit.data.order import PhaseOrder, Place, SampleOrder
 from microdit.data.shards import DamagedShard, Shard
 from microdit.encoders.text import TextEncoder, load_text_encoder
@@ -33,6 +33,48 @@ class Batch:
     latents_BCHW: Tensor
     text_BLE: Tensor
     text_mask_BL: Tensor
+
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """A batch in the 8 or 16 bits in which it is stored: a quarter of the bytes to copy to a GPU, which `expand` then does there.
+
+    `latents` (B, C, H * W); `text` (B, L, E), of which the first `text_lengths_B` tokens are the caption's; `sides` H and W.
+    """
+
+    latents: StoredRows
+    sides: tuple[int, int]
+    flipped_B: Tensor | None
+    text: StoredRows
+    text_lengths_B: Tensor
+
+    def __len__(self) -> int:
+        return len(self.text_lengths_B)
+
+    def to(self, device: torch.device) -> "StoredBatch":
+        """Without waiting, if it is pinned."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> "StoredBatch":
+        """A copy in memory from which a GPU reads by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def split(self, size: int) -> "list[StoredBatch]":
+        """Into micro-batches of `size`."""
+        return [self._each(lambda tensor, at=start: tensor[at : at + size]) for start in range(0, len(self), size)]  # type: ignore[misc]
+
+    def expand(self) -> Batch:
+        """As float32, on the device where it is."""
+        latents_BCHW = self.latents.expand().unflatten(2, self.sides)
+        if self.flipped_B is not None:
+            latents_BCHW = torch.where(self.flipped_B.view(-1, 1, 1, 1), latents_BCHW.flip(-1), latents_BCHW)
+        text_BLE = self.text.expand()
+        mask_BL = torch.arange(text_BLE.shape[1], device=text_BLE.device) < self.text_lengths_B[:, None]
+        return Batch(latents_BCHW, text_BLE, mask_BL)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "StoredBatch":
+        flipped_B = None if self.flipped_B is None else change(self.flipped_B)
+        return StoredBatch(self.latents.map(change), self.sides, flipped_B, self.text.map(change), change(self.text_lengths_B))
 
 
 class EncodedSet:
@@ -102,12 +144,24 @@ class EncodedSet:
 
     def text(self, blobs: list[memoryview]) -> tuple[Tensor, Tensor]:
         """Of stored captions: (B, L, E) float32, zeros where the mask (B, L) is False."""
-        form = self.card["settings"]["captions"]
-        if form == "ids":
-            with torch.no_grad():
-                return self._text_encoder.embed([unpack_ids(blob) for blob in blobs])
-        text_BLE, lengths_B = unpack(blobs, self.card["text_channels"], form)
+        stored, lengths_B = self.stored_text(blobs)
+        text_BLE = stored.expand()
         return text_BLE, torch.arange(text_BLE.shape[1]) < lengths_B[:, None]
+
+    def stored_latents(self, blobs: list[memoryview], bucket: int) -> StoredRows:
+        """(B, C, H * W)."""
+        _, height, width = self.latent_shape(bucket)
+        return stack(blobs, height * width, self.card["settings"]["latents"])[0]
+
+    def stored_text(self, blobs: list[memoryview], multiple: int = 1) -> tuple[StoredRows, Tensor]:
+        """(B, L, E), L a `multiple`, and how many tokens each caption has, (B,). Token numbers are embedded."""
+        form = self.card["settings"]["captions"]
+        if form != "ids":
+            return stack(blobs, self.card["text_channels"], form, multiple)
+        with torch.no_grad():
+            text_BLE, mask_BL = self._text_encoder.embed([unpack_ids(blob) for blob in blobs])
+        missing = -text_BLE.shape[1] % multiple
+        return StoredRows(torch.nn.functional.pad(text_BLE, (0, 0, 0, missing)), None), mask_BL.sum(dim=1)
 
     def column(self, name: str) -> list[Any]:
         """`key`, `captions` or `weights` of all rows, shard by shard."""
@@ -171,6 +225,10 @@ class Mixture:
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The samples of a step, or a rank's share: every `world`-th. Raises UserError for a damaged row, unless it may be skipped."""
+        return self.stored(step, rank, world).expand()
+
+    def stored(self, step: int, rank: int = 0, world: int = 1, caption_multiple: int = 1) -> StoredBatch:
+        """`batch`, as it is stored. Captions are padded to a multiple of `caption_multiple` tokens."""
         places = self._order.batch(step)[rank::world]
         samples = []
         self._read += len(places)
@@ -180,12 +238,14 @@ class Mixture:
                 samples.append(self.sets[place.set].read(place.bucket, place.row, place.draw))
             except DamagedShard as damage:
                 samples.append(self._replacement(self.sets[place.set], place, damage))
-        latents_BCHW = self.sets[0].latents([latents for latents, _ in samples], places[0].bucket)
+        latents = self.sets[0].stored_latents([latents for latents, _ in samples], places[0].bucket)
+        _, *sides = self.sets[0].latent_shape(places[0].bucket)
+        flipped_B = None
         if self.flip:
             generator = np.random.default_rng([self._seed, step, 1])
             flipped_B = torch.from_numpy(generator.random(len(places) * world) < 0.5)[rank::world]
-            latents_BCHW = torch.where(flipped_B.view(-1, 1, 1, 1), latents_BCHW.flip(-1), latents_BCHW)
-        return Batch(latents_BCHW, *self.sets[0].text([text for _, text in samples]))
+        text, lengths_B = self.sets[0].stored_text([text for _, text in samples], caption_multiple)
+        return StoredBatch(latents, (sides[0], sides[1]), flipped_B, text, lengths_B)
 
     def where(self) -> str:
         """What is being read now, in words, for whoever waits for it."""

@@ -1,6 +1,5 @@
 """What a training step costs: FLOPs by formula, seconds by the clock."""
 
-import math
 import time
 from collections.abc import Callable
 
@@ -14,8 +13,8 @@ MOMENTS = 4  # steps that are timed for a whole training, or more where it has m
 
 def flops_of_a_step(trainer: Trainer) -> float:
     """Forward and backward, of the whole batch, on average over the training."""
-    batch = trainer._batch(0)
-    return trainer.work.after(0, math.prod(trainer._grid(batch)), batch.text_BLE.shape[1]) / trainer.recipe.total_steps
+    share = trainer.share(0)
+    return trainer.work.after(0, share.tokens, share.caption_tokens) / trainer.recipe.total_steps
 
 
 def seconds_of_a_step(trainers: dict[str, Trainer]) -> dict[str, float]:
@@ -43,14 +42,11 @@ def moments(recipe: Recipe) -> list[tuple[int, float]]:
 
 def stepper(trainer: Trainer, step: int = 0) -> Callable[[], None]:
     """What the trainer does in step number `step`, without reading and recording."""
-    phase, state, batch = trainer.recipe.phase_at(step)[0], trainer.state, trainer._batch(step)
+    phase, state, share = trainer.recipe.phase_at(step)[0], trainer.state, trainer.share(step)
 
     def take() -> None:
         state.optimizers.set_rate(phase.learning_rate)
-        state.loss(batch).mean().backward()
-        state.clip(phase.grad_clip)
-        state.take_step(1)
-        state.optimizers.zero_grad()
+        state.learn(share.parts, 1, phase.grad_clip, trainer.guard).values()
 
     return take
 

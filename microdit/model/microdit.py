@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from microdit.model.blocks import Block, BlockShape, Head, KeysValues, layer_norm
 from microdit.model.caption import Caption, CaptionEmbedder
-from microdit.model.patches import patchify, sincos_positions
+from microdit.model.patches import patchify, positions_on
 from microdit.model.routing import METHODS, Restore, Routing, make_route
 
 TIME_FREQUENCIES = 512
@@ -139,7 +139,7 @@ class MicroDiT(nn.Module):
         """
         dtype = self.patch_embed.weight.dtype  # latents and noise levels come in float32, whatever the weights compute in
         patches_BTP = patchify(latents_BCHW, self.config.patch_size).to(dtype)
-        x_BTD = self.patch_embed(patches_BTP) + self._positions(latents_BCHW, self.config.dim).to(dtype)
+        x_BTD = self.patch_embed(patches_BTP) + self._positions(latents_BCHW, self.config.dim, dtype)
         condition_BD = F.gelu(self._embed_noise(c_noise_B) + caption.pooled_BD, approximate="tanh")
 
         def run(blocks: Iterable[nn.Module], x_BTD: Tensor, narrow: nn.Module | None = None) -> Tensor:
@@ -163,7 +163,7 @@ class MicroDiT(nn.Module):
         x_BTD = self.restore(self.decoder_in(x_BKD), earlier_BTD, route)
         x_BTD = run(dense_again, x_BTD)
         if self.decoder:
-            x_BTD = x_BTD + self._positions(latents_BCHW, self.config.mixer_dim).to(dtype)  # mask tokens are all alike
+            x_BTD = x_BTD + self._positions(latents_BCHW, self.config.mixer_dim, dtype)  # mask tokens are all alike
             x_BTD = run(self.decoder, x_BTD, self.decoder_caption)
         return self.head(x_BTD, condition_BD)
 
@@ -209,13 +209,12 @@ class MicroDiT(nn.Module):
 
     def _run(self, block: nn.Module, *inputs: Tensor | KeysValues | None) -> Tensor:
         if self.recompute_blocks and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # a block draws nothing
         return block(*inputs)
 
-    def _positions(self, latents_BCHW: Tensor, dim: int) -> Tensor:
+    def _positions(self, latents_BCHW: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
         rows, columns = (side // self.config.patch_size for side in latents_BCHW.shape[-2:])
-        table = sincos_positions(rows, columns, dim, self.config.position_scale)
-        return table.to(latents_BCHW)
+        return positions_on(latents_BCHW.device, dtype, rows, columns, dim, self.config.position_scale)
 
     def _embed_noise(self, c_noise_B: Tensor) -> Tensor:
         """[cos | sin] of the noise level at geometric frequencies from 1 to 1/10000, through an MLP."""

@@ -49,3 +49,10 @@ def sincos_positions(rows: int, columns: int, dim: int, scale: float = 1.0) -> T
         angle = np.outer((position / np.float32(scale)).reshape(-1), frequencies)
         halves += [np.sin(angle), np.cos(angle)]
     return torch.from_numpy(np.concatenate(halves, axis=1)).float()
+
+
+@lru_cache(maxsize=64)
+def positions_on(device: torch.device, dtype: torch.dtype, rows: int, columns: int, dim: int, scale: float) -> Tensor:
+    """`sincos_positions`, kept where they are used: a copy in every forward pass would make the program wait for the GPU."""
+    with torch.inference_mode(False):  # whoever is first: training takes no tensors that were made in that mode
+        return sincos_positions(rows, columns, dim, scale).to(device, dtype)

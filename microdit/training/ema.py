@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from microdit.recipe import EMARecipe
+from microdit.training.shards import local
 
 
 class EMA:
@@ -20,19 +20,18 @@ class EMA:
         self.averages: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After step number `step` (from 0): average += (1 - decay) * (weights - average)."""
+    def update(self, step: int, taken: Tensor) -> None:
+        """After step number `step` (from 0): average += (1 - decay) * (weights - average).
+
+        `taken`: 1.0, or 0.0 if the step was not taken, which leaves the average as it was; a scalar on the weights' device.
+        """
         averages, weights = [local(tensor) for tensor in self.averages.values()], [local(weight) for weight in self._weights]
         if step < self.start:
             torch._foreach_copy_(averages, weights)
             return
         decay = self.decay if self.start else min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's share of a tensor; averaging needs no other."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        share = taken * (1 - decay)
+        torch._foreach_lerp_(averages, weights, [share.expand_as(weight) for weight in weights])
 
 
 def names_of(emas: list[EMARecipe]) -> list[str]:

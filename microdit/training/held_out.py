@@ -12,7 +12,7 @@ from microdit.errors import UserError
 from microdit.pipeline import first_noise
 from microdit.recipe import Recipe
 from microdit.training.draws import TrainingBatch
-from microdit.training.tally import Tally, by_noise
+from microdit.training.tally import StepSums, Tally, by_noise
 
 MICRO_BATCH = 32
 
@@ -49,7 +49,7 @@ class HeldOut:
             batch = self._batch(mine[start : start + MICRO_BATCH]).to(self._world.device)
             tally.add(loss(batch), batch.sigma_B, self._edm)
         self._world.sum(tally.sums)
-        sums = tally.result()
+        sums = StepSums.of(tally.sums.tolist())
         return {"held_out_loss": sums.loss, "held_out_by_noise": by_noise(sums.losses, sums.counts)}
 
     def _batch(self, numbers: range) -> TrainingBatch:

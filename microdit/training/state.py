@@ -1,4 +1,9 @@
-"""What training changes: weights, their averages, the optimizers' moments. Spread over processes as the recipe says."""
+"""What training changes: weights, their averages, the optimizers' moments. Spread over processes as the recipe says.
+
+`learn` is a whole step. It gives the device its work and waits for none of it.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,11 +14,15 @@ from microdit.distributed import World
 from microdit.model.microdit import MicroDiT, ModelConfig
 from microdit.pipeline import model_of
 from microdit.recipe import Recipe
+from microdit.training.draws import MicroBatch
 from microdit.training.ema import EMA, names_of
+from microdit.training.guard import Guard, Verdict
 from microdit.training.optim import Optimizers
-from microdit.training.parallel import compute_dtype, prepare_blocks, sharding_of, wrap
+from microdit.training.parallel import GradientSums, compute_dtype, prepare_blocks, sharding_of, wrap
 from microdit.training.saving import Tensors, load_into, whole
+from microdit.training.shards import foreach_works, total_norm
 from microdit.training.step import DenoisingLoss
+from microdit.training.tally import SUMS, Reading, StepSums, Tally
 
 
 class TrainingState:
@@ -37,22 +46,48 @@ class TrainingState:
         self.loss = wrap(loss, recipe.engine, self.sharding, world)
         if empty and self.sharding == "fsdp":  # only now: shards are all that fits
             loss.to_empty(device=world.device)
+        self._world = world
         self._weights = list(self.model.parameters())
+        self._sums = GradientSums(self.loss, parameters)
         self.optimizers = Optimizers(self.model, recipe.optimizer)
         self.averages = dict(zip(names_of(recipe.ema), (EMA(self.model, ema) for ema in recipe.ema), strict=True))
 
-    def clip(self, largest_norm: float) -> float:
-        """Scale the gradients down to the norm `largest_norm`, if theirs is larger. Returns what it was, over all processes."""
-        gradients = [weight.grad for weight in self._weights if weight.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients, foreach=True))
-        torch.nn.utils.clip_grads_with_norm_(self._weights, largest_norm, norm, foreach=True)
-        return norm.item()
+    def learn(
+        self, parts: Sequence[MicroBatch], step: int, grad_clip: float, guard: Guard, stops: tuple[bool, bool] = (False, False)
+    ) -> Reading:
+        """Queue step number `step` (from 0): gradients of the mean loss over the global batch, clipped; the optimizers; the averages.
 
-    def take_step(self, step: int) -> None:
-        """Step number `step` (from 0), on gradients that are there."""
-        self.optimizers.step()
+        `parts` is this process's share, in micro-batches; `stops` what it was asked (`Tally.add_stops`). Nothing here waits for the device.
+        `what_happened` makes sense of the numbers to come. All processes must call this.
+        """
+        device, samples = self._world.device, sum(len(part) for part in parts)
+        tally = Tally(device)
+        for number, part in enumerate(parts, start=1):
+            batch = part.to(device)
+            with self._sums.over_processes(number == len(parts)):
+                loss_B = self.loss(batch)
+                (loss_B.sum() / samples).backward()
+            tally.add(loss_B, batch.sigma_B, self.edm)
+        tally.add_stops(*stops)
+        self._world.sum(tally.sums)
+        loss, grad_norm = tally.loss, self.clip(grad_clip)
+        taken, usual = guard.judge(loss, grad_norm)
+        self.take_step(step, taken)
+        self.optimizers.zero_grad()
+        return Reading(torch.cat([tally.sums, torch.stack([loss, grad_norm.to(loss.dtype), taken.to(loss.dtype), usual.to(loss.dtype)])]))
+
+    def clip(self, largest_norm: float) -> Tensor:
+        """Scale the gradients down to the norm `largest_norm`, if theirs is larger. Returns theirs, over all processes, on the device."""
+        leaves = self.optimizers.take_gradients()
+        norm = total_norm([leaf.grad for leaf in leaves if leaf.grad is not None], self.sharding == "fsdp" and self._world.size > 1)
+        torch.nn.utils.clip_grads_with_norm_(leaves, largest_norm, norm, foreach=foreach_works(norm.device))
+        return norm
+
+    def take_step(self, step: int, taken: Tensor) -> None:
+        """Step number `step` (from 0), on gradients that `clip` has seen; nothing changes if `taken`, a scalar on the device, is 0."""
+        self.optimizers.step(taken)
         for average in self.averages.values():
-            average.update(step)
+            average.update(step, taken)
 
     def is_finite(self) -> bool:
         """Whether every weight is a number. All processes must call this."""
@@ -93,3 +128,9 @@ def _build(config: ModelConfig, recipe: Recipe, weights: dict[str, Tensor] | Non
         model = MicroDiT(config)
     model.load_state_dict(weights, assign=True)
     return model.train().requires_grad_(True).to(device)
+
+
+def what_happened(values: list[float]) -> tuple[StepSums, Verdict]:
+    """The numbers of a step that `TrainingState.learn` has queued, once they are read."""
+    loss, grad_norm, taken, usual = values[SUMS:]
+    return StepSums.of(values[:SUMS]), Verdict(loss, grad_norm, taken > 0, usual)

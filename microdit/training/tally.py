@@ -9,6 +9,7 @@ from torch import Tensor
 from microdit.diffusion.edm import EDM
 
 BINS = 8
+SUMS = 2 * BINS + 2  # losses, their numbers, requests to stop
 
 
 def noise_bins(sigma_B: Tensor, edm: EDM) -> Tensor:
@@ -18,23 +19,25 @@ def noise_bins(sigma_B: Tensor, edm: EDM) -> Tensor:
 
 
 class Tally:
-    """Sums of the losses and their number, by noise level. One tensor, so that one message adds up all processes."""
+    """Sums of the losses and their number, by noise level. One tensor, so that one message adds up all processes; nothing here waits for
+    the device."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(2 * BINS + 2, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(SUMS, dtype=exact_dtype(device), device=device)
 
     def add(self, loss_B: Tensor, sigma_B: Tensor, edm: EDM) -> None:
         bins_B = noise_bins(sigma_B, edm)
-        self.sums.index_add_(0, bins_B, loss_B.detach().double())
-        self.sums.index_add_(0, bins_B + BINS, torch.ones_like(loss_B, dtype=torch.float64))
+        self.sums.index_add_(0, bins_B, loss_B.detach().to(self.sums.dtype))
+        self.sums.index_add_(0, bins_B + BINS, torch.ones_like(loss_B, dtype=self.sums.dtype))
 
     def add_stops(self, by_machine: bool, by_user: bool) -> None:
         self.sums[-2] += by_machine
         self.sums[-1] += by_user
 
-    def result(self) -> "StepSums":
-        values = self.sums.tolist()
-        return StepSums(values[:BINS], values[BINS : 2 * BINS], values[-2] > 0, values[-1] > 0)
+    @property
+    def loss(self) -> Tensor:
+        """The mean over all samples, a scalar on the device."""
+        return self.sums[:BINS].sum() / self.sums[BINS : 2 * BINS].sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,43 @@ class StepSums:
     stop_by_machine: bool = False
     stop_by_user: bool = False
 
+    @classmethod
+    def of(cls, values: list[float]) -> "StepSums":
+        """From a `Tally`'s sums, read from the device."""
+        return cls(values[:BINS], values[BINS : 2 * BINS], values[2 * BINS] > 0, values[2 * BINS + 1] > 0)
+
+    @property
+    def stop(self) -> bool:
+        return self.stop_by_machine or self.stop_by_user
+
     @property
     def loss(self) -> float:
         """The mean over all samples."""
         return sum(self.losses) / max(1.0, sum(self.counts))
+
+
+class Reading:
+    """Numbers on their way from the device to the program. Creating one does not wait for them; `values` does."""
+
+    def __init__(self, numbers_N: Tensor):
+        self._event: torch.cuda.Event | None = None
+        if numbers_N.device.type == "cuda":
+            self._numbers_N = torch.empty(numbers_N.shape, dtype=numbers_N.dtype, pin_memory=True)
+            self._numbers_N.copy_(numbers_N, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._numbers_N = numbers_N
+
+    def values(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._numbers_N.tolist()
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def by_noise(losses: list[float], counts: list[float]) -> list[float | None]:

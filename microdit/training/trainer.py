@@ -6,22 +6,25 @@ Notable:
 - the phases of a recipe share one optimizer and averages; each has its own mask ratio, batch and learning-rate schedule;
 - Ctrl-C and SIGTERM end the step, write a checkpoint, and say how to go on;
 - a step whose loss is not finite or jumps is not taken; after several in a row the weights go back to a checkpoint, the data goes on;
+- a GPU is given its work one step ahead: the program reads a step's numbers while the next one runs, so warnings, stops and rollbacks
+  come one step later, and nothing ever waits in front of the optimizer;
 - all processes run the same loop; the first one alone keeps the record.
 """
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from torch.nn.parallel import DistributedDataParallel
 
 from microdit.checkpoint import Checkpoint
-from microdit.data.latents import Batch
 from microdit.distributed import World
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, DivergedError, StoppedError, UserError
 from microdit.grids import save_png
@@ -29,27 +32,49 @@ from microdit.model.routing import METHODS
 from microdit.recipe import PhaseRecipe, Recipe
 from microdit.training.chips import peak_flops
 from microdit.training.cost import Cost
-from microdit.training.draws import TrainingBatch, add_draws
-from microdit.training.guard import Guard
+from microdit.training.draws import MicroBatch, UndrawnBatch, add_draws
+from microdit.training.guard import Guard, Verdict
 from microdit.training.held_out import open_held_out
 from microdit.training.loading import Loader
 from microdit.training.memory import keep_freed_memory
 from microdit.training.meters import Meters, in_words
 from microdit.training.mixture import open_mixture
 from microdit.training.optim import learning_rate
-from microdit.training.parallel import compute_dtype
+from microdit.training.parallel import compute_dtype, keep_compiled
 from microdit.training.quality import open_quality
 from microdit.training.record import RunRecord, device_name, last_cost
 from microdit.training.samples import draw_samples
 from microdit.training.saving import Saver, newest_whole
 from microdit.training.start import describe, find_checkpoint, fingerprints, first_weights, greeting, model_config, refuse_misfits
-from microdit.training.state import TrainingState
+from microdit.training.state import TrainingState, what_happened
 from microdit.training.stopping import StopRequests, stop_requests
-from microdit.training.tally import StepSums, Tally
+from microdit.training.tally import Reading, StepSums
 from microdit.training.work import Work
 
 AHEAD = 2  # batches read before they are needed
 MAX_ROLLBACKS = 3  # without a checkpoint between them
+CAPTION_MULTIPLE = 8  # tokens, on a GPU: what its attention with a mask wants
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this process learns from in one step, in micro-batches; `tokens` and `caption_tokens` of each sample."""
+
+    parts: list[MicroBatch]
+    tokens: int
+    caption_tokens: int
+
+
+@dataclass(frozen=True)
+class QueuedStep:
+    """A step that the device was given. `number` counts from 1; `waited` is in seconds, for data."""
+
+    number: int
+    phase: PhaseRecipe
+    step_in_phase: int
+    share: Share
+    waited: float
+    reading: Reading
 
 
 class Trainer:
@@ -74,10 +99,13 @@ class Trainer:
         hours, dollars = last_cost(run) if world.is_main else (0.0, 0.0)
         self.cost = Cost(world.size, price_per_hour, hours, dollars)
         self.config = model_config(recipe, self.data)
+        if recipe.engine.compile:
+            keep_compiled(run)
         weights = None if checkpoint else first_weights(recipe, run, self.config, self.data)
         self.state = TrainingState(recipe, self.config, world, weights, fresh=checkpoint is None)
-        self.guard = Guard(recipe.guard)
-        self.step = 0
+        self.guard = Guard(recipe.guard, world.device)
+        self.step = 0  # as many have been given to the device
+        self.lag = 1 if world.device.type == "cuda" else 0  # steps that may be under way when the next one is given
         self._rollbacks_here = 0  # since the last checkpoint, which was of this step
         self._rolled_back_since: int | None = None
         self._last: dict[str, Any] = {}  # metrics
@@ -97,89 +125,101 @@ class Trainer:
         recipe, total = self.recipe, self.recipe.total_steps
         keep_freed_memory()
         self._welcome()
-        batches = Loader(self._batch, range(self.step, total), AHEAD, recipe.data.read_timeout, self.mixture.where)
+        batches = Loader(self.share, range(self.step, total), AHEAD, recipe.data.read_timeout, self.mixture.where)
         meters = Meters(self.step, total, self.peak, self.world.size, self.world.device, self.console)
-        sums = StepSums([], [])
+        sums, queued = StepSums([], []), deque[QueuedStep]()
         with self._reported(), meters, stop_requests() as stop, batches as reader:
-            while self.step < total:
-                phase, step_in_phase = recipe.phase_at(self.step)
-                self.state.optimizers.set_rate(learning_rate(phase, step_in_phase))
-
-                started = time.monotonic()
-                batch = reader.next()
-                waited = time.monotonic() - started
-                sums = self._forward_backward(batch, stop)
-                grad_norm = self.state.clip(phase.grad_clip)
-                objection = self.guard.objection(sums.loss, grad_norm)
-                if objection is None:
-                    rise = self.guard.accept(sums.loss, phase.name, self.step)
-                    self.state.take_step(self.step)
-                self.state.optimizers.zero_grad()
-                self.step += 1
-                if objection is not None:
-                    self._skip(objection)
-                elif rise is not None:
-                    self._warn(rise)
-
-                last, stopping = self.step == total, sums.stop_by_machine or sums.stop_by_user
-                tokens, caption_tokens = math.prod(self._grid(batch)), batch.text_BLE.shape[1]
-                flops = self.work.of_step(phase, step_in_phase, tokens, caption_tokens)
-                meters.step(phase.name, self.step, sums, flops, waited, objection is None)
-                in_haste = sums.stop_by_machine and not last  # before the machine is taken away
-                measured = self._measure(last, in_haste)
-                if self._due(recipe.record.metrics_every) or measured or last or stopping:
-                    left = self.work.after(self.step, tokens, caption_tokens)
-                    self._write_metrics(meters, measured, phase, step_in_phase, grad_norm, left)
-                if (self._due(recipe.record.checkpoint_every) and not self.guard.in_a_row) or last or stopping:
-                    self._save(in_haste)
-                if recipe.record.sample_prompts and (self._due(recipe.record.samples_every) or last):
-                    self._sample()
+            while self.step < total and not sums.stop:
+                queued.append(self._queue_step(reader, stop))
+                last = self.step == total
+                under_way = 0 if last or self._something_is_due() else self.lag
+                while len(queued) > under_way:
+                    done = queued.popleft()
+                    sums, verdict = self._hear_of(done, meters)
+                    if sums.stop or self.guard.must_roll_back:
+                        under_way = 0
+                    newest = done.number == self.step  # so the weights are those of this step
+                    if newest and self.guard.must_roll_back:
+                        self._roll_back(verdict)
+                    in_haste = sums.stop_by_machine and not last  # before the machine is taken away
+                    measured = self._measure(last, in_haste) if newest else {}
+                    if _due(done.number, recipe.record.metrics_every) or measured or (newest and (last or sums.stop)):
+                        self._write_metrics(meters, measured, done, verdict.grad_norm)
+                if not queued:
+                    if (_due(self.step, recipe.record.checkpoint_every) and not self.guard.in_a_row) or last or sums.stop:
+                        self._save(sums.stop_by_machine and not last)
+                    if recipe.record.sample_prompts and (_due(self.step, recipe.record.samples_every) or last):
+                        self._sample()
                 self.saver.check()
-                if stopping:
-                    break
             self._end(sums)
 
-    def _batch(self, step: int) -> TrainingBatch:
-        """This process's share of the samples of a step, and their draws."""
+    def share(self, step: int) -> Share:
+        """What this process learns from in step number `step` (from 0). A GPU gets it as it is stored, in pinned memory, and draws itself."""
         recipe, world = self.recipe, self.world
         phase, step_in_phase = recipe.phase_at(step)
-        batch = self.mixture.batch(step, world.rank, world.size)
-        numbers = range(world.rank, phase.batch_size, world.size)
-        shares = (phase.mask_ratio_at(step_in_phase), recipe.diffusion.caption_dropout, METHODS[self.config.routing].path_drop)
-        return add_draws(batch, self.state.edm, recipe.seed, step, numbers, self._grid(batch), *shares, phase.mask_pattern)
+        on_gpu = world.device.type == "cuda"
+        stored = self.mixture.stored(step, world.rank, world.size, CAPTION_MULTIPLE if on_gpu and recipe.model.mask_padding else 1)
+        height, width = stored.sides
+        grid = height // self.config.patch_size, width // self.config.patch_size
+        draw = partial(
+            add_draws,
+            edm=self.state.edm,
+            seed=recipe.seed,
+            step=step,
+            grid=grid,
+            mask_ratio=phase.mask_ratio_at(step_in_phase),
+            caption_dropout=recipe.diffusion.caption_dropout,
+            path_drop=METHODS[self.config.routing].path_drop,
+            mask_pattern=phase.mask_pattern,
+        )
+        numbers, size = range(world.rank, phase.batch_size, world.size), recipe.engine.micro_batch or len(stored)
+        undrawn = [
+            UndrawnBatch(part.pin() if on_gpu else part, partial(draw, numbers=numbers[index * size : (index + 1) * size]))
+            for index, part in enumerate(stored.split(size))
+        ]
+        parts: list[MicroBatch] = [*undrawn] if on_gpu else [part.to(world.device) for part in undrawn]
+        return Share(parts, math.prod(grid), stored.text.numbers_BRV.shape[1])
 
-    def _forward_backward(self, batch: TrainingBatch, stop: StopRequests) -> StepSums:
-        """Gradients of the mean loss over the global batch, micro-batch by micro-batch."""
-        tally = Tally(self.world.device)
-        parts = batch.split(self.recipe.engine.micro_batch or len(batch))
-        for index, part in enumerate(parts):
-            part = part.to(self.world.device)
-            with self._no_sync_before_the_last(index, len(parts)):
-                loss_B = self.state.loss(part)
-                (loss_B.sum() / len(batch)).backward()
-            tally.add(loss_B, part.sigma_B, self.state.edm)
-        tally.add_stops(stop.by_machine, stop.by_user)
-        self.world.sum(tally.sums)
-        return tally.result()
+    def _queue_step(self, reader: Loader[Share], stop: StopRequests) -> QueuedStep:
+        """Give the device one more step."""
+        phase, step_in_phase = self.recipe.phase_at(self.step)
+        self.state.optimizers.set_rate(learning_rate(phase, step_in_phase))
+        started = time.monotonic()
+        share = reader.next()
+        waited = time.monotonic() - started
+        reading = self.state.learn(share.parts, self.step, phase.grad_clip, self.guard, (stop.by_machine, stop.by_user))
+        self.step += 1
+        return QueuedStep(self.step, phase, step_in_phase, share, waited, reading)
 
-    def _no_sync_before_the_last(self, index: int, parts: int) -> Any:
-        """DDP sums gradients over processes once a step. FSDP does so each time, since whole gradients are what it has no room for."""
-        loss = self.state.loss
-        return loss.no_sync() if isinstance(loss, DistributedDataParallel) and index < parts - 1 else nullcontext()
+    def _hear_of(self, done: QueuedStep, meters: Meters) -> tuple[StepSums, Verdict]:
+        """Read what came of a step, waiting for it if need be; tell what was wrong with it; add it to the meters."""
+        sums, verdict = what_happened(done.reading.values())
+        rise = self.guard.note(verdict, done.phase.name, done.number - 1)
+        if verdict.objection:
+            self._warn(f"Step {done.number} was not taken: {verdict.objection}. That makes {self.guard.skipped} of {done.number} steps.")
+        if rise:
+            self._warn(rise)
+        flops = self.work.of_step(done.phase, done.step_in_phase, done.share.tokens, done.share.caption_tokens)
+        meters.step(done.phase.name, done.number, sums, flops, done.waited, verdict.taken)
+        return sums, verdict
 
-    def _skip(self, objection: str) -> None:
-        """Count a step that was not taken; after several in a row, go back to a checkpoint."""
-        time_to_go_back = self.guard.skip()
-        self._warn(f"Step {self.step} was not taken: {objection}. That makes {self.guard.skipped} of {self.step} steps.")
-        if not time_to_go_back:
-            return
-        in_a_row = self.guard.in_a_row
+    def _something_is_due(self) -> bool:
+        """Whether something needs the weights as they are after the newest step, and so must wait for it."""
+        record = self.recipe.record
+        wanted = [record.checkpoint_every]
+        wanted += [record.held_out_every] if self.held_out else []
+        wanted += [record.samples_every] if record.sample_prompts else []
+        return any(_due(self.step, every) for every in [*wanted, record.quality_every])
+
+    def _roll_back(self, verdict: Verdict) -> None:
+        """After several steps in a row that were not taken: to the weights of a checkpoint. The data goes on."""
         self.saver.finish()
         checkpoint = self._earlier_checkpoint()
         if checkpoint is None:
             raise DivergedError(
-                f"{in_a_row} steps in a row, up to step {self.step}, could not be taken ({objection}), and there is no earlier checkpoint "
-                "that helps. Resume with a lower learning rate (--accept-changes), or look at the data of these steps."
+                f"{self.recipe.guard.rollback_after} steps in a row, up to step {self.step}, could not be taken ({verdict.objection}), and "
+                "there is no earlier checkpoint that helps. Resume with a lower learning rate (--accept-changes), or look at the data of "
+                "these steps."
             )
         self._warn(f"Back to the weights of step {checkpoint.step}; the data goes on from step {self.step}.")
         self.state.load(checkpoint)
@@ -199,30 +239,30 @@ class Trainer:
         """What is measured now and then, if it is time. All processes must call this."""
         record = self.recipe.record
         measured: dict[str, Any] = {}
-        if self.held_out and (self._due(record.held_out_every) or last):
+        if self.held_out and (_due(self.step, record.held_out_every) or last):
             measured |= self.held_out.measure(self.state.loss)
-        if self.quality and (self._due(record.quality_every) or last) and not in_haste:
+        if self.quality and (_due(self.step, record.quality_every) or last) and not in_haste:
             figures = self.quality.measure(self.state.drawing_model())
             self.console.print(self.quality.in_words(self.step, figures), highlight=False)
             measured |= figures
         return measured
 
-    def _write_metrics(
-        self, meters: Meters, measured: dict[str, Any], phase: PhaseRecipe, step_in_phase: int, grad_norm: float, flops_left: float
-    ) -> None:
+    def _write_metrics(self, meters: Meters, measured: dict[str, Any], done: QueuedStep, grad_norm: float) -> None:
         numbers: dict[str, Any] = meters.read()
         if self.record is None:
             return
-        dollars, seconds_left = self.cost.dollars(), meters.seconds_left(flops_left)
+        phase, step_in_phase = done.phase, done.step_in_phase
+        seconds_left = meters.seconds_left(self.work.after(done.number, done.share.tokens, done.share.caption_tokens))
+        dollars = self.cost.dollars()
         values = {
-            "step": self.step,
+            "step": done.number,
             "phase": phase.name,
             **numbers,
             **measured,
             "learning_rate": learning_rate(phase, step_in_phase),
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "mask_ratio": phase.mask_ratio_at(step_in_phase),
-            "images_seen": self.recipe.samples_before(self.step),
+            "images_seen": self.recipe.samples_before(done.number),
             "skipped": self.guard.skipped,
             "gpu_hours": self.cost.gpu_hours(),
             **({} if dollars is None else {"dollars": dollars}),
@@ -304,14 +344,6 @@ class Trainer:
         self.cost.earlier_hours = max(self.cost.earlier_hours, checkpoint.state["gpu_hours"])
         self.cost.earlier_dollars = max(self.cost.earlier_dollars, checkpoint.state["dollars"] or 0.0)
 
-    def _due(self, every: int | None) -> bool:
-        return every is not None and self.step % every == 0
-
-    def _grid(self, batch: Batch | TrainingBatch) -> tuple[int, int]:
-        """Rows and columns of a picture's patches."""
-        height, width = batch.latents_BCHW.shape[-2:]
-        return height // self.config.patch_size, width // self.config.patch_size
-
     def _warn(self, sentence: str) -> None:
         self.console.print(f"[yellow]{escape(sentence)}[/]")
 
@@ -323,3 +355,7 @@ class Trainer:
             self.record.started(data, {**machine, "from_step": self.step})
         text = greeting(self.recipe, self.run, self.mixture.sets, self.state, self.step, world)
         self.console.print(f"{text} Utilisation is against {self.peak / 1e12:.3g} TFLOP/s, {self.peak_source}.")
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from microdit.data.latents import Batch
 from microdit.diffusion.edm import EDM
-from microdit.training.draws import add_draws
-from microdit.training.tally import Tally, noise_bins
+from microdit.training.draws import _keys, _words, add_draws, uniforms
+from microdit.training.tally import StepSums, Tally, noise_bins
 
 
 def drawn(numbers: range, seed=0, step=0, mask_ratio=0.75, caption_dropout=0.1, path_drop=0.0, pattern="random"):
@@ -56,11 +57,46 @@ def test_paths_are_dropped_as_often_as_asked_and_no_other_draw_knows_of_it():
         assert getattr(plain, name).equal(getattr(dropping, name))
 
 
-def test_the_draws_are_those_of_earlier_versions():
-    """Recipes that were begun before must go on with the same numbers."""
-    draws = drawn(range(2, 4), seed=5, step=9)
-    assert draws.keep_ids_BK[0, :4].tolist() == [51, 33, 35, 19]
-    assert draws.sigma_B.tolist() == pytest.approx([0.9707378149032593, 1.8449785709381104])
+def splitmix(key: int, count: int) -> list[int]:
+    """The generator as published (Steele et al. 2014), in plain integers."""
+    words = []
+    for number in range(1, count + 1):
+        word = (key + number * 0x9E3779B97F4A7C15) % 2**64
+        word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+        words.append(word ^ word >> 31)
+    return words
+
+
+@given(seed=st.integers(0, 2**40), step=st.integers(0, 10**9), number=st.integers(0, 10**5))
+def test_the_draws_are_those_of_the_published_generator(seed, step, number):
+    """So a run that goes on meets the same numbers on every machine and with every version."""
+    draws = drawn(range(number, number + 1), seed, step, path_drop=0.5)
+    start = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + number + 1 - 0x9E3779B97F4A7C15) % 2**64
+    (key,) = splitmix(start, 1)
+    size = 4 * 16 * 16
+    words = splitmix(key, 3 + size // 2 + 64)
+    chances, normal, scores = words[:2], words[2 : 3 + size // 2], words[3 + size // 2 :]
+    radii = [math.sqrt(-2 * math.log(((word >> 32) + 1) / 2**32)) for word in normal]
+    angles = [2 * math.pi * (word % 2**32) / 2**32 for word in normal]
+    numbers = [r * math.cos(a) for r, a in zip(radii, angles, strict=True)] + [r * math.sin(a) for r, a in zip(radii, angles, strict=True)]
+    assert draws.noise_BCHW.flatten().tolist() == pytest.approx(numbers[:size], rel=1e-6, abs=1e-7)
+    assert draws.sigma_B.item() == pytest.approx(math.exp(-0.6 + 1.2 * numbers[size]), rel=1e-5)
+    assert draws.caption_kept_B.item() == (chances[0] / 2**64 >= 0.1)
+    assert draws.path_kept_B.item() == (chances[1] / 2**64 >= 0.5)
+    signed = [score - 2**64 if score >= 2**63 else score for score in scores]
+    assert draws.keep_ids_BK[0].tolist() == sorted(range(64), key=signed.__getitem__)[:16]
+
+
+def test_normals_are_normal_and_uniforms_uniform():
+    """By Kolmogorov and Smirnov, and numbers that lie side by side do not know of each other."""
+    noise = drawn(range(500)).noise_BCHW.flatten().numpy()
+    assert stats.kstest(noise, "norm").pvalue > 1e-3
+    assert stats.kstest(noise[1:] * noise[:-1], (noise[2:] * noise[:-2])).pvalue > 1e-3
+    words = torch.cat([_words(_keys(0, step, range(500), torch.device("cpu")), 0, 200) for step in range(3)])
+    assert stats.kstest(uniforms(words).flatten().numpy(), "uniform").pvalue > 1e-3
+    halves = [uniforms(words)[:, at::2].flatten() for at in (0, 1)]
+    assert abs(stats.spearmanr(*halves).statistic) < 4 / math.sqrt(len(halves[0]))
 
 
 def test_a_grid_draws_one_of_each_2_x_2():
@@ -79,7 +115,8 @@ def test_a_tally_adds_up_by_noise_level():
     tally.add(loss[:20], sigma[:20], edm)
     tally.add(loss[20:], sigma[20:], edm)
     tally.add_stops(by_machine=True, by_user=False)
-    sums = tally.result()
+    sums = StepSums.of(tally.sums.tolist())
+    assert tally.loss.item() == pytest.approx(sums.loss)
     assert sums.loss == pytest.approx(loss.mean().item(), rel=1e-6)
     assert (sums.stop_by_machine, sums.stop_by_user) == (True, False)
     levels = torch.tensor([torch.special.ndtr((s.log() + 0.6) / 1.2).item() for s in sigma])

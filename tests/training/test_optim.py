@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -112,10 +113,13 @@ def test_the_average_equals_the_naive_sum(start):
         with torch.no_grad():
             for weight in model.parameters():
                 weight.add_(torch.randn_like(weight))
-        ema.update(step)
+        ema.update(step, torch.tensor(1.0))
         decay = min(0.9, (1 + step) / (10 + step)) if start == 0 else 0.9 if step >= start else 0.0
         for name, weight in model.named_parameters():
             naive[name] = decay * naive[name] + (1 - decay) * weight.detach()
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    ema.update(30, torch.tensor(0.0))  # a step that was not taken
     for name, average in ema.averages.items():
         assert torch.allclose(average, naive[name], atol=1e-5)
         assert not average.requires_grad
@@ -123,3 +127,20 @@ def test_the_average_equals_the_naive_sum(start):
 
 def test_files_of_averages_are_named_by_their_length():
     assert names_of([EMARecipe(0.999), EMARecipe(0.9999), EMARecipe(0.99, 100)]) == ["ema", "ema-0.9999", "ema-0.99"]
+
+
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_a_step_that_is_not_taken_changes_no_weight_and_no_moment(method):
+    model = small_model()
+    optimizers = Optimizers(model, OptimizerRecipe(method=method))
+    optimizers.set_rate(1e-3)
+
+    def step(value: float, taken: float) -> list[torch.Tensor]:
+        for weight in model.parameters():
+            weight.grad = torch.full_like(weight, value)
+        optimizers.step(torch.tensor(taken))
+        return [tensor.detach().clone() for tensor in (*model.parameters(), *optimizers.tensors().values())]
+
+    first = step(0.5, 1.0)
+    assert all(a.equal(b) for a, b in zip(first, step(math.nan, 0.0), strict=True))
+    assert not all(a.equal(b) for a, b in zip(first, step(0.5, 1.0), strict=True))

@@ -1,0 +1,72 @@
+"""This process's own part of each weight, where the model is sharded: what is done number by number needs no other part.
+
+Optimizers work on these parts as plain tensors. On sharded ones (DTensor) each of their operations costs the CPU several times as much, at
+470 weights more than a GPU's whole step may take.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor; all of it, if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Shard:
+    """A weight, and as `leaf` this process's part of it, which an optimizer can change. They share their memory."""
+
+    def __init__(self, name: str, weight: nn.Parameter):
+        self.name, self.weight = name, weight
+        self.leaf = nn.Parameter(local(weight.detach())) if isinstance(weight, DTensor) else weight
+
+    def take_gradient(self) -> None:
+        """Give the leaf its part of the weight's gradient."""
+        if self.leaf is not self.weight:
+            self.leaf.data = local(self.weight.detach())  # FSDP may have moved it since
+            self.leaf.grad = None if self.weight.grad is None else local(self.weight.grad)
+
+    def drop_gradient(self) -> None:
+        self.leaf.grad = self.weight.grad = None
+
+    def sharded(self, part: Tensor) -> Tensor:
+        """A tensor of the weight's shape, sharded alike, of which `part` is this process's own."""
+        weight = self.weight
+        if not isinstance(weight, DTensor) or part.shape != self.leaf.shape:
+            return part
+        mesh, placements = weight.device_mesh, weight.placements
+        return DTensor.from_local(part, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
+
+    def whole(self, part: Tensor) -> Tensor:
+        """All of the tensor of which `part` is this process's own. All processes must call this."""
+        sharded = self.sharded(part)
+        return sharded.full_tensor() if isinstance(sharded, DTensor) else sharded
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This process's own part of a whole tensor: FSDP deals out rows in equal numbers, the last processes get fewer or none."""
+        if not isinstance(self.weight, DTensor):
+            return whole
+        mesh = self.weight.device_mesh
+        share = -(-len(whole) // mesh.size())
+        return whole[share * mesh.get_local_rank() :][: len(self.leaf)]
+
+
+def shards_of(model: nn.Module) -> list[Shard]:
+    """Of the model's parameters as they will be trained, so after sharding."""
+    return [Shard(name, weight) for name, weight in model.named_parameters()]
+
+
+def total_norm(gradients: list[Tensor], sum_over_processes: bool) -> Tensor:
+    """The norm of all gradients together, a scalar on their device. All processes must call this, if they hold different parts."""
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach_works(gradients[0].device))
+    if sum_over_processes:
+        squared = norm.square()
+        torch.distributed.all_reduce(squared)
+        norm = squared.sqrt()
+    return norm
+
+
+def foreach_works(device: torch.device) -> bool:
+    """Whether PyTorch does many tensors in one operation there. It refuses to on the meta device, on which tests run steps."""
+    return device.type != "meta"

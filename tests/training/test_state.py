@@ -1,0 +1,105 @@
+"""A whole step gives the device its work and waits for none of it. The meta device holds no numbers, so reading any of them raises."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from microdit.data.forms import StoredRows
+from microdit.data.latents import StoredBatch
+from microdit.diffusion.edm import EDM
+from microdit.distributed import World
+from microdit.model.routing import METHODS
+from microdit.recipe import DataRecipe, EMARecipe, EngineRecipe, ModelRecipe, OptimizerRecipe, PhaseRecipe, Recipe
+from microdit.training.draws import UndrawnBatch, add_draws
+from microdit.training.guard import Guard
+from microdit.training.start import architecture
+from microdit.training.state import TrainingState, what_happened
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+PARTS, EACH, STEPS = 2, 4, 2
+
+
+def recipe(routing: str, method: str, **engine: bool) -> Recipe:
+    decoder = 2 if METHODS[routing].decoder else None
+    dense = (1, 1) if METHODS[routing].drop == "blocks" else None
+    size = {"num_experts": 4, "round_ffn_to": 8, "routing": routing, "decoder_depth": decoder, "dense_blocks": dense}
+    model = ModelRecipe(32, 4, 8, 16, 1, **size)
+    return Recipe(
+        "test",
+        data=DataRecipe("nowhere"),
+        model=model,
+        phases=[PhaseRecipe("all", STEPS, PARTS * EACH, 1e-3)],
+        optimizer=OptimizerRecipe(method),
+        ema=[EMARecipe(0.9), EMARecipe(0.99, start=1)],
+        engine=EngineRecipe(precision="float32", **engine),
+    )
+
+
+def parts(recipe: Recipe, step: int, eight_bits: bool) -> list[UndrawnBatch]:
+    """Micro-batches as the loader gives them."""
+    draw = torch.Generator().manual_seed(step)
+
+    def rows(*shape: int) -> StoredRows:
+        if not eight_bits:
+            return StoredRows(torch.randn(shape, generator=draw).half(), None)
+        scale = torch.rand(*shape[:2], 1, generator=draw).half() / 50
+        return StoredRows(torch.randint(-127, 128, shape, generator=draw).to(torch.int8), scale)
+
+    method, made = METHODS[recipe.model.routing], []
+    for number in range(PARTS):
+        lengths_B = torch.randint(1, 6, (EACH,), generator=draw)
+        stored = StoredBatch(rows(EACH, 4, 256), (16, 16), torch.rand(EACH, generator=draw) < 0.5, rows(EACH, 5, 12), lengths_B)
+        ratio = 0.75 if method.drop else 0.0
+        drawn = partial(add_draws, seed=0, step=step, grid=(8, 8), mask_ratio=ratio, caption_dropout=0.1, path_drop=method.path_drop)
+        numbers = range(number * EACH, (number + 1) * EACH)
+        made.append(UndrawnBatch(stored, partial(drawn, edm=EDM(), numbers=numbers)))
+    return made
+
+
+def run(recipe: Recipe, device: torch.device) -> tuple[list[torch.Tensor], list]:
+    """All steps. Returns the weights, averages and moments, and the steps' numbers, unread."""
+    world = World(0, 1, device, None, None)
+    state = TrainingState(recipe, architecture(recipe.model, 4, 12), world, None, fresh=True)
+    guard = Guard(recipe.guard, device)
+    readings = []
+    for step in range(STEPS):
+        state.optimizers.set_rate(1e-3)
+        readings.append(state.learn(parts(recipe, step, eight_bits=step % 2 == 0), step, 1.0, guard))
+    return [*state.tensors().values()], readings
+
+
+@pytest.mark.parametrize(("routing", "method"), [*((routing, "muon") for routing in METHODS), ("deferred", "adamw")])
+def test_no_number_is_read_from_the_device_in_a_step(routing, method):
+    tensors, readings = run(recipe(routing, method, activation_checkpointing=routing == "tread"), META)
+    assert all(tensor.device.type in ("meta", "cpu") for tensor in tensors)
+    with pytest.raises((NotImplementedError, RuntimeError)):  # and reading them would have raised
+        readings[-1].values()
+
+
+@pytest.mark.parametrize("routing", list(METHODS))
+def test_the_same_steps_on_a_cpu_learn(routing):
+    tensors, readings = run(recipe(routing, "muon"), CPU)
+    results = [what_happened(reading.values()) for reading in readings]
+    assert all(verdict.taken and verdict.grad_norm > 0 for _, verdict in results)
+    assert all(sum(sums.counts) == PARTS * EACH and sums.loss == pytest.approx(verdict.loss) for sums, verdict in results)
+    assert all(tensor.isfinite().all() for tensor in tensors)
+
+
+def test_a_step_whose_loss_is_no_number_changes_nothing():
+    plain = recipe("deferred", "muon")
+    world = World(0, 1, CPU, None, None)
+    state = TrainingState(plain, architecture(plain.model, 4, 12), world, None, fresh=True)
+    guard = Guard(plain.guard, CPU)
+    state.optimizers.set_rate(1e-3)
+    state.learn(parts(plain, 0, True), 0, 1.0, guard)
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    broken = parts(plain, 1, False)
+    broken[1].stored.latents.numbers_BRV[0] = torch.nan
+    _, verdict = what_happened(state.learn(broken, 1, 1.0, guard).values())
+    assert not verdict.taken
+    assert "nan" in verdict.objection
+    assert all(tensor.equal(before[name]) for name, tensor in state.tensors().items())
+    _, verdict = what_happened(state.learn(parts(plain, 1, True), 1, 1.0, guard).values())
+    assert verdict.taken
+    assert not all(tensor.equal(before[name]) for name, tensor in state.tensors().items())
