@@ -6,7 +6,7 @@
 
 Each step (gpu_steps.py) is a process of its own with a time limit; how it ends never ends the others. OUT/steps has its JSON and its log;
 OUT/summary.md the table, OUT/results.json and OUT/logs.txt all of them in one file each, written anew after every step. XL and Tiny_2 are
-compiled in the background while others run, and timed when the GPU is theirs alone. The emoji steps want data/emoji and data/scenes
+compiled in the background while others run, and timed when the GPU is theirs alone; the process that compiled XL then runs the trainer. The emoji steps want data/emoji and data/scenes
 (microdit data encode emoji --out data/emoji, microdit data encode scenes:1000 --out data/scenes), and take a held-out loss on
 data/held_out if it is there (microdit data encode emoji:held_out --out data/held_out). gpu_wheels.sh gathers what a machine
 without a network may lack.
@@ -43,13 +43,13 @@ class Step:
 
 CEILINGS = Step("ceilings", 45, 10, "products and copies at their fastest")
 XL = Step("xl", 100, 30, "XL's step, eager")
-XL_COMPILED = Step("xl-compiled", 150, 20, "XL's step, compiled; then the real trainer")
+XL_COMPILED = Step("xl-compiled", 170, 30, "XL's step, compiled; then the real trainer")
 TINY = Step("tiny", 45, 15, "Tiny_2, eager and compiled")
 EMOJI = Step("emoji", 80, 20, "emoji.yaml in float32, bfloat16, FSDP")
 DEMO = Step("demo", 80, 20, "emoji-fast by the command line, stopped and resumed")
 ENCODERS = Step("encoders", 50, 15, "SDXL's autoencoder, CLIP-H's text model")
 SAMPLING = Step("sampling", 50, 15, "XL draws, 30 steps with guidance")
-TRAINER = Step("trainer", 90, 45, "XL by the real trainer")
+TRAINER = Step("trainer", 90, 45, "XL by the real trainer, eager")
 ALL = (CEILINGS, XL, XL_COMPILED, TINY, EMOJI, DEMO, ENCODERS, SAMPLING, TRAINER)
 COMPILING = 330.0  # seconds that a step in the background may take until it is ready
 
@@ -203,7 +203,7 @@ def take_steps(run: Run) -> None:
                 run.go(running)
         while waiting:
             run.go(waiting.pop(0))
-        if not run.found(TRAINER):  # the process that compiled has not come to it
+        if "trainer" not in run.found(TRAINER):  # the process that compiled has not come to it
             run.foreground(TRAINER)
     finally:
         for running in waiting:

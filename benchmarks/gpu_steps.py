@@ -173,7 +173,11 @@ def xl_compiled(place: Place, results: Results) -> None:
         measure(results, f"kernels of compiled, FSDP {best}", lambda: training.kernels(best))
     measure(results, "CPU alone, compiled", training.dispatch)
     results.put("graphs at the end", graphs())
-    stop_world()
+    del training
+    free_memory()
+    # In this process, which has all graphs already: a model of the same shapes compiles nothing.
+    trainer(place, Results(place.out / "trainer.json"), compiled=True)
+    results.put("graphs after the trainer", graphs())
 
 
 def tiny(place: Place, results: Results) -> None:
@@ -218,7 +222,7 @@ def measure(results: Results, key: str, work: Callable[[], Any]) -> None:
 
 
 def emoji(place: Place, results: Results) -> None:
-    """emoji.yaml by the real trainer in float32, bfloat16, and bfloat16 with FSDP: do the curves agree? Where does the loop stop the GPU?"""
+    """emoji.yaml by the real trainer in float32, bfloat16, and bfloat16 with FSDP: do the curves agree, where does it stop?"""
     from rich.console import Console
 
     from microdit.training.trainer import Trainer
@@ -448,8 +452,8 @@ def sampling(place: Place, results: Results) -> None:
                 results.put(key, {"seconds": one, "spread": spread, "per_second": samples / one, "share_of_peak": share})
 
 
-def trainer(place: Place, results: Results) -> None:
-    """XL by the real trainer, sharded and compiled, on an encoded set of random numbers: what does it cost beyond the bare step?"""
+def trainer(place: Place, results: Results, compiled: bool = False) -> None:
+    """XL by the real trainer, sharded, on an encoded set of random numbers: what does it cost beyond the bare step?"""
     from rich.console import Console
 
     from microdit.training.chips import peak_flops
@@ -461,7 +465,6 @@ def trainer(place: Place, results: Results) -> None:
     side = 8 if place.smoke else 32
     write_random_set(folder, rows, 256, (4, side, side), place.caption, ("sdxl", "dfn-clip-h"))
     results.put("set", {"rows": rows})
-    compiled = not (place.scratch / "eager").exists()  # left by the schedule, where too little time is left for compiling
     engine = EngineRecipe(sharding="fsdp", compile=compiled, micro_batch=micro)
     recipe = stage_recipe(STAGES[0], place.size("MicroDiT_XL_2"), steps, batch, str(folder), engine)
     record = replace(recipe.record, metrics_every=every, checkpoint_every=3 * every, keep_checkpoints=1, sample_prompts=[])
