@@ -6,10 +6,10 @@
 
 Each step (gpu_steps.py) is a process of its own with a time limit; how it ends never ends the others. OUT/steps has its JSON and its log;
 OUT/summary.md the table, OUT/results.json and OUT/logs.txt all of them in one file each, written anew after every step. XL and Tiny_2 are
-compiled in the background while others run, and timed when the GPU is theirs alone; the process that compiled XL then runs the trainer. The emoji steps want data/emoji and data/scenes
-(microdit data encode emoji --out data/emoji, microdit data encode scenes:1000 --out data/scenes), and take a held-out loss on
-data/held_out if it is there (microdit data encode emoji:held_out --out data/held_out). gpu_wheels.sh gathers what a machine
-without a network may lack.
+compiled in the background while others run, and timed when the GPU is theirs alone; the process that compiled XL then runs the trainer.
+The emoji steps want data/emoji and data/scenes (microdit data encode emoji --out data/emoji, microdit data encode scenes:1000 --out
+data/scenes), and take a held-out loss on data/held_out if it is there (microdit data encode emoji:held_out --out data/held_out).
+gpu_wheels.sh gathers what a machine without a network may lack.
 """
 
 import argparse
@@ -97,6 +97,8 @@ class Run:
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "inductor"), "TRITON_CACHE_DIR": str(self.scratch / "triton")}
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         settings = {**os.environ, **caches, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+        if self.smoke:  # several processes share few cores, and threads that wait for each other make small steps slow
+            settings |= {"OMP_NUM_THREADS": "1"}
         with (self.out / "steps" / f"{step.name}.log").open("wb") as log:
             process = subprocess.Popen(
                 command + ["--smoke"] * self.smoke, stdout=log, stderr=subprocess.STDOUT, env=settings, cwd=ROOT, start_new_session=True

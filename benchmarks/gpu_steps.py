@@ -165,13 +165,16 @@ def xl_compiled(place: Place, results: Results) -> None:
     best, share = 0, 0.0
     for samples in (2, 4) if place.smoke else (128, 256, 192, 64):
         key = f"compiled, FSDP {samples}"
-        measure(results, key, lambda samples=samples: training.measure(samples, seconds))  # type: ignore[misc]
+        with results.attempt(key):
+            results.put(key, training.measure(samples, seconds))
         found = results.found[key].get("share_of_peak", 0.0)
         best, share = (samples, found) if found > share else (best, share)
     if best:
         results.put("best", {"samples": best, "share_of_peak": share})
-        measure(results, f"kernels of compiled, FSDP {best}", lambda: training.kernels(best))
-    measure(results, "CPU alone, compiled", training.dispatch)
+        with results.attempt("kernels"):
+            results.put(f"kernels of compiled, FSDP {best}", training.kernels(best))
+    with results.attempt("CPU alone, compiled"):
+        results.put("CPU alone, compiled", training.dispatch())
     results.put("graphs at the end", graphs())
     del training
     free_memory()
@@ -188,9 +191,12 @@ def tiny(place: Place, results: Results) -> None:
     wait_for_go(place)
     eager = Training(place, world, place.size("MicroDiT_Tiny_2"), STAGES[0], EngineRecipe())
     for name, training in (("eager", eager), ("compiled", compiled)):
-        measure(results, f"{name} {samples}", lambda training=training: training.measure(samples, seconds))  # type: ignore[misc]
-        measure(results, f"CPU alone, {name}", training.dispatch)
-    measure(results, f"kernels of compiled {samples}", lambda: compiled.kernels(samples))
+        with results.attempt(f"{name} {samples}"):
+            results.put(f"{name} {samples}", training.measure(samples, seconds))
+        with results.attempt(f"CPU alone, {name}"):
+            results.put(f"CPU alone, {name}", training.dispatch())
+    with results.attempt("kernels"):
+        results.put(f"kernels of compiled {samples}", compiled.kernels(samples))
     stop_world()
 
 
@@ -214,11 +220,6 @@ def wait_for_go(place: Place) -> None:
     (place.scratch / f"{place.name}.ready").touch()
     while not (place.scratch / f"{place.name}.go").exists():
         time.sleep(0.1)
-
-
-def measure(results: Results, key: str, work: Callable[[], Any]) -> None:
-    with results.attempt(key):
-        results.put(key, work())
 
 
 def emoji(place: Place, results: Results) -> None:
