@@ -49,6 +49,7 @@ KINDS = {  # of kernels, by words in their names; the first that fits
     "copies": ("memcpy", "memset", "copy_kernel", "catarray"),
     "elementwise and sums": ("elementwise", "reduce", "vectorized"),
 }
+RANGES = ("FSDP::", "ProfilerStep", "Torch-Compiled Region", "##")  # names of stretches, which hold kernels
 SMOKE = Size(dim=32, depth=2, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=4, experts_every=1, round_ffn_to=16)
 
 
@@ -146,22 +147,26 @@ class Training:
         self.steps = 0
 
     def step(self, batch: TrainingBatch) -> None:
-        """Forward, backward, clipping, optimizer and averages; `batch` may be on the host, as the reader's thread leaves it."""
-        self.state.loss(batch.to(self.world.device)).mean().backward()
+        """Forward, backward, clipping, optimizer and averages, on a batch that is on the device."""
+        self.state.loss(batch).mean().backward()
         self.state.clip(self.recipe.phases[0].grad_clip)
         self.state.take_step(self.steps)
         self.state.optimizers.zero_grad()
         self.steps += 1
 
     def batch(self, samples: int) -> TrainingBatch:
-        """Random, on the device."""
+        """Random numbers, on the device."""
+        return self.host_batch(samples).to(self.world.device)
+
+    def host_batch(self, samples: int) -> TrainingBatch:
+        """As the reader's thread makes it."""
         phase, patch = self.recipe.phases[0], self.recipe.model.patch_size
         side = self.side
         text_BLE = torch.randn(samples, *self.place.caption)
         content = Batch(torch.randn(samples, CHANNELS, side, side), text_BLE, torch.ones(text_BLE.shape[:2], dtype=torch.bool))
         grid = (side // patch, side // patch)
-        drawn = add_draws(content, self.state.edm, 0, 0, range(samples), grid, phase.mask_ratio, self.recipe.diffusion.caption_dropout)
-        return drawn.to(self.world.device)
+        dropout = self.recipe.diffusion.caption_dropout
+        return add_draws(content, self.state.edm, 0, 0, range(samples), grid, phase.mask_ratio, dropout)
 
     @property
     def side(self) -> int:
@@ -215,7 +220,8 @@ def costliest_kernels(step: Callable[[], None]) -> dict[str, Any]:
         step()
         synchronize()
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: -cast(float, getattr(event, key)))
+    events = [event for event in profiler.key_averages() if getattr(event, key) and not event.key.startswith(RANGES)]
+    events.sort(key=lambda event: -cast(float, getattr(event, key)))
     total = sum(getattr(event, key) for event in events) or 1.0
     kinds: dict[str, float] = {}
     for event in events:

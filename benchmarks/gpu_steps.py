@@ -13,7 +13,8 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -126,17 +127,17 @@ def xl(place: Place, results: Results) -> None:
 
 
 def count_synchronisations(training: Training, samples: int) -> dict[str, Any]:
-    """A step in which the first synchronisation raises. Warmed up before: memory is taken, kernels are loaded."""
-    batch = training.batch(samples)
+    """Two steps in which the first synchronisation raises. Warmed up before: memory is taken, kernels are loaded."""
+    batch, device = training.host_batch(samples), training.world.device
     for _ in range(3):
-        training.step(batch)
+        training.step(batch.to(device))
     synchronize()
     if not torch.cuda.is_available():
         return {"found": "not on a GPU: nothing to find"}
     torch.cuda.set_sync_debug_mode("error")
     try:
-        training.step(batch)
-        training.step(batch)
+        training.step(batch.to(device))
+        training.step(batch.to(device))
     except RuntimeError as error:
         frames = [frame for frame in _frames(error) if "microdit" in frame] or _frames(error)
         return {"found": f"{str(error).splitlines()[0][:120]} at {frames[-1]}"}
@@ -179,7 +180,7 @@ def xl_compiled(place: Place, results: Results) -> None:
     del training
     free_memory()
     # In this process, which has all graphs already: a model of the same shapes compiles nothing.
-    trainer(place, Results(place.out / "trainer.json"), compiled=True)
+    trainer(place, Results(place.out / "trainer.json"), compiled=True, micro=best if best in (64, 256) else None)
     results.put("graphs after the trainer", graphs())
 
 
@@ -240,20 +241,17 @@ def emoji(place: Place, results: Results) -> None:
         with results.attempt(name):
             recipe = short_emoji_recipe(place, "emoji.yaml", steps, engine)
             run = place.scratch / f"emoji-{name.replace(', ', '-')}"
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn") if name == "bfloat16" and torch.cuda.is_available() else None
-                started = time.perf_counter()
-                Trainer(recipe, run, Console(width=100), world).train()
-                seconds = time.perf_counter() - started
+            trainer, started = Trainer(recipe, run, Console(width=100), world), time.perf_counter()
+            with synchronisations_noted(name == "bfloat16") as caught:
+                trainer.train()
+            seconds = time.perf_counter() - started
             losses = [line["loss"] for line in metrics(run)]
             means[name] = mean(losses[-LAST:])
             results.put(
                 name, {"seconds": seconds, "steps": len(losses), "last_mean": means[name], "apart": means[name] / means["float32"] - 1}
             )
             results.put(f"losses, {name}", [round(loss, 5) for loss in losses])
-            if name == "bfloat16" and torch.cuda.is_available():
-                torch.cuda.set_sync_debug_mode("default")
+            if caught:
                 results.put("synchronisations in the loop", places_of(caught, steps))
     if len(means) == len(engines):
         apart = max(abs(value / means["float32"] - 1) for value in means.values())
@@ -261,6 +259,21 @@ def emoji(place: Place, results: Results) -> None:
         if apart > BAND:
             results.failed.append("band")
     stop_world()
+
+
+@contextmanager
+def synchronisations_noted(wanted: bool) -> Iterator[list[warnings.WarningMessage]]:
+    """A warning for each time that the CPU waits for the GPU, which takes time itself."""
+    if not wanted or not torch.cuda.is_available():
+        yield []
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield caught
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def places_of(caught: list[warnings.WarningMessage], steps: int) -> dict[str, Any]:
@@ -448,12 +461,12 @@ def sampling(place: Place, results: Results) -> None:
                     torch.randn(samples, *place.caption, device=device).to(dtype),
                 )
                 draw = lambda: draw_latents(model, EDM(), noise, text, None, SamplerSettings(steps, 5.0))  # noqa: B023, E731
-                one, spread = time_of(draw, 0.1 if place.smoke else 6.0, 2)
+                one, spread = time_of(draw, 0.1 if place.smoke else 4.0, 2)
                 share = samples * flops / one / peak
                 results.put(key, {"seconds": one, "spread": spread, "per_second": samples / one, "share_of_peak": share})
 
 
-def trainer(place: Place, results: Results, compiled: bool = False) -> None:
+def trainer(place: Place, results: Results, compiled: bool = False, micro: int | None = None) -> None:
     """XL by the real trainer, sharded, on an encoded set of random numbers: what does it cost beyond the bare step?"""
     from rich.console import Console
 
@@ -462,16 +475,18 @@ def trainer(place: Place, results: Results, compiled: bool = False) -> None:
     from microdit.training.trainer import Trainer
 
     folder, run = place.scratch / "random-xl", place.scratch / "trainer"
-    rows, batch, micro, steps, every = (32, 4, 2, 6, 1) if place.smoke else (1024, 512, 128, 25, 5)
+    rows, batch, usual_micro, steps, every = (32, 4, 2, 6, 1) if place.smoke else (1024, 512, 128, 25, 5)
     side = 8 if place.smoke else 32
     write_random_set(folder, rows, 256, (4, side, side), place.caption, ("sdxl", "dfn-clip-h"))
     results.put("set", {"rows": rows})
-    engine = EngineRecipe(sharding="fsdp", compile=compiled, micro_batch=micro)
+    engine = EngineRecipe(sharding="fsdp", compile=compiled, micro_batch=micro or usual_micro)
     recipe = stage_recipe(STAGES[0], place.size("MicroDiT_XL_2"), steps, batch, str(folder), engine)
     record = replace(recipe.record, metrics_every=every, checkpoint_every=3 * every, keep_checkpoints=1, sample_prompts=[])
     recipe = replace(recipe, record=record, model=replace(recipe.model, mask_padding=False))
     world = start_world()
     peak, _ = peak_flops(world.device, compute_dtype(engine, world.device))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     started = time.time()
     training = Trainer(recipe, run, Console(width=100), world)
     results.put("start", {"seconds": time.time() - started, "compiled": compiled})
