@@ -44,6 +44,7 @@ BAND = 0.03
 """How far apart the mean losses of a run's last 50 steps may lie in float32 and bfloat16. The draws are the same, so the runs differ by
 rounding alone; on a CPU they were 0.1% apart, and runs that differ by their seed 3% and more."""
 LAST = 50  # steps
+SMALL = ["model.dim=32", "model.depth=2", "model.head_dim=8", "model.mixer_dim=32", "model.round_ffn_to=16"]  # at smoke size
 SET_SHAPES = (8, 8, 8), (16, 384)  # latents and captions of the emoji, where there are none
 
 
@@ -163,24 +164,22 @@ def xl_compiled(place: Place, results: Results) -> None:
     )
     wait_for_go(place)
     seconds = 0.1 if place.smoke else 3.0
-    best, share = 0, 0.0
-    for samples in (2, 4) if place.smoke else (128, 256, 192, 64):
-        key = f"compiled, FSDP {samples}"
-        with results.attempt(key):
-            results.put(key, training.measure(samples, seconds))
-        found = results.found[key].get("share_of_peak", 0.0)
-        best, share = (samples, found) if found > share else (best, share)
-    if best:
-        results.put("best", {"samples": best, "share_of_peak": share})
-        with results.attempt("kernels"):
-            results.put(f"kernels of compiled, FSDP {best}", training.kernels(best))
+    small, large = ((2, 3), 4) if place.smoke else ((128, 64, 192), 256)
+    for samples in small:
+        with results.attempt(f"compiled, FSDP {samples}"):
+            results.put(f"compiled, FSDP {samples}", training.measure(samples, seconds))
+    with results.attempt("kernels"):
+        results.put(f"kernels of compiled, FSDP {small[0]}", training.kernels(small[0]))
     with results.attempt("CPU alone, compiled"):
         results.put("CPU alone, compiled", training.dispatch())
+    with results.attempt(f"compiled, FSDP {large}"):  # last: what runs out of memory leaves a broken state
+        results.put(f"compiled, FSDP {large}", training.measure(large, seconds))
+    fits = "error" not in results.found[f"compiled, FSDP {large}"]
     results.put("graphs at the end", graphs())
     del training
     free_memory()
     # In this process, which has all graphs already: a model of the same shapes compiles nothing.
-    trainer(place, Results(place.out / "trainer.json"), compiled=True, micro=best if best in (64, 256) else None)
+    trainer(place, Results(place.out / "trainer.json"), compiled=True, large=fits)
     results.put("graphs after the trainer", graphs())
 
 
@@ -286,14 +285,20 @@ def short_emoji_recipe(place: Place, name: str, steps: int, engine: EngineRecipe
     """The first `steps` steps of the recipe, every one recorded, without prompts."""
     from microdit.recipe_file import load_recipe
 
-    recipe = load_recipe(ROOT / "recipes" / name, [*set_overrides(place), "record.sample_prompts=[]", "record.metrics_every=1"])
+    recipe = load_recipe(ROOT / "recipes" / name, [*overrides_for(place), "record.metrics_every=1"])
     first = recipe.phases[0]
     phase = replace(first, steps=steps, batch_size=8 if place.smoke else first.batch_size)
     return replace(recipe, phases=[phase], engine=engine)
 
 
-def set_overrides(place: Place) -> list[str]:
-    """Where the emoji and scenes lie: in data/, or, at smoke size, random numbers where they are missing."""
+def overrides_for(place: Place) -> list[str]:
+    """What the emoji recipes do without on a machine that lacks MiniLM and the features of quality, and where their sets are."""
+    folders = [f"data.sets.{name}.path={folder}" for name, folder in emoji_sets(place).items()]
+    return [*folders, "record.sample_prompts=[]", "record.quality_every=null", *(SMALL if place.smoke else [])]
+
+
+def emoji_sets(place: Place) -> dict[str, Path]:
+    """Emoji and scenes as they lie in data/, or, at smoke size, random numbers where they are missing."""
     sets = {name: ROOT / "data" / name for name in ("emoji", "scenes")}
     missing = [name for name, folder in sets.items() if not (folder / "card.json").is_file()]
     if missing and not place.smoke:
@@ -306,7 +311,7 @@ def set_overrides(place: Place) -> list[str]:
             aside = place.scratch / f"random-{name}.{os.getpid()}"
             write_random_set(aside, 64, 64, *SET_SHAPES, ("icon", "minilm"))
             aside.rename(sets[name])
-    return [f"data.sets.{name}.path={folder}" for name, folder in sets.items()]
+    return sets
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -318,7 +323,7 @@ def demo(place: Place, results: Results) -> None:
     """emoji-fast by the command line, stopped by SIGTERM and resumed; its held-out loss, and pictures of stored captions."""
     run, held_out = place.scratch / "demo", ROOT / "data" / "held_out"
     steps, stop_at = (12, 4) if place.smoke else (800, 200)
-    overrides = [*set_overrides(place), "record.sample_prompts=[]", "record.quality_every=null", f"phases.0.steps={steps}"]
+    overrides = [*overrides_for(place), f"phases.0.steps={steps}"]
     overrides += ["phases.0.batch_size=8", "record.metrics_every=1"] if place.smoke else []
     overrides += [f"data.held_out={held_out}"] if (held_out / "card.json").is_file() else []
     command = [sys.executable, "-m", "microdit", "train", str(ROOT / "recipes" / "emoji-fast.yaml"), *overrides, "--out", str(run)]
@@ -358,7 +363,7 @@ def draw_stored_captions(place: Place, run: Path) -> dict[str, Any]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = 4 if place.smoke else 32
-    data = EncodedSet(Path(set_overrides(place)[0].partition("=")[2]))
+    data = EncodedSet(emoji_sets(place)["emoji"])
     rows = spread_ids(data.bucket_sizes[0], count).tolist()
     checkpoint = find_weights(run, print)
     assert checkpoint is not None, "the run left no checkpoint"
@@ -466,7 +471,7 @@ def sampling(place: Place, results: Results) -> None:
                 results.put(key, {"seconds": one, "spread": spread, "per_second": samples / one, "share_of_peak": share})
 
 
-def trainer(place: Place, results: Results, compiled: bool = False, micro: int | None = None) -> None:
+def trainer(place: Place, results: Results, compiled: bool = False, large: bool = False) -> None:
     """XL by the real trainer, sharded, on an encoded set of random numbers: what does it cost beyond the bare step?"""
     from rich.console import Console
 
@@ -475,11 +480,11 @@ def trainer(place: Place, results: Results, compiled: bool = False, micro: int |
     from microdit.training.trainer import Trainer
 
     folder, run = place.scratch / "random-xl", place.scratch / "trainer"
-    rows, batch, usual_micro, steps, every = (32, 4, 2, 6, 1) if place.smoke else (1024, 512, 128, 25, 5)
+    rows, batch, micro, steps, every = (32, 4, 2, 6, 1) if place.smoke else (1024, 512, 256 if large else 128, 25, 5)
     side = 8 if place.smoke else 32
     write_random_set(folder, rows, 256, (4, side, side), place.caption, ("sdxl", "dfn-clip-h"))
     results.put("set", {"rows": rows})
-    engine = EngineRecipe(sharding="fsdp", compile=compiled, micro_batch=micro or usual_micro)
+    engine = EngineRecipe(sharding="fsdp", compile=compiled, micro_batch=micro)
     recipe = stage_recipe(STAGES[0], place.size("MicroDiT_XL_2"), steps, batch, str(folder), engine)
     record = replace(recipe.record, metrics_every=every, checkpoint_every=3 * every, keep_checkpoints=1, sample_prompts=[])
     recipe = replace(recipe, record=record, model=replace(recipe.model, mask_padding=False))
@@ -489,7 +494,7 @@ def trainer(place: Place, results: Results, compiled: bool = False, micro: int |
         torch.cuda.reset_peak_memory_stats()
     started = time.time()
     training = Trainer(recipe, run, Console(width=100), world)
-    results.put("start", {"seconds": time.time() - started, "compiled": compiled})
+    results.put("start", {"seconds": time.time() - started, "compiled": compiled, "micro_batch": micro})
     flops = training.work.of_step(recipe.phases[0], 0, (side // 2) ** 2, place.caption[0])
 
     def note() -> None:
