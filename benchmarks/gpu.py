@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SMOKE_LIMIT = 100.0  # seconds of any step, on a CPU
+SMOKE_LIMIT = 240.0  # seconds of any step, on a CPU
 
 
 @dataclass(frozen=True)
