@@ -19,25 +19,17 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from gpu_measure import (
-    Place,
-    Results,
-    Training,
-    free_memory,
-    seconds_of,
-    synchronize,
-    time_of,
-    write_random_set,
-)
+from gpu_measure import Place, Results, free_memory, seconds_of, synchronize, time_of
 
-from microdit.budget.stages import STAGES, stage_recipe
-from microdit.data.latents import EncodedSet
 from microdit.distributed import World, start_world, stop_world
 from microdit.recipe import EngineRecipe, Recipe
 from microdit.training.chips import find_chip
+
+if TYPE_CHECKING:  # imported where it is used: the first steps do not wait for it
+    from gpu_training import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 BAND = 0.03
@@ -93,6 +85,10 @@ def ceilings(place: Place, results: Results) -> None:
 
 def xl(place: Place, results: Results) -> None:
     """XL's step, eager: has it a synchronisation, is it bound by the CPU, does it fit?"""
+    from gpu_training import Training
+
+    from microdit.budget.stages import STAGES
+
     world = start_world()
     size, seconds = place.size("MicroDiT_XL_2"), 0.1 if place.smoke else 3.0
     small, large = (2, 4) if place.smoke else (128, 256)
@@ -127,7 +123,7 @@ def xl(place: Place, results: Results) -> None:
     stop_world()
 
 
-def count_synchronisations(training: Training, samples: int) -> dict[str, Any]:
+def count_synchronisations(training: "Training", samples: int) -> dict[str, Any]:
     """Two steps in which the first synchronisation raises. Warmed up before: memory is taken, kernels are loaded."""
     batch, device = training.host_batch(samples), training.world.device
     for _ in range(3):
@@ -185,6 +181,10 @@ def xl_compiled(place: Place, results: Results) -> None:
 
 def tiny(place: Place, results: Results) -> None:
     """Tiny_2 eager and compiled: a small model, where the CPU may be what is waited for."""
+    from gpu_training import Training
+
+    from microdit.budget.stages import STAGES
+
     world = start_world()
     samples, seconds = (4, 0.1) if place.smoke else (256, 2.0)
     compiled = compiled_training(place, results, world, "MicroDiT_Tiny_2", EngineRecipe(compile=True), 4 if place.smoke else 16)
@@ -200,8 +200,12 @@ def tiny(place: Place, results: Results) -> None:
     stop_world()
 
 
-def compiled_training(place: Place, results: Results, world: World, name: str, engine: EngineRecipe, samples: int) -> Training:
+def compiled_training(place: Place, results: Results, world: World, name: str, engine: EngineRecipe, samples: int) -> "Training":
     """Compiled by two steps on a small batch. Numbers of samples are left open, which a third step of another size shows."""
+    from gpu_training import Training
+
+    from microdit.budget.stages import STAGES
+
     training = Training(place, world, place.size(name), STAGES[0], engine)
     first = seconds_of(lambda: training.step(training.batch(samples)))
     second = seconds_of(lambda: training.step(training.batch(samples)))
@@ -306,6 +310,8 @@ def emoji_sets(place: Place) -> dict[str, Path]:
         commands = " and ".join(f"microdit data encode {sources[name]} --out data/{name}" for name in missing)
         raise FileNotFoundError(f"There is no {' nor '.join(f'data/{name}' for name in missing)}: make it first, by {commands}.")
     for name in missing:
+        from gpu_training import write_random_set
+
         sets[name] = place.scratch / f"random-{name}"
         if not sets[name].exists():
             aside = place.scratch / f"random-{name}.{os.getpid()}"
@@ -354,6 +360,7 @@ def last(run: Path, key: str) -> Any:
 def draw_stored_captions(place: Place, run: Path) -> dict[str, Any]:
     """Draw captions of the emoji as they are stored, without a text encoder: OUT/pictures.png, each row above the pictures of the data."""
     from microdit.checkpoint import default_weights, find_weights
+    from microdit.data.latents import EncodedSet
     from microdit.data.pixels import to_image
     from microdit.diffusion.edm import EDM
     from microdit.encoders.autoencoder import load_autoencoder
@@ -473,8 +480,10 @@ def sampling(place: Place, results: Results) -> None:
 
 def trainer(place: Place, results: Results, compiled: bool = False, large: bool = False) -> None:
     """XL by the real trainer, sharded, on an encoded set of random numbers: what does it cost beyond the bare step?"""
+    from gpu_training import write_random_set
     from rich.console import Console
 
+    from microdit.budget.stages import STAGES, stage_recipe
     from microdit.training.chips import peak_flops
     from microdit.training.parallel import compute_dtype
     from microdit.training.trainer import Trainer
