@@ -155,9 +155,7 @@ def _frames(error: BaseException) -> list[str]:
 def xl_compiled(place: Place, results: Results) -> None:
     """Compile XL on a small batch beside other steps, then, alone, find the batch that uses the chip best."""
     world = start_world()
-    training = compiled_training(
-        place, results, world, "MicroDiT_XL_2", EngineRecipe(sharding="fsdp", compile=True), 4 if place.smoke else 16
-    )
+    training = compiled_training(place, results, world, "MicroDiT_XL_2", EngineRecipe(sharding="fsdp"))
     wait_for_go(place)
     seconds = 0.1 if place.smoke else 3.0
     small, large = ((2, 3), 4) if place.smoke else ((128, 64, 192), 256)
@@ -175,7 +173,7 @@ def xl_compiled(place: Place, results: Results) -> None:
     del training
     free_memory()
     # In this process, which has all graphs already: a model of the same shapes compiles nothing.
-    trainer(place, Results(place.out / "trainer.json"), compiled=True, large=fits)
+    trainer(place, Results(place.out / "trainer.json"), compiled=torch.cuda.is_available(), large=fits)
     results.put("graphs after the trainer", graphs())
 
 
@@ -187,7 +185,7 @@ def tiny(place: Place, results: Results) -> None:
 
     world = start_world()
     samples, seconds = (4, 0.1) if place.smoke else (256, 2.0)
-    compiled = compiled_training(place, results, world, "MicroDiT_Tiny_2", EngineRecipe(compile=True), 4 if place.smoke else 16)
+    compiled = compiled_training(place, results, world, "MicroDiT_Tiny_2", EngineRecipe())
     wait_for_go(place)
     eager = Training(place, world, place.size("MicroDiT_Tiny_2"), STAGES[0], EngineRecipe())
     for name, training in (("eager", eager), ("compiled", compiled)):
@@ -200,17 +198,21 @@ def tiny(place: Place, results: Results) -> None:
     stop_world()
 
 
-def compiled_training(place: Place, results: Results, world: World, name: str, engine: EngineRecipe, samples: int) -> "Training":
-    """Compiled by two steps on a small batch. Numbers of samples are left open, which a third step of another size shows."""
+def compiled_training(place: Place, results: Results, world: World, name: str, engine: EngineRecipe) -> "Training":
+    """Compiled by two steps on a small batch. Numbers of samples are left open, which a third step of another size shows.
+
+    Not on a CPU, where its compiler would take minutes for the smallest model.
+    """
     from gpu_training import Training
 
     from microdit.budget.stages import STAGES
 
-    training = Training(place, world, place.size(name), STAGES[0], engine)
+    samples, compiled = 4 if place.smoke else 16, torch.cuda.is_available()
+    training = Training(place, world, place.size(name), STAGES[0], replace(engine, compile=compiled))
     first = seconds_of(lambda: training.step(training.batch(samples)))
     second = seconds_of(lambda: training.step(training.batch(samples)))
     other = seconds_of(lambda: training.step(training.batch(samples // 2)))
-    results.put("compiling", {"first_step_s": first, "second_step_s": second, "other_batch_s": other, **graphs()})
+    results.put("compiling", {"compiled": compiled, "first_step_s": first, "second_step_s": second, "other_batch_s": other, **graphs()})
     free_memory()
     return training
 
