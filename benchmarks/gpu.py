@@ -119,7 +119,8 @@ class Run:
         began = time.monotonic()
         try:
             code = running.process.wait(limit)
-            outcome = "ok" if code == 0 else f"failed with exit code {code}"
+            errors = [key for key, value in self.found(running.step).items() if isinstance(value, dict) and "error" in value]
+            outcome = f"failed: {', '.join(errors)}" if errors else "ok" if code == 0 else f"failed with exit code {code}"
         except subprocess.TimeoutExpired:
             running.kill()
             outcome = f"stopped at its limit of {limit:.0f} s"

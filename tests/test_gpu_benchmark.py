@@ -83,4 +83,4 @@ def test_all_steps_at_smoke_size(tmp_path, monkeypatch):
     assert {name: of["outcome"] for name, of in whole["steps"].items()} == dict.fromkeys(whole["steps"], "ok")
     assert set(whole["found"]) == {step.name for step in gpu.ALL}
     assert whole["found"]["demo"]["stopped"]["exit_code"] == 75
-    assert whole["found"]["xl-compiled"]["graphs after the trainer"] == whole["found"]["xl-compiled"]["graphs at the end"]
+    assert whole["found"]["trainer"]["trainer"]["images_per_second"] > 0
