@@ -1,166 +1,247 @@
-"""How much of a GPU is used? One command, under ten minutes; nothing but this repository is needed.
+"""Does microdit work on a GPU, and how much of it does it use? One command, under eight minutes; nothing is downloaded.
 
-    python benchmarks/gpu.py                                  # Tiny_2 and XL_2, 256 px, three quarters dropped
-    python benchmarks/gpu.py --sizes xl --mask 0 --micro-batch 64
-    python benchmarks/gpu.py --sizes smoke --steps 2          # a very small model, on a CPU too: does it run?
+    python benchmarks/gpu.py --out gpu                        # on the machine's first GPU
+    python benchmarks/gpu.py --out gpu-smoke --smoke          # everything very small: does it run? (always so on a CPU)
+    python benchmarks/gpu.py --out gpu --only ceilings xl     # some of the steps
 
-Whole training steps (forward, backward, clipping, AdamW, one average) in bfloat16 on random latents, as the trainer does them: weights as
-autocast float32 or sharded by FSDP (on one GPU, for its bfloat16 copies), blocks eager or compiled. Utilisation is of the chip's dense
-bfloat16 peak. Then the kernels that take the most time in the fastest way, and the memory beside the arithmetic of benchmarks/memory.py.
+Each step (gpu_steps.py) is a process of its own with a time limit; how it ends never ends the others. OUT/steps has its JSON and its log;
+OUT/summary.md the table, OUT/results.json and OUT/logs.txt all of them in one file each, written anew after every step. XL and Tiny_2 are
+compiled in the background while others run, and timed when the GPU is theirs alone; the process that compiled XL then runs the trainer.
+The emoji steps want data/emoji and data/scenes (microdit data encode emoji --out data/emoji, microdit data encode scenes:1000 --out
+data/scenes), and take a held-out loss on data/held_out if it is there (microdit data encode emoji:held_out --out data/held_out).
+gpu_wheels.sh gathers what a machine without a network may lack.
 """
 
 import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from microdit.data.latents import Batch
-from microdit.diffusion.edm import EDM
-from microdit.distributed import World, start_world, stop_world
-from microdit.model.flops import training_flops
-from microdit.model.microdit import MicroDiT, ModelConfig
-from microdit.model.routing import kept_tokens
-from microdit.model.sizes import SIZES, Size, resolve
-from microdit.recipe import EMARecipe, EngineRecipe, OptimizerRecipe
-from microdit.training.chips import peak_flops
-from microdit.training.draws import TrainingBatch, add_draws
-from microdit.training.ema import EMA
-from microdit.training.footprint import footprint
-from microdit.training.optim import Optimizers
-from microdit.training.parallel import Sharding, compute_dtype, prepare_blocks, sharding_of, wrap
-from microdit.training.record import device_name
-from microdit.training.step import DenoisingLoss
-
-SMOKE = Size(dim=64, depth=3, head_dim=16, mixer_dim=32, mixer_depth=1, num_experts=2, round_ffn_to=16)
-ALL = {"smoke": SMOKE, "tiny": SIZES["MicroDiT_Tiny_2"], "xl": SIZES["MicroDiT_XL_2"]}
-MICRO_BATCH = {"smoke": 4, "tiny": 256, "xl": 128}
-CAPTION = (77, 1024)
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE_LIMIT = 240.0  # seconds of any step, on a CPU
 
 
 @dataclass(frozen=True)
-class Result:
-    images_per_second: float
-    utilisation: float
-    memory_gb: float
-    compile_seconds: float
-    step: Callable[[], None]
+class Step:
+    """`limit`: seconds it may take, of one that waits, after it was told to go; `least`: with fewer left it is not begun."""
+
+    name: str
+    limit: float
+    least: float
+    what: str
+
+
+CEILINGS = Step("ceilings", 45, 10, "products and copies at their fastest")
+XL = Step("xl", 100, 30, "XL's step, eager")
+XL_COMPILED = Step("xl-compiled", 170, 30, "XL's step, compiled; then the real trainer")
+TINY = Step("tiny", 45, 15, "Tiny_2, eager and compiled")
+EMOJI = Step("emoji", 80, 20, "emoji.yaml in float32, bfloat16, FSDP")
+DEMO = Step("demo", 80, 20, "emoji-fast by the command line, stopped and resumed")
+ENCODERS = Step("encoders", 50, 15, "SDXL's autoencoder, CLIP-H's text model")
+SAMPLING = Step("sampling", 50, 15, "XL draws, 30 steps with guidance")
+TRAINER = Step("trainer", 90, 45, "XL by the real trainer, eager")
+ALL = (CEILINGS, XL, XL_COMPILED, TINY, EMOJI, DEMO, ENCODERS, SAMPLING, TRAINER)
+COMPILING = 330.0  # seconds that a step in the background may take until it is ready
+
+
+@dataclass
+class Running:
+    """A step's process."""
+
+    step: Step
+    process: "subprocess.Popen[bytes]"
+    started: float
+
+    def kill(self) -> None:
+        """With all of its own processes, which are a group."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+class Run:
+    """All steps of one command, and what became of them."""
+
+    def __init__(self, out: Path, scratch: Path, smoke: bool, seconds: float, only: list[str] | None):
+        self.out, self.scratch, self.smoke, self.only = out, scratch, smoke, only
+        self.began = time.monotonic()
+        self.deadline = self.began + seconds
+        self.outcomes: dict[str, dict[str, Any]] = {}
+        (out / "steps").mkdir(parents=True, exist_ok=True)
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def wanted(self, step: Step) -> bool:
+        """Whether it is asked for, and there is time; if not, says so."""
+        if self.only is not None and step.name not in self.only:
+            return False
+        if self.left < step.least:
+            self.note(step, f"left out: {max(0, self.left):.0f} s were left", 0.0)
+            return False
+        return True
+
+    def start(self, step: Step) -> Running:
+        command = [sys.executable, str(ROOT / "benchmarks" / "gpu_steps.py"), step.name, str(self.out / "steps"), str(self.scratch)]
+        caches = {"TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "inductor"), "TRITON_CACHE_DIR": str(self.scratch / "triton")}
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        settings = {**os.environ, **caches, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+        if self.smoke:  # several processes share few cores, and threads that wait for each other make small steps slow
+            settings |= {"OMP_NUM_THREADS": "1"}
+        with (self.out / "steps" / f"{step.name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command + ["--smoke"] * self.smoke, stdout=log, stderr=subprocess.STDOUT, env=settings, cwd=ROOT, start_new_session=True
+            )
+        print(f"{self._clock()}  {step.name} begins: {step.what}", flush=True)
+        return Running(step, process, time.monotonic())
+
+    def foreground(self, step: Step) -> None:
+        if self.wanted(step):
+            self.finish(self.start(step))
+
+    def background(self, step: Step) -> Running | None:
+        return self.start(step) if self.wanted(step) else None
+
+    def finish(self, running: Running) -> None:
+        """Wait for the end of a step, not longer than its limit and the time that is left."""
+        limit = min(SMOKE_LIMIT if self.smoke else running.step.limit, max(1.0, self.left))
+        began = time.monotonic()
+        try:
+            code = running.process.wait(limit)
+            errors = [key for key, value in self.found(running.step).items() if isinstance(value, dict) and "error" in value]
+            outcome = f"failed: {', '.join(errors)}" if errors else "ok" if code == 0 else f"failed with exit code {code}"
+        except subprocess.TimeoutExpired:
+            running.kill()
+            outcome = f"stopped at its limit of {limit:.0f} s"
+        self.note(running.step, outcome, time.monotonic() - began)
+
+    def is_ready(self, running: Running) -> bool:
+        return (self.scratch / f"{running.step.name}.ready").exists() or running.process.poll() is not None
+
+    def go(self, running: Running) -> None:
+        """Let a step that waits have the GPU to itself. One that is not ready in time is stopped."""
+        end = min(running.started + (SMOKE_LIMIT if self.smoke else COMPILING), self.deadline - running.step.least)
+        while not self.is_ready(running) and time.monotonic() < end:
+            time.sleep(0.1)
+        if not self.is_ready(running):
+            running.kill()
+            self.note(
+                running.step, f"stopped: not compiled in {time.monotonic() - running.started:.0f} s", time.monotonic() - running.started
+            )
+            return
+        print(f"{self._clock()}  {running.step.name} goes on, alone", flush=True)
+        (self.scratch / f"{running.step.name}.go").touch()
+        self.finish(running)
+
+    def note(self, step: Step, outcome: str, seconds: float) -> None:
+        self.outcomes[step.name] = {"outcome": outcome, "seconds": round(seconds, 1), "ended_at": round(time.monotonic() - self.began, 1)}
+        print(f"{self._clock()}  {step.name}: {outcome}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Everything that is known so far."""
+        found = {step.name: values for step in ALL if (values := self.found(step))}
+        whole = {"smoke": self.smoke, "steps": self.outcomes, "found": found}
+        (self.out / "results.json").write_text(json.dumps(whole, indent=1))
+        (self.out / "summary.json").write_text(json.dumps({"smoke": self.smoke, "steps": self.outcomes}, indent=1))
+        (self.out / "summary.md").write_text(summary(self.outcomes, found))
+        logs = [(step.name, self.out / "steps" / f"{step.name}.log") for step in ALL]
+        text = "".join(f"===== {name}\n{path.read_text(errors='replace')[-1_000_000:]}\n" for name, path in logs if path.is_file())
+        (self.out / "logs.txt").write_text(text)
+        pictures = self.out / "steps" / "pictures.png"
+        if pictures.is_file():
+            shutil.copyfile(pictures, self.out / "pictures.png")
+
+    def found(self, step: Step) -> dict[str, Any]:
+        path = self.out / "steps" / f"{step.name}.json"
+        values: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        return values
+
+    def _clock(self) -> str:
+        seconds = round(time.monotonic() - self.began)
+        return f"{seconds // 60}:{seconds % 60:02}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=ALL, default=["tiny", "xl"])
-    parser.add_argument("--micro-batch", type=int, help="samples a step [default: 256 of Tiny_2, 128 of XL_2]")
-    parser.add_argument("--resolution", type=int, choices=(256, 512), default=256)
-    parser.add_argument("--mask", type=float, default=0.75, help="share of the patches that is dropped")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each way")
-    parser.add_argument("--minutes", type=float, default=6.0, help="begin no further way after these")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results; must be new")
+    parser.add_argument("--smoke", action="store_true", help="the smallest size of everything")
+    parser.add_argument("--minutes", type=float, default=8.0, help="in all; steps that no longer fit are left out")
+    parser.add_argument("--only", nargs="+", choices=[step.name for step in ALL], help="these steps")
     args = parser.parse_args()
-    started = time.perf_counter()
-    world = start_world()
-    peak, source = peak_flops(world.device, compute_dtype(EngineRecipe(), world.device))
-    print(f"{device_name(world.device)}; peak {peak / 1e12:.4g} TFLOP/s, {source}; PyTorch {torch.__version__}")
-    print(f"{'size':8}{'batch':>7}{'weights':>10}{'blocks':>10}{'images/s':>11}{'MFU':>8}{'GB':>8}{'reckoned':>10}{'first step, s':>15}")
-    for size in args.sizes:
-        batch = args.micro_batch or MICRO_BATCH[size]
-        results: list[Result] = []
-        for compiled in (False, True):
-            for sharding in ("none", "fsdp"):
-                if results and time.perf_counter() - started > 60 * args.minutes:
-                    print(f"{size:8}{batch:>7}{sharding:>10}{'compiled' if compiled else 'eager':>10}   left out: --minutes are over")
-                    continue
-                engine = EngineRecipe(sharding="fsdp" if sharding == "fsdp" else "auto", compile=compiled)
-                result = measure(size, engine, world, batch, args.resolution, args.mask, args.steps, peak)
-                results.append(result)
-                reckoned = reckoned_gb(size, batch, args.resolution, args.mask, world, sharded=sharding == "fsdp")
-                columns = f"{size:8}{batch:>7}{sharding:>10}{'compiled' if compiled else 'eager':>10}{result.images_per_second:>11.1f}"
-                memory = f"{result.memory_gb:>8.1f}{reckoned:>10.1f}" if world.device.type == "cuda" else f"{'':>18}"
-                print(f"{columns}{result.utilisation:>8.1%}{memory}{result.compile_seconds:>15.1f}", flush=True)
-        show_profile(max(results, key=lambda result: result.images_per_second).step, world)
-    stop_world()
+    if args.out.exists() and any(args.out.iterdir()):
+        sys.exit(f"{args.out} holds something already: name another --out.")
+    scratch = Path(tempfile.mkdtemp(prefix="microdit-gpu-"))
+    smoke = args.smoke or not torch.cuda.is_available()
+    run = Run(args.out.resolve(), scratch, smoke, 60 * args.minutes, args.only)
+    try:
+        take_steps(run)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    print(f"\n{(run.out / 'summary.md').read_text()}")
 
 
-def measure(size: str, engine: EngineRecipe, world: World, batch: int, resolution: int, mask: float, steps: int, peak: float) -> Result:
-    step, config = training_step(size, engine, world, batch, resolution, mask)
-    if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    first = seconds_of(step, world)
-    for _ in range(2):
-        step()
-    seconds = seconds_of(lambda: [step() for _ in range(steps)], world) / steps
-    side = resolution // 8 // 2
-    flops = batch * training_flops(config, side * side, kept_tokens(side * side, mask), CAPTION[0])
-    memory = torch.cuda.max_memory_allocated() / 1e9 if world.device.type == "cuda" else 0.0
-    return Result(batch / seconds, flops / seconds / peak, memory, first, step)
+def take_steps(run: Run) -> None:
+    """What decides most comes first; what is compiled in the background is timed as soon as it is ready and no other step runs."""
+    waiting: list[Running] = []
+    try:
+        run.foreground(CEILINGS)
+        run.foreground(XL)
+        waiting = [running for running in (run.background(XL_COMPILED), run.background(TINY)) if running]
+        for step in (EMOJI, DEMO, ENCODERS, SAMPLING):
+            run.foreground(step)
+            for running in [running for running in waiting if run.is_ready(running)]:
+                waiting.remove(running)
+                run.go(running)
+        while waiting:
+            run.go(waiting.pop(0))
+        if "trainer" not in run.found(TRAINER):  # the process that compiled has not come to it
+            run.foreground(TRAINER)
+    finally:
+        for running in waiting:
+            running.kill()
 
 
-def training_step(
-    size: str, engine: EngineRecipe, world: World, batch: int, resolution: int, mask: float
-) -> tuple[Callable[[], None], ModelConfig]:
-    """One whole step as the trainer does it, on a batch that stays the same, and the model's configuration."""
-    torch.manual_seed(0)
-    config = resolve(ALL[size])
-    model = MicroDiT(config).train().to(world.device)
-    sharding: Sharding = sharding_of(engine, world, 0)
-    dtype = compute_dtype(engine, world.device)
-    loss = DenoisingLoss(model, EDM(), mask_padding=False, autocast=dtype if sharding == "none" and dtype != torch.float32 else None)
-    prepare_blocks(model, engine, sharding, world)
-    wrapped = wrap(loss, engine, sharding, world)
-    optimizers, average = Optimizers(model, OptimizerRecipe()), EMA(model, EMARecipe(0.999))
-    optimizers.set_rate(1e-5)
-    drawn = random_batch(batch, resolution, mask).to(world.device)
-
-    def step() -> None:
-        wrapped(drawn).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25, foreach=True)
-        optimizers.step()
-        optimizers.zero_grad()
-        average.update(100)
-
-    return step, config
+def summary(outcomes: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]) -> str:
+    """A table of the steps, then one of each step's numbers, then the costliest kernels."""
+    lines = ["| step | outcome | seconds | ended at |", "|---|---|---|---|"]
+    lines += [f"| {name} | {of['outcome']} | {of['seconds']} | {of['ended_at']} |" for name, of in outcomes.items()]
+    for name, values in found.items():
+        lines += ["", f"## {name}", *number_table({key: of for key, of in values.items() if isinstance(of, dict) and "kernels" not in of})]
+        for key, of in values.items():
+            if isinstance(of, dict) and "kernels" in of:
+                lines += ["", f"{key}: {of['kernel_milliseconds']:.1f} ms in {of['calls']} calls; {of['kinds']}", ""]
+                lines += [f"    {kernel['share']:6.1%} {kernel['calls']:6} calls  {kernel['name'][:110]}" for kernel in of["kernels"]]
+    return "\n".join(lines) + "\n"
 
 
-def random_batch(batch: int, resolution: int, mask: float) -> TrainingBatch:
-    side = resolution // 8
-    samples = Batch(torch.randn(batch, 4, side, side), torch.randn(batch, *CAPTION), torch.ones(batch, CAPTION[0], dtype=torch.bool))
-    return add_draws(samples, EDM(), 0, 0, range(batch), (side // 2, side // 2), mask, 0.1)
+def number_table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Rows with the same columns stand in one table."""
+    lines: list[str] = []
+    before: list[str] = []
+    for name, row in rows.items():
+        if list(row) != before:
+            before = list(row)
+            lines += ["", f"| | {' | '.join(before)} |", "|---" * (len(before) + 1) + "|"]
+        lines.append(f"| {name} | {' | '.join(shown(key, value) for key, value in row.items())} |")
+    return lines
 
 
-def reckoned_gb(size: str, batch: int, resolution: int, mask: float, world: World, sharded: bool) -> float:
-    with torch.device("meta"):
-        model = MicroDiT(resolve(ALL[size]))
-    tokens = (resolution // 16) ** 2
-    return footprint(model, batch, tokens, kept_tokens(tokens, mask), CAPTION[0], world.size, sharded=sharded).total / 1e9
-
-
-def show_profile(step: Callable[[], None], world: World) -> None:
-    """The kernels of one step that take the most time."""
-    step()
-    cuda = world.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
-        step()
-        synchronize(world)
-    key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: -cast(float, getattr(event, key)))
-    total = sum(getattr(event, key) for event in events)
-    for event in events[:12]:
-        print(f"    {getattr(event, key) / total:6.1%} of the time, {event.count:5} calls: {event.key[:90]}")
-
-
-def seconds_of(work: Callable[[], object], world: World) -> float:
-    synchronize(world)
-    started = time.perf_counter()
-    work()
-    synchronize(world)
-    return time.perf_counter() - started
-
-
-def synchronize(world: World) -> None:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
+def shown(key: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.1%}" if key.startswith(("share", "spread", "apart", "widest", "allowed")) else f"{value:.4g}"
+    return "" if value is None else str(value).replace("|", "/")
 
 
 if __name__ == "__main__":

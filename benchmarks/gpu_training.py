@@ -1,0 +1,151 @@
+"""A step of the trainer on random numbers, for benchmarks/gpu.py, and encoded sets of them."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_measure import Place, costliest_kernels, free_memory, measured_ceiling, time_of
+
+from microdit.budget.stages import Stage, stage_recipe
+from microdit.data.card import FORMAT, write_card
+from microdit.data.forms import pack_latents, pack_text
+from microdit.data.latents import Batch
+from microdit.data.shards import Row, ShardWriter
+from microdit.distributed import World
+from microdit.files import sha256_of
+from microdit.model.microdit import MicroDiT
+from microdit.model.routing import kept_tokens
+from microdit.model.sizes import Size
+from microdit.recipe import EngineRecipe, Recipe
+from microdit.training.chips import peak_flops
+from microdit.training.draws import TrainingBatch, add_draws
+from microdit.training.footprint import footprint
+from microdit.training.parallel import compute_dtype
+from microdit.training.start import architecture
+from microdit.training.state import TrainingState
+from microdit.training.work import Work
+
+CHANNELS, DOWNSAMPLING = 4, 8  # of the SDXL autoencoder
+
+
+class Training:
+    """A recipe's state as the trainer has it, on random weights. The one place that knows how a training step is put together."""
+
+    def __init__(self, place: Place, world: World, size: Size, stage: Stage, engine: EngineRecipe, mask_padding: bool = False):
+        self.place, self.world, self.stage = place, world, stage
+        recipe = stage_recipe(stage, size, 1000, 1, engine=engine)
+        self.recipe: Recipe = replace(recipe, model=replace(recipe.model, mask_padding=mask_padding))
+        self.config = architecture(self.recipe.model, CHANNELS, place.caption[1])
+        torch.manual_seed(0)
+        with world.device:  # drawing a billion weights on the CPU would take longer than all that is measured
+            weights = MicroDiT(self.config).state_dict()
+        self.state = TrainingState(self.recipe, self.config, world, weights, fresh=True)
+        self.state.optimizers.set_rate(1e-5)
+        self.steps = 0
+
+    def step(self, batch: TrainingBatch) -> None:
+        """Forward, backward, clipping, optimizer and averages, on a batch that is on the device."""
+        self.state.loss(batch).mean().backward()
+        self.state.clip(self.recipe.phases[0].grad_clip)
+        self.state.take_step(self.steps)
+        self.state.optimizers.zero_grad()
+        self.steps += 1
+
+    def batch(self, samples: int) -> TrainingBatch:
+        """Random numbers, on the device."""
+        return self.host_batch(samples).to(self.world.device)
+
+    def host_batch(self, samples: int) -> TrainingBatch:
+        """As the reader's thread makes it."""
+        phase, patch = self.recipe.phases[0], self.recipe.model.patch_size
+        side = self.side
+        text_BLE = torch.randn(samples, *self.place.caption)
+        content = Batch(torch.randn(samples, CHANNELS, side, side), text_BLE, torch.ones(text_BLE.shape[:2], dtype=torch.bool))
+        grid = (side // patch, side // patch)
+        dropout = self.recipe.diffusion.caption_dropout
+        return add_draws(content, self.state.edm, 0, 0, range(samples), grid, phase.mask_ratio, dropout)
+
+    @property
+    def side(self) -> int:
+        """Latents of a picture's side."""
+        return 8 if self.place.smoke else self.stage.resolution // DOWNSAMPLING
+
+    def measure(self, samples: int, seconds: float) -> dict[str, Any]:
+        """Whole steps on `samples` pictures: speed, share of the peak, memory beside what `microdit budget` reckons."""
+        free_memory()
+        on_gpu = self.world.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        batch = self.batch(samples)
+        one, spread = time_of(lambda: self.step(batch), seconds)
+        phase = replace(self.recipe.phases[0], batch_size=samples)
+        tokens = (self.side // self.recipe.model.patch_size) ** 2
+        flops = Work(self.recipe, self.config).of_step(phase, 0, tokens, self.place.caption[0])
+        peak, _ = peak_flops(self.world.device, compute_dtype(self.recipe.engine, self.world.device))
+        ceiling = measured_ceiling(self.place)
+        with torch.device("meta"):
+            model = MicroDiT(self.config)
+        kept = kept_tokens(tokens, phase.mask_ratio)
+        sharded = self.recipe.engine.sharding == "fsdp"
+        reckoned = footprint(model, samples, tokens, kept, self.place.caption[0], emas=len(self.recipe.ema), sharded=sharded)
+        return {
+            "samples": samples,
+            "milliseconds": 1000 * one,
+            "spread": spread,
+            "images_per_second": samples / one,
+            "share_of_peak": flops / one / peak,
+            "share_of_product": flops / one / ceiling if ceiling else None,
+            "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
+            "reckoned_gb": reckoned.total / 1e9,
+        }
+
+    def dispatch(self) -> dict[str, float]:
+        """Milliseconds that the CPU needs for a step: on so few samples that the GPU waits for it."""
+        batch = self.batch(2)
+        return {"milliseconds": 1000 * time_of(lambda: self.step(batch), 1.0)[0]}
+
+    def kernels(self, samples: int) -> dict[str, Any]:
+        batch = self.batch(samples)
+        return costliest_kernels(lambda: self.step(batch))
+
+
+def write_random_set(
+    folder: Path, rows: int, resolution: int, latents: tuple[int, int, int], caption: tuple[int, int], encoders: tuple[str, str]
+) -> None:
+    """An encoded set of random numbers in the real format, int8. `latents`: (C, H, W); `caption`: tokens and channels."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    writer = ShardWriter(folder / "shard-00000.arrow", [resolution])
+    for number in range(rows):
+        text = pack_text(generator.standard_normal(caption, np.float32), "int8")
+        blob = pack_latents(generator.standard_normal(latents, np.float32), "int8")
+        writer.write(Row(f"{number}", 0, [f"caption {number}"], [1.0], [text], {resolution: blob}))
+    writer.close()
+    shard = {
+        "name": writer.path.name,
+        "rows": rows,
+        "seen": rows,
+        "rejected": {},
+        "buckets": {"0": rows},
+        "bytes": writer.path.stat().st_size,
+        "sha256": sha256_of(writer.path),
+        "captions": rows,
+        "tokens": rows * caption[0],
+        "captions_cut": 0,
+    }
+    plan = {
+        "format": FORMAT,
+        "source": "random numbers",
+        "settings": {"resolutions": [resolution], "latents": "int8", "captions": "int8"},
+        "sizes": [{str(resolution): [resolution, resolution]}],
+        "latent_channels": latents[0],
+        "downsampling": resolution // latents[1],
+        "text_channels": caption[1],
+        "max_tokens": caption[0],
+        "autoencoder": {"name": encoders[0], "fingerprint": hashlib.sha256(b"none").hexdigest()[:16]},
+        "text_encoder": {"name": encoders[1], "fingerprint": hashlib.sha256(b"none").hexdigest()[:16]},
+    }
+    write_card(folder, plan, [shard])
