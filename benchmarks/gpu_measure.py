@@ -112,7 +112,7 @@ def measured_ceiling(place: Place) -> float | None:
     return flops
 
 
-def costliest_kernels(step: Callable[[], None]) -> dict[str, Any]:
+def costliest_kernels(step: Callable[[], object]) -> dict[str, Any]:
     """Kernels of one step by time, and the shares of their kinds; `kernel_milliseconds` beside the step's says whether the GPU waited."""
     step()
     cuda = torch.cuda.is_available()

@@ -102,6 +102,8 @@ def xl(place: Place, results: Results) -> None:
     results.put("model", {"parameters": training.state.parameters, "seconds_to_build": time.perf_counter() - started})
     with results.attempt("synchronisations"):
         results.put("synchronisations", count_synchronisations(training, small))
+    with results.attempt("draws"):
+        results.put("draws", draws_alike(training, small))
     del training  # a step that was broken off leaves it in an unknown state
     free_memory()
     training = Training(place, world, size, STAGES[0], fsdp)
@@ -149,6 +151,17 @@ def count_synchronisations(training: "Training", samples: int) -> dict[str, Any]
         torch.cuda.set_sync_debug_mode("default")
         training.state.optimizers.zero_grad()
     return {"found": "none in two steps"}
+
+
+def draws_alike(training: "Training", samples: int) -> dict[str, Any]:
+    """Are the numbers that the device draws those that a CPU draws?"""
+    batch = training.host_batch(samples)
+    here, there = batch.to(torch.device("cpu")), batch.to(training.world.device)
+    found: dict[str, Any] = {}
+    for name in ("noise_BCHW", "sigma_B", "caption_kept_B", "keep_ids_BK"):
+        ours, theirs = getattr(here, name), getattr(there, name).cpu()
+        found[name] = {"numbers": ours.numel(), "differ": int((ours != theirs).sum()), "most": float((ours - theirs).abs().max())}
+    return found
 
 
 def _frames(error: BaseException) -> list[str]:

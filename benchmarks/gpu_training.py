@@ -11,8 +11,8 @@ from gpu_measure import Place, costliest_kernels, free_memory, measured_ceiling,
 
 from microdit.budget.stages import Stage, stage_recipe
 from microdit.data.card import FORMAT, write_card
-from microdit.data.forms import pack_latents, pack_text
-from microdit.data.latents import Batch
+from microdit.data.forms import StoredRows, pack_latents, pack_text
+from microdit.data.latents import Batch, StoredBatch
 from microdit.data.shards import Row, ShardWriter
 from microdit.distributed import World
 from microdit.files import sha256_of
@@ -21,11 +21,13 @@ from microdit.model.routing import kept_tokens
 from microdit.model.sizes import Size
 from microdit.recipe import EngineRecipe, Recipe
 from microdit.training.chips import peak_flops
-from microdit.training.draws import TrainingBatch, add_draws
+from microdit.training.draws import MicroBatch, TrainingBatch, UndrawnBatch, add_draws
 from microdit.training.footprint import footprint
+from microdit.training.guard import Guard
 from microdit.training.parallel import compute_dtype
 from microdit.training.start import architecture
 from microdit.training.state import TrainingState
+from microdit.training.tally import Reading
 from microdit.training.work import Work
 
 CHANNELS, DOWNSAMPLING = 4, 8  # of the SDXL autoencoder
@@ -44,29 +46,35 @@ class Training:
             weights = MicroDiT(self.config).state_dict()
         self.state = TrainingState(self.recipe, self.config, world, weights, fresh=True)
         self.state.optimizers.set_rate(1e-5)
+        self.guard = Guard(self.recipe.guard, world.device)
         self.steps = 0
 
-    def step(self, batch: TrainingBatch) -> None:
-        """Forward, backward, clipping, optimizer and averages, on a batch that is on the device."""
-        self.state.loss(batch).mean().backward()
-        self.state.clip(self.recipe.phases[0].grad_clip)
-        self.state.take_step(self.steps)
-        self.state.optimizers.zero_grad()
+    def step(self, batch: MicroBatch) -> Reading:
+        """A whole step, as the trainer gives it to the device."""
         self.steps += 1
+        return self.state.learn([batch], self.steps, self.recipe.phases[0].grad_clip, self.guard)
 
     def batch(self, samples: int) -> TrainingBatch:
         """Random numbers, on the device."""
         return self.host_batch(samples).to(self.world.device)
 
-    def host_batch(self, samples: int) -> TrainingBatch:
+    def host_batch(self, samples: int) -> UndrawnBatch:
         """As the reader's thread makes it."""
-        phase, patch = self.recipe.phases[0], self.recipe.model.patch_size
-        side = self.side
-        text_BLE = torch.randn(samples, *self.place.caption)
-        content = Batch(torch.randn(samples, CHANNELS, side, side), text_BLE, torch.ones(text_BLE.shape[:2], dtype=torch.bool))
-        grid = (side // patch, side // patch)
-        dropout = self.recipe.diffusion.caption_dropout
-        return add_draws(content, self.state.edm, 0, 0, range(samples), grid, phase.mask_ratio, dropout)
+        phase, side = self.recipe.phases[0], self.side
+        stored = StoredBatch(
+            random_rows(samples, CHANNELS, side * side),
+            (side, side),
+            None,
+            random_rows(samples, *self.place.caption),
+            torch.full((samples,), self.place.caption[0]),
+        )
+        grid = (side // self.recipe.model.patch_size,) * 2
+        chances = (phase.mask_ratio, self.recipe.diffusion.caption_dropout)
+
+        def draw(batch: Batch) -> TrainingBatch:
+            return add_draws(batch, self.state.edm, 0, 0, range(samples), (grid[0], grid[1]), *chances)
+
+        return UndrawnBatch(stored.pin() if self.world.device.type == "cuda" else stored, draw)
 
     @property
     def side(self) -> int:
@@ -110,6 +118,11 @@ class Training:
     def kernels(self, samples: int) -> dict[str, Any]:
         batch = self.batch(samples)
         return costliest_kernels(lambda: self.step(batch))
+
+
+def random_rows(*shape: int) -> StoredRows:
+    """In 8 bits, about as large as standard normal numbers."""
+    return StoredRows(torch.randint(-127, 128, shape, dtype=torch.int8), torch.full((*shape[:2], 1), 0.014, dtype=torch.float16))
 
 
 def write_random_set(

@@ -1,8 +1,7 @@
 """All that is random in a training step, from (seed, step, number in the batch) alone.
 
 A sample's noise is the same however the batch is cut into ranks and micro-batches, and on every device, and nothing about chance needs to
-be saved. The generator is SplitMix64 (Steele et al. 2014): number i of a sample is a hash of i and of the sample, so that a GPU computes all
-of them at once.
+be saved. The generator is SplitMix64 (Steele et al. 2014): number i of a sample is a hash of both, so that a GPU computes all at once.
 
 Shape legend: B samples of this rank, C channels, H W height and width, N numbers, K kept tokens, L caption tokens, E their width.
 """

@@ -36,7 +36,7 @@ SPARE = 0.1  # of a device's memory, which may be spent on speed
 def sharding_of(engine: EngineRecipe, world: World, parameters: int) -> Sharding:
     """What `engine.sharding` comes to in this world.
 
-    FSDP works with one process too: a large model's weights are turned into bfloat16 once a step by it, where autocast does so for each use.
+    FSDP works with one process too: it turns a large model's weights into bfloat16 once a step, where autocast does so for each use.
     """
     if engine.sharding == "fsdp":
         return "fsdp"

@@ -154,7 +154,7 @@ class Trainer:
             self._end(sums)
 
     def share(self, step: int) -> Share:
-        """What this process learns from in step number `step` (from 0). A GPU gets it as it is stored, in pinned memory, and draws itself."""
+        """What this process learns from in step number `step` (from 0). For a GPU as it is stored, in pinned memory: it draws itself."""
         recipe, world = self.recipe, self.world
         phase, step_in_phase = recipe.phase_at(step)
         on_gpu = world.device.type == "cuda"
