@@ -5,8 +5,7 @@
     python benchmarks/gpu.py --out gpu --only ceilings xl     # some of the steps
 
 Each step (gpu_steps.py) is a process of its own with a time limit; how it ends never ends the others. OUT/steps has its JSON and its log;
-OUT/summary.md the table, OUT/results.json and OUT/logs.txt all of them in one file each, written anew after every step. XL and Tiny_2 are
-compiled in the background while others run, and timed when the GPU is theirs alone; the process that compiled XL then runs the trainer.
+OUT/summary.md the table, OUT/results.json and OUT/logs.txt all of them in one file each, written anew after every step.
 The emoji steps want data/emoji and data/scenes (microdit data encode emoji --out data/emoji, microdit data encode scenes:1000 --out
 data/scenes), and take a held-out loss on data/held_out if it is there (microdit data encode emoji:held_out --out data/held_out).
 gpu_wheels.sh gathers what a machine without a network may lack.
@@ -33,7 +32,7 @@ SMOKE_LIMIT = 240.0  # seconds of any step, on a CPU
 
 @dataclass(frozen=True)
 class Step:
-    """`limit`: seconds it may take, of one that waits, after it was told to go; `least`: with fewer left it is not begun."""
+    """`limit`: seconds it may take; `least`: with fewer left it is not begun."""
 
     name: str
     limit: float
@@ -41,32 +40,18 @@ class Step:
     what: str
 
 
-CEILINGS = Step("ceilings", 45, 10, "products and copies at their fastest")
-XL = Step("xl", 100, 30, "XL's step, eager")
-XL_COMPILED = Step("xl-compiled", 170, 30, "XL's step, compiled; then the real trainer")
-TINY = Step("tiny", 45, 15, "Tiny_2, eager and compiled")
-EMOJI = Step("emoji", 80, 20, "emoji.yaml in float32, bfloat16, FSDP")
-DEMO = Step("demo", 80, 20, "emoji-fast by the command line, stopped and resumed")
-ENCODERS = Step("encoders", 50, 15, "SDXL's autoencoder, CLIP-H's text model")
-SAMPLING = Step("sampling", 50, 15, "XL draws, 30 steps with guidance")
-TRAINER = Step("trainer", 90, 45, "XL by the real trainer, eager")
-ALL = (CEILINGS, XL, XL_COMPILED, TINY, EMOJI, DEMO, ENCODERS, SAMPLING, TRAINER)
-COMPILING = 330.0  # seconds that a step in the background may take until it is ready
-
-
-@dataclass
-class Running:
-    """A step's process."""
-
-    step: Step
-    process: "subprocess.Popen[bytes]"
-    started: float
-
-    def kill(self) -> None:
-        """With all of its own processes, which are a group."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+STEPS = (
+    Step("ceilings", 45, 10, "products and copies at their fastest"),
+    Step("xl-compiled", 140, 30, "XL's step, compiled and recorded"),
+    Step("emoji", 60, 20, "emoji.yaml in float32, bfloat16, FSDP"),
+    Step("demo", 70, 20, "emoji-fast by the command line, stopped and resumed"),
+    Step("trainer", 100, 40, "XL by the real trainer"),
+    Step("tiny", 60, 15, "Tiny_2, eager, recorded and compiled"),
+    Step("xl", 100, 30, "XL's step, eager"),
+    Step("sampling", 50, 15, "XL draws, 30 steps with guidance"),
+    Step("encoders", 50, 15, "SDXL's autoencoder, CLIP-H's text model"),
+)
+"""In the order of what they decide."""
 
 
 class Run:
@@ -92,57 +77,34 @@ class Run:
             return False
         return True
 
-    def start(self, step: Step) -> Running:
+    def take(self, step: Step) -> None:
+        """Run a step in its own process, not longer than its limit and the time that is left."""
+        if not self.wanted(step):
+            return
+        process, began = self._start(step), time.monotonic()
+        limit = min(SMOKE_LIMIT if self.smoke else step.limit, max(1.0, self.left))
+        try:
+            code = process.wait(limit)
+            errors = [key for key, value in self.found(step).items() if isinstance(value, dict) and "error" in value]
+            outcome = f"failed: {', '.join(errors)}" if errors else "ok" if code == 0 else f"failed with exit code {code}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with all of its own processes, which are a group
+            process.wait()
+            outcome = f"stopped at its limit of {limit:.0f} s"
+        self.note(step, outcome, time.monotonic() - began)
+
+    def _start(self, step: Step) -> "subprocess.Popen[bytes]":
         command = [sys.executable, str(ROOT / "benchmarks" / "gpu_steps.py"), step.name, str(self.out / "steps"), str(self.scratch)]
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "inductor"), "TRITON_CACHE_DIR": str(self.scratch / "triton")}
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         settings = {**os.environ, **caches, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
         if self.smoke:  # several processes share few cores, and threads that wait for each other make small steps slow
             settings |= {"OMP_NUM_THREADS": "1"}
+        print(f"{self._clock()}  {step.name} begins: {step.what}", flush=True)
         with (self.out / "steps" / f"{step.name}.log").open("wb") as log:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 command + ["--smoke"] * self.smoke, stdout=log, stderr=subprocess.STDOUT, env=settings, cwd=ROOT, start_new_session=True
             )
-        print(f"{self._clock()}  {step.name} begins: {step.what}", flush=True)
-        return Running(step, process, time.monotonic())
-
-    def foreground(self, step: Step) -> None:
-        if self.wanted(step):
-            self.finish(self.start(step))
-
-    def background(self, step: Step) -> Running | None:
-        return self.start(step) if self.wanted(step) else None
-
-    def finish(self, running: Running) -> None:
-        """Wait for the end of a step, not longer than its limit and the time that is left."""
-        limit = min(SMOKE_LIMIT if self.smoke else running.step.limit, max(1.0, self.left))
-        began = time.monotonic()
-        try:
-            code = running.process.wait(limit)
-            errors = [key for key, value in self.found(running.step).items() if isinstance(value, dict) and "error" in value]
-            outcome = f"failed: {', '.join(errors)}" if errors else "ok" if code == 0 else f"failed with exit code {code}"
-        except subprocess.TimeoutExpired:
-            running.kill()
-            outcome = f"stopped at its limit of {limit:.0f} s"
-        self.note(running.step, outcome, time.monotonic() - began)
-
-    def is_ready(self, running: Running) -> bool:
-        return (self.scratch / f"{running.step.name}.ready").exists() or running.process.poll() is not None
-
-    def go(self, running: Running) -> None:
-        """Let a step that waits have the GPU to itself. One that is not ready in time is stopped."""
-        end = min(running.started + (SMOKE_LIMIT if self.smoke else COMPILING), self.deadline - running.step.least)
-        while not self.is_ready(running) and time.monotonic() < end:
-            time.sleep(0.1)
-        if not self.is_ready(running):
-            running.kill()
-            self.note(
-                running.step, f"stopped: not compiled in {time.monotonic() - running.started:.0f} s", time.monotonic() - running.started
-            )
-            return
-        print(f"{self._clock()}  {running.step.name} goes on, alone", flush=True)
-        (self.scratch / f"{running.step.name}.go").touch()
-        self.finish(running)
 
     def note(self, step: Step, outcome: str, seconds: float) -> None:
         self.outcomes[step.name] = {"outcome": outcome, "seconds": round(seconds, 1), "ended_at": round(time.monotonic() - self.began, 1)}
@@ -151,12 +113,12 @@ class Run:
 
     def write(self) -> None:
         """Everything that is known so far."""
-        found = {step.name: values for step in ALL if (values := self.found(step))}
+        found = {step.name: values for step in STEPS if (values := self.found(step))}
         whole = {"smoke": self.smoke, "steps": self.outcomes, "found": found}
         (self.out / "results.json").write_text(json.dumps(whole, indent=1))
         (self.out / "summary.json").write_text(json.dumps({"smoke": self.smoke, "steps": self.outcomes}, indent=1))
         (self.out / "summary.md").write_text(summary(self.outcomes, found))
-        logs = [(step.name, self.out / "steps" / f"{step.name}.log") for step in ALL]
+        logs = [(step.name, self.out / "steps" / f"{step.name}.log") for step in STEPS]
         text = "".join(f"===== {name}\n{path.read_text(errors='replace')[-1_000_000:]}\n" for name, path in logs if path.is_file())
         (self.out / "logs.txt").write_text(text)
         pictures = self.out / "steps" / "pictures.png"
@@ -178,7 +140,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for results; must be new")
     parser.add_argument("--smoke", action="store_true", help="the smallest size of everything")
     parser.add_argument("--minutes", type=float, default=8.0, help="in all; steps that no longer fit are left out")
-    parser.add_argument("--only", nargs="+", choices=[step.name for step in ALL], help="these steps")
+    parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], help="these steps")
     args = parser.parse_args()
     if args.out.exists() and any(args.out.iterdir()):
         sys.exit(f"{args.out} holds something already: name another --out.")
@@ -186,31 +148,11 @@ def main() -> None:
     smoke = args.smoke or not torch.cuda.is_available()
     run = Run(args.out.resolve(), scratch, smoke, 60 * args.minutes, args.only)
     try:
-        take_steps(run)
+        for step in STEPS:
+            run.take(step)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(f"\n{(run.out / 'summary.md').read_text()}")
-
-
-def take_steps(run: Run) -> None:
-    """What decides most comes first; what is compiled in the background is timed as soon as it is ready and no other step runs."""
-    waiting: list[Running] = []
-    try:
-        run.foreground(CEILINGS)
-        run.foreground(XL)
-        waiting = [running for running in (run.background(XL_COMPILED), run.background(TINY)) if running]
-        for step in (EMOJI, DEMO, ENCODERS, SAMPLING):
-            run.foreground(step)
-            for running in [running for running in waiting if run.is_ready(running)]:
-                waiting.remove(running)
-                run.go(running)
-        while waiting:
-            run.go(waiting.pop(0))
-        if "trainer" not in run.found(TRAINER):  # the process that compiled has not come to it
-            run.foreground(TRAINER)
-    finally:
-        for running in waiting:
-            running.kill()
 
 
 def summary(outcomes: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]) -> str:

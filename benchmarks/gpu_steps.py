@@ -1,7 +1,6 @@
 """The steps of benchmarks/gpu.py, each run in a process of its own: python benchmarks/gpu_steps.py STEP OUT SCRATCH [--smoke]
 
-A step writes OUT/STEP.json whenever it has found something, so that one that is killed leaves what it had. One that waits for the GPU to
-be its own says so by the file SCRATCH/STEP.ready, and goes on when there is SCRATCH/STEP.go.
+A step writes OUT/STEP.json whenever it has found something, so that one that is killed leaves what it had.
 """
 
 import argparse
@@ -87,6 +86,10 @@ def ceilings(place: Place, results: Results) -> None:
             results.put("copy from the host", {"gb_per_second": pinned.nbytes / one / 1e9, "spread": spread})
 
 
+WHOLE, RECORDED = EngineRecipe(cuda_graphs=False), EngineRecipe()
+SHARDED, COMPILED = EngineRecipe(sharding="fsdp"), EngineRecipe(compile=True)
+
+
 def xl(place: Place, results: Results) -> None:
     """XL's step, eager: has it a synchronisation, is it bound by the CPU, does it fit?"""
     from gpu_training import Training
@@ -94,40 +97,29 @@ def xl(place: Place, results: Results) -> None:
     from microdit.budget.stages import STAGES
 
     world = start_world()
-    size, seconds = place.size("MicroDiT_XL_2"), 0.1 if place.smoke else 3.0
-    small, large = (2, 4) if place.smoke else (128, 256)
-    fsdp, plain = EngineRecipe(sharding="fsdp"), EngineRecipe()
-    started = time.perf_counter()
-    training = Training(place, world, size, STAGES[0], fsdp)
-    results.put("model", {"parameters": training.state.parameters, "seconds_to_build": time.perf_counter() - started})
-    with results.attempt("synchronisations"):
-        results.put("synchronisations", count_synchronisations(training, small))
-    with results.attempt("draws"):
-        results.put("draws", draws_alike(training, small))
-    del training  # a step that was broken off leaves it in an unknown state
-    free_memory()
-    training = Training(place, world, size, STAGES[0], fsdp)
-    with results.attempt(f"FSDP {small}"):
-        results.put(f"FSDP {small}", training.measure(small, seconds))
-    with results.attempt("CPU alone, FSDP"):
-        results.put("CPU alone, FSDP", training.dispatch())
-    with results.attempt(f"kernels of FSDP {small}"):
-        results.put(f"kernels of FSDP {small}", training.kernels(small))
-    with results.attempt(f"FSDP {large}"):
-        results.put(f"FSDP {large}", training.measure(large, seconds))
-    del training
-    free_memory()
+    size, seconds = place.size("MicroDiT_XL_2"), 0.1 if place.smoke else 2.0
+    samples = 2 if place.smoke else 128
+    for name, engine in (("whole", WHOLE), ("FSDP", SHARDED)):
+        with results.attempt(f"synchronisations, {name}"):
+            training = Training(place, world, size, STAGES[0], engine)
+            results.put(f"synchronisations, {name}", count_synchronisations(training, samples))
+            if name == "whole":
+                results.put("draws", draws_alike(training, samples))
+            del training
     ways: list[tuple[str, EngineRecipe, int, bool, int]] = [
-        (f"plain {small}", plain, small, False, 0),
-        (f"FSDP {small}, padding masked", fsdp, small, True, 0),
-        (f"512 px, FSDP {small // 2}", fsdp, small // 2, False, 2),
+        (f"whole {samples}", WHOLE, samples, False, 0),
+        (f"whole, recorded {samples}", RECORDED, samples, False, 0),
+        (f"FSDP {samples}", SHARDED, samples, False, 0),
+        (f"whole, recorded {samples}, padding masked", RECORDED, samples, True, 0),
+        (f"512 px, whole, recorded {samples // 4}", RECORDED, max(1, samples // 4), False, 2),
     ]
-    for name, engine, samples, mask_padding, stage in ways:
+    for name, engine, batch, mask_padding, stage in ways:
         with results.attempt(name):
             training = Training(place, world, size, STAGES[stage], engine, mask_padding)
-            results.put(name, training.measure(samples, seconds / 2))
-            if engine is plain:
-                results.put("CPU alone, plain", training.dispatch())
+            results.put(name, training.measure(batch, seconds))
+            results.put(f"CPU alone, {name}", training.dispatch(batch))
+            if engine is RECORDED and not mask_padding and not stage:
+                results.put(f"kernels of {name}", training.kernels(batch))
             del training
     stop_world()
 
@@ -173,47 +165,78 @@ def _frames(error: BaseException) -> list[str]:
 
 
 def xl_compiled(place: Place, results: Results) -> None:
-    """Compile XL on a small batch beside other steps, then, alone, find the batch that uses the chip best."""
+    """Compile what lies between XL's products; record; find the batch that uses the chip best."""
     world = start_world()
-    training = compiled_training(place, results, world, "MicroDiT_XL_2", EngineRecipe(sharding="fsdp"))
-    wait_for_go(place)
-    seconds = 0.1 if place.smoke else 3.0
-    small, large = ((2, 3), 4) if place.smoke else ((128, 64, 192), 256)
-    for samples in small:
-        with results.attempt(f"compiled, FSDP {samples}"):
-            results.put(f"compiled, FSDP {samples}", training.measure(samples, seconds))
-    with results.attempt("kernels"):
-        results.put(f"kernels of compiled, FSDP {small[0]}", training.kernels(small[0]))
-    with results.attempt("CPU alone, compiled"):
-        results.put("CPU alone, compiled", training.dispatch())
-    with results.attempt(f"compiled, FSDP {large}"):  # last: what runs out of memory leaves a broken state
-        results.put(f"compiled, FSDP {large}", training.measure(large, seconds))
-    fits = "error" not in results.found[f"compiled, FSDP {large}"]
-    results.put("graphs at the end", graphs())
+    seconds = 0.1 if place.smoke else 2.0
+    small, large = ((2,), 3) if place.smoke else ((128, 64, 192), 256)
+    training = compiled_training(place, results, world, "MicroDiT_XL_2", COMPILED)
+    with results.attempt("replay"):
+        results.put("replay", replay_alike(training, small[0]))
+    for samples in (*small, large):
+        with results.attempt(f"compiled, recorded {samples}"):
+            training.forget_recorded()
+            results.put(f"compiled, recorded {samples}", training.measure(samples, seconds))
+            results.put(f"CPU alone, compiled, recorded {samples}", training.dispatch(samples))
+            if samples in (small[0], large):
+                results.put(f"kernels of compiled, recorded {samples}", training.kernels(samples))
     del training
     free_memory()
-    # In this process, which has all graphs already: a model of the same shapes compiles nothing more.
-    trainer(place, Results(place.out / "trainer.json"), compiled=torch.cuda.is_available(), large=fits)
+    with results.attempt(f"compiled, FSDP {small[0]}"):
+        training = compiled_training(place, results, world, "MicroDiT_XL_2", replace(COMPILED, sharding="fsdp"))
+        results.put(f"compiled, FSDP {small[0]}", training.measure(small[0], seconds))
+        del training
+    stop_world()
+
+
+def replay_alike(training: "Training", samples: int) -> dict[str, Any]:
+    """Are replayed gradients those that are computed, from the same weights, on another batch than the recorded one?"""
+    gradients, weights = training.state.gradients, list(training.state.model.parameters())
+
+    def found(batch: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
+        gradients.begin()
+        loss_B = gradients.add(batch, samples, last=True).detach().clone()
+        return [weight.grad.clone() for weight in weights if weight.grad is not None], loss_B
+
+    other, batch = training.batch(samples), training.batch(samples)
+    computed, losses = found(batch)
+    again, _ = found(batch)  # experts add up in no fixed order
+    for _ in range(4):
+        found(other)
+    replayed, replayed_losses = found(batch)
+
+    def apart(one: list[torch.Tensor], two: list[torch.Tensor]) -> float:
+        distance = torch.stack([(a - b).norm() for a, b in zip(one, two, strict=True)]).norm()
+        return float(distance / torch.stack([a.norm() for a in one]).norm())
+
+    training.state.optimizers.zero_grad()
+    return {
+        "gradients_apart": apart(computed, replayed),
+        "computed_twice_apart": apart(computed, again),
+        "losses_apart": float((losses - replayed_losses).abs().max() / losses.abs().max()),
+        "recorded": training.recorded,
+    }
 
 
 def tiny(place: Place, results: Results) -> None:
-    """Tiny_2 eager and compiled: a small model, where the CPU may be what is waited for."""
+    """Tiny_2, a small model: eager, where the CPU is what is waited for, recorded and compiled."""
     from gpu_training import Training
 
     from microdit.budget.stages import STAGES
 
     world = start_world()
-    samples, seconds = (4, 0.1) if place.smoke else (256, 2.0)
-    compiled = compiled_training(place, results, world, "MicroDiT_Tiny_2", EngineRecipe())
-    wait_for_go(place)
-    eager = Training(place, world, place.size("MicroDiT_Tiny_2"), STAGES[0], EngineRecipe())
-    for name, training in (("eager", eager), ("compiled", compiled)):
+    samples, seconds = (4, 0.1) if place.smoke else (256, 1.0)
+    for name, engine in (("eager", WHOLE), ("recorded", RECORDED)):
         with results.attempt(f"{name} {samples}"):
+            training = Training(place, world, place.size("MicroDiT_Tiny_2"), STAGES[0], engine)
             results.put(f"{name} {samples}", training.measure(samples, seconds))
-        with results.attempt(f"CPU alone, {name}"):
-            results.put(f"CPU alone, {name}", training.dispatch())
+            results.put(f"CPU alone, {name}", training.dispatch(samples))
+    compiled = compiled_training(place, results, world, "MicroDiT_Tiny_2", COMPILED)
+    for batch in (samples, 2 * samples):
+        with results.attempt(f"compiled, recorded {batch}"):
+            compiled.forget_recorded()
+            results.put(f"compiled, recorded {batch}", compiled.measure(batch, seconds))
     with results.attempt("kernels"):
-        results.put(f"kernels of compiled {samples}", compiled.kernels(samples))
+        results.put(f"kernels of compiled {2 * samples}", compiled.kernels(2 * samples))
     stop_world()
 
 
@@ -231,7 +254,8 @@ def compiled_training(place: Place, results: Results, world: World, name: str, e
     first = seconds_of(lambda: training.step(training.batch(samples)))
     second = seconds_of(lambda: training.step(training.batch(samples)))
     other = seconds_of(lambda: training.step(training.batch(samples // 2)))
-    results.put("compiling", {"compiled": compiled, "first_step_s": first, "second_step_s": second, "other_batch_s": other, **graphs()})
+    found = {"compiled": compiled, "first_step_s": first, "second_step_s": second, "other_batch_s": other, **graphs()}
+    results.put("compiling, FSDP" if engine.sharding == "fsdp" else "compiling", found)
     free_memory()
     return training
 
@@ -239,12 +263,6 @@ def compiled_training(place: Place, results: Results, world: World, name: str, e
 def graphs() -> dict[str, int]:
     """How many were compiled in this process."""
     return {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
-
-
-def wait_for_go(place: Place) -> None:
-    (place.scratch / f"{place.name}.ready").touch()
-    while not (place.scratch / f"{place.name}.go").exists():
-        time.sleep(0.1)
 
 
 def emoji(place: Place, results: Results) -> None:
@@ -502,8 +520,8 @@ def sampling(place: Place, results: Results) -> None:
                 results.put(key, {"seconds": one, "spread": spread, "per_second": samples / one, "share_of_peak": share})
 
 
-def trainer(place: Place, results: Results, compiled: bool = False, large: bool = False) -> None:
-    """XL by the real trainer, sharded, on an encoded set of random numbers: what does it cost beyond the bare step?"""
+def trainer(place: Place, results: Results) -> None:
+    """XL by the real trainer on an encoded set of random numbers: what does it cost beyond the bare step?"""
     from gpu_training import write_random_set
     from rich.console import Console
 
@@ -513,11 +531,12 @@ def trainer(place: Place, results: Results, compiled: bool = False, large: bool 
     from microdit.training.trainer import Trainer
 
     folder, run = place.scratch / "random-xl", place.scratch / "trainer"
-    rows, batch, micro, steps, every = (32, 4, 2, 6, 1) if place.smoke else (1024, 512, 256 if large else 128, 25, 5)
+    rows, batch, micro, steps, every = (32, 4, 2, 6, 1) if place.smoke else (1024, 1024, 256, 18, 3)
     side = 8 if place.smoke else 32
     write_random_set(folder, rows, 256, (4, side, side), place.caption, ("sdxl", "dfn-clip-h"))
     results.put("set", {"rows": rows})
-    engine = EngineRecipe(sharding="fsdp", compile=compiled, micro_batch=micro)
+    compiled = torch.cuda.is_available()
+    engine = replace(COMPILED, compile=compiled, micro_batch=micro)
     recipe = stage_recipe(STAGES[0], place.size("MicroDiT_XL_2"), steps, batch, str(folder), engine)
     record = replace(recipe.record, metrics_every=every, checkpoint_every=3 * every, keep_checkpoints=1, sample_prompts=[])
     recipe = replace(recipe, record=record, model=replace(recipe.model, mask_padding=False))

@@ -1,13 +1,15 @@
 """A step of the trainer on random numbers, for benchmarks/gpu.py, and encoded sets of them."""
 
 import hashlib
+import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from gpu_measure import Place, costliest_kernels, free_memory, measured_ceiling, time_of
+from gpu_measure import Place, costliest_kernels, free_memory, measured_ceiling, synchronize, time_of
 
 from microdit.budget.stages import Stage, stage_recipe
 from microdit.data.card import FORMAT, write_card
@@ -23,6 +25,7 @@ from microdit.recipe import EngineRecipe, Recipe
 from microdit.training.chips import peak_flops
 from microdit.training.draws import MicroBatch, TrainingBatch, UndrawnBatch, add_draws
 from microdit.training.footprint import footprint
+from microdit.training.gradients import WholeModelGradients
 from microdit.training.guard import Guard
 from microdit.training.parallel import compute_dtype
 from microdit.training.start import architecture
@@ -88,7 +91,7 @@ class Training:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         batch = self.batch(samples)
-        one, spread = time_of(lambda: self.step(batch), seconds)
+        one, spread = time_of(lambda: self.step(batch), seconds, 6)  # recorded by then
         phase = replace(self.recipe.phases[0], batch_size=samples)
         tokens = (self.side // self.recipe.model.patch_size) ** 2
         flops = Work(self.recipe, self.config).of_step(phase, 0, tokens, self.place.caption[0])
@@ -110,10 +113,28 @@ class Training:
             "reckoned_gb": reckoned.total / 1e9,
         }
 
-    def dispatch(self) -> dict[str, float]:
-        """Milliseconds that the CPU needs for a step: on so few samples that the GPU waits for it."""
-        batch = self.batch(2)
-        return {"milliseconds": 1000 * time_of(lambda: self.step(batch), 1.0)[0]}
+    def dispatch(self, samples: int) -> dict[str, float]:
+        """Milliseconds that the CPU needs to give a step to the device."""
+        batch, times = self.batch(samples), []
+        for _ in range(5):
+            synchronize()
+            started = time.perf_counter()
+            self.step(batch)
+            times.append(time.perf_counter() - started)
+        return {"milliseconds": 1000 * median(times)}
+
+    @property
+    def recorded(self) -> int:
+        """How many shapes of micro-batch are replayed."""
+        gradients = self.state.gradients
+        return len(gradients._recorded) if isinstance(gradients, WholeModelGradients) else 0
+
+    def forget_recorded(self) -> None:
+        """So that another size has all of the memory."""
+        gradients = self.state.gradients
+        if isinstance(gradients, WholeModelGradients):
+            gradients._recorded.clear()
+        free_memory()
 
     def kernels(self, samples: int) -> dict[str, Any]:
         batch = self.batch(samples)

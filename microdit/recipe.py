@@ -120,7 +120,8 @@ class EngineRecipe:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; weights and moments stay float32. auto: by the device
     sharding: Literal["auto", "ddp", "fsdp"] = "auto"  # over several processes. auto: fsdp from 500 M parameters
     micro_batch: int | None = None  # samples that a process takes at a time; without, its whole share of the batch
-    compile: bool = False  # torch.compile for each block: minutes at the start, faster steps on a GPU
+    compile: bool = False  # torch.compile for what lies between matrix products: seconds at the start, faster steps on a GPU
+    cuda_graphs: bool = True  # one NVIDIA GPU that holds the model whole: record a micro-batch's kernels, and replay them by one call
     activation_checkpointing: bool = False  # compute blocks twice, keep less
 
 

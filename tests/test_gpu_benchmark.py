@@ -22,7 +22,7 @@ def run(tmp_path):
 
 
 def test_a_step_leaves_its_numbers_and_one_file_holds_all(run):
-    run.foreground(gpu.CEILINGS)
+    run.take(gpu.STEPS[0])
     assert run.outcomes["ceilings"]["outcome"] == "ok"
     whole = json.loads((run.out / "results.json").read_text())
     assert whole["found"]["ceilings"]["bfloat16 product"]["tflops"] > 0
@@ -31,20 +31,18 @@ def test_a_step_leaves_its_numbers_and_one_file_holds_all(run):
 
 
 def test_a_step_that_fails_or_hangs_ends_no_other(run, monkeypatch):
-    run.foreground(gpu.Step("unknown", 60, 1, "no such step"))
+    run.take(gpu.Step("unknown", 60, 1, "no such step"))
     assert run.outcomes["unknown"]["outcome"] == "failed with exit code 2"
     monkeypatch.setattr(gpu, "SMOKE_LIMIT", 0.2)
-    running = run.background(gpu.XL_COMPILED)
-    run.go(running)
-    assert running.process.poll() is not None
-    assert run.outcomes["xl-compiled"]["outcome"].startswith("stopped: not compiled in")
+    run.take(gpu.STEPS[1])
+    assert run.outcomes["xl-compiled"]["outcome"] == "stopped at its limit of 0 s"
 
 
 def test_a_step_without_time_is_left_out_and_says_so(run):
     run.deadline = time.monotonic() + 5
-    run.foreground(gpu.XL)
-    assert run.outcomes["xl"]["outcome"].startswith("left out: ")
-    assert not (run.out / "steps" / "xl.log").exists()
+    run.take(gpu.STEPS[1])
+    assert run.outcomes["xl-compiled"]["outcome"].startswith("left out: ")
+    assert not (run.out / "steps" / "xl-compiled.log").exists()
 
 
 def test_what_fails_is_noted_and_the_rest_is_measured(tmp_path):
@@ -81,6 +79,6 @@ def test_all_steps_at_smoke_size(tmp_path, monkeypatch):
     gpu.main()
     whole = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {name: of["outcome"] for name, of in whole["steps"].items()} == dict.fromkeys(whole["steps"], "ok")
-    assert set(whole["found"]) == {step.name for step in gpu.ALL}
+    assert set(whole["found"]) == {step.name for step in gpu.STEPS}
     assert whole["found"]["demo"]["stopped"]["exit_code"] == 75
     assert whole["found"]["trainer"]["trainer"]["images_per_second"] > 0

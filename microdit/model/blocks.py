@@ -11,13 +11,11 @@ Shape legend: B batch, T tokens, L caption tokens, D dim, A attention width, N h
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from microdit.model.elementwise import EAGER, NORM_EPS
 from microdit.model.moe import ExpertChoice
-
-NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,16 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, attention_dim: int, head_dim: int, bias: bool):
         super().__init__()
-        self.head_dim = head_dim
+        self.head_dim, self.elementwise = head_dim, EAGER
         self.qkv = nn.Linear(dim, 3 * attention_dim, bias=bias)
         self.out = nn.Linear(attention_dim, dim, bias=bias)
 
     def forward(self, x_BTD: Tensor, key_mask_BT: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D). Tokens where `key_mask_BT` is False are attended by nobody."""
         q_BTA, k_BTA, v_BTA = self.qkv(x_BTD).chunk(3, dim=-1)
-        return self.out(_attend(q_BTA, _keys_values(k_BTA, v_BTA, self.head_dim), key_mask_BT))
+        normalised = self.elementwise.normalised
+        keys_values = KeysValues(_heads(normalised(k_BTA), self.head_dim), _heads(v_BTA, self.head_dim))
+        return self.out(_attend(_heads(normalised(q_BTA), self.head_dim), keys_values, key_mask_BT))
 
     def init_weights(self, output_std: float) -> None:
         nn.init.trunc_normal_(self.qkv.weight, std=0.02)
@@ -52,7 +52,7 @@ class SelfAttention(nn.Module):
 
 
 class KeysValues(NamedTuple):
-    """What attention asks: normalised keys, and values, cut into heads. A caption's are the same at every step of sampling."""
+    """Normalised keys and values, each (B, N, L, H). A caption's are the same at every step of sampling."""
 
     k_BNLH: Tensor
     v_BNLH: Tensor
@@ -63,7 +63,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, head_dim: int, bias: bool):
         super().__init__()
-        self.head_dim = head_dim
+        self.head_dim, self.elementwise = head_dim, EAGER
         self.q = nn.Linear(dim, dim, bias=bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
@@ -71,12 +71,13 @@ class CrossAttention(nn.Module):
     def forward(self, x_BTD: Tensor, caption: Tensor | KeysValues, caption_mask_BL: Tensor | None = None) -> Tensor:
         """(B, T, D), (B, L, D) -> (B, T, D). In the place of the caption's tokens, what `keys_values` makes of them."""
         keys_values = self.keys_values(caption) if isinstance(caption, Tensor) else caption
-        return self.out(_attend(self.q(x_BTD), keys_values, caption_mask_BL))
+        q_BNTH = _heads(self.elementwise.normalised(self.q(x_BTD)), self.head_dim)
+        return self.out(_attend(q_BNTH, keys_values, caption_mask_BL))
 
     def keys_values(self, caption_BLD: Tensor) -> KeysValues:
         """All that depends on the caption alone."""
         k_BLD, v_BLD = self.kv(caption_BLD).chunk(2, dim=-1)
-        return _keys_values(k_BLD, v_BLD, self.head_dim)
+        return KeysValues(_heads(self.elementwise.normalised(k_BLD), self.head_dim), _heads(v_BLD, self.head_dim))
 
     def init_weights(self, output_std: float) -> None:
         nn.init.trunc_normal_(self.q.weight, std=0.02)
@@ -89,12 +90,13 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, bias: bool):
         super().__init__()
+        self.elementwise = EAGER
         self.gate = nn.Linear(dim, hidden_dim, bias=bias)
         self.up = nn.Linear(dim, hidden_dim, bias=bias)
         self.down = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return self.down(self.elementwise.gated_silu(self.gate(x_BTD), self.up(x_BTD)))
 
     def init_weights(self, output_std: float) -> None:
         nn.init.trunc_normal_(self.gate.weight, std=0.02)
@@ -126,6 +128,7 @@ class Block(nn.Module):
 
     def __init__(self, shape: BlockShape, dim: int, condition_dim: int, head_dim: int, bias: bool, expert_capacity: float):
         super().__init__()
+        self.elementwise = EAGER
         self.attn_norm = layer_norm(dim)
         self.attn = SelfAttention(dim, shape.attention_dim, head_dim, bias)
         self.cross_norm = layer_norm(dim)
@@ -143,9 +146,12 @@ class Block(nn.Module):
         `condition_BD` is the activated sum of noise level and pooled caption, the same for all blocks.
         """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition_BD).unsqueeze(1).chunk(6, dim=-1)
-        x_BTD = torch.addcmul(x_BTD, gate_1, self.attn(modulate(self.attn_norm(x_BTD), shift_1, scale_1)))
-        x_BTD = x_BTD + self.cross_attn(self.cross_norm(x_BTD), caption, caption_mask_BL)
-        return torch.addcmul(x_BTD, gate_2, self.ffn(modulate(self.ffn_norm(x_BTD), shift_2, scale_2)))
+        do = self.elementwise
+        attended_BTD = self.attn(do.modulated_norm(x_BTD, self.attn_norm.weight, shift_1, scale_1))
+        x_BTD, normed_BTD = do.gated_sum_norm(x_BTD, gate_1, attended_BTD, self.cross_norm.weight)
+        of_caption_BTD = self.cross_attn(normed_BTD, caption, caption_mask_BL)
+        x_BTD, normed_BTD = do.sum_modulated_norm(x_BTD, of_caption_BTD, self.ffn_norm.weight, shift_2, scale_2)
+        return do.gated_sum(x_BTD, gate_2, self.ffn(normed_BTD))
 
     def init_weights(self, output_std: float) -> None:
         """`output_std` shrinks with depth; adaLN starts at zero, so that a new block passes its input on (adaLN-zero)."""
@@ -170,7 +176,7 @@ class Head(nn.Module):
     def forward(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, P)."""
         shift, scale = self.modulation(condition_BD).unsqueeze(1).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(x_BTD), shift, scale))
+        return self.linear(EAGER.modulated_norm(x_BTD, self.norm.weight, shift, scale))
 
     def init_weights(self) -> None:
         nn.init.zeros_(self.modulation.weight)
@@ -182,26 +188,11 @@ def layer_norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=NORM_EPS, bias=False)
 
 
-def modulate(x_BTD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    return torch.addcmul(shift_B1D, x_BTD, 1 + scale_B1D)
-
-
-def _keys_values(k_BLA: Tensor, v_BLA: Tensor, head_dim: int) -> KeysValues:
-    """(B, L, A) each."""
-    return KeysValues(_heads(_normalise(k_BLA), head_dim), _heads(v_BLA, head_dim))
-
-
-def _attend(q_BTA: Tensor, keys_values: KeysValues, key_mask_BL: Tensor | None) -> Tensor:
-    """Scaled dot-product attention, after the query-key norm: (B, T, A) -> (B, T, A)."""
-    q_BNTH = _heads(_normalise(q_BTA), keys_values.k_BNLH.shape[-1])
+def _attend(q_BNTH: Tensor, keys_values: KeysValues, key_mask_BL: Tensor | None) -> Tensor:
+    """Scaled dot-product attention of normalised queries: (B, N, T, H) -> (B, T, A)."""
     mask_B11L = None if key_mask_BL is None else key_mask_BL[:, None, None, :]
     out_BNTH = F.scaled_dot_product_attention(q_BNTH, *keys_values, attn_mask=mask_B11L)
     return out_BNTH.transpose(1, 2).flatten(-2)
-
-
-def _normalise(x_BTA: Tensor) -> Tensor:
-    """Over all heads together, without parameters."""
-    return F.layer_norm(x_BTA, (x_BTA.shape[-1],), eps=NORM_EPS)
 
 
 def _heads(x_BTA: Tensor, head_dim: int) -> Tensor:

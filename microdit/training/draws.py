@@ -36,13 +36,13 @@ class TrainingBatch:
         return len(self.sigma_B)
 
     def to(self, device: torch.device) -> "TrainingBatch":
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def split(self, size: int) -> "list[TrainingBatch]":
         """Into micro-batches of `size`."""
-        return [self._each(lambda tensor, at=start: tensor[at : at + size]) for start in range(0, len(self), size)]  # type: ignore[misc]
+        return [self.map(lambda tensor, at=start: tensor[at : at + size]) for start in range(0, len(self), size)]  # type: ignore[misc]
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
         values = [getattr(self, field.name) for field in fields(self)]
         return TrainingBatch(*(None if value is None else change(value) for value in values))  # type: ignore[arg-type]
 

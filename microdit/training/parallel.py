@@ -5,25 +5,25 @@ Notable:
   nothing, because noise levels must arrive in float32;
 - where memory allows, FSDP keeps its bfloat16 copies from the forward to the backward pass, and sums gradients over processes once a
   step, not once a micro-batch;
-- without FSDP, bfloat16 is autocast over float32 weights;
-- blocks are compiled one by one, with the number of tokens left open, so that another mask ratio compiles nothing again.
+- with DDP, bfloat16 is autocast over float32 weights; alone, one process computes with a copy of them (`gradients.py`);
+- what is compiled are the functions between matrix products, with the number of tokens left open, so that another mask ratio compiles
+  nothing again.
 """
 
 import os
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.model.blocks import Block
+from microdit.model.elementwise import compiled
 from microdit.model.microdit import MicroDiT
 from microdit.recipe import EngineRecipe
 from microdit.training.step import DenoisingLoss
@@ -34,14 +34,11 @@ SPARE = 0.1  # of a device's memory, which may be spent on speed
 
 
 def sharding_of(engine: EngineRecipe, world: World, parameters: int) -> Sharding:
-    """What `engine.sharding` comes to in this world.
-
-    FSDP works with one process too: it turns a large model's weights into bfloat16 once a step, where autocast does so for each use.
-    """
+    """What `engine.sharding` comes to in this world. FSDP works with one process too, but brings it nothing."""
     if engine.sharding == "fsdp":
         return "fsdp"
     if world.size == 1:
-        return "fsdp" if engine.sharding == "auto" and world.device.type == "cuda" and parameters >= LARGE else "none"
+        return "none"
     return "ddp" if engine.sharding == "ddp" or parameters < LARGE else "fsdp"
 
 
@@ -57,7 +54,7 @@ def prepare_blocks(model: MicroDiT, engine: EngineRecipe, sharding: Sharding, wo
     model.recompute_blocks = engine.activation_checkpointing
     blocks = model.all_blocks
     if engine.compile:
-        compile_blocks(blocks)
+        compile_elementwise(model)
     if sharding == "fsdp":
         mesh = init_device_mesh(world.device.type, (world.size,))
         policy = _policy(engine, world)
@@ -79,20 +76,6 @@ def wrap(loss: DenoisingLoss, engine: EngineRecipe, sharding: Sharding, world: W
     return loss
 
 
-class GradientSums:
-    """Sums of gradients over processes: once a step, unless FSDP has no room to keep whole gradients from one micro-batch to the next."""
-
-    def __init__(self, loss: nn.Module, parameters: int):
-        self._loss, self._parameters = loss, parameters
-
-    def over_processes(self, last: bool) -> AbstractContextManager[None]:
-        """For the forward and backward pass of a micro-batch, of which the `last` one's sums are needed."""
-        if isinstance(self._loss, FSDPModule):
-            device = next(self._loss.parameters()).device
-            self._loss.set_requires_gradient_sync(last or not spare(self._parameters * torch.float32.itemsize, device))
-        return self._loss.no_sync() if isinstance(self._loss, DistributedDataParallel) and not last else nullcontext()
-
-
 def spare(wanted: int, device: torch.device) -> bool:
     """Whether so many bytes are a small part of the device's memory (of the machine's, without a GPU)."""
     if device.type == "cuda":
@@ -100,12 +83,12 @@ def spare(wanted: int, device: torch.device) -> bool:
     return wanted < SPARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def compile_blocks(blocks: list[Block]) -> None:
-    """Each block as one full graph. Blocks differ in width, so each is a graph of its own; the limit on graphs is raised to fit them."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
-    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 16 * len(blocks))
-    for block in blocks:
-        block.compile(fullgraph=True, dynamic=True)
+def compile_elementwise(model: MicroDiT) -> None:
+    """Have the model's blocks call compiled functions between their matrix products."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # widths, dtypes, with and without gradients
+    for module in model.modules():
+        if hasattr(module, "elementwise"):
+            setattr(module, "elementwise", compiled())  # noqa: B010 (a submodule's attribute, which the checker takes for a module)
 
 
 def keep_compiled(run: Path) -> None:

@@ -16,9 +16,10 @@ from microdit.pipeline import model_of
 from microdit.recipe import Recipe
 from microdit.training.draws import MicroBatch
 from microdit.training.ema import EMA, names_of
+from microdit.training.gradients import gradients_of
 from microdit.training.guard import Guard, Verdict
 from microdit.training.optim import Optimizers
-from microdit.training.parallel import GradientSums, compute_dtype, prepare_blocks, sharding_of, wrap
+from microdit.training.parallel import compute_dtype, prepare_blocks, sharding_of, wrap
 from microdit.training.saving import Tensors, load_into, whole
 from microdit.training.shards import foreach_works, total_norm
 from microdit.training.step import DenoisingLoss
@@ -37,7 +38,7 @@ class TrainingState:
         self.sharding = sharding_of(recipe.engine, world, parameters)
         self.parameters = parameters
         dtype = compute_dtype(recipe.engine, world.device)
-        autocast = dtype if self.sharding != "fsdp" and dtype != torch.float32 else None
+        autocast = dtype if self.sharding == "ddp" and dtype != torch.float32 else None
         loss = DenoisingLoss(self.model, self.edm, recipe.model.mask_padding, autocast)
         prepare_blocks(self.model, recipe.engine, self.sharding, world)
         empty = not fresh and weights is None
@@ -48,7 +49,7 @@ class TrainingState:
             loss.to_empty(device=world.device)
         self._world = world
         self._weights = list(self.model.parameters())
-        self._sums = GradientSums(self.loss, parameters)
+        self.gradients = gradients_of(self.loss, self.sharding, dtype, recipe.engine, world.device)
         self.optimizers = Optimizers(self.model, recipe.optimizer)
         self.averages = dict(zip(names_of(recipe.ema), (EMA(self.model, ema) for ema in recipe.ema), strict=True))
 
@@ -62,11 +63,10 @@ class TrainingState:
         """
         device, samples = self._world.device, sum(len(part) for part in parts)
         tally = Tally(device)
+        self.gradients.begin()
         for number, part in enumerate(parts, start=1):
             batch = part.to(device)
-            with self._sums.over_processes(number == len(parts)):
-                loss_B = self.loss(batch)
-                (loss_B.sum() / samples).backward()
+            loss_B = self.gradients.add(batch, samples, last=number == len(parts))
             tally.add(loss_B, batch.sigma_B, self.edm)
         tally.add_stops(*stops)
         self._world.sum(tally.sums)

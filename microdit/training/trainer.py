@@ -240,7 +240,7 @@ class Trainer:
         record = self.recipe.record
         measured: dict[str, Any] = {}
         if self.held_out and (_due(self.step, record.held_out_every) or last):
-            measured |= self.held_out.measure(self.state.loss)
+            measured |= self.held_out.measure(self.state.gradients.current_loss())
         if self.quality and (_due(self.step, record.quality_every) or last) and not in_haste:
             figures = self.quality.measure(self.state.drawing_model())
             self.console.print(self.quality.in_words(self.step, figures), highlight=False)

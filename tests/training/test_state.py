@@ -20,7 +20,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 PARTS, EACH, STEPS = 2, 4, 2
 
 
-def recipe(routing: str, method: str, **engine: bool) -> Recipe:
+def recipe(routing: str, method: str, precision: str = "float32", **engine: bool) -> Recipe:
     decoder = 2 if METHODS[routing].decoder else None
     dense = (1, 1) if METHODS[routing].drop == "blocks" else None
     size = {"num_experts": 4, "round_ffn_to": 8, "routing": routing, "decoder_depth": decoder, "dense_blocks": dense}
@@ -32,7 +32,7 @@ def recipe(routing: str, method: str, **engine: bool) -> Recipe:
         phases=[PhaseRecipe("all", STEPS, PARTS * EACH, 1e-3)],
         optimizer=OptimizerRecipe(method),
         ema=[EMARecipe(0.9), EMARecipe(0.99, start=1)],
-        engine=EngineRecipe(precision="float32", **engine),
+        engine=EngineRecipe(precision=precision, **engine),
     )
 
 
@@ -69,9 +69,11 @@ def run(recipe: Recipe, device: torch.device) -> tuple[list[torch.Tensor], list]
     return [*state.tensors().values()], readings
 
 
-@pytest.mark.parametrize(("routing", "method"), [*((routing, "muon") for routing in METHODS), ("deferred", "adamw")])
-def test_no_number_is_read_from_the_device_in_a_step(routing, method):
-    tensors, readings = run(recipe(routing, method, activation_checkpointing=routing == "tread"), META)
+@pytest.mark.parametrize(
+    ("routing", "method", "precision"), [*((routing, "muon", "float32") for routing in METHODS), ("deferred", "adamw", "bfloat16")]
+)
+def test_no_number_is_read_from_the_device_in_a_step(routing, method, precision):
+    tensors, readings = run(recipe(routing, method, precision, activation_checkpointing=routing == "tread"), META)
     assert all(tensor.device.type in ("meta", "cpu") for tensor in tensors)
     with pytest.raises((NotImplementedError, RuntimeError)):  # and reading them would have raised
         readings[-1].values()

@@ -1,0 +1,164 @@
+"""The gradients of a step, added up over its micro-batches in the weights' own `grad`.
+
+Where several processes share the model, FSDP or DDP bring the weights into the numbers that products compute in, and sum gradients. Where
+one process holds it whole, `WholeModelGradients` does what is left of that. It also has a GPU replay a micro-batch's thousands of kernels
+by one call (a CUDA graph): giving them one by one takes the CPU longer than a GPU needs to compute them (docs/gpu).
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from microdit.recipe import EngineRecipe
+from microdit.training.draws import TrainingBatch
+from microdit.training.parallel import Sharding, spare
+from microdit.training.step import DenoisingLoss
+
+WARM_UP = 3  # micro-batches of a shape before it is recorded: kernels are chosen and compiled by then
+MOST_GRAPHS = 8  # each keeps its memory; a mask that falls step by step has more shapes than that, and stays eager
+
+
+class Gradients(ABC):
+    """How a micro-batch's gradients come about."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Call before a step's first micro-batch."""
+
+    @abstractmethod
+    def add(self, batch: TrainingBatch, samples: int, last: bool) -> Tensor:
+        """Add the gradients of the batch's summed losses over `samples`; if it is the `last` of the step, over all processes.
+
+        Returns the losses, (B,), which stay until the next call.
+        """
+
+    @abstractmethod
+    def current_loss(self) -> nn.Module:
+        """The loss with the weights as they are now."""
+
+
+def gradients_of(loss: nn.Module, sharding: Sharding, dtype: torch.dtype, engine: EngineRecipe, device: torch.device) -> Gradients:
+    """The way that suits the module to call, products of `dtype`, and the device."""
+    replay = engine.cuda_graphs and device.type == "cuda" and torch.version.hip is None
+    if sharding == "none" and isinstance(loss, DenoisingLoss) and (replay or dtype != torch.float32):
+        return WholeModelGradients(loss, dtype, replay)
+    return SpreadGradients(loss)
+
+
+class SpreadGradients(Gradients):
+    """As autograd, FSDP or DDP make them. Sums over processes come once a step, unless FSDP has no room for whole gradients until then."""
+
+    def __init__(self, loss: nn.Module):
+        self._loss = loss
+        self._bytes = sum(weight.numel() for weight in loss.parameters()) * torch.float32.itemsize
+
+    def begin(self) -> None:
+        pass  # gradients are added to those that are there, and there are none
+
+    def add(self, batch: TrainingBatch, samples: int, last: bool) -> Tensor:
+        if isinstance(self._loss, FSDPModule):
+            self._loss.set_requires_gradient_sync(last or not spare(self._bytes, batch.sigma_B.device))
+        waits = isinstance(self._loss, DistributedDataParallel) and not last
+        with self._loss.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            loss_B: Tensor = self._loss(batch)
+            (loss_B.sum() / samples).backward()
+        return loss_B
+
+    def current_loss(self) -> nn.Module:
+        return self._loss
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A micro-batch's kernels, what they read and what they write."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: TrainingBatch
+    loss_B: Tensor
+    gradients: list[Tensor]
+
+
+class WholeModelGradients(Gradients):
+    """Products in `dtype` by a copy of the model in it, made anew from the float32 weights in each step; gradients summed in float32."""
+
+    def __init__(self, loss: DenoisingLoss, dtype: torch.dtype, replay: bool):
+        self._weights: list[Tensor] = list(loss.parameters())
+        self._copied = dtype != torch.float32
+        self._loss = deepcopy(loss).to(dtype) if self._copied else loss
+        self._leaves: list[Tensor] = list(self._loss.parameters())
+        self._sums = [torch.zeros_like(weight) for weight in self._weights]
+        self._replay, self._first = replay, True
+        self._recorded: dict[tuple[object, ...], Recorded] = {}
+        self._seen: Counter[tuple[object, ...]] = Counter()
+
+    def begin(self) -> None:
+        self._first = True
+        self._refresh()
+
+    def add(self, batch: TrainingBatch, samples: int, last: bool) -> Tensor:
+        loss_B, gradients = self._replayed(batch, samples) if self._is_recorded(batch, samples) else self._computed(batch, samples)
+        if self._first:
+            torch._foreach_copy_(self._sums, gradients)
+        else:
+            torch._foreach_add_(self._sums, gradients)
+        self._first = False
+        for weight, total in zip(self._weights, self._sums, strict=True):
+            weight.grad = total
+        return loss_B
+
+    def current_loss(self) -> nn.Module:
+        self._refresh()
+        return self._loss
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        if self._copied:
+            torch._foreach_copy_(self._leaves, self._weights)
+
+    def _computed(self, batch: TrainingBatch, samples: int) -> tuple[Tensor, list[Tensor]]:
+        for leaf in self._leaves:
+            leaf.grad = None
+        loss_B = self._loss(batch)
+        (loss_B.sum() / samples).backward()
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
+        for leaf in self._leaves:
+            leaf.grad = None
+        return loss_B.detach(), gradients
+
+    def _is_recorded(self, batch: TrainingBatch, samples: int) -> bool:
+        """Record the shape, once it was met often enough."""
+        key = _shape(batch, samples)
+        if not self._replay or key in self._recorded:
+            return self._replay
+        self._seen[key] += 1
+        if self._seen[key] <= WARM_UP or len(self._recorded) == MOST_GRAPHS:
+            return False
+        torch.cuda.empty_cache()  # what the computed micro-batches took is needed for the recorded one
+        own = batch.map(torch.clone)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._recorded.values())).graph.pool() if self._recorded else None
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # another thread reads batches
+            loss_B, gradients = self._computed(own, samples)
+        self._recorded[key] = Recorded(graph, own, loss_B, gradients)
+        return True
+
+    def _replayed(self, batch: TrainingBatch, samples: int) -> tuple[Tensor, list[Tensor]]:
+        recorded = self._recorded[_shape(batch, samples)]
+        for field in fields(batch):
+            source, target = getattr(batch, field.name), getattr(recorded.batch, field.name)
+            if source is not None:
+                target.copy_(source)
+        recorded.graph.replay()
+        return recorded.loss_B, recorded.gradients
+
+
+def _shape(batch: TrainingBatch, samples: int) -> tuple[object, ...]:
+    tensors = [getattr(batch, field.name) for field in fields(batch)]
+    return samples, *(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)

@@ -1,0 +1,82 @@
+"""Gradients by a copy of the model in another precision, beside those of autograd and of FSDP. Recording and replaying them needs a GPU."""
+
+import pytest
+import torch
+
+from microdit.distributed import World, start_world
+from microdit.recipe import EngineRecipe
+from microdit.training.gradients import SpreadGradients, WholeModelGradients
+from microdit.training.guard import Guard
+from microdit.training.parallel import prepare_blocks, wrap
+from microdit.training.start import architecture
+from microdit.training.state import TrainingState
+from microdit.training.step import DenoisingLoss
+from tests.training.test_state import CPU, EACH, PARTS, parts, recipe
+
+
+def fresh(precision: str = "float32") -> TrainingState:
+    made = recipe("deferred", "adamw", precision)
+    state = TrainingState(made, architecture(made.model, 4, 12), World(0, 1, CPU, None, None), None, fresh=True)
+    with torch.no_grad():  # fresh weights are zero in places
+        draw = torch.Generator().manual_seed(3)
+        for weight in state.model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=draw) * 0.05)
+    return state
+
+
+def summed(gradients: WholeModelGradients | SpreadGradients, model: torch.nn.Module) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Over two micro-batches; and their losses."""
+    batches = [part.to(CPU) for part in parts(recipe("deferred", "adamw"), 0, True)]
+    gradients.begin()
+    losses = [gradients.add(batch, PARTS * EACH, last=number == PARTS - 1).detach().clone() for number, batch in enumerate(batches)]
+    found = [weight.grad.clone() for weight in model.parameters()]
+    for weight in model.parameters():
+        weight.grad = None
+    return found, torch.cat(losses)
+
+
+def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    distance = torch.stack([(a.full_tensor() if hasattr(a, "full_tensor") else a).sub(b).norm() for a, b in zip(theirs, ours, strict=True)])
+    return (distance.norm() / torch.stack([a.norm() for a in ours]).norm()).item()
+
+
+def test_in_float32_the_sums_are_autograds_own_also_in_the_next_step():
+    state = fresh()
+    whole, plain = WholeModelGradients(state.loss, torch.float32, replay=False), SpreadGradients(state.loss)
+    for _ in range(2):
+        ours, our_losses = summed(whole, state.model)
+        theirs, their_losses = summed(plain, state.model)
+        assert our_losses.equal(their_losses)
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(ours, theirs, strict=True))
+        assert max(gradient.norm() for gradient in ours) > 0
+
+
+def test_in_bfloat16_they_are_those_of_fsdp_and_near_those_of_float32():
+    state, other = fresh(), fresh()
+    ours, our_losses = summed(WholeModelGradients(state.loss, torch.bfloat16, replay=False), state.model)
+    exact, exact_losses = summed(SpreadGradients(state.loss), state.model)
+    engine, world = EngineRecipe(precision="bfloat16", sharding="fsdp"), start_world("cpu")
+    prepare_blocks(other.model, engine, "fsdp", world)
+    sharded = wrap(DenoisingLoss(other.model, other.edm, True), engine, "fsdp", world)
+    theirs, their_losses = summed(SpreadGradients(sharded), other.model)
+    assert torch.allclose(our_losses, their_losses, rtol=1e-4)
+    assert difference(ours, theirs) < 0.01
+    assert difference(exact, ours) < 0.05
+    assert torch.allclose(our_losses, exact_losses, rtol=0.05)
+    assert all(gradient.dtype == torch.float32 for gradient in ours)
+
+
+def test_the_copy_follows_the_weights():
+    state = fresh("bfloat16")
+    assert isinstance(state.gradients, WholeModelGradients)
+    batch, guard = parts(recipe("deferred", "adamw"), 0, True)[0].to(CPU), Guard(recipe("deferred", "adamw").guard, CPU)
+    with torch.no_grad():
+        before = state.gradients.current_loss()(batch).mean().item()
+    state.optimizers.set_rate(1e-3)
+    for _ in range(10):
+        state.learn([batch], 0, 1.0, guard)
+    with torch.no_grad():
+        after = state.gradients.current_loss()(batch).mean().item()
+        of_float32 = state.loss(batch).mean().item()
+    assert after < before
+    assert after == pytest.approx(of_float32, rel=0.02)
