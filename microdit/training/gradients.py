@@ -140,7 +140,6 @@ class WholeModelGradients(Gradients):
         self._seen[key] += 1
         if self._seen[key] <= WARM_UP or len(self._recorded) == MOST_GRAPHS:
             return False
-        torch.cuda.empty_cache()  # what the computed micro-batches took is needed for the recorded one
         own = batch.map(torch.clone)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._recorded.values())).graph.pool() if self._recorded else None
