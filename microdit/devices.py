@@ -3,11 +3,13 @@
 `auto` takes the GPU where there is one (NVIDIA's or AMD's as cuda, Apple's as mps), and bfloat16 products on a GPU that has them.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from microdit.errors import UserError
 
@@ -34,6 +36,14 @@ def choose_device(name: str = "auto") -> torch.device:
     if number >= torch.cuda.device_count():
         raise UserError(f"The device is to be {name}, and there are {torch.cuda.device_count()} GPUs, numbered from 0.")
     return torch.device("cuda", number)
+
+
+def choose_own_device(name: str = "auto") -> torch.device:
+    """As `choose_device`, for processes that share no work: under torchrun those of one machine are dealt out to its GPUs in turn."""
+    device = choose_device(name)
+    if device.type != "cuda" or name not in ("auto", "cuda") or "LOCAL_RANK" not in os.environ:
+        return device
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -63,6 +73,13 @@ def device_name(device: torch.device) -> str:
 def in_words(device: torch.device, dtype: torch.dtype) -> str:
     """The one line that says what was chosen: "on NVIDIA H100 80GB HBM3, bfloat16"."""
     return f"on {device_name(device)}, {str(dtype).removeprefix('torch.')}"
+
+
+def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """The tensor on `device`. A GPU fetches it when its turn comes, and nobody waits for what is queued there before."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
 
 
 @contextmanager

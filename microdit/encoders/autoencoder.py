@@ -48,6 +48,11 @@ class Autoencoder(Protocol):
     channels: int
     downsampling: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in. Pictures and latents are float32 all the same."""
+        ...
+
     def encode(self, images_BCHW: Tensor) -> Tensor: ...
 
     def decode(self, latents_BCHW: Tensor) -> Tensor: ...
@@ -81,6 +86,7 @@ class Pixels:
     fingerprint = "pixels"
     channels = 3
     downsampling = 1
+    dtype = torch.float32
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
         return images_BCHW
@@ -105,6 +111,10 @@ class DiffusersAutoencoder:
         self.downsampling: int = pixels_per_latent(model)
         model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:
         scale, shift = _scale_and_shift(self.model)
@@ -116,8 +126,9 @@ class DiffusersAutoencoder:
         return decode_latents(self.model, latents_BCHW)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Move the model. In float16 many AutoencoderKL overflow, SDXL's among them: use bfloat16."""
-        self.model.to(device=device, dtype=dtype)
+        """Move the model. One whose config says `force_upcast` overflows in float16, SDXL's among them: it computes in float32 then."""
+        overflows = dtype == torch.float16 and self.model.config.get("force_upcast", False)
+        self.model.to(device=device, dtype=torch.float32 if overflows else dtype)
         return self
 
 

@@ -78,11 +78,12 @@ def test_what_was_read_before_an_error_is_given_first(workers):
         yield record(9)
         raise RuntimeError("the source broke")
 
-    given = []
-    with Decoder(Wanted.of((8,), 0, False, 1), workers) as decoder, pytest.raises(RuntimeError, match="the source broke"):
-        for records, _ in decoder.chunks([[record(8)], breaks()], 1):
-            given += records
-    assert [rec.key for rec in given] == ["8x20", "9x20"]
+    with Decoder(Wanted.of((8,), 0, False, 1), workers) as decoder:
+        chunks = decoder.chunks([[record(8)], breaks()], 1)
+        given = [next(chunks)[0] for _ in range(3)]
+        with pytest.raises(RuntimeError, match="the source broke"):
+            next(chunks)
+    assert [[rec.key for rec in records] for records in given] == [["8x20"], [], ["9x20"]]
 
 
 def test_a_large_jpeg_is_decoded_smaller_and_kept_or_rejected_by_its_whole_size():

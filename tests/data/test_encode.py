@@ -70,7 +70,7 @@ def test_one_rank_and_four_write_the_same(tmp_path, text_encoder, workers):
     source = source_of(*[[good(10 * n + i) for i in range(7)] for n in range(6)])
     encode_source(source, tmp_path / "one", SMALL, Pixels(), text_encoder)
     settings = EncodeSettings((16,), "fp16", "fp16", batch_size=8, workers=workers)
-    cards = [encode_source(source, tmp_path / "four", settings, Pixels(), text_encoder, rank, 4) for rank in (3, 0, 2, 1)]
+    cards = [encode_source(source, tmp_path / "four", settings, Pixels(), text_encoder, (rank, 4)) for rank in (3, 0, 2, 1)]
     assert [card is not None for card in cards] == [False, False, False, True]
     assert sums(tmp_path / "one") == sums(tmp_path / "four")
     keys = EncodedSet(tmp_path / "four").column("key")
@@ -179,7 +179,7 @@ def test_what_was_begun_otherwise_or_is_there_is_not_touched(tmp_path, text_enco
     broken.parts[1] = Part("part 1", lambda: (_ for _ in ()).throw(RuntimeError("broke")))
     with pytest.raises(RuntimeError):
         encode_source(broken, tmp_path / "set", SMALL, Pixels(), text_encoder)
-    with pytest.raises(UserError, match=r"begun with other settings \(settings, sizes differ\)"):
+    with pytest.raises(UserError, match=r"begun with other settings \(resolutions, latents, captions, sizes differ\)"):
         encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", EncodeSettings((8,)), Pixels(), text_encoder)
     encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", SMALL, Pixels(), text_encoder)
     with pytest.raises(UserError, match="exists already"):
