@@ -21,11 +21,12 @@ LAYERS = [
     ("files", "errors", "formats", "terminal", "distributed", "devices"),
 ]
 FRIENDS = {
-    ("data", "encoders"),  # data/encode.py drives the frozen encoders
+    ("data", "encoders"),
     ("files", "errors"),
     ("distributed", "errors"),
     ("devices", "errors"),
-}
+    ("distributed", "devices"),
+}  # data/encode.py drives the frozen encoders
 PURE = {"model": {"torch", "numpy"}, "diffusion": {"torch", "diffusers"}}  # what may come from outside besides the standard library
 
 

@@ -91,10 +91,8 @@ def test_it_moves_and_still_gives_float32(tmp_path, images):
 
 def test_what_overflows_in_float16_stays_out_of_it(tmp_path):
     save_kl(tmp_path / "kl")
-    save_tiny(tmp_path / "tiny")
     assert load_autoencoder(str(tmp_path / "kl")).to("cpu", torch.float16).dtype == torch.float32  # diffusers' own default: force_upcast
     assert load_autoencoder(str(tmp_path / "kl")).to("cpu", torch.bfloat16).dtype == torch.bfloat16
-    assert load_autoencoder(str(tmp_path / "tiny")).to("cpu", torch.float16).dtype == torch.float16
     config = json.loads((tmp_path / "kl" / "config.json").read_text())
     (tmp_path / "kl" / "config.json").write_text(json.dumps({**config, "force_upcast": False}))
     assert load_autoencoder(str(tmp_path / "kl")).to("cpu", torch.float16).dtype == torch.float16
