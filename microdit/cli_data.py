@@ -71,7 +71,7 @@ def encode_data(
         dtype=str(numbers).removeprefix("torch."),
         device=chosen,
         batch_size=batch_size or default_batch_size(chosen, sides),
-        workers=_default_workers(chosen.type) if workers is None else workers,
+        workers=default_workers(chosen.type) if workers is None else workers,
     )
     console.print(f"Encoding {in_words(chosen, numbers)}.", highlight=False)
     with (
@@ -117,7 +117,7 @@ def verify_data(folder: Annotated[Path, typer.Argument(help="An encoded data set
     console.print(f"{folder} is whole.")
 
 
-def _default_workers(device: str) -> int:
+def default_workers(device: str) -> int:
     """Of each process: half of its cores where the encoders need them too, all but one beside a GPU."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(0, cores - 2) // 2 if device == "cpu" else max(1, cores - 1)

@@ -120,7 +120,8 @@ def encode_source(
         return _complete(folder, out, plan)
     except OSError as error:
         raise UserError(
-            f"Encoding into {folder} stopped: {error}. Put that right (make room, if the disk is full), and run the same command to go on."
+            f"Encoding into {folder} stopped: {error}. Put that right (make room, if the disk is full), and run the same command to go on; "
+            "or choose another --out."
         ) from error
 
 

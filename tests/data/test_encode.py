@@ -268,7 +268,7 @@ class Overflowing(Pixels):
 
 
 def test_numbers_that_are_not_finite_stop_it_behind_the_last_whole_shard(tmp_path, text_encoder):
-    with pytest.raises(UserError, match="latents that are no finite numbers.*--dtype float32"):
+    with pytest.raises(UserError, match=r"latents that are no finite numbers.*--dtype float32"):
         encode_source(source_of(*[[good(n)] for n in range(4)]), tmp_path / "set", SMALL, Overflowing(), text_encoder)
     assert sorted(path.name for path in (tmp_path / ".set.part").iterdir()) == ["plan.json", "shard-00000.arrow", "shard-00000.json"]
 
