@@ -48,7 +48,7 @@ def find_folder(place: str, patterns: list[str]) -> Path:
     except Exception as error:  # the network, the hub and the disk each have their own
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENOSPC):
             raise UserError(
-                f"The files of {repository} cannot be kept ({_first_line(error)}): set HF_HOME to a folder that can be written, with room in it."
+                f"The files of {repository} cannot be kept ({_first_line(error)}): set HF_HOME to a writable folder with room."
             ) from error
         raise UserError(
             f"There is no folder {place}, and the hub did not give the model {repository} ({_first_line(error)}). Check the spelling and "

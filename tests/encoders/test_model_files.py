@@ -68,5 +68,5 @@ def test_a_cache_that_cannot_be_written_is_told_with_the_way_out(monkeypatch):
         raise PermissionError(13, "Permission denied", "/cache/hub")
 
     monkeypatch.setattr("microdit.encoders.model_files.snapshot_download", refuse)
-    with pytest.raises(UserError, match=r"owner/name cannot be kept .*/cache/hub.*set HF_HOME to a folder that can be written"):
+    with pytest.raises(UserError, match=r"owner/name cannot be kept .*/cache/hub.*set HF_HOME to a writable folder"):
         find_folder("owner/name", ["*"])
