@@ -81,8 +81,8 @@ def encode_source(
     """Encode this process's share of the parts (its number, their count) into the folder `out`. The encoders move to the settings' device.
 
     The process that finds all shards whole completes the folder and gets the card, others None. `warn` is told of batches that do not fit
-    the GPU. Raises UserError if `out` exists, if an unfinished one has other settings, if nothing was kept, if the disk refuses, or if not
-    even one picture fits the GPU.
+    the GPU, `on_progress`, by a thread, of what is written. Raises UserError if `out` exists, if an unfinished one has other settings, if
+    nothing was kept, if the disk refuses, or if not even one picture fits the GPU.
     """
     wanted = Wanted.of(settings.resolutions, settings.min_side, settings.buckets, autoencoder.downsampling)
     plan = {

@@ -77,13 +77,13 @@ class ShardsThread:
     """Packs chunks and writes them in the order in which they are `put`; a shard is whole once its manifest is there.
 
     Errors of the thread are raised by a later `put`, or at the end of the `with` block; shards behind them are not written.
-    `on_written` is told, in the caller's thread, how many records and parts more are done.
+    `on_written` is told, by that thread, how many records and parts more are done.
     """
 
     def __init__(self, folder: Path, packer: Packer, on_written: Callable[[int, int], None]):
         self.folder, self.packer, self.on_written = folder, packer, on_written
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
-        self._waiting: deque[tuple[Future[None], int, bool]] = deque()
+        self._waiting: deque[Future[None]] = deque()
         self._writer: ShardWriter | None = None
         self._failed = False
 
@@ -94,7 +94,7 @@ class ShardsThread:
         """What was put is finished in any case: only the shard that lacks its end is given up."""
         try:
             while kind is None and self._waiting:
-                self._settle()
+                self._waiting.popleft().result()
         finally:
             self._thread.shutdown()
             if self._writer is not None:
@@ -102,16 +102,11 @@ class ShardsThread:
 
     def put(self, part: PartInWork, chunk: EncodedChunk, seen: int, last: bool) -> None:
         """`seen`: how many of the part's records the chunk stands for. `last`: the part ends with it."""
-        self._waiting.append((self._thread.submit(self._write, part, chunk, last), seen, last))
+        self._waiting.append(self._thread.submit(self._write, part, chunk, seen, last))
         while len(self._waiting) > AHEAD:
-            self._settle()
+            self._waiting.popleft().result()
 
-    def _settle(self) -> None:
-        future, seen, last = self._waiting.popleft()
-        future.result()
-        self.on_written(seen, int(last))
-
-    def _write(self, part: PartInWork, chunk: EncodedChunk, last: bool) -> None:
+    def _write(self, part: PartInWork, chunk: EncodedChunk, seen: int, last: bool) -> None:
         if self._failed:
             return
         try:
@@ -124,6 +119,7 @@ class ShardsThread:
                 self._writer.close()
                 self._publish(self._writer, part)
                 self._writer = None
+            self.on_written(seen, int(last))
         except BaseException:
             self._failed = True
             raise
