@@ -6,7 +6,7 @@
    tokens), beside mosaicml-streaming and webdataset, which are installed for this alone into build/peers;
 2. start-up: from nothing to the first batch, by the number of rows;
 3. memory: what reading and encoding hold (anonymous pages), by the number of rows;
-4. encoding: the share of the encoders' bare forward speed that `encode_source` reaches.
+4. encoding: the share of the encoders' bare forward speed that `encode_source` reaches on a CPU (encoding.py: on any device).
 """
 
 import argparse

@@ -12,8 +12,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from microdit.data.forms import CaptionForm, LatentForm
+from microdit.devices import choose_dtype, choose_own_device, device_errors_explained, in_words
 from microdit.errors import UserError
-from microdit.terminal import SOURCE_HELP, LineOfProgress, console, share
+from microdit.terminal import SOURCE_HELP, LineOfProgress, console, share, warn
 
 data_app = typer.Typer(no_args_is_help=True, help="Make and check encoded data sets.")
 
@@ -33,19 +34,25 @@ def encode_data(
     ] = None,
     fraction: Annotated[float, typer.Option(min=0, max=1, help="Use only this share of the source, chosen by key.")] = 1.0,
     buckets: Annotated[bool, typer.Option("--buckets", help="Keep aspect ratios (sides in steps of 64), cut no squares.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures, and captions, that the encoders take at a time.")] = 64,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures, and captions, that the encoders take at a time. [default: by the device]")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode files. [default: by the cores]")] = None,
-    device: Annotated[str, typer.Option(help="Where the encoders run: cpu, cuda ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps. auto: the GPU, where there is one.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU that has it, else float32.")
+    ] = "auto",
 ) -> None:
     """Encode pictures to latents and captions to embeddings, once.
 
-    Stopped at any moment, the same command goes on behind the last whole shard. Under torchrun each rank encodes its share of the parts.
+    Stopped at any moment, the same command goes on behind the last whole shard. Under torchrun each rank encodes its share of the parts, on
+    its share of the machine's GPUs. A batch that does not fit a GPU's memory is halved.
 
     Example: microdit data encode emoji --out data/emoji
 
     Example: microdit data encode my-pictures --out data/mine --resolutions 256 512 --autoencoder sdxl --text-encoder dfn-clip-h
     """
-    from microdit.data.encode import EncodeSettings, encode_source
+    from microdit.data.encode import EncodeSettings, default_batch_size, encode_source
     from microdit.data.sources import open_source
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
@@ -53,18 +60,26 @@ def encode_data(
     opened = open_source(source, _weights(caption), fraction)
     rank, world = share()
     sides = tuple(resolutions or [64])
+    chosen = choose_own_device(device)
+    numbers = choose_dtype(dtype, chosen)
     settings = EncodeSettings(
         resolutions=sides,
         latents=store_latents,
         captions=store_captions,
         min_side=next(side for side in (min_side, opened.min_side, min(sides)) if side is not None),
         buckets=buckets,
-        batch_size=batch_size,
-        workers=max(0, (os.cpu_count() or 1) - 2) // 2 if workers is None else workers,
+        dtype=str(numbers).removeprefix("torch."),
+        device=chosen,
+        batch_size=batch_size or default_batch_size(chosen, sides),
+        workers=default_workers(chosen.type) if workers is None else workers,
     )
-    with _parts_progress(f"encode {opened.name}", len(range(rank, len(opened.parts), world))) as on_progress:
-        encoders = load_autoencoder(autoencoder).to(device), load_text_encoder(text_encoder).to(device)
-        card = encode_source(opened, out, settings, *encoders, rank, world, on_progress)
+    console.print(f"Encoding {in_words(chosen, numbers)}.", highlight=False)
+    with (
+        _parts_progress(f"encode {opened.name}", len(range(rank, len(opened.parts), world))) as on_progress,
+        device_errors_explained("the encoders need --dtype bfloat16 (half of float32), or --device cpu"),
+    ):
+        encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
+        card = encode_source(opened, out, settings, *encoders, (rank, world), on_progress, warn)
     if card:
         _report_encoded(card, out)
 
@@ -100,6 +115,12 @@ def verify_data(folder: Annotated[Path, typer.Argument(help="An encoded data set
     if damaged:
         raise UserError(f"Damaged in {folder}: {', '.join(damaged)}. Encode the data again.")
     console.print(f"{folder} is whole.")
+
+
+def default_workers(device: str) -> int:
+    """Of each process: half of its cores where the encoders need them too, all but one beside a GPU."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, cores - 2) // 2 if device == "cpu" else max(1, cores - 1)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
+from microdit.devices import choose_device
 from microdit.errors import UserError
 
 T = TypeVar("T")
@@ -58,8 +59,8 @@ class World:
 def start_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone.
 
-    `device`: cpu, cuda, or auto, which is cuda where there is one. `timeout`: after which a process takes the others for dead.
-    Raises UserError for a GPU that is not there.
+    `device`: a name that `choose_device` knows; auto and cuda give each process a GPU of its own. `timeout`: after which a process takes
+    the others for dead. Raises UserError for a device that is not there.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device)
@@ -90,16 +91,21 @@ def _meeting_place(size: int) -> Store:
 
 
 def _device(name: str) -> torch.device:
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError(
-            "The device is to be cuda, and PyTorch sees no GPU: install a CUDA build of torch, or take cpu (engine.device=cpu)."
-        )
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= gpus:
-        raise UserError(
-            f"torchrun started {local_rank + 1} or more processes here, and there are {gpus} GPUs: use --nproc-per-node {gpus}."
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    """The device that `name` means to this process: under torchrun, auto and cuda are the GPU of its LOCAL_RANK."""
+    together, local_rank = int(os.environ.get("WORLD_SIZE", "1")) > 1, int(os.environ.get("LOCAL_RANK", "0"))
+    if together and name == "auto" and not torch.cuda.is_available():
+        name = "cpu"  # Apple's GPU serves one process
+    chosen = choose_device(name)
+    if together and (chosen.type == "mps" or ":" in name):
+        raise UserError(f"The device is to be {name}, which is a single one, and torchrun started several processes: take cuda, or cpu.")
+    if chosen.type != "cuda":
+        return chosen
+    if ":" not in name:
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(
+                f"torchrun started {local_rank + 1} or more processes here, and there are {gpus} GPUs: use --nproc-per-node {gpus}."
+            )
+        chosen = torch.device("cuda", local_rank)
+    torch.cuda.set_device(chosen)
+    return chosen

@@ -18,9 +18,15 @@ LAYERS = [
     ("checkpoint", "prompts", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),
     ("model",),
-    ("files", "errors", "formats", "terminal", "distributed"),
+    ("files", "errors", "formats", "terminal", "distributed", "devices"),
 ]
-FRIENDS = {("data", "encoders"), ("files", "errors"), ("distributed", "errors")}  # data/encode.py drives the frozen encoders
+FRIENDS = {
+    ("data", "encoders"),
+    ("files", "errors"),
+    ("distributed", "errors"),
+    ("devices", "errors"),
+    ("distributed", "devices"),
+}  # data/encode.py drives the frozen encoders
 PURE = {"model": {"torch", "numpy"}, "diffusion": {"torch", "diffusers"}}  # what may come from outside besides the standard library
 
 

@@ -1,21 +1,25 @@
 """What comes before training: how much room an encoded set takes, and how long the frozen encoders work on it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from microdit.budget.machine import Machine
 from microdit.budget.shapes import Shapes
 from microdit.data.forms import bytes_of_row
 from microdit.data.shards import CHECKSUM_BYTES
+from microdit.training.chips import Chip
 
 STORED_TOKENS = 25  # of a caption, on average: padding is not stored (docs/storage.md)
-UTILISATION = 0.25  # of the chip's peak by the encoders: assumed, not measured
+UTILISATION = 0.25  # of the chip's peak in the dtype, by the encoders: assumed, not measured
+TF32_SHARE = 0.5  # of the 16-bit peak: what convolutions in float32 are on chips that have bfloat16, from the vendors' sheets
+FLOAT32_TERAFLOPS = {"V100 32 GB": 15.7, "V100": 15.7, "T4": 8.1}  # chips without bfloat16, on which SDXL's autoencoder is left float32
 MILLION = 1_000_000
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """Of `images` pictures at all of the recipe's resolutions; `assumed`: nobody said how many. Hours and dollars are None for encoders
-    that we have no FLOPs of, and for sets that are encoded already, whose `bytes_per_sample` is what they take on the disk."""
+    """Of `images` pictures at all of the recipe's resolutions; `assumed`: nobody said how many. Hours and dollars are those of the dtype
+    that `data encode` takes by itself, the first of `hours_by_dtype`. They are None for encoders that we have no FLOPs of, and for sets
+    that are encoded already, whose `bytes_per_sample` is what they take on the disk."""
 
     images: int
     assumed: bool
@@ -24,6 +28,7 @@ class Encoding:
     flops_per_sample: float | None
     gpu_hours: float | None
     dollars: float | None
+    hours_by_dtype: dict[str, float] = field(default_factory=dict)
 
 
 def encoding(shapes: list[Shapes], machine: Machine, images: int | None) -> Encoding:
@@ -39,8 +44,19 @@ def encoding(shapes: list[Shapes], machine: Machine, images: int | None) -> Enco
     flops = clip_h_text_flops(first.caption_tokens) + sum(
         share * sdxl_encoder_flops(h, w) for item in by_resolution for share, h, w in item.sides
     )
-    hours = count * flops / (machine.chip.teraflops * 1e12 * UTILISATION) / 3600
-    return Encoding(count, images is None, False, stored, flops, hours, hours * machine.price.dollars)
+    hours = {dtype: count * flops / (peak * 1e12 * UTILISATION) / 3600 for dtype, peak in encoding_teraflops(machine.chip).items()}
+    first_hours = next(iter(hours.values()))
+    return Encoding(count, images is None, False, stored, flops, first_hours, first_hours * machine.price.dollars, hours)
+
+
+def encoding_teraflops(chip: Chip) -> dict[str, float]:
+    """The chip's peak in each dtype that encoding may use, first the one that `data encode` takes by itself.
+
+    float32 is an upper bound where it is TF32: PyTorch takes that for convolutions, not for the text tower's products.
+    """
+    if chip.name in FLOAT32_TERAFLOPS:
+        return {"float32": FLOAT32_TERAFLOPS[chip.name]}
+    return {"bfloat16": chip.teraflops, "float32": chip.teraflops * TF32_SHARE}
 
 
 def sdxl_encoder_flops(height: int, width: int) -> int:

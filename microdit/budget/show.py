@@ -116,10 +116,12 @@ def _data(data: Encoding) -> list[str]:
         lines[0] += " Say how many with --images."
     if data.gpu_hours is None or data.flops_per_sample is None:
         return [*lines, "What these encoders cost is not known here: only the SDXL autoencoder and DFN5B-CLIP-H are reckoned."]
+    dtype, *others = data.hours_by_dtype
     rate = (
         f"{data.flops_per_sample / 1e12:.3g} TFLOPs a sample, {UTILISATION:.0%} of the peak assumed, reading and decoding files not counted"
     )
-    return [*lines, f"[bold]Encoding[/] them once: {hours(data.gpu_hours)} GPU-hours, {money(data.dollars)} ({rate})."]
+    slower = "".join(f"; in {other} at least {hours(data.hours_by_dtype[other])}" for other in others)
+    return [*lines, f"[bold]Encoding[/] them once in {dtype}: {hours(data.gpu_hours)} GPU-hours, {money(data.dollars)} ({rate}{slower})."]
 
 
 def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right") -> Table:

@@ -1,4 +1,4 @@
-"""Files to pixels in worker processes, in the order of the records, a few chunks ahead of whoever takes them.
+"""Files to pixels in worker processes, in the order of the records, some chunks ahead of whoever takes them, across groups of records too.
 
 A worker that dies over a file (a crash inside a decoder) costs that file, named, and nothing else.
 """
@@ -6,20 +6,21 @@ A worker that dies over a file (a crash inside a decoder) costs that file, named
 import math
 import multiprocessing
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from microdit.data.images import Rejected, decode, fit
+from microdit.data.images import PictureFile, Rejected, fit
 from microdit.data.sources import Record
 from microdit.errors import UserError
 
-AHEAD = 2  # chunks a worker has waiting
+AHEAD = 2  # chunks that workers decode before they are asked for
 BUCKET_STEP = 64  # pixels: sides of aspect-ratio buckets are multiples of it
 MAX_ASPECT = 2.0
 
@@ -54,60 +55,105 @@ class Wanted:
         )
 
 
+@dataclass
+class _Piece:
+    """Records that one worker decodes at a time, a share of a chunk."""
+
+    records: list[Record]
+    future: Future[list[Picture | str]]
+
+
 class Decoder:
-    """Decodes chunks of records, in this process (`workers` 0) or in others."""
+    """Decodes chunks of records, in this process (`workers` 0) or in others, which live until the `with` block ends."""
 
     def __init__(self, wanted: Wanted, workers: int):
         self.wanted, self.workers = wanted, workers
+        self._pool: ProcessPoolExecutor | None = None
 
-    def chunks(self, records: Iterator[Record], size: int) -> Iterator[tuple[list[Record], list[Picture | str]]]:
-        """Chunks of `size` records, each with its picture or the reason why there is none."""
-        if self.workers == 0:
-            while chunk := list(islice(records, size)):
-                yield chunk, prepare(self.wanted, [record.image for record in chunk])
-            return
-        small = max(1, size // self.workers)  # so that all workers have a share in the first chunk
-        pool = self._pool()
-        waiting: deque[tuple[list[Record], Future[list[Picture | str]]]] = deque()
-        try:
-            done: tuple[list[Record], list[Picture | str]] = ([], [])
-            while True:
-                while len(waiting) < AHEAD * self.workers and (chunk := list(islice(records, small))):
-                    waiting.append((chunk, pool.submit(prepare, self.wanted, [record.image for record in chunk])))
-                if not waiting:
-                    break
-                chunk, future = waiting.popleft()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def chunks(self, groups: Iterable[Iterable[Record]], size: int) -> Iterator[tuple[list[Record], list[Picture | str]]]:
+        """Chunks of `size` records, each with its picture or the reason why there is none.
+
+        No chunk holds records of two groups: the last one of each group has fewer than `size`, if need be none. An error that a group
+        raises comes behind all chunks before it.
+        """
+        chunks, waiting, failure = _chunked(groups, size), deque[list[_Piece]](), None
+        more = True
+        while more or waiting:
+            while more and len(waiting) <= (AHEAD if self.workers else 0):
                 try:
-                    outcome = future.result()
-                except BrokenProcessPool:
-                    outcome = self._one_by_one(chunk)
-                    pool.shutdown(wait=False)
-                    pool = self._pool()
-                    waiting = deque((c, pool.submit(prepare, self.wanted, [record.image for record in c])) for c, _ in waiting)
-                done[0].extend(chunk)
-                done[1].extend(outcome)
-                if len(done[0]) >= size:
-                    yield done[0][:size], done[1][:size]
-                    done = (done[0][size:], done[1][size:])
-            if done[0]:
-                yield done
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+                    waiting.append(self._begin(next(chunks)))
+                except StopIteration:
+                    more = False
+                except Exception as error:
+                    more, failure = False, error
+            if waiting:
+                pieces = waiting.popleft()
+                outcomes = [outcome for number in range(len(pieces)) for outcome in self._result(pieces[number:], waiting)]
+                yield [record for piece in pieces for record in piece.records], outcomes
+        if failure is not None:
+            raise failure
+
+    def _begin(self, records: list[Record]) -> list[_Piece]:
+        """All workers have a share in a chunk."""
+        share = max(1, math.ceil(len(records) / max(1, self.workers)))
+        return [_Piece(part, self._submit(part)) for first in range(0, len(records), share) if (part := records[first : first + share])]
+
+    def _submit(self, records: list[Record]) -> Future[list[Picture | str]]:
+        files = [record.image for record in records]
+        future: Future[list[Picture | str]] = Future()
+        if not self.workers:
+            future.set_result(prepare(self.wanted, files))
+            return future
+        self._pool = self._pool or _pool(self.workers)
+        try:
+            return self._pool.submit(prepare, self.wanted, files)
+        except BrokenProcessPool as error:  # a worker died over an earlier piece, whose turn comes first
+            future.set_exception(error)
+            return future
+
+    def _result(self, pieces: list[_Piece], waiting: Iterable[list[_Piece]]) -> list[Picture | str]:
+        """Of the first piece. When a worker died, what comes behind begins anew, in other workers."""
+        try:
+            return pieces[0].future.result()
+        except BrokenProcessPool:
+            outcome = self._one_by_one(pieces[0].records)
+            if self._pool is not None:
+                self._pool.shutdown(wait=False)
+            self._pool = None
+            for piece in chain(pieces[1:], *waiting):
+                piece.future = self._submit(piece.records)
+            return outcome
 
     def _one_by_one(self, records: list[Record]) -> list[Picture | str]:
         """After a crash: each record in a process that may die of it."""
         outcomes: list[Picture | str] = []
         for record in records:
-            with self._pool(1) as pool:
+            with _pool(1) as pool:
                 try:
                     outcomes += pool.submit(prepare, self.wanted, [record.image]).result()
                 except BrokenProcessPool:
                     outcomes.append("decoder crashed")
         return outcomes
 
-    def _pool(self, workers: int | None = None) -> ProcessPoolExecutor:
-        # Not forked: a process with running threads, as torch's, must not be.
-        return ProcessPoolExecutor(workers or self.workers, mp_context=multiprocessing.get_context("spawn"))
+
+def _chunked(groups: Iterable[Iterable[Record]], size: int) -> Iterator[list[Record]]:
+    for group in groups:
+        records = iter(group)
+        while len(chunk := list(islice(records, size))) == size:
+            yield chunk
+        yield chunk
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # Not forked: a process with running threads, as torch's, must not be.
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
 def prepare(wanted: Wanted, files: list[bytes]) -> list[Picture | str]:
@@ -117,13 +163,15 @@ def prepare(wanted: Wanted, files: list[bytes]) -> list[Picture | str]:
 
 def _prepare_one(wanted: Wanted, content: bytes) -> Picture | str:
     try:
-        image = decode(content)
+        file = PictureFile(content)
+        bucket = wanted.bucket_of(file.height, file.width)
+        shapes = wanted.buckets[bucket].values()
+        image = file.decode(max(height for height, _ in shapes), max(width for _, width in shapes))
     except Rejected as verdict:
         return verdict.reason
-    if min(image.size) < wanted.min_side:
+    if min(file.height, file.width) < wanted.min_side:
         return f"a side is shorter than {wanted.min_side} pixels"
-    bucket = wanted.bucket_of(image.height, image.width)
-    return bucket, [fit(image, height, width) for height, width in wanted.buckets[bucket].values()]
+    return bucket, [fit(image, height, width) for height, width in shapes]
 
 
 def _aspect_buckets(resolutions: tuple[int, ...]) -> list[dict[int, tuple[int, int]]]:

@@ -1,37 +1,37 @@
 """Encode once: a source's pictures to latents, its captions to token vectors, in shards that are whole or absent.
 
+Files are decoded in worker processes (decoding.py), the encoders work in this thread (encode_batches.py), and what they give is packed and
+written in another (packing.py): none of them waits for the next, also where one part ends and another begins.
+
 Notable:
 - each part of the source becomes one shard, whichever process encodes it: 1 rank or 64 give the same files, and a run that was killed
   goes on behind the last whole shard;
-- memory holds a few batches, whatever the size of the source; files are decoded in worker processes meanwhile;
+- memory holds a few batches, whatever the size of the source;
 - every record is either kept or rejected with a reason, and the card says how many of each.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from microdit.data.card import CARD, FORMAT, write_card
-from microdit.data.decoding import Decoder, Wanted
-from microdit.data.forms import CaptionForm, LatentForm, pack_ids, pack_latents, pack_text
-from microdit.data.pixels import normalise
-from microdit.data.shards import Row, ShardWriter
+from microdit.data.decoding import Decoder, Picture, Wanted
+from microdit.data.encode_batches import BatchEncoder
+from microdit.data.forms import CaptionForm, LatentForm
+from microdit.data.packing import Packer, PartInWork, ShardsThread, manifest_path
 from microdit.data.sources import Part, Record, Source
+from microdit.devices import DTYPES
 from microdit.encoders.autoencoder import Autoencoder
 from microdit.encoders.text import TextEncoder
 from microdit.errors import UserError
-from microdit.files import sha256_of, write_aside
+from microdit.files import write_aside
 
+CPU = torch.device("cpu")
 CHUNK_BATCHES = 4  # batches in a chunk: captions are sorted by length inside it, so that little is padded
 MAX_CAPTION = 4000  # characters; text encoders take 32 to 512 tokens
 
@@ -40,15 +40,32 @@ Progress = Callable[[int, int], None]  # so many more records, so many more part
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """How to encode. `min_side` rejects smaller pictures; `buckets` keeps aspect ratios, roughly, instead of cutting squares."""
+    """How to encode. `min_side` rejects smaller pictures; `buckets` keeps aspect ratios, roughly, instead of cutting squares.
+
+    `dtype` is what the encoders compute in. An encoding can go on with another device, batch size or number of workers.
+    """
 
     resolutions: tuple[int, ...]
     latents: LatentForm = "int8"
     captions: CaptionForm = "int8"
     min_side: int = 0
     buckets: bool = False
+    dtype: str = "float32"
+    device: torch.device = CPU
     batch_size: int = 64
     workers: int = 0
+
+    def planned(self) -> dict[str, Any]:
+        """What must be the same for an encoding to go on."""
+        return _planned({**asdict(self), "resolutions": list(self.resolutions)})
+
+
+def default_batch_size(device: torch.device, resolutions: tuple[int, ...]) -> int:
+    """64, but on CUDA as many as take the memory of 128 pictures of 256 pixels a side: about 12 GB for SDXL's encoder in bfloat16, reckoned
+    from its largest layers."""
+    if device.type != "cuda":
+        return 64
+    return min(256, max(1, 128 * 256**2 // max(resolutions) ** 2))
 
 
 def encode_source(
@@ -57,13 +74,15 @@ def encode_source(
     settings: EncodeSettings,
     autoencoder: Autoencoder,
     text_encoder: TextEncoder,
-    rank: int = 0,
-    world: int = 1,
+    share: tuple[int, int] = (0, 1),
     on_progress: Progress | None = None,
+    warn: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Any] | None:
-    """Encode this rank's parts into the folder `out`; the rank that finds all shards whole completes it and gets the card, others None.
+    """Encode this process's share of the parts (its number, their count) into the folder `out`. The encoders move to the settings' device.
 
-    Raises UserError if `out` exists, if an unfinished one has other settings, if nothing was kept, or if the disk refuses.
+    The process that finds all shards whole completes the folder and gets the card, others None. `warn` is told of batches that do not fit
+    the GPU, `on_progress`, by a thread, of what is written. Raises UserError if `out` exists, if an unfinished one has other settings, if
+    nothing was kept, if the disk refuses, or if not even one picture fits the GPU.
     """
     wanted = Wanted.of(settings.resolutions, settings.min_side, settings.buckets, autoencoder.downsampling)
     plan = {
@@ -72,7 +91,7 @@ def encode_source(
         "license": source.license,
         "parts": [part.name for part in source.parts],
         "caption_weights": source.caption_weights,
-        "settings": {**asdict(settings), "resolutions": list(settings.resolutions), "workers": None},
+        "settings": settings.planned(),
         "sizes": [{str(r): list(size) for r, size in bucket.items()} for bucket in wanted.buckets],
         "latent_channels": autoencoder.channels,
         "downsampling": autoencoder.downsampling,
@@ -86,17 +105,64 @@ def encode_source(
     folder = out.with_name(f".{out.name}.part")
     try:
         _begin(folder, plan)
-        encoder = _Encoder(source, settings, wanted, autoencoder, text_encoder)
-        for number in range(rank, len(source.parts), world):
-            if not _manifest(folder, number).is_file():
-                encoder.encode_part(source.parts[number], folder, number, on_progress)
-            elif on_progress:
-                on_progress(0, 1)
+        mine = range(share[0], len(source.parts), share[1])
+        missing = [number for number in mine if not manifest_path(folder, number).is_file()]
+        told = on_progress or (lambda records, parts: None)
+        told(0, len(mine) - len(missing))
+        if settings.device.type == "cuda":
+            torch.cuda.set_device(settings.device)
+        autoencoder.to(settings.device, DTYPES[settings.dtype])
+        text_encoder.to(settings.device, DTYPES[settings.dtype])
+        encoder = BatchEncoder(autoencoder, text_encoder, settings.device, settings.captions, settings.batch_size, warn)
+        packer = Packer(settings.resolutions, settings.latents, settings.captions, source.caption_weights)
+        with Decoder(wanted, settings.workers) as decoder, ShardsThread(folder, packer, told) as shards:
+            _encode_parts(source, missing, settings, decoder, encoder, shards)
         return _complete(folder, out, plan)
     except OSError as error:
         raise UserError(
-            f"Encoding into {folder} stopped: {error}. Put that right (make room, if the disk is full), and run the same command to go on."
+            f"Encoding into {folder} stopped: {error}. Put that right (make room, if the disk is full), and run the same command to go on; "
+            "or choose another --out."
         ) from error
+
+
+def _encode_parts(
+    source: Source, numbers: list[int], settings: EncodeSettings, decoder: Decoder, encoder: BatchEncoder, shards: ShardsThread
+) -> None:
+    parts = [PartInWork(number, source.parts[number].name) for number in numbers]
+    usable = (_usable(source.parts[part.number], source.caption_weights, part.rejected) for part in parts)
+    size = settings.batch_size * CHUNK_BATCHES
+    chunks = decoder.chunks(usable, size)
+    for part in parts:
+        for records, outcomes in chunks:
+            kept: list[tuple[Record, Picture]] = []
+            for record, outcome in zip(records, outcomes, strict=True):
+                if isinstance(outcome, str):
+                    part.rejected.append((record.key, outcome))
+                else:
+                    kept.append((replace(record, image=b""), outcome))  # the file is not needed any more
+            encoded = encoder.encode([record for record, _ in kept], [picture for _, picture in kept], settings.resolutions)
+            lengths = [len(tokens) for tokens in encoded.ids]
+            cut = sum(length >= encoder.text_encoder.max_tokens for length in lengths)
+            part.counts.update(captions=len(lengths), tokens=sum(lengths), captions_cut=cut)
+            last = len(records) < size
+            shards.put(part, encoded, len(records), last)
+            if last:
+                break
+
+
+def _usable(part: Part, caption_weights: dict[str, float], rejected: list[tuple[str, str]]) -> Iterator[Record]:
+    """The records of a part whose text can be used; the others are rejected here."""
+    seen: set[str] = set()
+    for record in part.records():
+        problem = record.problem or ("duplicate key" if record.key in seen else "")
+        seen.add(record.key)
+        captions = {name: _clean(record.captions[name]) for name in caption_weights if record.captions.get(name)}
+        captions = {name: text for name, text in captions.items() if text}
+        problem = problem or ("" if captions else "no caption")
+        if problem:
+            rejected.append((record.key, problem))
+        else:
+            yield Record(record.key, captions, record.image)
 
 
 def _begin(folder: Path, plan: dict[str, Any]) -> None:
@@ -106,21 +172,29 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         write_aside(path, content.encode())
-    begun = json.loads(path.read_text())
-    different = [key for key in plan if begun.get(key) != json.loads(content)[key]]
+    begun, now = _flat(json.loads(path.read_text())), _flat(json.loads(content))
+    different = [key for key in now if begun.get(key) != now[key]]
     if different:
+        went = f" It was begun with --dtype {begun['dtype']}." if "dtype" in different else ""
         raise UserError(
-            f"{folder} was begun with other settings ({', '.join(different)} differ): delete it, or use the same settings to go on."
+            f"{folder} was begun with other settings ({', '.join(different)} differ): delete it, or use the same settings to go on.{went}"
         )
 
 
-def _manifest(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05d}.json"
+def _flat(plan: dict[str, Any]) -> dict[str, Any]:
+    """With the settings among the rest."""
+    return {**_planned(plan.get("settings", {})), **{key: value for key, value in plan.items() if key != "settings"}}
+
+
+def _planned(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without what may change on the way. Earlier versions named no dtype: theirs was float32."""
+    free = ("device", "batch_size", "workers")
+    return {"dtype": "float32", **{key: value for key, value in settings.items() if key not in free}}
 
 
 def _complete(folder: Path, out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     """When all shards are there: write the card, give the folder its name. Two ranks may do so at once: both write the same."""
-    manifests = [_manifest(folder, number) for number in range(len(plan["parts"]))]
+    manifests = [manifest_path(folder, number) for number in range(len(plan["parts"]))]
     try:
         if not all(path.is_file() for path in manifests):
             return None
@@ -137,130 +211,8 @@ def _complete(folder: Path, out: Path, plan: dict[str, Any]) -> dict[str, Any] |
     return card
 
 
-class _Encoder:
-    """The frozen encoders and what is asked of them."""
-
-    def __init__(self, source: Source, settings: EncodeSettings, wanted: Wanted, autoencoder: Autoencoder, text_encoder: TextEncoder):
-        self.source, self.settings, self.wanted = source, settings, wanted
-        self.autoencoder, self.text_encoder = autoencoder, text_encoder
-        self.decoder = Decoder(wanted, settings.workers)
-
-    def encode_part(self, part: Part, folder: Path, number: int, on_progress: Progress | None) -> None:
-        """Write shard `number`, then its manifest: only with a manifest is it whole."""
-        name = f"shard-{number:05d}"
-        writer = ShardWriter(folder / f".{name}.{os.getpid()}.part", list(self.settings.resolutions))
-        rejected: list[tuple[str, str]] = []
-        tally: Counter[str] = Counter()
-        try:
-            for records, decoded in self.decoder.chunks(self._usable(part, rejected), self.settings.batch_size * CHUNK_BATCHES):
-                kept = []
-                for record, outcome in zip(records, decoded, strict=True):
-                    if isinstance(outcome, str):
-                        rejected.append((record.key, outcome))
-                    else:
-                        kept.append((record, outcome))
-                for row in self._encode([record for record, _ in kept], [outcome for _, outcome in kept], tally):
-                    writer.write(row)
-                if on_progress:
-                    on_progress(len(records), 0)
-            writer.close()
-        except BaseException:
-            writer.abandon()
-            raise
-        self._publish(writer, folder, name, part, rejected, tally)
-        if on_progress:
-            on_progress(0, 1)
-
-    def _publish(
-        self, writer: ShardWriter, folder: Path, name: str, part: Part, rejected: list[tuple[str, str]], tally: Counter[str]
-    ) -> None:
-        path = folder / f"{name}.arrow"
-        manifest = {
-            "name": path.name,
-            "part": part.name,
-            "rows": writer.rows,
-            "seen": writer.rows + len(rejected),
-            "rejected": dict(sorted(Counter(reason for _, reason in rejected).items())),
-            "buckets": {str(bucket): writer.buckets[bucket] for bucket in sorted(writer.buckets)},
-            "bytes": writer.path.stat().st_size,
-            "sha256": sha256_of(writer.path),
-            **{key: tally[key] for key in ("captions", "tokens", "captions_cut")},
-        }
-        writer.path.replace(path)
-        if rejected:
-            lines = "".join(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in rejected)
-            write_aside(folder / f"{name}.rejected.jsonl", lines.encode())
-        write_aside(folder / f"{name}.json", json.dumps(manifest).encode())
-
-    def _usable(self, part: Part, rejected: list[tuple[str, str]]) -> Iterator[Record]:
-        """The records of a part whose text can be used; the others are rejected here."""
-        seen: set[str] = set()
-        for record in part.records():
-            problem = record.problem or ("duplicate key" if record.key in seen else "")
-            seen.add(record.key)
-            captions = {name: _clean(record.captions[name]) for name in self.source.caption_weights if record.captions.get(name)}
-            captions = {name: text for name, text in captions.items() if text}
-            problem = problem or ("" if captions else "no caption")
-            if problem:
-                rejected.append((record.key, problem))
-            else:
-                yield Record(record.key, captions, record.image)
-
-    def _encode(self, records: list[Record], pictures: list[tuple[int, list[NDArray[np.uint8]]]], tally: Counter[str]) -> Iterator[Row]:
-        """`pictures` holds each record's bucket and its pixels at every resolution, (H, W, 3)."""
-        texts = iter(self._encode_text([caption for record in records for caption in record.captions.values()], tally))
-        latents = self._encode_pictures(pictures)
-        for record, (bucket, _), blobs in zip(records, pictures, latents, strict=True):
-            weights = [self.source.caption_weights[name] for name in record.captions]
-            captions = list(record.captions.values())
-            yield Row(record.key, bucket, captions, weights, [next(texts) for _ in captions], blobs)
-
-    def _encode_pictures(self, pictures: list[tuple[int, list[NDArray[np.uint8]]]]) -> list[dict[int, bytes]]:
-        """For each picture, its latents' bytes by resolution. Batches hold pictures of one bucket."""
-        blobs: list[dict[int, bytes]] = [{} for _ in pictures]
-        by_bucket: dict[int, list[int]] = {}
-        for index, (bucket, _) in enumerate(pictures):
-            by_bucket.setdefault(bucket, []).append(index)
-        for indices in by_bucket.values():
-            for batch in _slices(indices, self.settings.batch_size):
-                for which, resolution in enumerate(self.settings.resolutions):
-                    pixels_BCHW = normalise(np.stack([pictures[i][1][which] for i in batch]))
-                    latents_BCHW = self.autoencoder.encode(pixels_BCHW).float().cpu().numpy()
-                    for index, latents_CHW in zip(batch, latents_BCHW, strict=True):
-                        blobs[index][resolution] = pack_latents(latents_CHW, self.settings.latents)
-        return blobs
-
-    def _encode_text(self, captions: list[str], tally: Counter[str]) -> list[bytes]:
-        """Each caption's bytes. Batches hold captions of about one length."""
-        form = self.settings.captions
-        ids = self.text_encoder.tokenize(captions)
-        tally.update(
-            captions=len(ids), tokens=sum(map(len, ids)), captions_cut=sum(len(tokens) >= self.text_encoder.max_tokens for tokens in ids)
-        )
-        if form == "ids":
-            return [pack_ids(tokens) for tokens in ids]
-        blobs = [b""] * len(ids)
-        by_length = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        for batch in _slices(by_length, self.settings.batch_size):
-            text_BLE = self._embed([ids[index] for index in batch])
-            for index, text_LE in zip(batch, text_BLE.float().cpu().numpy(), strict=True):
-                length = len(text_LE) if form == "full" else len(ids[index])
-                blobs[index] = pack_text(text_LE[:length], form)
-        return blobs
-
-    def _embed(self, ids: list[list[int]]) -> Tensor:
-        with torch.no_grad():
-            return self.text_encoder.embed_full(ids) if self.settings.captions == "full" else self.text_encoder.embed(ids)[0]
-
-
 def _clean(caption: str) -> str:
     """One line of printable text, at most MAX_CAPTION characters; empty if it is no Unicode text at all (lone surrogates)."""
     if not caption.isascii() and any("\ud800" <= character <= "\udfff" for character in caption[:MAX_CAPTION]):
         return ""
     return " ".join("".join(c if c.isprintable() else " " for c in caption[:MAX_CAPTION]).split())
-
-
-def _slices(items: list[int], size: int) -> Iterator[list[int]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch

@@ -14,9 +14,10 @@ def to_tensor(image: Image.Image, height: int, width: int | None = None) -> Tens
     return normalise(fit(image, height, width or height)[None])[0]
 
 
-def normalise(pixels_BHWC: NDArray[np.uint8]) -> Tensor:
-    """Bytes (B, H, W, 3) -> (B, 3, H, W) in [-1, 1]."""
-    return torch.tensor(pixels_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
+def normalise(pixels_BHWC: NDArray[np.uint8] | Tensor) -> Tensor:
+    """Bytes (B, H, W, 3) -> (B, 3, H, W) in [-1, 1], channels last in memory, on the device of the bytes."""
+    bytes_BHWC = pixels_BHWC if isinstance(pixels_BHWC, Tensor) else torch.tensor(pixels_BHWC)
+    return bytes_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_image(pixels_CHW: Tensor) -> Image.Image:

@@ -6,6 +6,7 @@ Shape legend: B batch, C channels, H W height and width.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from microdit.diffusion.edm import EDM
 from microdit.diffusion.schedulers import dpm, euler
-from microdit.diffusion.steps import Denoiser, OnStep, Step, denoised_at
+from microdit.diffusion.steps import Denoiser, OnStep, Step, denoised_at, state_dtype
 
 Solver = Literal["heun", "dpm", "euler"]
 
@@ -75,13 +76,13 @@ def heun(
 ) -> Tensor:
     """Heun's second-order method down `sigmas` (2206.00364, algorithm 1; with churn algorithm 2). `noise_BCHW` is standard normal.
 
-    The state is kept in float64, the denoiser computes in float32. `draw` makes more noise of the same kind, needed for churn only.
+    The state is kept in float64 (see `state_dtype`), the denoiser computes in float32. Noise levels are numbers on the CPU: nothing waits
+    for a GPU. `draw` makes more noise of the same kind, needed for churn only.
     """
-    sigmas = sigmas.to(noise_BCHW.device)
-    x = noise_BCHW.double() * sigmas[0]
-    for index in range(len(sigmas) - 1):
-        sigma, next_sigma = sigmas[index], sigmas[index + 1]
-        if churn.S_churn and (gamma := churn.gamma(sigma.item(), len(sigmas) - 1)):
+    levels = sigmas.tolist()
+    x = noise_BCHW.to(state_dtype(noise_BCHW.device)) * levels[0]
+    for index, (sigma, next_sigma) in enumerate(pairwise(levels)):
+        if churn.S_churn and (gamma := churn.gamma(sigma, len(levels) - 1)):
             assert draw is not None, "churn needs noise"
             x = x + sigma * math.sqrt((1 + gamma) ** 2 - 1) * churn.S_noise * draw().to(x)
             sigma = sigma * (1 + gamma)
@@ -93,5 +94,5 @@ def heun(
             x_next = x + (next_sigma - sigma) * (slope + next_slope) / 2
         x = x_next
         if on_step:
-            on_step(Step(index, sigma.item(), denoised.float()))
+            on_step(Step(index, sigma, denoised.float()))
     return x.float()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -22,6 +23,12 @@ OnStep = Callable[[Step], None]
 """Called after each step. What it raises ends the sampling, which leaves nothing behind."""
 
 
-def denoised_at(denoiser: Denoiser, x_BCHW: Tensor, sigma: Tensor) -> Tensor:
-    """In float64, while the denoiser computes in float32; `sigma` is one number."""
-    return denoiser(x_BCHW.float(), sigma.float().expand(len(x_BCHW))).double()
+def state_dtype(device: torch.device) -> torch.dtype:
+    """What the latents on their way are kept in: float64, but float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def denoised_at(denoiser: Denoiser, x_BCHW: Tensor, sigma: float) -> Tensor:
+    """In the dtype of `x_BCHW`, while the denoiser is asked, and answers, in float32."""
+    sigma_B = torch.full((), sigma, dtype=torch.float32, device=x_BCHW.device).expand(len(x_BCHW))
+    return denoiser(x_BCHW.float(), sigma_B).to(x_BCHW.dtype)

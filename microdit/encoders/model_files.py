@@ -4,6 +4,7 @@ Weights are safetensors wherever they can be. A `.bin` is a pickle, which can ru
 tensors, and refused if it holds more.
 """
 
+import errno
 import hashlib
 import json
 import pickle
@@ -45,6 +46,10 @@ def find_folder(place: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=[inside + pattern for pattern in patterns])) / subfolder
     except Exception as error:  # the network, the hub and the disk each have their own
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENOSPC):
+            raise UserError(
+                f"The files of {repository} cannot be kept ({_first_line(error)}): set HF_HOME to a writable folder with room."
+            ) from error
         raise UserError(
             f"There is no folder {place}, and the hub did not give the model {repository} ({_first_line(error)}). Check the spelling and "
             "the network; or download the model's folder on another computer, and give the path of that folder."

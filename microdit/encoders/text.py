@@ -6,6 +6,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from microdit.devices import sent_to
 from microdit.encoders.model_files import is_place, lasting_name
 from microdit.encoders.text_models import TextModel, load_text_model
 from microdit.errors import UserError
@@ -21,6 +22,11 @@ class TextEncoder(Protocol):
     fingerprint: str
     channels: int
     max_tokens: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in. Vectors are float32 all the same."""
+        ...
 
     def tokenize(self, captions: list[str]) -> list[list[int]]: ...
 
@@ -60,6 +66,10 @@ class FrozenTextEncoder:
         self.max_tokens = loaded.max_tokens
         self._model, self._tokenizer, self._pad_id, self._causal = loaded.model, loaded.tokenizer, loaded.pad_id, loaded.causal
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
     def tokenize(self, captions: list[str]) -> list[list[int]]:
         """Tokens' numbers, with the start and the end; a caption of more than `max_tokens` is cut before its end token."""
         if not captions:
@@ -88,14 +98,15 @@ class FrozenTextEncoder:
         return self.embed(self.tokenize(captions))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Move the model."""
-        self._model.to(device=device, dtype=dtype)
+        """Move the model. A T5 overflows in float16, and computes in float32 then."""
+        overflows = dtype == torch.float16 and "t5" in self._model.config.model_type
+        self._model.to(device=device, dtype=torch.float32 if overflows else dtype)
         return self
 
     def _pad(self, ids: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
         ids_BL = torch.tensor([tokens + [self._pad_id] * (length - len(tokens)) for tokens in ids])
         mask_BL = torch.arange(length) < torch.tensor([len(tokens) for tokens in ids])[:, None]
-        return ids_BL.to(self._model.device), mask_BL.to(self._model.device)
+        return sent_to(self._model.device, ids_BL), sent_to(self._model.device, mask_BL)
 
     def _states(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         mask = None if self._causal else mask_BL.long()

@@ -13,7 +13,7 @@ from torch import Tensor
 from microdit.diffusion.edm import EDM
 from microdit.diffusion.guidance import Text, guided_denoiser
 from microdit.diffusion.solvers import heun, noise_schedule
-from microdit.diffusion.steps import Step
+from microdit.diffusion.steps import Step, state_dtype
 from microdit.model.microdit import MicroDiT
 
 
@@ -73,9 +73,10 @@ def draw_latents(
     sigmas = noise_schedule(edm, num_inference_steps)
     if after_step is None:
         return heun(denoiser, noise_BCHW, sigmas, count)
-    latents_BCHW = (noise_BCHW.double() * sigmas[0]).float()
+    dtype = state_dtype(noise_BCHW.device)
+    latents_BCHW = (noise_BCHW.to(dtype) * sigmas[0].item()).float()
     for index in range(num_inference_steps):
-        standard_BCHW = latents_BCHW.double() / sigmas[index]  # heun multiplies by the first of its sigmas
+        standard_BCHW = latents_BCHW.to(dtype) / sigmas[index].item()  # heun multiplies by the first of its sigmas
         latents_BCHW = heun(denoiser, standard_BCHW, sigmas[index : index + 2], count)
         changed_BCHW = after_step(index, sigmas[index], latents_BCHW)
         if changed_BCHW is None:

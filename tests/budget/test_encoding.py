@@ -1,5 +1,7 @@
 """Encoders' FLOPs against PyTorch's counter on the real architectures; bytes against docs/storage.md."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -11,6 +13,7 @@ from microdit.budget.encoding import clip_h_text_flops, encoding, sdxl_encoder_f
 from microdit.budget.reckoning import load_recipes
 from microdit.budget.shapes import Given, shapes_of
 from microdit.recipe_file import load_recipe
+from microdit.training.chips import named_chip
 from tests.budget.test_bill import PUBLISHED, RECIPES, machine
 
 
@@ -55,6 +58,15 @@ def test_each_resolution_is_encoded_once_and_captions_too():
     assert low.flops_per_sample == sdxl_encoder_flops(32, 32) + clip_h_text_flops(77)
     assert both.flops_per_sample == low.flops_per_sample + sdxl_encoder_flops(64, 64)
     assert both.dollars == pytest.approx(1000 * both.flops_per_sample / (989.4e12 * 0.25) / 3600 * 2.5)
+
+
+def test_float32_costs_what_it_costs_on_the_chip():
+    shapes = [shapes_of(recipe) for recipe in load_recipes(PUBLISHED, None).values()]
+    h100 = encoding(shapes, machine(), 1000)
+    assert list(h100.hours_by_dtype) == ["bfloat16", "float32"]
+    assert h100.gpu_hours == h100.hours_by_dtype["bfloat16"] == pytest.approx(h100.hours_by_dtype["float32"] / 2)
+    old = encoding(shapes, replace(machine(), chip=named_chip("t4")), 1000)
+    assert old.gpu_hours == old.hours_by_dtype["float32"] == pytest.approx(1000 * old.flops_per_sample / (8.1e12 * 0.25) / 3600)
 
 
 def test_other_encoders_are_not_guessed():

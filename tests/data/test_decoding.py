@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microdit.data.decoding import Decoder, Wanted
+from microdit.data.decoding import Decoder, Wanted, prepare
+from microdit.data.images import decode, fit
 from microdit.data.sources import Record
 from microdit.errors import UserError
 
@@ -32,8 +33,8 @@ def flat(chunks):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_order_and_count_are_the_sources(workers):
     records = [record(10 + i) for i in range(25)] + [Record("bad", {"caption": "c"}, b"x"), record(5)]
-    decoder = Decoder(Wanted.of((8, 16), 8, False, 1), workers)
-    chunks = list(decoder.chunks(iter(records), 10))
+    with Decoder(Wanted.of((8, 16), 8, False, 1), workers) as decoder:
+        chunks = list(decoder.chunks([records], 10))
     assert [len(chunk) for chunk, _ in chunks] == [10, 10, 7]
     outcomes = flat(chunks)
     assert [key for key, _ in outcomes] == [r.key for r in records]
@@ -46,10 +47,61 @@ def test_order_and_count_are_the_sources(workers):
 
 def test_a_worker_that_dies_costs_one_record():
     wanted = Deadly(Wanted.of((8,), 0, False, 1).buckets, 0)
-    outcomes = flat(Decoder(wanted, 2).chunks(iter([record(10), record(11), record(13), record(12), *[record(9)] * 6]), 4))
+    with Decoder(wanted, 2) as decoder:
+        outcomes = flat(decoder.chunks([[record(10), record(11), record(13), record(12)], [record(9)] * 6], 4))
     assert len(outcomes) == 10
     assert [key for key, outcome in outcomes if isinstance(outcome, str)] == ["13x20"]
     assert dict(outcomes)["13x20"] == "decoder crashed"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_chunks_end_with_their_group(workers):
+    groups = [[record(8 + n) for n in range(5)], [], [record(20 + n) for n in range(4)], [record(30)]]
+    with Decoder(Wanted.of((8,), 0, False, 1), workers) as decoder:
+        chunks = list(decoder.chunks(groups, 2))
+    assert [[rec.key for rec in records] for records, _ in chunks] == [
+        ["8x20", "9x20"],
+        ["10x20", "11x20"],
+        ["12x20"],
+        [],
+        ["20x20", "21x20"],
+        ["22x20", "23x20"],
+        [],
+        ["30x20"],
+    ]
+    assert all(len(records) == len(outcomes) for records, outcomes in chunks)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_read_before_an_error_is_given_first(workers):
+    def breaks():
+        yield record(9)
+        raise RuntimeError("the source broke")
+
+    with Decoder(Wanted.of((8,), 0, False, 1), workers) as decoder:
+        chunks = decoder.chunks([[record(8)], breaks()], 1)
+        given = [next(chunks)[0] for _ in range(3)]
+        with pytest.raises(RuntimeError, match="the source broke"):
+            next(chunks)
+    assert [[rec.key for rec in records] for records in given] == [["8x20"], [], ["9x20"]]
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_kept_or_rejected_by_its_whole_size():
+    content = jpeg(600, 400)
+    exact = fit(decode(content), 64, 64)
+    bucket, (drafted,) = prepare(Wanted.of((64,), 400, False, 1), [content])[0]
+    assert (bucket, drafted.shape) == (0, (64, 64, 3))
+    assert 0 < np.abs(drafted.astype(int) - exact).max() <= 4
+    (whole,) = prepare(Wanted.of((192,), 400, False, 1), [content])[0][1]
+    assert np.array_equal(whole, fit(decode(content), 192, 192))
+    assert prepare(Wanted.of((64,), 401, False, 1), [content]) == ["a side is shorter than 401 pixels"]
+
+
+def jpeg(width: int, height: int) -> bytes:
+    small = np.random.default_rng(0).integers(0, 256, (height // 40, width // 40, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
 
 
 def test_aspect_buckets_hold_about_the_resolutions_pixels_in_steps_of_64():

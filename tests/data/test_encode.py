@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import random
@@ -13,15 +14,17 @@ import torch
 
 from microdit.data.card import read_card
 from microdit.data.emoji import emoji_rows, emoji_source
-from microdit.data.encode import EncodeSettings, encode_source
+from microdit.data.encode import EncodeSettings, default_batch_size, encode_source
 from microdit.data.forms import unpack_ids
 from microdit.data.latents import EncodedSet
 from microdit.data.pixels import to_tensor
 from microdit.data.sources import Part, Record, Source, open_source
-from microdit.encoders.autoencoder import Pixels, load_autoencoder
+from microdit.encoders.autoencoder import DiffusersAutoencoder, Pixels, load_autoencoder
+from microdit.encoders.text import MiniLM
 from microdit.errors import UserError
 from tests.conftest import first_of
 from tests.data.pictures import picture, write_tar
+from tests.encoders.tiny_models import save_kl
 
 SMALL = EncodeSettings((16,), "fp16", "fp16", batch_size=8)
 
@@ -70,7 +73,7 @@ def test_one_rank_and_four_write_the_same(tmp_path, text_encoder, workers):
     source = source_of(*[[good(10 * n + i) for i in range(7)] for n in range(6)])
     encode_source(source, tmp_path / "one", SMALL, Pixels(), text_encoder)
     settings = EncodeSettings((16,), "fp16", "fp16", batch_size=8, workers=workers)
-    cards = [encode_source(source, tmp_path / "four", settings, Pixels(), text_encoder, rank, 4) for rank in (3, 0, 2, 1)]
+    cards = [encode_source(source, tmp_path / "four", settings, Pixels(), text_encoder, (rank, 4)) for rank in (3, 0, 2, 1)]
     assert [card is not None for card in cards] == [False, False, False, True]
     assert sums(tmp_path / "one") == sums(tmp_path / "four")
     keys = EncodedSet(tmp_path / "four").column("key")
@@ -179,11 +182,115 @@ def test_what_was_begun_otherwise_or_is_there_is_not_touched(tmp_path, text_enco
     broken.parts[1] = Part("part 1", lambda: (_ for _ in ()).throw(RuntimeError("broke")))
     with pytest.raises(RuntimeError):
         encode_source(broken, tmp_path / "set", SMALL, Pixels(), text_encoder)
-    with pytest.raises(UserError, match=r"begun with other settings \(settings, sizes differ\)"):
+    with pytest.raises(UserError, match=r"begun with other settings \(resolutions, latents, captions, sizes differ\)"):
         encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", EncodeSettings((8,)), Pixels(), text_encoder)
     encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", SMALL, Pixels(), text_encoder)
     with pytest.raises(UserError, match="exists already"):
         encode_source(source_of([good(1)]), tmp_path / "set", SMALL, Pixels(), text_encoder)
+
+
+def begin(out: Path, text_encoder) -> dict:
+    """An encoding that stops behind its first part, and its plan."""
+    broken = source_of([good(1)], [good(2)])
+    broken.parts[1] = Part("part 1", lambda: (_ for _ in ()).throw(RuntimeError("broke")))
+    with pytest.raises(RuntimeError):
+        encode_source(broken, out, SMALL, Pixels(), text_encoder)
+    return json.loads((out.with_name(f".{out.name}.part") / "plan.json").read_text())
+
+
+def test_the_dtype_must_stay_and_the_batch_size_may_change(tmp_path, text_encoder):
+    plan = begin(tmp_path / "set", text_encoder)
+    assert plan["settings"]["dtype"] == "float32"
+    assert not {"batch_size", "device", "workers"} & set(plan["settings"])
+    other = dataclasses.replace(SMALL, dtype="bfloat16")
+    with pytest.raises(UserError, match=r"\(dtype differ\).*begun with --dtype float32"):
+        encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", other, Pixels(), text_encoder)
+    encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", dataclasses.replace(SMALL, batch_size=3), Pixels(), text_encoder)
+    encode_source(source_of([good(1)], [good(2)]), tmp_path / "whole", SMALL, Pixels(), text_encoder)
+    assert sums(tmp_path / "set") == sums(tmp_path / "whole")
+
+
+def test_what_an_earlier_version_began_goes_on_in_float32(tmp_path, text_encoder):
+    plan = begin(tmp_path / "set", text_encoder)
+    del plan["settings"]["dtype"]
+    plan["settings"] |= {"batch_size": 64, "workers": None}
+    (tmp_path / ".set.part" / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError, match="begun with --dtype float32"):
+        encode_source(
+            source_of([good(1)], [good(2)]), tmp_path / "set", dataclasses.replace(SMALL, dtype="bfloat16"), Pixels(), text_encoder
+        )
+    assert encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", SMALL, Pixels(), text_encoder)["rows"] == 2
+
+
+class SmallGPU(DiffusersAutoencoder):
+    """Memory for `room` pictures."""
+
+    room = 3
+
+    def encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        if len(images_BCHW) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().encode(images_BCHW)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(tmp_path, text_encoder):
+    save_kl(tmp_path / "kl")
+    whole = load_autoencoder(str(tmp_path / "kl"))
+    small = SmallGPU(whole.name, whole.model, whole.fingerprint)
+    parts = [[good(10 * n + i) for i in range(7)] for n in range(3)]
+    told: list[str] = []
+    for name, autoencoder in (("whole", whole), ("small", small)):
+        encode_source(source_of(*parts), tmp_path / name, SMALL, autoencoder, text_encoder, warn=told.append)
+    assert told == ["The GPU's memory holds fewer pictures at a time: 3 from here on."]
+    one, other = EncodedSet(tmp_path / "whole"), EncodedSet(tmp_path / "small")
+    assert one.column("key") == other.column("key")
+    for number in range(21):  # a convolution of another batch may differ in its last bit
+        assert torch.allclose(latents_of(one, number), latents_of(other, number), atol=2e-3)
+        assert torch.equal(text_of(one, number), text_of(other, number))
+
+
+def test_where_not_even_one_picture_fits_a_sentence_says_what_would(tmp_path, text_encoder):
+    save_kl(tmp_path / "kl")
+    whole = load_autoencoder(str(tmp_path / "kl"))
+    tiny = SmallGPU(whole.name, whole.model, whole.fingerprint)
+    tiny.room = 0
+    with pytest.raises(UserError, match=r"one of the pictures in float32 .*2\.00 GiB.*--dtype bfloat16.*--resolutions, or --device cpu"):
+        encode_source(source_of([good(1), good(2)]), tmp_path / "set", SMALL, tiny, text_encoder)
+
+
+class Overflowing(Pixels):
+    """Infinite from its second batch on."""
+
+    calls = 0
+
+    def encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return images_BCHW * (float("inf") if self.calls > 1 else 1)
+
+
+def test_numbers_that_are_not_finite_stop_it_behind_the_last_whole_shard(tmp_path, text_encoder):
+    with pytest.raises(UserError, match=r"latents that are no finite numbers.*--dtype float32"):
+        encode_source(source_of(*[[good(n)] for n in range(4)]), tmp_path / "set", SMALL, Overflowing(), text_encoder)
+    assert sorted(path.name for path in (tmp_path / ".set.part").iterdir()) == ["plan.json", "shard-00000.arrow", "shard-00000.json"]
+
+
+def test_bfloat16_is_near_float32_and_the_card_says_which(tmp_path):
+    save_kl(tmp_path / "kl")
+    sets = []
+    for dtype in ("float32", "bfloat16"):
+        settings = dataclasses.replace(SMALL, captions="ids", dtype=dtype)
+        card = encode_source(source_of([good(1)]), tmp_path / dtype, settings, load_autoencoder(str(tmp_path / "kl")), MiniLM())
+        assert card["settings"]["dtype"] == dtype
+        sets.append(EncodedSet(tmp_path / dtype))
+    difference = (latents_of(sets[0], 0) - latents_of(sets[1], 0)).abs().max()
+    assert 0 < difference < 0.05
+
+
+def test_batches_on_a_gpu_take_about_the_same_memory_at_any_resolution():
+    gpu = torch.device("cuda", 0)
+    assert [default_batch_size(gpu, (256, side)) for side in (256, 512, 1024, 8192)] == [128, 32, 8, 1]
+    assert default_batch_size(gpu, (64,)) == 256
+    assert default_batch_size(torch.device("cpu"), (512,)) == 64
 
 
 def test_a_source_that_gives_nothing_says_why(tmp_path, text_encoder):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from microdit.data.images import Rejected, decode, fit
+from microdit.data.images import PictureFile, Rejected, decode, fit
 
 
 def file_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -67,6 +67,30 @@ def test_exif_rotations_are_applied(orientation, red_at):
     image = decode(file_of(half_red(), "JPEG", exif=exif, quality=95))
     assert image.size == ((40, 20) if orientation in (1, 3) else (20, 40))
     assert is_red(image.getpixel(red_at))
+
+
+@pytest.mark.parametrize(("orientation", "red_at"), [(1, (10, 40)), (3, (150, 40)), (6, (40, 10)), (8, (40, 150))])
+def test_a_jpeg_much_larger_than_wanted_is_decoded_smaller_and_upright(orientation, red_at):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = PictureFile(file_of(half_red(size=(640, 320)), "JPEG", exif=exif, quality=95))
+    assert (file.width, file.height) == ((640, 320) if orientation in (1, 3) else (320, 640))
+    image = file.decode(40, 40)
+    assert image.size == ((160, 80) if orientation in (1, 3) else (80, 160))
+    assert is_red(image.getpixel(red_at))
+
+
+@pytest.mark.parametrize(("side", "decoded"), [(50, 400), (51, 800), (101, 800), (25, 200), (1, 100)])
+def test_at_least_twice_the_wanted_size_is_left_to_the_resizing(side, decoded):
+    file = PictureFile(file_of(half_red(size=(800, 200)), "JPEG"))
+    assert file.decode(side, side).width == decoded
+
+
+def test_only_jpegs_can_be_decoded_smaller():
+    for kind in ("PNG", "WEBP"):
+        assert PictureFile(file_of(half_red(size=(400, 400)), kind)).decode(10, 10).size == (400, 400)
+    with pytest.raises(Rejected, match="picture is damaged"):
+        PictureFile(file_of(Image.effect_noise((999, 999), 50), "JPEG")[:-9000]).decode(10, 10)
 
 
 def bomb() -> bytes:

@@ -89,6 +89,15 @@ def test_it_moves_and_still_gives_float32(tmp_path, images):
     assert load_autoencoder("pixels").to("cpu").channels == 3
 
 
+def test_what_overflows_in_float16_stays_out_of_it(tmp_path):
+    save_kl(tmp_path / "kl")
+    assert load_autoencoder(str(tmp_path / "kl")).to("cpu", torch.float16).dtype == torch.float32  # diffusers' own default: force_upcast
+    assert load_autoencoder(str(tmp_path / "kl")).to("cpu", torch.bfloat16).dtype == torch.bfloat16
+    config = json.loads((tmp_path / "kl" / "config.json").read_text())
+    (tmp_path / "kl" / "config.json").write_text(json.dumps({**config, "force_upcast": False}))
+    assert load_autoencoder(str(tmp_path / "kl")).to("cpu", torch.float16).dtype == torch.float16
+
+
 def test_other_classes_are_refused_with_the_ones_that_can_be_used(tmp_path):
     save_tiny(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

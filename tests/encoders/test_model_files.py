@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import constants
 
 from microdit.encoders.autoencoder import load_autoencoder
+from microdit.encoders.model_files import find_folder
 from microdit.encoders.text import load_text_encoder
 from microdit.errors import UserError
 from tests.encoders.tiny_models import save_kl, save_open_clip, save_t5
@@ -60,3 +61,12 @@ def test_what_was_downloaded_in_part_is_refused(tmp_path, hub):
     hub(tmp_path / "t5", "someone/t5")
     with pytest.raises(UserError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         load_text_encoder("someone/t5")
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_the_way_out(monkeypatch):
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied", "/cache/hub")
+
+    monkeypatch.setattr("microdit.encoders.model_files.snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"owner/name cannot be kept .*/cache/hub.*set HF_HOME to a writable folder"):
+        find_folder("owner/name", ["*"])

@@ -162,3 +162,10 @@ def test_a_strange_tokenizer_is_refused(tmp_path):
 def test_the_hub_without_a_network_says_what_to_do():
     with pytest.raises(UserError, match="download the model's folder on another computer"):
         load_text_encoder("microdit-tests/there-is-no-such-model")
+
+
+def test_a_t5_stays_out_of_float16_where_it_overflows(tmp_path):
+    save_t5(tmp_path / "t5")
+    save_clip(tmp_path / "clip")
+    assert load_text_encoder(str(tmp_path / "t5")).to("cpu", torch.float16).dtype == torch.float32
+    assert load_text_encoder(str(tmp_path / "clip")).to("cpu", torch.float16).dtype == torch.float16

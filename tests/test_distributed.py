@@ -1,0 +1,82 @@
+"""Which device a process of torchrun takes; here torch says what machines with and without GPUs would say."""
+
+import pytest
+import torch
+
+from microdit.distributed import start_world, stop_world
+from microdit.errors import UserError
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A process of torchrun on a machine with so many GPUs. Returns the list of those that it makes its own."""
+    taken: list[torch.device] = []
+
+    def describe(gpus: int, local_rank: int = 0, size: int = 1, *, apple: bool = False) -> list[torch.device]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        return taken
+
+    return describe
+
+
+def test_a_process_alone_is_a_world_on_the_cpu(machine):
+    machine(0)
+    world = start_world("auto")
+    assert (world.device, world.size, world.is_main) == (torch.device("cpu"), 1, True)
+    stop_world()
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "local_rank", "size", "device"),
+    [
+        ("auto", 1, 0, 1, "cuda:0"),
+        ("auto", 8, 5, 8, "cuda:5"),
+        ("cuda", 8, 7, 16, "cuda:7"),
+        ("cuda:3", 8, 0, 1, "cuda:3"),
+    ],
+)
+def test_under_torchrun_each_process_has_a_gpu_of_its_own(machine, monkeypatch, name, gpus, local_rank, size, device):
+    taken = machine(gpus, local_rank, size)
+    assert _device_of(monkeypatch, name) == torch.device(device)
+    assert taken == [torch.device(device)]
+
+
+@pytest.mark.parametrize(("name", "apple"), [("auto", True), ("auto", False), ("cpu", True)])
+def test_several_processes_without_cuda_share_the_cpu(machine, monkeypatch, name, apple):
+    machine(0, 1, 2, apple=apple)
+    assert _device_of(monkeypatch, name) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "sentence"),
+    [
+        ("auto", (2, 2, 4), "torchrun started 3 or more processes here, and there are 2 GPUs: use --nproc-per-node 2."),
+        ("cuda:1", (2, 0, 2), "The device is to be cuda:1, which is a single one, and torchrun started several processes: take cuda"),
+        ("cuda", (0, 0, 1), "PyTorch sees no GPU: install a CUDA or ROCm build of torch, or take cpu."),
+        ("tpu", (0, 0, 1), "There is no device 'tpu'."),
+    ],
+)
+def test_a_device_that_a_process_cannot_have_is_refused_in_a_sentence(machine, name, there, sentence):
+    machine(*there)
+    with pytest.raises(UserError) as error:
+        start_world(name)
+    assert sentence in str(error.value)
+
+
+def test_apples_gpu_serves_one_process(machine):
+    machine(0, 0, 2, apple=True)
+    with pytest.raises(UserError, match="The device is to be mps, which is a single one"):
+        start_world("mps")
+
+
+def _device_of(monkeypatch, name: str) -> torch.device:
+    """What `start_world` chooses, without meeting the other processes."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
+    return start_world(name).device
