@@ -19,6 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from microdit.data.latents import Batch
+from microdit.devices import device_name
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World, start_world, stop_world
 from microdit.model.flops import training_flops
@@ -32,7 +33,6 @@ from microdit.training.ema import EMA
 from microdit.training.footprint import footprint
 from microdit.training.optim import Optimizers
 from microdit.training.parallel import Sharding, compute_dtype, prepare_blocks, sharding_of, wrap
-from microdit.training.record import device_name
 from microdit.training.step import DenoisingLoss
 
 SMOKE = Size(dim=64, depth=3, head_dim=16, mixer_dim=32, mixer_depth=1, num_experts=2, round_ffn_to=16)

@@ -116,16 +116,23 @@ class DiffusersAutoencoder:
         return decode_latents(self.model, latents_BCHW)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Move the model. In float16 many AutoencoderKL overflow, SDXL's among them: use bfloat16."""
-        self.model.to(device=device, dtype=dtype)
+        """Move the model. In the place of float16 it takes float32, unless its configuration says that it does not overflow there."""
+        self.model.to(device=device, dtype=torch.float32 if dtype == torch.float16 and overflows(self.model) else dtype)
         return self
 
 
 @torch.no_grad()
 def decode_latents(model: Any, latents_BCHW: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] by an autoencoder of diffusers, in float32 on its device."""
+    """Pictures (B, 3, H, W) in [-1, 1] by an autoencoder of diffusers, in float32 on its device. One that overflows is made float32."""
+    if model.dtype == torch.float16 and overflows(model):
+        model.to(torch.float32)
     scale, shift = _scale_and_shift(model)
     return model.decode(_fit(latents_BCHW / scale + shift, model)).sample.contiguous().float()
+
+
+def overflows(model: Any) -> bool:
+    """Whether an autoencoder of diffusers is not to be used in float16: SDXL's, and all that do not say they may (`force_upcast`)."""
+    return bool(model.config.get("force_upcast", True))
 
 
 def pixels_per_latent(model: Any) -> int:

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from microdit.checkpoint import Checkpoint
 from microdit.data.latents import Batch
+from microdit.devices import device_name
 from microdit.distributed import World
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, DivergedError, StoppedError, UserError
 from microdit.grids import save_png
@@ -39,7 +40,7 @@ from microdit.training.mixture import open_mixture
 from microdit.training.optim import learning_rate
 from microdit.training.parallel import compute_dtype
 from microdit.training.quality import open_quality
-from microdit.training.record import RunRecord, device_name, last_cost
+from microdit.training.record import RunRecord, last_cost
 from microdit.training.samples import draw_samples
 from microdit.training.saving import Saver, newest_whole
 from microdit.training.start import describe, find_checkpoint, fingerprints, first_weights, greeting, model_config, refuse_misfits
