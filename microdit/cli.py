@@ -78,34 +78,38 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, if there is one.")] = False,
     accept_changes: Annotated[bool, typer.Option("--accept-changes", help="Resume though the recipe or the data changed.")] = False,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Dollars of a GPU-hour: shows what is spent and to go.")] = None,
+    device: Annotated[str | None, typer.Option(help="Short for engine.device=...: auto, cpu, cuda, cuda:N or mps.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Short for engine.precision=...: auto, float32 or bfloat16.")] = None,
 ) -> None:
     """Train a recipe: its phases in turn, with metrics, sample grids and checkpoints in the run folder.
 
     Asked to stop (a spot notice), it saves and ends with exit code 75, which means: start me again with --resume. Several GPUs or
     machines: torchrun --nproc-per-node 8 --max-restarts 3 -m microdit train ... --resume
 
-    Example: microdit train recipes/emoji.yaml phases.0.batch_size=32 --out runs/try
+    Example: microdit train recipes/emoji.yaml phases.0.batch_size=32 --out runs/try --device cuda:1
 
     Example: microdit train recipes/microdit-xl --resume --price-per-hour 2.5
     """
+    from microdit.devices import choose_dtype, device_errors_explained, in_words
     from microdit.distributed import start_world, stop_world
     from microdit.recipe_file import load_recipe
     from microdit.training.chain import Settings, load_chain, train_chain, train_one
 
     settings = Settings(resume, accept_changes, price_per_hour)
-    if recipe.is_dir():
-        recipes = load_chain(recipe, overrides)
-        run = out or Path("runs") / recipe.resolve().name
-        world = start_world(next(iter(recipes.values())).engine.device)
-        console.quiet = not world.is_main
-        train_chain(recipes, run, settings, console, world)
-        run /= list(recipes)[-1]
-    else:
-        loaded = load_recipe(recipe, overrides)
-        run = out or Path("runs") / loaded.name
-        world = start_world(loaded.engine.device)
-        console.quiet = not world.is_main
-        train_one(loaded, run, settings, console, world)
+    overrides = [*(overrides or []), *([f"engine.device={device}"] if device else []), *([f"engine.precision={dtype}"] if dtype else [])]
+    is_chain = recipe.is_dir()
+    recipes = load_chain(recipe, overrides) if is_chain else {"": load_recipe(recipe, overrides)}
+    first = next(iter(recipes.values()))
+    run = out or Path("runs") / (recipe.resolve().name if is_chain else first.name)
+    world = start_world(first.engine.device)
+    console.quiet = not world.is_main
+    console.print(in_words(world.device, choose_dtype(first.engine.precision, world.device)), highlight=False)
+    with device_errors_explained("take a smaller engine.micro_batch, or engine.activation_checkpointing=true"):
+        if is_chain:
+            train_chain(recipes, run, settings, console, world)
+            run /= list(recipes)[-1]
+        else:
+            train_one(first, run, settings, console, world)
     stop_world()
     console.print(f'Trained. Pictures: microdit sample {run} "red heart"', highlight=False)
 

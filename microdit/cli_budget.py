@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from microdit.errors import UserError
-from microdit.terminal import console, progress
+from microdit.terminal import Device, TrainingDtype, console, progress
 
 
 def budget(
@@ -83,7 +83,8 @@ def bench(
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Samples a step. [default: the recipe's; else 256 on a GPU, 8 on a CPU]")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
+    device: Device = "auto",
+    dtype: TrainingDtype = "auto",
     file: Annotated[Path | None, typer.Option(help="Where to keep the result. [default: microdit/bench.json in $XDG_STATE_HOME]")] = None,
 ) -> None:
     """Measure how much of this machine training uses (MFU), and keep it: microdit budget then reckons with it for that chip.
@@ -94,21 +95,22 @@ def bench(
 
     Example: microdit bench --recipe recipes/microdit-xl/1-256-masked.yaml --micro-batch 64
     """
-    from torch import OutOfMemoryError
-
     from microdit.budget.bench import bench_recipe, measure
     from microdit.budget.measured import keep_measurement, measurements_file
     from microdit.budget.shapes import assumed_shapes, shapes_of
+    from microdit.devices import choose_dtype, device_errors_explained, in_words
     from microdit.distributed import start_world, stop_world
+    from microdit.recipe_file import engine_problems
 
     world = start_world(device)
-    chosen = bench_recipe(recipe, micro_batch, world.device)
+    chosen = bench_recipe(recipe, micro_batch, world.device, dtype)
+    if problems := engine_problems(chosen.engine):
+        raise UserError(" ".join(problems))
+    console.print(in_words(world.device, choose_dtype(chosen.engine.precision, world.device)), highlight=False)
     shapes = assumed_shapes(chosen) if recipe is None else shapes_of(chosen)
-    try:
-        with progress(f"bench {chosen.name}", round(seconds)) as advance:
-            found = measure(chosen, shapes, world, seconds, advance)
-    except OutOfMemoryError as error:
-        raise UserError(f"{chosen.phases[0].batch_size} samples at a time do not fit this GPU: take a smaller --micro-batch.") from error
+    fix = f"{chosen.phases[0].batch_size} samples at a time are too many, take a smaller --micro-batch"
+    with device_errors_explained(fix), progress(f"bench {chosen.name}", round(seconds)) as advance:
+        found = measure(chosen, shapes, world, seconds, advance)
     stop_world()
     place = file or measurements_file()
     keep_measurement(found, place)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from microdit.data.forms import CaptionForm, LatentForm
 from microdit.devices import choose_dtype, choose_own_device, device_errors_explained, in_words
 from microdit.errors import UserError
-from microdit.terminal import SOURCE_HELP, LineOfProgress, console, share, warn
+from microdit.terminal import SOURCE_HELP, Device, Dtype, LineOfProgress, console, share, warn
 
 data_app = typer.Typer(no_args_is_help=True, help="Make and check encoded data sets.")
 
@@ -38,10 +38,8 @@ def encode_data(
         int | None, typer.Option(min=1, help="Pictures, and captions, that the encoders take at a time. [default: by the device]")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode files. [default: by the cores]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps. auto: the GPU, where there is one.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU that has it, else float32.")
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Encode pictures to latents and captions to embeddings, once.
 

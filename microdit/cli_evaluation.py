@@ -4,17 +4,27 @@ import json
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from microdit.errors import UserError
 from microdit.formats import figure
-from microdit.terminal import SOURCE_HELP, console, progress, warn
+from microdit.terminal import SOURCE_HELP, Device, Dtype, console, progress, warn
+
+if TYPE_CHECKING:
+    from microdit.distributed import World
+    from microdit.evaluation.painters import Compute
 
 # Processes draw at different speeds, and the first one measures alone.
 PATIENCE = timedelta(hours=12)
+LESS_MEMORY = "take a smaller --batch-size, or --dtype bfloat16"
+
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="How many pictures to draw at a time. Fewer need less memory. [default: 64, of other pipelines 8]"),
+]
 
 
 def evaluate(
@@ -40,7 +50,9 @@ def evaluate(
     guidance: float = 2.0,
     seed: Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")] = 0,
     weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = None,
 ) -> None:
     """Measure a run: are single pictures recognised (emoji), or, with --reference, how near are all of them to a set?
 
@@ -56,7 +68,8 @@ def evaluate(
     --network inception:inception-2015-12-05.pt
     """
     from microdit.data.sources import open_source
-    from microdit.distributed import start_world, stop_world
+    from microdit.devices import device_errors_explained
+    from microdit.distributed import stop_world
     from microdit.evaluation.emoji import evaluate_emoji_run
     from microdit.evaluation.evaluate import Question
     from microdit.evaluation.evaluate import evaluate as evaluate_set
@@ -68,26 +81,42 @@ def evaluate(
     if reference is None:
         if metrics is not None or watch:
             raise UserError("--metrics and --watch compare with a set: name one with --reference, such as emoji.")
-        with progress("evaluate", count * steps) as advance:
-            found = evaluate_emoji_run(Path(run), count, settings, warn, advance)
+        _, compute = _start(device, dtype, batch_size)
+        with device_errors_explained(LESS_MEMORY), progress("evaluate", count * steps) as advance:
+            found = evaluate_emoji_run(Path(run), count, settings, warn, advance, compute)
         console.print(json.dumps(found, indent=1))
+        stop_world()
         return
     question = Question(choose_metrics(metrics), count, network, clip, dino, side)
     source = open_source(reference)
-    world = start_world(device, PATIENCE)
-    console.quiet = not world.is_main
+    world, compute = _start(device, dtype, batch_size)
     folder = out or Path(run) / "evaluation"
     if watch:
-        page = watch_run(Path(run), source, question, settings, folder, world)
+        with device_errors_explained(LESS_MEMORY):
+            page = watch_run(Path(run), source, question, settings, folder, world, compute)
         console.print(f"Quality of all checkpoints: [bold]{page}[/]", highlight=False)
     else:
-        result = evaluate_set(open_painter(run, settings, warn, world.device), source, question, settings, folder, world)
+        with device_errors_explained(LESS_MEMORY):
+            result = evaluate_set(open_painter(run, settings, warn, compute), source, question, settings, folder, world)
         if world.is_main:
             console.print(_metrics_table(result))
             console.print(
                 f"[bold]{folder / 'report.html'}[/] shows the pictures, {folder / 'metrics.json'} holds the figures.", highlight=False
             )
     stop_world()
+
+
+def _start(device: str, dtype: str, batch_size: int | None) -> tuple["World", "Compute"]:
+    """The processes of torchrun, and what each draws on, which the first one tells of."""
+    from microdit.devices import choose_dtype, in_words
+    from microdit.distributed import start_world
+    from microdit.evaluation.painters import Compute
+
+    world = start_world(device, PATIENCE)
+    console.quiet = not world.is_main
+    compute = Compute(world.device, choose_dtype(dtype, world.device), batch_size)
+    console.print(in_words(world.device, compute.dtype), highlight=False)
+    return world, compute
 
 
 def _metrics_table(result: dict[str, Any]) -> Table:
@@ -113,22 +142,25 @@ def draw(
     guidance: float = 2.0,
     seed: Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")] = 0,
     weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = None,
 ) -> None:
     """Draw a file of prompts, one picture each, for 'microdit prefer' and other evaluations. Goes on where it was stopped.
 
     Under torchrun each process draws its share, and the pictures are the same.
     """
-    from microdit.distributed import start_world, stop_world
+    from microdit.devices import device_errors_explained
+    from microdit.distributed import stop_world
     from microdit.evaluation.drawing import draw_pictures, read_prompt_file, steps_to_draw
     from microdit.evaluation.painters import DrawSettings, open_painter
 
     texts, settings = read_prompt_file(prompts), DrawSettings(steps, guidance, seed, weights)
-    world = start_world(device, PATIENCE)
-    console.quiet = not world.is_main
-    painter = open_painter(run, settings, warn, world.device)
-    with progress("draw", steps_to_draw(len(texts), painter, settings, world)) as advance:
-        draw_pictures(painter, texts, out, settings, world, on_step=advance)
+    world, compute = _start(device, dtype, batch_size)
+    with device_errors_explained(LESS_MEMORY):
+        painter = open_painter(run, settings, warn, compute)
+        with progress("draw", steps_to_draw(len(texts), painter, settings, world)) as advance:
+            draw_pictures(painter, texts, out, settings, world, on_step=advance)
     console.print(f"{len(texts)} pictures in [bold]{out}[/]", highlight=False)
     stop_world()
 
@@ -184,13 +216,16 @@ def geneval(
     steps: Annotated[int, typer.Option(help="Of the Heun sampler.")] = 18,
     guidance: float = 2.0,
     seed: int = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = None,
 ) -> None:
     """Draw GenEval's prompts and let detectors judge: objects, counts, colours, positions. Without --prompts, on emoji and offline.
 
     Goes on where it was stopped. Under torchrun the drawing is shared.
     """
-    from microdit.distributed import start_world, stop_world
+    from microdit.devices import device_errors_explained
+    from microdit.distributed import stop_world
     from microdit.evaluation.drawing import draw_pictures, steps_to_draw
     from microdit.evaluation.emoji_geneval import EmojiColours, EmojiDetector, emoji_prompts
     from microdit.evaluation.geneval import ClipColours, Mask2Former, evaluate_geneval
@@ -201,13 +236,16 @@ def geneval(
     texts = [prompt.text for prompt in wanted for _ in range(per_prompt)]
     pictures = out / "pictures"
     settings = DrawSettings(steps, guidance, seed)
-    world = start_world(device, PATIENCE)
-    console.quiet = not world.is_main
-    painter = open_painter(run, settings, warn, world.device)
-    with progress("draw", steps_to_draw(len(texts), painter, settings, world)) as advance:
-        draw_pictures(painter, texts, pictures, settings, world, partial(_geneval_name, per_prompt), advance)
+    world, compute = _start(device, dtype, batch_size)
+    with device_errors_explained(LESS_MEMORY):
+        painter = open_painter(run, settings, warn, compute)
+        with progress("draw", steps_to_draw(len(texts), painter, settings, world)) as advance:
+            draw_pictures(painter, texts, pictures, settings, world, partial(_geneval_name, per_prompt), advance)
     if world.is_main:
-        with progress("judge", len(texts)) as advance:
+        with (
+            device_errors_explained("take --device cpu for judging alone: what is drawn is kept"),
+            progress("judge", len(texts)) as advance,
+        ):
             finder = EmojiDetector() if prompts is None else Mask2Former(detector, str(world.device))
             colours = EmojiColours() if prompts is None else ClipColours(classifier, str(world.device))
             summary = evaluate_geneval(pictures, wanted, finder, colours, out, warn, lambda done, total: advance(1))

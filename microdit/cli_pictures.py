@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from microdit.errors import UserError
-from microdit.terminal import console, progress, warn
+from microdit.terminal import BatchSize, Device, Dtype, console, progress, warn
 
 if TYPE_CHECKING:
     from microdit.diffusion.guidance import GuidanceKind
@@ -55,6 +55,9 @@ def sample(
     height: Height = None,
     width: Width = None,
     weights: Weights = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 64,
     trajectory: Annotated[Path | None, typer.Option(help="Also write how the pictures come about: .png a filmstrip, .gif a film.")] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
 ) -> None:
@@ -65,10 +68,11 @@ def sample(
 
     Example: microdit sample "red heart" "owl"
 
-    Example: microdit sample runs/emoji "red heart" "green cat" --seed 7
+    Example: microdit sample runs/emoji "red heart" "green cat" --seed 7 --device cuda:1 --dtype float32
 
     Example: microdit sample runs/emoji "red heart" --solver dpm --steps 12 --noise-range 0.05 20 --guidance 2.5 heart.gif
     """
+    from microdit.devices import device_errors_explained
     from microdit.grids import draw_grid, save_png
     from microdit.hub.demo import model_and_prompts
     from microdit.prompts import clean_prompts
@@ -78,9 +82,10 @@ def sample(
     prompts, negatives = clean_prompts(prompts), clean_prompts([negative]) if negative else []
     settings = _settings(steps, guidance, solver, guidance_interval, guidance_rescale, guidance_kind, autoguide, churn, noise_range)
     refuse_other_endings(trajectory)
-    opened = _open(model, weights, autoguide, autoguide_weights)
+    opened = _open(model, weights, autoguide, autoguide_weights, device, dtype)
     film = Trajectory()
-    with progress("sample", len(prompts) * steps) as advance:
+    fix = "take a smaller --batch-size, --height or --width, or --dtype bfloat16"
+    with device_errors_explained(fix), progress("sample", len(prompts) * steps) as advance:
         images = opened.pipeline(
             prompts,
             settings,
@@ -91,12 +96,14 @@ def sample(
             negative_prompts=negatives,
             on_denoised=film.add if trajectory else None,
             warn=warn,
+            batch_size=batch_size,
         )
     about = _about(opened, prompts, negatives, seed, settings)
     save_png(draw_grid(images, prompts), out, about)
     console.print(f"{len(images)} pictures of {opened.name}, seed {seed}, in [bold]{out}[/]")
     if trajectory:
-        film.save(trajectory, prompts, opened.pipeline.decode, about)
+        with device_errors_explained(fix):
+            film.save(trajectory, prompts, opened.pipeline.decode, about)
         console.print(f"How they came about: [bold]{trajectory}[/]")
 
 
@@ -125,12 +132,15 @@ def grid(
     height: Height = None,
     width: Width = None,
     weights: Weights = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("sweep.png"),
 ) -> None:
     """Draw one prompt with one or two settings varied, all from the same seed, as a labelled sheet.
 
     Example: microdit grid runs/emoji "red heart" --sweep guidance=1,2,4,8 --sweep steps=4,8,16
     """
+    from microdit.devices import device_errors_explained
     from microdit.grids import draw_sheet, save_png
     from microdit.prompts import clean_prompts
     from microdit.sweep import Drawn, sheet_of
@@ -138,9 +148,9 @@ def grid(
     prompts, negatives = clean_prompts([prompt]), clean_prompts([negative]) if negative else []
     settings = _settings(steps, guidance, solver, guidance_interval, guidance_rescale, guidance_kind, autoguide, churn, noise_range)
     sheet = sheet_of(sweep, Drawn(settings, seed))
-    opened = _open(model, weights, autoguide, autoguide_weights)
-    images = []
-    with progress("grid", sum(cell.settings.num_inference_steps for row in sheet.cells for cell in row)) as advance:
+    opened = _open(model, weights, autoguide, autoguide_weights, device, dtype)
+    images, all_steps = [], sum(cell.settings.num_inference_steps for row in sheet.cells for cell in row)
+    with device_errors_explained("take a smaller --height or --width, or --dtype bfloat16"), progress("grid", all_steps) as advance:
         for row in sheet.cells:
             images.append(
                 [
@@ -173,17 +183,24 @@ def _settings(
     return SamplerSettings(steps, guidance, *named, interval, rescale, churn, noise_range=noise_range)
 
 
-def _open(model: str, weights: str | None, autoguide: str | None, autoguide_weights: str | None) -> "OpenedModel":
+def _open(model: str, weights: str | None, autoguide: str | None, autoguide_weights: str | None, device: str, dtype: str) -> "OpenedModel":
+    """On the device, which is told of."""
     from dataclasses import replace
 
+    from microdit.devices import choose_device, choose_dtype, device_errors_explained, in_words
     from microdit.hub.opening import open_model
 
+    where = choose_device(device)
+    numbers = choose_dtype(dtype, where)
     if autoguide_weights and not autoguide:
         raise UserError("--autoguide-weights chooses among the weights of a weak model: name its run with --autoguide.")
     opened = open_model(model, warn, weights)
     if autoguide:
         weak = open_model(autoguide, warn, autoguide_weights)
         opened = replace(opened, pipeline=opened.pipeline.guided_by(weak.pipeline))
+    with device_errors_explained("free it of other programs, or take --device cpu"):
+        opened.pipeline.to(where, numbers)
+    console.print(in_words(where, numbers), highlight=False)
     return opened
 
 

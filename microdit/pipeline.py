@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from microdit.checkpoint import Checkpoint, default_weights, find_weights
 from microdit.data.pixels import to_image
+from microdit.devices import HALF
 from microdit.diffusion.edm import EDM
 from microdit.diffusion.guidance import GuidanceKind, Guide, Text, guided_denoiser
 from microdit.diffusion.solvers import Churn, Solver, solve
@@ -23,6 +25,7 @@ from microdit.model.microdit import MicroDiT, ModelConfig
 from microdit.prompts import clean_prompt, clean_prompts, warn_of_unread
 
 BATCH = 64
+DECODED_PIXELS = 2**21  # at a time: 8 pictures of 512 px
 E = TypeVar("E", Autoencoder, TextEncoder)
 
 
@@ -102,11 +105,17 @@ class Pipeline:
     guide: Guide | None = None  # the weak model of autoguidance
 
     @classmethod
-    def around(cls, model: MicroDiT, state: dict[str, Any]) -> "Pipeline":
-        """`model` with the encoders that a checkpoint's `state` names. Raises UserError if these have changed since."""
+    def around(cls, model: MicroDiT, state: dict[str, Any], loaded: tuple[Autoencoder, TextEncoder] | None = None) -> "Pipeline":
+        """`model` with the encoders that a checkpoint's `state` names, if they are not `loaded` already.
+
+        Raises UserError if these have changed since.
+        """
         card = state["data"]
-        autoencoder = unchanged(load_autoencoder(card["autoencoder"]["name"]), card["autoencoder"])
-        text_encoder = unchanged(load_text_encoder(card["text_encoder"]["name"]), card["text_encoder"])
+        autoencoder, text_encoder = loaded or (
+            load_autoencoder(card["autoencoder"]["name"]),
+            load_text_encoder(card["text_encoder"]["name"]),
+        )
+        unchanged(autoencoder, card["autoencoder"]), unchanged(text_encoder, card["text_encoder"])
         channels, height, width = card["latent_shape"]
         shape, full = (channels, height, width), card["captions"] == "full"
         return cls(model, EDM(**state["edm"]), autoencoder, text_encoder, shape, state["mask_padding"], full)
@@ -125,14 +134,22 @@ class Pipeline:
         model = model_of(checkpoint.model_config, checkpoint.tensors(weights or default_weights(checkpoint)))
         return cls.around(model, checkpoint.state)
 
-    def to(self, device: torch.device | str) -> "Pipeline":
-        """All of its parts, in float32; they are moved, not copied."""
-        self.model.to(device)
-        self.autoencoder.to(device)
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Pipeline":
+        """Move all parts, and let products be computed in `dtype`; nothing is copied. Latents, noise levels and solvers stay as they are.
+
+        With a half dtype the models' matrices are rounded for good, and the autoencoder too, if it does not overflow. Captions are embedded
+        once, and in float32: rounded, the text encoder would be further off than all steps of the model.
+        """
+        for model in (self.model, *([self.guide.model] if self.guide else [])):
+            _round_matrices(model.float(), dtype)
+            model.to(device)
+        self.autoencoder.to(device, dtype)
         self.text_encoder.to(device)
-        if self.guide:
-            self.guide.model.to(device)
         return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.patch_embed.weight.device
 
     def guided_by(self, weak: "Pipeline") -> "Pipeline":
         """For autoguidance. Raises UserError if the weak one was trained on latents or captions of another kind."""
@@ -161,8 +178,10 @@ class Pipeline:
         negative_prompts: list[str] | None = None,
         on_denoised: OnStep | None = None,
         warn: Callable[[str], None] | None = None,
+        batch_size: int = BATCH,
     ) -> list[Image.Image]:
-        """One picture a prompt. Picture number i starts from the noise of seed + i, whatever the others are.
+        """One picture a prompt, `batch_size` at a time. Picture number i starts from the noise of seed + i, whatever the others are and
+        wherever they are drawn: noise is made on the CPU.
 
         `height` and `width` in pixels, if not those of the training data's squares. `negative_prompts`: one for all, or one each.
         After each n more picture-steps come `on_denoised(step)`, with the latents as they are taken for then (see `decode`), and
@@ -184,9 +203,9 @@ class Pipeline:
                 on_step(len(step.denoised_BCHW))
 
         images: list[Image.Image] = []
-        for start in range(0, len(prompts), BATCH):
-            batch = prompts[start : start + BATCH]
-            text, negative = self._embed(batch, negatives[start : start + BATCH] if len(negatives) > 1 else negatives)
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            text, negative = self._embed(batch, negatives[start : start + batch_size] if len(negatives) > 1 else negatives)
             generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
 
             def draw(generators: list[torch.Generator] = generators) -> Tensor:
@@ -198,8 +217,10 @@ class Pipeline:
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> list[Image.Image]:
-        """The pictures of latents, such as those that `on_denoised` sees."""
-        return [to_image(pixels) for pixels in self.autoencoder.decode(latents_BCHW.cpu()).cpu()]
+        """The pictures of latents, such as those that `on_denoised` sees, on any device. Decoded where the model is, some at a time."""
+        pixels = math.prod(latents_BCHW.shape[-2:]) * self.autoencoder.downsampling**2
+        groups = latents_BCHW.to(self.device).split(max(1, DECODED_PIXELS // pixels))
+        return [to_image(picture) for group in groups for picture in self.autoencoder.decode(group).cpu()]
 
     def latent_shape_of(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Of a picture with these sides in pixels; None: as in training. Raises UserError for sides that cannot be."""
@@ -251,30 +272,52 @@ def draw_latents(
     on_step: OnStep | None = None,
     draw: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """Latents (B, C, H, W) of embedded captions, on the CPU, where the encoders are; drawn where the model's weights lie.
+    """Latents (B, C, H, W) of embedded captions, drawn where the model's weights lie, from noise and captions that lie anywhere.
 
     `draw` makes further noise, for churn. See `guided_denoiser` for `negative` and `guide`.
     """
-    device = next(model.parameters()).device
+    device = model.patch_embed.weight.device
 
     def moved(text_BLE: Tensor, mask_BL: Tensor | None) -> Text:
         return Text(text_BLE.to(device), None if mask_BL is None else mask_BL.to(device))
 
-    denoiser = guided_denoiser(
-        model,
-        edm,
-        *moved(text_BLE, text_mask_BL),
-        settings.guidance_scale,
-        settings.guidance,
-        interval=settings.guidance_interval,
-        rescale=settings.guidance_rescale,
-        negative=moved(*negative) if negative else None,
-        guide=guide,
-    )
+    with _products_like_matrices(model):
+        guided = guided_denoiser(
+            model,
+            edm,
+            *moved(text_BLE, text_mask_BL),
+            settings.guidance_scale,
+            settings.guidance,
+            interval=settings.guidance_interval,
+            rescale=settings.guidance_rescale,
+            negative=moved(*negative) if negative else None,
+            guide=guide,
+        )
+
+    def denoiser(noisy_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
+        with _products_like_matrices(model):
+            return guided(noisy_BCHW, sigma_B)
+
     if settings.noise_range:
         edm = replace(edm, sigma_min=settings.noise_range[0], sigma_max=settings.noise_range[1])
     noise_BCHW, steps = noise_BCHW.to(device), settings.num_inference_steps
-    return solve(settings.solver, denoiser, noise_BCHW, edm, steps, on_step, settings.noise_on_the_way, draw).cpu()
+    return solve(settings.solver, denoiser, noise_BCHW, edm, steps, on_step, settings.noise_on_the_way, draw)
+
+
+def _round_matrices(model: MicroDiT, dtype: torch.dtype) -> None:
+    """As autocast would at each product, but once, and in half the memory.
+
+    What is added up between the blocks stays float32, since it has the dtype of `patch_embed` (see `MicroDiT.forward`).
+    """
+    for name, weight in model.named_parameters():
+        if weight.dim() >= 2 and not name.startswith("patch_embed."):
+            weight.data = weight.data.to(dtype)
+
+
+def _products_like_matrices(model: MicroDiT) -> AbstractContextManager[Any]:
+    """Autocast in the dtype of rounded matrices; nothing for those of a whole dtype."""
+    weight = model.head.linear.weight
+    return torch.autocast(weight.device.type, weight.dtype) if weight.dtype in HALF else nullcontext()
 
 
 def model_of(config: ModelConfig, weights: dict[str, Tensor]) -> MicroDiT:

@@ -116,8 +116,8 @@ class EMARecipe:
 class EngineRecipe:
     """How the work is done; the result is the same, up to rounding."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; weights and moments stay float32. auto: by the device
+    device: str = "auto"  # auto (the GPU, where there is one), cpu, cuda, cuda:N, mps
+    precision: str = "auto"  # of products: auto (by the device), float32, bfloat16; weights and moments stay float32
     sharding: Literal["auto", "ddp", "fsdp"] = "auto"  # over several processes. auto: fsdp from 500 M parameters
     micro_batch: int | None = None  # samples that a process takes at a time; without, its whole share of the batch
     compile: bool = False  # torch.compile for what lies between matrix products: seconds at the start, faster steps on a GPU

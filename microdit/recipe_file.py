@@ -11,9 +11,13 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from microdit.devices import KNOWN_DEVICES, is_device_name
 from microdit.errors import UserError
 from microdit.model.routing import GRID_RATIOS, METHODS
-from microdit.recipe import LEAST_QUALITY_SAMPLES, DataRecipe, EMARecipe, ModelRecipe, PhaseRecipe, Recipe
+from microdit.recipe import LEAST_QUALITY_SAMPLES, DataRecipe, EMARecipe, EngineRecipe, ModelRecipe, PhaseRecipe, Recipe
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+NO_FLOAT16 = "float16 needs losses that are scaled, which microdit does not do in training: take bfloat16, or float32."
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -127,6 +131,7 @@ def _problems(recipe: Recipe) -> list[str]:
         need(0 <= ema.decay < 1, f"ema.{index}.decay is {ema.decay}, and must lie in [0, 1), for example 0.999.")
         need(ema.start >= 0, f"ema.{index}.start is {ema.start}, and cannot be negative.")
     need(len({ema.decay for ema in recipe.ema}) == len(recipe.ema), "ema names a decay twice.")
+    found += engine_problems(recipe.engine)
     need(recipe.engine.micro_batch is None or recipe.engine.micro_batch >= 1, "engine.micro_batch must be at least 1.")
     need(recipe.guard.loss_jump > 1 and recipe.guard.rollback_after >= 1, "guard.loss_jump must be above 1, rollback_after at least 1.")
     need(bool(recipe.phases), "phases is empty: a run needs at least one.")
@@ -155,6 +160,18 @@ def _problems(recipe: Recipe) -> list[str]:
     few = f"record.quality_samples is {recipe.record.quality_samples}, and must be at least {LEAST_QUALITY_SAMPLES}: fewer say nothing."
     need(recipe.record.quality_samples >= LEAST_QUALITY_SAMPLES, few)
     need(recipe.record.sample_steps >= 2, "record.sample_steps must be at least 2.")
+    return found
+
+
+def engine_problems(engine: EngineRecipe) -> list[str]:
+    """What is no device or no precision, one sentence each."""
+    found = []
+    if not is_device_name(engine.device):
+        found.append(f"engine.device is {engine.device}, and must be one of {KNOWN_DEVICES}.")
+    if engine.precision == "float16":
+        found.append(f"engine.precision: {NO_FLOAT16}")
+    elif engine.precision not in PRECISIONS:
+        found.append(f"engine.precision is {engine.precision}, and must be one of {', '.join(PRECISIONS)}.")
     return found
 
 

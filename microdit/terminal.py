@@ -4,8 +4,9 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -17,6 +18,13 @@ SOURCE_HELP = (
     "emoji and scenes are built in. Else: a folder of pictures with .txt files, metadata.jsonl or metadata.csv; .tar files (WebDataset); "
     ".parquet files; hf:NAME[:SPLIT] of the hub or a path; or NAME:PATH of cc12m, sa1b, textcaps, journeydb, diffusiondb, coco2014."
 )
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps. auto: the GPU, where there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU that has it, else float32.")]
+TrainingDtype = Annotated[
+    str, typer.Option(help="Of matrix products: auto, float32 or bfloat16. auto: as the recipe says, or bfloat16 on a GPU that has it.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="How many pictures at a time. Fewer need less memory.")]
 
 
 def share() -> tuple[int, int]:

@@ -1,7 +1,9 @@
 """The commands sample and grid, as a person would run them."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -38,6 +40,16 @@ def test_sample_is_guided_by_another_checkpoint_and_writes_a_strip(workplace):
     assert Image.open(workplace / "way.png").width > 10 * 128  # ten of the twelve steps
 
 
+def test_sample_says_where_and_in_what_numbers_it_draws(workplace):
+    for dtype in ("float32", "bfloat16"):
+        options = ["--device", "cpu", "--dtype", dtype, "--batch-size", 1, "--steps", 3, "--out", f"{dtype}.png"]
+        done = microdit("sample", "runs/tiny", "owl", "cat", *options, cwd=workplace)
+        assert done.returncode == 0, done.output
+        assert re.search(rf"on CPU, \d+ threads, {dtype} ", done.output)
+    exact, rounded = (np.asarray(Image.open(workplace / f"{name}.png").convert("RGB"), dtype=int) for name in ("float32", "bfloat16"))
+    assert 0 < np.abs(exact - rounded).mean() < 5
+
+
 def test_grid_draws_a_labelled_sheet_from_one_seed(workplace):
     done = microdit("grid", "runs/tiny", "owl", "--sweep", "guidance=1,4,8", "--sweep", "steps=2,3", "--out", "sheet.png", cwd=workplace)
     assert done.returncode == 0, done.output
@@ -55,6 +67,10 @@ def test_grid_draws_a_labelled_sheet_from_one_seed(workplace):
         (["sample", "runs/tiny", "x", "--guidance-kind", "path-drop", "--autoguide", "runs/tiny"], "leave one of the two out"),
         (["sample", "runs/tiny", "x", "--autoguide-weights", "ema"], "name its run with --autoguide"),
         (["sample", "runs/tiny", "x", "--trajectory", "way.mp4"], "must end in .png, for a filmstrip, or in .gif"),
+        (["sample", "runs/tiny", "x", "--device", "gpu"], "There is no device 'gpu'. Known: auto, cpu, cuda, cuda:N"),
+        (["sample", "runs/tiny", "x", "--device", "mps"], "PyTorch sees no Apple GPU here: take auto, or cpu."),
+        (["sample", "runs/tiny", "x", "--device", "cpu", "--dtype", "float16"], "float16 is slow and narrow on a CPU"),
+        (["grid", "runs/tiny", "x", "--sweep", "steps=2", "--dtype", "fp16"], "There is no dtype 'fp16'. Known: auto, float32"),
         (["grid", "runs/tiny", "x", "--sweep", "steps=1,2"], "from 2 to 1000 steps, not 1"),
     ],
 )

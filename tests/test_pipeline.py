@@ -3,13 +3,17 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from microdit.data.pixels import to_image
 from microdit.diffusion.edm import EDM
+from microdit.diffusion.guidance import Text, guided_denoiser
+from microdit.diffusion.solvers import solve
 from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
-from microdit.model.sizes import Size
-from microdit.pipeline import BATCH, Pipeline, SamplerSettings
+from microdit.model.microdit import MicroDiT
+from microdit.model.sizes import Size, resolve
+from microdit.pipeline import BATCH, Pipeline, SamplerSettings, draw_latents
 from tests.conftest import busy_model
 
 QUICK = SamplerSettings(num_inference_steps=3)
@@ -177,3 +181,113 @@ def test_settings_that_make_no_picture_are_refused_in_a_sentence(settings, sente
     with pytest.raises(UserError) as error:
         SamplerSettings(**settings)
     assert sentence in str(error.value)
+
+
+SMALL = Size(dim=32, depth=4, head_dim=8, mixer_dim=16, mixer_depth=2, num_experts=4, round_ffn_to=8)
+ALL_SOLVERS = [
+    QUICK,
+    replace(QUICK, churn=2.0),
+    replace(QUICK, guidance_rescale=0.7),
+    *(replace(QUICK, solver=s) for s in ("dpm", "euler")),
+]
+
+
+def text_and_noise(count: int = 2) -> tuple[Text, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    text = Text(torch.randn(count, 5, 12, generator=generator), torch.ones(count, 5, dtype=torch.bool))
+    return text, torch.randn(count, 3, 8, 8, generator=generator)
+
+
+@pytest.mark.parametrize("settings", ALL_SOLVERS)
+def test_no_step_mixes_devices_or_waits_for_one(settings):
+    """Tensors of the meta device have no values: whoever asks for one, or mixes them with the CPU's, raises."""
+    model = busy_model(SMALL, in_channels=3).float().to("meta")
+    text, noise_BCHW = text_and_noise()
+    sigmas = []
+    drawn_BCHW = draw_latents(
+        model, EDM(), noise_BCHW, *text, settings, on_step=lambda step: sigmas.append(step.sigma), draw=lambda: noise_BCHW
+    )
+    assert (drawn_BCHW.device.type, drawn_BCHW.dtype, drawn_BCHW.shape) == ("meta", torch.float32, noise_BCHW.shape)
+    assert sigmas == sorted(sigmas, reverse=True)
+    assert len(sigmas) == settings.num_inference_steps
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built without CUDA")
+@pytest.mark.parametrize("solver", ["heun", "dpm", "euler"])
+def test_fake_cuda_tensors_stay_on_their_device(solver):
+    """Fake tensors know the rules of CUDA's operations and have no values; noise levels are real numbers on the CPU."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.device("cuda"):
+        model = MicroDiT(resolve(SMALL, caption_channels=12, in_channels=3)).eval().requires_grad_(False)
+        text_BLE, mask_BL = torch.randn(2, 5, 12), torch.ones(2, 5, dtype=torch.bool)
+        noise_BCHW = torch.randn(2, 3, 8, 8)
+        guided = guided_denoiser(model, EDM(), text_BLE, mask_BL, 2.0, rescale=0.5)
+
+    def denoiser(noisy_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return guided(noisy_BCHW, sigma_B)
+
+    drawn_BCHW = solve(solver, denoiser, noise_BCHW, EDM(), 4)
+    assert (drawn_BCHW.device, drawn_BCHW.dtype, drawn_BCHW.shape) == (torch.device("cuda", 0), torch.float32, (2, 3, 8, 8))
+
+
+def test_half_precision_rounds_matrices_and_nothing_else():
+    exact, text_and = busy_model(SMALL, in_channels=3).float().requires_grad_(False), text_and_noise()
+    text, noise_BCHW = text_and
+    small_steps = replace(QUICK, num_inference_steps=8, guidance_scale=1.5)
+    wanted_BCHW = draw_latents(exact, EDM(), noise_BCHW, *text, small_steps)
+    with torch.autocast("cpu", torch.bfloat16):  # over float32 weights
+        autocast_BCHW = draw_latents(exact, EDM(), noise_BCHW, *text, small_steps)
+    pipeline = Pipeline(exact, EDM(), Pixels(), _NoText(), (3, 8, 8), mask_padding=True).to("cpu", torch.bfloat16)
+    assert {weight.dtype for weight in pipeline.model.parameters() if weight.dim() < 2} == {torch.float32}
+    assert pipeline.model.patch_embed.weight.dtype == torch.float32
+    assert pipeline.model.head.linear.weight.dtype == torch.bfloat16
+    drawn_BCHW = draw_latents(pipeline.model, pipeline.edm, noise_BCHW, *text, small_steps)
+    assert drawn_BCHW.dtype == torch.float32
+    assert torch.equal(drawn_BCHW, autocast_BCHW)
+    error = (drawn_BCHW - wanted_BCHW).norm() / wanted_BCHW.norm()
+    assert 0 < error < 0.05
+
+
+class _NoText:
+    """Stands where no caption is read."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "_NoText":
+        return self
+
+
+def test_a_seed_begins_with_the_same_noise_in_all_numbers_and_batches(pipeline, text_encoder):
+    """Behind the first noise level, 80, all is noise: what is drawn there differs by the denoiser's rounding alone."""
+
+    def first_steps(pipeline: Pipeline, **settings: int) -> torch.Tensor:
+        steps = []
+        pipeline(["owl", "cat", "pizza"], replace(QUICK, solver="euler"), seed=5, on_denoised=steps.append, **settings)
+        return torch.cat([step.denoised_BCHW for step in steps if step.index == 0])
+
+    wanted = first_steps(pipeline)
+    rounded = small_pipeline(text_encoder).to("cpu", torch.bfloat16)
+    assert torch.allclose(first_steps(rounded), wanted, atol=0.05 * wanted.abs().max().item())
+    assert torch.allclose(first_steps(pipeline, batch_size=1), wanted, atol=1e-4)
+    assert not torch.allclose(first_steps(pipeline).roll(1, 0), wanted, atol=0.05 * wanted.abs().max().item())
+
+
+def test_batches_of_any_size_make_the_same_pictures(pipeline):
+    prompts, negatives = ["owl", "cat", "pizza"], ["blue", "green", ""]
+    together = pipeline(prompts, QUICK, negative_prompts=negatives)
+    for size in (1, 2):
+        assert not far_apart(pipeline(prompts, QUICK, negative_prompts=negatives, batch_size=size), together)
+
+
+def test_latents_are_decoded_some_at_a_time_and_pictures_are_the_same(pipeline, monkeypatch):
+    latents_BCHW = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole = bytes_of(pipeline.decode(latents_BCHW))
+    monkeypatch.setattr("microdit.pipeline.DECODED_PIXELS", 2 * 8 * 8)
+    sizes = []
+
+    class Counted(Pixels):
+        def decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(latents_BCHW))
+            return super().decode(latents_BCHW)
+
+    assert bytes_of(replace(pipeline, autoencoder=Counted()).decode(latents_BCHW)) == whole
+    assert sizes == [2, 2, 1]

@@ -76,6 +76,9 @@ def test_phases_follow_each_other(recipe_file):
         ("phases.9.steps=1", "override 'phases.9.steps=1' does not fit"),
         ("model.dim=100", "model.dim \\(100\\) is not divisible by model.head_dim \\(16\\): try 96"),
         ("model.head_dim=0", "model.head_dim is 0"),
+        ("engine.device=gpu", "engine.device is gpu, and must be one of auto, cpu, cuda, cuda:N"),
+        ("engine.precision=float16", "engine.precision: float16 needs losses that are scaled, .*: take bfloat16, or float32"),
+        ("engine.precision=float64", "engine.precision is float64, and must be one of auto, float32, bfloat16"),
         ("model.init_scale=-1", "model.init_scale is -1.0, and must be above 0"),
         ("model.routing=none", "phases.0.mask_ratio must be 0, since model.routing is none"),
         ("model.routing=deffered", "model.routing: Invalid value 'deffered'"),
@@ -125,6 +128,11 @@ def test_phases_follow_each_other(recipe_file):
 def test_what_cannot_be_is_said_in_a_sentence(recipe_file, override, sentence):
     with pytest.raises(UserError, match=sentence):
         load_recipe(recipe_file, [override])
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:1", "mps"])
+def test_a_recipe_may_name_any_device(recipe_file, name):
+    assert load_recipe(recipe_file, [f"engine.device={name}"]).engine.device == name
 
 
 @pytest.mark.parametrize(("step", "ratio"), [(0, 0.75), (25, 0.75), (50, 0.75), (75, 0.375), (100, 0.0)])

@@ -13,12 +13,14 @@ from typing import Literal
 from PIL import Image
 from torch import Tensor
 
+from microdit.devices import device_errors_explained
 from microdit.diffusion.steps import Step
 from microdit.errors import UserError
 from microdit.pipeline import Pipeline, SamplerSettings
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 OUR_MISTAKE = "The picture could not be drawn, by a mistake of this program and not of yours; its log says more."
+LESS_MEMORY = "ask for fewer pictures, or for smaller ones; or start the server with --dtype bfloat16"
 
 log = logging.getLogger(__name__)
 
@@ -171,15 +173,16 @@ class WorkQueue:
         """Whatever happens, the job ends and the worker lives."""
         drawing = job.drawing
         try:
-            job.pictures = self.models[drawing.model](
-                [drawing.prompt] * drawing.count,
-                drawing.settings,
-                drawing.seed,
-                height=drawing.height,
-                width=drawing.width,
-                negative_prompts=[drawing.negative_prompt] if drawing.negative_prompt else None,
-                on_denoised=job.after_step,
-            )
+            with device_errors_explained(LESS_MEMORY):
+                job.pictures = self.models[drawing.model](
+                    [drawing.prompt] * drawing.count,
+                    drawing.settings,
+                    drawing.seed,
+                    height=drawing.height,
+                    width=drawing.width,
+                    negative_prompts=[drawing.negative_prompt] if drawing.negative_prompt else None,
+                    on_denoised=job.after_step,
+                )
         except _CalledOffError:
             job.end("cancelled")
         except UserError as error:

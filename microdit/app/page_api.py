@@ -19,8 +19,9 @@ from torch import Tensor
 from microdit.app.asking import AskedWronglyError, read_drawing, read_object
 from microdit.app.bills import bill_text
 from microdit.app.images_api import png_of, read_body
-from microdit.app.jobs import Job, WorkQueue
+from microdit.app.jobs import LESS_MEMORY, Job, WorkQueue
 from microdit.app.limits import Limits
+from microdit.devices import device_errors_explained
 from microdit.diffusion.solvers import Solver
 from microdit.grids import png_bytes
 from microdit.pipeline import USUAL, Pipeline
@@ -118,7 +119,7 @@ def page_api(queue: WorkQueue, limits: Limits, runs: dict[str, Path], recipes: P
         return FileResponse(STATIC / FILES[request.url.path[1:]], headers={**POLICY, "Cache-Control": "no-cache"})
 
     def _decode(pipeline: Pipeline, latents_BCHW: Tensor) -> list[Image.Image]:
-        with decoding:  # many pages that look at once take turns
+        with decoding, device_errors_explained(LESS_MEMORY):  # many pages that look at once take turns
             return pipeline.decode(latents_BCHW)
 
     return router

@@ -14,6 +14,7 @@ from microdit.budget.reckoning import load_recipes
 from microdit.budget.shapes import Shapes
 from microdit.budget.stages import STAGES, stage_recipe
 from microdit.data.latents import Batch
+from microdit.devices import device_name
 from microdit.distributed import World
 from microdit.model.routing import METHODS
 from microdit.model.sizes import SIZES
@@ -23,7 +24,6 @@ from microdit.training.draws import TrainingBatch, add_draws
 from microdit.training.guard import Guard
 from microdit.training.memory import keep_freed_memory
 from microdit.training.parallel import compute_dtype
-from microdit.training.record import device_name
 from microdit.training.state import TrainingState
 from microdit.training.work import Work
 
@@ -31,16 +31,17 @@ TINY = "MicroDiT_Tiny_2"
 WARM_UP = 2  # steps that are not timed: kernels are chosen, blocks compiled
 
 
-def bench_recipe(path: Path | None, micro_batch: int | None, device: torch.device) -> Recipe:
+def bench_recipe(path: Path | None, micro_batch: int | None, device: torch.device, precision: str = "auto") -> Recipe:
     """The recipe at `path` (of a folder the first), or the paper's first phase of Tiny_2; one micro-batch a step. Raises UserError."""
     if path is None:
         size = micro_batch or (256 if device.type == "cuda" else 8)
-        recipe = stage_recipe(STAGES[0], SIZES[TINY], 1, size, engine=EngineRecipe(compile=device.type == "cuda"))
+        recipe = stage_recipe(STAGES[0], SIZES[TINY], 1, size, engine=EngineRecipe(compile=device.type == "cuda", precision=precision))
         return replace(recipe, name=TINY)
     recipe = next(iter(load_recipes(path, None).values()))
     phase = recipe.phases[0]
     size = micro_batch or min(recipe.engine.micro_batch or phase.batch_size, phase.batch_size)
-    return replace(recipe, phases=[replace(phase, batch_size=size)], engine=replace(recipe.engine, micro_batch=None))
+    engine = replace(recipe.engine, micro_batch=None, precision=recipe.engine.precision if precision == "auto" else precision)
+    return replace(recipe, phases=[replace(phase, batch_size=size)], engine=engine)
 
 
 def measure(recipe: Recipe, shapes: Shapes, world: World, seconds: float, advance: Callable[[float, str], None]) -> Measurement:

@@ -30,5 +30,5 @@ def state_dtype(device: torch.device) -> torch.dtype:
 
 def denoised_at(denoiser: Denoiser, x_BCHW: Tensor, sigma: float) -> Tensor:
     """In the dtype of `x_BCHW`, while the denoiser is asked, and answers, in float32."""
-    sigma_B = torch.full((), sigma, dtype=torch.float32, device=x_BCHW.device).expand(len(x_BCHW))
+    sigma_B = x_BCHW.new_full((), sigma, dtype=torch.float32).expand(len(x_BCHW))
     return denoiser(x_BCHW.float(), sigma_B).to(x_BCHW.dtype)

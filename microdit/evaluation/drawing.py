@@ -78,7 +78,7 @@ def _claim(folder: Path, painter: Painter, prompts: list[str], settings: DrawSet
     about = {**painter.about, "prompts": prompts, **asdict(settings)}
     path = folder / SETTINGS
     if path.is_file():
-        before = json.loads(path.read_text())
+        before = {"dtype": "float32", **json.loads(path.read_text())}  # earlier versions drew in no other
         changed = [key for key in about if before.get(key) != about[key]]
         return f"{folder} holds pictures made with another {', '.join(changed)}: choose another --out, or delete it." if changed else None
     write_aside(folder / "prompts.jsonl", "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts).encode())

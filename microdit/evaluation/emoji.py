@@ -12,11 +12,11 @@ from PIL import Image
 from microdit.data.emoji import emoji_rows
 from microdit.data.pixels import to_image, to_tensor
 from microdit.evaluation.features import EfficientNetLite0
-from microdit.evaluation.painters import DrawSettings
+from microdit.evaluation.painters import ON_CPU, Compute, DrawSettings
 from microdit.evaluation.retrieval import retrieval, spread_ids
 from microdit.files import write_aside
 from microdit.hub.opening import open_model
-from microdit.pipeline import Pipeline
+from microdit.pipeline import BATCH, Pipeline
 
 
 def evaluate_emoji_run(
@@ -25,6 +25,7 @@ def evaluate_emoji_run(
     settings: DrawSettings,
     warn: Callable[[str], None],
     on_step: Callable[[int], None] | None = None,
+    compute: Compute = ON_CPU,
 ) -> dict[str, Any]:
     """Draw `count` training captions, look each picture up among all training pictures; write and return metrics.json.
 
@@ -32,17 +33,18 @@ def evaluate_emoji_run(
     `on_step(n)` is called after each n more picture-steps.
     """
     opened = open_model(str(run), warn, settings.weights)
-    pipeline, size = opened.pipeline, opened.resolution
+    pipeline, size = opened.pipeline.to(compute.device, compute.dtype), opened.resolution
     rows = list(emoji_rows("train"))
     right_N = spread_ids(len(rows), count)
     chosen = [rows[i] for i in right_N]
     captions = [row.caption for row in chosen]
-    drawn = pipeline(captions, settings.sampler, settings.seed, on_step)
-    network = EfficientNetLite0()
+    drawn = pipeline(captions, settings.sampler, settings.seed, on_step, batch_size=compute.batch_size or BATCH)
+    network = EfficientNetLite0(compute.device)
     pictures_MD = network([to_image(to_tensor(row.image, size)) for row in rows])
     metrics: dict[str, Any] = {
         **{key: opened.about[key] for key in ("step", "images_seen") if key in opened.about},
         "sampler": asdict(settings),
+        "dtype": compute.dtype_name,
         "retrieval": asdict(retrieval(network(drawn), pictures_MD, right_N)),
         "retrieval_of_reconstructions": asdict(
             retrieval(network(_reconstruct(pipeline, [row.image for row in chosen], size)), pictures_MD, right_N)
@@ -54,4 +56,4 @@ def evaluate_emoji_run(
 
 def _reconstruct(pipeline: Pipeline, images: list[Image.Image], size: int) -> list[Image.Image]:
     pixels_NCHW = torch.stack([to_tensor(image, size) for image in images])
-    return [to_image(pixels) for pixels in pipeline.autoencoder.decode(pipeline.autoencoder.encode(pixels_NCHW))]
+    return pipeline.decode(pipeline.autoencoder.encode(pixels_NCHW))

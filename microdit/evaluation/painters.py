@@ -33,6 +33,22 @@ class DrawSettings:
         return SamplerSettings(self.num_inference_steps, self.guidance_scale)
 
 
+@dataclass(frozen=True)
+class Compute:
+    """Where pictures are drawn, in what numbers, and how many at a time: all of which changes them by rounding alone."""
+
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    batch_size: int | None = None  # None: 64, of other pipelines 8
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+ON_CPU = Compute()
+
+
 class Painter(Protocol):
     """`about` tells its pictures from those of others; `batch` is how many it draws at a time."""
 
@@ -47,12 +63,12 @@ class Painter(Protocol):
         ...
 
 
-def open_painter(place: str, settings: DrawSettings, warn: Callable[[str], None], device: torch.device | str = "cpu") -> Painter:
+def open_painter(place: str, settings: DrawSettings, warn: Callable[[str], None], compute: Compute = ON_CPU) -> Painter:
     """`place`: a run folder, the folder of a diffusers pipeline, or its id of the hub. Raises UserError."""
     if is_run(Path(place)) or is_our_pipeline(place):
-        return RunPainter(open_model(place, warn, settings.weights), settings, device)
+        return RunPainter(open_model(place, warn, settings.weights), settings, compute)
     if (Path(place) / "model_index.json").is_file() or (not Path(place).exists() and is_place(place)):
-        return DiffusersPainter(place, settings, device)
+        return DiffusersPainter(place, settings, compute)
     raise UserError(
         f"{place} is neither a run folder (no recipe.yaml in it) nor a diffusers pipeline (no model_index.json): name a folder that "
         "'microdit train' wrote, or a pipeline's folder or hub id."
@@ -62,43 +78,41 @@ def open_painter(place: str, settings: DrawSettings, warn: Callable[[str], None]
 class RunPainter:
     """A model of ours: a run's checkpoint, or one that was exported."""
 
-    batch = BATCH
-
-    def __init__(self, opened: OpenedModel, settings: DrawSettings, device: torch.device | str):
-        self.about = opened.about
-        self._pipeline, self._settings = opened.pipeline.to(device), settings
+    def __init__(self, opened: OpenedModel, settings: DrawSettings, compute: Compute):
+        self.about = {**opened.about, "dtype": compute.dtype_name}
+        self.batch = compute.batch_size or BATCH
+        self._pipeline, self._settings = opened.pipeline.to(compute.device, compute.dtype), settings
 
     def __call__(self, prompts: list[str], seed: int, on_step: Callable[[int], None] | None = None) -> list[Image.Image]:
-        return self._pipeline(prompts, self._settings.sampler, seed, on_step)
+        return self._pipeline(prompts, self._settings.sampler, seed, on_step, batch_size=self.batch)
 
 
 class DiffusersPainter:
-    """A text-to-image pipeline of diffusers, in float32 on a CPU and bfloat16 on a GPU. Only safetensors are read."""
+    """A text-to-image pipeline of diffusers. Only safetensors are read."""
 
-    batch = FOREIGN_BATCH
-
-    def __init__(self, place: str, settings: DrawSettings, device: torch.device | str):
+    def __init__(self, place: str, settings: DrawSettings, compute: Compute):
         """Raises UserError if it cannot be loaded, or does not take prompts, steps, a guidance scale and generators."""
         from diffusers import DiffusionPipeline  # slow to import
 
         if settings.weights is not None:
             raise UserError(f"--weights {settings.weights} chooses among the weights of a run, and {place} is a pipeline: leave it out.")
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         with loading(Path(place)):
-            self._pipeline = DiffusionPipeline.from_pretrained(place, use_safetensors=True, dtype=dtype).to(device)
+            self._pipeline = DiffusionPipeline.from_pretrained(place, use_safetensors=True, dtype=compute.dtype)
+        self._pipeline.to(compute.device)
         wanted = {"prompt", "num_inference_steps", "guidance_scale", "generator"}
         missing = sorted(wanted - set(inspect.signature(self._pipeline.__call__).parameters))
         if missing:
             raise UserError(f"{place} is a {type(self._pipeline).__name__}, which takes no {', '.join(missing)}: it cannot be evaluated.")
         self._pipeline.set_progress_bar_config(disable=True)
         self._settings = settings
-        self.about = {"pipeline": lasting_name(place), "class": type(self._pipeline).__name__}
+        self.batch = compute.batch_size or FOREIGN_BATCH
+        self.about = {"pipeline": lasting_name(place), "class": type(self._pipeline).__name__, "dtype": compute.dtype_name}
 
     def __call__(self, prompts: list[str], seed: int, on_step: Callable[[int], None] | None = None) -> list[Image.Image]:
         settings = self._settings
         images: list[Image.Image] = []
-        for start in range(0, len(prompts), FOREIGN_BATCH):
-            group = prompts[start : start + FOREIGN_BATCH]
+        for start in range(0, len(prompts), self.batch):
+            group = prompts[start : start + self.batch]
             generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(group))]
             images += self._pipeline(
                 prompt=group,

@@ -16,7 +16,7 @@ from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.evaluation.evaluate import Question, evaluate
 from microdit.evaluation.metrics import METRICS, label
-from microdit.evaluation.painters import DrawSettings, RunPainter
+from microdit.evaluation.painters import Compute, DrawSettings, RunPainter
 from microdit.files import write_aside
 from microdit.hub.opening import opened_run
 from microdit.page import page_template
@@ -29,7 +29,7 @@ PAUSE = 10.0  # seconds between two looks at the run
 COSTS = {"images_seen": "images seen", "gpu_hours": "GPU-hours", "dollars": "dollars"}
 
 
-def watch_run(run: Path, reference: Source, question: Question, settings: DrawSettings, out: Path, world: World) -> Path:
+def watch_run(run: Path, reference: Source, question: Question, settings: DrawSettings, out: Path, world: World, compute: Compute) -> Path:
     """Until the run has ended and all of its checkpoints are evaluated; those that are already there stay. Returns the page.
 
     Every process must call this. Raises UserError if there is no run, or it has ended without a checkpoint.
@@ -43,7 +43,7 @@ def watch_run(run: Path, reference: Source, question: Question, settings: DrawSe
         if checkpoint is not None:
             waiting = False
             console.print(f"[bold]Step {checkpoint.step:,}[/]")
-            painter = _open(run, checkpoint, settings, world)
+            painter = _open(run, checkpoint, settings, world, compute)
             if painter is None:
                 warn(f"{checkpoint.folder} was deleted before it could be read: record.keep_every keeps checkpoints.")
                 continue
@@ -78,12 +78,12 @@ def _next(run: Path, out: Path, weights: str | None) -> Checkpoint | None:
     return None
 
 
-def _open(run: Path, checkpoint: Checkpoint, settings: DrawSettings, world: World) -> RunPainter | None:
+def _open(run: Path, checkpoint: Checkpoint, settings: DrawSettings, world: World, compute: Compute) -> RunPainter | None:
     """None on all processes if the trainer has deleted it in the meantime."""
     painter = None
     try:
         opened = opened_run(run, Pipeline.from_checkpoint(checkpoint, settings.weights), checkpoint)
-        painter = RunPainter(opened, settings, world.device)
+        painter = RunPainter(opened, settings, compute)
     except FileNotFoundError:
         if checkpoint.folder.is_dir():
             raise

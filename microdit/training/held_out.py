@@ -40,14 +40,17 @@ class HeldOut:
         if not self.count:
             raise UserError(f"{folder} holds {rows} samples, too few for {world.size} processes.")
 
-    @torch.no_grad()
-    def measure(self, loss: nn.Module) -> dict[str, object]:
-        """`held_out_loss`, and `held_out_by_noise` for the eight noise bins. All processes must call this."""
+    def measure(self, loss: nn.Module, compiled: bool = False) -> dict[str, object]:
+        """`held_out_loss`, and `held_out_by_noise` for the eight noise bins. All processes must call this.
+
+        `compiled` functions are called as in training, as if gradients were wanted: without, they would be compiled once more.
+        """
         tally = Tally(self._world.device)
         mine = range(self._world.rank, self.count, self._world.size)
         for start in range(0, len(mine), MICRO_BATCH):
             batch = self._batch(mine[start : start + MICRO_BATCH]).to(self._world.device)
-            tally.add(loss(batch), batch.sigma_B, self._edm)
+            with torch.set_grad_enabled(compiled):
+                tally.add(loss(batch), batch.sigma_B, self._edm)
         self._world.sum(tally.sums)
         sums = StepSums.of(tally.sums.tolist())
         return {"held_out_loss": sums.loss, "held_out_by_noise": by_noise(sums.losses, sums.counts)}

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from microdit.devices import choose_dtype
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.model.elementwise import compiled
@@ -43,10 +44,8 @@ def sharding_of(engine: EngineRecipe, world: World, parameters: int) -> Sharding
 
 
 def compute_dtype(engine: EngineRecipe, device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs and float32 on the CPU, where it is faster, unless the recipe says which."""
-    if engine.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[engine.precision]
+    """bfloat16 on GPUs that have it and float32 on the CPU, where it is faster, unless the recipe says which."""
+    return choose_dtype(engine.precision, device)
 
 
 def prepare_blocks(model: MicroDiT, engine: EngineRecipe, sharding: Sharding, world: World) -> None:

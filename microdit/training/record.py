@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import microdit
@@ -140,7 +139,3 @@ def _start_wandb(recipe: Recipe, run: Path) -> Any:
     except ImportError as error:
         raise UserError("record.wandb_project asks for Weights & Biases, which is not installed: pip install microdit[wandb].") from error
     return wandb.init(project=recipe.record.wandb_project, name=recipe.name, dir=str(run), id=run.name, resume="allow")
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

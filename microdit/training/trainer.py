@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from microdit.checkpoint import Checkpoint
+from microdit.devices import device_name
 from microdit.distributed import World
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, DivergedError, StoppedError, UserError
 from microdit.grids import save_png
@@ -42,8 +43,8 @@ from microdit.training.mixture import open_mixture
 from microdit.training.optim import learning_rate
 from microdit.training.parallel import compute_dtype, keep_compiled
 from microdit.training.quality import open_quality
-from microdit.training.record import RunRecord, device_name, last_cost
-from microdit.training.samples import draw_samples
+from microdit.training.record import RunRecord, last_cost
+from microdit.training.samples import PromptGrid
 from microdit.training.saving import Saver, newest_whole
 from microdit.training.start import describe, find_checkpoint, fingerprints, first_weights, greeting, model_config, refuse_misfits
 from microdit.training.state import TrainingState, what_happened
@@ -113,6 +114,7 @@ class Trainer:
             self._restore(checkpoint)
         self.held_out = open_held_out(recipe, self.data, self.state.edm, world)
         self.quality = open_quality(recipe, self.held_out.data if self.held_out else self.data, self.state.edm, world)
+        self.prompt_grid = PromptGrid(recipe, world, compute_dtype(recipe.engine, world.device))
         self.saver = Saver(run, world, recipe.record.keep_checkpoints, recipe.record.keep_every, self._warn)
         if checkpoint:
             self.saver.last_saved = checkpoint.step
@@ -240,7 +242,7 @@ class Trainer:
         record = self.recipe.record
         measured: dict[str, Any] = {}
         if self.held_out and (_due(self.step, record.held_out_every) or last):
-            measured |= self.held_out.measure(self.state.gradients.current_loss())
+            measured |= self.held_out.measure(self.state.gradients.current_loss(), self.recipe.engine.compile)
         if self.quality and (_due(self.step, record.quality_every) or last) and not in_haste:
             figures = self.quality.measure(self.state.drawing_model())
             self.console.print(self.quality.in_words(self.step, figures), highlight=False)
@@ -297,12 +299,11 @@ class Trainer:
         self.saver.save(self.step, self.state.tensors(), {**description, **position}, exports)
 
     def _sample(self) -> None:
-        """Write a grid of the recipe's prompts to samples/. All processes gather the weights, the first one draws."""
-        model = self.state.drawing_model()
+        """Write a grid of the recipe's prompts to samples/. All processes gather the weights, and each draws some."""
+        description = describe(self.recipe, self.config, self.data, self.mixture.sets)
+        grid = self.prompt_grid.draw(self.state.drawing_model(), description, self.step)
         if self.record is not None:
-            grid = draw_samples(model, self.recipe, describe(self.recipe, self.config, self.data, self.mixture.sets), self.step)
             self.record.picture(lambda path: save_png(grid, path), self.step)
-        self.world.wait_for_all()
 
     @contextmanager
     def _reported(self) -> Iterator[None]:

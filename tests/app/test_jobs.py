@@ -1,11 +1,13 @@
 """The work queue, with the tiny trained model and no web library."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
 from microdit.app.jobs import OUR_MISTAKE, Drawing, QueueClosedError, QueueFullError, WorkQueue
+from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
 from microdit.pipeline import Pipeline, SamplerSettings
 from tests.app.conftest import LONG
@@ -89,6 +91,25 @@ def test_an_error_ends_its_job_and_not_the_worker(queue, caplog):
     assert "height 63 must be a multiple of" in wrong.error
     assert (broken.state, broken.at_fault, broken.error) == ("failed", "us", OUR_MISTAKE)
     assert "KeyError" in caplog.text
+    assert right.state == "done"
+
+
+class FullMemory(Pixels):
+    """Decodes nothing, for want of memory, as a GPU says it."""
+
+    def decode(self, latents_BCHW):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 11.75 GiB")
+
+
+def test_too_little_memory_ends_a_job_in_a_sentence_that_says_what_would_fit(tiny):
+    with WorkQueue({"tiny": tiny, "full": replace(tiny, autoencoder=FullMemory())}, 2) as queue:
+        large, right = queue.add(Drawing("full", "red heart", SHORT)), queue.add(drawing())
+        assert right.ended.wait(60)
+    assert (large.state, large.at_fault) == ("failed", "user")
+    assert large.error == (
+        "The GPU's memory does not suffice (2.00 GiB more were asked for, of 11.75 GiB in all): "
+        "ask for fewer pictures, or for smaller ones; or start the server with --dtype bfloat16."
+    )
     assert right.state == "done"
 
 

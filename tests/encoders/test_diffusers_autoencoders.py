@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
-from microdit.encoders.autoencoder import BUNDLED_ICON, load_autoencoder
+from microdit.encoders.autoencoder import BUNDLED_ICON, decode_latents, load_autoencoder
 from microdit.errors import UserError
 from tests.encoders.tiny_models import save_dc, save_kl, save_tiny
 
@@ -96,6 +96,23 @@ def test_what_overflows_in_float16_stays_out_of_it(tmp_path):
     config = json.loads((tmp_path / "kl" / "config.json").read_text())
     (tmp_path / "kl" / "config.json").write_text(json.dumps({**config, "force_upcast": False}))
     assert load_autoencoder(str(tmp_path / "kl")).to("cpu", torch.float16).dtype == torch.float16
+
+
+@torch.no_grad()
+def test_one_that_overflows_in_float16_is_kept_out_of_it(tmp_path):
+    save_kl(tmp_path)
+    autoencoder = load_autoencoder(str(tmp_path))
+    autoencoder.model.decoder.conv_in.weight.mul_(1e5)  # sums of more than 65,504, which the next norm takes back
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    exact = autoencoder.decode(latents)
+    assert torch.equal(autoencoder.to("cpu", torch.float16).decode(latents), exact)
+    assert autoencoder.model.dtype == torch.float32
+
+    autoencoder.model.half()  # as diffusers would load it
+    assert decode_latents(autoencoder.model, latents).isfinite().all()
+    autoencoder.model.register_to_config(force_upcast=False)  # which is not true of this one
+    assert not autoencoder.to("cpu", torch.float16).decode(latents).isfinite().all()
+    assert autoencoder.model.dtype == torch.float16
 
 
 def test_other_classes_are_refused_with_the_ones_that_can_be_used(tmp_path):

@@ -6,8 +6,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from microdit.distributed import start_world, stop_world
 from microdit.errors import UserError
-from microdit.evaluation.painters import DiffusersPainter, DrawSettings, RunPainter, open_painter
+from microdit.evaluation.drawing import draw_pictures
+from microdit.evaluation.painters import Compute, DiffusersPainter, DrawSettings, RunPainter, open_painter
 from tests.encoders.tiny_models import save_clip_tokenizer
 
 SETTINGS = DrawSettings(num_inference_steps=2, guidance_scale=3.0)
@@ -61,6 +63,20 @@ def test_a_run_is_opened_with_what_it_has_cost(workplace):
     assert painter.about["images_seen"] == 4 * 8 + 2 * 6
     assert painter.about["gpu_hours"] > 0
     assert [image.size for image in painter(["red heart", "owl"], seed=0)] == [(64, 64)] * 2
+
+
+def test_numbers_and_batches_are_the_callers_choice_and_the_numbers_are_kept(workplace, stable_diffusion, tmp_path):
+    compute = Compute("cpu", torch.bfloat16, batch_size=1)
+    for place in (str(workplace / "runs" / "tiny"), str(stable_diffusion)):
+        exact, rounded = open_painter(place, SETTINGS, pytest.fail), open_painter(place, SETTINGS, pytest.fail, compute)
+        assert (exact.about["dtype"], rounded.about["dtype"], rounded.batch) == ("float32", "bfloat16", 1)
+        pictures = [np.asarray(painter(["red heart", "owl"], seed=0), dtype=int) for painter in (exact, rounded)]
+        assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 10
+    world = start_world("cpu")
+    draw_pictures(rounded, ["owl"], tmp_path, SETTINGS, world)
+    with pytest.raises(UserError, match="made with another dtype"):
+        draw_pictures(exact, ["owl"], tmp_path, SETTINGS, world)
+    stop_world()
 
 
 def test_what_is_neither_is_refused(tmp_path, stable_diffusion):
