@@ -1,21 +1,20 @@
 """The gradients of a step, added up over its micro-batches in the weights' own `grad`.
 
-Where several processes share the model, FSDP or DDP bring the weights into the numbers that products compute in, and sum gradients. Where
-one process holds it whole, `WholeModelGradients` does what is left of that. It also has a GPU replay a micro-batch's thousands of kernels
-by one call (a CUDA graph): giving them one by one takes the CPU longer than a GPU needs to compute them (docs/gpu).
+Where processes share the model out, FSDP brings the weights into the numbers that products compute in, and sums gradients. Where each holds
+it whole, `WholeModelGradients` does that, and has a GPU replay a micro-batch's thousands of kernels by one call (a CUDA graph): giving them
+one by one takes the CPU longer than a GPU needs to compute them (docs/gpu).
 """
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
+from microdit.distributed import World
 from microdit.recipe import EngineRecipe
 from microdit.training.draws import TrainingBatch
 from microdit.training.parallel import Sharding, spare
@@ -44,16 +43,16 @@ class Gradients(ABC):
         """The loss with the weights as they are now."""
 
 
-def gradients_of(loss: nn.Module, sharding: Sharding, dtype: torch.dtype, engine: EngineRecipe, device: torch.device) -> Gradients:
-    """The way that suits the module to call, products of `dtype`, and the device."""
-    replay = engine.cuda_graphs and device.type == "cuda" and torch.version.hip is None
-    if sharding == "none" and isinstance(loss, DenoisingLoss) and (replay or dtype != torch.float32):
-        return WholeModelGradients(loss, dtype, replay)
-    return SpreadGradients(loss)
+def gradients_of(loss: DenoisingLoss, sharding: Sharding, dtype: torch.dtype, engine: EngineRecipe, world: World) -> Gradients:
+    """The way that suits the sharding, products of `dtype`, and the device."""
+    replay = engine.cuda_graphs and world.device.type == "cuda" and torch.version.hip is None
+    if sharding == "ddp" or (sharding == "none" and (replay or dtype != torch.float32)):
+        return WholeModelGradients(loss, dtype, replay, world)
+    return AutogradGradients(loss)
 
 
-class SpreadGradients(Gradients):
-    """As autograd, FSDP or DDP make them. Sums over processes come once a step, unless FSDP has no room for whole gradients until then."""
+class AutogradGradients(Gradients):
+    """As autograd or FSDP make them. FSDP sums over processes once a step, unless it has no room for whole gradients until then."""
 
     def __init__(self, loss: nn.Module):
         self._loss = loss
@@ -65,10 +64,8 @@ class SpreadGradients(Gradients):
     def add(self, batch: TrainingBatch, samples: int, last: bool) -> Tensor:
         if isinstance(self._loss, FSDPModule):
             self._loss.set_requires_gradient_sync(last or not spare(self._bytes, batch.sigma_B.device))
-        waits = isinstance(self._loss, DistributedDataParallel) and not last
-        with self._loss.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            loss_B: Tensor = self._loss(batch)
-            (loss_B.sum() / samples).backward()
+        loss_B: Tensor = self._loss(batch)
+        (loss_B.sum() / samples).backward()
         return loss_B
 
     def current_loss(self) -> nn.Module:
@@ -86,14 +83,19 @@ class Recorded:
 
 
 class WholeModelGradients(Gradients):
-    """Products in `dtype` by a copy of the model in it, made anew from the float32 weights in each step; gradients summed in float32."""
+    """Products in `dtype` by a copy of the model in it, made anew from the float32 weights in each step; gradients summed in float32, over
+    the processes that hold the model too once a step."""
 
-    def __init__(self, loss: DenoisingLoss, dtype: torch.dtype, replay: bool):
+    def __init__(self, loss: DenoisingLoss, dtype: torch.dtype, replay: bool, world: World):
         self._weights: list[Tensor] = list(loss.parameters())
         self._copied = dtype != torch.float32
         self._loss = deepcopy(loss).to(dtype) if self._copied else loss
         self._leaves: list[Tensor] = list(self._loss.parameters())
-        self._sums = [torch.zeros_like(weight) for weight in self._weights]
+        # One piece of memory, so that one message adds up all processes.
+        self._flat = torch.zeros(sum(weight.numel() for weight in self._weights), device=world.device)
+        pieces = self._flat.split([weight.numel() for weight in self._weights])
+        self._sums = [piece.view_as(weight) for piece, weight in zip(pieces, self._weights, strict=True)]
+        self._world = world
         self._replay, self._first = replay, True
         self._recorded: dict[tuple[object, ...], Recorded] = {}
         self._seen: Counter[tuple[object, ...]] = Counter()
@@ -109,6 +111,9 @@ class WholeModelGradients(Gradients):
         else:
             torch._foreach_add_(self._sums, gradients)
         self._first = False
+        if last and self._world.size > 1:
+            self._world.sum(self._flat)
+            self._flat /= self._world.size
         for weight, total in zip(self._weights, self._sums, strict=True):
             weight.grad = total
         return loss_B

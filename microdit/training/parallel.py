@@ -1,11 +1,10 @@
-"""How the model is spread over processes: sharded (FSDP2), copied (DDP), or neither; compiled; recomputed.
+"""How the model is spread over processes: sharded (FSDP2), or whole on each (`gradients.py`); compiled; recomputed.
 
 Notable:
 - FSDP shards the float32 weights block by block, computes in bfloat16 and sums gradients in float32; only the first module casts
   nothing, because noise levels must arrive in float32;
 - where memory allows, FSDP keeps its bfloat16 copies from the forward to the backward pass, and sums gradients over processes once a
   step, not once a micro-batch;
-- with DDP, bfloat16 is autocast over float32 weights; alone, one process computes with a copy of them (`gradients.py`);
 - what is compiled are the functions between matrix products, with the number of tokens left open, so that another mask ratio compiles
   nothing again.
 """
@@ -16,10 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from microdit.devices import choose_dtype
 from microdit.distributed import World
@@ -63,16 +60,11 @@ def prepare_blocks(model: MicroDiT, engine: EngineRecipe, sharding: Sharding, wo
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
 
 
-def wrap(loss: DenoisingLoss, engine: EngineRecipe, sharding: Sharding, world: World) -> nn.Module:
-    """The module to call. FSDP: `loss` itself, the rest of its weights sharded too; DDP: a wrapper around it."""
-    if sharding == "fsdp":
-        policy = _policy(engine, world)
-        rest = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
-        fully_shard(loss, mesh=init_device_mesh(world.device.type, (world.size,)), mp_policy=rest)
-    if sharding == "ddp":
-        devices = [world.device.index] if world.device.type == "cuda" else None
-        return DistributedDataParallel(loss, device_ids=devices, gradient_as_bucket_view=True)
-    return loss
+def shard_the_rest(loss: DenoisingLoss, engine: EngineRecipe, world: World) -> None:
+    """Shard what lies outside of the blocks. `loss` is then the module to call."""
+    policy = _policy(engine, world)
+    rest = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
+    fully_shard(loss, mesh=init_device_mesh(world.device.type, (world.size,)), mp_policy=rest)
 
 
 def spare(wanted: int, device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from microdit.training.ema import EMA, names_of
 from microdit.training.gradients import gradients_of
 from microdit.training.guard import Guard, Verdict
 from microdit.training.optim import Optimizers
-from microdit.training.parallel import compute_dtype, prepare_blocks, sharding_of, wrap
+from microdit.training.parallel import compute_dtype, prepare_blocks, shard_the_rest, sharding_of
 from microdit.training.saving import Tensors, load_into, whole
 from microdit.training.shards import foreach_works, total_norm
 from microdit.training.step import DenoisingLoss
@@ -27,7 +27,7 @@ from microdit.training.tally import SUMS, Reading, StepSums, Tally
 
 
 class TrainingState:
-    """`model` as it was built; `loss`, the module to call, wraps it."""
+    """`model` as it was built, and `loss`, which calls it."""
 
     def __init__(self, recipe: Recipe, config: ModelConfig, world: World, weights: dict[str, Tensor] | None, fresh: bool):
         """`weights`: whole ones to begin with. Else, if `fresh`, drawn by the recipe's seed; if not, `load` must follow."""
@@ -38,18 +38,17 @@ class TrainingState:
         self.sharding = sharding_of(recipe.engine, world, parameters)
         self.parameters = parameters
         dtype = compute_dtype(recipe.engine, world.device)
-        autocast = dtype if self.sharding == "ddp" and dtype != torch.float32 else None
-        loss = DenoisingLoss(self.model, self.edm, recipe.model.mask_padding, autocast)
+        loss = DenoisingLoss(self.model, self.edm, recipe.model.mask_padding)
         prepare_blocks(self.model, recipe.engine, self.sharding, world)
         empty = not fresh and weights is None
-        if empty and self.sharding != "fsdp":
+        if self.sharding == "fsdp":
+            shard_the_rest(loss, recipe.engine, world)
+        if empty:  # only now: shards may be all that fits
             loss.to_empty(device=world.device)
-        self.loss = wrap(loss, recipe.engine, self.sharding, world)
-        if empty and self.sharding == "fsdp":  # only now: shards are all that fits
-            loss.to_empty(device=world.device)
+        self.loss = loss
         self._world = world
         self._weights = list(self.model.parameters())
-        self.gradients = gradients_of(self.loss, self.sharding, dtype, recipe.engine, world.device)
+        self.gradients = gradients_of(loss, self.sharding, dtype, recipe.engine, world)
         self.optimizers = Optimizers(self.model, recipe.optimizer)
         self.averages = dict(zip(names_of(recipe.ema), (EMA(self.model, ema) for ema in recipe.ema), strict=True))
 

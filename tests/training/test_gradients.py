@@ -5,18 +5,20 @@ import torch
 
 from microdit.distributed import World, start_world
 from microdit.recipe import EngineRecipe
-from microdit.training.gradients import SpreadGradients, WholeModelGradients
+from microdit.training.gradients import AutogradGradients, WholeModelGradients
 from microdit.training.guard import Guard
-from microdit.training.parallel import prepare_blocks, wrap
+from microdit.training.parallel import prepare_blocks, shard_the_rest
 from microdit.training.start import architecture
 from microdit.training.state import TrainingState
 from microdit.training.step import DenoisingLoss
 from tests.training.test_state import CPU, EACH, PARTS, parts, recipe
 
+ALONE = World(0, 1, CPU, None, None)
+
 
 def fresh(precision: str = "float32") -> TrainingState:
     made = recipe("deferred", "adamw", precision)
-    state = TrainingState(made, architecture(made.model, 4, 12), World(0, 1, CPU, None, None), None, fresh=True)
+    state = TrainingState(made, architecture(made.model, 4, 12), ALONE, None, fresh=True)
     with torch.no_grad():  # fresh weights are zero in places
         draw = torch.Generator().manual_seed(3)
         for weight in state.model.parameters():
@@ -24,7 +26,7 @@ def fresh(precision: str = "float32") -> TrainingState:
     return state
 
 
-def summed(gradients: WholeModelGradients | SpreadGradients, model: torch.nn.Module) -> tuple[list[torch.Tensor], torch.Tensor]:
+def summed(gradients: WholeModelGradients | AutogradGradients, model: torch.nn.Module) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Over two micro-batches; and their losses."""
     batches = [part.to(CPU) for part in parts(recipe("deferred", "adamw"), 0, True)]
     gradients.begin()
@@ -42,7 +44,7 @@ def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
 
 def test_in_float32_the_sums_are_autograds_own_also_in_the_next_step():
     state = fresh()
-    whole, plain = WholeModelGradients(state.loss, torch.float32, replay=False), SpreadGradients(state.loss)
+    whole, plain = WholeModelGradients(state.loss, torch.float32, replay=False, world=ALONE), AutogradGradients(state.loss)
     for _ in range(2):
         ours, our_losses = summed(whole, state.model)
         theirs, their_losses = summed(plain, state.model)
@@ -53,12 +55,13 @@ def test_in_float32_the_sums_are_autograds_own_also_in_the_next_step():
 
 def test_in_bfloat16_they_are_those_of_fsdp_and_near_those_of_float32():
     state, other = fresh(), fresh()
-    ours, our_losses = summed(WholeModelGradients(state.loss, torch.bfloat16, replay=False), state.model)
-    exact, exact_losses = summed(SpreadGradients(state.loss), state.model)
+    ours, our_losses = summed(WholeModelGradients(state.loss, torch.bfloat16, replay=False, world=ALONE), state.model)
+    exact, exact_losses = summed(AutogradGradients(state.loss), state.model)
     engine, world = EngineRecipe(precision="bfloat16", sharding="fsdp"), start_world("cpu")
     prepare_blocks(other.model, engine, "fsdp", world)
-    sharded = wrap(DenoisingLoss(other.model, other.edm, True), engine, "fsdp", world)
-    theirs, their_losses = summed(SpreadGradients(sharded), other.model)
+    sharded = DenoisingLoss(other.model, other.edm, True)
+    shard_the_rest(sharded, engine, world)
+    theirs, their_losses = summed(AutogradGradients(sharded), other.model)
     assert torch.allclose(our_losses, their_losses, rtol=1e-4)
     assert difference(ours, theirs) < 0.01
     assert difference(exact, ours) < 0.05
