@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from microdit.encoders.model_files import is_place, lasting_name, loading
+from microdit.encoders.model_files import dtype_argument, is_place, lasting_name, loading
 from microdit.errors import UserError
 from microdit.hub.opening import OpenedModel, is_our_pipeline, open_model
 from microdit.pipeline import BATCH, SamplerSettings
@@ -85,7 +85,7 @@ class DiffusersPainter:
             raise UserError(f"--weights {settings.weights} chooses among the weights of a run, and {place} is a pipeline: leave it out.")
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         with loading(Path(place)):
-            self._pipeline = DiffusionPipeline.from_pretrained(place, use_safetensors=True, dtype=dtype).to(device)
+            self._pipeline = DiffusionPipeline.from_pretrained(place, use_safetensors=True, **dtype_argument(dtype)).to(device)
         wanted = {"prompt", "num_inference_steps", "guidance_scale", "generator"}
         missing = sorted(wanted - set(inspect.signature(self._pipeline.__call__).parameters))
         if missing:
