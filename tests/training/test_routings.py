@@ -58,7 +58,9 @@ def test_two_processes_learn_the_same_as_one(tmp_path, encoded_emoji, routing, e
     short = [*row(routing), "phases.0.steps=8", "phases.1.steps=6"]
     alone, spread = train(tmp_path / "alone", encoded_emoji, *short), train(tmp_path / "spread", encoded_emoji, *short, *engine, ranks=2)
     assert (alone.wait(), spread.wait()) == ([0], [0, 0]), alone.output + spread.output
-    assert losses(tmp_path / "spread") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
+    ours, theirs = losses(tmp_path / "spread"), losses(tmp_path / "alone")
+    assert ours[1] == pytest.approx(theirs[1], abs=1e-6)
+    assert ours == pytest.approx(theirs, abs=1e-3)  # what rounding may grow to
 
 
 @pytest.mark.parametrize("routing", ["maskdit", "tread", "sprint"])
