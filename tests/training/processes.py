@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +92,9 @@ def tensors(run: Path, step: int) -> dict[str, Tensor]:
     """All that a checkpoint holds, whole: `model/NAME`, `ema/NAME`, `optimizer/NAME/exp_avg` and so on."""
     reader = HuggingFaceStorageReader(str(run / "checkpoints" / f"step-{step:08d}" / "shards"))
     whole = {name: torch.empty(about.size) for name, about in reader.read_metadata().state_dict_metadata.items()}
-    load(whole, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
+        load(whole, storage_reader=reader, no_dist=True)
     return whole
 
 

@@ -106,11 +106,11 @@ def test_micro_batches_of_4_of_16_equal_the_whole(tmp_path, encoded_emoji, plain
     assert_same_steps(trained(tmp_path / "parts", encoded_emoji, *sixteen, "engine.micro_batch=4"), whole)
 
 
-def test_each_step_of_a_sharded_run_is_adamws_and_the_averages_follow_the_weights(tmp_path, encoded_emoji):
+def test_each_step_of_a_sharded_run_is_adamws_and_the_averages_follow_the_weights(tmp_path, encoded_emoji, plain):
     """By the formulas, from one checkpoint to the next. Two averages at once; the second begins later, as a copy."""
     ema = "ema=[{decay: 0.9}, {decay: 0.5, start: 5}]"
     every = ("record.checkpoint_every=1", "record.keep_checkpoints=9", "phases.0.steps=5", "phases.1.steps=4")
-    run = trained(tmp_path / "run", encoded_emoji, ema, *every, "engine.sharding=fsdp", "engine.micro_batch=2", ranks=2)
+    run = trained(tmp_path / "run", encoded_emoji, ema, *every, f"init_from={plain}", "engine.sharding=fsdp", ranks=2)
     rates, states = recorded(run, "learning_rate"), {step: tensors(run, step) for step in range(1, 10)}
     for step in range(2, 10):
         before, after = states[step - 1], states[step]
@@ -138,10 +138,10 @@ def test_a_whole_run_sharded_ends_near_the_plain_one(tmp_path, encoded_emoji, pl
     assert losses(run) == pytest.approx(losses(plain), abs=LOOSE)
 
 
-def test_each_step_of_a_sharded_muon_orthogonalizes_whole_matrices(tmp_path, encoded_emoji):
+def test_each_step_of_a_sharded_muon_orthogonalizes_whole_matrices(tmp_path, encoded_emoji, plain):
     """By its formula, on the gradient that the momentum before and after the step tells of."""
     every = ("optimizer.method=muon", "record.checkpoint_every=1", "record.keep_checkpoints=4", "phases.0.steps=2", "phases.1.steps=2")
-    run = trained(tmp_path / "run", encoded_emoji, *every, "engine.precision=float32", "engine.sharding=fsdp", ranks=2)
+    run = trained(tmp_path / "run", encoded_emoji, *every, f"init_from={plain}", "engine.sharding=fsdp", ranks=2)
     rates, states = recorded(run, "learning_rate"), [tensors(run, step) for step in range(1, 5)]
     matrices = [name.split("/")[1] for name in states[0] if name.endswith("/momentum_buffer")]
     assert len(matrices) > 10
