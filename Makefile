@@ -24,7 +24,7 @@ test-slow: .venv/installed ## the proofs that take minutes
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[demo,dev]'
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[demo,dev]' torchvision  # no image processor without, before transformers 5.17
 	@touch $@
 
 test-oldest: .venv-oldest/installed ## the tests with the oldest versions that pyproject.toml claims (torch alone is several GB)
