@@ -24,9 +24,9 @@ class CPUMuon(torch.optim.Muon):
                     alike[_stackable(weight)].append((weight, self._direction(weight, group["momentum"])))
             for pairs in alike.values():
                 updates = orthogonalized(torch.stack([direction for _, direction in pairs]), group["ns_coefficients"], group["ns_steps"])
-                for (weight, _), update in zip(pairs, updates.unbind(), strict=True):
+                for index, (weight, _) in enumerate(pairs):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(update, alpha=-0.2 * max(weight.shape) ** 0.5 * group["lr"])  # as large as AdamW's (2502.16982)
+                    weight.add_(updates[index], alpha=-0.2 * max(weight.shape) ** 0.5 * group["lr"])  # as large as AdamW's (2502.16982)
 
     def _direction(self, weight: Tensor, momentum: float) -> Tensor:
         """Nesterov's momentum."""
