@@ -3,10 +3,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 FIXTURE ?= tests/fixtures/official_a.safetensors
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow test-oldest lint bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,14 @@ test: .venv/installed lint ## lint, types, and every test that is not slow
 test-slow: .venv/installed ## the proofs that take minutes
 	$(BIN)/pytest -m slow
 
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[demo,dev]' torchvision  # no image processor without, before transformers 5.17
+	@touch $@
+
+test-oldest: .venv-oldest/installed ## the tests with the oldest versions that pyproject.toml claims (torch alone is several GB)
+	.venv-oldest/bin/pytest -n auto --maxprocesses 4 --dist worksteal
+
 lint: .venv/installed ## ruff (format and lint) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -32,4 +40,4 @@ bench: .venv/installed ## parity with the authors' code, and speed against this 
 	$(BIN)/python benchmarks/train_step.py --size tiny --batch 16 --mask 0.75
 
 clean: ## remove the environment, data and runs
-	rm -rf .venv data runs
+	rm -rf .venv .venv-oldest data runs

@@ -12,6 +12,11 @@ class Done(NamedTuple):
     output: str
 
 
+def importing_from(folder: Path, **more: str) -> dict[str, str]:
+    """The environment of a process that looks for packages in `folder` first, and then where this one does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])), **more}
+
+
 def microdit(*arguments: object, cwd: Path, ranks: int = 1) -> Done:
     """The real command in processes of its own. The worst of their exit codes, and all that they printed."""
     cores = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # other tests run beside this one there

@@ -10,6 +10,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from microdit.encoders.model_files import (
+    dtype_argument,
     find_folder,
     fingerprint_of,
     is_place,
@@ -166,7 +167,7 @@ def _load(name: str, folder: Path) -> DiffusersAutoencoder:
         raise UserError(f"{folder / 'config.json'} says _class_name {class_name}; only {', '.join(_KINDS)} can be used.")
     with loading(folder):
         model, info = _KINDS[class_name][0].from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+            folder, **dtype_argument(torch.float32), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     refuse_incomplete(folder, info["missing_keys"])
     return DiffusersAutoencoder(name, model, fingerprint_of(files))

@@ -11,9 +11,11 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 
 from microdit.errors import UserError
@@ -54,6 +56,12 @@ def find_folder(place: str, patterns: list[str]) -> Path:
             f"There is no folder {place}, and the hub did not give the model {repository} ({_first_line(error)}). Check the spelling and "
             "the network; or download the model's folder on another computer, and give the path of that folder."
         ) from error
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The argument by which `from_pretrained` of diffusers takes a dtype: `dtype`, which releases before 0.40 call `torch_dtype`."""
+    major, minor = version("diffusers").split(".")[:2]
+    return {"dtype" if (int(major), int(minor)) >= (0, 40) else "torch_dtype": dtype}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class Mask2Former:
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> list[Detection]:
         """A query's score is its class's probability times the mean probability of its mask, as with the authors."""
-        inputs = self._prepare(images=image, input_data_format="channels_last", return_tensors="pt").to(self._device)
+        inputs = prepared(self._prepare, image).to(self._device)
         output = self._model(**inputs)
         probability_QC = output.class_queries_logits[0].float().softmax(dim=-1)[:, :-1]  # the last class is no object
         top_K, ids_K = probability_QC.flatten().topk(min(MAX_DETECTIONS, len(probability_QC)))
@@ -168,7 +168,7 @@ class ClipColours:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, found: Detection) -> str:
-        inputs = self._prepare(images=cut_out(image, found), input_data_format="channels_last", return_tensors="pt").to(self._device)
+        inputs = prepared(self._prepare, cut_out(image, found)).to(self._device)
         features_1D = self._model.visual_projection(self._model.vision_model(**inputs).pooler_output)
         similarity_C = F.normalize(features_1D, dim=-1)[0] @ self._described(found.class_name).T
         return COLOURS[int(similarity_C.argmax())]
@@ -182,6 +182,14 @@ class ClipColours:
             by_colour_CTD = F.normalize(features_ND, dim=-1).unflatten(0, (len(COLOURS), -1))
             self._descriptions[name] = F.normalize(by_colour_CTD.mean(dim=1), dim=-1)
         return self._descriptions[name]
+
+
+def prepared(prepare: Any, image: Image.Image) -> Any:
+    """The picture as an image processor of transformers makes it, with torchvision or without.
+
+    As an array: of one with three rows it cannot be guessed where the channels are, and with torchvision a picture is turned before.
+    """
+    return prepare(images=np.array(image), input_data_format="channels_last", return_tensors="pt")
 
 
 def cut_out(image: Image.Image, found: Detection) -> Image.Image:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from microdit.encoders.model_files import is_place, lasting_name, loading
+from microdit.encoders.model_files import dtype_argument, is_place, lasting_name, loading
 from microdit.errors import UserError
 from microdit.hub.opening import OpenedModel, is_our_pipeline, open_model
 from microdit.pipeline import BATCH, SamplerSettings
@@ -97,7 +97,7 @@ class DiffusersPainter:
         if settings.weights is not None:
             raise UserError(f"--weights {settings.weights} chooses among the weights of a run, and {place} is a pipeline: leave it out.")
         with loading(Path(place)):
-            self._pipeline = DiffusionPipeline.from_pretrained(place, use_safetensors=True, dtype=compute.dtype)
+            self._pipeline = DiffusionPipeline.from_pretrained(place, use_safetensors=True, **dtype_argument(compute.dtype))
         self._pipeline.to(compute.device)
         wanted = {"prompt", "num_inference_steps", "guidance_scale", "generator"}
         missing = sorted(wanted - set(inspect.signature(self._pipeline.__call__).parameters))

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from microdit.data.pixels import to_image
 from microdit.encoders.autoencoder import decode_latents
+from microdit.encoders.model_files import dtype_argument
 from microdit.encoders.text import FrozenTextEncoder, TextEncoder
 from microdit.encoders.text_models import as_text_model
 from microdit.errors import UserError
@@ -77,7 +78,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
         """As in diffusers, but only safetensors are read. Float32, unless `dtype` says otherwise."""
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or torch.float32
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True}, dtype=dtype)
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True}, **dtype_argument(dtype))
         vae = Path(pretrained_model_name_or_path) / "vae"
         if vae.is_dir() and "vae" not in kwargs and isinstance(pipeline.vae, AutoencoderKL | AutoencoderTiny | AutoencoderDC):
             refuse_incomplete_autoencoder(vae, pipeline.vae)

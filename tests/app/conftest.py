@@ -9,6 +9,11 @@ from microdit.pipeline import Pipeline, SamplerSettings
 LONG = SamplerSettings(num_inference_steps=1000)  # long enough to be called off on any machine
 
 
+def pytest_pycollect_makemodule() -> None:
+    """Skip the folder where the extra `app` is not installed."""
+    pytest.importorskip("fastapi")
+
+
 @pytest.fixture(scope="session")
 def tiny_run(workplace: Path) -> Path:
     return workplace / "runs/tiny"

@@ -8,7 +8,6 @@ import signal
 
 import httpx
 import pytest
-from openai import BadRequestError, NotFoundError, OpenAI
 from PIL import Image
 
 from tests.commands import microdit
@@ -34,13 +33,14 @@ def test_the_command_serves_a_run_until_it_is_interrupted(workplace):
 
 def test_a_run_and_its_export_draw_alike_for_openais_own_client(workplace):
     """Its client, as its users call it: `pip install openai`."""
+    openai = pytest.importorskip("openai")
     exported = microdit("export", "runs/tiny", "exported-tiny", cwd=workplace)
     assert exported.returncode == 0, exported.output
     running = start(workplace / ".logs", ["app", "runs/tiny", "exported-tiny", "--port", 0], cwd=workplace)
     try:
         wait_for(lambda: "Ctrl-C" in running.output, running, seconds=300)
         url = re.search(r"http://127\.0\.0\.1:\d+", running.output)[0]
-        client = OpenAI(base_url=url + "/v1", api_key="not asked for", max_retries=0)
+        client = openai.OpenAI(base_url=url + "/v1", api_key="not asked for", max_retries=0)
         models = [model.id for model in client.models.list()]
         assert models == ["tiny", "exported-tiny"]
         drawn = [
@@ -50,9 +50,9 @@ def test_a_run_and_its_export_draw_alike_for_openais_own_client(workplace):
         pictures = [[Image.open(io.BytesIO(base64.b64decode(one.b64_json))).tobytes() for one in answer.data] for answer in drawn]
         assert pictures[0] == pictures[1]
         assert pictures[0][0] != pictures[0][1]
-        with pytest.raises(BadRequestError, match="n must be between 1 and"):
+        with pytest.raises(openai.BadRequestError, match="n must be between 1 and"):
             client.images.generate(model="tiny", prompt="red heart", n=1000)
-        with pytest.raises(NotFoundError, match=r"There is no model 'dall-e-3'\. Known: tiny, exported-tiny"):
+        with pytest.raises(openai.NotFoundError, match=r"There is no model 'dall-e-3'\. Known: tiny, exported-tiny"):
             client.images.generate(model="dall-e-3", prompt="red heart")
     finally:
         running.kill()

@@ -6,7 +6,6 @@ import shutil
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
 
 from microdit.app.bills import DATA
 from microdit.app.jobs import WorkQueue
@@ -17,6 +16,9 @@ from microdit.budget.shapes import Given
 from microdit.budget.written import write_recipes
 from tests.app.serving import served
 from tests.training.processes import RECIPE
+
+playwright = pytest.importorskip("playwright.sync_api")
+Page, expect, sync_playwright = playwright.Page, playwright.expect, playwright.sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -4,7 +4,6 @@ import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from microdit.errors import UserError
 from microdit.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance, frechet_infinity, frechet_interval
@@ -45,8 +44,9 @@ def test_it_is_what_scipys_matrix_square_root_gives():
 
 def test_it_is_what_torchmetrics_gives():
     """Its network is one that hands on the features, folded into the shape of small pictures."""
+    fid = pytest.importorskip("torchmetrics.image.fid")
     features_a, features_b = normal(200, 12, 1), 1.5 * normal(300, 12, 2) + 0.3
-    peer = FrechetInceptionDistance(feature=torch.nn.Flatten(), input_img_size=(3, 2, 2))
+    peer = fid.FrechetInceptionDistance(feature=torch.nn.Flatten(), input_img_size=(3, 2, 2))
     peer.set_dtype(torch.float64)
     peer.update(features_a.view(-1, 3, 2, 2), real=True)
     peer.update(features_b.view(-1, 3, 2, 2), real=False)

@@ -1,4 +1,3 @@
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from microdit.errors import UserError
 from microdit.hub.demo import DEMO, model_and_prompts
 from microdit.hub.opening import open_model
 from microdit.pipeline import SamplerSettings
+from tests.commands import importing_from
 from tests.commands import microdit as command
 
 
@@ -75,7 +75,7 @@ def test_an_installed_package_draws_with_its_demo_model(workplace, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "microdit", "sample", "a red heart", "--steps", "2"],
         cwd=tmp_path / "home",
-        env={**os.environ, "PYTHONPATH": str(package.parent), "COLUMNS": "300"},
+        env=importing_from(package.parent, COLUMNS="300"),
         capture_output=True,
         text=True,
         check=False,

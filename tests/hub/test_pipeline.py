@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from microdit.hub.export import export_run
 from microdit.hub.pipeline import MicroDiTPipeline
 from microdit.hub.transformer import MicroDiTTransformer2DModel
 from microdit.pipeline import Pipeline, SamplerSettings
+from tests.commands import importing_from
 
 STEPS = {"num_inference_steps": 3}
 FRESH = """
@@ -48,7 +48,7 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 
 def test_a_fresh_process_draws_the_runs_pictures_to_the_last_bit(workplace, folder, tmp_path):
     ours = Pipeline.from_run(workplace / "runs" / "tiny", pytest.fail)[0](["red heart", "a green cat"], SamplerSettings(3), seed=5)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = importing_from(Path(__file__).parents[2], OMP_NUM_THREADS=str(torch.get_num_threads()))
     done = subprocess.run([sys.executable, "-c", FRESH, folder, tmp_path], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for number, image in enumerate(ours):

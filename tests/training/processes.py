@@ -6,8 +6,14 @@ import os
 import socket
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 
@@ -69,13 +75,27 @@ def train(run: Path, data: Path, *more: object, ranks: int = 1) -> Running:
     return start(run.parent / "logs", ["train", RECIPE, f"data.path={data}", "--out", run, *more], ranks)
 
 
-def losses(run: Path) -> dict[int, float]:
-    """By step; each step is recorded once."""
+def recorded(run: Path, key: str) -> dict[int, float]:
+    """A metric by step; each step is recorded once."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("}\n")]
     assert [r["step"] for r in records] == sorted({r["step"] for r in records})
-    return {r["step"]: r["loss"] for r in records}
+    return {r["step"]: r[key] for r in records}
+
+
+def losses(run: Path) -> dict[int, float]:
+    return recorded(run, "loss")
+
+
+def tensors(run: Path, step: int) -> dict[str, Tensor]:
+    """All that a checkpoint holds, whole: `model/NAME`, `ema/NAME`, `optimizer/NAME/exp_avg` and so on."""
+    reader = HuggingFaceStorageReader(str(run / "checkpoints" / f"step-{step:08d}" / "shards"))
+    whole = {name: torch.empty(about.size) for name, about in reader.read_metadata().state_dict_metadata.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
+        load(whole, storage_reader=reader, no_dist=True)
+    return whole
 
 
 def wait_for(condition, running: Running, seconds: float = 60) -> None:
@@ -94,8 +114,6 @@ def free_port() -> int:
 
 def _main(log: Path, arguments: list[str], environment: dict[str, str], cores: int, file_size: int | None, cwd: Path) -> None:
     import resource
-
-    import torch
 
     from microdit import cli
 

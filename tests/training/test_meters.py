@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import wandb
 from rich.console import Console
 
 from microdit.diffusion.edm import EDM
@@ -108,6 +107,7 @@ def test_the_held_out_loss_is_the_same_every_time_and_falls_into_all_bins(encode
 
 def test_the_wandb_project_gets_the_metrics(tmp_path, monkeypatch):
     """The real package, in its own offline mode: what it would send lies in a file."""
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     record = RunRecord(tmp_path, load_recipe(RECIPE, ["record.wandb_project=emoji"]), print, 0)

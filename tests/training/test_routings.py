@@ -1,5 +1,6 @@
 """Every row of the routing table, trained by the real command."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -58,12 +59,13 @@ def test_two_processes_learn_the_same_as_one(tmp_path, encoded_emoji, routing, e
     short = [*row(routing), "phases.0.steps=8", "phases.1.steps=6"]
     alone, spread = train(tmp_path / "alone", encoded_emoji, *short), train(tmp_path / "spread", encoded_emoji, *short, *engine, ranks=2)
     assert (alone.wait(), spread.wait()) == ([0], [0, 0]), alone.output + spread.output
-    assert losses(tmp_path / "spread") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
+    ours, theirs = losses(tmp_path / "spread"), losses(tmp_path / "alone")
+    assert ours[1] == pytest.approx(theirs[1], abs=1e-6)
+    assert ours == pytest.approx(theirs, abs=1e-3)  # what rounding may grow to
 
 
 @pytest.mark.parametrize("routing", ["maskdit", "tread", "sprint"])
-def test_tokens_come_back_under_autocast(routing):
-    """Tokens may then be bfloat16, while the mask token, a weight, is float32."""
+def test_tokens_come_back_in_bfloat16(routing):
     size = Size(dim=32, depth=7, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=0)
     torch.manual_seed(0)
     model = MicroDiT(resolve(routed(size, routing), caption_channels=12))
@@ -72,7 +74,7 @@ def test_tokens_come_back_under_autocast(routing):
     batch = Batch(torch.randn(4, 4, 16, 16), torch.randn(4, 5, 12), torch.ones(4, 5, dtype=torch.bool))
     for ratio in (0.75, 0.0):
         drawn = add_draws(batch, EDM(), 0, 0, range(4), (8, 8), ratio, 0.1, METHODS[routing].path_drop)
-        exact, rough = (DenoisingLoss(model, EDM(), True, autocast)(drawn) for autocast in (None, torch.bfloat16))
+        exact, rough = (DenoisingLoss(of, EDM(), True)(drawn) for of in (model, copy.deepcopy(model).bfloat16()))
         assert rough.dtype == torch.float32
         assert 0 < (rough - exact).abs().max() < 0.05 * exact.max()
 
