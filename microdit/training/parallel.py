@@ -27,17 +27,23 @@ from microdit.recipe import EngineRecipe
 from microdit.training.step import DenoisingLoss
 
 Sharding = Literal["none", "ddp", "fsdp"]
-LARGE = 500_000_000  # parameters from which "auto" shards
+LARGE = 500_000_000  # parameters from which "auto" shards where memory is not known to suffice
+STATE_BYTES = 20  # a parameter of a model that is held whole: weights, gradients, two moments in float32, weights and gradients in bfloat16
+WHOLE = 0.4  # of a GPU's memory, which these may take before "auto" shards them
 SPARE = 0.1  # of a device's memory, which may be spent on speed
 
 
 def sharding_of(engine: EngineRecipe, world: World, parameters: int) -> Sharding:
-    """What `engine.sharding` comes to in this world. FSDP works with one process too, but brings it nothing."""
+    """What `engine.sharding` comes to in this world: "none" alone, "ddp" where each of several processes holds the model whole, or "fsdp".
+
+    A model that is held whole can be replayed (`gradients.py`). FSDP works with one process too, but brings it nothing.
+    """
     if engine.sharding == "fsdp":
         return "fsdp"
     if world.size == 1:
         return "none"
-    return "ddp" if engine.sharding == "ddp" or parameters < LARGE else "fsdp"
+    fits = parameters < LARGE or (world.device.type == "cuda" and spare(STATE_BYTES * parameters, world.device, WHOLE))
+    return "ddp" if engine.sharding == "ddp" or fits else "fsdp"
 
 
 def compute_dtype(engine: EngineRecipe, device: torch.device) -> torch.dtype:
@@ -67,11 +73,11 @@ def shard_the_rest(loss: DenoisingLoss, engine: EngineRecipe, world: World) -> N
     fully_shard(loss, mesh=init_device_mesh(world.device.type, (world.size,)), mp_policy=rest)
 
 
-def spare(wanted: int, device: torch.device) -> bool:
-    """Whether so many bytes are a small part of the device's memory (of the machine's, without a GPU)."""
+def spare(wanted: int, device: torch.device, share: float = SPARE) -> bool:
+    """Whether so many bytes are less than a `share` of the device's memory (of the machine's, without a GPU)."""
     if device.type == "cuda":
-        return wanted < SPARE * torch.cuda.get_device_properties(device).total_memory
-    return wanted < SPARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return wanted < share * torch.cuda.get_device_properties(device).total_memory
+    return wanted < share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def compile_elementwise(model: MicroDiT) -> None:
