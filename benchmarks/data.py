@@ -33,13 +33,15 @@ from microdit.data.card import FORMAT, write_card
 from microdit.data.emoji import emoji_source
 from microdit.data.encode import EncodeSettings, encode_source
 from microdit.data.forms import pack_latents, pack_text
-from microdit.data.latents import EncodedSet
+from microdit.data.latents import EncodedSet, Mixture
 from microdit.data.order import PhaseOrder, SampleOrder
 from microdit.data.pixels import normalise
 from microdit.data.shards import Row, ShardWriter
 from microdit.data.sources import Part, Record, Source
+from microdit.diffusion.edm import EDM
 from microdit.encoders.autoencoder import Autoencoder, Pixels, load_autoencoder
 from microdit.encoders.text import MiniLM, TextEncoder
+from microdit.training.draws import add_draws
 
 PEERS = Path("build/peers")
 # With --no-deps: their whole list would bring torchvision, which does not import beside a CPU torch.
@@ -47,6 +49,7 @@ PEER_PACKAGES = ["mosaicml-streaming", "webdataset", "braceexpand", "brotli", "z
 LATENTS, CHANNELS = (4, 32, 32), 1024
 BATCH = 64
 SECONDS = 4.0  # of reading, for each number
+GPU_WANTS = 1578  # samples/s of one H100 at 45% of its peak, in phase 1 of MicroDiT_XL_2; the bar is twice that
 
 
 def main() -> None:
@@ -81,6 +84,27 @@ def compare_reading(place: Path, rows: int) -> None:
             shutil.rmtree(folder)
         peer = max(speed for name, speed in best.items() if name != "microdit")
         print(f"{f'  our best over the best peer, {tokens} tokens':46}{best['microdit'] / peer:.1f}x", flush=True)
+        show_trainers_own(place / f"trainer-{tokens}", rows, tokens)
+
+
+def show_trainers_own(folder: Path, rows: int, tokens: int) -> None:
+    """What the trainer's reading thread does for each sample, on one thread, and what a CPU then has to do in the place of a GPU."""
+    write_ours(folder, rows, tokens)
+    mixture = Mixture([EncodedSet(folder)], [PhaseOrder(10**6, BATCH, (1,))], seed=0)
+    torch.set_num_threads(1)
+
+    def drawn(step: int) -> None:
+        add_draws(mixture.stored(step).expand(), EDM(), 0, step, range(BATCH), (16, 16), 0.75, 0.1)
+
+    ways: dict[str, Callable[[int], object]] = {"read, checked and put together": mixture.stored, "and expanded and drawn by a CPU": drawn}
+    for name, make in ways.items():
+        started, step = time.perf_counter(), 0
+        while time.perf_counter() - started < SECONDS:
+            make(step)
+            step += 1
+        speed = BATCH * step / (time.perf_counter() - started)
+        print(f"{f'trainer, {name}, {tokens} tokens':62}{speed:8,.0f}   {speed / GPU_WANTS:.1f}x what an H100 at 45% wants", flush=True)
+    shutil.rmtree(folder)
 
 
 def samples_per_second(dataset: Dataset[Any], workers: int) -> float:

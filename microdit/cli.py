@@ -1,7 +1,9 @@
 """The command line. Each command is a few lines that call the package; those about data, pictures, evaluation have files of their own."""
 
 import os
+import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +22,8 @@ from microdit.cli_pictures import grid, sample
 from microdit.errors import StoppedError, UserError
 from microdit.terminal import console, progress
 
+OLDEST_TORCH = (2, 9)  # as pyproject.toml says
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, help=(
     "Train text-to-image diffusion transformers from scratch on a micro-budget.\n\n"
     "In order: [bold]data encode[/] once, [bold]train[/] a recipe, [bold]sample[/] pictures, [bold]evaluate[/] them."
@@ -31,6 +35,7 @@ app.add_typer(lab_app, name="lab")
 def main() -> None:
     """Entry point: mistakes that are the user's end in one sentence and exit code 1."""
     try:
+        _refuse_old_torch()
         app(args=_repeat_option(sys.argv[1:], "--resolutions"))
     except UserError as error:
         rank = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
@@ -41,6 +46,14 @@ def main() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _refuse_old_torch() -> None:
+    """Before anything of it is imported, which would end in a traceback."""
+    found = version("torch")
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST_TORCH:
+        wanted = ".".join(map(str, OLDEST_TORCH))
+        raise UserError(f"microdit needs torch {wanted} or newer, and {found} is installed: pip install --upgrade torch.")
 
 
 def _repeat_option(arguments: list[str], option: str) -> list[str]:

@@ -2,11 +2,15 @@
 
 import json
 import threading
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from microdit import cli
+from microdit.errors import UserError
 from tests.commands import microdit
 from tests.training.processes import RECIPE
 
@@ -209,3 +213,13 @@ def test_bad_input_about_data_ends_in_one_sentence(workplace, arguments, sentenc
     assert sentence in done.output
     assert "Traceback" not in done.output
     assert not (workplace / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("found", "refused"), [("2.8.1+cu128", True), ("1.13.0", True), ("2.9.0", False), ("2.11.0+cu130", False), ("3.0", False)]
+)
+def test_a_torch_that_is_too_old_is_refused_in_one_sentence(monkeypatch, found, refused):
+    monkeypatch.setattr(cli, "version", lambda name: found)
+    with pytest.raises(UserError, match="needs torch 2.9 or newer, and") if refused else nullcontext():
+        cli._refuse_old_torch()
+    assert f"torch>={'.'.join(map(str, cli.OLDEST_TORCH))}" in (Path(__file__).parents[1] / "pyproject.toml").read_text()
