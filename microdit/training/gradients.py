@@ -10,6 +10,7 @@ from collections import Counter
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ MOST_GRAPHS = 8  # each keeps its memory; a mask that falls step by step has mor
 
 
 class Gradients(ABC):
-    """How a micro-batch's gradients come about."""
+    """How a micro-batch's gradients come about. `held`: one for each weight, in whatever precision, where they are not in `grad`."""
+
+    held: list[Tensor] | None = None
 
     @abstractmethod
     def begin(self) -> None:
@@ -48,7 +51,7 @@ def gradients_of(loss: nn.Module, sharding: Sharding, dtype: torch.dtype, engine
     """The way that suits the module to call, products of `dtype`, and the device."""
     replay = engine.cuda_graphs and device.type == "cuda" and torch.version.hip is None
     if sharding == "none" and isinstance(loss, DenoisingLoss) and (replay or dtype != torch.float32):
-        return WholeModelGradients(loss, dtype, replay)
+        return WholeModelGradients(loss, dtype, replay, engine.release_gradients)
     return SpreadGradients(loss)
 
 
@@ -86,25 +89,44 @@ class Recorded:
 
 
 class WholeModelGradients(Gradients):
-    """Products in `dtype` by a copy of the model in it, made anew from the float32 weights in each step; gradients summed in float32."""
+    """Products in `dtype` by a copy of the model in it, made anew from the float32 weights in each step; gradients summed in float32.
 
-    def __init__(self, loss: DenoisingLoss, dtype: torch.dtype, replay: bool):
+    With `release`, none is kept longer than it is needed. Of a step of several micro-batches, each is added to its sum as soon as autograd
+    has made it. Of a step of one there are no sums: the gradients stay as they are, `held`, until the optimizer takes them.
+    """
+
+    def __init__(self, loss: DenoisingLoss, dtype: torch.dtype, replay: bool, release: bool = False):
         self._weights: list[Tensor] = list(loss.parameters())
         self._copied = dtype != torch.float32
         self._loss = deepcopy(loss).to(dtype) if self._copied else loss
         self._leaves: list[Tensor] = list(self._loss.parameters())
-        self._sums = [torch.zeros_like(weight) for weight in self._weights]
+        self._sums = [] if release else [torch.zeros_like(weight) for weight in self._weights]
+        self._release, self._adds = release, False
+        if release:
+            for number, leaf in enumerate(self._leaves):
+                leaf.register_post_accumulate_grad_hook(partial(self._add_at_once, number))
         self._replay, self._first = replay, True
         self._recorded: dict[tuple[object, ...], Recorded] = {}
         self._seen: Counter[tuple[object, ...]] = Counter()
 
     def begin(self) -> None:
-        self._first = True
+        self._first, self.held = True, None
         self._refresh()
 
     def add(self, batch: TrainingBatch, samples: int, last: bool) -> Tensor:
+        if self._release:
+            self._adds = not (self._first and last)
+            if self._adds and self._first:
+                self._sums = self._sums or [torch.zeros_like(weight) for weight in self._weights]
+                for total in self._sums:
+                    total.zero_()
         loss_B, gradients = self._replayed(batch, samples) if self._is_recorded(batch, samples) else self._computed(batch, samples)
-        if self._first:
+        if self._release and not self._adds:
+            self.held = gradients
+            return loss_B
+        if self._adds:
+            pass  # they are in the sums
+        elif self._first:
             torch._foreach_copy_(self._sums, gradients)
         else:
             torch._foreach_add_(self._sums, gradients)
@@ -127,14 +149,19 @@ class WholeModelGradients(Gradients):
             leaf.grad = None
         loss_B = self._loss(batch)
         (loss_B.sum() / samples).backward()
-        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
+        gradients = [] if self._adds else [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
         for leaf in self._leaves:
             leaf.grad = None
         return loss_B.detach(), gradients
 
+    def _add_at_once(self, number: int, leaf: Tensor) -> None:
+        if self._adds and leaf.grad is not None:
+            self._sums[number].add_(leaf.grad)
+            leaf.grad = None
+
     def _is_recorded(self, batch: TrainingBatch, samples: int) -> bool:
         """Record the shape, once it was met often enough."""
-        key = _shape(batch, samples)
+        key = (self._adds, *_shape(batch, samples))
         if not self._replay or key in self._recorded:
             return self._replay
         self._seen[key] += 1
@@ -150,7 +177,7 @@ class WholeModelGradients(Gradients):
         return True
 
     def _replayed(self, batch: TrainingBatch, samples: int) -> tuple[Tensor, list[Tensor]]:
-        recorded = self._recorded[_shape(batch, samples)]
+        recorded = self._recorded[self._adds, *_shape(batch, samples)]
         for field in fields(batch):
             source, target = getattr(batch, field.name), getattr(recorded.batch, field.name)
             if source is not None:
