@@ -114,7 +114,7 @@ def test_what_recomputed_blocks_keep_is_counted(share):
     assert reckoned == pytest.approx(held(model, 32, 64), rel=0.1)
 
 
-@pytest.mark.parametrize(("micro_batches", "release"), product((1, 2), (False, True)))
+@pytest.mark.parametrize(("micro_batches", "release"), [*product((1, 2), (False, True))])
 def test_gradients_are_those_that_are_there(micro_batches, release):
     """Of a model held whole, in bfloat16: those that lie there when the optimizer begins."""
     made = recipe("deferred", "adamw", "bfloat16", release_gradients=release)
