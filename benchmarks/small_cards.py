@@ -1,4 +1,4 @@
-"""What the settings that save memory do to the losses, beside a run without them: 500 steps of `recipes/emoji.yaml` with batches of 8, one seed.
+"""What settings that save memory do to the losses of 500 steps of `recipes/emoji.yaml`, in batches of 8, beside a plain run: one seed.
 
     OMP_NUM_THREADS=2 python benchmarks/small_cards.py
     OMP_NUM_THREADS=2 python benchmarks/small_cards.py data.sets.emoji.path=elsewhere/emoji --ways int8

@@ -13,7 +13,7 @@ from microdit.model.flops import recomputed_flops, training_flops
 from microdit.model.microdit import MicroDiT
 from microdit.model.routing import kept_tokens
 from microdit.recipe import EngineRecipe, OptimizerRecipe, PhaseRecipe, Recipe
-from microdit.training.footprint import Footprint, Layout, footprint
+from microdit.training.footprint import Footprint, Layout, activations, footprint
 from microdit.training.parallel import LARGE, SPARE
 
 HEADROOM = 0.1  # of the card that is left free, for what kernels need for a moment and for fragments
@@ -170,7 +170,11 @@ class Load:
         return Way(micro_batch, layout, self.footprint(micro_batch, layout).total / 1e9, self.time_of(layout))
 
     def _footprint_of_one(self, layout: Layout) -> Footprint:
-        return footprint(self._model, 1, self._tokens, self._kept, self._caption_tokens, layout, self._emas)
+        shape = self._tokens, self._kept, self._caption_tokens
+        if layout.recomputed:  # which changes nothing but activations
+            kept = self._element * activations(self._config, *shape, layout.recomputed)
+            return replace(self._of_one(replace(layout, recomputed=0.0)), activations=kept)
+        return footprint(self._model, 1, *shape, layout, self._emas)
 
 
 def usable(card_gb: float) -> float:

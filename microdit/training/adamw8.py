@@ -14,6 +14,7 @@ Shape legend: N blocks, B numbers of a block.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ LEAST = 2.0 ** ((1 - SIGNED_TOP) // 8) * (1 + (1 - SIGNED_TOP) % 8 / 8)  # what 
 CHUNK = {"cuda": 1 << 22, "cpu": 1 << 16}  # numbers at a time: of a CPU as many as its cache holds
 
 
+@cache
 def block_size(shape: torch.Size) -> int | None:
     """How many numbers share a scale: the largest part of a row up to `BLOCK`. None: the moments of such a weight stay float32.
 
