@@ -6,12 +6,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.tensor import DTensor
 
+from microdit.distributed import start_world
 from microdit.model.microdit import MicroDiT
 from microdit.model.sizes import Size, resolve
-from microdit.recipe import EMARecipe, OptimizerRecipe, PhaseRecipe
+from microdit.recipe import EMARecipe, EngineRecipe, OptimizerRecipe, PhaseRecipe
 from microdit.training.ema import EMA, names_of
 from microdit.training.optim import Optimizers, _bundles, learning_rate
+from microdit.training.parallel import prepare_blocks
+from microdit.training.saving import _begin, whole
 from microdit.training.shards import total_norm
 
 
@@ -183,3 +189,29 @@ def test_bundles_are_all_of_it_and_as_large_as_may_be(sizes, most):
     assert [number for first, end in bundles for number in range(first, end)] == list(range(len(sizes)))
     assert all(end - first == 1 or sum(sizes[first:end]) <= most for first, end in bundles)
     assert all(sum(sizes[a:b]) + sizes[b] > most for a, b in bundles if b < len(sizes))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_state_of_a_sharded_model_is_sharded_and_survives_a_checkpoint(way, tmp_path):
+    world, models = start_world("cpu"), [small_model(), small_model()]
+    found = []
+    for model in models:
+        prepare_blocks(model, EngineRecipe(sharding="fsdp"), "fsdp", world)
+        optimizers = Optimizers(model, way)
+        optimizers.set_rate(1e-3)
+        for weight in model.parameters():
+            weight.grad = torch.full_like(weight, 0.3) if model is models[0] else None
+        if model is models[0]:
+            optimizers.take_gradients()
+            optimizers.step()
+        found.append(optimizers.tensors())
+    written, read = found
+    for name, tensor in written.items():
+        weight = models[0].get_parameter(name.partition("/")[0])
+        assert isinstance(tensor, DTensor) == (isinstance(weight, DTensor) and tensor.dim() > 0), name
+        assert tensor.dim() == 0 or len(tensor) == len(weight), name
+    (tmp_path / "shards").mkdir()
+    _begin(tmp_path / "shards", written, world).result()
+    load(read, storage_reader=HuggingFaceStorageReader(str(tmp_path / "shards")))
+    assert all(whole(tensor).equal(whole(read[name])) for name, tensor in written.items())
+    assert any(whole(tensor).any() for tensor in read.values())
