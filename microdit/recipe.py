@@ -123,7 +123,7 @@ class EngineRecipe:
     micro_batch: int | None = None  # samples that a process takes at a time; without, its whole share of the batch
     compile: bool = False  # torch.compile for what lies between matrix products: seconds at the start, faster steps on a GPU
     cuda_graphs: bool = True  # one NVIDIA GPU that holds the model whole: record a micro-batch's kernels, and replay them by one call
-    activation_checkpointing: bool | float = False  # compute blocks twice, keep less: all, or the first share of them, as 0.5
+    activation_checkpointing: bool | int | float = False  # compute blocks twice, keep less: all, or the first share of them, as 0.5
     averages_on_cpu: bool = False  # keep the averages in the machine's memory, and not in the GPU's
     release_gradients: bool = False  # one process that holds the model whole: keep a gradient no longer than it is needed (gradients.py)
 
