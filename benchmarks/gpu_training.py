@@ -24,10 +24,10 @@ from microdit.model.sizes import Size
 from microdit.recipe import EngineRecipe, Recipe
 from microdit.training.chips import peak_flops
 from microdit.training.draws import MicroBatch, TrainingBatch, UndrawnBatch, add_draws
-from microdit.training.footprint import footprint
+from microdit.training.footprint import Layout, footprint
 from microdit.training.gradients import WholeModelGradients
 from microdit.training.guard import Guard
-from microdit.training.parallel import compute_dtype
+from microdit.training.parallel import SPARE, Sharding, compute_dtype
 from microdit.training.start import architecture
 from microdit.training.state import TrainingState
 from microdit.training.tally import Reading
@@ -100,8 +100,10 @@ class Training:
         with torch.device("meta"):
             model = MicroDiT(self.config)
         kept = kept_tokens(tokens, phase.mask_ratio)
-        sharded = self.recipe.engine.sharding == "fsdp"
-        reckoned = footprint(model, samples, tokens, kept, self.place.caption[0], emas=len(self.recipe.ema), sharded=sharded)
+        sharding: Sharding = "fsdp" if self.recipe.engine.sharding == "fsdp" else "none"
+        spare = SPARE * torch.cuda.get_device_properties(self.world.device).total_memory if on_gpu else 0.0
+        layout = Layout(sharding, accumulates=False, spare=spare)
+        reckoned = footprint(model, samples, tokens, kept, self.place.caption[0], layout, len(self.recipe.ema))
         return {
             "samples": samples,
             "milliseconds": 1000 * one,

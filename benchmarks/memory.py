@@ -24,7 +24,7 @@ from microdit.model.microdit import MicroDiT
 from microdit.model.routing import kept_tokens
 from microdit.model.sizes import SIZES, resolve
 from microdit.training.draws import TrainingBatch
-from microdit.training.footprint import Footprint, footprint
+from microdit.training.footprint import Footprint, Layout, footprint
 from microdit.training.step import DenoisingLoss
 
 NAMES = {"tiny": "MicroDiT_Tiny_2", "xl": "MicroDiT_XL_2"}
@@ -49,7 +49,8 @@ def main() -> None:
         counted = count(args.size, ranks, args.micro_batch, side, kept if args.mask else None, args.checkpointing)
         with torch.device("meta"):
             model = MicroDiT(resolve(SIZES[NAMES[args.size]]))
-        reckoned = footprint(model, args.micro_batch, tokens, kept, CAPTION[0], ranks, checkpointing=args.checkpointing)
+        layout = Layout("fsdp", ranks, recomputed=float(args.checkpointing))
+        reckoned = footprint(model, args.micro_batch, tokens, kept, CAPTION[0], layout, emas=1)
         both = counted_and_reckoned(counted, reckoned)
         for name, values in both.items():
             print(
@@ -78,7 +79,7 @@ def count(size: str, ranks: int, batch: int, side: int, kept: int | None, checkp
         model = MicroDiT(resolve(SIZES[NAMES[size]]))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
-        model.recompute_blocks = checkpointing
+        model.recompute_first(float(checkpointing))
         loss = DenoisingLoss(model, EDM(), mask_padding=False)
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         for block in (model.caption, *model.all_blocks):

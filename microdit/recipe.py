@@ -98,6 +98,7 @@ class OptimizerRecipe:
     """AdamW, or Muon for most matrices and AdamW for the rest. Experts learn at a rate of their own; only matrices decay."""
 
     method: Literal["adamw", "muon"] = "adamw"
+    moments: Literal["float32", "int8"] = "float32"  # AdamW's two, in 4 bytes a number each or in 1 (training/adamw8.py)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -122,7 +123,9 @@ class EngineRecipe:
     micro_batch: int | None = None  # samples that a process takes at a time; without, its whole share of the batch
     compile: bool = False  # torch.compile for what lies between matrix products: seconds at the start, faster steps on a GPU
     cuda_graphs: bool = True  # one NVIDIA GPU that holds the model whole: record a micro-batch's kernels, and replay them by one call
-    activation_checkpointing: bool = False  # compute blocks twice, keep less
+    activation_checkpointing: bool | int | float = False  # compute blocks twice, keep less: all, or the first share of them, as 0.5
+    averages_on_cpu: bool = False  # keep the averages in the machine's memory, and not in the GPU's
+    release_gradients: bool = False  # one process that holds the model whole: keep a gradient no longer than it is needed (gradients.py)
 
 
 @dataclass(frozen=True)

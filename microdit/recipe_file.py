@@ -133,6 +133,16 @@ def _problems(recipe: Recipe) -> list[str]:
     need(len({ema.decay for ema in recipe.ema}) == len(recipe.ema), "ema names a decay twice.")
     found += engine_problems(recipe.engine)
     need(recipe.engine.micro_batch is None or recipe.engine.micro_batch >= 1, "engine.micro_batch must be at least 1.")
+    share = recipe.engine.activation_checkpointing
+    need(0 <= share <= 1, f"engine.activation_checkpointing is {share}, and must be true, false, or a share of the blocks from 0 to 1.")
+    need(
+        not recipe.engine.release_gradients or recipe.engine.sharding != "fsdp",
+        "engine.release_gradients is for a process that holds the model whole, and engine.sharding is fsdp: leave one of them out.",
+    )
+    need(
+        recipe.optimizer.moments == "float32" or recipe.optimizer.method == "adamw",
+        "optimizer.moments int8 is for optimizer.method adamw: muon has one moment, in float32.",
+    )
     need(recipe.guard.loss_jump > 1 and recipe.guard.rollback_after >= 1, "guard.loss_jump must be above 1, rollback_after at least 1.")
     need(bool(recipe.phases), "phases is empty: a run needs at least one.")
     data = recipe.data

@@ -184,3 +184,28 @@ def test_several_sets_and_their_weights(tmp_path):
     ]:
         with pytest.raises(UserError, match=sentence):
             load_recipe(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["engine.activation_checkpointing=1.5"], r"activation_checkpointing is 1.5, and must be true, false, or a share"),
+        (["engine.release_gradients=true", "engine.sharding=fsdp"], r"holds the model whole, and engine.sharding is fsdp"),
+        (["optimizer.moments=int8", "optimizer.method=muon"], r"int8 is for optimizer.method adamw"),
+    ],
+)
+def test_savings_that_cannot_be_are_refused(overrides, problem):
+    with pytest.raises(UserError, match=problem):
+        load_recipe(Path(__file__).parents[1] / "recipes" / "emoji.yaml", overrides)
+
+
+@pytest.mark.parametrize(("written", "share"), [("true", 1.0), ("false", 0.0), ("0.25", 0.25), ("1", 1.0), ("0", 0.0)])
+def test_blocks_are_recomputed_all_or_none_or_a_share(written, share):
+    assert (
+        float(
+            load_recipe(
+                Path(__file__).parents[1] / "recipes" / "emoji.yaml", [f"engine.activation_checkpointing={written}"]
+            ).engine.activation_checkpointing
+        )
+        == share
+    )

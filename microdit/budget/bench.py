@@ -76,7 +76,9 @@ def measure(recipe: Recipe, shapes: Shapes, world: World, seconds: float, advanc
     images_per_second = steps * micro_batch / passed
     _, height, width = shapes.sides[0]
     tokens = (height // config.patch_size) * (width // config.patch_size)
-    flops = Work(recipe, config).of_step(replace(phase, batch_size=1), 0, tokens, shapes.caption_tokens) * time_factor(recipe.engine)
+    flops = Work(recipe, config).of_step(replace(phase, batch_size=1), 0, tokens, shapes.caption_tokens) * time_factor(
+        recipe, phase, shapes
+    )
     return Measurement(
         chip_name(device),
         images_per_second * flops / peak,

@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 
 from microdit.budget.machine import Machine
 from microdit.budget.shapes import Shapes
+from microdit.model.flops import recomputed_flops, training_flops
 from microdit.model.microdit import ModelConfig
-from microdit.recipe import EngineRecipe, PhaseRecipe, Recipe
+from microdit.model.routing import kept_tokens
+from microdit.recipe import PhaseRecipe, Recipe
 from microdit.training.start import architecture
 from microdit.training.work import Work
-
-RECOMPUTED = 4 / 3  # of the work: a second forward pass, beside a backward pass that costs two
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,20 @@ def config_of(recipe: Recipe, shapes: Shapes) -> ModelConfig:
     return architecture(recipe.model, shapes.latent_channels, shapes.caption_channels)
 
 
-def time_factor(engine: EngineRecipe) -> float:
-    """How much longer a step takes than its FLOPs say."""
-    return RECOMPUTED if engine.activation_checkpointing else 1.0
+def time_factor(recipe: Recipe, phase: PhaseRecipe, shapes: Shapes) -> float:
+    """How much longer a step takes than its FLOPs say: blocks that are recomputed compute forward twice."""
+    config, p, kinds = config_of(recipe, shapes), recipe.model.patch_size, []
+    for share, height, width in shapes.sides:
+        tokens = (height // p) * (width // p)
+        kinds.append((share, (config, tokens, kept_tokens(tokens, phase.mask_ratio_at(0)), shapes.caption_tokens)))
+    again = sum(share * recomputed_flops(*kind, float(recipe.engine.activation_checkpointing)) for share, kind in kinds)
+    return 1 + again / sum(share * training_flops(*kind) for share, kind in kinds)
 
 
 def _phase_bill(recipe: Recipe, phase: PhaseRecipe, shapes: Shapes, machine: Machine) -> PhaseBill:
     flops = phase_flops(recipe, phase, shapes)
     images = phase.steps * phase.batch_size
-    hours = machine.hours(flops * time_factor(recipe.engine))
+    hours = machine.hours(flops * time_factor(recipe, phase, shapes))
     ratios = phase.mask_ratio_at(0), phase.mask_ratio_at(phase.steps - 1)
     return PhaseBill(
         phase.name,

@@ -1,31 +1,69 @@
-"""Does a phase fit a card, and with which micro-batch, sharding and recomputing? By the arithmetic of `training/footprint.py`."""
+"""Does a phase fit a card, and with which micro-batch, sharding and savings? By the arithmetic of `training/footprint.py`."""
 
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
 from microdit.budget.bill import config_of
 from microdit.budget.shapes import Shapes
 from microdit.errors import UserError
+from microdit.model.flops import recomputed_flops, training_flops
 from microdit.model.microdit import MicroDiT
 from microdit.model.routing import kept_tokens
-from microdit.recipe import EngineRecipe, PhaseRecipe, Recipe
-from microdit.training.footprint import Footprint, footprint
-from microdit.training.parallel import LARGE
+from microdit.recipe import EngineRecipe, OptimizerRecipe, PhaseRecipe, Recipe
+from microdit.training.footprint import Footprint, Layout, activations, footprint
+from microdit.training.parallel import LARGE, SPARE
 
 HEADROOM = 0.1  # of the card that is left free, for what kernels need for a moment and for fragments
 ENOUGH = 4096  # patches that the backbone computes at a time, for a GPU to have enough to do (a judgement, not measured)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks that may be recomputed
+NAMES = {"none": "whole", "ddp": "ddp", "fsdp": "fsdp"}  # fsdp on one GPU: kept in float32, computed with block by block
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a GPU may hold its share of the training. `gigabytes`: in use, of 10^9 bytes."""
+    """How a GPU may hold its share of the training. `gigabytes`: in use, of 10^9 bytes. `time`: of a step, 1 if nothing is recomputed."""
 
     micro_batch: int
-    sharding: str  # ddp: whole weights on every GPU; fsdp: dealt out (on one GPU: kept in float32, computed with block by block)
-    checkpointing: bool
+    layout: Layout
     gigabytes: float
+    time: float
+
+    def engine(self, engine: EngineRecipe) -> EngineRecipe:
+        """Those settings, changed to this way."""
+        layout = self.layout
+        share: bool | float = layout.recomputed == 1 or layout.recomputed
+        return replace(
+            engine,
+            sharding="auto" if layout.sharding == "none" else layout.sharding,
+            micro_batch=self.micro_batch,
+            activation_checkpointing=share or False,
+            averages_on_cpu=layout.averages_on_cpu,
+            release_gradients=layout.release_gradients,
+        )
+
+    def optimizer(self, optimizer: OptimizerRecipe) -> OptimizerRecipe:
+        return replace(optimizer, moments=self.layout.moments)
+
+    def overrides(self) -> list[str]:
+        """As they are written behind `microdit train`."""
+        engine, plain = self.engine(EngineRecipe()), EngineRecipe()
+        names = ("micro_batch", "sharding", "release_gradients", "averages_on_cpu", "activation_checkpointing")
+        said = [(name, getattr(engine, name)) for name in names if getattr(engine, name) != getattr(plain, name)]
+        moments = [] if self.layout.moments == "float32" else [f"optimizer.moments={self.layout.moments}"]
+        return [f"engine.{name}={str(value).lower()}" for name, value in said] + moments
+
+    def in_words(self) -> str:
+        layout = self.layout
+        savings = [
+            "gradients released" if layout.release_gradients else "",
+            "averages on CPU" if layout.averages_on_cpu else "",
+            "int8 moments" if layout.moments == "int8" else "",
+            "recomputed" if layout.recomputed == 1 else f"{layout.recomputed:.0%} recomputed" if layout.recomputed else "",
+        ]
+        return ", ".join([str(self.micro_batch), NAMES[layout.sharding], *filter(None, savings), f"{self.gigabytes:.1f}"])
 
 
 class Load:
@@ -43,61 +81,100 @@ class Load:
         ratio = min([ratio for _, ratio in phase.mask_schedule] if phase.mask_schedule else [phase.mask_ratio])
         self._kept = kept_tokens(self._tokens, ratio)
         self._caption_tokens, self._emas = shapes.caption_tokens, len(recipe.ema)
-        self._element = 4 if recipe.engine.precision == "float32" else 2
+        self._element: int = 4 if recipe.engine.precision == "float32" else 2
+        self._muon = recipe.optimizer.method == "muon"
+        self._config = config_of(recipe, shapes)
         with torch.device("meta"):
-            self._model = MicroDiT(config_of(recipe, shapes))
+            self._model = MicroDiT(self._config)
         self.parameters = sum(weight.numel() for weight in self._model.parameters())
+        self._of_one = cache(self._footprint_of_one)
 
-    def footprint(self, micro_batch: int, sharding: str, checkpointing: bool) -> Footprint:
-        return footprint(
-            self._model,
-            micro_batch,
-            self._tokens,
-            self._kept,
-            self._caption_tokens,
-            self.ranks,
-            self._emas,
-            self._element,
-            checkpointing,
-            sharding == "fsdp",
-        )
+    def footprint(self, micro_batch: int, layout: Layout) -> Footprint:
+        return self._of_one(layout).of(micro_batch)
 
-    def as_asked(self, engine: EngineRecipe) -> tuple[Way, Footprint]:
+    def as_asked(self, recipe: Recipe, card_gb: float) -> tuple[Way, Footprint]:
         """As the recipe says."""
+        engine = recipe.engine
         micro_batch = min(engine.micro_batch or self.share, self.share)
         shards = engine.sharding == "fsdp" or (engine.sharding == "auto" and self.ranks > 1 and self.parameters >= LARGE)
-        sharding = "fsdp" if shards else "ddp"
-        parts = self.footprint(micro_batch, sharding, engine.activation_checkpointing)
-        return Way(micro_batch, sharding, engine.activation_checkpointing, parts.total / 1e9), parts
+        layout = Layout(
+            "fsdp" if shards else "ddp" if self.ranks > 1 else "none",
+            self.ranks,
+            self._element,
+            float(engine.activation_checkpointing),
+            recipe.optimizer.moments,
+            engine.averages_on_cpu,
+            engine.release_gradients,
+            micro_batch < self.share,
+            SPARE * card_gb * 1e9,
+        )
+        parts = self.footprint(micro_batch, layout)
+        return Way(micro_batch, layout, parts.total / 1e9, self.time_of(layout)), parts
 
     def best_way(self, card_gb: float) -> Way | None:
-        """Nothing recomputed, if it can be, and whole weights rather than shards; but samples of at least `ENOUGH` patches, if
-        that can be.
+        """Prefer what costs no time and changes nothing: whole weights, then sharded ones; then gradients released, averages on the CPU,
+        moments in 8 bits; then recomputing, as few blocks as need be. The first of these that leaves samples of at least `ENOUGH` patches
+        at a time.
 
         Else the most samples that any way allows. None: not even one sample fits.
         """
-        ways = [self._largest(card_gb, sharding, again) for again, sharding in product((False, True), ("ddp", "fsdp"))]
-        possible = [way for way in ways if way is not None]
-        enough = [way for way in possible if way.micro_batch == self.share or way.micro_batch * self._kept >= ENOUGH]
-        return next(iter(enough), None) or max(possible, key=lambda way: way.micro_batch, default=None)
+        most: Way | None = None
+        for layout in self.layouts(card_gb):
+            way = self._largest(card_gb, layout)
+            if way is None:
+                continue
+            if way.micro_batch == self.share or way.micro_batch * self._kept >= ENOUGH:
+                return way
+            if most is None or way.micro_batch > most.micro_batch:
+                most = way
+        return most
+
+    def layouts(self, card_gb: float) -> Iterator[Layout]:
+        """All that there are to choose from, the dearest last."""
+        whole = Layout("ddp" if self.ranks > 1 else "none", self.ranks, self._element, spare=SPARE * card_gb * 1e9)
+        sharded = replace(whole, sharding="fsdp")
+        released = replace(whole, release_gradients=True) if self.ranks == 1 else whole
+        ways = [whole, sharded, released]
+        if self._emas:
+            ways += [replace(way, averages_on_cpu=True) for way in (released, sharded)]
+        if not self._muon:
+            ways += [replace(way, averages_on_cpu=bool(self._emas), moments="int8") for way in (released, sharded)]
+        for share in SHARES:
+            yield from (replace(way, recomputed=share) for way in dict.fromkeys(ways))
+
+    def time_of(self, layout: Layout) -> float:
+        """Of a step, 1 if nothing is recomputed."""
+        shape = self._config, self._tokens, self._kept, self._caption_tokens
+        return 1 + recomputed_flops(*shape, layout.recomputed) / training_flops(*shape)
 
     def refuse(self, card_gb: float, card: str) -> UserError:
         """The sentence for a card that has no way."""
-        least = min(self.footprint(1, sharding, True).total for sharding in ("ddp", "fsdp")) / 1e9
+        least = min(self.footprint(1, layout).total for layout in self.layouts(card_gb)) / 1e9
         return UserError(
-            f"{self.name} does not fit: one sample at a time, blocks recomputed, needs {least:.1f} GB of each of {self.ranks} {card}, "
-            f"and {usable(card_gb) / 1e9:.1f} of its {card_gb:g} GB can be used: take more GPUs, a larger card or a smaller model."
+            f"{self.name} does not fit: one sample at a time, with all that saves memory, needs {least:.1f} GB "
+            f"of each of {self.ranks} {card}, and {usable(card_gb) / 1e9:.1f} of its {card_gb:g} GB can be used: "
+            "take more GPUs, a larger card or a smaller model."
         )
 
-    def _largest(self, card_gb: float, sharding: str, checkpointing: bool) -> Way | None:
-        """The largest micro-batch that fits and divides the share."""
-        one = self.footprint(1, sharding, checkpointing)
-        room = usable(card_gb) - (one.total - one.activations)
-        most = min(self.share, int(room // one.activations))
-        if most < 1:
-            return None
-        micro_batch = next(size for size in range(most, 0, -1) if self.share % size == 0)
-        return Way(micro_batch, sharding, checkpointing, (one.total + (micro_batch - 1) * one.activations) / 1e9)
+    def _largest(self, card_gb: float, layout: Layout) -> Way | None:
+        """The largest micro-batch that fits and divides the share. As large as that, nothing is accumulated."""
+        room = usable(card_gb)
+        at_once = replace(layout, accumulates=False)
+        if self._of_one(at_once).samples_in(room) >= self.share:
+            layout, micro_batch = at_once, self.share
+        else:
+            most = min(self.share - 1, self._of_one(layout).samples_in(room))
+            if most < 1:
+                return None
+            micro_batch = next(size for size in range(most, 0, -1) if self.share % size == 0)
+        return Way(micro_batch, layout, self.footprint(micro_batch, layout).total / 1e9, self.time_of(layout))
+
+    def _footprint_of_one(self, layout: Layout) -> Footprint:
+        shape = self._tokens, self._kept, self._caption_tokens
+        if layout.recomputed:  # which changes nothing but activations
+            kept = self._element * activations(self._config, *shape, layout.recomputed)
+            return replace(self._of_one(replace(layout, recomputed=0.0)), activations=kept)
+        return footprint(self._model, 1, *shape, layout, self._emas)
 
 
 def usable(card_gb: float) -> float:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from microdit.budget.bill import time_factor
 from microdit.budget.encoding import Encoding, encoding
 from microdit.budget.fit import Load, Way
 from microdit.budget.machine import Machine
@@ -15,7 +14,7 @@ from microdit.budget.stages import AT_256, STAGES, Stage, equivalent_size, file_
 from microdit.errors import UserError
 from microdit.formats import money
 from microdit.model.sizes import Size
-from microdit.recipe import EngineRecipe, Recipe
+from microdit.recipe import EngineRecipe, OptimizerRecipe, Recipe
 
 UNCERTAINTY = 2  # a factor, on the size: our judgement of rules that were found on other models
 LEAST_IMAGES = 5_000_000  # seen in all, below which we promise no model at 256 px
@@ -181,15 +180,17 @@ def _recipes(size: Size, purse: _Purse, shapes: dict[str, Shapes], machine: Mach
     """The phases that use up the purse, with engine settings that fit. None if there are none."""
     stages = purse.stages
     batch = _batch(purse.flops / _mean_flops(stages, size, shapes), machine.count)
-    ways = [_way(stage, size, batch, shapes[stage.name], machine, stage is stages[-1]) for stage in stages]
-    engines = [_engine(way) for way in ways if way is not None]
-    if len(engines) < len(ways):
+    found = [_way(stage, size, batch, shapes[stage.name], machine, stage is stages[-1]) for stage in stages]
+    ways = [way for way in found if way is not None]
+    if len(ways) < len(found):
         return None
-    images = purse.flops / _mean_flops(stages, size, shapes, tuple(time_factor(engine) for engine in engines))
-    return {
-        file_stem(stage): stage_recipe(stage, size, max(1, int(images * share / batch)), batch, data, engine, stage is stages[-1])
-        for stage, share, engine in zip(stages, _shares(stages), engines, strict=True)
-    }
+    images = purse.flops / _mean_flops(stages, size, shapes, [way.time for way in ways])
+    recipes = {}
+    for stage, share, way in zip(stages, _shares(stages), ways, strict=True):
+        engine, optimizer = way.engine(EngineRecipe(compile=True)), way.optimizer(OptimizerRecipe())
+        steps = max(1, int(images * share / batch))
+        recipes[file_stem(stage)] = stage_recipe(stage, size, steps, batch, data, engine, stage is stages[-1], optimizer)
+    return recipes
 
 
 def _batch(images: float, gpus: int) -> int:
@@ -200,11 +201,6 @@ def _batch(images: float, gpus: int) -> int:
 def _way(stage: Stage, size: Size, batch: int, shapes: Shapes, machine: Machine, last: bool) -> Way | None:
     recipe = stage_recipe(stage, size, steps=1, batch_size=batch, last=last)
     return Load(recipe, recipe.phases[0], shapes, machine.count).best_way(machine.chip.memory_gb)
-
-
-def _engine(way: Way) -> EngineRecipe:
-    sharding = "fsdp" if way.sharding == "fsdp" else "ddp"
-    return EngineRecipe(sharding=sharding, micro_batch=way.micro_batch, compile=True, activation_checkpointing=way.checkpointing)  # type: ignore[arg-type]
 
 
 def _mean_flops(stages: Sequence[Stage], size: Size, shapes: dict[str, Shapes], factors: Sequence[float] = (1.0,) * len(STAGES)) -> float:

@@ -85,7 +85,7 @@ def _phases(name: str, recipe: Recipe, shapes: Shapes, machine: Machine) -> list
         advice = load.best_way(machine.chip.memory_gb)
         if advice is None:
             raise load.refuse(machine.chip.memory_gb, machine.chip.name)
-        asked, parts = load.as_asked(recipe.engine)
+        asked, parts = load.as_asked(recipe, machine.chip.memory_gb)
         fits = parts.total <= usable(machine.chip.memory_gb)
         divides = load.share % (recipe.engine.micro_batch or load.share) == 0
         small = load.best_way(SMALL_CARD_GB), alone.best_way(SMALL_CARD_GB)

@@ -36,7 +36,7 @@ def show(budget: Budget, console: Console) -> None:
         costs.padding = 0  # large sums: closer together rather than cut
     for table in (costs, _memory(budget), _ways(budget)):
         console.print(table)
-    for line in [_verdict(budget), *_data(budget.encoding)]:
+    for line in [_verdict(budget), *_settings(budget), *_data(budget.encoding)]:
         console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -67,11 +67,11 @@ def _costs(budget: Budget) -> Table:
 
 
 def _memory(budget: Budget) -> Table:
-    """`gathered` are low-precision copies of weights."""
+    """`gathered` are low-precision copies of weights. The total is less than the sum where gradients come as activations go."""
     table = _table("GB on each GPU, as the recipe says", "weights", "grads", "moments", "averages", "activations", "copies", "total")
     for phase in budget.phases:
         p = phase.parts
-        parts = (p.parameters, p.gradients, p.moments, p.averages, p.activations, p.gathered, p.total)
+        parts = (p.parameters, p.gradients + p.passing, p.moments, p.averages, p.activations, p.gathered, p.total)
         table.add_row(phase.bill.name, *(f"{part / 1e9:.2f}" for part in parts))
     return table
 
@@ -81,7 +81,7 @@ def _ways(budget: Budget) -> Table:
     table = _table("Does it fit? Micro-batch, sharding, GB in use", "as the recipe says", *columns, justify="left")
     for phase in budget.phases:
         table.add_row(phase.bill.name, _asked(phase), *(_way(choose(phase)) for choose in columns.values()))
-    table.caption = f"{HEADROOM:.0%} of a card is left free. recomputed: engine.activation_checkpointing, a third more time."
+    table.caption = f"{HEADROOM:.0%} of a card is left free. recomputed: a second forward pass of the blocks or of the first of them."
     return table
 
 
@@ -92,6 +92,18 @@ def _verdict(budget: Budget) -> str:
         fits[place.replace("on", "On", 1)] = [phase.bill.name for phase in budget.phases if choose(phase) is None]
     said = [f"{place}: {'[red]no[/], not ' + ', '.join(missing) if missing else 'yes'}" for place, missing in fits.items()]
     return f"[bold]Fits?[/] {'. '.join(said)}."
+
+
+def _settings(budget: Budget) -> list[str]:
+    """What each phase has to say that does not fit as it is, and what that costs."""
+    lines = []
+    for phase in budget.phases:
+        if phase.fits and phase.divides:
+            continue
+        time = phase.advice.time
+        costs = f"{time - 1:.0%} more time" if time > 1 else "no more FLOPs"
+        lines.append(f"[bold]{phase.bill.name}[/] fits with {' '.join(phase.advice.overrides())} ({costs}).")
+    return lines
 
 
 def _places(budget: Budget) -> dict[str, Callable[[PhaseBudget], Way | None]]:
@@ -142,7 +154,7 @@ def _asked(phase: PhaseBudget) -> str:
 def _way(way: Way | None) -> str:
     if way is None:
         return "[red]does not fit[/]"
-    return f"{way.micro_batch}, {way.sharding}{', recomputed' if way.checkpointing else ''}, {way.gigabytes:.1f}"
+    return way.in_words()
 
 
 def _dropped(ratios: tuple[float, float]) -> str:

@@ -6,7 +6,17 @@ from microdit.budget.bill import phase_flops
 from microdit.budget.scaling import PATCHES
 from microdit.budget.shapes import Shapes, assumed_shapes
 from microdit.model.sizes import Size
-from microdit.recipe import DataRecipe, DiffusionRecipe, EMARecipe, EngineRecipe, ModelRecipe, PhaseRecipe, Recipe, RecordRecipe
+from microdit.recipe import (
+    DataRecipe,
+    DiffusionRecipe,
+    EMARecipe,
+    EngineRecipe,
+    ModelRecipe,
+    OptimizerRecipe,
+    PhaseRecipe,
+    Recipe,
+    RecordRecipe,
+)
 
 PROMPTS = ["a red apple on a table", "a cat on a sofa", "a mountain lake", "a street at night"]
 
@@ -45,6 +55,7 @@ def stage_recipe(
     data: str = "data/mine",
     engine: EngineRecipe = EngineRecipe(),  # noqa: B008 (frozen)
     last: bool = False,
+    optimizer: OptimizerRecipe = OptimizerRecipe(),  # noqa: B008 (frozen)
 ) -> Recipe:
     """`last`: of its run, which has an average in any case."""
     number = STAGES.index(stage)
@@ -67,6 +78,7 @@ def stage_recipe(
         model=ModelRecipe(**asdict(size), position_scale=2.0 if at_512 else 1.0),
         diffusion=DiffusionRecipe(P_mean=0.0, P_std=0.6) if at_512 else DiffusionRecipe(),
         phases=[phase],
+        optimizer=optimizer,
         ema=[EMARecipe(decay, start)] if stage.ema_decay or last else [],
         engine=engine,
         record=RecordRecipe(checkpoint_every=1000, samples_every=5000, sample_prompts=PROMPTS, sample_steps=30, guidance_scale=5.0),

@@ -24,6 +24,12 @@ def training_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: 
     return 2 * (2 * outer + 3 * inner)
 
 
+def recomputed_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: int, share: float) -> int:
+    """Of the blocks that compute twice, if the first `share` of all do: their second forward pass."""
+    first = config.tokens_by_block(tokens, kept)[: config.recomputed(share)]
+    return sum(2 * _block(config, shape, width, seen, caption_tokens) for shape, width, seen in first)
+
+
 def _without_input_gradient(config: ModelConfig, tokens: int, caption_tokens: int) -> int:
     """Multiply-adds of the first products on patches, noise level and caption."""
     return config.dim * (tokens * config.patch_values + TIME_FREQUENCIES + caption_tokens * config.caption_channels)

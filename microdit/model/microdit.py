@@ -85,6 +85,10 @@ class ModelConfig:
             *((shape, self.mixer_dim, tokens) for shape in self.decoder),
         ]
 
+    def recomputed(self, share: float) -> int:
+        """How many blocks that share of them is, rounded up."""
+        return math.ceil(share * (len(self.mixer) + len(self.blocks) + len(self.decoder)))
+
 
 class MicroDiT(nn.Module):
     """The denoising network F of EDM (2206.00364, eq. 7): noisy latents, noise level and caption in, patches out."""
@@ -92,7 +96,7 @@ class MicroDiT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.recompute_blocks = False  # in the backward pass, instead of keeping what is inside them (activation checkpointing)
+        self.recomputed: frozenset[nn.Module] = frozenset()  # blocks that compute anew in the backward pass what is inside them
         dim, mixer_dim = config.dim, config.mixer_dim
         self.patch_embed = nn.Linear(config.patch_values, dim)
         self.time_embed = nn.Sequential(nn.Linear(TIME_FREQUENCIES, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
@@ -197,6 +201,10 @@ class MicroDiT(nn.Module):
         self.restore.init_weights()
         self.head.init_weights()
 
+    def recompute_first(self, share: float) -> None:
+        """Activation checkpointing of that share of the blocks, the first ones: all later ones have gone when theirs come back."""
+        self.recomputed = frozenset(self.all_blocks[: self.config.recomputed(share)])
+
     @torch.no_grad()
     def scale_init(self, factor: float) -> None:
         """Make the initial matrices of blocks and caption embedder larger. The paper's, of about 0.02 at any width, suit the widths of its
@@ -208,7 +216,7 @@ class MicroDiT(nn.Module):
                     weight.mul_(factor)
 
     def _run(self, block: nn.Module, *inputs: Tensor | KeysValues | None) -> Tensor:
-        if self.recompute_blocks and torch.is_grad_enabled():
+        if block in self.recomputed and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # a block draws nothing
         return block(*inputs)
 

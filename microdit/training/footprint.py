@@ -3,30 +3,68 @@
 Shape legend: n tokens of a block, D its width, A attention width, F feed-forward width, L caption tokens, C tokens that experts take.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from microdit.model.blocks import BlockShape
 from microdit.model.microdit import MicroDiT, ModelConfig
 from microdit.model.routing import METHODS
+from microdit.training.adamw8 import moment_bytes
 
-FLOAT = 4  # bytes: weights, gradients, moments and averages are float32
+FLOAT = 4  # bytes: weights, sums of gradients, moments and averages are float32, but where a layout says otherwise
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one of `ranks` processes holds a training: by FSDP its share of the model, else all of it.
+
+    `element`: bytes of what products compute in, 2 in bfloat16 and 4 in float32. `recomputed`: the share of blocks that compute twice.
+    `accumulates`: whether a step has several micro-batches. `spare`: bytes that the device may spend on speed (parallel.py).
+    """
+
+    sharding: Literal["none", "ddp", "fsdp"] = "none"
+    ranks: int = 1
+    element: int = 2
+    recomputed: float = 0.0
+    moments: Literal["float32", "int8"] = "float32"
+    averages_on_cpu: bool = False
+    release_gradients: bool = False
+    accumulates: bool = True
+    spare: float = 0.0
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes. `activations`: what the forward pass keeps for the backward pass, at its end; `gathered`: low-precision copies of weights,
-    FSDP's of the two largest blocks and of what lies outside of blocks, or autocast's of all."""
+    """Bytes. `activations`: what the forward pass keeps for the backward pass, at its end. `gathered`: low-precision copies of weights.
+    `gradients`: sums that stay there through a step, and `passing`, that come while activations go and are freed behind the optimizer.
+    `averages`: on the CPU, the one that is being updated.
+    """
 
     parameters: int
     gradients: int
+    passing: int
     moments: int
     averages: int
     activations: int
     gathered: int
 
     @property
+    def lasting(self) -> int:
+        return self.parameters + self.gradients + self.moments + self.averages + self.gathered
+
+    @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.moments + self.averages + self.activations + self.gathered
+        """At the worst moment. While all passing gradients come, at least half of the activations have gone: the later half of the blocks
+        has most of the weights."""
+        return self.lasting + max(self.activations, self.passing + self.activations // 2)
+
+    def samples_in(self, room: float) -> int:
+        """How many samples at a time fit there, if this is of one."""
+        return int(min(room - self.lasting, 2 * (room - self.lasting - self.passing)) // self.activations)
+
+    def of(self, micro_batch: int) -> "Footprint":
+        """For so many samples at a time, if this is of one."""
+        return replace(self, activations=micro_batch * self.activations)
 
 
 def footprint(
@@ -35,39 +73,62 @@ def footprint(
     tokens: int,
     kept: int,
     caption_tokens: int,
-    ranks: int = 1,
+    layout: Layout = Layout(),
     emas: int = 1,
-    element: int = 2,
-    checkpointing: bool = False,
-    sharded: bool = True,
 ) -> Footprint:
-    """Of one of `ranks` processes that share the model by FSDP, or each hold the whole. `model` may be on the meta device.
-
-    `element`: bytes of an activation, 2 in bfloat16 and 4 in float32. If not `sharded`, 2 is autocast, which keeps norms in float32:
-    these are not reckoned, so activations come out low.
-    """
-    weights = {name: weight.numel() for name, weight in model.named_parameters()}
+    """`model` may be on the meta device. With DDP, autocast keeps norms in float32: these are not reckoned, so activations come out low."""
+    shards = layout.sharding == "fsdp"
+    owners = layout.ranks if shards else 1
     # FSDP deals out rows of the first dimension, rounded up: the weights of 8 experts are never cut into more than 8.
-    owners = ranks if sharded else 1
-    share = sum(-(-len(weight) // owners) * weight[0].numel() for weight in model.parameters()) * FLOAT
+    rows = [(-(-len(weight) // owners), weight.shape) for weight in model.parameters()]
+    sizes = [count * shape[1:].numel() for count, shape in rows]
+    mine, everything = sum(sizes) * FLOAT, sum(weight.numel() for weight in model.parameters())
+    moments = sum(moment_bytes(*item) for item in rows) if layout.moments == "int8" else 2 * mine
+    averages = max(sizes) * FLOAT * bool(emas) if layout.averages_on_cpu else emas * mine
+    kept_elements = activations(model.config, tokens, kept, caption_tokens, layout.recomputed)
+    lasting, passing = _gradients(layout, mine, everything)
+    return Footprint(
+        mine, lasting, passing, moments, averages, micro_batch * kept_elements * layout.element, _gathered(model, layout, everything)
+    )
+
+
+def _gradients(layout: Layout, mine: int, everything: int) -> tuple[int, int]:
+    """Bytes of those that last, and of those that pass. `mine`: bytes of the process's weights; `everything`: numbers of the model's."""
+    if layout.sharding == "ddp":
+        return mine, 0  # its buckets
+    if layout.sharding == "fsdp":
+        if not layout.accumulates:
+            return 0, mine
+        return (FLOAT * everything, mine) if layout.ranks > 1 and FLOAT * everything < layout.spare else (mine, 0)
+    if layout.release_gradients:
+        return (mine, 0) if layout.accumulates else (0, layout.element * everything)
+    return mine, layout.element * everything
+
+
+def _gathered(model: MicroDiT, layout: Layout, everything: int) -> int:
+    """Of all weights, if there is room with FSDP; else of the two largest blocks and of what lies outside of blocks."""
+    if layout.element == FLOAT and (layout.sharding != "fsdp" or layout.ranks == 1):
+        return 0
+    if layout.sharding != "fsdp" or layout.element * everything < layout.spare:
+        return layout.element * everything
     blocks: dict[str, int] = {}
-    for name, count in weights.items():
+    for name, weight in model.named_parameters():
         stack, number = name.split(".")[:2]
         group = f"{stack}.{number}" if stack in ("blocks", "mixer", "decoder") else "caption" if stack == "caption" else "rest"
-        blocks[group] = blocks.get(group, 0) + count
+        blocks[group] = blocks.get(group, 0) + weight.numel()
     # One block computes while the next one comes in.
-    copied = blocks.pop("rest") + 2 * max(blocks.values()) if sharded else sum(weights.values())
-    gathered = copied * element if owners > 1 or element != FLOAT else 0
-    kept_elements = activations(model.config, tokens, kept, caption_tokens, checkpointing)
-    return Footprint(share, share, 2 * share, emas * share, micro_batch * kept_elements * element, gathered)
+    return (blocks.pop("rest") + 2 * max(blocks.values())) * layout.element
 
 
-def activations(config: ModelConfig, tokens: int, kept: int, caption_tokens: int, checkpointing: bool) -> int:
-    """Elements that autograd keeps for one sample. With checkpointing, blocks keep their input, and one block is computed anew."""
+def activations(config: ModelConfig, tokens: int, kept: int, caption_tokens: int, recomputed: float) -> int:
+    """Elements that autograd keeps for one sample. Of blocks that are recomputed, the first ones, it keeps their input; one of them at a
+    time has all, when the later blocks' have gone.
+    """
     by_block = config.tokens_by_block(tokens, kept)
     blocks = [_block(shape, width, n, caption_tokens, config.expert_capacity) for shape, width, n in by_block]
-    inside = sum(n * width for _, width, n in by_block) + max(blocks) if checkpointing else sum(blocks)
-    return inside + _outside(config, tokens, kept, caption_tokens)
+    again = config.recomputed(recomputed)
+    inputs = sum(n * width for _, width, n in by_block[:again])
+    return inputs + max([sum(blocks[again:]), *blocks[:again]]) + _outside(config, tokens, kept, caption_tokens)
 
 
 def _block(shape: BlockShape, dim: int, n: int, caption_tokens: int, capacity: float) -> int:

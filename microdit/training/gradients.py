@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,9 @@ MOST_GRAPHS = 8  # each keeps its memory; a mask that falls step by step has mor
 
 
 class Gradients(ABC):
-    """How a micro-batch's gradients come about."""
+    """How a micro-batch's gradients come about. `held`: one for each weight, in whatever precision, where they are not in `grad`."""
+
+    held: list[Tensor] | None = None
 
     @abstractmethod
     def begin(self) -> None:
@@ -47,7 +50,7 @@ def gradients_of(loss: DenoisingLoss, sharding: Sharding, dtype: torch.dtype, en
     """The way that suits the sharding, products of `dtype`, and the device."""
     replay = engine.cuda_graphs and world.device.type == "cuda" and torch.version.hip is None
     if sharding == "ddp" or (sharding == "none" and (replay or dtype != torch.float32)):
-        return WholeModelGradients(loss, dtype, replay, world)
+        return WholeModelGradients(loss, dtype, replay, world, engine.release_gradients)
     return AutogradGradients(loss)
 
 
@@ -84,29 +87,47 @@ class Recorded:
 
 class WholeModelGradients(Gradients):
     """Products in `dtype` by a copy of the model in it, made anew from the float32 weights in each step; gradients summed in float32, over
-    the processes that hold the model too once a step."""
+    the processes that hold the model too once a step.
 
-    def __init__(self, loss: DenoisingLoss, dtype: torch.dtype, replay: bool, world: World):
+    With `release`, which is for one process, none is kept longer than it is needed. Of a step of several micro-batches, each is added to
+    its sum as soon as autograd has made it. Of a step of one there are no sums: the gradients stay as they are, `held`, until the optimizer
+    takes them.
+    """
+
+    def __init__(self, loss: DenoisingLoss, dtype: torch.dtype, replay: bool, world: World, release: bool = False):
         self._weights: list[Tensor] = list(loss.parameters())
         self._copied = dtype != torch.float32
         self._loss = deepcopy(loss).to(dtype) if self._copied else loss
         self._leaves: list[Tensor] = list(self._loss.parameters())
-        # One piece of memory, so that one message adds up all processes.
-        self._flat = torch.zeros(sum(weight.numel() for weight in self._weights), device=world.device)
-        pieces = self._flat.split([weight.numel() for weight in self._weights])
-        self._sums = [piece.view_as(weight) for piece, weight in zip(pieces, self._weights, strict=True)]
-        self._world = world
+        self._world, self._release, self._adds = world, release, False
+        self._flat, self._sums = torch.empty(0), list[Tensor]()
+        if not release:
+            self._take_memory_for_sums()
+        else:
+            for number, leaf in enumerate(self._leaves):
+                leaf.register_post_accumulate_grad_hook(partial(self._add_at_once, number))
         self._replay, self._first = replay, True
         self._recorded: dict[tuple[object, ...], Recorded] = {}
         self._seen: Counter[tuple[object, ...]] = Counter()
 
     def begin(self) -> None:
-        self._first = True
+        self._first, self.held = True, None
         self._refresh()
 
     def add(self, batch: TrainingBatch, samples: int, last: bool) -> Tensor:
+        if self._release:
+            self._adds = not (self._first and last)
+            if self._adds and self._first:
+                if not self._sums:
+                    self._take_memory_for_sums()
+                self._flat.zero_()
         loss_B, gradients = self._replayed(batch, samples) if self._is_recorded(batch, samples) else self._computed(batch, samples)
-        if self._first:
+        if self._release and not self._adds:
+            self.held = gradients
+            return loss_B
+        if self._adds:
+            pass  # they are in the sums
+        elif self._first:
             torch._foreach_copy_(self._sums, gradients)
         else:
             torch._foreach_add_(self._sums, gradients)
@@ -117,6 +138,12 @@ class WholeModelGradients(Gradients):
         for weight, total in zip(self._weights, self._sums, strict=True):
             weight.grad = total
         return loss_B
+
+    def _take_memory_for_sums(self) -> None:
+        """In one piece, so that one message adds up all processes."""
+        self._flat = torch.zeros(sum(weight.numel() for weight in self._weights), device=self._world.device)
+        pieces = self._flat.split([weight.numel() for weight in self._weights])
+        self._sums = [piece.view_as(weight) for piece, weight in zip(pieces, self._weights, strict=True)]
 
     def current_loss(self) -> nn.Module:
         self._refresh()
@@ -132,14 +159,19 @@ class WholeModelGradients(Gradients):
             leaf.grad = None
         loss_B = self._loss(batch)
         (loss_B.sum() / samples).backward()
-        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
+        gradients = [] if self._adds else [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
         for leaf in self._leaves:
             leaf.grad = None
         return loss_B.detach(), gradients
 
+    def _add_at_once(self, number: int, leaf: Tensor) -> None:
+        if self._adds and leaf.grad is not None:
+            self._sums[number].add_(leaf.grad)
+            leaf.grad = None
+
     def _is_recorded(self, batch: TrainingBatch, samples: int) -> bool:
         """Record the shape, once it was met often enough."""
-        key = _shape(batch, samples)
+        key = (self._adds, *_shape(batch, samples))
         if not self._replay or key in self._recorded:
             return self._replay
         self._seen[key] += 1
@@ -154,7 +186,7 @@ class WholeModelGradients(Gradients):
         return True
 
     def _replayed(self, batch: TrainingBatch, samples: int) -> tuple[Tensor, list[Tensor]]:
-        recorded = self._recorded[_shape(batch, samples)]
+        recorded = self._recorded[self._adds, *_shape(batch, samples)]
         for field in fields(batch):
             source, target = getattr(batch, field.name), getattr(recorded.batch, field.name)
             if source is not None:

@@ -3,13 +3,16 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from microdit.model.microdit import MicroDiT
 from microdit.model.moe import ExpertChoice
 from microdit.recipe import OptimizerRecipe, PhaseRecipe
+from microdit.training.adamw8 import AdamW8
 from microdit.training.muon import Muon
 from microdit.training.shards import Shard, foreach_works, shards_of
+
+BUNDLE = 64_000_000  # numbers, of which gradients are brought into float32 at a time
 
 
 class Optimizers:
@@ -20,9 +23,11 @@ class Optimizers:
     Weight decay is on matrices only: norms and biases have none.
     """
 
-    def __init__(self, model: MicroDiT, recipe: OptimizerRecipe):
-        """The model's parameters as they will be trained, so after sharding."""
+    def __init__(self, model: MicroDiT, recipe: OptimizerRecipe, compile: bool = False):
+        """The model's parameters as they will be trained, so after sharding. `compile`: the update of moments in 8 bits."""
         self.shards = shards_of(model)
+        self._held: list[Tensor] | None = None  # gradients of whatever precision, and what to multiply them by
+        self._scale: Tensor | None = None
         experts = {id(weight) for module in model.modules() if isinstance(module, ExpertChoice) for weight in (module.w_in, module.w_out)}
         muon: set[int] = set()
         if recipe.method == "muon":
@@ -40,10 +45,13 @@ class Optimizers:
             group([s for s in rest if s.weight.dim() < 2], 1.0, 0.0),
         ]
         # The learning rate here is a placeholder: `set_rate` sets the real one before every step.
+        groups = [g for g in groups if g["params"]]
         self._fused = foreach_works(rest[0].leaf.device)
-        self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=0.0, betas=recipe.betas, eps=recipe.eps, fused=self._fused, foreach=False
-        )
+        self.adamw: torch.optim.AdamW | AdamW8
+        if recipe.moments == "int8":
+            self.adamw = AdamW8(groups, recipe.betas, recipe.eps, compile)
+        else:
+            self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=recipe.betas, eps=recipe.eps, fused=self._fused, foreach=False)
         self.muon = Muon([s for s in self.shards if id(s.weight) in muon], recipe.weight_decay) if muon else None
 
     @property
@@ -55,21 +63,49 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["rate"]
 
-    def take_gradients(self) -> list[nn.Parameter]:
-        """This process's part of each weight that has a gradient, with its part of that. Call it once the gradients are there."""
+    def take_gradients(self, held: list[Tensor] | None = None) -> list[Tensor]:
+        """This process's part of each gradient. Call it once they are there: in the weights' `grad`, or one for each weight, `held`."""
+        self._held = held
+        if held is not None:
+            return held
         for shard in self.shards:
             shard.take_gradient()
-        return [shard.leaf for shard in self.shards if shard.leaf.grad is not None]
+        return [shard.leaf.grad for shard in self.shards if shard.leaf.grad is not None]
+
+    def clip(self, largest_norm: float, norm: Tensor) -> None:
+        """Scale the gradients, of that norm, down to `largest_norm`, if theirs is larger."""
+        if self._held is not None:
+            self._scale = (largest_norm / (norm + 1e-6)).clamp(max=1.0)
+            return
+        leaves = [shard.leaf for shard in self.shards if shard.leaf.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(leaves, largest_norm, norm, foreach=foreach_works(norm.device))
 
     def step(self, taken: Tensor | None = None) -> None:
         """`taken`: 0.0 leaves everything as it is, without the program having to know; a scalar on the weights' device."""
-        if self._fused:  # what PyTorch's loss scaling uses to the same end
-            self.adamw.found_inf = None if taken is None else 1 - taken  # type: ignore[attr-defined]
-        self.adamw.step()
+        if self._held is None:
+            self._step(taken)
+            return
+        # No copy of all gradients in float32 is ever there: a bundle of them at a time is made, taken and freed.
+        for first, end in _bundles([gradient.numel() for gradient in self._held]):
+            for shard, gradient in zip(self.shards[first:end], self._held[first:end], strict=True):
+                shard.leaf.grad = gradient.float() if self._scale is None else gradient.float() * self._scale
+            self._step(taken)
+            for shard in self.shards[first:end]:
+                shard.leaf.grad = None
+
+    def _step(self, taken: Tensor | None) -> None:
+        """On those weights that have a gradient."""
+        if isinstance(self.adamw, AdamW8):
+            self.adamw.step(taken=taken)
+        else:
+            if self._fused:  # what PyTorch's loss scaling uses to the same end
+                self.adamw.found_inf = None if taken is None else 1 - taken  # type: ignore[attr-defined]
+            self.adamw.step()
         if self.muon:
             self.muon.step(taken=taken)
 
     def zero_grad(self) -> None:
+        self._held = self._scale = None
         for shard in self.shards:
             shard.drop_gradient()
 
@@ -96,6 +132,17 @@ class Optimizers:
             for state in optimizer.state.values():
                 for value in state.values():
                     value.zero_()
+
+
+def _bundles(sizes: list[int]) -> list[tuple[int, int]]:
+    """Runs of neighbours, (first, end), of up to `BUNDLE` together, or of one that is larger."""
+    bundles, first, total = [], 0, 0
+    for number, size in enumerate(sizes):
+        if total + size > BUNDLE and number > first:
+            bundles.append((first, number))
+            first, total = number, 0
+        total += size
+    return [*bundles, (first, len(sizes))]
 
 
 def learning_rate(phase: PhaseRecipe, step: int) -> float:

@@ -53,7 +53,7 @@ def compute_dtype(engine: EngineRecipe, device: torch.device) -> torch.dtype:
 
 def prepare_blocks(model: MicroDiT, engine: EngineRecipe, sharding: Sharding, world: World) -> None:
     """Compile, mark for recomputing and shard the blocks, in place. The weights may still be on the meta device."""
-    model.recompute_blocks = engine.activation_checkpointing
+    model.recompute_first(engine.activation_checkpointing)
     blocks = model.all_blocks
     if engine.compile:
         compile_elementwise(model)

@@ -31,12 +31,13 @@ class Shard:
         self.leaf.grad = self.weight.grad = None
 
     def sharded(self, part: Tensor) -> Tensor:
-        """A tensor of the weight's shape, sharded alike, of which `part` is this process's own."""
+        """A tensor sharded as the weight is, of which `part` is this process's own: with as many rows, of whatever shape."""
         weight = self.weight
-        if not isinstance(weight, DTensor) or part.shape != self.leaf.shape:
+        if not isinstance(weight, DTensor) or part.dim() == 0:
             return part
-        mesh, placements = weight.device_mesh, weight.placements
-        return DTensor.from_local(part, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
+        shape = torch.Size([len(weight), *part.shape[1:]])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(part, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=stride)
 
     def whole(self, part: Tensor) -> Tensor:
         """All of the tensor of which `part` is this process's own. All processes must call this."""
@@ -59,7 +60,11 @@ def shards_of(model: nn.Module) -> list[Shard]:
 
 def total_norm(gradients: list[Tensor], sum_over_processes: bool) -> Tensor:
     """The norm of all gradients together, a scalar on their device. All processes must call this, if they hold different parts."""
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach_works(gradients[0].device))
+    if gradients[0].dtype == torch.float32:
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach_works(gradients[0].device))
+    else:  # whose norm is not to be rounded to their few digits
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
     if sum_over_processes:
         squared = norm.square()
         torch.distributed.all_reduce(squared)

@@ -33,10 +33,17 @@ FREE_TO_CHANGE = {"record", "engine", "guard", "name"}  # of a recipe, between s
 
 
 def refuse_misfits(recipe: Recipe, sets: list[EncodedSet], world: World) -> None:
-    """Raises UserError if the batches cannot be dealt out to the processes, or the patches not into a phase's grid."""
+    """Raises UserError if the batches cannot be dealt out to the processes, or the patches not into a phase's grid,
+    or if there are more processes than a setting is for.
+    """
     rows = sum(len(encoded) for encoded in sets)
     if world.size > rows:
         raise UserError(f"There are {world.size} processes and {rows} samples in {', '.join(str(s.folder) for s in sets)}: start fewer.")
+    if recipe.engine.release_gradients and world.size > 1:
+        raise UserError(
+            f"engine.release_gradients is for one process that holds the model whole, and there are {world.size}: leave it out, "
+            "and take engine.sharding fsdp to save memory."
+        )
     for index, phase in enumerate(recipe.phases):
         share, rest = divmod(phase.batch_size, world.size)
         micro = recipe.engine.micro_batch or share

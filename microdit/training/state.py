@@ -21,7 +21,7 @@ from microdit.training.guard import Guard, Verdict
 from microdit.training.optim import Optimizers
 from microdit.training.parallel import compute_dtype, prepare_blocks, shard_the_rest, sharding_of
 from microdit.training.saving import Tensors, load_into, whole
-from microdit.training.shards import foreach_works, total_norm
+from microdit.training.shards import total_norm
 from microdit.training.step import DenoisingLoss
 from microdit.training.tally import SUMS, Reading, StepSums, Tally
 
@@ -49,8 +49,9 @@ class TrainingState:
         self._world = world
         self._weights = list(self.model.parameters())
         self.gradients = gradients_of(loss, self.sharding, dtype, recipe.engine, world)
-        self.optimizers = Optimizers(self.model, recipe.optimizer)
-        self.averages = dict(zip(names_of(recipe.ema), (EMA(self.model, ema) for ema in recipe.ema), strict=True))
+        self.optimizers = Optimizers(self.model, recipe.optimizer, recipe.engine.compile)
+        on_cpu = recipe.engine.averages_on_cpu
+        self.averages = dict(zip(names_of(recipe.ema), (EMA(self.model, ema, on_cpu) for ema in recipe.ema), strict=True))
 
     def learn(
         self, parts: Sequence[MicroBatch], step: int, grad_clip: float, guard: Guard, stops: tuple[bool, bool] = (False, False)
@@ -77,13 +78,15 @@ class TrainingState:
 
     def clip(self, largest_norm: float) -> Tensor:
         """Scale the gradients down to the norm `largest_norm`, if theirs is larger. Returns theirs, over all processes, on the device."""
-        leaves = self.optimizers.take_gradients()
-        norm = total_norm([leaf.grad for leaf in leaves if leaf.grad is not None], self.sharding == "fsdp" and self._world.size > 1)
-        torch.nn.utils.clip_grads_with_norm_(leaves, largest_norm, norm, foreach=foreach_works(norm.device))
+        gradients = self.optimizers.take_gradients(self.gradients.held)
+        norm = total_norm(gradients, self.sharding == "fsdp" and self._world.size > 1)
+        self.optimizers.clip(largest_norm, norm)
         return norm
 
     def take_step(self, step: int, taken: Tensor) -> None:
         """Step number `step` (from 0), on gradients that `clip` has seen; nothing changes if `taken`, a scalar on the device, is 0."""
+        for average in self.averages.values():
+            average.let_weights_change()
         self.optimizers.step(taken)
         for average in self.averages.values():
             average.update(step, taken)

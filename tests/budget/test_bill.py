@@ -67,7 +67,7 @@ def test_recomputed_blocks_take_a_third_more_time_and_no_more_of_the_methods_flo
     again = replace(plain, engine=replace(plain.engine, activation_checkpointing=True))
     (a,), (b,) = (bill(recipe, shapes_of(recipe), machine()) for recipe in (plain, again))
     assert a.flops == b.flops
-    assert b.hours == pytest.approx(4 / 3 * a.hours)
+    assert b.hours == pytest.approx(4 / 3 * a.hours, rel=0.03)  # all but the little that is not in blocks
 
 
 def test_a_falling_mask_costs_between_its_ends():

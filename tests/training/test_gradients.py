@@ -1,10 +1,12 @@
 """Gradients by a copy of the model in another precision, beside those of autograd and of FSDP. Recording and replaying them needs a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from microdit.distributed import World, start_world
-from microdit.recipe import EngineRecipe
+from microdit.recipe import EngineRecipe, OptimizerRecipe
 from microdit.training.gradients import AutogradGradients, WholeModelGradients
 from microdit.training.guard import Guard
 from microdit.training.parallel import prepare_blocks, shard_the_rest
@@ -83,3 +85,48 @@ def test_the_copy_follows_the_weights():
         of_float32 = state.loss(batch).mean().item()
     assert after < before
     assert after == pytest.approx(of_float32, rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_released_gradients_are_the_same_ones(precision):
+    """Of two micro-batches in the sums; of one, as they are, held for the optimizer; and again of two, in the next step."""
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    state, other = fresh(), fresh()
+    kept, released = (
+        WholeModelGradients(state.loss, dtype, False, ALONE),
+        WholeModelGradients(other.loss, dtype, False, ALONE, release=True),
+    )
+    for _ in range(2):
+        ours, losses = summed(released, other.model)
+        theirs, their_losses = summed(kept, state.model)
+        assert released.held is None
+        assert losses.equal(their_losses)
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(ours, theirs, strict=True))
+        batch = parts(recipe("deferred", "adamw"), 0, True)[0].to(CPU)
+        for gradients in (kept, released):
+            gradients.begin()
+            gradients.add(batch, EACH, last=True)
+        assert all(weight.grad is None for weight in other.model.parameters())
+        assert all(held.dtype == dtype for held in released.held)
+        assert all(held.float().equal(weight.grad) for held, weight in zip(released.held, state.model.parameters(), strict=True))
+
+
+def test_a_step_of_released_gradients_is_the_same_step():
+    """Clipped, with moments in 8 bits and recomputed blocks."""
+    states = []
+    for release in (False, True):
+        made = recipe("deferred", "adamw", "bfloat16", release_gradients=release, activation_checkpointing=0.5 * release)
+        made = replace(made, optimizer=OptimizerRecipe(moments="int8"))
+        state = TrainingState(made, architecture(made.model, 4, 12), World(0, 1, CPU, None, None), None, fresh=True)
+        guard = Guard(made.guard, CPU)
+        for step in range(3):
+            state.optimizers.set_rate(1e-3)
+            batches = parts(made, step, True)[: 1 + step % 2]
+            state.learn([batch.to(CPU) for batch in batches], step, 0.1, guard)
+        states.append(state)
+    before = fresh()
+    kept, released = (state.tensors() for state in states)
+    for name, tensor in kept.items():
+        if name.startswith(("model/", "ema/")):
+            assert torch.allclose(tensor, released[name], atol=1e-5), name
+    assert not all(tensor.equal(released[f"model/{name}"]) for name, tensor in before.model.named_parameters())

@@ -6,12 +6,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.tensor import DTensor
 
+from microdit.distributed import start_world
 from microdit.model.microdit import MicroDiT
 from microdit.model.sizes import Size, resolve
-from microdit.recipe import EMARecipe, OptimizerRecipe, PhaseRecipe
+from microdit.recipe import EMARecipe, EngineRecipe, OptimizerRecipe, PhaseRecipe
 from microdit.training.ema import EMA, names_of
-from microdit.training.optim import Optimizers, learning_rate
+from microdit.training.optim import Optimizers, _bundles, learning_rate
+from microdit.training.parallel import prepare_blocks
+from microdit.training.saving import _begin, whole
+from microdit.training.shards import total_norm
 
 
 def small_model(**settings: object) -> MicroDiT:
@@ -64,11 +71,14 @@ def test_muon_has_the_matrices_inside_and_adamw_the_rest(routing):
     assert len(by_muon) + sum(len(group["params"]) for group in adamw.param_groups) == len(names)
 
 
-@pytest.mark.parametrize("method", ["adamw", "muon"])
-def test_the_state_goes_by_name_and_making_it_changes_no_weight(method):
+WAYS = [OptimizerRecipe("adamw"), OptimizerRecipe("adamw", moments="int8"), OptimizerRecipe("muon")]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_state_goes_by_name_and_making_it_changes_no_weight(way):
     models = [small_model(), small_model()]
     models[1].load_state_dict(models[0].state_dict())
-    optimizers = [Optimizers(model, OptimizerRecipe(method=method)) for model in models]
+    optimizers = [Optimizers(model, way) for model in models]
 
     def step(index: int, value: float) -> None:
         optimizers[index].set_rate(1e-3)
@@ -104,13 +114,14 @@ def test_one_step_is_adamw_of_the_formula():
     assert torch.allclose(model.blocks[0].attn.qkv.weight, expected, atol=1e-7)
 
 
-@pytest.mark.parametrize("start", [0, 10])
-def test_the_average_equals_the_naive_sum(start):
+@pytest.mark.parametrize(("start", "on_cpu"), [(0, False), (0, True), (10, False), (10, True)])
+def test_the_average_equals_the_naive_sum(start, on_cpu):
     model = small_model()
-    ema = EMA(model, EMARecipe(decay=0.9, start=start))
+    ema = EMA(model, EMARecipe(decay=0.9, start=start), on_cpu)
     naive = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     for step in range(30):
         with torch.no_grad():
+            ema.let_weights_change()
             for weight in model.parameters():
                 weight.add_(torch.randn_like(weight))
         ema.update(step, torch.tensor(1.0))
@@ -129,10 +140,10 @@ def test_files_of_averages_are_named_by_their_length():
     assert names_of([EMARecipe(0.999), EMARecipe(0.9999), EMARecipe(0.99, 100)]) == ["ema", "ema-0.9999", "ema-0.99"]
 
 
-@pytest.mark.parametrize("method", ["adamw", "muon"])
-def test_a_step_that_is_not_taken_changes_no_weight_and_no_moment(method):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_that_is_not_taken_changes_no_weight_and_no_moment(way):
     model = small_model()
-    optimizers = Optimizers(model, OptimizerRecipe(method=method))
+    optimizers = Optimizers(model, way)
     optimizers.set_rate(1e-3)
 
     def step(value: float, taken: float) -> list[torch.Tensor]:
@@ -144,3 +155,63 @@ def test_a_step_that_is_not_taken_changes_no_weight_and_no_moment(method):
     first = step(0.5, 1.0)
     assert all(a.equal(b) for a, b in zip(first, step(math.nan, 0.0), strict=True))
     assert not all(a.equal(b) for a, b in zip(first, step(0.5, 1.0), strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_that_are_held_are_taken_bundle_by_bundle_to_the_same_end(way, monkeypatch):
+    """Clipped, in bfloat16; beside the same ones in float32 and in the weights' `grad`."""
+    monkeypatch.setattr("microdit.training.optim.BUNDLE", 3000)
+    models = [small_model(), small_model()]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [Optimizers(model, way) for model in models]
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        gradients = [torch.randn(weight.shape, generator=draw).bfloat16() for weight in models[0].parameters()]
+        for weight, gradient in zip(models[0].parameters(), gradients, strict=True):
+            weight.grad = gradient.float()
+        norms = []
+        for optimizer, held in zip(optimizers, (None, gradients), strict=True):
+            optimizer.set_rate(1e-2)
+            norms.append(total_norm(optimizer.take_gradients(held), False))
+            optimizer.clip(0.5, norms[-1])
+            optimizer.step(torch.tensor(1.0))
+            optimizer.zero_grad()
+        assert norms[0].item() == pytest.approx(norms[1].item(), rel=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    assert all(weight.grad is None for weight in models[1].parameters())
+
+
+@given(sizes=st.lists(st.integers(1, 100), min_size=1), most=st.integers(1, 150))
+def test_bundles_are_all_of_it_and_as_large_as_may_be(sizes, most):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("microdit.training.optim.BUNDLE", most)
+        bundles = _bundles(sizes)
+    assert [number for first, end in bundles for number in range(first, end)] == list(range(len(sizes)))
+    assert all(end - first == 1 or sum(sizes[first:end]) <= most for first, end in bundles)
+    assert all(sum(sizes[a:b]) + sizes[b] > most for a, b in bundles if b < len(sizes))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_state_of_a_sharded_model_is_sharded_and_survives_a_checkpoint(way, tmp_path):
+    world, models = start_world("cpu"), [small_model(), small_model()]
+    found = []
+    for model in models:
+        prepare_blocks(model, EngineRecipe(sharding="fsdp"), "fsdp", world)
+        optimizers = Optimizers(model, way)
+        optimizers.set_rate(1e-3)
+        for weight in model.parameters():
+            weight.grad = torch.full_like(weight, 0.3) if model is models[0] else None
+        if model is models[0]:
+            optimizers.take_gradients()
+            optimizers.step()
+        found.append(optimizers.tensors())
+    written, read = found
+    for name, tensor in written.items():
+        weight = models[0].get_parameter(name.partition("/")[0])
+        assert isinstance(tensor, DTensor) == (isinstance(weight, DTensor) and tensor.dim() > 0), name
+        assert tensor.dim() == 0 or len(tensor) == len(weight), name
+    (tmp_path / "shards").mkdir()
+    _begin(tmp_path / "shards", written, world).result()
+    load(read, storage_reader=HuggingFaceStorageReader(str(tmp_path / "shards")))
+    assert all(whole(tensor).equal(whole(read[name])) for name, tensor in written.items())
+    assert any(whole(tensor).any() for tensor in read.values())
