@@ -54,7 +54,7 @@ def choose_own_device(name: str = "auto") -> torch.device:
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """What matrix products compute in. Raises UserError for a name that is none, and for numbers that the device does not have."""
-    bfloat16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    bfloat16 = device.type in ("cpu", "meta") or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     if name == "auto":
         return torch.bfloat16 if bfloat16 and device.type == "cuda" else torch.float32
     if name not in DTYPES:

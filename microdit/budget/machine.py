@@ -9,9 +9,9 @@ from microdit.budget.prices import PRICES, Price, checked_price
 from microdit.errors import UserError
 from microdit.training.chips import CHIPS, Chip, named_chip, same_name
 
-# Between what the paper's run comes to (19% of 8 H100, tests/budget/test_bill.py) and what others report of well-tuned transformers
-# (half and more, Chowdhery et al. 2022, 2204.02311, table 3). Not measured here: `microdit bench` does.
-ASSUMED_UTILISATION = 0.35
+# What MicroDiT_XL_2's first phase came to on one H100 (docs/gpu), where the paper's run came to 19% on eight (tests/budget/test_bill.py).
+# On other cards and shapes it is a guess: `microdit bench` measures it.
+ASSUMED_UTILISATION = 0.29
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,6 @@ def _utilisation(chip: Chip, given: float | None, measurements: Path) -> tuple[f
         return given, "--mfu"
     measured = read_measurements(measurements).get(chip.name)
     if measured is None:
-        return ASSUMED_UTILISATION, "assumed; microdit bench measures it"
+        return ASSUMED_UTILISATION, "assumed, as on an H100; microdit bench measures yours"
     share = measured.utilisation * (measured.peak / (chip.teraflops * 1e12))
     return share, f"measured on {measured.date} with {measured.model}, {measurements}"

@@ -103,10 +103,11 @@ def test_little_money_stays_at_256_px_and_more_goes_on_to_512():
 
 
 def test_a_small_card_gets_a_smaller_model_and_says_so():
-    found = buy_on("t4", 2000)
+    t4 = machine(1, 1.0, 0.4, "t4")
+    found = buy(2000, replace(t4, chip=replace(t4.chip, memory_gb=8)), Given(), "data/mine", 1000)
     assert found.smaller_for_memory
     assert found.width < buy_on("h100", 2000 * 65 / 989.4).width  # as many FLOPs on a card with room
-    assert any("does not fit 1 x 16 GB" in line for line in found.in_words())
+    assert any("does not fit 1 x 8 GB" in line for line in found.in_words())
 
 
 def test_the_uncertainty_is_said_in_words():
