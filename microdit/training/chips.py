@@ -76,8 +76,8 @@ def same_name(one: str, other: str) -> bool:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s that `device` can do in matrix products of `dtype`, and where the number is from.
 
-    From the table for a known GPU in 16 bits; else measured, the best of several products of 2048 x 2048 (8192 x 8192 on a GPU; 256 x 256 on
-    a CPU in 16 bits).
+    From the table for a known GPU in 16 bits; else measured, the best of several products: of 2048 x 2048, of 8192 x 8192 on a GPU, of
+    256 x 256 on a CPU in 16 bits.
     """
     chip = find_chip(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if chip is not None and dtype in (torch.bfloat16, torch.float16):
