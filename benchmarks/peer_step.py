@@ -66,7 +66,8 @@ def main() -> None:
         by_clock, by_processor = (sorted(b[kind] / a[kind] for a, b in turns) for kind in (0, 1))
         print(f"{name}: ours {median([a[0] for a, _ in turns]):.2f} s, theirs {median([b[0] for _, b in turns]):.2f} s")
         print(f"  theirs takes {in_words(by_clock)} times ours by the clock, {in_words(by_processor)} by processor time", flush=True)
-    ours.close(), theirs.close()
+    ours.close()
+    theirs.close()
 
 
 def in_words(ratios: list[float]) -> str:
