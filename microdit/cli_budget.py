@@ -21,7 +21,7 @@ def budget(
         typer.Option(help="Your own prices and chips, YAML: 'h100: 2.2', 'rtx5080: {teraflops: 112.6, memory_gb: 16, price: 0.3}'."),
     ] = None,
     mfu: Annotated[
-        float | None, typer.Option(help="Share of the peak that is used. [default: as microdit bench measured, else 0.35]")
+        float | None, typer.Option(help="Share of the peak that is used. [default: as microdit bench measured, else 0.29, an H100's]")
     ] = None,
     images: Annotated[
         int | None, typer.Option(min=1, max=10**12, help="How many will be encoded. [default: those of the sets, else a million]")

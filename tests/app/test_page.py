@@ -10,7 +10,7 @@ import pytest
 from microdit.app.bills import DATA
 from microdit.app.jobs import WorkQueue
 from microdit.app.server import web_app
-from microdit.budget.machine import find_machine
+from microdit.budget.machine import ASSUMED_UTILISATION, find_machine
 from microdit.budget.plan import buy
 from microdit.budget.shapes import Given
 from microdit.budget.written import write_recipes
@@ -123,7 +123,7 @@ def test_the_report_of_the_run_and_the_budget_of_a_recipe(page):
     page.click("#budget .main")
     expect(page.locator("#bill")).to_contain_text("What it costs")
     expect(page.locator("#bill")).to_contain_text("$2.50 a GPU-hour")
-    expect(page.locator("#bill")).to_contain_text("utilisation 35.0% (assumed")
+    expect(page.locator("#bill")).to_contain_text(f"utilisation {ASSUMED_UTILISATION:.1%} (assumed")
     page.locator("#budget [name=mfu]").fill("0.5")
     page.click("#budget .main")
     expect(page.locator("#bill")).to_contain_text("utilisation 50.0% (--mfu)")
