@@ -15,7 +15,7 @@ Shape legend: N blocks, B numbers of a block.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,18 @@ DROPPED = 20  # of a float32's 23 bits of mantissa
 ONE = 127 << 3  # the exponent of 1.0 in a float32, and three bits of mantissa
 LEAST = 2.0 ** ((1 - SIGNED_TOP) // 8) * (1 + (1 - SIGNED_TOP) % 8 / 8)  # what the signed code 1 stands for
 CHUNK = {"cuda": 1 << 22, "cpu": 1 << 16}  # numbers at a time: of a CPU as many as its cache holds
+
+
+class _Settings(NamedTuple):
+    """Of one update. `rate` and `root` have the moments' bias corrections in them; what changes from step to step is a tensor."""
+
+    rate: Tensor
+    root: Tensor
+    decay: Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    taken: Tensor
 
 
 @cache
@@ -77,16 +89,16 @@ class AdamW8(Optimizer):
         state["step"] = step = step.add_(1.0 if taken is None else taken)
         taken = torch.ones_like(step) if taken is None else taken
         rate = torch.full_like(step, group["lr"])  # numbers that change are tensors, so that they compile nothing again
-        rates = rate / (1 - beta1**step), (1 - beta2**step).sqrt(), 1 - rate * group["weight_decay"]
-        settings = *rates, beta1, beta2, group["eps"], taken
+        decay, eps = 1 - rate * group["weight_decay"], group["eps"]
+        settings = _Settings(rate / (1 - beta1**step), (1 - beta2**step).sqrt(), decay, beta1, beta2, eps, taken)
         if "exp_avg_scale" not in state:
-            _plain_update(leaf, gradient, state["exp_avg"], state["exp_avg_sq"], *settings)
+            _plain_update(leaf, gradient, state["exp_avg"], state["exp_avg_sq"], settings)
             return
         block = block_size(leaf.shape)
         assert block is not None
         dither_B = _dither(step, block)
         for piece in _pieces(leaf, gradient, state, block):
-            self._quantised(*piece, dither_B, *settings)
+            self._quantised(*piece, dither_B, settings)
 
 
 def _pieces(leaf: Tensor, gradient: Tensor, state: dict[str, Tensor], block: int) -> Iterator[tuple[Tensor, ...]]:
@@ -110,35 +122,18 @@ def _quantised_update(
     mean_scale_N1: Tensor,
     square_scale_N1: Tensor,
     dither_B: Tensor,
-    rate: Tensor,
-    root: Tensor,
-    decay: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    taken: Tensor,
+    settings: _Settings,
 ) -> None:
     mean_NB, square_NB = unpack_signed(mean_codes_NB, mean_scale_N1), unpack(square_codes_NB, square_scale_N1)
-    _plain_update(weight_NB, gradient_NB, mean_NB, square_NB, rate, root, decay, beta1, beta2, eps, taken)
+    _plain_update(weight_NB, gradient_NB, mean_NB, square_NB, settings)
     packed = *pack_signed(mean_NB, dither_B), *pack(square_NB, 1 - dither_B)
     for kept, new in zip((mean_codes_NB, mean_scale_N1, square_codes_NB, square_scale_N1), packed, strict=True):
-        kept.copy_(torch.where(taken > 0, new, kept))
+        kept.copy_(torch.where(settings.taken > 0, new, kept))
 
 
-def _plain_update(
-    weight: Tensor,
-    gradient: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    rate: Tensor,
-    root: Tensor,
-    decay: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    taken: Tensor,
-) -> None:
-    """In place. `rate` and `root` have the moments' bias corrections in them."""
+def _plain_update(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, settings: _Settings) -> None:
+    """In place."""
+    rate, root, decay, beta1, beta2, eps, taken = settings
     new_mean, new_square = mean.lerp(gradient, 1 - beta1), square.lerp(gradient.square(), 1 - beta2)
     moved = weight * decay - rate * new_mean / (new_square.sqrt() / root + eps)
     for kept, new in ((weight, moved), (mean, new_mean), (square, new_square)):

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -45,8 +46,9 @@ CHIPS = (
 )
 OTHERS = ("MIG", "Laptop", "Ti", "D")  # slices, and cards that share a name with a faster or slower one: not in the table
 
-MATMUL = 2048
-SECONDS = 0.4  # that measuring may take
+SIDES = {"cuda": (2048, 8192), "cpu": (256, 1024)}  # of products to measure, small first
+TRIES = 5  # of each: the first ones get things ready, and other work disturbs some
+SECONDS = 1.0  # that they may take in all: many CPUs only emulate 16 bits, and need a second for one of 1024
 
 
 def find_chip(device_name: str) -> Chip | None:
@@ -73,32 +75,41 @@ def same_name(one: str, other: str) -> bool:
     return _plain(one) == _plain(other)
 
 
+@cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s that `device` can do in matrix products of `dtype`, and where the number is from.
 
-    From the table for a known GPU in 16 bits; else measured, the best of several products: of 2048 x 2048, of 8192 x 8192 on a GPU, of
-    256 x 256 on a CPU in 16 bits.
+    From the table for a known GPU in 16 bits; else measured once in a process: the best of a few products, small ones first, since a
+    CPU that only emulates 16 bits would take long for large ones.
     """
     chip = find_chip(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if chip is not None and dtype in (torch.bfloat16, torch.float16):
         return chip.teraflops * 1e12, f"the vendor's figure for the {chip.name}"
-    # Many CPUs only emulate 16 bits: a product of 2048 takes them a minute.
-    side = 4 * MATMUL if device.type == "cuda" else MATMUL if dtype == torch.float32 else MATMUL // 8
-    kind = str(dtype).removeprefix("torch.")
-    return _measured(device, dtype, side), f"a measured {kind} product of {side} x {side}"
+    flops, side = _measured(device, dtype)
+    return flops, f"a measured {str(dtype).removeprefix('torch.')} product of {side} x {side}"
 
 
-def _measured(device: torch.device, dtype: torch.dtype, side: int) -> float:
+def _measured(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
+    """(FLOP/s, side) of the fastest product."""
+    best, deadline = (0.0, 0), time.perf_counter() + SECONDS
+    for side in SIDES.get(device.type, SIDES["cpu"]):
+        seconds = min(_product_seconds(device, dtype, side) for _ in range(TRIES))
+        best = max(best, (2 * side**3 / seconds, side))
+        if time.perf_counter() + TRIES * 4**3 * seconds > deadline:  # the next side is four times as long
+            break
+    return best
+
+
+def _product_seconds(device: torch.device, dtype: torch.dtype, side: int) -> float:
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    best, deadline = float("inf"), time.perf_counter() + SECONDS
-    while best == float("inf") or time.perf_counter() < deadline:
-        started = time.perf_counter()
-        torch.mm(a, b, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    torch.mm(a, b, out=out)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
 
 
 def _plain(name: str) -> str:
