@@ -24,9 +24,9 @@ from microdit.data.encode import EncodeSettings, encode_source
 from microdit.distributed import World, start_world
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.text import load_text_encoder
+from microdit.memory import keep_freed_memory
 from microdit.recipe import Recipe
 from microdit.recipe_file import load_recipe
-from microdit.training.memory import keep_freed_memory
 from microdit.training.trainer import Trainer
 
 FEW, MANY = 10, 70  # steps

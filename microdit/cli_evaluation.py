@@ -67,6 +67,7 @@ def evaluate(
     Example: torchrun --nproc-per-node 8 -m microdit evaluate RUN --reference coco2014:PATH -n 30000 --metrics fid,clip-score
     --network inception:inception-2015-12-05.pt
     """
+    from microdit.data.emoji import emoji_rows
     from microdit.data.sources import open_source
     from microdit.devices import device_errors_explained
     from microdit.distributed import stop_world
@@ -83,7 +84,7 @@ def evaluate(
             raise UserError("--metrics and --watch compare with a set: name one with --reference, such as emoji.")
         _, compute = _start(device, dtype, batch_size)
         with device_errors_explained(LESS_MEMORY), progress("evaluate", count * steps) as advance:
-            found = evaluate_emoji_run(Path(run), count, settings, warn, advance, compute)
+            found = evaluate_emoji_run(Path(run), list(emoji_rows("train")), count, settings, warn, advance, compute)
         console.print(json.dumps(found, indent=1))
         stop_world()
         return

@@ -21,4 +21,4 @@ def microdit(*arguments: object, cwd: Path, ranks: int = 1) -> Done:
     """The real command in processes of its own. The worst of their exit codes, and all that they printed."""
     cores = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # other tests run beside this one there
     running = start(cwd / ".logs", list(arguments), ranks, cores=cores, cwd=cwd)
-    return Done(max(running.wait(300)), running.output)
+    return Done(max(running.wait()), running.output)

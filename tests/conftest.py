@@ -15,6 +15,7 @@ from microdit.data.encode import EncodeSettings, encode_source
 from microdit.data.sources import Part, Source
 from microdit.encoders.autoencoder import Pixels
 from microdit.encoders.text import MiniLM
+from microdit.memory import keep_freed_memory
 from microdit.model.microdit import MicroDiT
 from microdit.model.routing import METHODS
 from microdit.model.sizes import Size, resolve
@@ -23,6 +24,7 @@ from tests.training.processes import RECIPE
 
 settings.register_profile("machine", deadline=None)  # how long an example takes says more of the machine than of the code
 settings.load_profile("machine")
+keep_freed_memory()  # as the commands do: half of the time of small networks goes into clearing pages
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
     torch.set_num_threads(1)
 # A shell starts what runs in its background with Ctrl-C ignored, which the commands that tests interrupt would inherit.

@@ -106,6 +106,7 @@ def test_data_verify(workplace):
     assert "is whole" in microdit("data", "verify", "data/emoji", cwd=workplace).output
 
 
+@pytest.mark.slow  # 1,807 pictures through EfficientNet; tests/evaluation/test_emoji.py looks among fewer
 def test_evaluation_measures_retrieval(workplace):
     result = microdit("evaluate", "runs/tiny", "-n", 8, "--steps", 2, cwd=workplace)
     assert result.returncode == 0, result.output

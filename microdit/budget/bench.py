@@ -16,13 +16,13 @@ from microdit.budget.stages import STAGES, stage_recipe
 from microdit.data.latents import Batch
 from microdit.devices import device_name
 from microdit.distributed import World
+from microdit.memory import keep_freed_memory
 from microdit.model.routing import METHODS
 from microdit.model.sizes import SIZES
 from microdit.recipe import EngineRecipe, Recipe
 from microdit.training.chips import find_chip, peak_flops
 from microdit.training.draws import TrainingBatch, add_draws
 from microdit.training.guard import Guard
-from microdit.training.memory import keep_freed_memory
 from microdit.training.parallel import compute_dtype
 from microdit.training.state import TrainingState
 from microdit.training.work import Work

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from microdit.encoders.model_files import (
@@ -23,18 +21,16 @@ from microdit.encoders.model_files import (
 )
 from microdit.errors import UserError
 
-diffusers_logging.set_verbosity_error()  # it warns of its own configuration keys
-
 BUNDLED_ICON = Path(__file__).parent / "icon_autoencoder"
 ALIASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0:vae", "16ch": "ostris/vae-kl-f8-d16"}
 
 _KNOWN = f"pixels, icon, {', '.join(ALIASES)}, a folder, or an id of the hub (owner/name)"
 _STEM = "diffusion_pytorch_model"
 _FILES = ["config.json", *weight_patterns(_STEM, ".safetensors")]
-_KINDS: dict[str, tuple[Any, Callable[[Any], Tensor]]] = {  # how each diffusers class hands out its latents
-    "AutoencoderKL": (AutoencoderKL, lambda encoded: encoded.latent_dist.mean),
-    "AutoencoderTiny": (AutoencoderTiny, lambda encoded: encoded.latents),
-    "AutoencoderDC": (AutoencoderDC, lambda encoded: encoded.latent),
+_LATENTS: dict[str, Callable[[Any], Tensor]] = {  # how each diffusers class hands them out
+    "AutoencoderKL": lambda encoded: encoded.latent_dist.mean,
+    "AutoencoderTiny": lambda encoded: encoded.latents,
+    "AutoencoderDC": lambda encoded: encoded.latent,
 }
 
 
@@ -119,7 +115,7 @@ class DiffusersAutoencoder:
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:
         scale, shift = _scale_and_shift(self.model)
-        latents_of = _KINDS[type(self.model).__name__][1]
+        latents_of = _LATENTS[type(self.model).__name__]
         z_BCHW = latents_of(self.model.encode(_fit(images_BCHW, self.model))).contiguous().float()
         return (z_BCHW - shift) * scale
 
@@ -163,10 +159,13 @@ def _load(name: str, folder: Path) -> DiffusersAutoencoder:
     """Raises UserError if the folder holds no autoencoder that can be used."""
     files = _safe_weights(folder)
     class_name = read_json(folder / "config.json").get("_class_name")
-    if class_name not in _KINDS:
-        raise UserError(f"{folder / 'config.json'} says _class_name {class_name}; only {', '.join(_KINDS)} can be used.")
+    if class_name not in _LATENTS:
+        raise UserError(f"{folder / 'config.json'} says _class_name {class_name}; only {', '.join(_LATENTS)} can be used.")
+    import diffusers  # slow to import
+
+    diffusers.utils.logging.set_verbosity_error()  # it warns of its own configuration keys
     with loading(folder):
-        model, info = _KINDS[class_name][0].from_pretrained(
+        model, info = getattr(diffusers, class_name).from_pretrained(
             folder, **dtype_argument(torch.float32), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     refuse_incomplete(folder, info["missing_keys"])

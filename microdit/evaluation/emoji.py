@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from microdit.data.emoji import emoji_rows
+from microdit.data.emoji import Row
 from microdit.data.pixels import to_image, to_tensor
 from microdit.evaluation.features import EfficientNetLite0
 from microdit.evaluation.painters import ON_CPU, Compute, DrawSettings
@@ -21,20 +21,20 @@ from microdit.pipeline import BATCH, Pipeline
 
 def evaluate_emoji_run(
     run: Path,
+    rows: list[Row],
     count: int,
     settings: DrawSettings,
     warn: Callable[[str], None],
     on_step: Callable[[int], None] | None = None,
     compute: Compute = ON_CPU,
 ) -> dict[str, Any]:
-    """Draw `count` training captions, look each picture up among all training pictures; write and return metrics.json.
+    """Draw `count` of the captions of `rows`, look each picture up among all of their pictures; write and return metrics.json.
 
     The same is measured of the autoencoder's reconstructions: no model of these latents can do better.
     `on_step(n)` is called after each n more picture-steps.
     """
     opened = open_model(str(run), warn, settings.weights)
     pipeline, size = opened.pipeline.to(compute.device, compute.dtype), opened.resolution
-    rows = list(emoji_rows("train"))
     right_N = spread_ids(len(rows), count)
     chosen = [rows[i] for i in right_N]
     captions = [row.caption for row in chosen]

@@ -14,6 +14,7 @@ from microdit.hub.components import PIPELINE
 from microdit.hub.conversion import from_diffusers
 from microdit.hub.folders import read_record
 from microdit.hub.pipeline import MicroDiTPipeline
+from microdit.memory import keep_freed_memory
 from microdit.pipeline import Pipeline
 from microdit.run_folder import is_run
 
@@ -42,6 +43,7 @@ class OpenedModel:
 
 def open_model(place: str, warn: Callable[[str], None], weights: str | None = None) -> OpenedModel:
     """`weights` chooses among those of a run. Raises UserError for what is no model, is damaged, or could run code."""
+    keep_freed_memory()  # drawing, too, takes and frees the same memory again and again
     folder = Path(place)
     if is_run(folder) or (folder.exists() and not (folder / INDEX).is_file()):
         return opened_run(folder, *Pipeline.from_run(folder, warn, weights), weights)

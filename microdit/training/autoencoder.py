@@ -10,7 +10,7 @@ Notable:
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,10 +86,9 @@ def load_emoji(split: Split, image_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruction_figures(model: AutoencoderTiny, image_size: int) -> dict[str, float]:
+def reconstruction_figures(model: AutoencoderTiny, image_size: int, splits: Iterable[Split] = ("train", "held_out")) -> dict[str, float]:
     """Mean absolute error (of 255 grey levels) and PSNR in dB, on the training and the held-out pictures."""
     figures = {}
-    splits: tuple[Split, Split] = ("train", "held_out")
     for split in splits:
         images_NCHW = load_emoji(split, image_size)
         decoded = [model.decode(model.encode(batch).latents).sample for batch in images_NCHW.split(64)]

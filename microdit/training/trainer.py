@@ -29,6 +29,7 @@ from microdit.devices import device_name
 from microdit.distributed import World
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, DivergedError, StoppedError, UserError
 from microdit.grids import save_png
+from microdit.memory import keep_freed_memory
 from microdit.model.routing import METHODS
 from microdit.recipe import PhaseRecipe, Recipe
 from microdit.training.chips import peak_flops
@@ -37,7 +38,6 @@ from microdit.training.draws import MicroBatch, UndrawnBatch, add_draws
 from microdit.training.guard import Guard, Verdict
 from microdit.training.held_out import open_held_out
 from microdit.training.loading import Loader
-from microdit.training.memory import keep_freed_memory
 from microdit.training.meters import Meters, in_words
 from microdit.training.mixture import open_mixture
 from microdit.training.optim import learning_rate

@@ -11,20 +11,20 @@ import pytest
 from PIL import Image
 
 from tests.commands import microdit
-from tests.training.processes import start, wait_for
+from tests.training.processes import HANG, start, wait_for
 
 
 def test_the_command_serves_a_run_until_it_is_interrupted(workplace):
     running = start(workplace / ".logs", ["app", "runs/tiny", "--port", 0], cwd=workplace)
     try:
-        wait_for(lambda: "Ctrl-C" in running.output, running, seconds=300)  # in a new environment nothing is compiled yet
+        wait_for(lambda: "Ctrl-C" in running.output, running)  # in a new environment nothing is compiled yet
         url = re.search(r"http://127\.0\.0\.1:\d+", running.output)[0]
-        assert "microdit" in httpx.get(url, timeout=60).text
-        assert httpx.get(url + "/api/about", timeout=60).json()["runs"] == ["tiny"]
-        answer = httpx.post(url + "/v1/images/generations", json={"prompt": "red heart", "steps": 2}, timeout=60)
+        assert "microdit" in httpx.get(url, timeout=HANG).text
+        assert httpx.get(url + "/api/about", timeout=HANG).json()["runs"] == ["tiny"]
+        answer = httpx.post(url + "/v1/images/generations", json={"prompt": "red heart", "steps": 2}, timeout=HANG)
         assert answer.status_code == 200
         os.kill(running.processes[0].pid, signal.SIGINT)
-        assert running.wait(60) == [0]
+        assert running.wait() == [0]
     finally:
         running.kill()
     assert "Traceback" not in running.output
@@ -38,7 +38,7 @@ def test_a_run_and_its_export_draw_alike_for_openais_own_client(workplace):
     assert exported.returncode == 0, exported.output
     running = start(workplace / ".logs", ["app", "runs/tiny", "exported-tiny", "--port", 0], cwd=workplace)
     try:
-        wait_for(lambda: "Ctrl-C" in running.output, running, seconds=300)
+        wait_for(lambda: "Ctrl-C" in running.output, running)
         url = re.search(r"http://127\.0\.0\.1:\d+", running.output)[0]
         client = openai.OpenAI(base_url=url + "/v1", api_key="not asked for", max_retries=0)
         models = [model.id for model in client.models.list()]

@@ -11,6 +11,7 @@ from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
 from microdit.pipeline import Pipeline, SamplerSettings
 from tests.app.conftest import LONG
+from tests.training.processes import HANG
 
 SHORT = SamplerSettings(num_inference_steps=2)
 
@@ -36,7 +37,7 @@ def until(condition) -> None:
 
 def test_a_job_gives_the_pictures_of_the_pipeline(queue, tiny):
     job = queue.add(drawing(seed=5, count=2, negative_prompt="blue"))
-    assert job.ended.wait(60)
+    assert job.ended.wait(HANG)
     wanted = tiny(["red heart"] * 2, SHORT, 5, negative_prompts=["blue"])
     assert [p.tobytes() for p in job.pictures] == [p.tobytes() for p in wanted]
     assert (job.state, job.done_steps, job.all_steps) == ("done", 4, 4)
@@ -51,7 +52,7 @@ def test_jobs_are_drawn_in_the_order_they_came(queue):
     for job in others:
         job.end = lambda *a, job=job, end=job.end: (ended.append(job.drawing.prompt), end(*a))
     queue.cancel(first)
-    assert all(job.ended.wait(60) for job in others)
+    assert all(job.ended.wait(HANG) for job in others)
     assert ended == ["a", "b", "c"]
 
 
@@ -75,18 +76,18 @@ def test_a_running_job_shows_how_far_it_is_and_ends_between_two_steps(queue, tin
     assert latents_BCHW is not None
     assert tiny.decode(latents_BCHW)[0].size == (64, 64)
     queue.cancel(job)
-    assert job.ended.wait(30)
+    assert job.ended.wait(HANG)
     assert job.state == "cancelled"
     assert 0 < job.done_steps < job.all_steps
     assert (job.pictures, job.latents_BCHW) == ([], None)
-    assert queue.add(drawing()).ended.wait(30)
+    assert queue.add(drawing()).ended.wait(HANG)
 
 
 def test_an_error_ends_its_job_and_not_the_worker(queue, caplog):
     wrong = queue.add(drawing(height=63))
     broken = queue.add(Drawing("no such model", "red heart", SHORT))
     right = queue.add(drawing())
-    assert right.ended.wait(60)
+    assert right.ended.wait(HANG)
     assert (wrong.state, wrong.at_fault) == ("failed", "user")
     assert "height 63 must be a multiple of" in wrong.error
     assert (broken.state, broken.at_fault, broken.error) == ("failed", "us", OUR_MISTAKE)
@@ -104,7 +105,7 @@ class FullMemory(Pixels):
 def test_too_little_memory_ends_a_job_in_a_sentence_that_says_what_would_fit(tiny):
     with WorkQueue({"tiny": tiny, "full": replace(tiny, autoencoder=FullMemory())}, 2) as queue:
         large, right = queue.add(Drawing("full", "red heart", SHORT)), queue.add(drawing())
-        assert right.ended.wait(60)
+        assert right.ended.wait(HANG)
     assert (large.state, large.at_fault) == ("failed", "user")
     assert large.error == (
         "The GPU's memory does not suffice (2.00 GiB more were asked for, of 11.75 GiB in all): "

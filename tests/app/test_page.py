@@ -15,7 +15,7 @@ from microdit.budget.plan import buy
 from microdit.budget.shapes import Given
 from microdit.budget.written import write_recipes
 from tests.app.serving import served
-from tests.training.processes import RECIPE
+from tests.training.processes import HANG, RECIPE
 
 playwright = pytest.importorskip("playwright.sync_api")
 Page, expect, sync_playwright = playwright.Page, playwright.expect, playwright.sync_playwright
@@ -46,7 +46,7 @@ def page(browser, served_page):
     _, url = served_page
     page = browser.new_page()
     page.set_default_timeout(60_000)
-    expect.set_options(timeout=60_000)
+    expect.set_options(timeout=1000 * HANG)
     elsewhere: list[str] = []
     mistakes: list[str] = []
     page.on("request", lambda request: elsewhere.append(request.url) if not request.url.startswith((url, "data:")) else None)
@@ -144,7 +144,7 @@ def test_a_sum_is_answered_with_what_it_buys_and_the_recipes(page):
 
 def test_the_recipes_of_a_sum_are_those_that_the_command_writes(served_page, tmp_path):
     asked = {"chip": "rtx4090", "count": 1, "price": 0.5, "mfu": 0.3, "dollars": 40, "images": 10_000}
-    text = httpx.post(served_page[1] + "/api/budget", json=asked, timeout=60).json()["text"]
+    text = httpx.post(served_page[1] + "/api/budget", json=asked, timeout=HANG).json()["text"]
     machine = find_machine("rtx4090", 1, 0.5, 0.3, None, tmp_path / "none.json")
     write_recipes(buy(40, machine, Given(), DATA, 10_000), tmp_path / "out")
     bill, *recipes = text.split("\n--- ")

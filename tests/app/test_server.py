@@ -20,6 +20,7 @@ from microdit.errors import UserError
 from microdit.pipeline import SamplerSettings
 from tests.app.conftest import LONG
 from tests.app.serving import served
+from tests.training.processes import HANG
 
 CLIENTS = 200
 SHORT = {"prompt": "red heart", "steps": 2}
@@ -37,7 +38,7 @@ def place(tiny):
 
 @pytest.fixture
 def client(place):
-    with httpx.Client(base_url=place[1], timeout=60) as client:
+    with httpx.Client(base_url=place[1], timeout=HANG) as client:
         yield client
 
 
@@ -222,7 +223,7 @@ def test_the_job_of_a_client_that_goes_away_is_called_off(place):
     try:
         with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=0.5) as client:
             client.post(url + URL, json={**SHORT, "steps": 1000, "n": 16})
-        assert jobs[0].ended.wait(30)
+        assert jobs[0].ended.wait(HANG)
         assert jobs[0].state == "cancelled"
     finally:
         del queue.add
@@ -244,7 +245,7 @@ def test_who_waits_while_the_server_ends_is_told_so(tiny):
     answers = []
     with served(web_app(queue), queue) as url:
         long = queue.add(Drawing("tiny", "red heart", LONG, count=16))
-        asked = threading.Thread(target=lambda: answers.append(httpx.post(url + URL, json=SHORT, timeout=60)))
+        asked = threading.Thread(target=lambda: answers.append(httpx.post(url + URL, json=SHORT, timeout=HANG)))
         asked.start()
         while not len(queue):
             threading.Event().wait(0.01)

@@ -9,9 +9,10 @@ from microdit.errors import UserError
 from microdit.training.autoencoder import AutoencoderSettings, load_emoji, reconstruction_figures, train_icon_autoencoder
 
 
-def test_the_bundled_autoencoder_rebuilds_pictures_it_never_saw_as_its_record_says():
+@pytest.mark.parametrize("splits", [["held_out"], pytest.param(["train", "held_out"], marks=pytest.mark.slow)])
+def test_the_bundled_autoencoder_rebuilds_pictures_as_its_record_says(splits):
     model = AutoencoderTiny.from_pretrained(BUNDLED_ICON, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    figures = reconstruction_figures(model, 64)
+    figures = reconstruction_figures(model, 64, splits)
     record = json.loads((BUNDLED_ICON / "record.json").read_text())
     for name, value in figures.items():
         assert value == pytest.approx(record["figures"][name], rel=0.01), name  # the record was made before rounding to float16

@@ -18,7 +18,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 RECIPE = Path(__file__).parent / "recipe.yaml"
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["microdit.cli", "microdit.training.chain", "microdit.training.saving"])
+_PRELOADED = (
+    *("cli", "data.encode", "evaluation.emoji", "evaluation.evaluate", "hub.opening", "lab.report", "lab.run"),
+    *("training.chain", "training.saving"),
+)
+_context.set_forkserver_preload([f"microdit.{module}" for module in _PRELOADED])
+HANG = 600.0  # seconds after which a test says that something hangs: many times what anything takes, on a busy machine too
 
 
 @dataclass
@@ -28,7 +33,7 @@ class Running:
     processes: list
     logs: list[Path]
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = HANG) -> list[int]:
         """Exit codes, by rank."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
@@ -98,7 +103,7 @@ def tensors(run: Path, step: int) -> dict[str, Tensor]:
     return whole
 
 
-def wait_for(condition, running: Running, seconds: float = 60) -> None:
+def wait_for(condition, running: Running, seconds: float = HANG) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert running.alive, running.output

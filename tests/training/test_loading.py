@@ -8,7 +8,7 @@ from microdit.errors import UserError
 from microdit.recipe_file import load_recipe
 from microdit.training.loading import NAME, Loader
 from microdit.training.mixture import open_mixture
-from tests.training.processes import RECIPE
+from tests.training.processes import HANG, RECIPE
 
 
 def test_batches_come_in_order_and_not_far_ahead():
@@ -18,7 +18,7 @@ def test_batches_come_in_order_and_not_far_ahead():
         made.append(step)
         return step * step
 
-    loader = Loader(make, range(3, 10), ahead=2, timeout=5, where=str)
+    loader = Loader(make, range(3, 10), ahead=2, timeout=HANG, where=str)
     time.sleep(0.1)
     assert made == [3, 4, 5]  # two wait, one is ready to be put
     assert [loader.next() for _ in range(7)] == [step * step for step in range(3, 10)]
@@ -30,7 +30,7 @@ def test_what_the_reading_raises_is_raised_in_the_loop():
             raise UserError("row 7 is damaged")
         return step
 
-    loader = Loader(make, range(5), ahead=1, timeout=5, where=str)
+    loader = Loader(make, range(5), ahead=1, timeout=HANG, where=str)
     assert [loader.next(), loader.next()] == [0, 1]
     with pytest.raises(UserError, match="row 7 is damaged"):
         loader.next()
@@ -38,10 +38,10 @@ def test_what_the_reading_raises_is_raised_in_the_loop():
 
 def test_closing_ends_the_thread():
     before = threading.active_count()
-    loader = Loader(lambda step: step, range(1000), ahead=1, timeout=5, where=str)
+    loader = Loader(lambda step: step, range(1000), ahead=1, timeout=HANG, where=str)
     loader.next()
     loader.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before

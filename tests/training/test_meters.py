@@ -22,7 +22,7 @@ from microdit.training.step import DenoisingLoss
 from microdit.training.tally import StepSums
 from microdit.training.work import Work
 from tests.conftest import busy_model
-from tests.training.processes import RECIPE
+from tests.training.processes import HANG, RECIPE
 
 
 def test_costs_go_on_from_earlier_starts():
@@ -112,7 +112,7 @@ def test_the_wandb_project_gets_the_metrics(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     record = RunRecord(tmp_path, load_recipe(RECIPE, ["record.wandb_project=emoji"]), print, 0)
     record.metrics({"step": 1, "loss": 0.125, "phase": "masked"})
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG
     while wandb.run.summary.get("loss") != 0.125 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert wandb.run.summary["loss"] == 0.125

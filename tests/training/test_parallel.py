@@ -32,7 +32,7 @@ from microdit.training.draws import add_draws
 from microdit.training.muon import orthogonalized
 from microdit.training.parallel import compile_elementwise, compute_dtype, sharding_of
 from microdit.training.step import DenoisingLoss
-from tests.training.processes import RECIPE, losses, recorded, tensors, train
+from tests.training.processes import HANG, RECIPE, losses, recorded, tensors, train
 
 SETTINGS = ("phases.0.steps=30", "phases.1.steps=20", "phases.0.learning_rate=4e-3", "phases.1.batch_size=8")  # 50 steps that learn
 STILL = (  # both phases from the same weights in every step; without memory, AdamW's first moment is the gradient
@@ -253,12 +253,12 @@ def test_torchrun_starts_all_again_when_one_dies(tmp_path, encoded_emoji, plain)
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     workers = [pid for pid in children if b"microdit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     subprocess.run(["kill", "-9", workers[-1]], check=True)
-    assert agent.wait(150) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert agent.wait(HANG) == 0, (tmp_path / "log").read_text()[-3000:]
     assert losses(run) == pytest.approx(losses(plain), abs=LOOSE)
 
 
 def wait_for_checkpoint(run: Path, agent: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG
     while not list((run / "checkpoints").glob("step-*")):
         assert agent.poll() is None
         assert time.monotonic() < deadline
