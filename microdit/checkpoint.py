@@ -37,12 +37,12 @@ class Checkpoint:
     folder: Path
     step: int
     state: dict[str, Any]
-    _whole: set[str] = field(default_factory=set, compare=False, repr=False)  # files that were compared already: they can be large
+    _compared: set[str] = field(default_factory=set, compare=False, repr=False)  # files found whole: they can be too large to do it twice
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Load NAME.safetensors. Raises UserError if it is not what was written."""
         path = self.folder / f"{name}.safetensors"
-        if path.name not in self._whole and sha256_of(path) != self.state["files"].get(path.name):
+        if path.name not in self._compared and sha256_of(path) != self.state["files"].get(path.name):
             raise UserError(f"{self.folder} is damaged ({path.name} is not what was written).")
         return load_file(path)
 
@@ -55,7 +55,7 @@ class Checkpoint:
         """Which of these files are not what was written."""
         files = self.state["files"]
         whole = {name for name in names if (self.folder / name).is_file() and sha256_of(self.folder / name) == files[name]}
-        self._whole.update(whole)
+        self._compared.update(whole)
         return [name for name in names if name not in whole]
 
     @property

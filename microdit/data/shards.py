@@ -4,7 +4,7 @@ Arrow notices a file that was cut off, not one in which a block was changed. So 
 
 - every blob of latents or text ends in one of its content, its row and its bucket, compared whenever the blob is read;
 - `Checksums`, which lie in the set's card, cover the rest. What a blob is found by is compared when the shard is opened, keys and captions
-  when they are read: opening reads some 30 bytes of a row, never the blobs.
+  when they are read: opening looks at some tens of bytes of a row, never at the blobs.
 
 And every file has a SHA-256, which `microdit data verify` compares.
 """
@@ -44,9 +44,11 @@ class Checksums(NamedTuple):
 
 def checksums_of(path: Path) -> Checksums:
     """Of a shard that has just been written."""
-    with pa.memory_map(str(path)) as mapped:
-        messages, table = _messages_checksum(mapped), _read_table(mapped)
-    return Checksums(messages, *(_columns_checksum(table, columns) for columns in (_number_columns(table), ["key"], ["captions"])))
+    mapped = _map(path)
+    table = _read_table(mapped)
+    return Checksums(
+        _messages_checksum(mapped), *(_columns_checksum(table, columns) for columns in (_number_columns(table), ["key"], ["captions"]))
+    )
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,10 @@ class Shard:
         try:
             if path.stat().st_size != expected_bytes:
                 raise DamagedShard(f"{path} has {path.stat().st_size} bytes, not the {expected_bytes} that were written")
-            with pa.memory_map(str(path)) as mapped:  # closed, its pages stay mapped and the file descriptor is free for other shards
-                if checksums is not None and _messages_checksum(mapped) != checksums.messages:
-                    raise DamagedShard(f"{path} is not what was written (the checksum of its Arrow messages differs)")
-                table = _read_table(mapped)
+            mapped = _map(path)
+            if checksums is not None and _messages_checksum(mapped) != checksums.messages:
+                raise DamagedShard(f"{path} is not what was written (the checksum of its Arrow messages differs)")
+            table = _read_table(mapped)
             if checksums is None:
                 table.validate(full=True)  # a changed offset would make a read go anywhere
             elif _columns_checksum(table, _number_columns(table)) != checksums.numbers:
@@ -217,14 +219,21 @@ def _offsets_and_data(blobs: pa.BinaryArray) -> tuple[NDArray[np.int32], memoryv
     return np.frombuffer(offsets, np.int32)[blobs.offset : blobs.offset + len(blobs) + 1], memoryview(data or b"").cast("B")
 
 
-def _read_table(mapped: pa.MemoryMappedFile) -> pa.Table:
-    """Nothing is copied, and only the messages are read."""
-    mapped.seek(0)
+def _map(path: Path) -> pa.Buffer:
+    """A file's content, mapped. Its descriptor is free again for other shards.
+
+    An Arrow reader of a mapped file asks the system for all that it passes over, which would be the whole shard; one of a buffer does not.
+    """
+    with pa.memory_map(str(path)) as mapped:
+        return mapped.read_buffer(1).parent
+
+
+def _read_table(mapped: pa.Buffer) -> pa.Table:
+    """Nothing is copied, and only the messages are looked at."""
     return pa.ipc.open_stream(mapped).read_all()
 
 
-def _messages_checksum(mapped: pa.MemoryMappedFile) -> str:
-    mapped.seek(0)
+def _messages_checksum(mapped: pa.Buffer) -> str:
     digest = xxhash.xxh3_128()
     for message in pa.ipc.MessageReader.open_stream(mapped):
         digest.update(message.metadata)
