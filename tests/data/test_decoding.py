@@ -41,7 +41,7 @@ def test_order_and_count_are_the_sources(workers):
     bucket, (small, large) = outcomes[3][1]
     assert (bucket, small.shape, large.shape) == (0, (8, 8, 3), (16, 16, 3))
     assert small[0, 0].tolist() == [13, 20, 0]
-    assert outcomes[-2][1] == "not a picture that Pillow knows"
+    assert outcomes[-2][1] == "no JPEG, PNG, WEBP, GIF, BMP or TIFF picture"
     assert outcomes[-1][1] == "a side is shorter than 8 pixels"
 
 

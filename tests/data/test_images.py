@@ -105,7 +105,7 @@ def bomb() -> bytes:
     ("content", "reason"),
     [
         (b"", "file is empty"),
-        (b"<html>404</html>", "not a picture that Pillow knows"),
+        (b"<html>404</html>", "no JPEG, PNG, WEBP, GIF, BMP or TIFF picture"),
         (file_of(Image.effect_noise((99, 99), 50), "JPEG")[:-900], "picture is damaged"),
         (file_of(Image.effect_noise((99, 99), 50))[:-900], "picture is damaged"),
         (file_of(Image.new("F", (4, 4)), "TIFF"), "pixels are floating-point numbers of unknown range"),
@@ -133,7 +133,13 @@ def test_damage_gives_a_picture_or_a_reason_and_nothing_else(kind):
         except Rejected as verdict:
             outcomes.add(verdict.reason)
     assert "RGB" in outcomes or kind == "PNG"  # which carries checksums
-    assert outcomes <= {"RGB", "file is empty", "picture is damaged", "not a picture that Pillow knows", "more than 100,000,000 pixels"}
+    assert outcomes <= {
+        "RGB",
+        "file is empty",
+        "picture is damaged",
+        "no JPEG, PNG, WEBP, GIF, BMP or TIFF picture",
+        "more than 100,000,000 pixels",
+    }
 
 
 @given(width=st.integers(1, 60), height=st.integers(1, 60), to=st.tuples(st.integers(1, 40), st.integers(1, 40)))
