@@ -18,6 +18,9 @@ SPARSE = "sparse file, which only tar itself can unpack"
 BROKEN_HEADER = "tar header is damaged"
 
 
+Stream = IO[bytes] | gzip.GzipFile
+
+
 class DamagedTar(Exception):  # noqa: N818
     """The rest of the archive cannot be read."""
 
@@ -30,7 +33,7 @@ class TarMember:
     size: int
     kind: bytes
     problem: str
-    _stream: IO[bytes]
+    _stream: Stream
     _left: int = field(init=False)  # bytes up to the next header
 
     def __post_init__(self) -> None:
@@ -72,7 +75,7 @@ def _damage_named() -> Iterator[None]:
         raise DamagedTar(str(error)) from error
 
 
-def _members(stream: IO[bytes]) -> Iterator[TarMember]:
+def _members(stream: Stream) -> Iterator[TarMember]:
     extended = _Extended()
     while any(block := _exactly(stream, tarfile.BLOCKSIZE)):  # a whole archive ends with a block of zeros
         header = tarfile.TarInfo.frombuf(_without_sparse_map(block), "utf-8", "surrogateescape")
@@ -154,12 +157,12 @@ def _padded(size: int) -> int:
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def _exactly(stream: IO[bytes], size: int) -> bytes:
+def _exactly(stream: Stream, size: int) -> bytes:
     content = stream.read(size)
     if len(content) < size:
         raise DamagedTar("the archive ends too early")
     return content
 
 
-def _skip(stream: IO[bytes], size: int) -> None:
+def _skip(stream: Stream, size: int) -> None:
     stream.seek(size, io.SEEK_CUR)

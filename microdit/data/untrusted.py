@@ -63,9 +63,8 @@ def read_file(path: Path, roots: Roots | None, most: int = LARGEST_FILE) -> tupl
     """The content, or why there is none."""
     try:
         with open_file(path, roots) as file:
-            if os.fstat(file.fileno()).st_size > most:
-                return b"", TOO_LARGE
-            return file.read(most), ""
+            size = os.fstat(file.fileno()).st_size
+            return (b"", TOO_LARGE) if size > most else (file.read(size), "")
     except Refused as refused:
         return b"", refused.reason
     except OSError:
