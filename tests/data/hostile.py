@@ -156,7 +156,7 @@ def fill_tar(path: Path, count: int, generator: random.Random) -> int:
         ),
         lambda name: extended({b"path": name.encode() + b"\xff.png"}) + member("x.png", good_picture(1)),
         lambda name: with_text(name, member("g", b"x" * 9000, tarfile.XGLTYPE) * 50 + member(f"{name}.png")),
-        lambda name: with_text(name, extended({b"comment": b"x"}) * 2000 + member(f"{name}.png")),
+        lambda name: with_text(name, extended({b"comment": b"x"}) * 500 + member(f"{name}.png")),
     ]
     content, usable = [], 0
     for number in range(count):
@@ -271,11 +271,11 @@ def fill_table(path: Path, count: int, generator: random.Random) -> int:
 
 def header_bomb(path: Path, kind: bytes = tarfile.XHDTYPE, gigabytes: int = 3) -> Path:
     """A gzipped tar of a few megabytes whose first header has gigabytes."""
-    tenth = gzip.compress(bytes(100_000_000), 1)
+    hundredth = gzip.compress(bytes(10_000_000), 1)
     buffer = io.BytesIO()
     buffer.write(gzip.compress(member("0.png", good_picture(0)) + member("0.txt", b"words")))
     buffer.write(gzip.compress(member("bomb", kind=kind, size=gigabytes * 1_000_000_000)))
-    buffer.write(tenth * (10 * gigabytes))
+    buffer.write(hundredth * (100 * gigabytes))
     path.write_bytes(buffer.getvalue())
     return path
 
