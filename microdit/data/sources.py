@@ -209,7 +209,10 @@ def _open_folder(folder: Path, captions: dict[str, float] | None) -> Source:
 
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return saved_source(folder, captions)
-    files = sorted(path for path in folder.iterdir() if not path.is_dir())
+    try:
+        files = sorted(path for path in folder.iterdir() if not path.is_dir())
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be read: {error.strerror}.") from error
     archives = [path for path in files if path.name.lower().endswith(ARCHIVES)]
     tables = [path for path in files if path.suffix.lower() == ".parquet"]
     pictures = any(path.suffix.lower() in IMAGE_SUFFIXES for path in files)

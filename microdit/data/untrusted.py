@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, AnyStr, BinaryIO
 
@@ -32,7 +33,7 @@ class Refused(Exception):  # noqa: N818
 
 def roots_of(folder: Path) -> Roots:
     """Where the files of a source may lie: in its folder. A snapshot in Hugging Face's cache is full of links to its `blobs`."""
-    real = _real(folder)
+    real = _real_folder(folder.absolute())
     snapshot = next((place for place in (real, *real.parents) if place.parent.name == "snapshots"), None)
     return (real, snapshot.parent.parent / "blobs") if snapshot else (real,)
 
@@ -91,7 +92,15 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))
+    """Without links. Most files are none, and lie in folders that were met before."""
+    if path.is_symlink() or path.name == "..":
+        return Path(os.path.realpath(path))
+    return _real_folder(path.parent.absolute()) / path.name
+
+
+@lru_cache(maxsize=1024)
+def _real_folder(folder: Path) -> Path:
+    return Path(os.path.realpath(folder))
 
 
 def _ends(line: str | bytes) -> bool:

@@ -1,6 +1,7 @@
 import io
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,14 @@ def test_only_regular_files_inside_the_source_are_read(tmp_path):
     assert read_file(folder / "a.png", roots, most=6) == (b"", "file is too large")
     (tmp_path / "link").symlink_to(folder)
     assert read_file(tmp_path / "link" / "a.png", roots_of(tmp_path / "link")) == (b"content", "")
+
+
+def test_the_folder_one_stands_in_may_change(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        write_file(tmp_path / name / "a.png", name.encode())
+        monkeypatch.chdir(tmp_path / name)
+        assert read_file(Path("a.png"), roots_of(Path())) == (name.encode(), "")
+        assert read_file(tmp_path / "one" / "a.png", roots_of(Path()))[1] == ("" if name == "one" else "link leads out of the source")
 
 
 def test_a_snapshot_in_the_hubs_cache_is_read(tmp_path):
