@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from microdit.errors import UserError
-from microdit.locks import locked
+from microdit.locks import locked, refuse_locked
 
 
 def test_the_second_is_refused_with_the_first_ones_process_and_host(tmp_path):
@@ -18,6 +18,9 @@ def test_the_second_is_refused_with_the_first_ones_process_and_host(tmp_path):
             pytest.fail("two at once")
         with locked(tmp_path / "deep" / "another", "Another"):
             pass
+        with pytest.raises(UserError, match=f"^It is in use by process {os.getpid()} on "):
+            refuse_locked(tmp_path / "deep" / "lock", "It")
+    refuse_locked(tmp_path / "deep" / "lock", "The folder")
     with locked(tmp_path / "deep" / "lock", "The folder"):
         pass
 

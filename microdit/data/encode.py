@@ -32,7 +32,7 @@ from microdit.encoders.autoencoder import Autoencoder
 from microdit.encoders.text import TextEncoder
 from microdit.errors import UserError
 from microdit.files import write_aside
-from microdit.locks import locked
+from microdit.locks import locked, refuse_locked
 
 CPU = torch.device("cpu")
 CHUNK_BATCHES = 4  # batches in a chunk: captions are sorted by length inside it, so that little is padded
@@ -145,8 +145,7 @@ def _alone(folder: Path, share: tuple[int, int]) -> Iterator[None]:
     with locked(folder / f".rank-{rank}-of-{ranks}.lock", what):
         for other in folder.glob(".rank-*-of-*.lock"):
             if not other.name.endswith(f"-of-{ranks}.lock"):
-                with locked(other, what):
-                    pass
+                refuse_locked(other, what)
         yield
 
 
