@@ -125,7 +125,7 @@ def _picture(step: int, path: Path, newest: bool) -> Picture | None:
     """None if the file is damaged: it may be just being written."""
     try:
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             image.load()
             if newest and len(content) <= NEWEST_BYTES:
                 return Picture(step, picture_address("png", content))

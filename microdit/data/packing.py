@@ -23,10 +23,14 @@ AHEAD = 2  # chunks that wait to be packed before encoding waits for them
 
 @dataclass
 class PartInWork:
-    """A part of the source that becomes shard `number`: what was rejected of it so far, and its counts of captions and tokens."""
+    """A part of the source that becomes shard `number`: what was rejected of it so far, and its counts of captions and tokens.
+
+    `fingerprint` is the part's when its reading began.
+    """
 
     number: int
     name: str
+    fingerprint: str = ""
     rejected: list[tuple[str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -130,6 +134,7 @@ class ShardsThread:
         manifest = {
             "name": path.name,
             "part": part.name,
+            "fingerprint": part.fingerprint,
             "rows": writer.rows,
             "seen": writer.rows + len(part.rejected),
             "rejected": dict(sorted(Counter(reason for _, reason in part.rejected).items())),
@@ -148,6 +153,17 @@ class ShardsThread:
 
 def manifest_path(folder: Path, number: int) -> Path:
     return folder / f"{_shard(number)}.json"
+
+
+def remove_shard(folder: Path, number: int) -> bool:
+    """Whether there was one: of several ranks that remove it, one is told so. The manifest goes first, for without it there is no shard."""
+    try:
+        manifest_path(folder, number).unlink()
+    except FileNotFoundError:
+        return False
+    for suffix in (".arrow", ".rejected.jsonl"):
+        (folder / f"{_shard(number)}{suffix}").unlink(missing_ok=True)
+    return True
 
 
 def _shard(number: int) -> str:

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -211,7 +212,7 @@ def test_the_dtype_must_stay_and_the_batch_size_may_change(tmp_path, text_encode
     assert sums(tmp_path / "set") == sums(tmp_path / "whole")
 
 
-def test_what_another_version_began_or_was_damaged_since_is_refused_with_the_fix(tmp_path, text_encoder):
+def test_what_another_version_began_is_refused_and_what_was_damaged_since_is_not_taken_for_whole(tmp_path, text_encoder):
     plan = begin(tmp_path / "set", text_encoder)
     begun, source = tmp_path / ".set.part", source_of([good(1)], [good(2)])
     written = (begun / "plan.json").read_bytes()
@@ -224,10 +225,48 @@ def test_what_another_version_began_or_was_damaged_since_is_refused_with_the_fix
     (begun / "plan.json").write_bytes(written)
     manifest = begun / "shard-00000.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"rows": 1', b'"rows": 3'))
-    with pytest.raises(UserError, match=r"shard-00000\.json is damaged .*: delete it, and run the same command again"):
-        encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)
-    manifest.unlink()
-    assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)["rows"] == 2
+    said: list[str] = []
+    assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, warn=said.append)["rows"] == 2
+    assert said == ["Changed since they were encoded, so encoded anew: shard-00000.json."]
+
+
+def test_two_encodings_of_one_folder_are_refused_with_who_is_at_it(tmp_path, text_encoder):
+    tried = []
+
+    def meanwhile():
+        for share in ((0, 1), (0, 2), (1, 2)):  # also on another number of ranks
+            with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on {socket.gethostname()}: wait for it") as refusal:
+                encode_source(source_of([good(1)]), tmp_path / "set", SMALL, Pixels(), text_encoder, share)
+            tried.append(str(refusal.value))
+        yield good(2)
+
+    source = source_of([good(1)])
+    source.parts[0] = Part("part 0", meanwhile)
+    encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)
+    assert len(tried) == 3
+    assert EncodedSet(tmp_path / "set").column("key") == ["k2"]
+    assert not list((tmp_path / "set").glob(".*"))
+    assert not (tmp_path / ".set.part").exists()
+
+
+def test_the_ranks_of_one_encoding_are_let_in(tmp_path, text_encoder):
+    cards = []
+
+    def meanwhile():
+        cards.append(encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (1, 2)))
+        yield good(1)
+
+    source = source_of([], [good(2)])
+    source.parts[0] = Part("part 0", meanwhile)
+    assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (0, 2))["rows"] == 2
+    assert cards == [None]
+
+
+def test_what_a_killed_process_left_half_written_is_not_in_the_finished_folder(tmp_path, text_encoder):
+    begin(tmp_path / "set", text_encoder)
+    (tmp_path / ".set.part" / ".shard-00001.arrow.12345.part").write_bytes(b"half")
+    encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", SMALL, Pixels(), text_encoder)
+    assert not list((tmp_path / "set").glob(".*"))
 
 
 class SmallGPU(DiffusersAutoencoder):
@@ -279,7 +318,7 @@ class Overflowing(Pixels):
 def test_numbers_that_are_not_finite_stop_it_behind_the_last_whole_shard(tmp_path, text_encoder):
     with pytest.raises(UserError, match=r"latents that are no finite numbers.*--dtype float32"):
         encode_source(source_of(*[[good(n)] for n in range(4)]), tmp_path / "set", SMALL, Overflowing(), text_encoder)
-    assert sorted(path.name for path in (tmp_path / ".set.part").iterdir()) == ["plan.json", "shard-00000.arrow", "shard-00000.json"]
+    assert sorted(path.name for path in (tmp_path / ".set.part").glob("[!.]*")) == ["plan.json", "shard-00000.arrow", "shard-00000.json"]
 
 
 def test_bfloat16_is_near_float32_and_the_card_says_which(tmp_path):
