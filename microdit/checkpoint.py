@@ -4,15 +4,15 @@
       shards/*.safetensors        all that training needs, as the processes held it (torch.distributed.checkpoint); none for inference
       model.safetensors           the weights, whole (not in one that was saved in haste, before the machine was taken away)
       ema.safetensors             their averages, whole; ema-DECAY.safetensors for further lengths
-      state.json                  checksums of all of these, the step, and all that is needed to make pictures
+      state.json                  checksums of all of these and of itself, the step, and all that is needed to make pictures
 
-`training/saving.py` writes them. Nothing in them is a pickle.
+`training/saving.py` writes them. Nothing in them is a pickle, and nothing is used before it was compared with its checksum; only the
+state.json of earlier versions has none.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from microdit.errors import UserError
-from microdit.files import sha256_of
+from microdit.files import from_checked_json, sha256_of
 from microdit.model.blocks import BlockShape
 from microdit.model.microdit import ModelConfig
 
 STATE = "state.json"
 FOLDER = "checkpoints"
 SHARDS = "shards"
+_NAME = re.compile(r"step-\d{8}")
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,14 @@ class Checkpoint:
     folder: Path
     step: int
     state: dict[str, Any]
+    _compared: set[str] = field(default_factory=set, compare=False, repr=False)  # files found whole: they can be too large to do it twice
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Of NAME.safetensors."""
-        return load_file(self.folder / f"{name}.safetensors")
+        """Load NAME.safetensors. Raises UserError if it is not what was written."""
+        path = self.folder / f"{name}.safetensors"
+        if path.name not in self._compared and sha256_of(path) != self.state["files"].get(path.name):
+            raise UserError(f"{self.folder} is damaged ({path.name} is not what was written).")
+        return load_file(path)
 
     @property
     def weights(self) -> list[str]:
@@ -48,7 +53,16 @@ class Checkpoint:
 
     def damage(self, names: list[str]) -> list[str]:
         """Which of these files are not what was written."""
-        return [name for name in names if not (self.folder / name).is_file() or sha256_of(self.folder / name) != self.state["files"][name]]
+        files = self.state["files"]
+        whole = {name for name in names if (self.folder / name).is_file() and sha256_of(self.folder / name) == files[name]}
+        self._compared.update(whole)
+        return [name for name in names if name not in whole]
+
+    @property
+    def strange_shards(self) -> list[str]:
+        """Shards that state.json does not name, as of another checkpoint that was copied over this one: they would be read too."""
+        found = (f"{SHARDS}/{path.name}" for path in (self.folder / SHARDS).glob("*.safetensors"))
+        return sorted(name for name in found if name not in self.state["files"])
 
     @property
     def model_config(self) -> ModelConfig:
@@ -66,11 +80,13 @@ def config_of_fields(saved: Mapping[str, Any]) -> ModelConfig:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read its state; the files are not looked at. Raises UserError."""
+    """Read its state; the files are not looked at. Raises UserError if it is damaged, or of another step than the folder's name says."""
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = from_checked_json((folder / STATE).read_bytes())
         if not isinstance(state["files"], dict):
             raise ValueError("it names no files")
+        if _NAME.fullmatch(folder.name) and state["step"] != step_of(folder):
+            raise ValueError(f"its state is of step {state['step']}")
         return Checkpoint(folder, state["step"], state)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is damaged ({error}).") from error
@@ -111,7 +127,7 @@ def default_weights(checkpoint: Checkpoint) -> str:
 def checkpoint_folders(run: Path) -> list[Path]:
     """Newest first."""
     folder = run / FOLDER
-    found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8}", p.name)] if folder.is_dir() else []
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, reverse=True)
 
 

@@ -195,7 +195,7 @@ def prefer(
     else:
         file = VerdictFile(out / "verdicts.jsonl", both_orders(pairs), judge)
         open_questions = len(file.waiting())
-        with Image.open(pairs[0].a) as picture:
+        with Image.open(pairs[0].a, formats=["PNG"]) as picture:
             cost = estimate(-(-open_questions // 2), max(picture.size), dollars_per_million)
         dollars = "" if cost.dollars is None else f", about ${cost.dollars:.2f}"
         console.print(f"{open_questions} requests, about {cost.tokens:,} tokens{dollars}.")

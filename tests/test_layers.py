@@ -18,11 +18,12 @@ LAYERS = [
     ("checkpoint", "prompts", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),
     ("model",),
-    ("files", "errors", "formats", "terminal", "distributed", "devices"),
+    ("files", "locks", "errors", "formats", "terminal", "distributed", "devices"),
 ]
 FRIENDS = {
     ("data", "encoders"),
     ("files", "errors"),
+    ("locks", "errors"),
     ("distributed", "errors"),
     ("devices", "errors"),
     ("distributed", "devices"),

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Self
 
 import numpy as np
@@ -21,6 +21,7 @@ from microdit.data.sources import Record
 from microdit.errors import UserError
 
 AHEAD = 2  # chunks that workers decode before they are asked for
+MOST_BYTES = 256_000_000  # of files in a chunk, if it has more than one; no chunk is begun beside so many
 BUCKET_STEP = 64  # pixels: sides of aspect-ratio buckets are multiples of it
 MAX_ASPECT = 2.0
 
@@ -63,6 +64,22 @@ class _Piece:
     future: Future[list[Picture | str]]
 
 
+@dataclass
+class Chunk:
+    """Records, each with its picture or the reason why there is none. `last`: the group ends with it."""
+
+    records: list[Record]
+    outcomes: list[Picture | str]
+    last: bool
+
+
+@dataclass
+class _Begun:
+    pieces: list[_Piece]
+    bytes: int
+    last: bool
+
+
 class Decoder:
     """Decodes chunks of records, in this process (`workers` 0) or in others, which live until the `with` block ends."""
 
@@ -77,33 +94,33 @@ class Decoder:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def chunks(self, groups: Iterable[Iterable[Record]], size: int) -> Iterator[tuple[list[Record], list[Picture | str]]]:
-        """Chunks of `size` records, each with its picture or the reason why there is none.
-
-        No chunk holds records of two groups: the last one of each group has fewer than `size`, if need be none. An error that a group
-        raises comes behind all chunks before it.
+    def chunks(self, groups: Iterable[Iterable[Record]], size: int) -> Iterator[Chunk]:
+        """Chunks of `size` records, or of fewer where their files are large. No chunk holds records of two groups; the last one of a group
+        may be empty. An error that a group raises comes behind all chunks before it.
         """
-        chunks, waiting, failure = _chunked(groups, size), deque[list[_Piece]](), None
+        chunks, waiting, failure = _chunked(groups, size), deque[_Begun](), None
         more = True
         while more or waiting:
-            while more and len(waiting) <= (AHEAD if self.workers else 0):
+            while more and len(waiting) <= (AHEAD if self.workers else 0) and sum(begun.bytes for begun in waiting) < MOST_BYTES:
                 try:
-                    waiting.append(self._begin(next(chunks)))
+                    waiting.append(self._begin(*next(chunks)))
                 except StopIteration:
                     more = False
                 except Exception as error:
                     more, failure = False, error
             if waiting:
-                pieces = waiting.popleft()
+                begun = waiting.popleft()
+                pieces = begun.pieces
                 outcomes = [outcome for number in range(len(pieces)) for outcome in self._result(pieces[number:], waiting)]
-                yield [record for piece in pieces for record in piece.records], outcomes
+                yield Chunk([record for piece in pieces for record in piece.records], outcomes, begun.last)
         if failure is not None:
             raise failure
 
-    def _begin(self, records: list[Record]) -> list[_Piece]:
+    def _begin(self, records: list[Record], last: bool) -> _Begun:
         """All workers have a share in a chunk."""
         share = max(1, math.ceil(len(records) / max(1, self.workers)))
-        return [_Piece(part, self._submit(part)) for first in range(0, len(records), share) if (part := records[first : first + share])]
+        pieces = [_Piece(part, self._submit(part)) for first in range(0, len(records), share) if (part := records[first : first + share])]
+        return _Begun(pieces, sum(len(record.image) for record in records), last)
 
     def _submit(self, records: list[Record]) -> Future[list[Picture | str]]:
         files = [record.image for record in records]
@@ -118,7 +135,7 @@ class Decoder:
             future.set_exception(error)
             return future
 
-    def _result(self, pieces: list[_Piece], waiting: Iterable[list[_Piece]]) -> list[Picture | str]:
+    def _result(self, pieces: list[_Piece], waiting: Iterable[_Begun]) -> list[Picture | str]:
         """Of the first piece. When a worker died, what comes behind begins anew, in other workers."""
         try:
             return pieces[0].future.result()
@@ -127,7 +144,7 @@ class Decoder:
             if self._pool is not None:
                 self._pool.shutdown(wait=False)
             self._pool = None
-            for piece in chain(pieces[1:], *waiting):
+            for piece in chain(pieces[1:], *(begun.pieces for begun in waiting)):
                 piece.future = self._submit(piece.records)
             return outcome
 
@@ -143,12 +160,21 @@ class Decoder:
         return outcomes
 
 
-def _chunked(groups: Iterable[Iterable[Record]], size: int) -> Iterator[list[Record]]:
+def _chunked(groups: Iterable[Iterable[Record]], size: int) -> Iterator[tuple[list[Record], bool]]:
+    """Chunks, and whether their group ends with them."""
     for group in groups:
-        records = iter(group)
-        while len(chunk := list(islice(records, size))) == size:
-            yield chunk
-        yield chunk
+        chunk: list[Record] = []
+        held = 0
+        for record in group:
+            if chunk and held + len(record.image) > MOST_BYTES:
+                yield chunk, False
+                chunk, held = [], 0
+            chunk.append(record)
+            held += len(record.image)
+            if len(chunk) == size:
+                yield chunk, False
+                chunk, held = [], 0
+        yield chunk, True
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

@@ -97,6 +97,6 @@ def _twemoji_folder() -> Path:
 
 
 def _on_white(path: Path) -> Image.Image:
-    picture = Image.open(path).convert("RGBA")
+    picture = Image.open(path, formats=["PNG"]).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("RGB")

@@ -5,14 +5,14 @@ written in another (packing.py): none of them waits for the next, also where one
 
 Notable:
 - each part of the source becomes one shard, whichever process encodes it: 1 rank or 64 give the same files, and a run that was killed
-  goes on behind the last whole shard;
+  goes on behind the last whole shard, and encodes anew what has changed in the source since;
 - memory holds a few batches, whatever the size of the source;
 - every record is either kept or rejected with a reason, and the card says how many of each.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,21 @@ from typing import Any
 import torch
 
 from microdit.data.card import CARD, FORMAT, write_card
+from microdit.data.changes import changed_shards, in_words, remove_changed
 from microdit.data.decoding import Decoder, Picture, Wanted
 from microdit.data.encode_batches import BatchEncoder
 from microdit.data.forms import CaptionForm, LatentForm
 from microdit.data.packing import Packer, PartInWork, ShardsThread, manifest_path
-from microdit.data.sources import Part, Record, Source
+from microdit.data.sources import Part, Record, Source, checked
 from microdit.devices import DTYPES
 from microdit.encoders.autoencoder import Autoencoder
 from microdit.encoders.text import TextEncoder
 from microdit.errors import UserError
-from microdit.files import write_aside
+from microdit.files import from_checked_json, to_checked_json, write_aside
+from microdit.locks import locked, refuse_locked
 
 CPU = torch.device("cpu")
 CHUNK_BATCHES = 4  # batches in a chunk: captions are sorted by length inside it, so that little is padded
-MAX_CAPTION = 4000  # characters; text encoders take 32 to 512 tokens
 
 Progress = Callable[[int, int], None]  # so many more records, so many more parts
 
@@ -81,8 +82,9 @@ def encode_source(
     """Encode this process's share of the parts (its number, their count) into the folder `out`. The encoders move to the settings' device.
 
     The process that finds all shards whole completes the folder and gets the card, others None. `warn` is told of batches that do not fit
-    the GPU, `on_progress`, by a thread, of what is written. Raises UserError if `out` exists, if an unfinished one has other settings, if
-    nothing was kept, if the disk refuses, or if not even one picture fits the GPU.
+    the GPU and of parts that have changed since they were encoded, `on_progress`, by a thread, of what is written. Raises UserError if
+    `out` exists, if an unfinished one has other settings or another process is at it, if nothing was kept, if a part changed meanwhile, if
+    the disk refuses, or if not even one picture fits the GPU.
     """
     wanted = Wanted.of(settings.resolutions, settings.min_side, settings.buckets, autoencoder.downsampling)
     plan = {
@@ -100,24 +102,28 @@ def encode_source(
         "autoencoder": {"name": autoencoder.name, "fingerprint": autoencoder.fingerprint},
         "text_encoder": {"name": text_encoder.name, "fingerprint": text_encoder.fingerprint},
     }
-    if out.exists():
-        raise UserError(f"{out} exists already: delete it, or choose another --out.")
     folder = out.with_name(f".{out.name}.part")
     try:
-        _begin(folder, plan)
-        mine = range(share[0], len(source.parts), share[1])
-        missing = [number for number in mine if not manifest_path(folder, number).is_file()]
-        told = on_progress or (lambda records, parts: None)
-        told(0, len(mine) - len(missing))
-        if settings.device.type == "cuda":
-            torch.cuda.set_device(settings.device)
-        autoencoder.to(settings.device, DTYPES[settings.dtype])
-        text_encoder.to(settings.device, DTYPES[settings.dtype])
-        encoder = BatchEncoder(autoencoder, text_encoder, settings.device, settings.captions, settings.batch_size, warn)
-        packer = Packer(settings.resolutions, settings.latents, settings.captions, source.caption_weights)
-        with Decoder(wanted, settings.workers) as decoder, ShardsThread(folder, packer, told) as shards:
-            _encode_parts(source, missing, settings, decoder, encoder, shards)
-        return _complete(folder, out, plan)
+        _refuse_existing(out)
+        with _alone(folder, share):
+            _refuse_existing(out)  # whoever had the folder until now may have finished it
+            _begin(folder, plan)
+            changed = remove_changed(folder, source.parts)
+            if changed:
+                warn(f"Changed since they were encoded, so encoded anew: {in_words(changed)}.")
+            mine = range(share[0], len(source.parts), share[1])
+            missing = [number for number in mine if not manifest_path(folder, number).is_file()]
+            told = on_progress or (lambda records, parts: None)
+            told(0, len(mine) - len(missing))
+            if settings.device.type == "cuda":
+                torch.cuda.set_device(settings.device)
+            autoencoder.to(settings.device, DTYPES[settings.dtype])
+            text_encoder.to(settings.device, DTYPES[settings.dtype])
+            encoder = BatchEncoder(autoencoder, text_encoder, settings.device, settings.captions, settings.batch_size, warn)
+            packer = Packer(settings.resolutions, settings.latents, settings.captions, source.caption_weights)
+            with Decoder(wanted, settings.workers) as decoder, ShardsThread(folder, packer, told) as shards:
+                _encode_parts(source, missing, settings, decoder, encoder, shards)
+            return _complete(folder, out, plan, source.parts)
     except OSError as error:
         raise UserError(
             f"Encoding into {folder} stopped: {error}. Put that right (make room, if the disk is full), and run the same command to go on; "
@@ -125,17 +131,33 @@ def encode_source(
         ) from error
 
 
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists already: delete it, or choose another --out.")
+
+
+@contextmanager
+def _alone(folder: Path, share: tuple[int, int]) -> Iterator[None]:
+    """Keep other encodings out and let this one's other ranks in: each holds a lock of its own, beside none of another number of ranks."""
+    rank, ranks = share
+    what = f"The unfinished encoding {folder}"
+    with locked(folder / f".rank-{rank}-of-{ranks}.lock", what):
+        for other in folder.glob(".rank-*-of-*.lock"):
+            if not other.name.endswith(f"-of-{ranks}.lock"):
+                refuse_locked(other, what)
+        yield
+
+
 def _encode_parts(
     source: Source, numbers: list[int], settings: EncodeSettings, decoder: Decoder, encoder: BatchEncoder, shards: ShardsThread
 ) -> None:
     parts = [PartInWork(number, source.parts[number].name) for number in numbers]
-    usable = (_usable(source.parts[part.number], source.caption_weights, part.rejected) for part in parts)
-    size = settings.batch_size * CHUNK_BATCHES
-    chunks = decoder.chunks(usable, size)
+    usable = (_usable(source.parts[part.number], source.caption_weights, part) for part in parts)
+    chunks = decoder.chunks(usable, settings.batch_size * CHUNK_BATCHES)
     for part in parts:
-        for records, outcomes in chunks:
+        for chunk in chunks:
             kept: list[tuple[Record, Picture]] = []
-            for record, outcome in zip(records, outcomes, strict=True):
+            for record, outcome in zip(chunk.records, chunk.outcomes, strict=True):
                 if isinstance(outcome, str):
                     part.rejected.append((record.key, outcome))
                 else:
@@ -144,41 +166,46 @@ def _encode_parts(
             lengths = [len(tokens) for tokens in encoded.ids]
             cut = sum(length >= encoder.text_encoder.max_tokens for length in lengths)
             part.counts.update(captions=len(lengths), tokens=sum(lengths), captions_cut=cut)
-            last = len(records) < size
-            shards.put(part, encoded, len(records), last)
-            if last:
+            shards.put(part, encoded, len(chunk.records), chunk.last)
+            if chunk.last:
                 break
 
 
-def _usable(part: Part, caption_weights: dict[str, float], rejected: list[tuple[str, str]]) -> Iterator[Record]:
-    """The records of a part whose text can be used; the others are rejected here."""
-    seen: set[str] = set()
-    for record in part.records():
-        problem = record.problem or ("duplicate key" if record.key in seen else "")
-        seen.add(record.key)
-        captions = {name: _clean(record.captions[name]) for name in caption_weights if record.captions.get(name)}
-        captions = {name: text for name, text in captions.items() if text}
-        problem = problem or ("" if captions else "no caption")
-        if problem:
-            rejected.append((record.key, problem))
+def _usable(part: Part, caption_weights: dict[str, float], work: PartInWork) -> Iterator[Record]:
+    """The records of a part that can be used so far; the others are rejected here."""
+    work.fingerprint = part.fingerprint()  # before the first is read: what changes from now on is noticed later
+    for record in checked(part.records(), caption_weights):
+        if record.problem:
+            work.rejected.append((record.key, record.problem))
         else:
-            yield Record(record.key, captions, record.image)
+            yield record
 
 
 def _begin(folder: Path, plan: dict[str, Any]) -> None:
     """Make the folder, or find that an earlier run with the same plan began it."""
     path = folder / "plan.json"
-    content = json.dumps(plan, indent=1)
     folder.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        write_aside(path, content.encode())
-    begun, now = _flat(json.loads(path.read_text())), _flat(json.loads(content))
+        write_aside(path, to_checked_json(plan))
+    begun, now = _flat(_read_begun(path, f"delete {folder}")), _flat(from_checked_json(to_checked_json(plan)))
     different = [key for key in now if begun.get(key) != now[key]]
-    if different:
+    if "format" in different:
+        raise UserError(f"{folder} was begun by another version of microdit: delete it, or let that version finish it.")
+    if different == ["parts"]:  # the source has changed, and the shards that are still of its parts are kept
+        write_aside(path, to_checked_json(plan))
+    elif different:
         went = f" It was begun with --dtype {begun['dtype']}." if "dtype" in different else ""
         raise UserError(
             f"{folder} was begun with other settings ({', '.join(different)} differ): delete it, or use the same settings to go on.{went}"
         )
+
+
+def _read_begun(path: Path, fix: str) -> dict[str, Any]:
+    """The plan, or the manifest of a shard. Raises UserError."""
+    try:
+        return from_checked_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): {fix}, and run the same command again.") from error
 
 
 def _flat(plan: dict[str, Any]) -> dict[str, Any]:
@@ -187,32 +214,33 @@ def _flat(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _planned(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without what may change on the way. Earlier versions named no dtype: theirs was float32."""
+    """Without what may change on the way."""
     free = ("device", "batch_size", "workers")
-    return {"dtype": "float32", **{key: value for key, value in settings.items() if key not in free}}
+    return {key: value for key, value in settings.items() if key not in free}
 
 
-def _complete(folder: Path, out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+def _complete(folder: Path, out: Path, plan: dict[str, Any], parts: list[Part]) -> dict[str, Any] | None:
     """When all shards are there: write the card, give the folder its name. Two ranks may do so at once: both write the same."""
-    manifests = [manifest_path(folder, number) for number in range(len(plan["parts"]))]
+    manifests = [manifest_path(folder, number) for number in range(len(parts))]
     try:
         if not all(path.is_file() for path in manifests):
             return None
-        shards = [json.loads(path.read_text()) for path in manifests]
+        if changed := list(changed_shards(folder, parts).values()):
+            raise UserError(
+                f"Changed while the source was encoded: {in_words(changed)}. Run the same command again: only that is encoded anew."
+            )
+        shards = [_read_begun(path, "delete it") for path in manifests]
         if not any(shard["rows"] for shard in shards):
             rejected = sum((Counter(shard["rejected"]) for shard in shards), Counter())
             raise UserError(f"The source {plan['source']} gave no picture that could be kept; rejected: {dict(rejected) or 'none either'}.")
         card = write_card(folder, plan, shards)
+        for left in folder.glob(".shard-*.part"):  # of processes that were killed
+            left.unlink(missing_ok=True)
         folder.rename(out)
+        for lock in out.glob(".rank-*.lock"):
+            lock.unlink(missing_ok=True)
     except FileNotFoundError:
         if not (out / CARD).is_file():
             raise
         return None  # another rank was faster
     return card
-
-
-def _clean(caption: str) -> str:
-    """One line of printable text, at most MAX_CAPTION characters; empty if it is no Unicode text at all (lone surrogates)."""
-    if not caption.isascii() and any("\ud800" <= character <= "\udfff" for character in caption[:MAX_CAPTION]):
-        return ""
-    return " ".join("".join(c if c.isprintable() else " " for c in caption[:MAX_CAPTION]).split())

@@ -3,17 +3,16 @@
 Pictures and lists are joined by the pictures' names; what stands on one side only is a record with a problem.
 """
 
-import json
-import zipfile
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from microdit.data.archives import DAMAGED, Sample, read_archive
-from microdit.data.folders import find_images, read_file
+from microdit.data.archives import Sample, open_zip, read_archive, read_zipped
+from microdit.data.folders import find_images
 from microdit.data.sidecars import from_fields
 from microdit.data.sources import Part, Record, relative_names
+from microdit.data.untrusted import LARGEST_TEXT, Refused, Roots, bounded_lines, open_file, parse_json, read_file, roots_of
 from microdit.errors import UserError
 
 JOURNEYDB_LIST = "train_anno_realease_repath.jsonl"  # sic
@@ -28,16 +27,20 @@ def journeydb_parts(folder: Path, captions: dict[str, float]) -> list[Part]:
     places = sorted(path for path in (train / "imgs").iterdir() if path.is_dir() or path.suffix == ".tgz")
     # An archive that was unpacked and kept is read once.
     places = [path for path in places if path.is_dir() or not path.with_suffix("").is_dir()]
-    parts = [Part(path.name, partial(_read_journeydb, path, train / JOURNEYDB_LIST, tuple(captions))) for path in places]
-    return [*parts, Part(JOURNEYDB_LIST, partial(_broken_lines, train / JOURNEYDB_LIST))] if parts else []
+    listing, roots = train / JOURNEYDB_LIST, roots_of(folder)
+    parts = [
+        Part(path.name, partial(_read_journeydb, path, listing, roots, tuple(captions)), partial(_files_of, path, (listing,)))
+        for path in places
+    ]
+    return [*parts, Part(JOURNEYDB_LIST, partial(_broken_lines, listing, roots), partial(iter, (listing,)))] if parts else []
 
 
-def _read_journeydb(place: Path, listing: Path, wanted: tuple[str, ...]) -> Iterator[Record]:
+def _read_journeydb(place: Path, listing: Path, roots: Roots, wanted: tuple[str, ...]) -> Iterator[Record]:
     listed: dict[str, tuple[dict[str, str], str]] = {}
-    with listing.open("rb") as file:
-        for offset in _lines_by_folder(listing).get(place.name.partition(".")[0], []):
+    with _open_list(listing, roots) as file:
+        for offset in _lines_by_folder(listing, roots).get(place.name.partition(".")[0], []):
             file.seek(offset)
-            fields = json.loads(file.readline())
+            fields = parse_json(file.readline())
             stem = Path(fields["img_path"]).stem
             if stem in listed:
                 yield Record(f"{JOURNEYDB_LIST}#{offset}", {}, b"", "listed twice")
@@ -45,28 +48,38 @@ def _read_journeydb(place: Path, listing: Path, wanted: tuple[str, ...]) -> Iter
             task = fields.get("Task2")
             caption = task.get("Caption") if isinstance(task, dict) else None
             listed[stem] = from_fields({"prompt": fields.get("prompt"), "caption": caption}, wanted)
-    yield from _joined(place, _samples(place), listed)
+    yield from _joined(place, _samples(place, roots), listed)
 
 
 @lru_cache(maxsize=1)
-def _lines_by_folder(listing: Path) -> dict[str, list[int]]:
+def _lines_by_folder(listing: Path, roots: Roots) -> dict[str, list[int]]:
     """Where the lines of each folder's pictures begin, in bytes: the list has millions of long lines. Broken lines are under ""."""
     offsets: dict[str, list[int]] = {}
     offset = 0
-    with listing.open("rb") as file:
-        for line in file:
-            if line.strip():
-                try:
-                    folder = Path(json.loads(line)["img_path"]).parts[-2]
-                except (ValueError, KeyError, TypeError, IndexError):
-                    folder = ""
-                offsets.setdefault(folder, []).append(offset)
-            offset += len(line)
+    with _open_list(listing, roots) as file:
+        for line in bounded_lines(file):
+            if line is None or line.strip():
+                offsets.setdefault(_folder_of(line), []).append(offset)
+            offset = file.tell()
     return offsets
 
 
-def _broken_lines(listing: Path) -> Iterator[Record]:
-    for offset in _lines_by_folder(listing).get("", []):
+def _folder_of(line: bytes | None) -> str:
+    try:
+        return Path(parse_json(line or b"")["img_path"]).parts[-2]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return ""
+
+
+def _open_list(listing: Path, roots: Roots) -> BinaryIO:
+    try:
+        return open_file(listing, roots)
+    except Refused as refused:
+        raise UserError(f"{listing} cannot be used: {refused.reason}. Put the file itself there.") from refused
+
+
+def _broken_lines(listing: Path, roots: Roots) -> Iterator[Record]:
+    for offset in _lines_by_folder(listing, roots).get("", []):
         yield Record(f"{listing.name}#{offset}", {}, b"", "metadata line is not JSON")
 
 
@@ -76,30 +89,39 @@ def diffusiondb_parts(folder: Path, captions: dict[str, float]) -> list[Part]:
     places = sorted(path for path in found if path.is_dir() or path.with_suffix("") not in found)
     tables = [path for name in ("metadata.parquet", "metadata-large.parquet") if (path := folder / name).is_file()]
     names = relative_names(places) if places else []
-    return [Part(name, partial(_read_diffusiondb, path, tuple(tables))) for name, path in zip(names, places, strict=True)]
+    roots = roots_of(folder)
+    return [
+        Part(name, partial(_read_diffusiondb, path, roots, tuple(tables)), partial(_files_of, path, (*tables, path / f"{path.name}.json")))
+        for name, path in zip(names, places, strict=True)
+    ]
 
 
-def _read_diffusiondb(place: Path, tables: tuple[Path, ...]) -> Iterator[Record]:
+def _read_diffusiondb(place: Path, roots: Roots, tables: tuple[Path, ...]) -> Iterator[Record]:
     unsafe = _unsafe_images(tables)
     listed = {}
-    for image, entry in _diffusiondb_prompts(place).items():
+    for image, entry in _diffusiondb_prompts(place, roots).items():
         captions, problem = from_fields({"prompt": entry.get("p") if isinstance(entry, dict) else None}, ["prompt"])
         listed[Path(image).stem] = captions, "marked unsafe" if image in unsafe else problem
-    yield from _joined(place, (sample for sample in _samples(place) if sample.key.rpartition("/")[2] != place.stem), listed)
+    yield from _joined(place, (sample for sample in _samples(place, roots) if sample.key.rpartition("/")[2] != place.stem), listed)
 
 
-def _diffusiondb_prompts(place: Path) -> dict[str, Any]:
+def _diffusiondb_prompts(place: Path, roots: Roots) -> dict[str, Any]:
     """Empty if they cannot be read: then no picture has a caption, and the archive says what is wrong with it."""
     name = f"{place.stem}.json"
     try:
-        if place.is_dir():
-            prompts = json.loads((place / name).read_bytes())
-        else:
-            with zipfile.ZipFile(place) as archive:
-                prompts = json.loads(archive.read(next(inside for inside in archive.namelist() if inside.rpartition("/")[2] == name)))
-    except (OSError, ValueError, zipfile.BadZipFile, StopIteration):
+        prompts = parse_json(read_file(place / name, roots, LARGEST_TEXT)[0] if place.is_dir() else _zipped(place, roots, name))
+    except (Refused, ValueError):
         return {}
     return prompts if isinstance(prompts, dict) else {}
+
+
+def _zipped(place: Path, roots: Roots, name: str) -> bytes:
+    """The first file of that name in an archive; empty if there is none. Raises Refused."""
+    with open_file(place, roots) as file:
+        archive = open_zip(file)
+        infos = archive.infolist() if archive else []
+        info = next((info for info in infos if info.filename.rpartition("/")[2] == name), None)
+        return read_zipped(archive, info, LARGEST_TEXT)[0] if archive and info else b""
 
 
 @lru_cache(maxsize=1)
@@ -117,14 +139,22 @@ def _unsafe_images(tables: tuple[Path, ...]) -> frozenset[str]:
     return frozenset(unsafe)
 
 
-def _samples(place: Path) -> Iterator[Sample]:
+def _samples(place: Path, roots: Roots) -> Iterator[Sample]:
     """The pictures in an archive or in a folder."""
     if not place.is_dir():
-        yield from read_archive(place, frozenset())
+        yield from read_archive(place, frozenset(), roots)
         return
-    for name in find_images(place):
-        image, problem = read_file(place / name)
-        yield Sample(str(Path(name).with_suffix("")), image, problem=problem)
+    for listed in find_images(place):
+        image, problem = (b"", listed.problem) if listed.problem else read_file(place / listed.file, roots)
+        yield Sample(str(Path(listed.file).with_suffix("")), image, problem=problem)
+
+
+def _files_of(place: Path, more: tuple[Path, ...]) -> Iterator[Path]:
+    """What `_samples` reads, and `more`."""
+    yield from more
+    yield place
+    if place.is_dir():
+        yield from (place / listed.file for listed in find_images(place))
 
 
 def _joined(place: Path, samples: Iterator[Sample], listed: dict[str, tuple[dict[str, str], str]]) -> Iterator[Record]:
@@ -135,7 +165,7 @@ def _joined(place: Path, samples: Iterator[Sample], listed: dict[str, tuple[dict
     for sample in samples:
         stem = sample.key.rpartition("/")[2]
         met.add(stem)
-        damaged |= sample.problem == DAMAGED
+        damaged |= sample.ends
         captions, problem = listed.get(stem, ({}, "no caption"))
         yield Record(f"{folder}/{stem}", captions, sample.image, sample.problem or problem)
     if not damaged:  # otherwise nobody knows

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# Told by content, whatever a file is called. Pillow knows more: EPS starts a program, and others are no pictures of pixels, or seldom seen.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000; beyond lie decompression bombs
 EXIF_ORIENTATION = 0x0112
 ON_ITS_SIDE = (5, 6, 7, 8)  # orientations in which height and width change places
@@ -81,7 +83,7 @@ def _troubles_named() -> Iterator[None]:
     except Rejected:
         raise
     except UnidentifiedImageError as error:
-        raise Rejected("not a picture that Pillow knows") from error
+        raise Rejected(f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Rejected(f"more than {MAX_PIXELS:,} pixels") from error
     except Exception as error:  # Pillow's decoders raise whatever their format's parser stumbles over
@@ -91,7 +93,7 @@ def _troubles_named() -> Iterator[None]:
 def _open(content: bytes) -> Image.Image:
     if not content:
         raise Rejected("file is empty")
-    image = Image.open(io.BytesIO(content))
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise Rejected(f"more than {MAX_PIXELS:,} pixels")
     if image.format not in ("JPEG", "MPO"):

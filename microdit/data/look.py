@@ -3,14 +3,14 @@
 import hashlib
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 from PIL import Image
 
 from microdit.data.images import Rejected, decode
-from microdit.data.sources import Record, Source
+from microdit.data.sources import Record, Source, checked
 
 MOST_PARTS = 20  # opened, evenly spread over the source
 SHOWN_SIDE = 512  # pixels; larger pictures are shrunk, so that many fit in memory
@@ -28,10 +28,11 @@ def look(source: Source, sample: int = 16, limit: int = 2000) -> tuple[list[Imag
     captions: Counter[str] = Counter()
     sizes: list[tuple[int, int]] = []
     kept = _EvenlySpread(sample)
-    for record in _some_records(source, limit):
+    heaviest_first = sorted(source.caption_weights, key=source.caption_weights.__getitem__, reverse=True)
+    for record in _some_records(source, heaviest_first, limit):
         seen += 1
         try:
-            picture, caption = _usable(record, source.caption_weights)
+            picture, caption = _usable(record)
         except Rejected as rejected:
             problems[rejected.reason] += 1
             continue
@@ -54,25 +55,22 @@ def look(source: Source, sample: int = 16, limit: int = 2000) -> tuple[list[Imag
     return [picture for picture, _ in shown], [caption for _, caption in shown], numbers
 
 
-def _some_records(source: Source, limit: int) -> Iterator[Record]:
+def _some_records(source: Source, captions: list[str], limit: int) -> Iterator[Record]:
     """The first records of parts evenly spread over the source, equally many of each."""
     count = min(len(source.parts), MOST_PARTS)
     parts = [source.parts[n * len(source.parts) // count] for n in range(count)]
     left = limit
     for n, part in enumerate(parts):  # a part that is short leaves its share to those that follow
-        for record in islice(part.records(), -(-left // (count - n))):
+        for record in islice(checked(part.records(), captions), -(-left // (count - n))):
             left -= 1
             yield record
 
 
-def _usable(record: Record, weights: Mapping[str, float]) -> tuple[Image.Image, str]:
-    """The picture and its caption. Raises Rejected."""
+def _usable(record: Record) -> tuple[Image.Image, str]:
+    """The picture and its first caption. Raises Rejected."""
     if record.problem:
         raise Rejected(record.problem)
-    names = [name for name in weights if name in record.captions]
-    if not names:
-        raise Rejected("no caption")
-    return decode(record.image), record.captions[max(names, key=weights.__getitem__)]
+    return decode(record.image), next(iter(record.captions.values()))
 
 
 class _EvenlySpread:

@@ -3,18 +3,18 @@
 Nothing is downloaded: the folder holds what the set's page gives, under the names it gives.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from microdit.data.archives import archive_source, read_archive
-from microdit.data.folders import Listed, parts_of, read_file, read_listed
+from microdit.data.archives import archive_names, archive_source, read_archive
+from microdit.data.folders import Listed, parts_of
 from microdit.data.generated import JOURNEYDB_LIST, diffusiondb_parts, journeydb_parts
 from microdit.data.sidecars import caption_text, from_fields, from_sidecars
 from microdit.data.sources import Part, Record, Source, only_captions
+from microdit.data.untrusted import LARGEST_TEXT, parse_json, read_file, roots_of
 from microdit.errors import UserError
 
 
@@ -48,20 +48,32 @@ def open_named(named: NamedSet, folder: Path, captions: dict[str, float] | None 
 
 def _cc12m(folder: Path, captions: dict[str, float]) -> list[Part]:
     tars = sorted(folder.glob("*.tar"))
-    return archive_source(tars, captions).parts if tars else []
+    return archive_source(tars, captions, roots_of(folder)).parts if tars else []
 
 
 def _sa1b(folder: Path, captions: dict[str, float]) -> list[Part]:
     tars = sorted(folder.glob("sa_*.tar"))
-    return [Part(tar.name, partial(_read_sa1b, tar)) for tar in tars] if (folder / "captions").is_dir() else []
+    if not (folder / "captions").is_dir():
+        return []
+    return [Part(tar.name, partial(_read_sa1b, tar), partial(_files_of_sa1b, tar)) for tar in tars]
 
 
 def _read_sa1b(tar: Path) -> Iterator[Record]:
-    for sample in read_archive(tar, frozenset()):  # its JSON files are masks
-        text, missing = read_file(tar.parent / "captions" / f"{sample.key.rpartition('/')[2]}.txt")
+    roots = roots_of(tar.parent)
+    for sample in read_archive(tar, frozenset(), roots):  # its JSON files are masks
+        text, missing = read_file(_sa1b_caption(tar, sample.key), roots, LARGEST_TEXT)
         found, problem = from_sidecars({} if missing else {"txt": text}, ["caption"])
         captions = {"llava": found["caption"]} if found else {}
         yield Record(sample.key, captions, sample.image, sample.problem or problem)
+
+
+def _files_of_sa1b(tar: Path) -> Iterator[Path]:
+    yield tar
+    yield from (_sa1b_caption(tar, key) for key in archive_names(tar, roots_of(tar.parent)))
+
+
+def _sa1b_caption(tar: Path, key: str) -> Path:
+    return tar.parent / "captions" / f"{key.rpartition('/')[2]}.txt"
 
 
 def _textcaps(folder: Path, captions: dict[str, float]) -> list[Part]:
@@ -71,15 +83,15 @@ def _textcaps(folder: Path, captions: dict[str, float]) -> list[Part]:
     if tables:
         from microdit.data.tables import table_source
 
-        source = table_source(tables, {"reference_strs": 1.0})
+        source = table_source(tables, {"reference_strs": 1.0}, roots_of(folder))
         return [replace(part, records=partial(_renamed, part, "reference_strs", "caption")) for part in source.parts]
     listing = folder / "TextCaps_0.1_train.json"
     if not listing.is_file() or not (folder / "train_images").is_dir():
         return []
     first: dict[str, str] = {}  # of an image's several captions, each an entry of its own
-    for entry in _entries(listing, "data", ("image_id", "caption_str")):
+    for entry in _entries(listing, "data", {"image_id": (str, int), "caption_str": object}):
         first.setdefault(str(entry["image_id"]), caption_text(entry["caption_str"]))
-    return parts_of([_listed(f"train_images/{image}.jpg", caption) for image, caption in first.items()], partial(read_listed, folder))
+    return parts_of([_listed(f"train_images/{image}.jpg", caption) for image, caption in first.items()], folder)
 
 
 def _renamed(part: Part, old: str, new: str) -> Iterator[Record]:
@@ -91,13 +103,13 @@ def _coco2014(folder: Path, captions: dict[str, float]) -> list[Part]:
     listing = folder / "annotations" / "captions_val2014.json"
     if not listing.is_file() or not (folder / "val2014").is_dir():
         return []
-    images = _entries(listing, "images", ("id", "file_name"))
-    annotations = _entries(listing, "annotations", ("id", "image_id", "caption"))
+    images = _entries(listing, "images", {"id": int, "file_name": str})
+    annotations = _entries(listing, "annotations", {"id": int, "image_id": int, "caption": object})
     first: dict[int, str] = {}
     for annotation in sorted(annotations, key=lambda annotation: annotation["id"]):
         first.setdefault(annotation["image_id"], caption_text(annotation["caption"]))
     listed = [_listed(f"val2014/{image['file_name']}", first.get(image["id"], "")) for image in images]
-    return parts_of(listed, partial(read_listed, folder))
+    return parts_of(listed, folder)
 
 
 def _listed(file: str, caption: str) -> Listed:
@@ -105,11 +117,11 @@ def _listed(file: str, caption: str) -> Listed:
     return Listed(file, file, captions, problem)
 
 
-def _entries(path: Path, key: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The list under `key` of a JSON file, each entry with these fields."""
+def _entries(path: Path, key: str, fields: dict[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
+    """The list under `key` of a JSON file, each entry with these fields, of these types."""
     try:
-        entries = json.loads(path.read_bytes())[key]
-        if all(field in entry for entry in entries for field in fields):
+        entries = parse_json(path.read_bytes())[key]
+        if all(field in entry and isinstance(entry[field], kind) for entry in entries for field, kind in fields.items()):
             return list(entries)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged, or has no list '{key}': download it again.") from error

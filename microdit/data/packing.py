@@ -14,19 +14,23 @@ from numpy.typing import NDArray
 
 from microdit.data.encode_batches import EncodedChunk
 from microdit.data.forms import CaptionForm, LatentForm, pack_ids, pack_latents, pack_text
-from microdit.data.shards import Row, ShardWriter
+from microdit.data.shards import Row, ShardWriter, checksums_of
 from microdit.errors import UserError
-from microdit.files import sha256_of, write_aside
+from microdit.files import sha256_of, to_checked_json, write_aside
 
 AHEAD = 2  # chunks that wait to be packed before encoding waits for them
 
 
 @dataclass
 class PartInWork:
-    """A part of the source that becomes shard `number`: what was rejected of it so far, and its counts of captions and tokens."""
+    """A part of the source that becomes shard `number`: what was rejected of it so far, and its counts of captions and tokens.
+
+    `fingerprint` is the part's when its reading began.
+    """
 
     number: int
     name: str
+    fingerprint: str = ""
     rejected: list[tuple[str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -130,23 +134,36 @@ class ShardsThread:
         manifest = {
             "name": path.name,
             "part": part.name,
+            "fingerprint": part.fingerprint,
             "rows": writer.rows,
             "seen": writer.rows + len(part.rejected),
             "rejected": dict(sorted(Counter(reason for _, reason in part.rejected).items())),
             "buckets": {str(bucket): writer.buckets[bucket] for bucket in sorted(writer.buckets)},
             "bytes": writer.path.stat().st_size,
             "sha256": sha256_of(writer.path),
+            "checksums": checksums_of(writer.path)._asdict(),
             **{key: part.counts[key] for key in ("captions", "tokens", "captions_cut")},
         }
         writer.path.replace(path)
         if part.rejected:
             lines = "".join(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in part.rejected)
             write_aside(self.folder / f"{_shard(part.number)}.rejected.jsonl", lines.encode())
-        write_aside(manifest_path(self.folder, part.number), json.dumps(manifest).encode())
+        write_aside(manifest_path(self.folder, part.number), to_checked_json(manifest))
 
 
 def manifest_path(folder: Path, number: int) -> Path:
     return folder / f"{_shard(number)}.json"
+
+
+def remove_shard(folder: Path, number: int) -> bool:
+    """Whether there was one: of several ranks that remove it, one is told so. The manifest goes first, for without it there is no shard."""
+    try:
+        manifest_path(folder, number).unlink()
+    except FileNotFoundError:
+        return False
+    for suffix in (".arrow", ".rejected.jsonl"):
+        (folder / f"{_shard(number)}{suffix}").unlink(missing_ok=True)
+    return True
 
 
 def _shard(number: int) -> str:

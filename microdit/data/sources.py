@@ -7,12 +7,16 @@ order and what is in them must not depend on anything but the source itself.
 import glob
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from microdit.data.untrusted import roots_of
 from microdit.errors import UserError
+
+LONGEST_KEY = 1000  # characters
+MAX_CAPTION = 4000  # characters that are kept; text encoders take 32 to 512 tokens
 
 TARS = (".tar", ".tgz", ".tar.gz")
 ARCHIVES = (*TARS, ".zip")
@@ -43,10 +47,27 @@ class Record:
 
 @dataclass(frozen=True)
 class Part:
-    """Records that belong together: a tar, a row group of a table, a thousand files. `records()` starts from the first each time."""
+    """Records that belong together: a tar, a row group of a table, a thousand files. `records()` starts from the first each time.
+
+    `files()` are those that it reads; `known` is what decides on its records besides them: lines of a list, a choice among the records.
+    """
 
     name: str
     records: Callable[[], Iterator[Record]]
+    files: Callable[[], Iterable[Path]] = tuple
+    known: str = ""
+
+    def fingerprint(self) -> str:
+        """A digest of the names, sizes and times of the files and of what is known: while it is the same, so are the records."""
+        digest = hashlib.sha256(self.known.encode(errors="surrogatepass"))
+        for path in self.files():
+            try:
+                status = path.stat()
+                state = f"{status.st_size} {status.st_mtime_ns}"
+            except (OSError, ValueError):
+                state = "missing"
+            digest.update(f"\0{path.name}\0{state}".encode(errors="surrogatepass"))
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -76,7 +97,18 @@ def open_source(name: str, captions: Mapping[str, float] | None = None, fraction
     source = _open(name, dict(captions) if captions else None)
     if fraction == 1:
         return source
-    return replace(source, parts=[Part(part.name, partial(_kept, part, fraction)) for part in source.parts])
+    parts = [replace(part, records=partial(_kept, part, fraction), known=f"{fraction} of {part.known}") for part in source.parts]
+    return replace(source, parts=parts)
+
+
+def checked(records: Iterable[Record], captions: Collection[str]) -> Iterator[Record]:
+    """The records of a part as they are encoded, with these captions, cleaned. One that cannot be used has a `problem`, and no file."""
+    met: set[str] = set()
+    for record in records:
+        cleaned = {name: text for name in captions if (text := _clean(record.captions.get(name, "")))}
+        problem = record.problem or _key_problem(record.key, met) or ("" if cleaned else "no caption")
+        met.add(record.key)
+        yield Record(record.key, cleaned, b"" if problem else record.image, problem)
 
 
 def only_captions(name: str, own: Mapping[str, float], captions: Mapping[str, float] | None) -> dict[str, float]:
@@ -101,6 +133,24 @@ def _kept(part: Part, fraction: float) -> Iterator[Record]:
         # A note that a part ends early stands for records that nobody has seen: it is never left out.
         if int.from_bytes(digest[:8], "big") < fraction * 2**64 or record.key.endswith(END):
             yield record
+
+
+def _key_problem(key: str, met: Collection[str]) -> str:
+    if key in met:
+        return "duplicate key"
+    if len(key) > LONGEST_KEY:
+        return "file name is too long"
+    return "file name is not UTF-8" if _has_surrogates(key) else ""
+
+
+def _clean(caption: str) -> str:
+    """One line of printable text, at most MAX_CAPTION characters; empty if it is no Unicode text at all (lone surrogates)."""
+    start = caption[:MAX_CAPTION]
+    return "" if _has_surrogates(start) else " ".join("".join(c if c.isprintable() else " " for c in start).split())
+
+
+def _has_surrogates(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _open(name: str, captions: dict[str, float] | None) -> Source:
@@ -141,7 +191,7 @@ def _open_path(name: str, captions: dict[str, float] | None) -> Source:
     files = [path] if path.is_file() else sorted(Path(file) for file in glob.glob(str(path), recursive=True))
     if not files:
         raise UserError(f"There is no file or folder at {name}. {_kinds()}")
-    if all(file.name.lower().endswith(ARCHIVES) for file in files):
+    if all(file.name.lower().endswith(ARCHIVES) for file in files):  # links too: they were named
         from microdit.data.archives import archive_source
 
         return archive_source(files, captions)
@@ -159,15 +209,18 @@ def _open_folder(folder: Path, captions: dict[str, float] | None) -> Source:
 
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return saved_source(folder, captions)
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    try:
+        files = sorted(path for path in folder.iterdir() if not path.is_dir())
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be read: {error.strerror}.") from error
     archives = [path for path in files if path.name.lower().endswith(ARCHIVES)]
     tables = [path for path in files if path.suffix.lower() == ".parquet"]
     pictures = any(path.suffix.lower() in IMAGE_SUFFIXES for path in files)
     if pictures and (archives or tables):
         raise UserError(f"{folder} holds pictures beside {(archives or tables)[0].name}: move one of them, or name the files by a pattern.")
     if archives:  # before tables: img2dataset writes a table without pictures beside each tar
-        return archive_source(archives, captions)
-    return table_source(tables, captions) if tables else folder_source(folder, captions)
+        return archive_source(archives, captions, roots_of(folder))
+    return table_source(tables, captions, roots_of(folder)) if tables else folder_source(folder, captions)
 
 
 def _kinds() -> str:

@@ -8,35 +8,44 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub.constants import HF_HUB_CACHE
 
-from microdit.data.folders import read_file
 from microdit.data.sidecars import CAPTION_NAMES, from_fields
 from microdit.data.sources import END, Part, Record, Source, relative_names
+from microdit.data.untrusted import LARGEST_FILE, TOO_LARGE, Refused, Roots, open_file, read_file, roots_of
 from microdit.errors import UserError
 
 IMAGE_NAMES = ("image", "jpg", "png", "bytes")
 DAMAGED = "table is damaged from here on"
 PART_SIZE = 1000  # rows of a data set without row groups
 READ_SIZE = 64  # rows held in memory at once
+READ_BYTES = 64_000_000  # of these rows, by the mean of their row group
 
 
-def table_source(files: list[Path], captions: dict[str, float] | None = None) -> Source:
-    """Parquet files, one part for each row group. Raises UserError if no file is whole, or if columns are missing."""
+def table_source(files: list[Path], captions: dict[str, float] | None = None, roots: Roots | None = None) -> Source:
+    """Parquet files, one part for each row group. Raises UserError if no file is whole, or if columns are missing.
+
+    Without `roots`, which links must not lead out of, the files may be links to anywhere.
+    """
     weights = captions
     parts = []
     for name, path in zip(relative_names(files), files, strict=True):
         try:
-            with pq.ParquetFile(path) as table:
+            with open_file(path, roots) as file, pq.ParquetFile(file) as table:
                 schema, groups = table.schema_arrow, [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
+        except Refused as refused:
+            parts.append(Part(name, partial(_nothing_but, name, refused.reason), partial(iter, (path,))))
+            continue
         except (pa.ArrowException, OSError):
-            parts.append(Part(name, partial(_nothing_but_damage, name)))
+            parts.append(Part(name, partial(_nothing_but, name, DAMAGED), partial(iter, (path,))))
             continue
         weights = weights or {_caption_column(schema.names, str(path)): 1.0}
         image = _image_column(schema, str(path))
         _check_columns(schema.names, weights, str(path))
         first = 0
         for number, rows in enumerate(groups):
-            parts.append(Part(f"{name}/{first}", partial(_read_group, path, name, number, first, image, list(weights))))
+            read = partial(_read_group, path, name, number, first, image, list(weights))
+            parts.append(Part(f"{name}/{first}", read, partial(_files_of_group, path, number, image)))
             first += rows
     if weights is None:
         raise UserError(f"{files[0]} is not a Parquet file, or is damaged{' like all the others' if len(files) > 1 else ''}.")
@@ -49,7 +58,8 @@ def hub_source(name: str, split: str, captions: dict[str, float] | None = None) 
         loaded = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"datasets.load_dataset could not load {name}, split {split}: {_one_line(error)}") from error
-    return _dataset_source(f"hf:{name}:{split}", split, loaded, captions)
+    roots = [*((Path(name),) if Path(name).is_dir() else ()), Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
+    return _dataset_source(f"hf:{name}:{split}", split, loaded, captions, tuple(real for root in roots for real in roots_of(root)))
 
 
 def saved_source(folder: Path, captions: dict[str, float] | None = None) -> Source:
@@ -62,39 +72,60 @@ def saved_source(folder: Path, captions: dict[str, float] | None = None) -> Sour
         if "train" not in loaded:
             raise UserError(f"{folder} holds the splits {', '.join(loaded)}: name the folder of one of them.")
         loaded = loaded["train"]
-    return _dataset_source(folder.absolute().name, folder.absolute().name, loaded, captions)
+    return _dataset_source(folder.absolute().name, folder.absolute().name, loaded, captions, roots_of(folder))
 
 
-def _dataset_source(name: str, prefix: str, dataset: Any, captions: dict[str, float] | None) -> Source:
+def _dataset_source(name: str, prefix: str, dataset: Any, captions: dict[str, float] | None, roots: Roots) -> Source:
     """`prefix` begins the keys: the same wherever the data set lies."""
     image = _image_column(dataset.features.arrow_schema, name)
     weights = captions or {_caption_column(dataset.column_names, name): 1.0}
     _check_columns(dataset.column_names, weights, name)
     dataset = dataset.select_columns([image, *weights]).with_format("arrow")  # as stored: pictures stay files
+    files = partial(iter, [Path(file["filename"]) for file in dataset.cache_files])
+    known = " ".join(
+        Path(*Path(file["filename"]).parts[-2:]).as_posix() for file in dataset.cache_files
+    )  # the cache names its folders by content
+    read = partial(_read_rows, dataset, prefix, image, list(weights), roots)
     starts = range(0, len(dataset), PART_SIZE)
-    return Source(
-        name, [Part(f"{start:09d}", partial(_read_rows, dataset, prefix, start, image, list(weights))) for start in starts], weights
-    )
+    return Source(name, [Part(f"{start:09d}", partial(read, start), files, known) for start in starts], weights)
 
 
 def _read_group(path: Path, name: str, group: int, first: int, image: str, wanted: list[str]) -> Iterator[Record]:
-    row = first
+    row, roots = first, roots_of(path.parent)
     try:
         with pq.ParquetFile(path) as table:
-            for batch in table.iter_batches(READ_SIZE, row_groups=[group], columns=[image, *wanted]):
+            for batch in table.iter_batches(_rows_at_once(table, group), row_groups=[group], columns=[image, *wanted]):
                 for fields in _rows(batch):
-                    yield _record(f"{name}/{row}", fields, image, wanted, path.parent)
+                    yield _record(f"{name}/{row}", fields, image, wanted, path.parent, roots)
                     row += 1
     except (pa.ArrowException, OSError):
         yield Record(f"{name}/{row}{END}", {}, b"", DAMAGED)
 
 
-def _read_rows(dataset: Any, prefix: str, start: int, image: str, wanted: list[str]) -> Iterator[Record]:
+def _rows_at_once(table: Any, group: int) -> int:
+    metadata = table.metadata.row_group(group)
+    return max(1, min(READ_SIZE, READ_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)))
+
+
+def _files_of_group(path: Path, group: int, image: str) -> Iterator[Path]:
+    """The table, and the files beside it that its cells name."""
+    yield path
+    try:
+        with pq.ParquetFile(path) as table:
+            kind = table.schema_arrow.field(image).type
+            if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+                cells = table.read_row_group(group, [f"{image}.path"]).column(image).to_pylist()
+                yield from (path.parent / cell["path"] for cell in cells if cell and isinstance(cell["path"], str))
+    except (pa.ArrowException, OSError, ValueError, KeyError):
+        return  # whoever reads the rows will say so
+
+
+def _read_rows(dataset: Any, prefix: str, image: str, wanted: list[str], roots: Roots, start: int) -> Iterator[Record]:
     row, stop = start, min(start + PART_SIZE, len(dataset))
     try:
         while row < stop:
             for fields in _rows(dataset[row : min(row + READ_SIZE, stop)]):
-                yield _record(f"{prefix}/{row}", fields, image, wanted, Path())
+                yield _record(f"{prefix}/{row}", fields, image, wanted, Path(), roots)
                 row += 1
     except (pa.ArrowException, OSError):
         yield Record(f"{prefix}/{row}{END}", {}, b"", DAMAGED)
@@ -112,23 +143,25 @@ def _cell(cell: Any) -> Any:
         return "\ud800"  # what no UTF-8 can hold: whoever reads it will say so
 
 
-def _nothing_but_damage(name: str) -> Iterator[Record]:
-    yield Record(name + END, {}, b"", DAMAGED)
+def _nothing_but(name: str, problem: str) -> Iterator[Record]:
+    yield Record(name + END, {}, b"", problem)
 
 
-def _record(key: str, fields: dict[str, Any], image: str, wanted: list[str], folder: Path) -> Record:
-    content, trouble = _image_bytes(fields[image], folder)
+def _record(key: str, fields: dict[str, Any], image: str, wanted: list[str], folder: Path, roots: Roots) -> Record:
+    content, trouble = _image_bytes(fields[image], folder, roots)
     captions, problem = from_fields(fields, wanted)
     return Record(key, captions, content, trouble or problem)
 
 
-def _image_bytes(value: Any, folder: Path) -> tuple[bytes, str]:
+def _image_bytes(value: Any, folder: Path, roots: Roots) -> tuple[bytes, str]:
     """Of a cell: bytes, or {bytes, path} where a file may stand for missing bytes."""
     if isinstance(value, dict):
-        if value.get("bytes") is None and value.get("path"):
-            return read_file(folder / value["path"])
+        if value.get("bytes") is None and isinstance(value.get("path"), str) and value["path"]:
+            return read_file(folder / value["path"], roots)
         value = value.get("bytes")
-    return (value, "") if isinstance(value, bytes) else (b"", "no image")
+    if not isinstance(value, bytes):
+        return b"", "no image"
+    return (b"", TOO_LARGE) if len(value) > LARGEST_FILE else (value, "")
 
 
 def _image_column(schema: pa.Schema, where: str) -> str:

@@ -61,7 +61,7 @@ def evaluate(painter: Painter, reference: Source, question: Question, settings: 
     with progress("draw", steps_to_draw(question.count, painter, settings, world)) as advance:
         draw_pictures(painter, captions, out / "pictures", settings, world, on_step=advance)
     paths = [out / "pictures" / picture_name(number) for number in range(question.count)]
-    with Image.open(paths[0]) as first:
+    with Image.open(paths[0], formats=["PNG"]) as first:
         side = question.side or min(first.size)
 
     notes: list[str] = []

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from microdit.data.images import FORMATS
 from microdit.errors import UserError
 from microdit.evaluation.geneval_rules import (
     COLOURS,
@@ -238,8 +239,8 @@ def _known_results(path: Path) -> dict[str, dict[str, Any]]:
 
 def _judge_picture(path: Path, prompt: GenEvalPrompt, detector: Detector, classifier: ColourClassifier) -> dict[str, Any]:
     try:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except OSError as error:
+        image = ImageOps.exif_transpose(Image.open(path, formats=FORMATS)).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture: {error}. Draw it again, or remove it.") from error
     detections = detector(image)
     verdict = judge(prompt, detections, lambda found: classifier(image, found))

@@ -131,7 +131,7 @@ def _words(spread: Spread) -> str:
 def _join_strips(study: Study, plans: dict[str, ArmPlan], out: Path, path: Path) -> bool:
     """The strips of the first seed at the end of the first budget, one under the other. Without them, a picture made earlier stays."""
     names = [out / "strips" / f"{arm}-{study.seeds[0]}-{plans[arm].steps[study.budgets[0]]}.png" for arm in study.arms]
-    strips = [Image.open(name) for name in names if name.is_file()]
+    strips = [Image.open(name, formats=["PNG"]) for name in names if name.is_file()]
     if not strips:
         return path.is_file()
     joined = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")

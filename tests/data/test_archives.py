@@ -5,7 +5,8 @@ import zipfile
 
 import pytest
 
-from microdit.data.archives import LARGEST_FILE, archive_source
+from microdit.data.archives import archive_source
+from microdit.data.untrusted import LARGEST_FILE
 from tests.data.pictures import picture, problems_of, records_of, write_tar
 
 DAMAGED = "archive is damaged from here on"

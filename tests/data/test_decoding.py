@@ -27,7 +27,11 @@ class Deadly(Wanted):
 
 
 def flat(chunks):
-    return [(rec.key, outcome) for records, outcomes in chunks for rec, outcome in zip(records, outcomes, strict=True)]
+    return [(rec.key, outcome) for chunk in chunks for rec, outcome in zip(chunk.records, chunk.outcomes, strict=True)]
+
+
+def keys_of(chunks):
+    return [([rec.key for rec in chunk.records], chunk.last) for chunk in chunks]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -35,13 +39,13 @@ def test_order_and_count_are_the_sources(workers):
     records = [record(10 + i) for i in range(25)] + [Record("bad", {"caption": "c"}, b"x"), record(5)]
     with Decoder(Wanted.of((8, 16), 8, False, 1), workers) as decoder:
         chunks = list(decoder.chunks([records], 10))
-    assert [len(chunk) for chunk, _ in chunks] == [10, 10, 7]
+    assert [(len(chunk.records), chunk.last) for chunk in chunks] == [(10, False), (10, False), (7, True)]
     outcomes = flat(chunks)
     assert [key for key, _ in outcomes] == [r.key for r in records]
     bucket, (small, large) = outcomes[3][1]
     assert (bucket, small.shape, large.shape) == (0, (8, 8, 3), (16, 16, 3))
     assert small[0, 0].tolist() == [13, 20, 0]
-    assert outcomes[-2][1] == "not a picture that Pillow knows"
+    assert outcomes[-2][1] == "no JPEG, PNG, WEBP, GIF, BMP or TIFF picture"
     assert outcomes[-1][1] == "a side is shorter than 8 pixels"
 
 
@@ -59,17 +63,35 @@ def test_chunks_end_with_their_group(workers):
     groups = [[record(8 + n) for n in range(5)], [], [record(20 + n) for n in range(4)], [record(30)]]
     with Decoder(Wanted.of((8,), 0, False, 1), workers) as decoder:
         chunks = list(decoder.chunks(groups, 2))
-    assert [[rec.key for rec in records] for records, _ in chunks] == [
-        ["8x20", "9x20"],
-        ["10x20", "11x20"],
-        ["12x20"],
-        [],
-        ["20x20", "21x20"],
-        ["22x20", "23x20"],
-        [],
-        ["30x20"],
+    assert keys_of(chunks) == [
+        (["8x20", "9x20"], False),
+        (["10x20", "11x20"], False),
+        (["12x20"], True),
+        ([], True),
+        (["20x20", "21x20"], False),
+        (["22x20", "23x20"], False),
+        ([], True),
+        (["30x20"], True),
     ]
-    assert all(len(records) == len(outcomes) for records, outcomes in chunks)
+    assert all(len(chunk.records) == len(chunk.outcomes) for chunk in chunks)
+
+
+def test_large_files_make_small_chunks_and_few_at_a_time(monkeypatch):
+    monkeypatch.setattr("microdit.data.decoding.MOST_BYTES", 1000)
+    read = []
+
+    def group():
+        for number, size in enumerate((400, 400, 400, 1500, 600, 10, 10)):
+            read.append(size)
+            yield Record(f"{number}", {}, bytes(size))
+
+    with Decoder(Wanted.of((8,), 0, False, 1), workers=1) as decoder:
+        chunks, ahead = [], []
+        for chunk in decoder.chunks([group()], 64):
+            chunks.append(chunk)
+            ahead.append(sum(read) - sum(len(rec.image) for done in chunks for rec in done.records))
+    assert keys_of(chunks) == [(["0", "1"], False), (["2"], False), (["3"], False), (["4", "5", "6"], True)]
+    assert max(ahead) <= 2 * 1500  # one chunk in work, one record read
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -80,7 +102,7 @@ def test_what_was_read_before_an_error_is_given_first(workers):
 
     with Decoder(Wanted.of((8,), 0, False, 1), workers) as decoder:
         chunks = decoder.chunks([[record(8)], breaks()], 1)
-        given = [next(chunks)[0] for _ in range(3)]
+        given = [next(chunks).records for _ in range(3)]
         with pytest.raises(RuntimeError, match="the source broke"):
             next(chunks)
     assert [[rec.key for rec in records] for records in given] == [["8x20"], [], ["9x20"]]

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from microdit.data.sources import Part, Record, Source, open_source
 from microdit.encoders.autoencoder import DiffusersAutoencoder, Pixels, load_autoencoder
 from microdit.encoders.text import MiniLM
 from microdit.errors import UserError
+from microdit.files import from_checked_json, to_checked_json
 from tests.conftest import first_of
 from tests.data.pictures import picture, write_tar
 from tests.encoders.tiny_models import save_kl
@@ -195,7 +197,7 @@ def begin(out: Path, text_encoder) -> dict:
     broken.parts[1] = Part("part 1", lambda: (_ for _ in ()).throw(RuntimeError("broke")))
     with pytest.raises(RuntimeError):
         encode_source(broken, out, SMALL, Pixels(), text_encoder)
-    return json.loads((out.with_name(f".{out.name}.part") / "plan.json").read_text())
+    return from_checked_json((out.with_name(f".{out.name}.part") / "plan.json").read_bytes())
 
 
 def test_the_dtype_must_stay_and_the_batch_size_may_change(tmp_path, text_encoder):
@@ -210,16 +212,61 @@ def test_the_dtype_must_stay_and_the_batch_size_may_change(tmp_path, text_encode
     assert sums(tmp_path / "set") == sums(tmp_path / "whole")
 
 
-def test_what_an_earlier_version_began_goes_on_in_float32(tmp_path, text_encoder):
+def test_what_another_version_began_is_refused_and_what_was_damaged_since_is_not_taken_for_whole(tmp_path, text_encoder):
     plan = begin(tmp_path / "set", text_encoder)
-    del plan["settings"]["dtype"]
-    plan["settings"] |= {"batch_size": 64, "workers": None}
-    (tmp_path / ".set.part" / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(UserError, match="begun with --dtype float32"):
-        encode_source(
-            source_of([good(1)], [good(2)]), tmp_path / "set", dataclasses.replace(SMALL, dtype="bfloat16"), Pixels(), text_encoder
-        )
-    assert encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", SMALL, Pixels(), text_encoder)["rows"] == 2
+    begun, source = tmp_path / ".set.part", source_of([good(1)], [good(2)])
+    written = (begun / "plan.json").read_bytes()
+    (begun / "plan.json").write_bytes(to_checked_json({**plan, "format": 2}))
+    with pytest.raises(UserError, match="was begun by another version of microdit: delete it"):
+        encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)
+    (begun / "plan.json").write_bytes(written.replace(b"float32", b"float33"))
+    with pytest.raises(UserError, match=rf"plan\.json is damaged .*: delete {begun}, and run the same command again"):
+        encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)
+    (begun / "plan.json").write_bytes(written)
+    manifest = begun / "shard-00000.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"rows": 1', b'"rows": 3'))
+    said: list[str] = []
+    assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, warn=said.append)["rows"] == 2
+    assert said == ["Changed since they were encoded, so encoded anew: shard-00000.json."]
+
+
+def test_two_encodings_of_one_folder_are_refused_with_who_is_at_it(tmp_path, text_encoder):
+    tried = []
+
+    def meanwhile():
+        for share in ((0, 1), (0, 2), (1, 2)):  # also on another number of ranks
+            with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on {socket.gethostname()}: wait for it") as refusal:
+                encode_source(source_of([good(1)]), tmp_path / "set", SMALL, Pixels(), text_encoder, share)
+            tried.append(str(refusal.value))
+        yield good(2)
+
+    source = source_of([good(1)])
+    source.parts[0] = Part("part 0", meanwhile)
+    encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)
+    assert len(tried) == 3
+    assert EncodedSet(tmp_path / "set").column("key") == ["k2"]
+    assert not list((tmp_path / "set").glob(".*"))
+    assert not (tmp_path / ".set.part").exists()
+
+
+def test_the_ranks_of_one_encoding_are_let_in(tmp_path, text_encoder):
+    cards = []
+
+    def meanwhile():
+        cards.append(encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (1, 2)))
+        yield good(1)
+
+    source = source_of([], [good(2)])
+    source.parts[0] = Part("part 0", meanwhile)
+    assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (0, 2))["rows"] == 2
+    assert cards == [None]
+
+
+def test_what_a_killed_process_left_half_written_is_not_in_the_finished_folder(tmp_path, text_encoder):
+    begin(tmp_path / "set", text_encoder)
+    (tmp_path / ".set.part" / ".shard-00001.arrow.12345.part").write_bytes(b"half")
+    encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", SMALL, Pixels(), text_encoder)
+    assert not list((tmp_path / "set").glob(".*"))
 
 
 class SmallGPU(DiffusersAutoencoder):
@@ -271,7 +318,7 @@ class Overflowing(Pixels):
 def test_numbers_that_are_not_finite_stop_it_behind_the_last_whole_shard(tmp_path, text_encoder):
     with pytest.raises(UserError, match=r"latents that are no finite numbers.*--dtype float32"):
         encode_source(source_of(*[[good(n)] for n in range(4)]), tmp_path / "set", SMALL, Overflowing(), text_encoder)
-    assert sorted(path.name for path in (tmp_path / ".set.part").iterdir()) == ["plan.json", "shard-00000.arrow", "shard-00000.json"]
+    assert sorted(path.name for path in (tmp_path / ".set.part").glob("[!.]*")) == ["plan.json", "shard-00000.arrow", "shard-00000.json"]
 
 
 def test_bfloat16_is_near_float32_and_the_card_says_which(tmp_path):

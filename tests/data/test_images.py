@@ -1,14 +1,17 @@
+import ast
 import io
+import os
 import random
-import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
-from microdit.data.images import PictureFile, Rejected, decode, fit
+from microdit.data.images import FORMATS, PictureFile, Rejected, decode, fit
+from tests.data.hostile import EPS, png_bomb
 
 
 def file_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -93,23 +96,15 @@ def test_only_jpegs_can_be_decoded_smaller():
         PictureFile(file_of(Image.effect_noise((999, 999), 50), "JPEG")[:-9000]).decode(10, 10)
 
 
-def bomb() -> bytes:
-    """A PNG of a few bytes that says it is 60,000 x 60,000."""
-    small = bytearray(file_of(Image.new("L", (1, 1))))
-    small[16:24] = (60_000).to_bytes(4, "big") * 2
-    small[29:33] = zlib.crc32(small[12:29]).to_bytes(4, "big")
-    return bytes(small)
-
-
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"", "file is empty"),
-        (b"<html>404</html>", "not a picture that Pillow knows"),
+        (b"<html>404</html>", "no JPEG, PNG, WEBP, GIF, BMP or TIFF picture"),
         (file_of(Image.effect_noise((99, 99), 50), "JPEG")[:-900], "picture is damaged"),
         (file_of(Image.effect_noise((99, 99), 50))[:-900], "picture is damaged"),
         (file_of(Image.new("F", (4, 4)), "TIFF"), "pixels are floating-point numbers of unknown range"),
-        (bomb(), "more than 100,000,000 pixels"),
+        (png_bomb(), "more than 100,000,000 pixels"),
     ],
 )
 def test_what_cannot_be_used_has_a_reason(content, reason):
@@ -133,7 +128,51 @@ def test_damage_gives_a_picture_or_a_reason_and_nothing_else(kind):
         except Rejected as verdict:
             outcomes.add(verdict.reason)
     assert "RGB" in outcomes or kind == "PNG"  # which carries checksums
-    assert outcomes <= {"RGB", "file is empty", "picture is damaged", "not a picture that Pillow knows", "more than 100,000,000 pixels"}
+    assert outcomes <= {
+        "RGB",
+        "file is empty",
+        "picture is damaged",
+        "no JPEG, PNG, WEBP, GIF, BMP or TIFF picture",
+        "more than 100,000,000 pixels",
+    }
+
+
+def test_an_eps_under_another_name_starts_no_program(tmp_path, monkeypatch):
+    """A Ghostscript that leaves a trace when it is started."""
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    with pytest.raises(Rejected, match="no JPEG, PNG, WEBP, GIF, BMP or TIFF picture"):
+        decode(EPS)
+    assert not (tmp_path / "started").exists()
+    with pytest.raises(OSError, match=r"."):  # the trap works
+        Image.open(io.BytesIO(EPS), formats=["EPS"]).load()
+    assert (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("kind", ["PPM", "ICO", "TGA", "PCX", "ICNS", "DDS", "SGI", "JPEG2000"])
+def test_the_content_says_what_is_opened_and_only_the_listed_formats_are(kind):
+    assert kind not in FORMATS
+    with pytest.raises(Rejected, match="no JPEG, PNG, WEBP, GIF, BMP or TIFF picture"):
+        decode(file_of(half_red(size=(64, 64)), kind))
+
+
+def test_every_picture_is_opened_with_a_list_of_formats():
+    """In all of our programs: without a list Pillow takes whatever the content says it is, EPS too."""
+    root = Path(__file__).parents[2]
+    without, found = [], 0
+    for path in (path for room in ("microdit", "benchmarks", "examples") for path in (root / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "PIL.Image":
+                without.append(f"{path.name}: imports from PIL.Image, where this test sees no 'Image.open'")
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-2:] == ["Image", "open"]:
+                found += 1
+                formats = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "formats"]
+                without += [] if formats in (["FORMATS"], ["['PNG']"]) else [f"{path.name}:{node.lineno}"]
+    assert without == []
+    assert found >= 7
 
 
 @given(width=st.integers(1, 60), height=st.integers(1, 60), to=st.tuples(st.integers(1, 40), st.integers(1, 40)))

@@ -8,7 +8,12 @@ def source_of(*parts):
 
 
 def record(n, caption="a caption", size=(12, 12), problem="", image=None):
-    return Record(str(n), {"caption": caption} if caption else {}, picture(n, "PNG", size) if image is None else image, problem)
+    return Record(
+        str(n),
+        {"caption": caption} if caption else {},
+        picture(n if isinstance(n, int) else 0, "PNG", size) if image is None else image,
+        problem,
+    )
 
 
 def test_numbers_are_of_every_record():
@@ -69,3 +74,22 @@ def test_nothing_usable_gives_no_pictures_and_says_why():
     for source in (source_of(), source_of([]), source_of([record(0, problem="no image")])):
         pictures, captions, numbers = look(source)
         assert (pictures, captions, numbers["usable"], numbers["width"]) == ([], [], 0, {})
+
+
+def test_a_record_that_encode_rejects_is_a_problem_here_too():
+    records = [
+        *(record(0), record(0)),
+        record(1, caption=" \n\t "),
+        record(2, caption="a \ud800 b"),
+        record("x" * 1001),
+        record("\udcff"),
+    ]
+    numbers = look(source_of([*records]))[2]
+    assert (numbers["records"], numbers["usable"]) == (6, 1)
+    assert numbers["problems"] == {"no caption": 2, "duplicate key": 1, "file name is too long": 1, "file name is not UTF-8": 1}
+
+
+def test_a_word_without_an_end_is_cut_as_encode_cuts_it():
+    _, [caption], numbers = look(source_of([record(0, caption="w" * 10_000_000)]))
+    assert len(caption) == 4000
+    assert numbers["caption_words"]["max"] == 1
