@@ -19,6 +19,7 @@ IMAGE_NAMES = ("image", "jpg", "png", "bytes")
 DAMAGED = "table is damaged from here on"
 PART_SIZE = 1000  # rows of a data set without row groups
 READ_SIZE = 64  # rows held in memory at once
+READ_BUFFER = 1 << 20  # bytes of the file; without, a row group's columns are read whole
 READ_BYTES = 64_000_000  # of these rows, by the mean of their row group
 
 
@@ -82,9 +83,8 @@ def _dataset_source(name: str, prefix: str, dataset: Any, captions: dict[str, fl
     _check_columns(dataset.column_names, weights, name)
     dataset = dataset.select_columns([image, *weights]).with_format("arrow")  # as stored: pictures stay files
     files = partial(iter, [Path(file["filename"]) for file in dataset.cache_files])
-    known = " ".join(
-        Path(*Path(file["filename"]).parts[-2:]).as_posix() for file in dataset.cache_files
-    )  # the cache names its folders by content
+    # The cache names its folders by content.
+    known = " ".join(Path(*Path(file["filename"]).parts[-2:]).as_posix() for file in dataset.cache_files)
     read = partial(_read_rows, dataset, prefix, image, list(weights), roots)
     starts = range(0, len(dataset), PART_SIZE)
     return Source(name, [Part(f"{start:09d}", partial(read, start), files, known) for start in starts], weights)
@@ -93,7 +93,7 @@ def _dataset_source(name: str, prefix: str, dataset: Any, captions: dict[str, fl
 def _read_group(path: Path, name: str, group: int, first: int, image: str, wanted: list[str]) -> Iterator[Record]:
     row, roots = first, roots_of(path.parent)
     try:
-        with pq.ParquetFile(path) as table:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER) as table:
             for batch in table.iter_batches(_rows_at_once(table, group), row_groups=[group], columns=[image, *wanted]):
                 for fields in _rows(batch):
                     yield _record(f"{name}/{row}", fields, image, wanted, path.parent, roots)

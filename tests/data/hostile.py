@@ -155,8 +155,8 @@ def fill_tar(path: Path, count: int, generator: random.Random) -> int:
             member("@", path + b"\0", tarfile.GNUTYPE_LONGNAME) + member("x", good_picture(1)) for path in long_names(name)
         ),
         lambda name: extended({b"path": name.encode() + b"\xff.png"}) + member("x.png", good_picture(1)),
-        lambda name: with_text(name, member("g", b"x" * 9000, tarfile.XGLTYPE) * 50 + member(f"{name}.png")),
-        lambda name: with_text(name, extended({b"comment": b"x"}) * 500 + member(f"{name}.png")),
+        lambda name: with_text(name, member("g", b"x" * 9000, tarfile.XGLTYPE) * 9 + member(f"{name}.png")),
+        lambda name: with_text(name, extended({b"comment": b"x"}) * 50 + member(f"{name}.png")),
     ]
     content, usable = [], 0
     for number in range(count):

@@ -1,11 +1,13 @@
 import io
 import json
+import os
 import tarfile
 import zipfile
 
 import pytest
 
 from microdit.data.archives import archive_source
+from microdit.data.sources import open_source
 from microdit.data.untrusted import LARGEST_FILE
 from tests.data.pictures import picture, problems_of, records_of, write_tar
 
@@ -141,3 +143,32 @@ def test_each_archive_is_a_part_named_by_its_place(tmp_path):
     source = archive_source([tmp_path / "x/a.tar", tmp_path / "y/a.tar"])
     assert [part.name for part in source.parts] == ["x/a.tar", "y/a.tar"]
     assert len(records_of(source)) == 2
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.zip"])
+def test_a_caption_that_is_too_large_costs_its_picture(tmp_path, name):
+    files = [("0.jpg", picture()), ("0.txt", b"w" * 5_000_000), ("1.jpg", picture()), ("1.txt", b"w" * 200_000), *pairs(3)[4:]]
+    if name.endswith(".tar"):
+        write_tar(tmp_path / name, files)
+    else:
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file, content in files:
+                archive.writestr(file, content)
+    problems = problems_of(records_of(archive_source([tmp_path / name])))
+    assert problems == {"0": "file is too large", "1": "caption is too long", "00002": ""}
+
+
+def test_archives_that_are_no_files_of_the_source_are_counted(tmp_path):
+    write_tar(tmp_path / "set" / "a.tar", pairs(1))
+    write_tar(tmp_path / "outside.tar", pairs(1))
+    os.mkfifo(tmp_path / "set" / "pipe.tar")
+    (tmp_path / "set" / "link.zip").symlink_to(tmp_path / "outside.tar")
+    (tmp_path / "set" / "gone.tgz").symlink_to("nowhere.tgz")
+    assert problems_of(records_of(open_source(str(tmp_path / "set")))) == {
+        "00000": "",
+        "gone.tgz#end": "no such file",
+        "link.zip#end": "link leads out of the source",
+        "pipe.tar#end": "not a regular file",
+    }
+    (tmp_path / "link.tar").symlink_to(tmp_path / "set" / "a.tar")
+    assert problems_of(records_of(open_source(str(tmp_path / "link.tar")))) == {"00000": ""}  # it was named

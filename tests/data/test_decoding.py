@@ -76,22 +76,27 @@ def test_chunks_end_with_their_group(workers):
     assert all(len(chunk.records) == len(chunk.outcomes) for chunk in chunks)
 
 
-def test_large_files_make_small_chunks_and_few_at_a_time(monkeypatch):
+def test_large_files_make_small_chunks(monkeypatch):
     monkeypatch.setattr("microdit.data.decoding.MOST_BYTES", 1000)
-    read = []
+    records = [Record(f"{number}", {}, bytes(size)) for number, size in enumerate((400, 400, 400, 1500, 600, 10, 10))]
+    with Decoder(Wanted.of((8,), 0, False, 1), workers=0) as decoder:
+        chunks = list(decoder.chunks([records], 64))
+    assert keys_of(chunks) == [(["0", "1"], False), (["2"], False), (["3"], False), (["4", "5", "6"], True)]
+
+
+def test_few_chunks_of_large_files_are_decoded_ahead(monkeypatch):
+    monkeypatch.setattr("microdit.data.decoding.MOST_BYTES", 1000)
+    read, ahead = [], []
 
     def group():
-        for number, size in enumerate((400, 400, 400, 1500, 600, 10, 10)):
-            read.append(size)
-            yield Record(f"{number}", {}, bytes(size))
+        for number in range(6):
+            read.append(number)
+            yield Record(f"{number}", {}, bytes(600))
 
     with Decoder(Wanted.of((8,), 0, False, 1), workers=1) as decoder:
-        chunks, ahead = [], []
-        for chunk in decoder.chunks([group()], 64):
-            chunks.append(chunk)
-            ahead.append(sum(read) - sum(len(rec.image) for done in chunks for rec in done.records))
-    assert keys_of(chunks) == [(["0", "1"], False), (["2"], False), (["3"], False), (["4", "5", "6"], True)]
-    assert max(ahead) <= 2 * 1500  # one chunk in work, one record read
+        for number, _ in enumerate(decoder.chunks([group()], 64), start=1):
+            ahead.append(len(read) - number)
+    assert ahead == [2, 2, 2, 2, 1, 0]  # one that is decoded, and one that was found not to fit beside it
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -123,3 +124,53 @@ def test_folders_that_cannot_be_read_are_refused_with_the_fix(tmp_path):
     write_file(tmp_path / "metadata.csv", b"file_name,text\n")
     with pytest.raises(UserError, match=r"both metadata.jsonl and metadata.csv"):
         folder_source(tmp_path)
+
+
+def test_what_lies_outside_is_counted_and_not_read(tmp_path):
+    folder, other = tmp_path / "set", tmp_path / "other"
+    for place in (folder / "in", other):
+        write_file(place / "a.png", picture())
+        write_file(place / "a.txt", b"words")
+    (folder / "again").symlink_to(folder)  # its pictures are met at their own place
+    (folder / "linked").symlink_to(other)
+    for name, to in (("b", other / "a"), ("c", folder / "in" / "a")):
+        for suffix in (".png", ".txt"):
+            (folder / f"{name}{suffix}").symlink_to(to.with_suffix(suffix))
+    write_file(folder / "d.png", picture())
+    (folder / "d.txt").symlink_to(other / "a.txt")
+    write_file(folder / "e.png", picture())
+    os.mkfifo(folder / "e.txt")
+    outside = "link leads out of the source"
+    assert problems_of(records_of(folder_source(folder))) == {
+        "b.png": outside,
+        "c.png": "",
+        "d.png": outside,
+        "e.png": "not a regular file",
+        "in/a.png": "",
+        "linked": outside,
+    }
+
+
+def test_a_list_that_lies_outside_is_refused(tmp_path):
+    write_file(tmp_path / "set" / "a.png", picture())
+    write_file(tmp_path / "metadata.csv", b"file_name,text\na.png,words\n")
+    (tmp_path / "set" / "metadata.csv").symlink_to(tmp_path / "metadata.csv")
+    with pytest.raises(UserError, match=r"metadata.csv cannot be used: link leads out of the source"):
+        folder_source(tmp_path / "set")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_line_that_is_too_long_costs_itself(tmp_path, kind):
+    for name in ("a.png", "b.png", "c.png"):
+        write_file(tmp_path / name, picture())
+    texts = {"a.png": "words", "b.png": "w" * 10_000_000, "c.png": "more words", "no.png": "x" * 150_000}
+    lines = [json.dumps({"file_name": name, "text": text}) if kind == "jsonl" else f"{name},{text}" for name, text in texts.items()]
+    write_file(tmp_path / f"metadata.{kind}", "\n".join([*(["file_name,text"] if kind == "csv" else []), *lines]).encode())
+    first = 2 if kind == "csv" else 1
+    assert problems_of(records_of(folder_source(tmp_path))) == {
+        "a.png": "",
+        f"metadata.{kind}#{first + 1}": "metadata line is too long",
+        "c.png": "",
+        "no.png" if kind == "jsonl" else "metadata.csv#5": "caption is too long" if kind == "jsonl" else "metadata line is too long",
+        "b.png": "no caption",  # no line names it
+    }

@@ -1,4 +1,5 @@
 import io
+import os
 
 import datasets
 import pyarrow as pa
@@ -136,3 +137,31 @@ def test_what_the_datasets_library_loads_is_a_source(tmp_path, monkeypatch):
     assert len(records_of(hub_source(str(tmp_path / "set"), "train[:1]"))) == 1
     with pytest.raises(UserError, match=r"could not load .* split nosuch"):
         hub_source(str(tmp_path / "set"), "nosuch")
+
+
+def test_files_beside_a_table_are_read_inside_its_folder_only(tmp_path):
+    write_file(tmp_path / "secret.png", picture())
+    (tmp_path / "set").mkdir()
+    os.mkfifo(tmp_path / "set" / "pipe.png")
+    paths = ["../secret.png", str(tmp_path / "secret.png"), "/dev/zero", "pipe.png", "x" * 5000, "\0"]
+    cells = [*image_cells(1), *({"bytes": None, "path": path} for path in paths)]
+    path = write_table(tmp_path / "set" / "a.parquet", {"image": cells, "text": ["words"] * len(cells)})
+    outside, unreadable = "link leads out of the source", "file cannot be read"
+    assert [record.problem for record in records_of(table_source([path]))] == [
+        "",
+        *[outside] * 3,
+        "not a regular file",
+        *[unreadable] * 2,
+    ]
+
+
+def test_rows_that_are_large_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    columns = {"image": [bytes([n]) * 200_000 for n in range(60)], "text": ["words"] * 60}
+    pq.write_table(pa.table(columns), path, use_dictionary=False, write_batch_size=1, data_page_size=100_000)
+    held = {}
+    for bound in (1_000_000, 100_000_000):
+        monkeypatch.setattr("microdit.data.tables.READ_BYTES", bound)
+        before = pa.total_allocated_bytes()
+        held[bound] = max(pa.total_allocated_bytes() - before for _ in table_source([path]).parts[0].records())
+    assert held[1_000_000] < 6_000_000 < 12_000_000 < held[100_000_000]

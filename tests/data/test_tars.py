@@ -39,6 +39,11 @@ def test_what_is_not_read_is_passed_over():
         assert [(member.name, member.size) for member in tar_members(io.BytesIO(archive))] == [(f"{n}.png", 1000 * n) for n in range(5)]
 
 
+def test_a_size_that_an_octal_field_cannot_hold_stands_in_an_extended_header():
+    content = hostile.extended({b"size": b"4"}) + hostile.member("a.png", b"data", size=0) + hostile.member("b.png", b"more") + bytes(512)
+    assert read(content) == [("a.png", b"data"), ("b.png", b"more")]
+
+
 @pytest.mark.parametrize(
     ("header", "name", "problem"),
     [
@@ -65,7 +70,7 @@ def test_a_header_that_makes_no_sense_costs_its_member(header, name, problem):
     [
         hostile.member("a", size=2**40),
         hostile.member("a", size=2**80),
-        hostile.member("a", b"x", tarfile.XHDTYPE, size=2_000_000),
+        hostile.member("a", bytes(2_000_000), tarfile.XHDTYPE) + hostile.member("b") + bytes(512),
         hostile.member("a", b"x", tarfile.GNUTYPE_LONGNAME),
         hostile.old_sparse("a", b"")[:600],
         b"x" * 2000,
