@@ -62,7 +62,7 @@ def half_sample_interval(metric: Callable[[Tensor], float], samples: Tensor, res
         pairs.append([metric(samples[half_N]) for half_N in (order_N[: count // 2], order_N[count // 2 :])])
     halves_R2 = np.array(pairs)
     of_pairs = halves_R2.mean(axis=1).var(ddof=1)
-    of_both = float(np.square(np.diff(halves_R2)).mean()) / 4
+    of_both = np.diff(halves_R2).var(ddof=1) / 4
     error = NORMAL_95 * float(max(of_both - of_pairs, of_pairs)) ** 0.5
     return Interval(value, value - error, value + error)
 

@@ -160,7 +160,7 @@ def _bounds(found: _Moments, count_x: int, count_y: int, of_subsets: float) -> t
         if without_witness <= 0:  # no distance below 0 has a witness
             return without_witness
         half = NORMAL_95**2 * slope / 2
-        return found.mmd + half + side * (half**2 + NORMAL_95**2 * (chance + slope * found.mmd)) ** 0.5
+        return found.mmd + half + side * max(0.0, half**2 + NORMAL_95**2 * (chance + slope * found.mmd)) ** 0.5
 
     return bound(-1), bound(1)
 

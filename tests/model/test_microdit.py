@@ -56,6 +56,21 @@ def test_a_fresh_model_says_nothing_and_its_weights_shrink_with_depth():
         assert block.modulation.weight.abs().max() == 0
 
 
+@pytest.mark.parametrize(("channels", "patch_size"), [(4, 2), (8, 1)])
+def test_the_patch_embeddings_bias_begins_as_a_convolutions_and_no_other_bias_does(channels, patch_size):
+    """Uniform in +-1 / sqrt(values of a patch), which is +-0.25 for the paper's: the authors leave it as PyTorch draws it."""
+    torch.manual_seed(0)
+    size = Size(dim=512, depth=1, head_dim=32, mixer_dim=512, mixer_depth=1, num_experts=0)
+    model = MicroDiT(resolve(size, in_channels=channels, patch_size=patch_size, bias=True))
+    bound = (channels * patch_size**2) ** -0.5
+    bias = model.patch_embed.bias
+    assert 0.98 * bound < bias.abs().max().item() <= bound
+    assert bias.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    others = [weight for name, weight in model.named_parameters() if name.endswith("bias") and name != "patch_embed.bias"]
+    assert len(others) > 10
+    assert not any(weight.any() for weight in others)
+
+
 def test_initial_matrices_inside_grow_by_the_scale_and_a_fresh_model_still_says_nothing():
     torch.manual_seed(0)
     model = MicroDiT(resolve(Size(dim=128, depth=4, head_dim=32, mixer_dim=128, mixer_depth=1, num_experts=2)))
