@@ -159,6 +159,15 @@ def test_places_of_dropped_tokens_have_a_loss_and_teach_the_dense_blocks(routing
         assert block.ffn_norm.weight.grad.abs().min() > 0
 
 
+def test_maskdits_decoder_tells_the_places_of_dropped_patches_apart():
+    """Mask tokens are all alike but for the positions that are added in front of the decoder."""
+    out = forward(model_of("maskdit"), KEEP_IDS)
+    for sample in range(2):
+        dropped = out[sample][~IS_KEPT[sample]]
+        apart = torch.cdist(dropped, dropped) + torch.eye(len(dropped))
+        assert apart.min() > 1e-3
+
+
 def test_treads_route_is_the_published_one():
     """Of twelve blocks, two see all tokens before the drop (start_layer_idx 2), and three after block number 8 (end_layer_idx 8)."""
     config = model_of("tread", depth=12).config
