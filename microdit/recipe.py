@@ -52,7 +52,9 @@ class ModelRecipe(Size):
     bias: bool = False
     position_scale: float = 1.0
     init_scale: float = 1.0  # times the paper's initial weights, which are for widths of about 1,000; 3 suits 128
-    mask_padding: bool = True  # captions' padding is attended by nobody; False is what the authors do
+    mask_padding: bool = (
+        True  # captions' padding is attended by nobody; False suits captions stored in full (--store-captions full), as the authors' are
+    )
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,14 @@ class PhaseRecipe:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW, or Muon for most matrices and AdamW for the rest. Experts learn at a rate of their own; only matrices decay."""
+    """AdamW, or Muon for most matrices and AdamW for the rest. Experts learn at a rate of their own."""
 
     method: Literal["adamw", "muon"] = "adamw"
     moments: Literal["float32", "int8"] = "float32"  # AdamW's two, in 4 bytes a number each or in 1 (training/adamw8.py)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    decay: Literal["matrices", "all"] = "matrices"  # all: norms and biases too, as the released code does
     expert_learning_rate: float = 0.5  # of learning_rate (2407.15811, appendix; the released code misses it)
 
 

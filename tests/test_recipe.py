@@ -87,7 +87,7 @@ def test_phases_follow_each_other(recipe_file):
             "model.routing=sprint",
             r"depth is 2, and routing sprint has 2 dense blocks .* and 2 after them: it needs at least 5, or .* \[0, 0\]",
         ),
-        ("model={dim: 64, depth: 6, head_dim: 16, mixer_dim: 32, mixer_depth: 1, routing: tread}", "it needs at least 7"),
+        ("model={dim: 64, depth: 5, head_dim: 16, mixer_dim: 32, mixer_depth: 1, routing: tread}", "it needs at least 6"),
         ("model.decoder_depth=2", "model.decoder_depth is for model.routing maskdit, and not for deferred"),
         ("model.dense_blocks=[1, 1]", "model.dense_blocks is for model.routing tread and sprint, and not for deferred"),
         (

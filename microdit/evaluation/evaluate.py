@@ -47,7 +47,7 @@ class Question:
     clip: str = "openai/clip-vit-large-patch14"
     dino: str = "facebook/dinov2-large"
     side: int | None = None  # pixels that both are cut to before anything sees them; None: as drawn
-    resamples: int = 100
+    resamples: int = 50
 
 
 def evaluate(painter: Painter, reference: Source, question: Question, settings: DrawSettings, out: Path, world: World) -> dict[str, Any]:

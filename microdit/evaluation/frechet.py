@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from microdit.errors import UserError
-from microdit.evaluation.intervals import Interval, bootstrap_interval
+from microdit.evaluation.intervals import Interval, half_sample_interval
 from microdit.evaluation.vectors import float64_features, refuse_other_dimensions
 
 _Matrix = NDArray[np.float64]
@@ -89,11 +89,13 @@ def frechet_infinity(
 
 
 def frechet_interval(
-    features_ND: Tensor, reference: Gaussian, resamples: int = 100, seed: int = 0, on_resample: Callable[[int], None] | None = None
+    features_ND: Tensor, reference: Gaussian, resamples: int = 50, seed: int = 0, on_resample: Callable[[int], None] | None = None
 ) -> Interval:
     """The distance of the samples to `reference`, and a 95% interval of what other samples of the same number would give.
 
-    The reference is taken as it is. `on_resample(1)` is called after each. Raises UserError as `bootstrap_interval` does.
+    The reference is taken as it is, and so is what a finite number of samples adds to the distance; there may be fewer samples than
+    dimensions. `on_resample(1)` is called for the distance and for each of `2 * resamples` halves. Raises UserError as
+    `half_sample_interval` does.
     """
     features_ND = float64_features(features_ND).cpu()
     refuse_other_dimensions(features_ND.shape[1], len(reference.mean))
@@ -103,7 +105,7 @@ def frechet_interval(
             on_resample(1)
         return _distance_of_samples(sample_ND, reference)
 
-    return bootstrap_interval(distance, features_ND, resamples, seed=seed)
+    return half_sample_interval(distance, features_ND, resamples, seed)
 
 
 def _distance_of_samples(features_ND: Tensor, reference: Gaussian) -> float:

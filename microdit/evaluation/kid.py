@@ -7,6 +7,7 @@ Shapes: N samples of one set, M of the other, D features, S in a subset.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from microdit.errors import UserError
+from microdit.evaluation.intervals import NORMAL_95, Interval
 from microdit.evaluation.vectors import same_space
 
 SIGMA = 10.0  # the width of CMMD's kernel, and the factor by which its numbers are made readable
@@ -22,15 +24,13 @@ BLOCK = 1024  # rows of a kernel matrix that are held at once
 
 
 @dataclass(frozen=True)
-class KID:
-    """`value` is the mean over subsets, `subset_deviation` the standard deviation among them (what papers print after the ±).
+class KID(Interval):
+    """The mean over subsets with its 95% interval, and the standard deviation among subsets (what papers print after the ±).
 
-    `standard_error` is that of `value`. Subsets that overlap repeat each other, so it counts no more of them than fit into the samples
-    side by side.
+    The deviation says how the subsets of these samples differ, and is 0 where a subset is all of them; the interval says what other samples
+    would have given.
     """
 
-    value: float
-    standard_error: float
     subset_deviation: float
 
 
@@ -38,22 +38,23 @@ def kid(features_ND: Tensor, others_MD: Tensor, subset_size: int = 1000, subsets
     """Mean of the unbiased squared MMD with the kernel (x.y / D + 1)^3 over random subsets, each without repeats. It may be below 0.
 
     Not multiplied by 1000, as some papers do. Raises UserError for features that do not fit together, for fewer samples than a subset
-    takes, fewer than 2 samples in a subset, or fewer than 2 subsets.
+    takes, fewer than 4 samples in a subset, or fewer than 2 subsets.
     """
     features_ND, others_MD = same_space(features_ND, others_MD)
-    fewest = min(len(features_ND), len(others_MD))
-    if not 2 <= subset_size <= fewest or subsets < 2:
+    sizes = len(features_ND), len(others_MD)
+    if not 4 <= subset_size <= min(sizes) or subsets < 2:
         raise UserError(
-            f"KID needs at least 2 subsets of 2 to {fewest} samples, for there are {len(features_ND)} and {len(others_MD)} of them: "
+            f"KID needs at least 2 subsets of 4 to {min(sizes)} samples, for there are {sizes[0]} and {sizes[1]} of them: "
             f"not {subsets} subsets of {subset_size}."
         )
     generator = torch.Generator().manual_seed(seed)
-    values = np.array(
-        [_unbiased_mmd(*(_subset(set_ND, subset_size, generator) for set_ND in (features_ND, others_MD))) for _ in range(subsets)]
-    )
-    deviation = float(values.std(ddof=1))
-    independent = min(subsets, fewest / subset_size)
-    return KID(float(values.mean()), deviation / independent**0.5, deviation)
+    if sizes == (subset_size, subset_size):  # all subsets are the same one
+        found = [_moments(features_ND, others_MD)]
+    else:
+        found = [_moments(*(_subset(set_ND, subset_size, generator) for set_ND in (features_ND, others_MD))) for _ in range(subsets)]
+    deviation = float(np.std([one.mmd for one in found], ddof=1)) if len(found) > 1 else 0.0
+    mean = _Moments(*np.mean(found, axis=0).tolist())
+    return KID(mean.mmd, *_bounds(mean, *sizes, deviation**2 / len(found)), deviation)
 
 
 def paired_kid(features_ND: Tensor, others_ND: Tensor) -> float:
@@ -89,14 +90,79 @@ def _subset(features_ND: Tensor, size: int, generator: torch.Generator) -> Tenso
     return features_ND[torch.randperm(len(features_ND), generator=generator)[:size].to(features_ND.device)]
 
 
-def _unbiased_mmd(x_SD: Tensor, y_SD: Tensor) -> float:
-    """Equation 3 of Gretton et al. 2012 (JMLR 13): pairs of a sample with itself are left out."""
+class _Moments(NamedTuple):
+    """Unbiased estimates of what the squared MMD and its variance are made of: x and x' are of one distribution, y and y' of the other.
+
+    `mmd`: the squared MMD, equation 3 of Gretton et al. 2012 (JMLR 13).
+    `witness_x`: variance over x of the witness E k(x, x') - E k(x, y); `witness_y` likewise.
+    `pairs_xx`, `pairs_yy`, `pairs_xy`: E k~(x, x')^2 and so on, where k~ is k less its means over either argument (its degenerate part).
+    `spread_x`: E k(x, x) - E k(x, x'), by which pairs of a sample with itself would lift the MMD.
+    """
+
+    mmd: float
+    witness_x: float
+    witness_y: float
+    pairs_xx: float
+    pairs_yy: float
+    pairs_xy: float
+    spread_x: float
+    spread_y: float
+
+
+def _moments(x_SD: Tensor, y_SD: Tensor) -> _Moments:
     size = len(x_SD)
-    within = 0.0
-    for set_SD in (x_SD, y_SD):
-        kernel_SS = _cubic_kernel(set_SD, set_SD)
-        within += float(kernel_SS.sum() - kernel_SS.trace()) / (size * (size - 1))
-    return within - 2 * float(_cubic_kernel(x_SD, y_SD).mean())
+    mean_xx, pairs_xx, spread_x, effect_x_S = _within(_cubic_kernel(x_SD, x_SD))
+    mean_yy, pairs_yy, spread_y, effect_y_S = _within(_cubic_kernel(y_SD, y_SD))
+    kernel_SS = _cubic_kernel(x_SD, y_SD)
+    over_y_S, over_x_S, mean = kernel_SS.mean(dim=1), kernel_SS.mean(dim=0), kernel_SS.mean()
+    centred = kernel_SS.square().sum() - size * over_y_S.square().sum() - size * over_x_S.square().sum() + (size * mean) ** 2
+    pairs_xy = centred.clamp(min=0) / (size - 1) ** 2
+    # Means over few samples scatter by themselves, which is taken off.
+    witness_x = (effect_x_S - over_y_S).var() - pairs_xx / (size - 2) - pairs_xy / size
+    witness_y = (effect_y_S - over_x_S).var() - pairs_yy / (size - 2) - pairs_xy / size
+    values = (mean_xx + mean_yy - 2 * mean, witness_x, witness_y, pairs_xx, pairs_yy, pairs_xy, spread_x, spread_y)
+    return _Moments(*torch.stack(values).tolist())
+
+
+def _within(kernel_SS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the kernel of one set: the mean without the diagonal, E k~^2, the diagonal's mean above the former, and each sample's effect (S,).
+
+    Unbiased as in the U-centred distances of Szekely and Rizzo 2014 (section 2 of arXiv 1310.2926).
+    """
+    size = len(kernel_SS)
+    others_SS = kernel_SS.clone().fill_diagonal_(0)
+    row_S, total = others_SS.sum(dim=1), others_SS.sum()
+    mean = total / (size * (size - 1))
+    centred = others_SS.square().sum() - 2 * row_S.square().sum() / (size - 2) + total**2 / ((size - 1) * (size - 2))
+    effect_S = (row_S - (size - 1) * mean) / (size - 2)
+    return mean, centred.clamp(min=0) / (size * (size - 3)), kernel_SS.diagonal().mean() - mean, effect_S
+
+
+def _bounds(found: _Moments, count_x: int, count_y: int, of_subsets: float) -> tuple[float, float]:
+    """The 95% interval: all distances d that the one found is no more than 1.96 standard errors away from, those errors taken at d.
+
+    By Hoeffding's decomposition the variance has a part that is there between equal distributions too, `chance` (plus what the choice
+    of subsets adds), and one that the witness brings, which grows with d: `slope` times d. A variance that is taken where the distance
+    happened to come out would be too large above the truth and too small below it.
+    """
+    chance = 2 * found.pairs_xx / (count_x * (count_x - 1)) + 2 * found.pairs_yy / (count_y * (count_y - 1))
+    chance += 4 * found.pairs_xy / (count_x * count_y) + of_subsets
+    of_witness = 4 * found.witness_x / count_x + 4 * found.witness_y / count_y
+    distance = found.mmd
+    if found.mmd <= NORMAL_95 * chance**0.5:  # it may be chance: then both with what chance adds, whose ratio is steady
+        distance += found.spread_x / count_x + found.spread_y / count_y
+        of_witness += 4 * found.pairs_xx / count_x / (count_x - 2) + 4 * found.pairs_yy / count_y / (count_y - 2)
+        of_witness += 8 * found.pairs_xy / (count_x * count_y)
+    slope = max(0.0, of_witness / distance) if distance > 0 else 0.0
+
+    def bound(side: int) -> float:
+        without_witness = found.mmd + side * NORMAL_95 * chance**0.5
+        if without_witness <= 0:  # no distance below 0 has a witness
+            return without_witness
+        half = NORMAL_95**2 * slope / 2
+        return found.mmd + half + side * max(0.0, half**2 + NORMAL_95**2 * (chance + slope * found.mmd)) ** 0.5
+
+    return bound(-1), bound(1)
 
 
 def _cubic_kernel(x_ND: Tensor, y_MD: Tensor) -> Tensor:

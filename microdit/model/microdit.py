@@ -183,7 +183,10 @@ class MicroDiT(nn.Module):
         return caption._replace(answers=answers)
 
     def init_weights(self) -> None:
-        """Depth-scaled truncated normals in the blocks; adaLN, head and the caption block's outputs at zero."""
+        """Depth-scaled truncated normals in the blocks; adaLN, head and the caption block's outputs at zero.
+
+        Biases are zero but the patch embedding's, which the released code leaves as PyTorch draws a convolution's.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -200,6 +203,8 @@ class MicroDiT(nn.Module):
             block.init_weights(0.02 / math.sqrt(2 * len(backbone)))
         self.restore.init_weights()
         self.head.init_weights()
+        bound = self.config.patch_values**-0.5
+        nn.init.uniform_(self.patch_embed.bias, -bound, bound)
 
     def recompute_first(self, share: float) -> None:
         """Activation checkpointing of that share of the blocks, the first ones: all later ones have gone when theirs come back."""

@@ -52,8 +52,8 @@ METHODS: dict[Routing, Method] = {
     "deferred": Method(drop="mixer"),
     # MaskDiT, 2306.09305
     "maskdit": Method(drop="mixer", restore="mask", decoder=8, loss="reconstruction"),
-    # TREAD, 2501.04765: dropped tokens leave behind the second block and are back for the last four
-    "tread": Method(drop="blocks", dense_blocks=(2, 4), restore="earlier", loss="all"),
+    # TREAD, 2501.04765: dropped tokens leave behind the second block and are back behind the ninth of twelve, for the last three
+    "tread": Method(drop="blocks", dense_blocks=(2, 3), restore="earlier", loss="all"),
     # SPRINT, 2510.21986; path_drop is that of the authors' recipes
     "sprint": Method(drop="blocks", dense_blocks=(2, 2), restore="fused", loss="all", path_drop=0.1),
 }

@@ -20,7 +20,7 @@ class Optimizers:
     are tall, so dear, and learn no better by it, nor the first and the last layer.
 
     Groups carry `rate`, their share of the phase's learning rate: 1, or the experts' own (2407.15811, appendix).
-    Weight decay is on matrices only: norms and biases have none.
+    Weight decay is on matrices only, norms and biases have none; or on all weights, as in the released code, where `decay` is all.
     """
 
     def __init__(self, model: MicroDiT, recipe: OptimizerRecipe, compile: bool = False):
@@ -42,7 +42,7 @@ class Optimizers:
         groups = [
             group([s for s in rest if s.weight.dim() >= 2 and id(s.weight) not in experts], 1.0, recipe.weight_decay),
             group([s for s in rest if id(s.weight) in experts], recipe.expert_learning_rate, recipe.weight_decay),
-            group([s for s in rest if s.weight.dim() < 2], 1.0, 0.0),
+            group([s for s in rest if s.weight.dim() < 2], 1.0, recipe.weight_decay if recipe.decay == "all" else 0.0),
         ]
         # The learning rate here is a placeholder: `set_rate` sets the real one before every step.
         groups = [g for g in groups if g["params"]]
@@ -146,9 +146,12 @@ def _bundles(sizes: list[int]) -> list[tuple[int, int]]:
 
 
 def learning_rate(phase: PhaseRecipe, step: int) -> float:
-    """At step number `step` (from 0) of the phase: linear warm-up, then a cosine down to `final_learning_rate`."""
+    """At step number `step` (from 0) of the phase: linear warm-up from 0, then a cosine down to `final_learning_rate`.
+
+    As Composer's schedules, which the released code uses: the first step of a warm-up has no rate, and moves moments only.
+    """
     if step < phase.warmup_steps:
-        return phase.learning_rate * (step + 1) / phase.warmup_steps
+        return phase.learning_rate * step / phase.warmup_steps
     progress = (step - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
     low = phase.final_learning_rate
     return phase.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)

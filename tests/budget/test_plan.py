@@ -29,7 +29,8 @@ def test_the_table_of_stages_is_the_published_run():
     for stage, recipe in zip(STAGES, load_recipes(PUBLISHED, None).values(), strict=True):
         ours = stage_recipe(stage, LARGE, stage.steps, 2048)
         assert ours.phases == recipe.phases
-        assert (ours.model, ours.diffusion, ours.ema, ours.init_from) == (recipe.model, recipe.diffusion, recipe.ema, recipe.init_from)
+        model = replace(recipe.model, mask_padding=True)  # the authors' captions are stored in full, other people's mostly are not
+        assert (ours.model, ours.diffusion, ours.ema, ours.init_from) == (model, recipe.diffusion, recipe.ema, recipe.init_from)
 
 
 def test_the_ladder_holds_the_papers_sizes_and_grows():

@@ -63,6 +63,38 @@ def test_loss_equals_the_definition_on_whole_pictures(tiny_model, masked):
         assert loss[sample].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+LEVELS = [0.002, 0.005, 0.02, 0.1, 0.9, 5.0, 30.0, 80.0]
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 0.9])
+def test_at_every_noise_level_the_loss_is_the_networks_error_at_its_own_target(tiny_model, sigma_data):
+    """2206.00364, eq. 8: the weight is one over c_out squared, so F's error counts alike from the least noise to the most."""
+    edm, generator = EDM(sigma_data=sigma_data), torch.Generator().manual_seed(0)
+    sigma = torch.tensor(LEVELS, dtype=torch.float64)
+    latents, noise = torch.randn(2, len(LEVELS), 4, 8, 8, generator=generator, dtype=torch.float64)
+    caption = tiny_model.embed_caption(torch.randn(len(LEVELS), 3, 12, generator=generator, dtype=torch.float64))
+    loss = edm_loss(tiny_model, edm, latents, caption, sigma, noise)
+    s = sigma.view(-1, 1, 1, 1)
+    root = (s**2 + sigma_data**2).sqrt()
+    noisy = latents + s * noise
+    target = (latents - sigma_data**2 / root**2 * noisy) * root / (s * sigma_data)
+    out = tiny_model(noisy / root, sigma.log() / 4, caption)
+    assert torch.allclose(loss, (out - patchify(target, 2)).square().mean(dim=(1, 2)), rtol=1e-4)
+
+
+def test_at_every_noise_level_the_loss_of_a_network_that_says_nothing_is_the_formulas():
+    """D = c_skip x, so that the loss needs no network: near 1 / sigma_data^2 times the noise's square where there is little."""
+    model, sigma_data = busy_model(Size(dim=16, depth=1, head_dim=8, mixer_dim=16, mixer_depth=0, num_experts=0)), EDM_SETTINGS.sigma_data
+    torch.nn.init.zeros_(model.head.linear.weight), torch.nn.init.zeros_(model.head.linear.bias)
+    latents, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    caption = model.embed_caption(torch.zeros(1, 3, 12, dtype=torch.float64))
+    for level in LEVELS:
+        found = edm_loss(model, EDM_SETTINGS, latents, caption, torch.tensor([level], dtype=torch.float64), noise).item()
+        error = (sigma_data**2 * level * noise - level**2 * latents) / (level**2 + sigma_data**2)
+        weight = 1 / level**2 + 1 / sigma_data**2
+        assert found == pytest.approx(weight * error.square().mean().item(), rel=1e-9), level
+
+
 @pytest.mark.parametrize("routing", [routing for routing, method in METHODS.items() if method.drop])
 def test_each_rows_loss_equals_its_definition_patch_by_patch(routing):
     size = Size(dim=32, depth=7, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=0)

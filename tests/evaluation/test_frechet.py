@@ -87,7 +87,51 @@ def test_an_interval_is_around_the_distance_itself_on_either_side_of_as_many_sam
     interval = frechet_interval(samples, reference, resamples=20, on_resample=counted.append)
     assert interval.value == pytest.approx(frechet_distance(fit_gaussian(samples), reference), rel=1e-9)
     assert interval.low < interval.value < interval.high
-    assert sum(counted) == 21
+    assert sum(counted) == 41
+
+
+CASES = [
+    (64, 48, 0.0, 1.0),
+    (64, 48, 0.5, 1.3),
+    (64, 64, 0.5, 1.0),
+    (32, 40, 0.0, 1.0),
+    (16, 60, 0.5, 1.0),
+    (16, 60, 0.0, 1.0),
+    (8, 400, 0.0, 1.0),
+]
+
+
+def repeated(dimensions: int, count: int, shift: float, scale: float, repetitions: int, resamples: int) -> tuple[float, float, float]:
+    """How often the interval holds the expectation, the intervals' mean width, and that which the distances' true spread would give.
+
+    The samples are normal and `shift`ed and `scale`d against the reference; the expectation is the mean over a thousand other sets.
+    """
+    reference = Gaussian(torch.zeros(dimensions, dtype=torch.float64), torch.eye(dimensions, dtype=torch.float64), 10**9)
+    distances = [
+        frechet_distance(fit_gaussian(normal(count, dimensions, 1000 + seed) * scale + shift), reference) for seed in range(4 * repetitions)
+    ]
+    expectation, spread, held, widths = np.mean(distances), np.std(distances, ddof=1), 0, []
+    for seed in range(repetitions):
+        interval = frechet_interval(normal(count, dimensions, seed) * scale + shift, reference, resamples)
+        held += interval.low <= expectation <= interval.high
+        widths.append(interval.high - interval.low)
+    return held / repetitions, float(np.mean(widths)), 2 * 1.96 * float(spread)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[4]])
+def test_an_interval_holds_the_expectation_and_is_not_far_too_wide(case):
+    """Of 48 samples of 64 features a bootstrap's is four times as wide as chance moves the distance."""
+    held, width, right = repeated(*case, repetitions=60, resamples=12)
+    assert held >= 0.88
+    assert width < 1.6 * right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_an_interval_holds_the_expectation_as_often_as_it_says(case):
+    held, width, right = repeated(*case, repetitions=300, resamples=50)
+    assert 0.90 <= held <= 0.99
+    assert 0.9 * right < width < 1.6 * right
 
 
 def test_infinity_is_nearer_to_0_than_the_distance_of_samples_of_the_reference_itself():

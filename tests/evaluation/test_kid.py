@@ -1,4 +1,5 @@
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -73,27 +74,79 @@ def test_pairs_that_are_alike_do_not_lower_it():
         paired_kid(x, x[1:])
 
 
-def test_of_a_shift_it_is_the_closed_form():
-    """In one dimension E (xy + 1)^3 = 1 + 3 E[x] E[y] + 3 E[x^2] E[y^2] + E[x^3] E[y^3], by the moments of N(0, 1) and N(1, 1)."""
-    moments = {0: (0, 1, 0), 1: (1, 2, 4)}
+@dataclass(frozen=True)
+class Normal:
+    """Independent normal features: `dimensions` of them, each of this mean and deviation."""
 
-    def expected_kernel(a: int, b: int) -> int:
-        return 1 + sum(weight * p * q for weight, p, q in zip((3, 3, 1), moments[a], moments[b], strict=True))
+    dimensions: int
+    mean: float = 0.0
+    deviation: float = 1.0
 
-    expected = expected_kernel(0, 0) + expected_kernel(1, 1) - 2 * expected_kernel(0, 1)
-    found = kid(normal(20_000, 1, 1), normal(20_000, 1, 2) + 1, subset_size=1000, subsets=100)
-    assert abs(found.value - expected) < 3 * found.standard_error
-    assert found.standard_error < 0.1 * expected
+    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        rows = torch.randn(count, self.dimensions, dtype=torch.float64, generator=generator)
+        return self.mean + self.deviation * rows
 
 
-def test_the_standard_error_is_the_spread_of_repetitions():
-    """Far apart sets: each repetition draws both anew. Within a fifth; more subsets of the same samples do not make it smaller."""
-    found = [kid(normal(400, 3, 2 * s), normal(400, 3, 2 * s + 1) + 1, subset_size=50, subsets=60) for s in range(150)]
-    spread = np.std([one.value for one in found])
-    assert np.mean([one.standard_error for one in found]) == pytest.approx(spread, rel=0.2)
-    x, y = normal(400, 3, 0), normal(400, 3, 1) + 1
-    few, many = (kid(x, y, subset_size=50, subsets=subsets).standard_error for subsets in (30, 600))
-    assert many == pytest.approx(few, rel=0.4)
+def exact_kernel(p: Normal, q: Normal) -> float:
+    """E (x.y / D + 1)^3 for independent x of p and y of q: by the binomial, from the first three moments of x.y."""
+    d, v, w = p.dimensions, p.deviation**2, q.deviation**2
+    m, mm, nn = d * p.mean * q.mean, d * p.mean**2, d * q.mean**2
+    second = d * v * w + w * mm + v * nn + m**2
+    third = m**3 + 3 * m * v * nn + 3 * m * (w * mm + d * v * w) + 6 * v * w * m  # y given x is normal, and then x is
+    return 1 + 3 * m / d + 3 * second / d**2 + third / d**3
+
+
+def exact_mmd(p: Normal, q: Normal) -> float:
+    return exact_kernel(p, p) + exact_kernel(q, q) - 2 * exact_kernel(p, q)
+
+
+def test_the_closed_form_is_what_many_samples_give():
+    p, q = Normal(3, 0.5, 1.2), Normal(3, -0.2, 0.7)
+    generator = torch.Generator().manual_seed(0)
+    drawn = (p.draw(100_000, generator) * q.draw(100_000, generator)).mean(dim=1)
+    assert float(((drawn + 1) ** 3).mean()) == pytest.approx(exact_kernel(p, q), rel=0.02)
+
+
+def coverage(p: Normal, q: Normal, sizes: tuple[int, int], repetitions: int, **settings: int) -> float:
+    """How often the 95% interval of samples of `p` and `q` holds their exact distance."""
+    generator, exact, held = torch.Generator().manual_seed(0), exact_mmd(p, q), 0
+    for _ in range(repetitions):
+        found = kid(p.draw(sizes[0], generator), q.draw(sizes[1], generator), **settings)
+        held += found.low <= exact <= found.high
+    return held / repetitions
+
+
+PAIRS = [
+    pytest.param(Normal(64), Normal(64), id="equal"),
+    pytest.param(Normal(64), Normal(64, 0.05), id="hardly-told"),
+    pytest.param(Normal(64), Normal(64, 0.3), id="shifted"),
+    pytest.param(Normal(64, 0.5), Normal(64, 0.5, 1.2), id="wider"),
+    pytest.param(Normal(8), Normal(8, 1.0), id="far"),
+]
+
+
+@pytest.mark.parametrize(("p", "q"), PAIRS)
+def test_the_interval_holds_the_true_distance_as_often_as_it_says(p, q):
+    """19 times in 20; all samples are in each subset here, which once gave an interval of no width."""
+    assert 0.90 <= coverage(p, q, (60, 60), 200, subset_size=60) <= 0.98
+    assert 0.90 <= coverage(p, q, (40, 110), 100, subset_size=40, subsets=4) <= 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("p", "q"), [PAIRS[0], PAIRS[2], PAIRS[3]])
+@pytest.mark.parametrize("sizes", [(200, 200), (600, 600), (512, 1807), (2000, 2000)])
+def test_at_the_sizes_of_evaluations_too(p, q, sizes):
+    assert 0.90 <= coverage(p, q, sizes, 200, subset_size=min(1000, *sizes), subsets=5) <= 0.98
+
+
+def test_more_subsets_take_away_what_their_choice_adds_and_no_more():
+    generator = torch.Generator().manual_seed(0)
+    x, y = Normal(8).draw(400, generator), Normal(8, 0.5).draw(400, generator)
+    widths = [found.high - found.low for found in (kid(x, y, 50, subsets) for subsets in (5, 30, 600))] + [
+        found.high - found.low for found in [kid(x, y, 400)]
+    ]
+    assert widths[0] > widths[1] > 0.95 * widths[2]
+    assert widths[2] == pytest.approx(widths[3], rel=0.15)
 
 
 def test_the_same_seed_draws_the_same_subsets():
@@ -127,9 +180,9 @@ def test_cmmd_of_a_set_and_itself_is_0_and_of_two_points_the_closed_form():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(UserError, match="KID needs at least 2 subsets of 2 to 500 samples, for there are 500 and 2000 of them"):
+    with pytest.raises(UserError, match="KID needs at least 2 subsets of 4 to 500 samples, for there are 500 and 2000 of them"):
         kid(normal(500, 2), normal(2000, 2))
-    for settings in ({"subset_size": 1}, {"subsets": 1}):
+    for settings in ({"subset_size": 3}, {"subsets": 1}):
         with pytest.raises(UserError, match="KID needs"):
             kid(normal(1000, 2), normal(1000, 2), **settings)
     for metric in (kid, cmmd):

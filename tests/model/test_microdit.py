@@ -56,6 +56,46 @@ def test_a_fresh_model_says_nothing_and_its_weights_shrink_with_depth():
         assert block.modulation.weight.abs().max() == 0
 
 
+def test_every_initial_matrix_is_as_wide_as_the_released_code_draws_it():
+    """0.02 into a layer, less out of it the deeper it lies; the mixer's as the last block's; zero where a fresh part says nothing."""
+    torch.manual_seed(0)
+    size = Size(dim=128, depth=4, head_dim=32, mixer_dim=64, mixer_depth=2, num_experts=8, experts_every=2, ffn_range=(2.0, 4.0))
+    model = MicroDiT(resolve(size, caption_channels=96))
+    inside = {"qkv", "q", "kv", "gate", "router", "w_in"}
+    seen = set()
+    for name, weight in model.named_parameters():
+        part, *path = name.removesuffix(".weight").split(".")
+        depth = int(path[0]) + 1 if part == "blocks" else 4  # of the mixer: that of the whole backbone
+        if weight.dim() < 2:
+            continue
+        if (path and path[-1] == "modulation") or part == "head" or name.startswith(("caption.attn.out", "caption.ffn.down")):
+            expected = 0.0
+        elif part in ("blocks", "mixer"):
+            expected = 0.02 if path[-1] in inside else 0.02 / math.sqrt(2 * depth)
+        elif part in ("caption", "time_embed"):
+            expected = 0.02
+        else:  # patch_embed and the mixer's ways in and out: Xavier's uniform
+            expected = math.sqrt(2 / sum(weight.shape))
+        assert weight.std().item() == pytest.approx(expected, rel=0.1), name
+        seen.add(path[-1] if part in ("blocks", "mixer") else part)
+    assert seen >= {*inside, "out", "up", "down", "w_out", "modulation", "caption", "time_embed", "patch_embed", "mixer_in", "head"}
+
+
+@pytest.mark.parametrize(("channels", "patch_size"), [(4, 2), (8, 1)])
+def test_the_patch_embeddings_bias_begins_as_a_convolutions_and_no_other_bias_does(channels, patch_size):
+    """Uniform in +-1 / sqrt(values of a patch), which is +-0.25 for the paper's: the authors leave it as PyTorch draws it."""
+    torch.manual_seed(0)
+    size = Size(dim=512, depth=1, head_dim=32, mixer_dim=512, mixer_depth=1, num_experts=0)
+    model = MicroDiT(resolve(size, in_channels=channels, patch_size=patch_size, bias=True))
+    bound = (channels * patch_size**2) ** -0.5
+    bias = model.patch_embed.bias
+    assert 0.98 * bound < bias.abs().max().item() <= bound
+    assert bias.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    others = [weight for name, weight in model.named_parameters() if name.endswith("bias") and name != "patch_embed.bias"]
+    assert len(others) > 10
+    assert not any(weight.any() for weight in others)
+
+
 def test_initial_matrices_inside_grow_by_the_scale_and_a_fresh_model_still_says_nothing():
     torch.manual_seed(0)
     model = MicroDiT(resolve(Size(dim=128, depth=4, head_dim=32, mixer_dim=128, mixer_depth=1, num_experts=2)))

@@ -105,7 +105,7 @@ def test_what_a_row_cannot_do_is_refused():
             forward(model, KEEP_IDS[:, :0])
         with pytest.raises(ValueError, match="only routing 'sprint'"):
             forward(model, KEEP_IDS, torch.ones(2))
-    for size in ({"routing": "tread", "depth": 6}, {"routing": "sprint", "dense_blocks": (3, 4)}, {"dense_blocks": (1, 1)}):
+    for size in ({"routing": "tread", "depth": 5}, {"routing": "sprint", "dense_blocks": (3, 4)}, {"dense_blocks": (1, 1)}):
         with pytest.raises(ValueError, match="dense"):
             resolve(replace(SIZE, **size))
 
@@ -157,6 +157,21 @@ def test_places_of_dropped_tokens_have_a_loss_and_teach_the_dense_blocks(routing
     assert first >= 1
     for block in [*model.blocks[:first], *model.blocks[len(model.blocks) - last :]]:
         assert block.ffn_norm.weight.grad.abs().min() > 0
+
+
+def test_maskdits_decoder_tells_the_places_of_dropped_patches_apart():
+    """Mask tokens are all alike but for the positions that are added in front of the decoder."""
+    out = forward(model_of("maskdit"), KEEP_IDS)
+    for sample in range(2):
+        dropped = out[sample][~IS_KEPT[sample]]
+        apart = torch.cdist(dropped, dropped) + torch.eye(len(dropped))
+        assert apart.min() > 1e-3
+
+
+def test_treads_route_is_the_published_one():
+    """Of twelve blocks, two see all tokens before the drop (start_layer_idx 2), and three after block number 8 (end_layer_idx 8)."""
+    config = model_of("tread", depth=12).config
+    assert [count for _, _, count in config.tokens_by_block(16, 8)][-12:] == [16] * 2 + [8] * 7 + [16] * 3
 
 
 def test_treads_dropped_tokens_come_back_as_they_were():

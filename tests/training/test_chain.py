@@ -180,9 +180,12 @@ def test_the_published_recipe_holds_the_papers_numbers():
     ]
     assert [[(ema.decay, ema.start) for ema in recipe.ema] for recipe in chain] == [[], [], [(0.99975, 25_000)], [(0.9975, 1_000)]]
     assert [(r.diffusion.P_mean, r.diffusion.P_std) for r in chain] == [(-0.6, 1.2), (-0.6, 1.2), (0.0, 0.6), (0.0, 0.6)]
+    at_512 = {"cc12m", "sa1b", "textcaps", "journeydb"}
+    assert [set(r.data.sets) for r in chain] == [{*at_512, "diffusiondb"}] * 2 + [at_512] * 2
     assert [r.model.position_scale for r in chain] == [1.0, 1.0, 2.0, 2.0]
     for recipe in chain:
         assert (recipe.optimizer.betas, recipe.optimizer.eps, recipe.optimizer.weight_decay) == ((0.9, 0.999), 1e-8, 0.1)
+        assert (recipe.optimizer.decay, recipe.model.mask_padding) == ("all", False)  # as in the released code
         with torch.device("meta"):
             model = MicroDiT(model_config(recipe, LikeSDXL(recipe.data.resolution)))
         assert sum(weight.numel() for weight in model.parameters()) == 1_165_442_320

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from microdit.diffusion.edm import EDM
 from microdit.distributed import start_world
@@ -15,6 +16,7 @@ from microdit.errors import UserError
 from microdit.model.sizes import Size, resolve
 from microdit.recipe_file import load_recipe
 from microdit.training.cost import Cost
+from microdit.training.draws import TrainingBatch
 from microdit.training.held_out import HeldOut
 from microdit.training.meters import Meters, in_words
 from microdit.training.record import RunRecord, last_cost
@@ -103,6 +105,24 @@ def test_the_held_out_loss_is_the_same_every_time_and_falls_into_all_bins(encode
     assert first["held_out_loss"] == pytest.approx(sum(first["held_out_by_noise"]) / 8)  # five samples in each bin
     with pytest.raises(UserError, match="no encoded data set"):
         HeldOut(Path("nowhere"), 16, 40, EDM(), world)
+
+
+def test_held_out_samples_have_evenly_spread_noise_levels_noise_of_their_own_and_their_captions(encoded_emoji):
+    batches: list[TrainingBatch] = []
+
+    class Keeping(nn.Module):
+        def forward(self, batch: TrainingBatch) -> torch.Tensor:
+            batches.append(batch)
+            return torch.zeros(len(batch))
+
+    HeldOut(encoded_emoji, 16, 40, EDM(), start_world("cpu")).measure(Keeping())
+    noise = torch.cat([batch.noise_BCHW for batch in batches]).flatten(1)
+    sigma = torch.cat([batch.sigma_B for batch in batches])
+    assert (torch.corrcoef(noise) - torch.eye(40)).abs().max() < 6 / noise.shape[1] ** 0.5
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+    levels = torch.special.ndtr((sigma.double().log() + 0.6) / 1.2)
+    assert torch.allclose(levels, (torch.arange(40) + 0.5).double() / 40, atol=1e-6)
+    assert all(batch.caption_kept_B.all() and batch.keep_ids_BK is None for batch in batches)
 
 
 def test_the_wandb_project_gets_the_metrics(tmp_path, monkeypatch):

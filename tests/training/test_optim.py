@@ -36,22 +36,33 @@ def test_the_learning_rate_warms_up_and_falls_to_its_share(warmup, final):
     assert rates[-1] == pytest.approx(1e-3 * final, abs=2e-6)
 
 
+@pytest.mark.parametrize("warmup", [0, 40])
+def test_the_learning_rate_is_composers(warmup):
+    """Its CosineAnnealingWithWarmupScheduler, in whose words step t has t / t_warmup of the rate: nothing at the first one."""
+    phase = PhaseRecipe("p", 200, 1, 1e-3, warmup_steps=warmup, final_learning_rate=0.33)
+    for step in range(200):
+        cosine = (1 + math.cos(math.pi * (step - warmup) / (200 - warmup))) / 2
+        share = step / warmup if step < warmup else 0.33 + 0.67 * cosine
+        assert learning_rate(phase, step) == pytest.approx(1e-3 * share, rel=1e-12), step
+
+
 def test_a_constant_rate_is_constant():
     phase = PhaseRecipe("p", 100, 1, 8e-5)
     assert {learning_rate(phase, step) for step in range(100)} == {8e-5}
 
 
+@pytest.mark.parametrize("decay", ["matrices", "all"])
 @pytest.mark.parametrize("method", ["adamw", "muon"])
-def test_experts_learn_at_half_the_rate_and_only_matrices_decay(method):
+def test_experts_learn_at_half_the_rate_and_what_is_asked_decays(method, decay):
     model = small_model()
-    optimizers = Optimizers(model, OptimizerRecipe(method=method, expert_learning_rate=0.5, weight_decay=0.1))
+    optimizers = Optimizers(model, OptimizerRecipe(method=method, expert_learning_rate=0.5, weight_decay=0.1, decay=decay))
     optimizers.set_rate(2e-3)
     of = {id(weight): group for optimizer in optimizers.all for group in optimizer.param_groups for weight in group["params"]}
     assert len(of) == len(list(model.parameters()))
     for name, weight in model.named_parameters():
         is_expert = name.endswith(("w_in", "w_out"))
         assert of[id(weight)]["lr"] == pytest.approx(1e-3 if is_expert else 2e-3), name
-        assert of[id(weight)]["weight_decay"] == (0.1 if weight.dim() >= 2 else 0.0), name
+        assert of[id(weight)]["weight_decay"] == (0.1 if weight.dim() >= 2 or decay == "all" else 0.0), name
     assert any(name.endswith("w_in") for name, _ in model.named_parameters())
 
 
@@ -101,17 +112,21 @@ def test_the_state_goes_by_name_and_making_it_changes_no_weight(way):
     assert all(a.equal(b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
-def test_one_step_is_adamw_of_the_formula():
+@pytest.mark.parametrize("moments", ["float32", "int8"])
+@pytest.mark.parametrize("decay", ["matrices", "all"])
+def test_one_step_is_adamw_of_the_formula(decay, moments):
+    """And with `all`, norm gains and biases shrink as matrices do."""
     model = small_model()
-    optimizers = Optimizers(model, OptimizerRecipe())
+    optimizers = Optimizers(model, OptimizerRecipe(decay=decay, moments=moments, expert_learning_rate=1.0))
     optimizers.set_rate(1e-2)
-    before = model.blocks[0].attn.qkv.weight.detach().clone()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     for weight in model.parameters():
         weight.grad = torch.full_like(weight, 0.3)
     optimizers.step()
     # after one step the moments, with their bias corrected, are the gradient and its square
-    expected = before * (1 - 1e-2 * 0.1) - 1e-2 * 0.3 / (0.3 + 1e-8)
-    assert torch.allclose(model.blocks[0].attn.qkv.weight, expected, atol=1e-7)
+    for name, weight in model.named_parameters():
+        shrunk = before[name] * (1 - 1e-2 * 0.1) if weight.dim() >= 2 or decay == "all" else before[name]
+        assert torch.allclose(weight, shrunk - 1e-2 * 0.3 / (0.3 + 1e-8), atol=1e-7 if moments == "float32" else 1e-3), name
 
 
 @pytest.mark.parametrize(("start", "on_cpu"), [(0, False), (0, True), (10, False), (10, True)])
@@ -157,9 +172,10 @@ def test_a_step_that_is_not_taken_changes_no_weight_and_no_moment(way):
     assert not all(a.equal(b) for a, b in zip(first, step(0.5, 1.0), strict=True))
 
 
+@pytest.mark.parametrize("largest", [0.5, 1e6])
 @pytest.mark.parametrize("way", WAYS)
-def test_gradients_that_are_held_are_taken_bundle_by_bundle_to_the_same_end(way, monkeypatch):
-    """Clipped, in bfloat16; beside the same ones in float32 and in the weights' `grad`."""
+def test_gradients_that_are_held_are_taken_bundle_by_bundle_to_the_same_end(way, largest, monkeypatch):
+    """Clipped or short enough, in bfloat16; beside the same ones in float32 and in the weights' `grad`."""
     monkeypatch.setattr("microdit.training.optim.BUNDLE", 3000)
     models = [small_model(), small_model()]
     models[1].load_state_dict(models[0].state_dict())
@@ -173,7 +189,7 @@ def test_gradients_that_are_held_are_taken_bundle_by_bundle_to_the_same_end(way,
         for optimizer, held in zip(optimizers, (None, gradients), strict=True):
             optimizer.set_rate(1e-2)
             norms.append(total_norm(optimizer.take_gradients(held), False))
-            optimizer.clip(0.5, norms[-1])
+            optimizer.clip(largest, norms[-1])
             optimizer.step(torch.tensor(1.0))
             optimizer.zero_grad()
         assert norms[0].item() == pytest.approx(norms[1].item(), rel=1e-5)

@@ -1,5 +1,6 @@
 """A whole step gives the device its work and waits for none of it. The meta device holds no numbers, so reading any of them raises."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -86,6 +87,17 @@ def test_the_same_steps_on_a_cpu_learn(routing):
     assert all(verdict.taken and verdict.grad_norm > 0 for _, verdict in results)
     assert all(sum(sums.counts) == PARTS * EACH and sums.loss == pytest.approx(verdict.loss) for sums, verdict in results)
     assert all(tensor.isfinite().all() for tensor in tensors)
+
+
+def test_the_initial_weights_come_from_the_recipes_seed_alone():
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.rand(3)  # what else was drawn before makes no difference
+        asked = replace(recipe("deferred", "adamw"), seed=seed)
+        state = TrainingState(asked, architecture(asked.model, 4, 12), World(0, 1, CPU, None, None), None, fresh=True)
+        drawn.append(torch.cat([weight.detach().flatten() for weight in state.model.parameters()]))
+    assert drawn[0].equal(drawn[1])
+    assert not drawn[0].equal(drawn[2])
 
 
 def test_a_step_whose_loss_is_no_number_changes_nothing():
