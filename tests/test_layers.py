@@ -18,7 +18,7 @@ LAYERS = [
     ("checkpoint", "prompts", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),
     ("model",),
-    ("files", "errors", "formats", "terminal", "distributed", "devices"),
+    ("files", "errors", "formats", "terminal", "distributed", "devices", "ranges", "yaml_file"),
 ]
 FRIENDS = {
     ("data", "encoders"),
@@ -26,6 +26,8 @@ FRIENDS = {
     ("distributed", "errors"),
     ("devices", "errors"),
     ("distributed", "devices"),
+    ("yaml_file", "errors"),
+    ("yaml_file", "ranges"),
 }  # data/encode.py drives the frozen encoders
 PURE = {"model": {"torch", "numpy"}, "diffusion": {"torch", "diffusers"}}  # what may come from outside besides the standard library
 
