@@ -1,11 +1,17 @@
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from microdit.errors import UserError
-from microdit.recipe import PhaseRecipe
-from microdit.recipe_file import load_recipe
+from microdit.lab.study import Study
+from microdit.ranges import Range
+from microdit.recipe import PhaseRecipe, Recipe
+from microdit.recipe_file import load_recipe, recipe_of_text, with_todays_defaults
 
 RECIPES = [
     path
@@ -128,6 +134,101 @@ def test_phases_follow_each_other(recipe_file):
 def test_what_cannot_be_is_said_in_a_sentence(recipe_file, override, sentence):
     with pytest.raises(UserError, match=sentence):
         load_recipe(recipe_file, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "range_"),
+    [
+        ("model.depth=1000000000", "from 1 to 256"),
+        ("model.mixer_depth=1000000000", "from 0 to 256"),
+        ("model.decoder_depth=257", "from 1 to 256"),
+        ("model.dense_blocks=[0, 1000000]", "from 0 to 256"),
+        ("model.dim=1000000000", "from 1 to 32,768"),
+        ("model.mixer_dim=32769", "from 1 to 32,768"),
+        ("model.ffn_range=[1, 1e9]", "from above 0 to 64"),
+        ("model.num_experts=100000", "from 0 to 1,024"),
+        ("model.experts_every=0", "from 1 to 256"),
+        ("model.round_ffn_to=1000000000000", "from 1 to 32,768"),
+        ("model.expert_capacity=1e300", "from above 0 to 1,000"),
+        ("data.resolution=1000000", "from 1 to 16,384"),
+        ("phases.0.steps=10000000000", "from 1 to 1,000,000,000"),
+        ("phases.0.batch_size=1000000", "from 1 to 65,536"),
+        ("engine.micro_batch=65537", "from 1 to 65,536"),
+        ("seed=-1", "from 0 to 9,007,199,254,740,991"),
+        ("record.sample_steps=1001", "from 2 to 1,000"),
+        (f"phases=[{'{name: a, steps: 1, batch_size: 1, learning_rate: 1}, ' * 101}]", "has 101 entries, and may have from 1 to 100"),
+        (f"ema=[{'{decay: 0.9}, ' * 17}]", "has 17 entries, and may have from 0 to 16"),
+        (f"phases.1.mask_schedule=[{'[0, 0], ' * 1001}]", "has 1,001 entries, and may have from 1 to 1,000"),
+        (f"record.sample_prompts=[{'a, ' * 1001}]", "has 1,001 entries, and may have from 0 to 1,000"),
+        (f"record.sample_prompts=[{'a' * 2001}]", "has 2,001 letters, and may have from 0 to 2,000"),
+    ],
+)
+def test_what_sizes_something_is_bounded_and_its_key_and_range_are_named(recipe_file, override, range_):
+    with pytest.raises(UserError, match=f"{override.partition('=')[0]}.*{range_}"):
+        load_recipe(recipe_file, [override])
+
+
+def numbers_without_a_range(kind: type, within: bool = False) -> list[str]:
+    """Keys of a dataclass, in its lists and mappings too."""
+    if get_origin(kind) is Annotated:
+        inner, range_ = get_args(kind)
+        within = isinstance(range_, Range) and max(abs(range_.low), abs(range_.high)) < 2**53
+        return numbers_without_a_range(inner, within) if inner in (int, float) else numbers_without_a_range(inner)
+    if is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        return [f"{name}.{key}" for name, hint in hints.items() for key in numbers_without_a_range(hint)]
+    if kind in (int, float):
+        return [] if within else [kind.__name__]
+    return [key for item in get_args(kind) if not isinstance(item, str) for key in numbers_without_a_range(item)]
+
+
+@pytest.mark.parametrize("kind", [Recipe, Study])
+def test_no_number_is_without_a_range(kind):
+    assert numbers_without_a_range(kind) == []
+
+
+def test_nothing_in_a_recipe_is_resolved(tmp_path, monkeypatch):
+    monkeypatch.setenv("API_KEY", "the-secret")
+    asked = "${oc.env:API_KEY}"
+    text = MINIMAL.replace("name: test", f"name: {asked}").replace("path: somewhere", f"path: '{asked}'")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{text}record:\n  sample_prompts: ['{asked}', '${{name}}']\n")
+    recipe = load_recipe(path, [f"data.text_encoder={asked}", "data.autoencoder=${data.path}"])
+    assert (recipe.name, recipe.data.path, recipe.data.text_encoder, recipe.data.autoencoder) == (asked, asked, asked, "${data.path}")
+    assert recipe.record.sample_prompts == [asked, "${name}"]
+    saved = recipe.to_yaml()
+    assert recipe_of_text(saved, "saved") == recipe
+    assert with_todays_defaults(yaml.safe_load(saved)) == yaml.safe_load(saved)
+    for override in (f"phases.0.steps={asked}", f"engine.device={asked}", f"{asked}=1", f"phases.0.{asked}=1"):
+        with pytest.raises(UserError) as refused:
+            load_recipe(path, [override])
+        assert asked in str(refused.value)
+        assert "the-secret" not in str(refused.value)
+    assert "the-secret" not in saved
+
+
+def test_text_is_what_was_written_and_numbers_are_decimal(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    text = MINIMAL.replace("name: test", "name: no").replace("steps: 10,", "steps: 010,")
+    path.write_text(f"{text}record: {{sample_prompts: [12:30, 2026-11-26, yes, 1e3, null]}}\n")
+    recipe = load_recipe(path, ["data.path=2024_01"])
+    assert (recipe.name, recipe.phases[0].steps, recipe.data.path) == ("no", 10, "2024_01")
+    assert recipe.record.sample_prompts == ["12:30", "2026-11-26", "yes", "1e3", "null"]
+    path.write_text(f"{text}record:\n  sample_prompts:\n  - a sign: red heart\n")
+    with pytest.raises(UserError, match=r"record\.sample_prompts\.0 is a mapping, and must be text: put it in quotes"):
+        load_recipe(path)
+
+
+WORDS = st.text(min_size=1, max_size=20) | st.sampled_from(
+    ["no", "12:30", "2024_01", "010", "null", "~", "", "&a", "a: b", "'", "\\", "\u2028", "\x85"]
+)
+
+
+@given(st.lists(WORDS, max_size=4), st.floats(1e-6, 900))
+def test_a_saved_recipe_reads_back_whatever_its_words_and_numbers(words, rate):
+    recipe = recipe_of_text(MINIMAL.replace("1e-4", repr(rate)), "minimal")
+    recipe.record.sample_prompts.extend(words)
+    assert recipe_of_text(recipe.to_yaml(), "saved") == recipe
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:1", "mps"])

@@ -28,7 +28,7 @@ class Size:
     ffn_range: tuple[Ratio, Ratio] = (0.5, 4.0)
     mixer_ffn_ratio: Ratio = 4.0
     num_experts: Annotated[int, Range(0, 1024)] = 8  # 0: no mixture of experts
-    experts_every: Annotated[int, Range(1, 512)] = 2
+    experts_every: Annotated[int, Range(1, 256)] = 2
     round_ffn_to: Width = 256
     gated_ffn: bool = True  # SwiGLU where there are no experts; False: a GELU between two matrices, as wide as costs the same
     routing: Routing = "deferred"

@@ -41,6 +41,16 @@ def test_arms_are_the_base_with_their_overrides(tmp_path):
     assert study.claims[0].budget == "flops"
 
 
+def test_a_study_is_data_and_its_text_stays_as_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("API_KEY", "the-secret")
+    text = STUDY.replace("which is better?", "${oc.env:API_KEY}").replace(
+        "name: small", "name: no\nseeds: [010, 2]\nprompts: [12:30, ${name}]"
+    )
+    study, recipes = load(tmp_path, text.replace("${name}", "'${name}'").replace("model.routing=none", '"data.path=${oc.env:API_KEY}"'))
+    assert (study.name, study.question, study.seeds, study.prompts) == ("no", "${oc.env:API_KEY}", [10, 2], ["12:30", "${name}"])
+    assert (recipes["none"].name, recipes["none"].data.path) == ("no-none", "${oc.env:API_KEY}")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
@@ -67,6 +77,10 @@ def test_arms_are_the_base_with_their_overrides(tmp_path):
         ("question:", "pictures: 1\nquestion:", "pictures is 1, and must be a whole number from 2 to"),
         ("question:", "num_inference_steps: 0\nquestion:", "num_inference_steps is 0"),
         ("question:", "guidance_scale: .nan\nquestion:", "guidance_scale is .nan, and must be"),
+        ("question:", "pictures: 10000000\nquestion:", "pictures is 10000000, and must be a whole number from 2 to 1,000,000"),
+        ("question:", "seeds: [0x10]\nquestion:", "seeds.0 is 0x10, and must be"),
+        ("question:", "notes: [a]\nquestion:", "notes is a list, and must be text"),
+        ("question:", "notes: &a b\nquestion:", "anchors and aliases"),
         ("question:", "prompts: []\nquestion:", "prompts is empty"),
         ("question:", "measures: [kid, kid]\nquestion:", "measures must be different ones"),
         ("name: small", "name: ../small", "'../small' names a folder"),
