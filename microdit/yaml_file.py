@@ -26,6 +26,7 @@ Tree = Any  # what YAML holds: Plain | str | list[Tree] | dict[str, Tree]
 
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # all but tabs and ends of lines: terminals obey them
 _NULLS = ("", "~", "null", "Null", "NULL")
 _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -82,6 +83,8 @@ def _tree(event: yaml.Event, events: Iterator[yaml.Event], levels: int) -> Tree:
     if event.tag is not None:
         raise _NotDataError(event, f"tags ({event.tag}) are not read here: write the value alone, or quote it")
     if isinstance(event, yaml.ScalarEvent):
+        if found := _CONTROL.search(event.value):
+            raise _NotDataError(event, f"a text holds the control character {found[0]!r}: leave it out")
         return event.value if event.style else Plain(event.value)
     if not levels:
         raise _NotDataError(event, f"more than {DEEPEST} lists and mappings lie in each other")
@@ -249,6 +252,8 @@ def override(tree: Tree, said: str) -> None:
     if not equals or not key:
         raise UserError(f"'{said}' is not an override: write key=value, for example phases.0.steps=100.")
     value = value.strip()
+    if found := _CONTROL.search(said):
+        raise UserError(f"The override {said!r} holds the control character {found[0]!r}: leave it out.")
     content = parse_yaml(value, f"The override '{said}'") if value[:1] in ("[", "{", '"', "'") else Plain(value)
     *way, last = key.split(".")
     for part in way:

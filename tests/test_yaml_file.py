@@ -153,6 +153,9 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" fo
         ("a: [", "f is not readable YAML"),
         ("a: \x00", "f is not readable YAML"),
         ('a: "\\U00110000"', "f is not readable YAML"),
+        ('a: "\\e[2J"', r"line 1: a text holds the control character '\\x1b'"),
+        ('"\\x9b": a', r"line 1: a text holds the control character '\\x9b'"),
+        ('a: "\\N"', r"line 1: a text holds the control character '\\x85'"),
         ("a: \ud800", "f is not readable YAML"),
     ],
 )
@@ -200,6 +203,7 @@ def test_an_override_is_text_unless_it_begins_as_a_list_a_mapping_or_a_quote(sai
         ("text.a=x", "does not fit: there is a single value where it looks for a"),
         ("words=[a", r"The override 'words=\[a' is not readable YAML"),
         ("words=[&a b]", "anchors and aliases"),
+        ("text=a\x1b[2J", r"'text=a\\x1b\[2J' holds the control character '\\x1b'"),
     ],
 )
 def test_an_override_that_does_not_fit_says_why(said, sentence):

@@ -133,6 +133,7 @@ def error_answer(status: int, sentence: str, param: str | None = None, code: str
     kinds = {429: "rate_limit_error", 404: "not_found_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
+    sentence = sentence.encode("utf-8", "replace").decode()  # JSON may say half a letter, as "\\ud800", and it cannot be sent back
     return JSONResponse({"error": {"message": sentence, "type": kind, "param": param, "code": code}}, status, headers)
 
 

@@ -29,7 +29,7 @@ def bill(fields: dict, check=lambda: None) -> str:
         ("mixer_depth: 1", "mixer_depth: 1000000000", r"model\.mixer_depth is 1000000000, and must be"),
         ("dim: 64", "dim: 1000000000", r"model\.dim is 1000000000, and must be"),
         ("num_experts: 0", "num_experts: 1000000000", r"model\.num_experts is 1000000000, and must be"),
-        ("depth: 2", "depth: ${oc.env:API_KEY}", r"line 4|is not readable YAML"),
+        ("depth: 2", "depth: ${oc.env:API_KEY}", "is not readable YAML"),
         ("depth: 2", "depth: '${oc.env:API_KEY}'", r"model\.depth is \$\{oc\.env:API_KEY\}, and must be"),
     ],
 )

@@ -57,7 +57,6 @@ HALVES = {
     "headers": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Long: ",
     "a second request": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /hea",
     "a body": b"POST /api/budget HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 90\r\n\r\n{",
-    "a body that nobody reads": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 90\r\n\r\n{",
 }
 
 

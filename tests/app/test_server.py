@@ -206,6 +206,11 @@ def test_the_own_page_and_programs_are_answered(client, place):
             assert (answer.status_code, "--dollars is -1" in answer.text) == (400, True)
 
 
+def test_half_a_letter_is_no_mistake_of_ours(client):
+    answer = client.post("/api/budget", content=b'{"recipe": "emoji.yaml", "chip": "\\ud800"}', headers=AS_JSON)
+    assert (answer.status_code, "no chip named ?" in answer.text) == (400, True)
+
+
 async def post(url: str, fields: dict) -> tuple[int, dict[str, str], dict]:
     """Over a connection of its own, by hand: 200 clients of a library cost more than the server that is tested."""
     reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
