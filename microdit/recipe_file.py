@@ -10,7 +10,8 @@ from microdit.devices import KNOWN_DEVICES, is_device_name
 from microdit.errors import UserError
 from microdit.model.routing import GRID_RATIOS, METHODS
 from microdit.recipe import DataRecipe, EngineRecipe, ModelRecipe, PhaseRecipe, Recipe
-from microdit.yaml_file import Tree, override, parse_yaml, read_as, read_yaml
+from microdit.typed_yaml import read_as
+from microdit.yaml_file import Tree, override, parse_yaml, read_yaml
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 NO_FLOAT16 = "float16 needs losses that are scaled, which microdit does not do in training: take bfloat16, or float32."

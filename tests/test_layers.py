@@ -18,7 +18,7 @@ LAYERS = [
     ("checkpoint", "prompts", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),
     ("model",),
-    ("files", "errors", "formats", "terminal", "distributed", "devices", "ranges", "yaml_file"),
+    ("files", "errors", "formats", "terminal", "distributed", "devices", "ranges", "yaml_file", "typed_yaml"),
 ]
 FRIENDS = {
     ("data", "encoders"),
@@ -27,7 +27,9 @@ FRIENDS = {
     ("devices", "errors"),
     ("distributed", "devices"),
     ("yaml_file", "errors"),
-    ("yaml_file", "ranges"),
+    ("typed_yaml", "errors"),
+    ("typed_yaml", "ranges"),
+    ("typed_yaml", "yaml_file"),
 }  # data/encode.py drives the frozen encoders
 PURE = {"model": {"torch", "numpy"}, "diffusion": {"torch", "diffusers"}}  # what may come from outside besides the standard library
 

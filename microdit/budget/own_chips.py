@@ -13,7 +13,8 @@ from microdit.budget.prices import Price, checked_price
 from microdit.errors import UserError
 from microdit.formats import finite
 from microdit.training.chips import CHIPS, Chip, named_chip, same_name
-from microdit.yaml_file import Plain, Tree, decimal, read_yaml
+from microdit.typed_yaml import decimal
+from microdit.yaml_file import Plain, Tree, read_yaml
 
 KEYS = ("teraflops", "memory_gb", "price")
 

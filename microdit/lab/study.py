@@ -14,7 +14,8 @@ from microdit.errors import UserError
 from microdit.ranges import Range
 from microdit.recipe import Every, FilePath, Name, Prompts, Recipe, Seed, Share
 from microdit.recipe_file import load_recipe
-from microdit.yaml_file import read_as, read_yaml
+from microdit.typed_yaml import read_as
+from microdit.yaml_file import read_yaml
 
 # What the study decides itself, so that budgets are equal and results can be compared.
 OURS = (
