@@ -16,7 +16,7 @@ MOST_DIGITS = 40
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+_WORDS: dict[Any, str] = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def read_as(kind: type, tree: Tree, where: str) -> Any:
@@ -123,7 +123,7 @@ def _check(key: str, size: int, within: Range | None, what: str) -> None:
 
 
 def _wrong(key: str, tree: Tree, wanted: str) -> _WrongError:
-    kinds = {list: "a list", dict: "a mapping"}
+    kinds: dict[Any, str] = {list: "a list", dict: "a mapping"}
     there = kinds.get(type(tree)) or f"{' '.join(str(tree).split()) or 'empty'!s:.60}"
     return _WrongError(f"{key or 'it'} is {there}, and must be {wanted}")
 

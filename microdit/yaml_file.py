@@ -63,11 +63,11 @@ def parse_yaml(content: bytes | str, where: str) -> Tree:
 
 
 class _NotDataError(Exception):
-    def __init__(self, event: yaml.Event, sentence: str):
+    def __init__(self, event: Any, sentence: str):
         super().__init__(f"line {event.start_mark.line + 1}: {sentence}")
 
 
-def _tree(event: yaml.Event, events: Iterator[yaml.Event], levels: int) -> Tree:
+def _tree(event: Any, events: Iterator[Any], levels: int) -> Tree:
     """Build what begins with `event`. Events are parsed as they are asked for, so that nothing is read behind what is refused."""
     if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
         raise _NotDataError(event, "anchors and aliases (& and *) are not read here: write the value itself, or quote it")

@@ -64,16 +64,18 @@ class Connection(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._until_taken = _cancelled(self._until_taken)
+        _stop(self._until_taken)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._until_request, self._until_taken = _cancelled(self._until_request), _cancelled(self._until_taken)
+        _stop(self._until_request)
+        _stop(self._until_taken)
 
     def _await_request(self) -> None:
         """From a request's first byte, or the connection's beginning, the clock runs until its headers are there."""
         if not self._is_idle:
-            self._until_request = _cancelled(self._until_request)
+            _stop(self._until_request)
+            self._until_request = None
         elif self._until_request is None:
             self._until_request = self.loop.call_later(self._limits.header_seconds, self._end)
 
@@ -82,6 +84,6 @@ class Connection(H11Protocol):
         self.transport.abort()
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+def _stop(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()

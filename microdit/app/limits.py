@@ -8,6 +8,7 @@ class Limits:
     """`pixels` are of all pictures of a request together. How many steps a sampler takes is bounded by `SamplerSettings`."""
 
     connections: int = 512  # open at the same time, or half of the files that the process may open, if those are fewer
+    keep_alive_seconds: int = 5  # between two requests of a connection
     header_seconds: float = 10  # until all headers of a request have come
     body_bytes: int = 64 * 1024
     body_seconds: float = 10  # until the whole of it has come

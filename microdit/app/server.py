@@ -112,6 +112,7 @@ class Server(uvicorn.Server):
             log_level="warning",
             access_log=False,
             backlog=TAKEN_AT_ONCE,
+            timeout_keep_alive=limits.keep_alive_seconds,
             timeout_graceful_shutdown=5,
             server_header=False,
         )

@@ -67,7 +67,7 @@ def reckon(
     images: int | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Budget:
-    """`images`: how many to encode. `check` is called before each model is laid out, which takes a while, and may raise.
+    """`images`: how many to encode. `check` is called before each piece of work that takes a while, and may raise.
 
     Raises UserError for what cannot be trained on that machine.
     """
@@ -77,7 +77,7 @@ def reckon(
     last = list(recipes)[-1]
     return Budget(
         machine,
-        Load(recipes[last], recipes[last].phases[-1], shapes[last], machine.count).parameters,
+        Load(recipes[last], recipes[last].phases[-1], shapes[last], machine.count, check).parameters,
         phases,
         encoding(list(shapes.values()), machine, images),
         tuple(dict.fromkeys(sentence for item in shapes.values() for sentence in item.assumed)),
@@ -91,17 +91,13 @@ def reckon(
 def _phases(name: str, recipe: Recipe, shapes: Shapes, machine: Machine, check: Callable[[], None]) -> list[PhaseBudget]:
     found = []
     for phase, its_bill in zip(recipe.phases, bill(recipe, shapes, machine), strict=True):
-        check()
-        load = Load(recipe, phase, shapes, machine.count)
-        check()
-        alone = Load(recipe, phase, shapes, 1)
+        load, alone = Load(recipe, phase, shapes, machine.count, check), Load(recipe, phase, shapes, 1, check)
         advice = load.best_way(machine.chip.memory_gb)
         if advice is None:
             raise load.refuse(machine.chip.memory_gb, machine.chip.name)
         asked, parts = load.as_asked(recipe, machine.chip.memory_gb)
         fits = parts.total <= usable(machine.chip.memory_gb)
         divides = load.share % (recipe.engine.micro_batch or load.share) == 0
-        check()
         small = load.best_way(SMALL_CARD_GB), alone.best_way(SMALL_CARD_GB)
         found.append(PhaseBudget(name, its_bill, asked, parts, fits, divides, advice, *small))
     return found

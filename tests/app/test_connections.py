@@ -61,7 +61,7 @@ HALVES = {
 
 
 def test_what_is_half_sent_is_closed_in_time():
-    with server(Limits(header_seconds=0.2, body_seconds=0.2)) as address:
+    with server(Limits(header_seconds=0.2, body_seconds=0.2, keep_alive_seconds=1)) as address:
         connections = {name: socket.create_connection(address, WAIT) for name in HALVES}
         for name, half in HALVES.items():
             connections[name].sendall(half)
