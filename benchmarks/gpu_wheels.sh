@@ -19,6 +19,6 @@ pinned() { # NAME -> NAME==VERSION
 mkdir -p "$out"
 "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest "$out" \
   --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
-  "$(pinned datasets)" "$(pinned diffusers)" "$(pinned omegaconf)" "$(pinned xxhash)" "dill<0.4.2" "multiprocess<0.70.20" \
+  "$(pinned datasets)" "$(pinned diffusers)" "$(pinned xxhash)" "dill<0.4.2" "multiprocess<0.70.20" \
   importlib_metadata lazy-importer zipp requests urllib3 charset-normalizer
 ls -l "$out"

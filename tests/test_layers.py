@@ -18,7 +18,7 @@ LAYERS = [
     ("checkpoint", "prompts", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),
     ("model",),
-    ("files", "locks", "errors", "formats", "terminal", "distributed", "devices"),
+    ("files", "locks", "errors", "formats", "terminal", "distributed", "devices", "ranges", "yaml_file", "typed_yaml"),
 ]
 FRIENDS = {
     ("data", "encoders"),
@@ -27,6 +27,10 @@ FRIENDS = {
     ("distributed", "errors"),
     ("devices", "errors"),
     ("distributed", "devices"),
+    ("yaml_file", "errors"),
+    ("typed_yaml", "errors"),
+    ("typed_yaml", "ranges"),
+    ("typed_yaml", "yaml_file"),
 }  # data/encode.py drives the frozen encoders
 PURE = {"model": {"torch", "numpy"}, "diffusion": {"torch", "diffusers"}}  # what may come from outside besides the standard library
 

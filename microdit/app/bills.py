@@ -1,8 +1,8 @@
 """What the page's budget tab asks: the bill of a recipe, or what a sum of money buys, as the terminal shows them."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -17,8 +17,10 @@ from microdit.budget.written import recipe_files
 from microdit.errors import UserError
 from microdit.formats import finite
 from microdit.recipe import Recipe
+from microdit.recipe_file import recipe_of_text
 
 DATA = "data/pictures"  # that bought recipes name: not data/mine, which may be there already, encoded for smaller pictures
+LONGEST_NAME = 200  # letters
 NUMBERS = {
     "price": "The price must be dollars of a GPU-hour, or left empty.",
     "mfu": "The utilisation must be the share of the chip's peak that is used, such as 0.45, or left empty.",
@@ -26,8 +28,11 @@ NUMBERS = {
 }
 
 
-def bill_text(fields: dict[str, Any], recipes: Path) -> str:
-    """For `recipe`, one of the folder `recipes`, for `text`, a recipe itself, or for `dollars`. Raises UserError."""
+def bill_text(fields: dict[str, Any], recipes: Path, check: Callable[[], None]) -> str:
+    """For `recipe`, one of the folder `recipes`, for `text`, a recipe itself, or for `dollars`. `check` may call it off.
+
+    Raises UserError.
+    """
     for key, sentence in NUMBERS.items():
         if fields.get(key) is not None and finite(fields[key]) is None:
             raise UserError(sentence)
@@ -36,7 +41,7 @@ def bill_text(fields: dict[str, Any], recipes: Path) -> str:
     machine = find_machine(str(fields.get("chip", "h100")), count, fields.get("price"), fields.get("mfu"), None, measurements_file())
     console = Console(file=io.StringIO(), width=100, no_color=True, record=True)
     if fields.get("dollars") is None:
-        show(reckon(_asked(fields, recipes), machine, images=images), console)
+        show(reckon(_asked(fields, recipes), machine, images=images, check=check), console)
         return console.export_text()
     if fields.get("text") is not None:
         raise UserError("Give a file, to see what it costs, or dollars, to see what they buy: one of the two.")
@@ -58,16 +63,10 @@ def _whole(number: Any, what: str, most: int) -> int:
 
 def _asked(fields: dict[str, Any], recipes: Path) -> dict[str, Recipe]:
     if isinstance(fields.get("text"), str):
-        return _of_text(fields["text"])
-    chosen = recipes / str(fields.get("recipe", ""))
-    if recipes.resolve() not in chosen.resolve().parents or not chosen.exists():
+        return {"recipe": recipe_of_text(fields["text"], "recipe.yaml")}
+    name = str(fields.get("recipe", ""))
+    chosen = recipes / name
+    is_name = len(name) <= LONGEST_NAME and name.isprintable()
+    if not is_name or recipes.resolve() not in chosen.resolve().parents or not chosen.exists():
         raise UserError("There is no such recipe here: choose one, or give a file of your own.")
     return load_recipes(chosen, None)
-
-
-def _of_text(text: str) -> dict[str, Recipe]:
-    """A recipe that was given as a file."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(text, errors="replace")
-        return load_recipes(path, None)

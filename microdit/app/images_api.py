@@ -33,7 +33,7 @@ def images_api(queue: WorkQueue, limits: Limits) -> APIRouter:
 
     @router.post("/v1/images/generations")
     async def generations(request: Request) -> dict[str, Any]:
-        drawing = read_drawing(read_object(await read_body(request, limits)), queue.models, limits)
+        drawing = read_drawing(await read_json(request, limits), queue.models, limits)
         job = queue.add(drawing)
         try:
             while not job.ended.is_set():
@@ -62,7 +62,14 @@ def images_api(queue: WorkQueue, limits: Limits) -> APIRouter:
     return router
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
+async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
+    """The object that a request brings. Raises AskedWronglyError if it is none, or is not said to be JSON (a form of any page is not)."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise AskedWronglyError("Send JSON, with the header Content-Type: application/json.", status=415, code="not_json")
+    return read_object(await _read_body(request, limits))
+
+
+async def _read_body(request: Request, limits: Limits) -> bytes:
     """No more of it than may be. Raises AskedWronglyError if it is larger, or too slow."""
     too_large = AskedWronglyError(f"The body is larger than {limits.body_bytes:,} bytes.", status=413, code="too_large")
     announced = request.headers.get("content-length", "0")

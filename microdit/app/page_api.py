@@ -3,7 +3,6 @@
 Nothing of it comes from elsewhere, and the browser is told to load nothing from elsewhere.
 """
 
-import asyncio
 import base64
 import threading
 import uuid
@@ -16,9 +15,10 @@ from fastapi.responses import FileResponse
 from PIL import Image
 from torch import Tensor
 
-from microdit.app.asking import AskedWronglyError, read_drawing, read_object
+from microdit.app.asking import AskedWronglyError, read_drawing
 from microdit.app.bills import bill_text
-from microdit.app.images_api import png_of, read_body
+from microdit.app.computations import Computations
+from microdit.app.images_api import png_of, read_json
 from microdit.app.jobs import LESS_MEMORY, Job, WorkQueue
 from microdit.app.limits import Limits
 from microdit.devices import device_errors_explained
@@ -58,7 +58,7 @@ class Watched:
         return job
 
 
-def page_api(queue: WorkQueue, limits: Limits, runs: dict[str, Path], recipes: Path) -> APIRouter:
+def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs: dict[str, Path], recipes: Path) -> APIRouter:
     """`runs`: of the models that are runs. `recipes`: the folder whose recipes the page offers."""
     router = APIRouter()
     watched, decoding = Watched(queue), threading.Lock()
@@ -82,7 +82,7 @@ def page_api(queue: WorkQueue, limits: Limits, runs: dict[str, Path], recipes: P
 
     @router.post("/api/jobs")
     async def begin(request: Request) -> dict[str, str]:
-        drawing = read_drawing(read_object(await read_body(request, limits)), queue.models, limits)
+        drawing = read_drawing(await read_json(request, limits), queue.models, limits)
         return {"id": watched.add(queue.add(drawing))}
 
     @router.get("/api/jobs/{name}")
@@ -102,15 +102,16 @@ def page_api(queue: WorkQueue, limits: Limits, runs: dict[str, Path], recipes: P
         return {"state": watched[name].state}
 
     @router.get("/api/runs/{name}")
-    def run(name: str) -> Response:
+    async def run(name: str, request: Request) -> Response:
         if name not in runs:
             raise AskedWronglyError("There is no such run here.", status=404)
-        return Response(report_page(runs[name]), media_type="text/html", headers={"X-Frame-Options": "SAMEORIGIN"})
+        page = await computations.answer(request, lambda _: report_page(runs[name]))
+        return Response(page, media_type="text/html", headers={"X-Frame-Options": "SAMEORIGIN"})
 
     @router.post("/api/budget")
     async def budget(request: Request) -> dict[str, str]:
-        fields = read_object(await read_body(request, limits))
-        return {"text": await asyncio.to_thread(bill_text, fields, recipes)}
+        fields = await read_json(request, limits)
+        return {"text": await computations.answer(request, lambda check: bill_text(fields, recipes, check))}
 
     @router.get("/")
     @router.get("/page.js")

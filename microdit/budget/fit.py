@@ -1,6 +1,6 @@
 """Does a phase fit a card, and with which micro-batch, sharding and savings? By the arithmetic of `training/footprint.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -69,8 +69,13 @@ class Way:
 class Load:
     """What a GPU has to hold of a phase: the model, and samples of its largest shape at its least masked step."""
 
-    def __init__(self, recipe: Recipe, phase: PhaseRecipe, shapes: Shapes, ranks: int):
-        """Raises UserError if the batch cannot be dealt out."""
+    def __init__(self, recipe: Recipe, phase: PhaseRecipe, shapes: Shapes, ranks: int, check: Callable[[], None] = lambda: None):
+        """`check` is called before each piece of work that takes a while, and may raise.
+
+        Raises UserError if the batch cannot be dealt out.
+        """
+        check()
+        self._check = check
         if phase.batch_size % ranks:
             raise UserError(
                 f"{recipe.name}: the batch of {phase.batch_size} cannot be dealt out to {ranks} GPUs: take a multiple of {ranks}."
@@ -158,6 +163,7 @@ class Load:
 
     def _largest(self, card_gb: float, layout: Layout) -> Way | None:
         """The largest micro-batch that fits and divides the share. As large as that, nothing is accumulated."""
+        self._check()
         room = usable(card_gb)
         at_once = replace(layout, accumulates=False)
         if self._of_one(at_once).samples_in(room) >= self.share:
@@ -170,6 +176,7 @@ class Load:
         return Way(micro_batch, layout, self.footprint(micro_batch, layout).total / 1e9, self.time_of(layout))
 
     def _footprint_of_one(self, layout: Layout) -> Footprint:
+        self._check()
         shape = self._tokens, self._kept, self._caption_tokens
         if layout.recomputed:  # which changes nothing but activations
             kept = self._element * activations(self._config, *shape, layout.recomputed)

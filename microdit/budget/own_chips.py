@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from microdit.budget.prices import Price, checked_price
 from microdit.errors import UserError
 from microdit.formats import finite
 from microdit.training.chips import CHIPS, Chip, named_chip, same_name
+from microdit.typed_yaml import decimal
+from microdit.yaml_file import Plain, Tree, read_yaml
 
 KEYS = ("teraflops", "memory_gb", "price")
 
@@ -29,22 +29,19 @@ class OwnChip:
 
 def read_own_chips(file: Path) -> list[OwnChip]:
     """Raises UserError, naming file and key, for what is no such list."""
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"The prices in {file} cannot be read: {' '.join(str(error).split())}.") from error
+    content = read_yaml(file)
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold chips and dollars an hour, such as 'h100: 2.2'.")
     own: list[OwnChip] = []
     for name, said in content.items():
-        item = _own_chip(str(name), said, file)
+        item = _own_chip(name, said, file)
         if any(same_name(item.chip.name, earlier.chip.name) for earlier in own):
             raise UserError(f"{file} speaks of {item.chip.name} twice, the second time as {name}: put it into one entry.")
         own.append(item)
     return own
 
 
-def _own_chip(name: str, said: Any, file: Path) -> OwnChip:
+def _own_chip(name: str, said: Tree, file: Path) -> OwnChip:
     where, known = f"{file}: {name}", named_chip(name)
     values = said if isinstance(said, dict) else {"price": said}
     for key in values:
@@ -55,11 +52,20 @@ def _own_chip(name: str, said: Any, file: Path) -> OwnChip:
             f"{where} is no known chip, so its speed and memory must be said: "
             f"'{name}: {{teraflops: 112.6, memory_gb: 16, price: 0.3}}'. Known are {', '.join(chip.name for chip in CHIPS)}."
         )
+    values = {key: _figure(value) for key, value in values.items()}
     figures = {key: _above_0(values[key], f"{where}: {key}") for key in ("teraflops", "memory_gb") if key in values}
     base = known or Chip(name, (name,), 0.0, 0)
     chip = Chip(base.name, base.marks, figures.get("teraflops", base.teraflops), figures.get("memory_gb", base.memory_gb))
     at = f"{where}: price" if isinstance(said, dict) else where
     return OwnChip(chip, Price(checked_price(values["price"], at), str(file)) if "price" in values else None)
+
+
+def _figure(written: Tree) -> Any:
+    """A number, if one is written there; None for nothing; else what is written."""
+    if isinstance(written, Plain) and written.is_null:
+        return None
+    number = decimal(written) if isinstance(written, str) else None
+    return written if number is None else number
 
 
 def _above_0(value: Any, where: str) -> float:

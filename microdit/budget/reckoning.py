@@ -1,5 +1,6 @@
 """A whole recipe, or a folder of them, reckoned through: each phase's bill and memory, the data, the totals."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,24 @@ def load_recipes(path: Path, overrides: list[str] | None) -> dict[str, Recipe]:
     return load_chain(path, overrides) if path.is_dir() else {path.stem: load_recipe(path, overrides)}
 
 
-def reckon(recipes: dict[str, Recipe], machine: Machine, given: Given = Given(), images: int | None = None) -> Budget:  # noqa: B008 (frozen)
-    """`images`: how many to encode. Raises UserError for what cannot be trained on that machine."""
+def reckon(
+    recipes: dict[str, Recipe],
+    machine: Machine,
+    given: Given = Given(),  # noqa: B008 (frozen)
+    images: int | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Budget:
+    """`images`: how many to encode. `check` is called before each piece of work that takes a while, and may raise.
+
+    Raises UserError for what cannot be trained on that machine.
+    """
     shapes = {name: shapes_of(recipe, given) for name, recipe in recipes.items()}
-    phases = [phase for name, recipe in recipes.items() for phase in _phases(name, recipe, shapes[name], machine)]
+    phases = [phase for name, recipe in recipes.items() for phase in _phases(name, recipe, shapes[name], machine, check)]
     bills = [phase.bill for phase in phases]
     last = list(recipes)[-1]
     return Budget(
         machine,
-        Load(recipes[last], recipes[last].phases[-1], shapes[last], machine.count).parameters,
+        Load(recipes[last], recipes[last].phases[-1], shapes[last], machine.count, check).parameters,
         phases,
         encoding(list(shapes.values()), machine, images),
         tuple(dict.fromkeys(sentence for item in shapes.values() for sentence in item.assumed)),
@@ -78,10 +88,10 @@ def reckon(recipes: dict[str, Recipe], machine: Machine, given: Given = Given(),
     )
 
 
-def _phases(name: str, recipe: Recipe, shapes: Shapes, machine: Machine) -> list[PhaseBudget]:
+def _phases(name: str, recipe: Recipe, shapes: Shapes, machine: Machine, check: Callable[[], None]) -> list[PhaseBudget]:
     found = []
     for phase, its_bill in zip(recipe.phases, bill(recipe, shapes, machine), strict=True):
-        load, alone = Load(recipe, phase, shapes, machine.count), Load(recipe, phase, shapes, 1)
+        load, alone = Load(recipe, phase, shapes, machine.count, check), Load(recipe, phase, shapes, 1, check)
         advice = load.best_way(machine.chip.memory_gb)
         if advice is None:
             raise load.refuse(machine.chip.memory_gb, machine.chip.name)

@@ -4,20 +4,18 @@ An arm with one phase and a constant learning rate is read on its way, at every 
 here), a mask schedule or a falling rate is trained anew for each budget, since only its end counts.
 """
 
-import math
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
-
-import yaml
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from typing import Annotated, Any, Literal, cast, get_args
 
 from microdit.errors import UserError
-from microdit.recipe import Recipe
+from microdit.ranges import Range
+from microdit.recipe import Every, FilePath, Name, Prompts, Recipe, Seed, Share
 from microdit.recipe_file import load_recipe
+from microdit.typed_yaml import read_as
+from microdit.yaml_file import read_yaml
 
 # What the study decides itself, so that budgets are equal and results can be compared.
 OURS = (
@@ -41,23 +39,25 @@ Budget = Literal["flops", "seconds", "images"]
 Measure = Literal["held_out_loss", "frechet_distance", "kid", "recognised"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 BUDGETS: tuple[Budget, ...] = get_args(Budget)
+Sentences = Annotated[str, Range(0, 10_000)]
+Override = Annotated[str, Range(0, 10_000)]
 
 
 @dataclass(frozen=True)
 class ReferenceArm:
     """Budgets are what this arm takes for so many steps: its FLOPs, its seconds, its images."""
 
-    arm: str = MISSING
-    steps: int = MISSING
+    arm: Name
+    steps: Every
 
 
 @dataclass(frozen=True)
 class Claim:
     """What others report: that arm `better` is better than arm `worse` by `measure`, at equal `budget`."""
 
-    says: str = MISSING
-    better: str = MISSING
-    worse: str = MISSING
+    says: Sentences
+    better: Name
+    worse: Name
     measure: Measure = "frechet_distance"
     budget: Budget = "flops"
 
@@ -66,40 +66,31 @@ class Claim:
 class Study:
     """`arms`: overrides of the base recipe by name. `base` lies beside the study's file."""
 
-    name: str = MISSING
-    question: str = MISSING
-    base: str = "base.yaml"
-    reference: ReferenceArm = MISSING
-    arms: dict[str, list[str]] = MISSING
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    name: Name
+    question: Sentences
+    base: FilePath = "base.yaml"
+    reference: ReferenceArm = field(kw_only=True)
+    arms: Annotated[dict[str, Annotated[list[Override], Range(0, 1000)]], Range(1, 1000)] = field(kw_only=True)
+    seeds: Annotated[list[Seed], Range(1, 1000)] = field(default_factory=lambda: [0, 1, 2])
     budgets: list[Budget] = field(default_factory=lambda: list(BUDGETS))  # a scheduled arm is trained once for each
-    claims: list[Claim] = field(default_factory=list)
+    claims: Annotated[list[Claim], Range(0, 1000)] = field(default_factory=list)
     measures: list[Measure] = field(default_factory=lambda: list(MEASURES))  # that the report shows
-    readings: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # shares of each budget at which quality is measured
-    source: str = "emoji"  # what the data was encoded from: its pictures are what drawn ones are compared with
-    pictures: int = 256  # that are drawn for each reading
-    num_inference_steps: int = 10
-    guidance_scale: float = 2.0
-    prompts: list[str] = field(
+    readings: Annotated[list[Share], Range(1, 1000)] = field(
+        default_factory=lambda: [0.25, 0.5, 1.0]
+    )  # shares of each budget at which quality is measured
+    source: FilePath = "emoji"  # what the data was encoded from: its pictures are what drawn ones are compared with
+    pictures: Annotated[int, Range(2, 10**6)] = 256  # that are drawn for each reading
+    num_inference_steps: Annotated[int, Range(2, 1000)] = 10
+    guidance_scale: Annotated[float, Range(-100, 100)] = 2.0
+    prompts: Prompts = field(
         default_factory=lambda: ["red heart", "cat face", "green apple", "pizza", "owl", "fire engine"]
     )  # of the strips
-    notes: str = ""  # what a reader should know, in the report
+    notes: Sentences = ""  # what a reader should know, in the report
 
 
 def load_study(path: Path) -> tuple[Study, dict[str, Recipe]]:
     """The study and the recipe of each arm. Raises UserError naming file, arm and fix."""
-    try:
-        raw = OmegaConf.load(path)
-        study = cast(Study, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), raw)))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no readable study: {' '.join(str(error).split())}.") from error
-    except ConfigKeyError as error:
-        known = ", ".join(item.name for item in fields(Study))
-        raise UserError(f"{path}: unknown key {error.full_key or error.key}. A study may have {known}.") from error
-    except MissingMandatoryValue as error:
-        raise UserError(f"{path}: {error.full_key} is missing, and has no default.") from error
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise UserError(f"{path}: {str(error).strip().splitlines()[0]}.") from error
+    study = cast(Study, read_as(Study, read_yaml(path), str(path)))
     problems = _problems(study)
     if problems:
         raise UserError(f"{path} asks for what cannot be:\n  - " + "\n  - ".join(problems))
@@ -131,14 +122,10 @@ def stretched(recipe: Recipe, steps: int) -> Recipe:
 
 def _problems(study: Study) -> list[str]:
     problems = _measuring_problems(study)
-    if not study.arms:
-        problems.append("arms is empty: give at least one, by name, with its overrides.")
     odd = [name for name in (study.name, *study.arms) if not FILE_NAME.fullmatch(name)]
     problems += [f"{name!r} names a folder: letters, digits, dots, - and _ alone, a letter or digit first." for name in odd]
     if study.reference.arm not in study.arms:
         problems.append(f"reference.arm {study.reference.arm} is none of the arms: {', '.join(study.arms)}.")
-    if study.reference.steps < 1:
-        problems.append(f"reference.steps is {study.reference.steps}, and must be at least 1.")
     for claim in study.claims:
         problems += [
             f"the claim '{claim.says}' is about {arm}, which is no arm." for arm in (claim.better, claim.worse) if arm not in study.arms
@@ -152,10 +139,10 @@ def _problems(study: Study) -> list[str]:
         for claim in study.claims
         if claim.budget not in study.budgets
     ]
-    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
-        problems.append(f"seeds {study.seeds} must be different ones, at least one.")
-    rising = all(low < high for low, high in pairwise([0.0, *study.readings]))  # also False where one is no number
-    if not rising or not study.readings or study.readings[-1] != 1:
+    if len(set(study.seeds)) < len(study.seeds):
+        problems.append(f"seeds {study.seeds} must be different ones.")
+    rising = all(low < high for low, high in pairwise([0.0, *study.readings]))
+    if not rising or study.readings[-1] != 1:
         problems.append(f"readings {study.readings} must rise, from above 0 to 1.0, the whole budget.")
     for arm, overrides in study.arms.items():
         for override in overrides:
@@ -169,9 +156,6 @@ def _problems(study: Study) -> list[str]:
 
 def _measuring_problems(study: Study) -> list[str]:
     checks = [
-        (study.pictures >= 2, f"pictures is {study.pictures}, and must be at least 2: a distance needs a spread."),
-        (study.num_inference_steps >= 2, f"num_inference_steps is {study.num_inference_steps}, and must be at least 2."),
-        (math.isfinite(study.guidance_scale), f"guidance_scale is {study.guidance_scale}, and must be a number."),
         (bool(study.prompts), "prompts is empty: the strips need at least one."),
         (len(set(study.measures)) == len(study.measures) > 0, f"measures must be different ones of {', '.join(MEASURES)}."),
     ]

@@ -1,33 +1,41 @@
 """From a few numbers to a whole architecture, and the paper's named sizes."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
 from microdit.model.blocks import BlockShape
 from microdit.model.microdit import ModelConfig
 from microdit.model.routing import METHODS, Routing
+from microdit.ranges import Range
+
+Width = Annotated[int, Range(1, 32_768)]
+Blocks = Annotated[int, Range(0, 256)]
+Ratio = Annotated[float, Range(0, 64, above=True)]
 
 
 @dataclass(frozen=True)
 class Size:
     """The few numbers that people choose. Ratios are of `dim` (of `mixer_dim` in the patch-mixer and in the decoder)."""
 
-    dim: int
-    depth: int
-    head_dim: int
-    mixer_dim: int
-    mixer_depth: int
-    attention_range: tuple[float, float] = (0.5, 1.0)  # width scaling: first block's ratio, last block's ratio
-    ffn_range: tuple[float, float] = (0.5, 4.0)
-    mixer_ffn_ratio: float = 4.0
-    num_experts: int = 8  # 0: no mixture of experts
-    experts_every: int = 2
-    round_ffn_to: int = 256
+    dim: Width
+    depth: Annotated[int, Range(1, 256)]
+    head_dim: Width
+    mixer_dim: Width
+    mixer_depth: Blocks
+    attention_range: tuple[Ratio, Ratio] = (0.5, 1.0)  # width scaling: first block's ratio, last block's ratio
+    ffn_range: tuple[Ratio, Ratio] = (0.5, 4.0)
+    mixer_ffn_ratio: Ratio = 4.0
+    num_experts: Annotated[int, Range(0, 1024)] = 8  # 0: no mixture of experts
+    experts_every: Annotated[int, Range(1, 256)] = 2
+    round_ffn_to: Width = 256
     gated_ffn: bool = True  # SwiGLU where there are no experts; False: a GELU between two matrices, as wide as costs the same
     routing: Routing = "deferred"
-    dense_blocks: tuple[int, int] | None = None  # tread, sprint: of the depth, before the drop and after the restore; null: as published
-    decoder_depth: int | None = None  # maskdit: further blocks, as wide as the mixer's; null: as published
+    dense_blocks: tuple[Blocks, Blocks] | None = (
+        None  # tread, sprint: of the depth, before the drop and after the restore; null: as published
+    )
+    decoder_depth: Annotated[int, Range(1, 256)] | None = None  # maskdit: further blocks, as wide as the mixer's; null: as published
 
 
 SIZES = {
@@ -79,8 +87,8 @@ def resolve(size: Size, **settings: int | float | bool) -> ModelConfig:
 def _shape(size: Size, dim: int, attention_ratio: float, ffn_ratio: float, experts: bool) -> BlockShape:
     """Attention in whole pairs of heads; a SwiGLU has three matrices, so two thirds of the hidden width at equal cost."""
     gated = size.gated_ffn and not experts
-    attention_dim = dim if attention_ratio == 1 else _round_up(int(dim * attention_ratio), 2 * size.head_dim)
-    hidden_dim = int(dim * ffn_ratio)
+    attention_dim = dim if attention_ratio == 1 else _round_up(max(1, int(dim * attention_ratio)), 2 * size.head_dim)
+    hidden_dim = max(2, int(dim * ffn_ratio))
     ffn_dim = _round_up(int(2 * hidden_dim / 3) if gated else hidden_dim, size.round_ffn_to)
     return BlockShape(attention_dim, ffn_dim, size.num_experts if experts else 0, size.gated_ffn)
 

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from fastapi import FastAPI
 
 from microdit.app.jobs import WorkQueue
-from microdit.app.server import Server, listen
+from microdit.app.limits import Limits
+from microdit.app.server import LIMITS, Server, listen
 
 
 @contextlib.contextmanager
-def served(app: FastAPI, queue: WorkQueue) -> Iterator[str]:
+def served(app: FastAPI, queue: WorkQueue, limits: Limits = LIMITS) -> Iterator[str]:
     """Its address."""
     listener = listen("127.0.0.1", 0)
-    server = Server(app, queue)
+    server = Server(app, queue, limits)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

@@ -23,6 +23,7 @@ from tests.app.serving import served
 from tests.training.processes import HANG
 
 CLIENTS = 200
+AS_JSON = {"Content-Type": "application/json"}
 SHORT = {"prompt": "red heart", "steps": 2}
 QUICK = {"steps": 2, "solver": "euler", "guidance_scale": 1}
 URL = "/v1/images/generations"
@@ -84,7 +85,7 @@ def test_models_and_health(client):
     ],
 )
 def test_what_is_unusual_and_drawn(client, fields):
-    assert client.post(URL, content=json.dumps({**SHORT, **fields})).status_code == 200
+    assert client.post(URL, content=json.dumps({**SHORT, **fields}), headers=AS_JSON).status_code == 200
 
 
 BAD_FIELDS = [
@@ -123,7 +124,7 @@ BAD_FIELDS = [
 
 @pytest.mark.parametrize(("fields", "param", "words"), BAD_FIELDS, ids=[f"{next(iter(f))}-{i}" for i, (f, _, _) in enumerate(BAD_FIELDS)])
 def test_a_bad_field_is_named_in_one_sentence(client, fields, param, words):
-    answer = client.post(URL, content=json.dumps({**SHORT, **fields}))
+    answer = client.post(URL, content=json.dumps({**SHORT, **fields}), headers=AS_JSON)
     error = answer.json()["error"]
     assert answer.status_code == 400
     assert set(error) == {"message", "type", "param", "code"}
@@ -137,13 +138,13 @@ def test_a_bad_field_is_named_in_one_sentence(client, fields, param, words):
     [b"", b"{", b"red heart", b'"red heart"', b"[]", b"\xff\xfe", b'{"prompt": "a", "guidance_scale": NaN}', b"[" * 19_000],
 )
 def test_what_is_no_json_object_is_refused(client, body):
-    answer = client.post(URL, content=body)
+    answer = client.post(URL, content=body, headers=AS_JSON)
     assert answer.status_code == 400
     assert "JSON" in answer.json()["error"]["message"]
 
 
 def test_guidance_without_end_is_refused(client):
-    answer = client.post(URL, content=b'{"prompt": "a", "guidance_scale": 1e999}')
+    answer = client.post(URL, content=b'{"prompt": "a", "guidance_scale": 1e999}', headers=AS_JSON)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "guidance_scale")
 
 
@@ -160,7 +161,7 @@ def test_a_large_body_is_refused_announced_or_not(client):
             yield b" " * 1000
 
     for content in (b" " * 30_000, pieces()):
-        answer = client.post(URL, content=content)
+        answer = client.post(URL, content=content, headers=AS_JSON)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
 
 
@@ -169,11 +170,54 @@ def test_another_name_of_this_machine_is_not_answered(client):
     assert answer.status_code == 403
 
 
+POSTS = [URL, "/api/jobs", "/api/budget"]
+
+
+@pytest.mark.parametrize("address", POSTS)
+@pytest.mark.parametrize("kind", [None, "", "text/plain", "application/x-www-form-urlencoded", "text/plain; a=application/json"])
+def test_only_what_is_said_to_be_json_is_read(client, address, kind):
+    answer = client.post(address, content=json.dumps(SHORT), headers={} if kind is None else {"Content-Type": kind})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "not_json")
+
+
+FOREIGN = [
+    {"Origin": "https://pictures.example"},
+    {"Origin": "null"},
+    {"Origin": "http://127.0.0.1"},  # another port
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site"},
+]
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=lambda headers: next(iter(headers.values())))
+def test_a_page_from_elsewhere_gets_nothing_done(place, client, headers):
+    queue, _ = place
+    for method, address in [*(("POST", address) for address in POSTS), ("DELETE", "/api/jobs/a"), ("GET", "/api/runs/tiny")]:
+        answer = client.request(method, address, json=SHORT, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "wrong_origin"), address
+    assert len(queue) == 0
+    assert client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link to the page is no harm
+
+
+def test_the_own_page_and_programs_are_answered(client, place):
+    budget = {"dollars": -1}  # refused in a sentence, which is an answer
+    for headers in ({"Origin": place[1], "Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}, {}):
+        for kind in ("application/json", "Application/JSON; charset=utf-8"):
+            answer = client.post("/api/budget", content=json.dumps(budget), headers={**headers, "Content-Type": kind})
+            assert (answer.status_code, "--dollars is -1" in answer.text) == (400, True)
+
+
+def test_half_a_letter_is_no_mistake_of_ours(client):
+    answer = client.post("/api/budget", content=b'{"recipe": "emoji.yaml", "chip": "\\ud800"}', headers=AS_JSON)
+    assert (answer.status_code, "no chip named ?" in answer.text) == (400, True)
+
+
 async def post(url: str, fields: dict) -> tuple[int, dict[str, str], dict]:
     """Over a connection of its own, by hand: 200 clients of a library cost more than the server that is tested."""
     reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
     content = json.dumps(fields).encode()
-    head = f"POST {URL} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
+    kind = "Connection: close\r\nContent-Type: application/json\r\n"
+    head = f"POST {URL} HTTP/1.1\r\nHost: 127.0.0.1\r\n{kind}Content-Length: {len(content)}\r\n\r\n"
     writer.write(head.encode() + content)
     top, _, body = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from microdit.errors import UserError
 from microdit.lab.study import is_scheduled, load_study, stretched
-from microdit.recipe import PhaseRecipe, Recipe
+from microdit.recipe import ModelRecipe, PhaseRecipe, Recipe
 
+MODEL = ModelRecipe(dim=32, depth=2, head_dim=8, mixer_dim=32, mixer_depth=1)
 BASE = """
 name: base
 data: {path: data, held_out: held-out}
@@ -40,11 +41,21 @@ def test_arms_are_the_base_with_their_overrides(tmp_path):
     assert study.claims[0].budget == "flops"
 
 
+def test_a_study_is_data_and_its_text_stays_as_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("API_KEY", "the-secret")
+    text = STUDY.replace("which is better?", "${oc.env:API_KEY}").replace(
+        "name: small", "name: no\nseeds: [010, 2]\nprompts: [12:30, ${name}]"
+    )
+    study, recipes = load(tmp_path, text.replace("${name}", "'${name}'").replace("model.routing=none", '"data.path=${oc.env:API_KEY}"'))
+    assert (study.name, study.question, study.seeds, study.prompts) == ("no", "${oc.env:API_KEY}", [10, 2], ["12:30", "${name}"])
+    assert (recipes["none"].name, recipes["none"].data.path) == ("no-none", "${oc.env:API_KEY}")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
         ("arm: none", "arm: dense", "reference.arm dense is none of the arms: none, deferred"),
-        ("steps: 8", "steps: 0", "reference.steps is 0, and must be at least 1"),
+        ("steps: 8", "steps: 0", "reference.steps is 0, and must be a whole number from 1 to"),
         ("better: deferred", "better: tread", "the claim 'masking is cheaper' is about tread, which is no arm"),
         (
             "[model.routing=none]",
@@ -53,19 +64,22 @@ def test_arms_are_the_base_with_their_overrides(tmp_path):
         ),
         ("[model.routing=none]", "[phases.0.batch_size=8]", "the arm none have another batch_size than base"),
         ("[model.routing=none]", "[seed=3]", "the arm none sets seed"),
-        ("[model.routing=none]", "[model.routing=nothing]", "Invalid value 'nothing'"),
+        ("[model.routing=none]", "[model.routing=nothing]", "model.routing is nothing, and must be one of"),
         ("question:", "seeds: [1, 1]\nquestion:", r"seeds \[1, 1\] must be different"),
         ("question:", "readings: [0.5]\nquestion:", r"readings \[0.5\] must rise, from above 0 to 1.0"),
-        ("question:", "arm: 1\nquestion:", "unknown key arm"),
         ("name: small", "", "name is missing"),
-        ("name: small", "name: [", "is no readable study"),
+        ("name: small", "name: [", "is not readable YAML"),
         ("name: small", "name: small\nbudgets: [seconds]", "about equal flops, which is none of its budgets: seconds"),
         ("name: small", "name: small\nbudgets: []", "at least one of flops, seconds, images"),
-        ("question:", "arm: 1\nquestion:", "A study may have name, question, base"),
-        ("question:", "readings: [.nan, 1.0]\nquestion:", "must rise"),
-        ("question:", "pictures: 1\nquestion:", "pictures is 1, and must be at least 2"),
+        ("question:", "arm: 1\nquestion:", r"unknown key arm; did you mean reference\.arm\?"),
+        ("question:", "readings: [.nan, 1.0]\nquestion:", "readings.0 is .nan, and must be"),
+        ("question:", "pictures: 1\nquestion:", "pictures is 1, and must be a whole number from 2 to"),
         ("question:", "num_inference_steps: 0\nquestion:", "num_inference_steps is 0"),
-        ("question:", "guidance_scale: .nan\nquestion:", "guidance_scale is nan"),
+        ("question:", "guidance_scale: .nan\nquestion:", "guidance_scale is .nan, and must be"),
+        ("question:", "pictures: 10000000\nquestion:", "pictures is 10000000, and must be a whole number from 2 to 1,000,000"),
+        ("question:", "seeds: [0x10]\nquestion:", "seeds.0 is 0x10, and must be"),
+        ("question:", "notes: [a]\nquestion:", "notes is a list, and must be text"),
+        ("question:", "notes: &a b\nquestion:", "anchors and aliases"),
         ("question:", "prompts: []\nquestion:", "prompts is empty"),
         ("question:", "measures: [kid, kid]\nquestion:", "measures must be different ones"),
         ("name: small", "name: ../small", "'../small' names a folder"),
@@ -111,7 +125,7 @@ def test_phases_of_an_arm_share_the_budget(tmp_path):
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(4, 5000))
 def test_stretched_phases_keep_their_shares_to_within_a_step(steps, total):
     phases = [PhaseRecipe(name=str(n), steps=count, batch_size=1, learning_rate=1.0) for n, count in enumerate(steps)]
-    long = stretched(Recipe(name="r", phases=phases), total)
+    long = stretched(Recipe(name="r", model=MODEL, phases=phases), total)
     assert long.total_steps == total
     for before, after in zip(phases, long.phases, strict=True):
         assert after.steps >= 1
