@@ -18,7 +18,7 @@ LAYERS = [
     ("checkpoint", "prompts", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),
     ("model",),
-    ("files", "locks", "errors", "formats", "terminal", "distributed", "devices", "ranges", "yaml_file", "typed_yaml"),
+    ("files", "locks", "memory", "errors", "formats", "terminal", "distributed", "devices", "ranges", "yaml_file", "typed_yaml"),
 ]
 FRIENDS = {
     ("data", "encoders"),
