@@ -3,6 +3,8 @@
 Files belong together when their paths are the same up to the first dot of the file name. Every such group becomes one sample.
 """
 
+import io
+import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -68,8 +70,10 @@ def read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> t
     if info.file_size > most:
         return b"", TOO_LARGE
     try:
+        content = io.BytesIO()
         with archive.open(info) as stored:
-            return b"".join(iter(partial(stored.read, ZIP_BLOCK), b"")), ""  # of no more than file_size bytes in all
+            shutil.copyfileobj(stored, content, ZIP_BLOCK)  # zipfile stops at file_size
+        return content.getvalue(), ""
     except Exception:  # damaged, encrypted, packed in a way we do not know: zipfile and its decoders raise whatever they stumble over
         return b"", UNREADABLE
 
