@@ -10,7 +10,7 @@ from torch import Tensor
 
 from microdit.diffusion.edm import EDM, edm_loss
 from microdit.model.microdit import MicroDiT
-from microdit.model.routing import METHODS, Routing, choose_kept, make_route, put_tokens, take_tokens
+from microdit.model.routing import METHODS, Routing, choose_kept, kept_tokens, make_route, put_tokens, take_tokens
 from microdit.model.sizes import Size, resolve
 from tests.conftest import busy_model, routed
 
@@ -41,6 +41,13 @@ def test_kept_tokens_are_distinct_in_range_and_as_many_as_asked(batch, tokens, m
     kept = ids.shape[1]
     assert kept == max(1, int(tokens * (1 - mask_ratio) + 1e-6))
     assert all(len(set(row)) == kept and 0 <= min(row) <= max(row) < tokens for row in ids.tolist())
+
+
+@pytest.mark.parametrize("tenths", range(10))
+def test_the_rounding_of_ratios_keeps_no_token_less(tenths):
+    """20 * (1 - 0.9) is 1.9999999999999996 to a computer, and 2 tokens are kept."""
+    for tokens in range(1, 1025):
+        assert kept_tokens(tokens, tenths / 10) == max(1, tokens * (10 - tenths) // 10), tokens
 
 
 def test_every_token_is_kept_equally_often():
