@@ -390,15 +390,12 @@ def test_killed_again_and_again_it_goes_on_and_pays_only_for_what_was_under_way(
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ))
 
     with serving(script) as server:
-        lost = 0
         while stops:
             child = start()
             assert reached.wait(120)
             child.send_signal(signal.SIGKILL)
             seen += child.communicate()[0]
             assert child.returncode == -signal.SIGKILL
-            with server.lock:
-                lost = sum(server.asked.values()) - sum(line["event"] == "answered" for line in lines_of(tmp_path / REQUESTS))
             stops.pop(0)
             reached.clear()
             released.set()
@@ -409,13 +406,12 @@ def test_killed_again_and_again_it_goes_on_and_pays_only_for_what_was_under_way(
     lines = lines_of(tmp_path / "verdicts.jsonl")
     assert Counter((line["pair"], line["order"]) for line in lines) == {(i, order): 1 for i in range(12) for order in ("AB", "BA")}
     assert all(line["verdict"] == "A" for line in lines)
-    assert 3 <= lost <= 3 * 3  # three kills, with one to three requests under way
-    assert sum(server.asked.values()) == 24 + lost
     events = Counter(line["event"] for line in lines_of(tmp_path / REQUESTS))
-    assert lost <= events["failed"] <= 3 * 3  # what is noted may have been killed before it was sent
+    assert 3 <= events["failed"] <= 3 * 3  # three kills, with one to three requests under way
     assert (events["sent"], events["answered"]) == (24 + events["failed"], 24)
+    assert 24 + 3 <= sum(server.asked.values()) <= events["sent"]  # a request may be noted and not be sent any more
     told = re.findall(r"(\d+) requests? w\w+ under way when an earlier start ended: .* may be paid twice", seen)
-    assert sum(map(int, told)) == events["failed"]
+    assert 1 <= sum(map(int, told)) <= events["failed"]  # a process that was killed may have had no time to tell
     assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
     assert KEY not in seen
     assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
