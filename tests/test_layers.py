@@ -18,7 +18,9 @@ LAYERS = [
     ("checkpoint", "prompts", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),
     ("model",),
-    ("files", "locks", "memory", "errors", "formats", "terminal", "distributed", "devices", "ranges", "yaml_file", "typed_yaml"),
+    ("files", "locks", "memory", "errors", "formats", "terminal", "distributed", "devices", "markdown"),
+    ("ranges", "yaml_file", "typed_yaml"),
+    ("printable", "command_line", "foreign_json"),
 ]
 FRIENDS = {
     ("data", "encoders"),

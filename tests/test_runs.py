@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from microdit.errors import UserError
 from microdit.run_folder import RunFolder, state_of
 from microdit.runs import list_runs, runs_table
+from microdit.terminal import PlainConsole
 
 
 def write_run(run: Path, **status: object) -> Path:
@@ -30,7 +30,7 @@ def write_run(run: Path, **status: object) -> Path:
 
 
 def printed(runs, width=140) -> str:
-    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = PlainConsole(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(runs_table(runs))
     return console.export_text()
 
@@ -108,6 +108,14 @@ def test_names_are_no_markup(tmp_path):
     text = printed(list_runs(tmp_path))
     assert "[red]run[/x" in text
     assert "[bold]odd" in text
+
+
+def test_what_others_wrote_commands_no_terminal_and_fills_no_screen(tmp_path):
+    write_run(tmp_path / "a\x1b[2J\u202eb", state="\x1b]0;title\x07\n" + "x" * 100_000, name="\x1b[31m")
+    text = printed(list_runs(tmp_path))
+    assert len(text.splitlines()) == 2
+    assert r"a\u001b[2J\u202eb" in text
+    assert r"\u001b]0;ti" in text
 
 
 def test_a_table_of_eighty_columns_keeps_its_numbers(tmp_path):
