@@ -63,18 +63,18 @@ def watch_run(run: Path, reference: Source, question: Question, settings: DrawSe
 
 
 def _next(run: Path, out: Path, weights: str | None) -> Checkpoint | None:
-    """The oldest one that is whole and not evaluated. One that is damaged, or being deleted, is passed over with a sentence."""
+    """The oldest one that is whole and not evaluated. Damaged ones are passed over with a sentence, those that vanish without."""
     for folder in reversed(checkpoint_folders(run)):
-        if (out / folder.name / "metrics.json").is_file():
+        if _result(out / folder.name / "metrics.json"):
             continue
         try:
             checkpoint = open_checkpoint(folder)
+            name = weights or default_weights(checkpoint)
+            if name in checkpoint.weights and not checkpoint.damage(checkpoint.files_of(name)):
+                return checkpoint
         except UserError as error:
-            warn(str(error))
-            continue
-        name = weights or default_weights(checkpoint)
-        if name in checkpoint.weights and not checkpoint.damage([f"{name}.safetensors"]):
-            return checkpoint
+            if folder.is_dir():
+                warn(str(error))
     return None
 
 
@@ -84,20 +84,30 @@ def _open(run: Path, checkpoint: Checkpoint, settings: DrawSettings, world: Worl
     try:
         opened = opened_run(run, Pipeline.from_checkpoint(checkpoint, settings.weights), checkpoint)
         painter = RunPainter(opened, settings, compute)
-    except FileNotFoundError:
+    except UserError:
         if checkpoint.folder.is_dir():
             raise
     return painter if all(world.gather(painter is not None)) else None
 
 
 def _write_page(path: Path, run: Path, out: Path) -> None:
-    found = sorted(out.glob("step-*/metrics.json"))
-    results = [json.loads(file.read_text()) for file in found]
+    read = {file: _result(file) for file in sorted(out.glob("step-*/metrics.json"))}
+    found = [file for file, result in read.items() if result]
+    results = [read[file] for file in found]
     names = [name for name in METRICS if any(name in result["metrics"] for result in results)]
     curves = [curve for name in names for cost in COSTS if (curve := _curve(name, cost, results))]
     rows = [(file.parent.name, result) for file, result in zip(found, results, strict=True)]
     page = page_template(TEMPLATE).render(title=str(run), names=names, rows=rows, curves=curves, written=time.time())
     write_aside(path, page.encode(errors="replace"))
+
+
+def _result(file: Path) -> dict[str, Any]:
+    """What an evaluation has written; empty if there is none, or it is damaged, so that it is made anew."""
+    try:
+        result = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) and isinstance(result.get("metrics"), dict) else {}
 
 
 def _curve(name: str, cost: str, results: list[dict[str, Any]]) -> Curve | None:
