@@ -5,16 +5,16 @@
       model.safetensors           the weights, whole; not in one that was saved in haste, before the machine was taken away: there
                                   they, and the averages, are put together from the shards
       ema.safetensors             their averages, whole; ema-DECAY.safetensors for further lengths
-      state.json                  checksums of all of these, the step, and all that is needed to make pictures
+      state.json                  checksums of all of these and of itself, the step, and all that is needed to make pictures
 
-`training/saving.py` writes them. Nothing in them is a pickle.
+`training/saving.py` writes them. Nothing in them is a pickle, and nothing is used before it was compared with its checksum; only the
+state.json of earlier versions has none.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from microdit.errors import UserError
-from microdit.files import sha256_of
+from microdit.files import from_checked_json, sha256_of
 from microdit.model.blocks import BlockShape
 from microdit.model.microdit import ModelConfig
 
 STATE = "state.json"
 FOLDER = "checkpoints"
 SHARDS = "shards"
+_NAME = re.compile(r"step-\d{8}")
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,15 @@ class Checkpoint:
     folder: Path
     step: int
     state: dict[str, Any]
+    _compared: set[str] = field(default_factory=set, compare=False, repr=False)  # files found whole: they can be too large to do it twice
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The weights called `name`, from NAME.safetensors or put together from the shards. `damage(files_of(name))` checks them.
+        """The weights called `name`, from NAME.safetensors or put together from the shards.
 
-        Raises UserError if they cannot be read (a training deletes old checkpoints), or are not finite.
+        Raises UserError if they are not what was written, cannot be read (a training deletes old checkpoints), or are not finite.
         """
+        if damaged := self.damage_of(name):
+            raise UserError(f"{self.folder} is damaged ({', '.join(damaged)}: not what was written, or gone).")
         try:
             whole = load_file(self.folder / f"{name}.safetensors") if self._whole else assembled(self.folder / SHARDS, name)
         except (OSError, SafetensorError) as error:
@@ -64,9 +68,13 @@ class Checkpoint:
             raise UserError(f"{self.folder} is damaged ({error}).") from error
         return sorted(parts - {"optimizer"})
 
-    def files_of(self, name: str) -> list[str]:
-        """The files that hold the weights called `name`: one, or all shards where no whole weights were written."""
-        return [file for file in self._whole if file == f"{name}.safetensors"] if self._whole else self._shards
+    def damage_of(self, name: str) -> list[str]:
+        """Which of the files that hold the weights called `name` (one, or where none are whole all shards) are not what was written."""
+        if self._whole:
+            files, strange = [file for file in self._whole if file == f"{name}.safetensors"], []
+        else:
+            files, strange = self._shards, self.strange_shards
+        return self.damage([file for file in files if file not in self._compared]) + strange
 
     @property
     def _whole(self) -> list[str]:
@@ -78,7 +86,16 @@ class Checkpoint:
 
     def damage(self, names: list[str]) -> list[str]:
         """Which of these files are not what was written, or cannot be read."""
-        return [name for name in names if _checksum(self.folder / name) != self.state["files"][name]]
+        files = self.state["files"]
+        whole = {name for name in names if _checksum(self.folder / name) == files[name]}
+        self._compared.update(whole)
+        return [name for name in names if name not in whole]
+
+    @property
+    def strange_shards(self) -> list[str]:
+        """Shards that state.json does not name, as of another checkpoint that was copied over this one: they would be read too."""
+        found = (f"{SHARDS}/{path.name}" for path in (self.folder / SHARDS).glob("*.safetensors"))
+        return sorted(name for name in found if name not in self.state["files"])
 
     @property
     def model_config(self) -> ModelConfig:
@@ -96,11 +113,13 @@ def config_of_fields(saved: Mapping[str, Any]) -> ModelConfig:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read its state; the files are not looked at. Raises UserError."""
+    """Read its state; the files are not looked at. Raises UserError if it is damaged, or of another step than the folder's name says."""
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = from_checked_json((folder / STATE).read_bytes())
         if not isinstance(state["files"], dict):
             raise ValueError("it names no files")
+        if _NAME.fullmatch(folder.name) and state["step"] != step_of(folder):
+            raise ValueError(f"its state is of step {state['step']}")
         return Checkpoint(folder, state["step"], state)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is damaged ({error}).") from error
@@ -121,7 +140,7 @@ def find_weights(run: Path, warn: Callable[[str], None], weights: str | None = N
             warn(str(error))
             continue
         name = weights or default_weights(checkpoint)
-        damaged = checkpoint.damage(checkpoint.files_of(name))
+        damaged = checkpoint.damage_of(name)
         if damaged or not known:
             warn(f"{folder} is damaged ({', '.join(damaged) or 'weights'}: not what was written).")
         elif name not in known:
@@ -160,7 +179,7 @@ def default_weights(checkpoint: Checkpoint) -> str:
 def checkpoint_folders(run: Path) -> list[Path]:
     """Newest first."""
     folder = run / FOLDER
-    found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8}", p.name)] if folder.is_dir() else []
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, reverse=True)
 
 

@@ -1,8 +1,11 @@
-"""Files: written so that a reader never sees half of one, and checked by their content."""
+"""Files: written so that a reader never sees half of one, and compared with their checksums when they are read."""
 
 import hashlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_aside(path: Path, content: bytes) -> None:
@@ -27,3 +30,33 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def to_checked_json(content: Mapping[str, Any]) -> bytes:
+    """JSON whose first entry says that it has a checksum, and whose last one is that checksum: the SHA-256 of all bytes before it."""
+    body = json.dumps({"checksum": "sha256", **content}, indent=1).removesuffix("\n}").encode()
+    return body + _closing(hashlib.sha256(body).hexdigest())
+
+
+def from_checked_json(raw: bytes) -> dict[str, Any]:
+    """The content of `to_checked_json`. Files of earlier versions, which have neither entry, are read as they are.
+
+    One damaged entry leaves the other, so no single change makes a file look like one that never had a checksum.
+    Raises ValueError if the bytes are not what was written.
+    """
+    try:
+        content = json.loads(raw)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    announced, checksum = content.pop("checksum", None), content.pop("sha256", None)
+    if announced is not None or checksum is not None:
+        body = raw.rpartition(b',\n "sha256": ')[0]
+        if checksum != hashlib.sha256(body).hexdigest() or raw != body + _closing(checksum):
+            raise ValueError("its checksum differs")
+    return content
+
+
+def _closing(checksum: str) -> bytes:
+    return f',\n "sha256": "{checksum}"\n}}'.encode()

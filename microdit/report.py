@@ -43,6 +43,7 @@ class RunPart:
     data: dict[str, Any]
     measured: int  # lines of metrics
     damaged_lines: int
+    has_damaged_record: bool
     phases: list[tuple[int, str]]  # the step from which each was trained, and its name
     curves: list[Curve]
     pictures: list[Picture]  # the newest first
@@ -93,16 +94,17 @@ def _read(run: RunFolder) -> RunPart:
     phases = [
         (line["step"], str(line.get("phase"))) for before, line in pairwise([{}, *metrics]) if line.get("phase") != before.get("phase")
     ]
-    starts, data = record.get("starts"), record.get("data")
+    data = record.get("data")
     return RunPart(
         folder=run.path.resolve().name,
         name=str(status.get("name") or record.get("name") or run.path.resolve().name),
         state=state_of(status),
         facts={key: value for line in (*metrics, status) for key, value in line.items() if value is not None},
-        starts=[start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else [],
+        starts=run.starts,
         data={name: one for name, one in data.items() if isinstance(one, dict)} if isinstance(data, dict) else {},
         measured=len(metrics),
         damaged_lines=damaged_lines,
+        has_damaged_record=run.has_damaged_record,
         phases=phases,
         curves=draw_curves(metrics),
         pictures=pictures,

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from microdit.files import from_checked_json
+
 RECIPE = "recipe.yaml"  # what makes a folder a run
+RUN = "run.json"
 SILENCE = 15 * 60  # seconds without a word after which a run on another host counts as killed
 
 
@@ -28,8 +31,22 @@ class RunFolder:
 
     @property
     def record(self) -> dict[str, Any]:
-        """run.json: name, data, starts."""
-        return _read_object(self.path / "run.json")
+        """run.json: name, data, starts. Empty if it is not what was written."""
+        try:
+            return from_checked_json((self.path / RUN).read_bytes())
+        except (OSError, ValueError):
+            return {}
+
+    @property
+    def has_damaged_record(self) -> bool:
+        """Whether there is a run.json that is not what was written."""
+        return not self.record and (self.path / RUN).is_file()
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        """Those that run.json holds, the oldest first."""
+        starts = self.record.get("starts")
+        return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
     @property
     def status(self) -> dict[str, Any]:

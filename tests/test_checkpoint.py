@@ -7,19 +7,19 @@ from safetensors.torch import save_file
 
 from microdit.checkpoint import Checkpoint, checkpoint_folders, find_weights, open_checkpoint
 from microdit.errors import UserError
-from microdit.files import sha256_of
+from microdit.files import sha256_of, to_checked_json
 from microdit.model.sizes import Size, resolve
 from tests.conftest import routed
 
 
-def write(run, step, names=("model", "ema")):
+def write(run, step, names=("model", "ema"), to_json=to_checked_json):
     """A checkpoint as the trainer leaves it, of one tensor."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
     for name in names:
         save_file({"w": torch.full((3,), float(step))}, folder / f"{name}.safetensors")
     files = {path.name: sha256_of(path) for path in folder.iterdir()}
-    (folder / "state.json").write_text(json.dumps({"step": step, "files": files}))
+    (folder / "state.json").write_bytes(to_json({"step": step, "files": files}))
     return folder
 
 
@@ -128,8 +128,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
 def test_a_checkpoint_that_vanishes_while_it_is_looked_at_is_a_sentence(tmp_path):
     checkpoint = open_checkpoint(write(tmp_path, 1))
     (checkpoint.folder / "ema.safetensors").unlink()
-    assert checkpoint.damage(checkpoint.files_of("ema")) == ["ema.safetensors"]
-    with pytest.raises(UserError, match="cannot be read"):
+    assert checkpoint.damage_of("ema") == ["ema.safetensors"]
+    with pytest.raises(UserError, match="is damaged .ema.safetensors: not what was written, or gone"):
         checkpoint.tensors("ema")
 
 
@@ -139,6 +139,37 @@ def test_a_state_of_another_kind_is_damage(tmp_path):
         (folder / "state.json").write_text(content)
         with pytest.raises(UserError, match="damaged"):
             open_checkpoint(folder)
+
+
+def without_checksum(state):
+    """As earlier versions wrote it."""
+    return json.dumps(state, indent=1).encode()
+
+
+@pytest.mark.parametrize("to_json", [to_checked_json, without_checksum])
+def test_a_folder_whose_state_is_of_another_step_is_damage(tmp_path, to_json):
+    folder = write(tmp_path, 60, to_json=to_json)
+    folder.rename(folder.with_name("step-00000020"))
+    with pytest.raises(UserError, match=r"step-00000020 is damaged \(its state is of step 60\)"):
+        open_checkpoint(folder.with_name("step-00000020"))
+    copied = folder.with_name("step-00000020").rename(tmp_path / "my copy")
+    assert open_checkpoint(copied).step == 60
+
+
+def test_a_state_of_an_earlier_version_is_read_as_it_is(tmp_path):
+    write(tmp_path, 3, to_json=without_checksum)
+    assert find_weights(tmp_path, pytest.fail).tensors("model")["w"].tolist() == [3, 3, 3]
+
+
+def test_tensors_are_compared_before_they_are_used(tmp_path):
+    """Also by whoever names a checkpoint's own folder, where nothing has looked for damage before."""
+    folder = write(tmp_path, 3)
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.tensors("ema")["w"].tolist() == [3, 3, 3]
+    with pytest.raises(UserError, match=r"step-00000003 is damaged \(model\.safetensors is not what was written\)"):
+        checkpoint.tensors("model")
 
 
 @pytest.mark.parametrize("routing", ["deferred", "maskdit", "sprint"])

@@ -10,10 +10,11 @@ import pyarrow as pa
 
 from microdit.data.shards import schema
 from microdit.errors import UserError
-from microdit.files import write_aside
+from microdit.files import from_checked_json, to_checked_json, write_aside
 
 CARD = "card.json"
-FORMAT = 2
+FORMAT = 3
+READ_FORMATS = (2, 3)  # 2 has checksums of blobs and files only
 
 
 def write_card(folder: Path, plan: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
@@ -24,25 +25,25 @@ def write_card(folder: Path, plan: dict[str, Any], shards: list[dict[str, Any]])
     card["rejected"] = dict(sum((Counter(shard["rejected"]) for shard in shards), Counter()))
     card["shards"] = shards
     _write_datasets_files(folder, schema(plan["settings"]["resolutions"]), [shard["name"] for shard in shards], shards[0]["sha256"])
-    write_aside(folder / CARD, json.dumps(card, indent=1).encode())
+    write_aside(folder / CARD, to_checked_json(card))
     return card
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """Raises UserError if there is none, or none that this program can read."""
+    """Raises UserError if there is none, if it is not what was written, or if this program cannot read it."""
     path = folder / CARD
     if not path.is_file():
         unfinished = folder.with_name(f".{folder.name}.part")
         hint = f"it was begun in {unfinished}: run the same command again to finish it" if unfinished.exists() else "make one with it"
         raise UserError(f"There is no encoded data set in {folder} (no {CARD}). 'microdit data encode' writes it; {hint}.")
     try:
-        card = json.loads(path.read_text())
-        if card["format"] != FORMAT:
-            raise UserError(f"{path} is of format {card['format']}, this program reads {FORMAT}: encode the data again.")
+        card = from_checked_json(path.read_bytes())
+        if card["format"] not in READ_FORMATS:
+            raise UserError(f"{path} is of format {card['format']}, this program reads {READ_FORMATS}: encode the data again.")
         missing = {"rows", "shards", "sizes", "settings", "autoencoder", "text_encoder", "text_channels", "downsampling"} - set(card)
         if missing:
             raise KeyError(", ".join(sorted(missing)))
-        return dict(card)
+        return card
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): encode the data again.") from error
 

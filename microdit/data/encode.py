@@ -10,7 +10,6 @@ Notable:
 - every record is either kept or rejected with a reason, and the card says how many of each.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ from microdit.devices import DTYPES
 from microdit.encoders.autoencoder import Autoencoder
 from microdit.encoders.text import TextEncoder
 from microdit.errors import UserError
-from microdit.files import write_aside
+from microdit.files import from_checked_json, to_checked_json, write_aside
 
 CPU = torch.device("cpu")
 CHUNK_BATCHES = 4  # batches in a chunk: captions are sorted by length inside it, so that little is padded
@@ -168,17 +167,26 @@ def _usable(part: Part, caption_weights: dict[str, float], rejected: list[tuple[
 def _begin(folder: Path, plan: dict[str, Any]) -> None:
     """Make the folder, or find that an earlier run with the same plan began it."""
     path = folder / "plan.json"
-    content = json.dumps(plan, indent=1)
     folder.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        write_aside(path, content.encode())
-    begun, now = _flat(json.loads(path.read_text())), _flat(json.loads(content))
+        write_aside(path, to_checked_json(plan))
+    begun, now = _flat(_read_begun(path, f"delete {folder}")), _flat(from_checked_json(to_checked_json(plan)))
     different = [key for key in now if begun.get(key) != now[key]]
+    if "format" in different:
+        raise UserError(f"{folder} was begun by another version of microdit: delete it, or let that version finish it.")
     if different:
         went = f" It was begun with --dtype {begun['dtype']}." if "dtype" in different else ""
         raise UserError(
             f"{folder} was begun with other settings ({', '.join(different)} differ): delete it, or use the same settings to go on.{went}"
         )
+
+
+def _read_begun(path: Path, fix: str) -> dict[str, Any]:
+    """The plan, or the manifest of a shard. Raises UserError."""
+    try:
+        return from_checked_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): {fix}, and run the same command again.") from error
 
 
 def _flat(plan: dict[str, Any]) -> dict[str, Any]:
@@ -187,9 +195,9 @@ def _flat(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _planned(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without what may change on the way. Earlier versions named no dtype: theirs was float32."""
+    """Without what may change on the way."""
     free = ("device", "batch_size", "workers")
-    return {"dtype": "float32", **{key: value for key, value in settings.items() if key not in free}}
+    return {key: value for key, value in settings.items() if key not in free}
 
 
 def _complete(folder: Path, out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
@@ -198,7 +206,7 @@ def _complete(folder: Path, out: Path, plan: dict[str, Any]) -> dict[str, Any] |
     try:
         if not all(path.is_file() for path in manifests):
             return None
-        shards = [json.loads(path.read_text()) for path in manifests]
+        shards = [_read_begun(path, "delete it") for path in manifests]
         if not any(shard["rows"] for shard in shards):
             rejected = sum((Counter(shard["rejected"]) for shard in shards), Counter())
             raise UserError(f"The source {plan['source']} gave no picture that could be kept; rejected: {dict(rejected) or 'none either'}.")

@@ -18,7 +18,7 @@ from torch import Tensor
 from microdit.data.card import read_card
 from microdit.data.forms import StoredRows, stack, unpack, unpack_ids
 from microdit.data.order import PhaseOrder, Place, SampleOrder
-from microdit.data.shards import DamagedShard, Shard
+from microdit.data.shards import Checksums, DamagedShard, Shard
 from microdit.encoders.text import TextEncoder, load_text_encoder
 from microdit.errors import UserError
 from microdit.files import sha256_of
@@ -78,7 +78,8 @@ class StoredBatch:
 
 
 class EncodedSet:
-    """A folder written by `encode_source`. Files' sizes are checked at opening, rows when they are read; `verify` reads everything."""
+    """A folder written by `encode_source`. The card and files' sizes are checked at opening, shards and rows when they are read; `verify`
+    reads everything."""
 
     def __init__(self, folder: Path, resolution: int | None = None):
         """`resolution` may be left out if the set has only one. Raises UserError."""
@@ -184,7 +185,8 @@ class EncodedSet:
             entry = self.card["shards"][number]
             resolutions = self.card["settings"]["resolutions"]
             try:
-                self._shards[number] = Shard(self.folder / entry["name"], entry["bytes"], entry["rows"], resolutions)
+                checksums = Checksums(**entry["checksums"]) if self.card["format"] > 2 else None
+                self._shards[number] = Shard(self.folder / entry["name"], entry["bytes"], entry["rows"], resolutions, checksums)
             except DamagedShard as damage:
                 self._shards[number] = damage  # whoever looks for a row near a damaged one asks again and again
         shard = self._shards[number]

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from microdit.data.encode_batches import EncodedChunk
 from microdit.data.forms import CaptionForm, LatentForm, pack_ids, pack_latents, pack_text
-from microdit.data.shards import Row, ShardWriter
+from microdit.data.shards import Row, ShardWriter, checksums_of
 from microdit.errors import UserError
-from microdit.files import sha256_of, write_aside
+from microdit.files import sha256_of, to_checked_json, write_aside
 
 AHEAD = 2  # chunks that wait to be packed before encoding waits for them
 
@@ -136,13 +136,14 @@ class ShardsThread:
             "buckets": {str(bucket): writer.buckets[bucket] for bucket in sorted(writer.buckets)},
             "bytes": writer.path.stat().st_size,
             "sha256": sha256_of(writer.path),
+            "checksums": checksums_of(writer.path)._asdict(),
             **{key: part.counts[key] for key in ("captions", "tokens", "captions_cut")},
         }
         writer.path.replace(path)
         if part.rejected:
             lines = "".join(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in part.rejected)
             write_aside(self.folder / f"{_shard(part.number)}.rejected.jsonl", lines.encode())
-        write_aside(manifest_path(self.folder, part.number), json.dumps(manifest).encode())
+        write_aside(manifest_path(self.folder, part.number), to_checked_json(manifest))
 
 
 def manifest_path(folder: Path, number: int) -> Path:

@@ -1,27 +1,54 @@
 """One shard of an encoded set: an Arrow stream that is written row by row, memory-mapped to be read, and checked at both ends.
 
-Arrow notices a file that was cut off, not one in which a block was changed. So every blob ends in a checksum (XXH3) of its content, its
-row and its bucket, compared whenever the blob is read: a changed offset would give one row's caption to another. And every file has a
-SHA-256, which `microdit data verify` compares.
+Arrow notices a file that was cut off, not one in which a block was changed. So whatever is read is compared with a checksum (XXH3):
+
+- every blob of latents or text ends in one of its content, its row and its bucket, compared whenever the blob is read;
+- `Checksums`, which lie in the set's card, cover the rest. What a blob is found by is compared when the shard is opened, keys and captions
+  when they are read: opening looks at some tens of bytes of a row, never at the blobs.
+
+And every file has a SHA-256, which `microdit data verify` compares.
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from microdit.errors import UserError
+
 BATCH_ROWS = 256  # of a record batch: what is held in memory while writing
 CHECKSUM_BYTES = 8
 
 
-class DamagedShard(Exception):  # noqa: N818
+class DamagedShard(UserError):  # noqa: N818
     """A shard, or a row of it, is not what was written. The message names the file."""
+
+
+class Checksums(NamedTuple):
+    """Of all of a shard but its blobs: the messages of the Arrow stream (columns, lengths, positions), the numbers beside the blobs (their
+    offsets, buckets and weights), keys, captions.
+    """
+
+    messages: str
+    numbers: str
+    key: str
+    captions: str
+
+
+def checksums_of(path: Path) -> Checksums:
+    """Of a shard that has just been written."""
+    mapped = _map(path)
+    table = _read_table(mapped)
+    return Checksums(
+        _messages_checksum(mapped), *(_columns_checksum(table, columns) for columns in (_number_columns(table), ["key"], ["captions"]))
+    )
 
 
 @dataclass(frozen=True)
@@ -95,14 +122,20 @@ class ShardWriter:
 class Shard:
     """A shard open for reading. Raises DamagedShard whenever something is not as it was written."""
 
-    def __init__(self, path: Path, expected_bytes: int, expected_rows: int, resolutions: list[int]):
-        self.path = path
+    def __init__(self, path: Path, expected_bytes: int, expected_rows: int, resolutions: list[int], checksums: Checksums | None):
+        """`checksums` are None for what an earlier version encoded: then Arrow's own validation is all that covers more than the blobs."""
+        self.path, self._checksums = path, checksums
         try:
             if path.stat().st_size != expected_bytes:
                 raise DamagedShard(f"{path} has {path.stat().st_size} bytes, not the {expected_bytes} that were written")
-            with pa.memory_map(str(path)) as mapped:  # closed, its pages stay mapped and the file descriptor is free for other shards
-                table = pa.ipc.open_stream(mapped).read_all()
-            table.validate(full=True)  # a changed offset would make a read go anywhere
+            mapped = _map(path)
+            if checksums is not None and _messages_checksum(mapped) != checksums.messages:
+                raise DamagedShard(f"{path} is not what was written (the checksum of its Arrow messages differs)")
+            table = _read_table(mapped)
+            if checksums is None:
+                table.validate(full=True)  # a changed offset would make a read go anywhere
+            elif _columns_checksum(table, _number_columns(table)) != checksums.numbers:
+                raise DamagedShard(f"{path} is not what was written (the checksum of its offsets, buckets and weights differs)")
         except (OSError, pa.ArrowException) as error:
             raise DamagedShard(f"{path} cannot be read ({' '.join(str(error).split())})") from error
         if table.schema != schema(resolutions):
@@ -133,6 +166,9 @@ class Shard:
 
     def column(self, name: str) -> list[Any]:
         """`key`, `bucket`, `captions` or `weights` of all rows."""
+        written = None if self._checksums is None else {"key": self._checksums.key, "captions": self._checksums.captions}.get(name)
+        if written is not None and _columns_checksum(self._table, [name]) != written:
+            raise DamagedShard(f"{self.path} is not what was written (the checksum of the column {name} differs)")
         values: list[Any] = self._table.column(name).to_pylist()
         return values
 
@@ -166,7 +202,7 @@ class _BatchColumns:
         text = batch.column("text")
         self._text_starts = text.offsets.to_numpy()
         self.weights = batch.column("weights").values.to_numpy()
-        names = [name for name in batch.schema.names if name.startswith(_latents_column(""))]
+        names = [name for name in batch.schema.names if _holds_blobs(name) and name != "text"]
         self._blobs = {"text": _offsets_and_data(text.values), **{name: _offsets_and_data(batch.column(name)) for name in names}}
 
     def captions(self, row: int) -> tuple[int, int]:
@@ -181,6 +217,47 @@ class _BatchColumns:
 def _offsets_and_data(blobs: pa.BinaryArray) -> tuple[NDArray[np.int32], memoryview]:
     _, offsets, data = blobs.buffers()
     return np.frombuffer(offsets, np.int32)[blobs.offset : blobs.offset + len(blobs) + 1], memoryview(data or b"").cast("B")
+
+
+def _map(path: Path) -> pa.Buffer:
+    """A file's content, mapped. Its descriptor is free again for other shards.
+
+    An Arrow reader of a mapped file asks the system for all that it passes over, which would be the whole shard; one of a buffer does not.
+    """
+    with pa.memory_map(str(path)) as mapped:
+        return mapped.read_buffer(1).parent
+
+
+def _read_table(mapped: pa.Buffer) -> pa.Table:
+    """Nothing is copied, and only the messages are looked at."""
+    return pa.ipc.open_stream(mapped).read_all()
+
+
+def _messages_checksum(mapped: pa.Buffer) -> str:
+    digest = xxhash.xxh3_128()
+    for message in pa.ipc.MessageReader.open_stream(mapped):
+        digest.update(message.metadata)
+    return digest.hexdigest()
+
+
+def _columns_checksum(table: pa.Table, names: Iterable[str]) -> str:
+    """Of all buffers of these columns, without the blobs."""
+    digest = xxhash.xxh3_128()
+    for name in names:
+        for chunk in table.column(name).chunks:
+            buffers = chunk.buffers()
+            for buffer in buffers[:-1] if _holds_blobs(name) else buffers:  # the last one holds the content
+                if buffer is not None:
+                    digest.update(buffer)
+    return digest.hexdigest()
+
+
+def _number_columns(table: pa.Table) -> list[str]:
+    return [name for name in table.column_names if name not in ("key", "captions")]
+
+
+def _holds_blobs(column: str) -> bool:
+    return column == "text" or column.startswith(_latents_column(""))
 
 
 def _seal(payload: bytes, row: int, bucket: int) -> bytes:

@@ -22,9 +22,11 @@ from microdit.encoders.model_files import (
     weight_patterns,
 )
 from microdit.errors import UserError
+from microdit.files import from_checked_json, sha256_of
 
 diffusers_logging.set_verbosity_error()  # it warns of its own configuration keys
 
+RECORD = "record.json"  # beside the weights that `microdit train-autoencoder` writes
 BUNDLED_ICON = Path(__file__).parent / "icon_autoencoder"
 ALIASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0:vae", "16ch": "ostris/vae-kl-f8-d16"}
 
@@ -162,6 +164,7 @@ def _fit(tensor: Tensor, model: Any) -> Tensor:
 def _load(name: str, folder: Path) -> DiffusersAutoencoder:
     """Raises UserError if the folder holds no autoencoder that can be used."""
     files = _safe_weights(folder)
+    _refuse_damage(folder)
     class_name = read_json(folder / "config.json").get("_class_name")
     if class_name not in _KINDS:
         raise UserError(f"{folder / 'config.json'} says _class_name {class_name}; only {', '.join(_KINDS)} can be used.")
@@ -171,6 +174,19 @@ def _load(name: str, folder: Path) -> DiffusersAutoencoder:
         )
     refuse_incomplete(folder, info["missing_keys"])
     return DiffusersAutoencoder(name, model, fingerprint_of(files))
+
+
+def _refuse_damage(folder: Path) -> None:
+    """Raises UserError if `microdit train-autoencoder` wrote this folder, and its files are not what was written."""
+    if not (folder / RECORD).is_file():
+        return
+    try:
+        written = from_checked_json((folder / RECORD).read_bytes()).get("files") or {}
+        damaged = [name for name, checksum in written.items() if sha256_of(folder / name) != checksum]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / RECORD} does not fit what lies beside it ({error}): copy the folder again, or train anew.") from error
+    if damaged:
+        raise UserError(f"{folder} is damaged ({', '.join(damaged)}: not what was written): copy it again, or train anew.")
 
 
 def _safe_weights(folder: Path) -> list[Path]:

@@ -60,7 +60,7 @@ def read_run(path: Path, geneval: Path | None = None) -> RunResult:
     run, evaluation, emoji = RunFolder(path), _Entry.of(path / "evaluation" / "metrics.json"), _Entry.of(path / "metrics.json")
     parameters, state = _checkpoint(path)
     hours = finite(run.status.get("gpu_hours"))
-    starts = run.record.get("starts") or [{}]
+    starts = run.starts
     return RunResult(
         path=path,
         metrics=_metrics(evaluation),
@@ -70,7 +70,7 @@ def read_run(path: Path, geneval: Path | None = None) -> RunResult:
         images=_images(state.below("sets")),
         seen=evaluation.count("images_seen") or state.count("images_seen"),
         gpu_days=None if hours is None else hours / 24,
-        gpu=starts[-1].get("device"),
+        gpu=starts[-1].get("device") if starts else None,
         dollars=finite(run.status.get("dollars")),
     )
 

@@ -70,7 +70,7 @@ def _next(run: Path, out: Path, weights: str | None) -> Checkpoint | None:
         try:
             checkpoint = open_checkpoint(folder)
             name = weights or default_weights(checkpoint)
-            if name in checkpoint.weights and not checkpoint.damage(checkpoint.files_of(name)):
+            if name in checkpoint.weights and not checkpoint.damage_of(name):
                 return checkpoint
         except UserError as error:
             if folder.is_dir():

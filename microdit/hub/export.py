@@ -1,6 +1,5 @@
 """`microdit export`: a run as a folder that diffusers loads, with a model card and a record of where it comes from."""
 
-import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 import microdit
 from microdit.checkpoint import Checkpoint, default_weights
 from microdit.data.card import CARD as CARD_OF_DATA
+from microdit.files import from_checked_json
 from microdit.hub.card import card_of_run
 from microdit.hub.conversion import to_diffusers
 from microdit.hub.folders import CARD, refuse_to_overwrite, write_folder, write_record
@@ -45,7 +45,7 @@ def export_run(
 def _record(run: Path, checkpoint: Checkpoint, pipeline: Pipeline, weights: str, dtype: Dtype, flops: float | None) -> dict[str, Any]:
     """All numbers are the run's own; what it has not measured is left out."""
     state, folder = checkpoint.state, RunFolder(run)
-    starts = folder.record.get("starts") or [{}]
+    started = folder.starts[-1] if folder.starts else {}
     figures = {
         name: measured
         for name, path in {"emoji": run / "metrics.json", "reference": run / "evaluation" / "metrics.json"}.items()
@@ -59,8 +59,8 @@ def _record(run: Path, checkpoint: Checkpoint, pipeline: Pipeline, weights: str,
         "parameters": sum(weight.numel() for weight in pipeline.model.parameters()),
         **{key: state[key] for key in ("images_seen", "gpu_hours", "dollars") if state.get(key) is not None},
         **({} if flops is None else {"flops": flops}),
-        "device": starts[-1].get("device"),
-        "git_commit": starts[-1].get("git_commit"),
+        "device": started.get("device"),
+        "git_commit": started.get("git_commit"),
         "versions": {"microdit": microdit.__version__, "torch": torch.__version__, "diffusers": version("diffusers")},
         "data": state["data"],
         "sets": {name: _set(one) for name, one in state["sets"].items()},
@@ -83,7 +83,6 @@ def _measured(path: Path, step: int) -> dict[str, Any]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return from_checked_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

@@ -8,7 +8,6 @@ Notable:
 - colours are permuted and pictures moved at random, so that colours and places never seen still decode.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from microdit.data.emoji import Split, emoji_rows
 from microdit.data.pixels import to_tensor
-from microdit.files import write_aside
+from microdit.encoders.autoencoder import RECORD
+from microdit.files import sha256_of, to_checked_json, write_aside
 
 SIGMA_DATA = 0.9  # the scaled latents' deviation, as the paper's SDXL latents have (2407.15811, table of EDM settings)
 
@@ -43,7 +43,7 @@ class AutoencoderSettings:
 
 
 def train_icon_autoencoder(out: Path, settings: AutoencoderSettings, on_step: Callable[[int, dict[str, float]], None]) -> dict[str, float]:
-    """Train on the emoji training split, write config, weights (float16) and record.json to `out`; return its figures.
+    """Train on the emoji training split, write config, weights (float16) and record.json with their checksums to `out`; return its figures.
 
     `on_step(step, {"loss": ...})` is called after every step.
     """
@@ -75,8 +75,9 @@ def train_icon_autoencoder(out: Path, settings: AutoencoderSettings, on_step: Ca
         "seconds": round(time.monotonic() - started),
         "torch": torch.__version__,
         "log": log,
+        "files": {path.name: sha256_of(path) for path in sorted(out.iterdir()) if path.name != RECORD},
     }
-    write_aside(out / "record.json", json.dumps(record, indent=1).encode())
+    write_aside(out / RECORD, to_checked_json(record))
     return figures
 
 

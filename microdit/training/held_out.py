@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from microdit.data.latents import Batch, EncodedSet, refuse_strangers
+from microdit.data.shards import DamagedShard
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World
 from microdit.errors import UserError
@@ -56,7 +57,10 @@ class HeldOut:
         return {"held_out_loss": sums.loss, "held_out_by_noise": by_noise(sums.losses, sums.counts)}
 
     def _batch(self, numbers: range) -> TrainingBatch:
-        stored = [self.data.read(self._bucket, number) for number in numbers]
+        try:
+            stored = [self.data.read(self._bucket, number) for number in numbers]
+        except DamagedShard as damage:
+            raise UserError(f"{damage}. The held-out loss is measured on it: encode that set again, or leave it out.") from damage
         batch = Batch(self.data.latents([latents for latents, _ in stored], self._bucket), *self.data.text([text for _, text in stored]))
         quantile_B = (torch.tensor(list(numbers), dtype=torch.float64) + 0.5) / self.count
         sigma_B = (torch.special.ndtri(quantile_B) * self._edm.P_std + self._edm.P_mean).exp().float()

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import microdit
 from microdit.errors import UserError
-from microdit.files import write_aside
+from microdit.files import from_checked_json, to_checked_json, write_aside
 from microdit.recipe import Recipe
 
 METRICS, STATUS, RUN = "metrics.jsonl", "status.json", "run.json"
@@ -40,11 +40,11 @@ class RunRecord:
     def started(self, data: dict[str, Any], start: dict[str, Any]) -> None:
         """Note one more start of the run in run.json, and the recipe that it follows."""
         path = self.run / RUN
-        before = json.loads(path.read_text()) if path.is_file() else {"starts": []}
+        before = from_checked_json(path.read_bytes()) if path.is_file() else {"starts": []}
         start = {"time": round(time.time(), 2), "command": " ".join(sys.argv), "host": socket.gethostname(), **start}
         start |= {"git_commit": _git_commit(), "versions": _versions()}
         content = {"name": self.recipe.name, "data": data, "starts": [*before["starts"], start]}
-        write_aside(path, json.dumps(content, indent=1).encode())
+        write_aside(path, to_checked_json(content))
         write_aside(self.run / "recipe.yaml", self.recipe.to_yaml().encode())
 
     def metrics(self, values: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ A save copies the tensors (that is all the loop waits for); a thread of each pro
 and the first process puts whole weights, checksums and the state beside them, and renames the folder once everything is on the disk.
 """
 
-import json
 import os
 import shutil
 import threading
@@ -24,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from microdit.checkpoint import FOLDER, SHARDS, STATE, Checkpoint, assembled, checkpoint_folders, open_checkpoint, step_of
 from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.files import sha256_of, write_aside
+from microdit.files import sha256_of, to_checked_json, write_aside
 
 Tensors = dict[str, Tensor]
 """All of a training's tensors, each named PART/NAME: `model/...`, `ema/...`, `optimizer/...`."""
@@ -125,7 +124,7 @@ class Saver:
             save_file(assembled(aside / SHARDS, part), path)
             checksums[path.name] = _flushed_checksum(path)
         files = dict(sorted(checksums.items()))
-        write_aside(aside / STATE, json.dumps({"step": step, "files": files, **state}, indent=1).encode())
+        write_aside(aside / STATE, to_checked_json({"step": step, "files": files, **state}))
         target = self.run / FOLDER / f"step-{step:08d}"
         if target.is_dir():
             _delete(target)
@@ -149,7 +148,8 @@ def newest_whole(run: Path, world: World, warn: Callable[[str], None], skip: int
         try:
             checkpoint = open_checkpoint(folder)
             names = sorted(checkpoint.state["files"])
-            damaged = [name for part in world.gather(checkpoint.damage(names[world.rank :: world.size])) for name in part]
+            mine = checkpoint.damage(names[world.rank :: world.size]) + (checkpoint.strange_shards if world.is_main else [])
+            damaged = [name for part in world.gather(mine) for name in part]
         except UserError as error:
             warn(str(error))
             continue

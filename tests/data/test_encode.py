@@ -22,6 +22,7 @@ from microdit.data.sources import Part, Record, Source, open_source
 from microdit.encoders.autoencoder import DiffusersAutoencoder, Pixels, load_autoencoder
 from microdit.encoders.text import MiniLM
 from microdit.errors import UserError
+from microdit.files import from_checked_json, to_checked_json
 from tests.conftest import first_of
 from tests.data.pictures import picture, write_tar
 from tests.encoders.tiny_models import save_kl
@@ -195,7 +196,7 @@ def begin(out: Path, text_encoder) -> dict:
     broken.parts[1] = Part("part 1", lambda: (_ for _ in ()).throw(RuntimeError("broke")))
     with pytest.raises(RuntimeError):
         encode_source(broken, out, SMALL, Pixels(), text_encoder)
-    return json.loads((out.with_name(f".{out.name}.part") / "plan.json").read_text())
+    return from_checked_json((out.with_name(f".{out.name}.part") / "plan.json").read_bytes())
 
 
 def test_the_dtype_must_stay_and_the_batch_size_may_change(tmp_path, text_encoder):
@@ -210,16 +211,23 @@ def test_the_dtype_must_stay_and_the_batch_size_may_change(tmp_path, text_encode
     assert sums(tmp_path / "set") == sums(tmp_path / "whole")
 
 
-def test_what_an_earlier_version_began_goes_on_in_float32(tmp_path, text_encoder):
+def test_what_another_version_began_or_was_damaged_since_is_refused_with_the_fix(tmp_path, text_encoder):
     plan = begin(tmp_path / "set", text_encoder)
-    del plan["settings"]["dtype"]
-    plan["settings"] |= {"batch_size": 64, "workers": None}
-    (tmp_path / ".set.part" / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(UserError, match="begun with --dtype float32"):
-        encode_source(
-            source_of([good(1)], [good(2)]), tmp_path / "set", dataclasses.replace(SMALL, dtype="bfloat16"), Pixels(), text_encoder
-        )
-    assert encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", SMALL, Pixels(), text_encoder)["rows"] == 2
+    begun, source = tmp_path / ".set.part", source_of([good(1)], [good(2)])
+    written = (begun / "plan.json").read_bytes()
+    (begun / "plan.json").write_bytes(to_checked_json({**plan, "format": 2}))
+    with pytest.raises(UserError, match="was begun by another version of microdit: delete it"):
+        encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)
+    (begun / "plan.json").write_bytes(written.replace(b"float32", b"float33"))
+    with pytest.raises(UserError, match=rf"plan\.json is damaged .*: delete {begun}, and run the same command again"):
+        encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)
+    (begun / "plan.json").write_bytes(written)
+    manifest = begun / "shard-00000.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"rows": 1', b'"rows": 3'))
+    with pytest.raises(UserError, match=r"shard-00000\.json is damaged .*: delete it, and run the same command again"):
+        encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)
+    manifest.unlink()
+    assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)["rows"] == 2
 
 
 class SmallGPU(DiffusersAutoencoder):

@@ -1,8 +1,11 @@
 import random
+from pathlib import Path
 
 import pytest
 
-from microdit.data.shards import DamagedShard, Row, Shard, ShardWriter
+from microdit.data.shards import DamagedShard, Row, Shard, ShardWriter, checksums_of
+from microdit.errors import UserError
+from tests.damage import ALL_BITS, flips
 
 
 def write(path, count=600):
@@ -17,9 +20,23 @@ def write(path, count=600):
     return rows, writer
 
 
+def opened(path, rows, checksums=None):
+    return Shard(path, path.stat().st_size, rows, [8, 16], checksums or checksums_of(path))
+
+
+def everything(shard):
+    """All that can be read of a shard of `write`."""
+    columns = [shard.column(name) for name in ("key", "bucket", "captions", "weights")]
+    blobs = [
+        [bytes(shard.latents(row, side, row % 3)) for side in (8, 16)] + [bytes(shard.text(row, draw, row % 3)) for draw in (0.1, 0.9)]
+        for row in range(len(shard))
+    ]
+    return columns, blobs, [shard.row_in_bucket(bucket, 0) for bucket in range(3)]
+
+
 def test_rows_come_back_over_several_record_batches(tmp_path):
     rows, writer = write(tmp_path / "a.arrow")
-    shard = Shard(tmp_path / "a.arrow", writer.path.stat().st_size, 600, [8, 16])
+    shard = opened(tmp_path / "a.arrow", 600)
     assert len(shard) == writer.rows == 600
     for i in (0, 255, 256, 599):
         assert shard.latents(i, 8, i % 3) == rows[i].latents[8]
@@ -33,40 +50,88 @@ def test_rows_come_back_over_several_record_batches(tmp_path):
 
 def test_many_shards_can_be_open_at_once(tmp_path):
     _, writer = write(tmp_path / "a.arrow", 3)
-    shards = [Shard(writer.path, writer.path.stat().st_size, 3, [8, 16]) for _ in range(2000)]  # more than a process may have files
+    checksums = checksums_of(writer.path)
+    shards = [opened(writer.path, 3, checksums) for _ in range(2000)]  # more than a process may have files
     assert all(len(shard) == 3 for shard in shards)
 
 
-def test_no_flipped_bit_is_ever_read_as_a_sample(tmp_path):
-    """Any single changed bit either does not touch what is read, or is noticed."""
-    path = tmp_path / "a.arrow"
-    rows, _ = write(path, 40)
-    content = path.read_bytes()
-    noticed = 0
-    generator = random.Random(0)
-    for _ in range(400):
-        changed = bytearray(content)
-        changed[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
-        path.write_bytes(changed)
+def sweep(path: Path, rows: int, **chosen) -> int:
+    """Flip bits of a shard: how many are noticed. All others must leave everything as it is."""
+    checksums, before, noticed = checksums_of(path), everything(opened(path, rows)), 0
+    for at in flips(path, **chosen):
         try:
-            shard = Shard(path, len(content), 40, [8, 16])
-            for number in range(13):
-                i = shard.row_in_bucket(1, number)
-                assert shard.latents(i, 8, 1) == rows[i].latents[8]
-                assert shard.text(i, 0.1, 1) in rows[i].text
-                assert i % 3 == 1
-        except DamagedShard as damage:
-            noticed += str(path) in str(damage)
-    assert noticed > 100  # the file is small: much of it is schema and padding
+            after = everything(opened(path, rows, checksums))
+        except UserError as error:
+            noticed += str(path) in str(error)
+        else:
+            assert after == before, at
+    return noticed
+
+
+def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
+    """One bit of every byte: blobs, keys, captions, weights, and what Arrow finds them by."""
+    path = tmp_path / "a.arrow"
+    write(path, 6)
+    size = path.stat().st_size
+    assert sweep(path, 6) > 0.7 * size  # the rest is padding
+
+
+@pytest.mark.slow
+def test_every_bit_of_a_larger_shard_is_noticed_or_harmless(tmp_path):
+    path = tmp_path / "a.arrow"
+    write(path, 300)  # two record batches
+    size = path.stat().st_size
+    places = sorted({*range(2500), *range(size - 300, size), *random.Random(0).sample(range(size), 500)})
+    assert sweep(path, 300, places=places, bits=ALL_BITS) > 0.5 * 8 * len(places)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (b"key4", "checksum of the column key"),
+        (b"b 5", "checksum of the column captions"),
+        (b"\x00\x00\x40\x3f\x00\x00\x80\x3e", "checksum of its offsets, buckets and weights"),  # 0.75, 0.25
+        (b"latents_16", "checksum of its Arrow messages"),
+        (b"l3l3", "row 3 of .* is not what was written"),
+        (b"a2a2", "row 2 of .* is not what was written"),
+    ],
+)
+def test_what_was_damaged_is_said(tmp_path, written, said):
+    path = tmp_path / "a.arrow"
+    write(path, 6)
+    checksums = checksums_of(path)
+    for _ in flips(path, [path.read_bytes().index(written) + len(written) // 2 - 1]):
+        with pytest.raises(DamagedShard, match=said):
+            everything(opened(path, 6, checksums))
+
+
+def test_opening_reads_no_blob_and_no_caption(tmp_path):
+    """They are compared when they are read: a set of terabytes opens at once."""
+    path = tmp_path / "a.arrow"
+    rows, _ = write(path, 6)
+    checksums, content = checksums_of(path), path.read_bytes()
+    for written in (b"l3l3", b"b 5", b"key4"):
+        for _ in flips(path, [content.index(written)]):
+            assert opened(path, 6, checksums).latents(2, 8, 2) == rows[2].latents[8]
+
+
+def test_a_shard_of_an_earlier_version_is_read_with_the_checksums_of_its_blobs(tmp_path):
+    path = tmp_path / "a.arrow"
+    write(path, 6)
+    size, before = path.stat().st_size, everything(opened(path, 6))
+    assert everything(Shard(path, size, 6, [8, 16], None)) == before
+    for _ in flips(path, [path.read_bytes().index(b"l3l3")]):
+        with pytest.raises(DamagedShard, match="row 3 of"):
+            everything(Shard(path, size, 6, [8, 16], None))
 
 
 def test_a_cut_file_is_named(tmp_path):
     path = tmp_path / "a.arrow"
     write(path, 10)
-    size = path.stat().st_size
+    size, checksums = path.stat().st_size, checksums_of(path)
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(DamagedShard, match=f"{path} has {size - 50} bytes, not the {size}"):
-        Shard(path, size, 10, [8, 16])
+        Shard(path, size, 10, [8, 16], checksums)
 
 
 def test_what_is_abandoned_leaves_nothing(tmp_path):

@@ -7,6 +7,7 @@ from diffusers import AutoencoderTiny
 from microdit.encoders.autoencoder import BUNDLED_ICON, load_autoencoder
 from microdit.errors import UserError
 from microdit.training.autoencoder import AutoencoderSettings, load_emoji, reconstruction_figures, train_icon_autoencoder
+from tests.damage import flips
 
 
 def test_the_bundled_autoencoder_rebuilds_pictures_it_never_saw_as_its_record_says():
@@ -46,6 +47,13 @@ def test_an_autoencoder_trained_here_is_loaded_from_its_folder(tmp_path):
     assert latents.shape == (4, 4, 4, 4)
     assert autoencoder.decode(latents).shape == images.shape
     assert autoencoder.fingerprint != load_autoencoder("icon").fingerprint
+    config = tmp_path / "ae" / "config.json"
+    for _ in flips(config, [config.read_bytes().index(b'"scaling_factor": ') + 20]):  # their fingerprint is the weights' alone
+        with pytest.raises(UserError, match=r"ae is damaged \(config\.json: not what was written\)"):
+            load_autoencoder(str(tmp_path / "ae"))
+    for _ in flips(tmp_path / "ae" / "record.json", [500]):
+        with pytest.raises(UserError, match=r"record\.json does not fit"):
+            load_autoencoder(str(tmp_path / "ae"))
 
 
 def test_a_folder_without_one_is_refused(tmp_path):

@@ -5,10 +5,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from microdit.checkpoint import find_weights
+from microdit.checkpoint import find_weights, open_checkpoint
+from microdit.data.latents import EncodedSet
 from microdit.distributed import start_world
 from microdit.errors import UserError
+from microdit.recipe_file import load_recipe
 from microdit.training.saving import Saver, load_into, newest_whole
+from microdit.training.start import describe, is_finished, model_config
+from tests.damage import flips
+from tests.training.processes import RECIPE
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +144,39 @@ def test_every_single_flipped_bit_is_noticed(tmp_path, world):
     assert newest_whole(tmp_path, world, pytest.fail).step == 2
     assert newest_whole(tmp_path, world, pytest.fail, skip=1).step == 1
     assert newest_whole(tmp_path, world, pytest.fail, skip=2) is None
+
+
+def test_a_flipped_bit_of_state_json_is_noticed_and_the_one_before_is_taken(tmp_path, world, encoded_emoji):
+    recipe, data = load_recipe(RECIPE, [f"data.path={encoded_emoji}"]), EncodedSet(encoded_emoji)
+    saver = Saver(tmp_path, world, keep=5, keep_every=None, warn=pytest.fail)
+    for step in (20, recipe.total_steps):
+        saver.save(step, tensors(float(step)), describe(recipe, model_config(recipe, data), data, [data]), ["model", "ema"])
+    saver.finish()
+    newest = tmp_path / "checkpoints" / f"step-{recipe.total_steps:08d}"
+    assert is_finished(tmp_path, recipe)
+    for _ in flips(newest / "state.json"):
+        with pytest.raises(UserError, match=f"{newest} is damaged"):
+            open_checkpoint(newest)
+    content = (newest / "state.json").read_bytes()
+    for _ in flips(newest / "state.json", [content.index(b'"step": 40') + 8], bits=[0, 1]):  # 50 and 60
+        said: list[str] = []
+        assert not is_finished(tmp_path, recipe)
+        assert newest_whole(tmp_path, world, said.append).step == 20
+        assert said == [f"{newest} is damaged (its checksum differs)."]
+    assert is_finished(tmp_path, recipe)
+
+
+def test_a_shard_that_the_state_does_not_name_is_damage(tmp_path, world):
+    """Such as one of a checkpoint of more processes, over which this one was copied: it would be read with the others."""
+    saver = Saver(tmp_path, world, keep=5, keep_every=None, warn=pytest.fail)
+    for step in (1, 2):
+        save(saver, step)
+    saver.finish()
+    shards = tmp_path / "checkpoints" / "step-00000002" / "shards"
+    shutil.copy(next(shards.iterdir()), shards / "shard-00002-model-00001-of-00002.safetensors")
+    said: list[str] = []
+    assert newest_whole(tmp_path, world, said.append).step == 1
+    assert "shards/shard-00002-model-00001-of-00002.safetensors" in said[0]
 
 
 def test_the_manifest_names_every_file(tmp_path, world):
