@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from microdit.data.emoji import emoji_source
 from microdit.data.encode import EncodeSettings, encode_source
@@ -26,6 +25,7 @@ from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.text import load_text_encoder
 from microdit.recipe import Recipe
 from microdit.recipe_file import load_recipe
+from microdit.terminal import PlainConsole
 from microdit.training.memory import keep_freed_memory
 from microdit.training.trainer import Trainer
 
@@ -70,7 +70,7 @@ def overhead(demo: list[str], place: Path, world: World, turns: int) -> tuple[st
         spent = {}
         for steps in (FEW, MANY):
             recipe = load_recipe(Path("recipes/emoji.yaml"), [*demo, ONE_PHASE.format(steps=steps, batch=64), "record.metrics_every=20"])
-            trainer = Trainer(recipe, place / f"{turn}-{steps}", Console(quiet=True), world)
+            trainer = Trainer(recipe, place / f"{turn}-{steps}", PlainConsole(quiet=True), world)
             spent[steps] = spent_on(trainer.train)
         step = bare_step(recipe, place / f"{turn}-bare", world)
         for number in range(FEW):
@@ -93,7 +93,7 @@ def spent_on(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def bare_step(recipe: Recipe, run: Path, world: World) -> Callable[[int], None]:
-    trainer = Trainer(recipe, run, Console(quiet=True), world)
+    trainer = Trainer(recipe, run, PlainConsole(quiet=True), world)
     phase, state = recipe.phases[0], trainer.state
     batches = [trainer.share(number).parts[0].to(world.device) for number in range(MANY)]
     weights = list(state.model.parameters())
@@ -111,7 +111,7 @@ def bare_step(recipe: Recipe, run: Path, world: World) -> Callable[[int], None]:
 def checkpoint(name: str, overrides: list[str], batch: int, place: Path, world: World) -> tuple[float, float, float]:
     """The wait of the loop, in steps; how much longer a step takes while the writing goes on; megabytes."""
     recipe = load_recipe(Path("recipes/emoji.yaml"), [*overrides, ONE_PHASE.format(steps=1000, batch=batch)])
-    trainer = Trainer(recipe, place / name, Console(quiet=True), world)
+    trainer = Trainer(recipe, place / name, PlainConsole(quiet=True), world)
     share, phase, state = trainer.share(0), recipe.phases[0], trainer.state
     state.optimizers.set_rate(1e-5)
 

@@ -267,8 +267,7 @@ def graphs() -> dict[str, int]:
 
 def emoji(place: Place, results: Results) -> None:
     """emoji.yaml by the real trainer in float32, bfloat16, and bfloat16 with FSDP: do the curves agree, where does it stop?"""
-    from rich.console import Console
-
+    from microdit.terminal import PlainConsole
     from microdit.training.trainer import Trainer
 
     world = start_world()
@@ -285,7 +284,7 @@ def emoji(place: Place, results: Results) -> None:
         with results.attempt(name):
             recipe = short_emoji_recipe(place, "emoji.yaml", steps, engine)
             run = place.scratch / f"emoji-{name.replace(', ', '-')}"
-            trainer, started = Trainer(recipe, run, Console(width=100), world), time.perf_counter()
+            trainer, started = Trainer(recipe, run, PlainConsole(width=100), world), time.perf_counter()
             with synchronisations_noted(name == "bfloat16") as caught:
                 trainer.train()
             seconds = time.perf_counter() - started
@@ -524,9 +523,9 @@ def sampling(place: Place, results: Results) -> None:
 def trainer(place: Place, results: Results) -> None:
     """XL by the real trainer on an encoded set of random numbers: what does it cost beyond the bare step?"""
     from gpu_training import write_random_set
-    from rich.console import Console
 
     from microdit.budget.stages import STAGES, stage_recipe
+    from microdit.terminal import PlainConsole
     from microdit.training.chips import peak_flops
     from microdit.training.parallel import compute_dtype
     from microdit.training.trainer import Trainer
@@ -546,7 +545,7 @@ def trainer(place: Place, results: Results) -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     started = time.time()
-    training = Trainer(recipe, run, Console(width=100), world)
+    training = Trainer(recipe, run, PlainConsole(width=100), world)
     results.put("start", {"seconds": time.time() - started, "compiled": compiled, "micro_batch": micro})
     flops = training.work.of_step(recipe.phases[0], 0, (side // 2) ** 2, place.caption[0])
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from rich.console import Console
 
 from microdit.distributed import start_world
 from microdit.lab.timing import stepper
 from microdit.recipe import OptimizerRecipe
 from microdit.recipe_file import load_recipe
+from microdit.terminal import PlainConsole
 from microdit.training.optim import Optimizers
 from microdit.training.trainer import Trainer
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     with TemporaryDirectory() as place:
         recipe = load_recipe(parser.parse_args().recipe, ["optimizer.method=adamw"])
-        trainer = Trainer(recipe, Path(place) / "run", Console(quiet=True), start_world("cpu"))
+        trainer = Trainer(recipe, Path(place) / "run", PlainConsole(quiet=True), start_world("cpu"))
         ours = Optimizers(trainer.state.model, OptimizerRecipe(method="muon")).all[1]
         matrices = ours.param_groups[0]["params"]
         times = {"a training step with AdamW": _fastest(stepper(trainer))}

@@ -13,11 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from microdit.distributed import World, start_world
 from microdit.recipe import Recipe
 from microdit.recipe_file import load_recipe
+from microdit.terminal import PlainConsole
 from microdit.training.quality import Quality
 from microdit.training.trainer import Trainer
 
@@ -36,7 +35,7 @@ def main() -> None:
         quiet = [f"record.{key}={NEVER}" for key in ("samples_every", "checkpoint_every")]
         short = [f"phases.{index}.steps={2 * WINDOW}" for index in range(len(recipe.phases))]
         more = [*args.overrides, *quiet, *short, f"record.metrics_every={WINDOW}", "record.sample_prompts=[]", "record.quality_every=null"]
-        trainer = Trainer(load_recipe(args.recipe, more), Path(place) / "run", Console(quiet=True), world)
+        trainer = Trainer(load_recipe(args.recipe, more), Path(place) / "run", PlainConsole(quiet=True), world)
         trainer.train()
         lines = [json.loads(line) for line in (Path(place) / "run" / "metrics.jsonl").read_text().splitlines()]
     seconds = training_seconds(recipe, lines)

@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 from microdit.checkpoint import checkpoint_folders
 from microdit.distributed import start_world, stop_world
 from microdit.recipe_file import load_recipe
+from microdit.terminal import PlainConsole
 from microdit.training.trainer import Trainer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "emoji.yaml"
@@ -56,7 +56,7 @@ def main() -> None:
         recipe = load_recipe(RECIPE, [*SHORT, *WAYS[way], *args.overrides])
         with tempfile.TemporaryDirectory() as folder:
             run, started = Path(folder) / "run", time.perf_counter()
-            Trainer(recipe, run, Console(file=io.StringIO()), world).train()
+            Trainer(recipe, run, PlainConsole(file=io.StringIO()), world).train()
             seconds = time.perf_counter() - started
             losses = [line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
             newest = checkpoint_folders(run)[0]

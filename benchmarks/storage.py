@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from microdit.data.emoji import emoji_source
 from microdit.data.encode import EncodeSettings, encode_source
@@ -25,6 +24,7 @@ from microdit.distributed import start_world
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.text import load_text_encoder
 from microdit.recipe_file import load_recipe
+from microdit.terminal import PlainConsole
 from microdit.training.trainer import Trainer
 
 SAMPLES, AUTHORS_TB = 37e6, 7.3
@@ -73,7 +73,7 @@ def train_and_measure(folder: Path, exact: Path, steps: int, seed: int, place: P
     overrides[-1] += "learning_rate: 3e-3, warmup_steps: 50, final_learning_rate: 0.05, grad_clip: 1.0}]"
     overrides.append("record.sample_prompts=[]")
     recipe = load_recipe(Path("recipes/emoji.yaml"), overrides)
-    trainer = Trainer(recipe, place / f"run-{folder.name}-{seed}", Console(quiet=True), start_world("cpu"))
+    trainer = Trainer(recipe, place / f"run-{folder.name}-{seed}", PlainConsole(quiet=True), start_world("cpu"))
     trainer.train()
     return exact_loss(trainer, EncodedSet(exact))
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from microdit.cli_app import app as web_page
 from microdit.cli_budget import bench, budget
@@ -20,7 +18,7 @@ from microdit.cli_hub import export, import_official
 from microdit.cli_lab import lab_app
 from microdit.cli_pictures import grid, sample
 from microdit.errors import StoppedError, UserError
-from microdit.terminal import console, progress
+from microdit.terminal import PlainConsole, console, joined, print_traceback, progress, styled, take_logs
 
 OLDEST_TORCH = (2, 9)  # as pyproject.toml says
 
@@ -34,18 +32,22 @@ app.add_typer(lab_app, name="lab")
 
 def main() -> None:
     """Entry point: mistakes that are the user's end in one sentence and exit code 1."""
+    take_logs()
     try:
         _refuse_old_torch()
         app(args=_repeat_option(sys.argv[1:], "--resolutions"))
     except UserError as error:
         rank = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
-        title = "[yellow]Stopped:[/]" if isinstance(error, StoppedError) else "[bold red]Error:[/]"
-        Console(stderr=True).print(f"{title}{rank} {escape(str(error))}", highlight=False, soft_wrap=True)
+        title = styled("Stopped:", "yellow") if isinstance(error, StoppedError) else styled("Error:", "bold red")
+        PlainConsole(stderr=True).print(joined(title, f"{rank} {error}"), soft_wrap=True)
         code = error.exit_code if isinstance(error, StoppedError) else 1
         # At once: threads that hang, and other processes that may never answer, are not waited for.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    except Exception:
+        print_traceback()
+        sys.exit(1)
 
 
 def _refuse_old_torch() -> None:
@@ -80,7 +82,7 @@ def train_autoencoder(
     with progress("autoencoder", steps) as advance:
         figures = train_icon_autoencoder(out, settings, lambda step, metrics: advance(1, f"loss {metrics['loss']:.4f}"))
     console.print(figures)
-    console.print(f"Written to [bold]{out}[/]; use it with: microdit data encode emoji --autoencoder {out} --out ...")
+    console.print(joined("Written to ", styled(out), f"; use it with: microdit data encode emoji --autoencoder {out} --out ..."))
 
 
 @app.command()
@@ -116,7 +118,7 @@ def train(
     run = out or Path("runs") / (recipe.resolve().name if is_chain else first.name)
     world = start_world(first.engine.device)
     console.quiet = not world.is_main
-    console.print(in_words(world.device, choose_dtype(first.engine.precision, world.device)), highlight=False)
+    console.print(in_words(world.device, choose_dtype(first.engine.precision, world.device)))
     with device_errors_explained("take a smaller engine.micro_batch, or engine.activation_checkpointing=true"):
         if is_chain:
             train_chain(recipes, run, settings, console, world)
@@ -124,7 +126,7 @@ def train(
         else:
             train_one(first, run, settings, console, world)
     stop_world()
-    console.print(f'Trained. Pictures: microdit sample {run} "red heart"', highlight=False)
+    console.print(f'Trained. Pictures: microdit sample {run} "red heart"')
 
 
 @app.command()
@@ -135,7 +137,7 @@ def report(
     """Make one self-contained HTML page of a run: curves, pictures, cost, configuration. Works while it is training, too."""
     from microdit.report import write_report
 
-    console.print(f"[bold]{write_report(run, out)}[/]", highlight=False)
+    console.print(styled(write_report(run, out)))
 
 
 @app.command()

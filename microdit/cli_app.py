@@ -55,8 +55,8 @@ def app(
     if not is_local(host):
         warn(f"Whoever reaches {host}:{port} may draw here: there is no password. Without --host only this machine can.")
     line = WorkQueue({name: model.pipeline for name, model in zip(names, opened, strict=True)}, queue)
-    console.print(in_words(where, numbers), highlight=False)
+    console.print(in_words(where, numbers))
     shown = f"[{host}]" if ":" in host else host
-    console.print(f"http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it)", markup=False, highlight=False)
+    console.print(f"http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it)")
     with contextlib.suppress(KeyboardInterrupt):
         Server(web_app(line, runs=runs, recipes=recipes, local=is_local(host)), line).run([listener])

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from microdit.errors import UserError
-from microdit.terminal import Device, TrainingDtype, console, progress
+from microdit.printable import printable
+from microdit.terminal import Device, TrainingDtype, console, joined, progress, styled
 
 
 def budget(
@@ -66,13 +67,13 @@ def budget(
         write_recipes(plan, out)
     if as_json:
         found = {**reckoned.as_dict(), **({"plan": plan.as_dict()} if plan is not None else {})}
-        typer.echo(json.dumps(found, indent=1))
+        print(printable(json.dumps(found, indent=1)))
         return
     if plan is None:
         show(reckoned, console)
     else:
         show_plan(plan, reckoned, console)
-        console.print(f"Written: microdit train {out}" if out else "Write it with --out FOLDER.", highlight=False)
+        console.print(f"Written: microdit train {out}" if out else "Write it with --out FOLDER.")
 
 
 def bench(
@@ -106,7 +107,7 @@ def bench(
     chosen = bench_recipe(recipe, micro_batch, world.device, dtype)
     if problems := engine_problems(chosen.engine):
         raise UserError(" ".join(problems))
-    console.print(in_words(world.device, choose_dtype(chosen.engine.precision, world.device)), highlight=False)
+    console.print(in_words(world.device, choose_dtype(chosen.engine.precision, world.device)))
     shapes = assumed_shapes(chosen) if recipe is None else shapes_of(chosen)
     fix = f"{chosen.phases[0].batch_size} samples at a time are too many, take a smaller --micro-batch"
     with device_errors_explained(fix), progress(f"bench {chosen.name}", round(seconds)) as advance:
@@ -115,9 +116,10 @@ def bench(
     place = file or measurements_file()
     keep_measurement(found, place)
     console.print(
-        f"[bold]{found.images_per_second:,.2f} images/s, MFU {found.utilisation:.1%}[/] on {found.chip} in {found.precision}: "
-        f"{found.model}, micro-batch {found.micro_batch}, against {found.peak / 1e12:.4g} TFLOP/s ({found.peak_source}). "
-        f"Kept in {place}.",
-        highlight=False,
+        joined(
+            styled(f"{found.images_per_second:,.2f} images/s, MFU {found.utilisation:.1%}"),
+            f" on {found.chip} in {found.precision}: {found.model}, micro-batch {found.micro_batch}, "
+            f"against {found.peak / 1e12:.4g} TFLOP/s ({found.peak_source}). Kept in {place}.",
+        ),
         soft_wrap=True,
     )

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.markup import escape
 
 from microdit.errors import UserError
 from microdit.terminal import console
@@ -32,5 +31,5 @@ def compare(
     console.print(comparison_table(published, table, results))
     for result in results:
         for line in comparison_words(published, table, result):
-            console.print(escape(line), highlight=False, soft_wrap=True)
-    console.print("How each figure was measured, and who says so: python -m microdit.evaluation.published", highlight=False)
+            console.print(line, soft_wrap=True)
+    console.print("How each figure was measured, and who says so: python -m microdit.evaluation.published")

@@ -1,6 +1,5 @@
 """The commands about data: microdit data encode, look, verify."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -9,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from microdit.data.forms import CaptionForm, LatentForm
 from microdit.devices import choose_dtype, choose_own_device, device_errors_explained, in_words
 from microdit.errors import UserError
-from microdit.terminal import SOURCE_HELP, Device, Dtype, LineOfProgress, console, share, warn
+from microdit.terminal import SOURCE_HELP, Device, Dtype, LineOfProgress, PlainColumn, console, joined, share, styled, warn
 
 data_app = typer.Typer(no_args_is_help=True, help="Make and check encoded data sets.")
 
@@ -71,7 +70,7 @@ def encode_data(
         batch_size=batch_size or default_batch_size(chosen, sides),
         workers=default_workers(chosen.type) if workers is None else workers,
     )
-    console.print(f"Encoding {in_words(chosen, numbers)}.", highlight=False)
+    console.print(f"Encoding {in_words(chosen, numbers)}.")
     with (
         _parts_progress(f"encode {opened.name}", len(range(rank, len(opened.parts), world))) as on_progress,
         device_errors_explained("the encoders need --dtype bfloat16 (half of float32), or --device cpu"),
@@ -98,10 +97,10 @@ def look_at_data(
     from microdit.grids import draw_grid, save_png
 
     pictures, captions, statistics = look(open_source(source, _weights(caption)), limit=limit)
-    console.print_json(json.dumps(statistics))
+    console.print_json(data=statistics)
     if pictures:
         save_png(draw_grid(pictures, captions, columns=4), out)
-        console.print(f"{len(pictures)} pictures in [bold]{out}[/]")
+        console.print(joined(f"{len(pictures)} pictures in ", styled(out)))
 
 
 @data_app.command("verify")
@@ -124,16 +123,16 @@ def default_workers(device: str) -> int:
 @contextmanager
 def _parts_progress(name: str, parts: int) -> Iterator[Callable[[int, int], None]]:
     """A line that counts parts, with the records and their speed: how many records there are is not known before."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("parts  {task.fields[records]}"))
+    columns = (PlainColumn(), BarColumn(), MofNCompleteColumn(), PlainColumn("records"))
     started, records = time.monotonic(), 0
     with LineOfProgress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task(name, total=parts, records="")
+        task = progress.add_task(name, total=parts, records="parts")
 
         def advance(more_records: int, more_parts: int) -> None:
             nonlocal records
             records += more_records
             speed = records / (time.monotonic() - started)
-            progress.update(task, advance=more_parts, records=f"{records:,} records  {speed:.0f}/s")
+            progress.update(task, advance=more_parts, records=f"parts  {records:,} records  {speed:.0f}/s")
 
         yield advance
 
@@ -142,8 +141,11 @@ def _report_encoded(card: dict[str, Any], out: Path) -> None:
     resolutions = ", ".join(str(r) for r in card["settings"]["resolutions"])
     size = sum(shard["bytes"] for shard in card["shards"])
     console.print(
-        f"{card['rows']:,} of {card['seen']:,} records kept at {resolutions} px in [bold]{out}[/], "
-        f"{size / 1e6:,.1f} MB ({size / card['rows']:,.0f} bytes each, captions of {card['tokens'] / card['captions']:.1f} tokens)"
+        joined(
+            f"{card['rows']:,} of {card['seen']:,} records kept at {resolutions} px in ",
+            styled(out),
+            f", {size / 1e6:,.1f} MB ({size / card['rows']:,.0f} bytes each, captions of {card['tokens'] / card['captions']:.1f} tokens)",
+        )
     )
     for reason, count in card["rejected"].items():
         console.print(f"  rejected {count:,}: {reason}")

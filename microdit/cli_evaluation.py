@@ -1,6 +1,5 @@
 """The commands that measure: microdit evaluate, draw, prefer, geneval."""
 
-import json
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from microdit.errors import UserError
 from microdit.formats import figure
-from microdit.terminal import SOURCE_HELP, Device, Dtype, console, progress, warn
+from microdit.terminal import SOURCE_HELP, Device, Dtype, console, joined, progress, styled, warn
 
 if TYPE_CHECKING:
     from microdit.distributed import World
@@ -84,7 +83,7 @@ def evaluate(
         _, compute = _start(device, dtype, batch_size)
         with device_errors_explained(LESS_MEMORY), progress("evaluate", count * steps) as advance:
             found = evaluate_emoji_run(Path(run), count, settings, warn, advance, compute)
-        console.print(json.dumps(found, indent=1))
+        console.print_json(data=found)
         stop_world()
         return
     question = Question(choose_metrics(metrics), count, network, clip, dino, side)
@@ -94,15 +93,13 @@ def evaluate(
     if watch:
         with device_errors_explained(LESS_MEMORY):
             page = watch_run(Path(run), source, question, settings, folder, world, compute)
-        console.print(f"Quality of all checkpoints: [bold]{page}[/]", highlight=False)
+        console.print(joined("Quality of all checkpoints: ", styled(page)))
     else:
         with device_errors_explained(LESS_MEMORY):
             result = evaluate_set(open_painter(run, settings, warn, compute), source, question, settings, folder, world)
         if world.is_main:
             console.print(_metrics_table(result))
-            console.print(
-                f"[bold]{folder / 'report.html'}[/] shows the pictures, {folder / 'metrics.json'} holds the figures.", highlight=False
-            )
+            console.print(joined(styled(folder / "report.html"), f" shows the pictures, {folder / 'metrics.json'} holds the figures."))
     stop_world()
 
 
@@ -115,7 +112,7 @@ def _start(device: str, dtype: str, batch_size: int | None) -> tuple["World", "C
     world = start_world(device, PATIENCE)
     console.quiet = not world.is_main
     compute = Compute(world.device, choose_dtype(dtype, world.device), batch_size)
-    console.print(in_words(world.device, compute.dtype), highlight=False)
+    console.print(in_words(world.device, compute.dtype))
     return world, compute
 
 
@@ -161,7 +158,7 @@ def draw(
         painter = open_painter(run, settings, warn, compute)
         with progress("draw", steps_to_draw(len(texts), painter, settings, world)) as advance:
             draw_pictures(painter, texts, out, settings, world, on_step=advance)
-    console.print(f"{len(texts)} pictures in [bold]{out}[/]", highlight=False)
+    console.print(joined(f"{len(texts)} pictures in ", styled(out)))
     stop_world()
 
 
@@ -190,7 +187,7 @@ def prefer(
     pairs = read_pairs(a, b)
     if judge_url is None:
         file = VerdictFile(out / "verdicts.jsonl", random_order(pairs, 0), HUMAN)
-        result = collect_votes(file, port, lambda url: console.print(f"Vote at [bold]{url}[/]; Ctrl-C when you have enough."))
+        result = collect_votes(file, port, lambda url: console.print(joined("Vote at ", styled(url), "; Ctrl-C when you have enough.")))
     else:
         file = VerdictFile(out / "verdicts.jsonl", both_orders(pairs), judge)
         open_questions = len(file.waiting())
@@ -201,8 +198,8 @@ def prefer(
         if open_questions and not yes and not typer.confirm("Go on?"):
             raise UserError("Nothing was asked.")
         with progress("judge", open_questions) as advance:
-            result = judge_all(file, VisionJudge(judge_url, judge), on_verdict=lambda _: advance(1))
-    console.print_json(json.dumps(asdict(result)))
+            result = judge_all(file, VisionJudge(judge_url, judge), on_verdict=lambda _: advance(1), warn=warn)
+    console.print_json(data=asdict(result))
 
 
 def geneval(
@@ -249,7 +246,7 @@ def geneval(
             finder = EmojiDetector() if prompts is None else Mask2Former(detector, str(world.device))
             colours = EmojiColours() if prompts is None else ClipColours(classifier, str(world.device))
             summary = evaluate_geneval(pictures, wanted, finder, colours, out, warn, lambda done, total: advance(1))
-        console.print_json(json.dumps(summary))
+        console.print_json(data=summary)
     stop_world()
 
 

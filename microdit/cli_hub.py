@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from microdit.errors import UserError
-from microdit.terminal import console, warn
+from microdit.terminal import console, joined, styled, warn
 
 
 class Dtype(StrEnum):
@@ -30,7 +30,7 @@ def export(
     from microdit.hub.export import export_run
 
     size = export_run(run, out, warn, weights, dtype.value, _training_flops(run))
-    console.print(f"[bold]{out}[/]: {size / 1e6:.1f} MB. Its README.md says how to use it; look it through before you share it.")
+    console.print(joined(styled(out), f": {size / 1e6:.1f} MB. Its README.md says how to use it; look it through before you share it."))
 
 
 def import_official(
@@ -49,7 +49,7 @@ def import_official(
 
     model = import_official(checkpoint, out, ImportSettings(text_encoder, autoencoder, head_dim, dtype.value))
     millions, channels = sum(weight.numel() for weight in model.parameters()) / 1e6, model.config.in_channels
-    console.print(f'{millions:,.1f} M parameters, {channels} channels. Pictures: microdit sample {out} "..." --guidance 5', highlight=False)
+    console.print(f'{millions:,.1f} M parameters, {channels} channels. Pictures: microdit sample {out} "..." --guidance 5')
 
 
 def _training_flops(run: Path) -> float | None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from microdit.errors import UserError
-from microdit.terminal import console
+from microdit.terminal import console, joined, styled
 
 lab_app = typer.Typer(no_args_is_help=True, help="Compare ways of training at equal cost: studies of arms and seeds, and their reports.")
 
@@ -31,7 +31,7 @@ def run(
     folder = out or Path("lab") / loaded.name
     run_study(loaded, recipes, folder, start_world(recipes[loaded.reference.arm].engine.device), keep)
     place = "" if out is None else f" --out {out}"
-    console.print(f"Results in [bold]{folder}[/]; a report: microdit lab report {study}{place}", highlight=False)
+    console.print(joined("Results in ", styled(folder), f"; a report: microdit lab report {study}{place}"))
 
 
 @lab_app.command()
@@ -57,4 +57,4 @@ def report(
         raise UserError(f"{folder} has no results yet of {', '.join(new)}, which {study} has now: microdit lab run {study}.")
     refuse_changes(loaded, recipes, folder)
     page = write_report(loaded, recipes, plans, results, folder, to or Path("docs/lab") / loaded.name)
-    console.print(f"[bold]{page}[/]", highlight=False)
+    console.print(styled(page))

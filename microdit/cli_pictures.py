@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from microdit.errors import UserError
-from microdit.terminal import BatchSize, Device, Dtype, console, progress, warn
+from microdit.terminal import BatchSize, Device, Dtype, console, joined, progress, styled, warn
 
 if TYPE_CHECKING:
     from microdit.diffusion.guidance import GuidanceKind
@@ -100,11 +100,11 @@ def sample(
         )
     about = _about(opened, prompts, negatives, seed, settings)
     save_png(draw_grid(images, prompts), out, about)
-    console.print(f"{len(images)} pictures of {opened.name}, seed {seed}, in [bold]{out}[/]")
+    console.print(joined(f"{len(images)} pictures of {opened.name}, seed {seed}, in ", styled(out)))
     if trajectory:
         with device_errors_explained(fix):
             film.save(trajectory, prompts, opened.pipeline.decode, about)
-        console.print(f"How they came about: [bold]{trajectory}[/]")
+        console.print(joined("How they came about: ", styled(trajectory)))
 
 
 def grid(
@@ -160,7 +160,7 @@ def grid(
             )
     about = _about(opened, prompts, negatives, seed, settings) | {"sweep": "; ".join(sweep)}
     save_png(draw_sheet(images, sheet.row_labels, sheet.column_labels, f"{prompts[0]}, seed {seed}"), out, about)
-    console.print(f"{sum(map(len, images))} pictures of {opened.name}, seed {seed}, in [bold]{out}[/]")
+    console.print(joined(f"{sum(map(len, images))} pictures of {opened.name}, seed {seed}, in ", styled(out)))
 
 
 def _settings(
@@ -200,7 +200,7 @@ def _open(model: str, weights: str | None, autoguide: str | None, autoguide_weig
         opened = replace(opened, pipeline=opened.pipeline.guided_by(weak.pipeline))
     with device_errors_explained("free it of other programs, or take --device cpu"):
         opened.pipeline.to(where, numbers)
-    console.print(in_words(where, numbers), highlight=False)
+    console.print(in_words(where, numbers))
     return opened
 
 

@@ -9,10 +9,12 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from microdit.files import write_aside
+from microdit.printable import one_line
 
 CELL = 128  # pixels of a picture in a grid
 LINES = 3  # of a caption
 LINE_HEIGHT = 15
+LONGEST = 1000  # characters of a caption or title, of which few are seen
 GAP = 8
 FRAME_MS, LAST_FRAME_MS = 120, 2000  # how long a film shows them
 
@@ -75,7 +77,7 @@ def _to_cell(image: Image.Image) -> Image.Image:
 
 def _drawable(caption: str) -> str:
     """Pillow's built-in font has no accented letters: draw the plain ones, and a question mark where there is none."""
-    plain = unicodedata.normalize("NFKD", caption.replace("\u2019", "'"))
+    plain = unicodedata.normalize("NFKD", one_line(caption, LONGEST).replace("\u2019", "'"))
     return "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace").decode()
 
 

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from microdit.errors import UserError
 from microdit.formats import age, count, duration, figure, finite, hours, money, share
+from microdit.printable import one_line
 from microdit.run_folder import RECIPE, RunFolder, is_run, state_of
+from microdit.terminal import styled
 
 DEPTH = 3  # folders below the one that is searched
 STYLES = {"running": "green", "finished": "blue", "stopped": "yellow", "failed": "bold red", "killed": "bold red"}
@@ -53,9 +54,9 @@ def runs_table(runs: list[RunSummary]) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for run in runs:
         label = run.name if run.path == Path() else str(run.path)
-        state = f"[{STYLES[run.state]}]{run.state}[/]" if run.state in STYLES else escape(run.state)
+        state = styled(one_line(run.state, 20), STYLES.get(run.state, ""))
         figures = (figure(run.loss), figure(run.images_per_second, 3), hours(run.gpu_hours), money(run.dollars), duration(run.seconds_left))
-        table.add_row(escape(label), state, _progress(run), *figures, age(time.time() - run.updated))
+        table.add_row(one_line(label, 200), state, _progress(run), *figures, age(time.time() - run.updated))
     return table
 
 

@@ -96,7 +96,7 @@ def test_one_that_was_saved_in_haste_is_put_together_from_the_shards_of_all_proc
     assert (found.step, found.weights) == (2, ["ema", "model"])
     assert found.tensors("ema")["w"].equal(torch.arange(8.0).reshape(4, 2) - 2)
     assert find_weights(tmp_path, pytest.fail, "model").tensors("model")["w"].equal(torch.arange(8.0).reshape(4, 2) + 2)
-    with pytest.raises(UserError, match="no weights named ema-0.5, only ema, model"):
+    with pytest.raises(UserError, match=r"no weights named ema-0\.5, only ema, model"):
         find_weights(tmp_path, pytest.fail, "ema-0.5")
 
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_vanishes_while_it_is_looked_at_is_a_sentence(tmp_path
     checkpoint = open_checkpoint(write(tmp_path, 1))
     (checkpoint.folder / "ema.safetensors").unlink()
     assert checkpoint.damage_of("ema") == ["ema.safetensors"]
-    with pytest.raises(UserError, match="is damaged .ema.safetensors: not what was written, or gone"):
+    with pytest.raises(UserError, match=r"is damaged .ema\.safetensors: not what was written, or gone"):
         checkpoint.tensors("ema")
 
 

@@ -18,7 +18,8 @@ LAYERS = [
     ("checkpoint", "prompts", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),
     ("model",),
-    ("files", "errors", "formats", "terminal", "distributed", "devices"),
+    ("files", "errors", "formats", "terminal", "distributed", "devices", "markdown"),
+    ("printable", "command_line", "foreign_json"),
 ]
 FRIENDS = {
     ("data", "encoders"),

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from microdit.errors import UserError
 from microdit.run_folder import RunFolder, state_of
 from microdit.runs import list_runs, runs_table
+from microdit.terminal import PlainConsole
 
 
 def write_run(run: Path, **status: object) -> Path:
@@ -30,7 +30,7 @@ def write_run(run: Path, **status: object) -> Path:
 
 
 def printed(runs, width=140) -> str:
-    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = PlainConsole(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(runs_table(runs))
     return console.export_text()
 

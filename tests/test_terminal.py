@@ -1,9 +1,19 @@
+import ast
 import io
+import json
+import logging
+import re
+from pathlib import Path
 
 import pytest
-from rich.console import Console
+from rich.table import Table
 
 from microdit import terminal
+from microdit.terminal import LONGEST, PlainConsole, PrintableFormatter, joined, styled
+from tests.test_printable import HOSTILE
+
+PACKAGE = Path(terminal.__file__).parent
+STYLE = re.compile(r"\x1b\[[\d;]*m")  # colours and weights, which are our own
 
 
 @pytest.fixture
@@ -17,7 +27,7 @@ def clock(monkeypatch):
 def minutes_of_work(clock, monkeypatch, **console) -> str:
     """Three minutes, a step a second; what is printed before the end."""
     file = io.StringIO()
-    monkeypatch.setattr(terminal, "console", Console(file=file, width=80, **console))
+    monkeypatch.setattr(terminal, "console", PlainConsole(file=file, width=80, **console))
     with terminal.progress("encode a folder with a long name, which takes its place", 180) as advance:
         for _ in range(180):
             clock[0] += 1
@@ -37,3 +47,126 @@ def test_a_terminal_gets_its_bar_alone(clock, monkeypatch):
 
 def test_a_quiet_console_gets_nothing(clock, monkeypatch):
     assert minutes_of_work(clock, monkeypatch, quiet=True) == ""
+
+
+def table_of(text: str) -> Table:
+    table = Table(title=text, caption=text)
+    table.add_column(text)
+    table.add_row(text)
+    table.add_row(styled(text, "red"))
+    return table
+
+
+WAYS = {
+    "a string": lambda text: text,
+    "a styled text": styled,
+    "several": lambda text: joined(text, styled(text)),
+    "a table": table_of,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_that_is_printed_commands_the_terminal_or_is_markup(way):
+    file = io.StringIO()
+    PlainConsole(file=file, width=400, force_terminal=True).print(WAYS[way](f"[/b] [red]word[/] :smile: {HOSTILE}"))
+    shown = STYLE.sub("", file.getvalue())
+    assert re.findall(r"[^\n -~─-╿]", shown) == []
+    assert r"[/b] [red]word[/] :smile: \u001b[2J" in shown
+
+
+def test_a_line_of_progress_shows_any_name_and_note_and_cuts_them(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(terminal, "console", PlainConsole(file=file, width=1000, force_terminal=True))
+    with terminal.progress("[/b] " + HOSTILE, 2) as advance:
+        advance(2, "[/b]" + "x" * 10_000 + HOSTILE)
+    shown = re.sub(r"\x1b\[(\?25[lh]|2K|1A)", "", STYLE.sub("", file.getvalue()))  # the line is drawn anew
+    assert r"[/b] \u001b[2J" in shown
+    assert "characters left out" in shown
+    assert len(shown) < 2000
+    assert set(re.findall(r"[^\n -~━╸]", shown)) <= {"\r"}
+
+
+def test_a_sentence_that_is_too_long_is_cut_and_json_is_not():
+    file = io.StringIO()
+    console = PlainConsole(file=file, width=80)
+    console.print(joined("x" * 100_000, " Make it shorter."), soft_wrap=True)
+    assert len(file.getvalue()) < LONGEST + 100
+    assert file.getvalue().endswith(" Make it shorter.\n")
+    file.truncate(0)
+    file.seek(0)
+    content = {"caption": "x" * 100_000, HOSTILE: HOSTILE}
+    console.print_json(data=content)
+    assert json.loads(file.getvalue()) == content
+
+
+def test_a_warning_may_hold_what_looks_like_markup(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(terminal, "console", PlainConsole(file=file, width=80))
+    terminal.warn('The prompt "[/b] word" is cut.')
+    assert file.getvalue() == 'The prompt "[/b] word" is cut.\n'
+
+
+def test_logs_with_their_tracebacks_are_printable():
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError as error:
+        record = logging.LogRecord("x", logging.ERROR, "", 0, "GET %s", ("/\x1b[2J",), (ValueError, error, error.__traceback__))
+    lines = PrintableFormatter().format(record)
+    assert re.findall(r"[^\n -~]", lines) == []
+    assert r"GET /\u001b[2J" in lines
+    assert r"ValueError: \u001b[2J" in lines
+
+
+def calls_of(tree: ast.AST) -> list[tuple[str, ast.Call]]:
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def loopholes(source: str) -> list[str]:
+    """Ways to the terminal that do not go through `printable`."""
+    tree, found, ours = ast.parse(source), list[str](), set[str]()
+    harmless = {"Table", "Column", "Text", "SIMPLE_HEAD", "BarColumn", "MofNCompleteColumn", "TimeRemainingColumn", "TaskID"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] == "rich"]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rich":
+            found += [alias.name for alias in node.names if alias.name not in harmless]
+            ours |= {alias.name for alias in node.names if alias.name == "Text"}
+    for name, call in calls_of(tree):
+        arguments = [ast.unparse(argument) for argument in call.args]
+        if name == "print" and not (len(arguments) == 1 and arguments[0].startswith("printable(")):
+            found.append(f"print({', '.join(arguments)})")
+        if name.split(".")[0] in ours or re.match(r"(click|typer)\.(echo|secho|style)|sys\.(stdout|stderr)\.(buffer\.)?write", name):
+            found.append(name)
+        if re.match(r"(click|typer)\.(confirm|prompt)", name) and not all(isinstance(argument, ast.Constant) for argument in call.args):
+            found.append(name)
+        if re.search(r"console\.(out|log|input|rule|status|print_exception)$", name):
+            found.append(name)
+    return found
+
+
+def test_there_is_no_other_way_to_the_terminal():
+    found = {
+        str(path.relative_to(PACKAGE)): loopholes(path.read_text()) for path in PACKAGE.rglob("*.py") if path != PACKAGE / "terminal.py"
+    }
+    assert {name: ways for name, ways in found.items() if ways} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "print(name)",
+        "print(printable(a), b)",
+        "from rich.console import Console",
+        "import rich",
+        "from rich import print",
+        "from rich.progress import TextColumn",
+        "typer.echo(name)",
+        "typer.confirm(f'Delete {name}?')",
+        "sys.stderr.write(name)",
+        "from rich.text import Text\nText.from_markup(name)",
+        "from rich.text import Text\nText(name)",
+        "console.out(name)",
+    ],
+)
+def test_each_loophole_would_be_found(source):
+    assert loopholes(source)

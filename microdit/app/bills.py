@@ -5,8 +5,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.console import Console
-
 from microdit.budget.machine import Machine, find_machine
 from microdit.budget.measured import measurements_file
 from microdit.budget.plan import buy
@@ -17,6 +15,7 @@ from microdit.budget.written import recipe_files
 from microdit.errors import UserError
 from microdit.formats import finite
 from microdit.recipe import Recipe
+from microdit.terminal import PlainConsole
 
 DATA = "data/pictures"  # that bought recipes name: not data/mine, which may be there already, encoded for smaller pictures
 NUMBERS = {
@@ -34,7 +33,7 @@ def bill_text(fields: dict[str, Any], recipes: Path) -> str:
     count, images = _whole(fields.get("count", 1), "GPUs", 100_000), fields.get("images")
     images = None if images is None else _whole(images, "images", 10**12)
     machine = find_machine(str(fields.get("chip", "h100")), count, fields.get("price"), fields.get("mfu"), None, measurements_file())
-    console = Console(file=io.StringIO(), width=100, no_color=True, record=True)
+    console = PlainConsole(file=io.StringIO(), width=100, no_color=True, record=True)
     if fields.get("dollars") is None:
         show(reckon(_asked(fields, recipes), machine, images=images), console)
         return console.export_text()
@@ -43,7 +42,7 @@ def bill_text(fields: dict[str, Any], recipes: Path) -> str:
     return _bought(fields["dollars"], machine, images, console)
 
 
-def _bought(dollars: float, machine: Machine, images: int | None, console: Console) -> str:
+def _bought(dollars: float, machine: Machine, images: int | None, console: PlainConsole) -> str:
     """With the recipes' text."""
     plan = buy(dollars, machine, Given(), DATA, images)
     show_plan(plan, reckon(plan.recipes, machine, images=images), console)

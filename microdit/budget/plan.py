@@ -53,14 +53,14 @@ class Plan:
         paid = self.encoding.dollars or 0.0
         pictures = f"{self.encoding.images:,} images ({'assumed; ' if self.encoding.assumed else ''}--images says how many)"
         lines = [
-            f"[bold]{money(self.dollars)}[/]: "
+            f"{money(self.dollars)}: "
             + (f"{money(paid)} encode {pictures}, " if paid else "the images are encoded already, ")
             + f"{money(self.dollars - paid)} buy {self.gpu_hours:,.4g} GPU-hours of {self.machine.chip.name} to train, "
             f"{self.flops:.3g} FLOPs at {self.machine.utilisation:.0%} of its peak.",
             f"Two rules say how large a model they suit, in parameters of a dense one of the same cost: {self.wanted.by_fit / 1e6:,.0f} M "
             f"(fit of 2410.08184) and {self.wanted.by_paper / 1e6:,.0f} M (the run of 2407.15811, sizes growing as the root of compute).",
-            f"Neither was fitted to masked training or to experts: half to twice that may do: [bold]width {low} to {high}[/] of our sizes.",
-            f"Chosen: [bold]width {self.width}, depth {size.depth}[/], as costly as {self.equivalent / 1e6:,.0f} M.",
+            f"Neither was fitted to masked training or to experts: half to twice that may do: width {low} to {high} of our sizes.",
+            f"Chosen: width {self.width}, depth {size.depth}, as costly as {self.equivalent / 1e6:,.0f} M.",
         ]
         if not FITTED[0] <= self.flops <= FITTED[1]:
             lines.append(f"The fit is of runs from {FITTED[0]:.0e} to {FITTED[1]:.0e} FLOPs, so here it is extrapolated.")

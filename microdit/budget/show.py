@@ -4,53 +4,54 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from microdit.budget.encoding import MILLION, STORED_TOKENS, UTILISATION, Encoding
 from microdit.budget.fit import HEADROOM, Way
 from microdit.budget.plan import Plan
 from microdit.budget.reckoning import SMALL_CARD_GB, Budget, PhaseBudget
 from microdit.formats import count, duration, figure, hours, money
+from microdit.terminal import PlainConsole, joined, styled
 
 WIDE = 1000  # characters, more than any table takes
 
 
-def show(budget: Budget, console: Console) -> None:
+def show(budget: Budget, console: PlainConsole) -> None:
     machine = budget.machine
     console.print(
-        f"[bold]{budget.parameters / 1e6:,.1f} M parameters, on {machine.count} x {machine.chip.name}[/] "
-        f"({machine.chip.teraflops:,.4g} TFLOP/s, {machine.chip.memory_gb:g} GB each)",
-        highlight=False,
+        joined(
+            styled(f"{budget.parameters / 1e6:,.1f} M parameters, on {machine.count} x {machine.chip.name}"),
+            f" ({machine.chip.teraflops:,.4g} TFLOP/s, {machine.chip.memory_gb:g} GB each)",
+        )
     )
     console.print(
         f"utilisation {machine.utilisation:.1%} ({machine.utilisation_source}); "
         f"{money(machine.price.dollars)} a GPU-hour ({machine.price.source})",
-        highlight=False,
         soft_wrap=True,
     )
     if budget.assumed:
-        console.print(f"assumed, for want of the encoded data: {'; '.join(budget.assumed)}", highlight=False, soft_wrap=True)
+        console.print(f"assumed, for want of the encoded data: {'; '.join(budget.assumed)}", soft_wrap=True)
     costs = _costs(budget)
     if console.measure(costs, options=console.options.update(max_width=WIDE)).maximum > console.width:
         costs.padding = 0  # large sums: closer together rather than cut
     for table in (costs, _memory(budget), _ways(budget)):
         console.print(table)
     for line in [_verdict(budget), *_settings(budget), *_data(budget.encoding)]:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
-def show_plan(plan: Plan, budget: Budget, console: Console) -> None:
+def show_plan(plan: Plan, budget: Budget, console: PlainConsole) -> None:
     """`budget`: of the plan's recipes."""
     for line in plan.in_words():
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     show(budget, console)
     if plan.encoding.dollars is not None:
         parts = f"Training {money(budget.dollars)} and encoding {money(plan.encoding.dollars)}"
         spent = money(budget.dollars + plan.encoding.dollars)
-        console.print(f"{parts}: [bold]{spent} of {money(plan.dollars)}[/].", highlight=False)
+        console.print(joined(f"{parts}: ", styled(f"{spent} of {money(plan.dollars)}"), "."))
         if plan.encoding.images > budget.images:
-            console.print(f"Only {_short(budget.images)} images are seen: encode no more of them (--images).", highlight=False)
+            console.print(f"Only {_short(budget.images)} images are seen: encode no more of them (--images).")
 
 
 def _costs(budget: Budget) -> Table:
@@ -85,16 +86,19 @@ def _ways(budget: Budget) -> Table:
     return table
 
 
-def _verdict(budget: Budget) -> str:
+def _verdict(budget: Budget) -> Text:
     """The table in a sentence."""
     fits = {"As it is": [phase.bill.name for phase in budget.phases if not (phase.fits and phase.divides)]}
     for place, choose in _places(budget).items():
         fits[place.replace("on", "On", 1)] = [phase.bill.name for phase in budget.phases if choose(phase) is None]
-    said = [f"{place}: {'[red]no[/], not ' + ', '.join(missing) if missing else 'yes'}" for place, missing in fits.items()]
-    return f"[bold]Fits?[/] {'. '.join(said)}."
+    said = [
+        joined(f" {place}: ", styled("no", "red"), f", not {', '.join(missing)}.") if missing else joined(f" {place}: yes.")
+        for place, missing in fits.items()
+    ]
+    return joined(styled("Fits?"), *said)
 
 
-def _settings(budget: Budget) -> list[str]:
+def _settings(budget: Budget) -> list[Text]:
     """What each phase has to say that does not fit as it is, and what that costs."""
     lines = []
     for phase in budget.phases:
@@ -102,7 +106,7 @@ def _settings(budget: Budget) -> list[str]:
             continue
         time = phase.advice.time
         costs = f"{time - 1:.0%} more time" if time > 1 else "no more FLOPs"
-        lines.append(f"[bold]{phase.bill.name}[/] fits with {' '.join(phase.advice.overrides())} ({costs}).")
+        lines.append(joined(styled(phase.bill.name), f" fits with {' '.join(phase.advice.overrides())} ({costs})."))
     return lines
 
 
@@ -115,25 +119,26 @@ def _places(budget: Budget) -> dict[str, Callable[[PhaseBudget], Way | None]]:
     return places
 
 
-def _data(data: Encoding) -> list[str]:
+def _data(data: Encoding) -> list[Text]:
     images = f"{_short(data.images)} images"
     size = ", ".join(
         f"{value * data.images / 1e9:,.4g} GB ({form}, {value:,.0f} bytes each)" for form, value in data.bytes_per_sample.items()
     )
-    lines = [f"[bold]Data:[/] {images} take {size}."]
+    taken = joined(styled("Data:"), f" {images} take {size}.")
     if data.encoded:
-        return lines
-    lines[0] += f" Captions of {STORED_TOKENS} tokens on average."
+        return [taken]
+    taken.append(f" Captions of {STORED_TOKENS} tokens on average.")
     if data.assumed:
-        lines[0] += " Say how many with --images."
+        taken.append(" Say how many with --images.")
     if data.gpu_hours is None or data.flops_per_sample is None:
-        return [*lines, "What these encoders cost is not known here: only the SDXL autoencoder and DFN5B-CLIP-H are reckoned."]
+        return [taken, joined("What these encoders cost is not known here: only the SDXL autoencoder and DFN5B-CLIP-H are reckoned.")]
     dtype, *others = data.hours_by_dtype
     rate = (
         f"{data.flops_per_sample / 1e12:.3g} TFLOPs a sample, {UTILISATION:.0%} of the peak assumed, reading and decoding files not counted"
     )
     slower = "".join(f"; in {other} at least {hours(data.hours_by_dtype[other])}" for other in others)
-    return [*lines, f"[bold]Encoding[/] them once in {dtype}: {hours(data.gpu_hours)} GPU-hours, {money(data.dollars)} ({rate}{slower})."]
+    cost = f" them once in {dtype}: {hours(data.gpu_hours)} GPU-hours, {money(data.dollars)} ({rate}{slower})."
+    return [taken, joined(styled("Encoding"), cost)]
 
 
 def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right") -> Table:
@@ -145,16 +150,16 @@ def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right
     return table
 
 
-def _asked(phase: PhaseBudget) -> str:
+def _asked(phase: PhaseBudget) -> Text:
     if not phase.divides:
-        return "[red]micro_batch does not divide a GPU's share of the batch[/]"
-    return _way(phase.asked) if phase.fits else f"[red]{_way(phase.asked)}: too much[/]"
+        return styled("micro_batch does not divide a GPU's share of the batch", "red")
+    return _way(phase.asked) if phase.fits else styled(f"{_way(phase.asked)}: too much", "red")
 
 
-def _way(way: Way | None) -> str:
+def _way(way: Way | None) -> Text:
     if way is None:
-        return "[red]does not fit[/]"
-    return way.in_words()
+        return styled("does not fit", "red")
+    return joined(way.in_words())
 
 
 def _dropped(ratios: tuple[float, float]) -> str:

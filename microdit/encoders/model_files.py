@@ -6,7 +6,6 @@ tensors, and refused if it holds more.
 
 import errno
 import hashlib
-import json
 import pickle
 import re
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from microdit.errors import UserError
+from microdit.foreign_json import parse_json
 
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w-][\w./-]*))?")  # owner/name, or owner/name:subfolder
 
@@ -67,7 +67,7 @@ def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises UserError if the file is missing or is no JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {_first_line(error)}. Download it again.") from error
     if not isinstance(content, dict):

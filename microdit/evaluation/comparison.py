@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-from rich.markup import escape
 from rich.table import Table
 
 from microdit.evaluation.comparability import Verdict, geneval_verdict, metric_verdict
 from microdit.evaluation.published import METRICS, TRAINING_COLUMNS, Protocol, Published, Row, Training, metric_cell, metrics_of
 from microdit.evaluation.run_results import Measured, RunResult
 from microdit.formats import count, figure
+from microdit.terminal import styled
 
 RUN_STYLE = "bold green"
 
@@ -23,13 +23,13 @@ def comparison_table(published: Published, table: str, runs: list[RunResult]) ->
         # Broken at every word, and never cut: all tables fit a terminal of 80 columns.
         shown.add_column("\n".join(title.split()), justify="right", no_wrap=title != "GPU-days")
     for run in runs:
-        shown.add_row(escape(str(run.path)), *_cells(run, _figures(run, table), table, metrics), style=RUN_STYLE)
+        shown.add_row(str(run.path), *_cells(run, _figures(run, table), table, metrics), style=RUN_STYLE)
     study = None
     for row in rows:
         if row.study != study:
             study = row.study
-            shown.add_row(f"[italic]{escape(study or '')}[/]")
-        shown.add_row(escape(row.name), *_cells(row, row.metrics, table, metrics))
+            shown.add_row(styled(study or "", "italic"))
+        shown.add_row(row.name, *_cells(row, row.metrics, table, metrics))
     return shown
 
 

@@ -10,6 +10,7 @@ from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.evaluation.painters import DrawSettings, Painter
 from microdit.files import write_aside
+from microdit.foreign_json import parse_json
 
 SETTINGS = "settings.json"
 
@@ -59,7 +60,7 @@ def read_prompt_file(path: Path) -> list[str]:
     """One prompt a line: JSON with a key `prompt` (.jsonl), or plain text. Raises UserError naming file and line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        prompts = [json.loads(line)["prompt"] if path.suffix == ".jsonl" else line.strip() for line in lines if line.strip()]
+        prompts = [parse_json(line)["prompt"] if path.suffix == ".jsonl" else line.strip() for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -34,6 +34,7 @@ from microdit.evaluation.geneval_rules import (
 )
 from microdit.evaluation.network_files import load_beside, load_network
 from microdit.files import sha256_of, write_aside
+from microdit.foreign_json import parse_json
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLASSIFIER = "openai/clip-vit-large-patch14"
@@ -229,7 +230,7 @@ def _known_results(path: Path) -> dict[str, dict[str, Any]]:
     known = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            line = json.loads(text)
+            line = parse_json(text)
             known[json.dumps({key: line[key] for key in ("filename", "metadata", "picture", "judges")})] = line
         except (ValueError, KeyError, TypeError):
             continue

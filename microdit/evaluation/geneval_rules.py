@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microdit.errors import UserError
+from microdit.foreign_json import parse_json
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -92,7 +93,7 @@ def read_prompts(path: Path) -> list[GenEvalPrompt]:
 def parse_prompt(line: str, where: str) -> GenEvalPrompt:
     """One line of such a file. Raises UserError, which begins with `where`."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError as error:
         raise UserError(f"{where}: no JSON ({error}).") from error
     if not isinstance(entry, dict):

@@ -2,12 +2,9 @@
 
 - Each pair is shown in both orders. A model wins a pair only if both orders say so, so that a judge who likes the
   first place gains nothing by it: where the orders disagree, the pair is a tie.
-- Every verdict is on the disk before the next is counted: a run stopped anywhere goes on, and pays for nothing twice.
+- Every verdict is on the disk before the next is counted: a run stopped anywhere goes on (what may be paid twice: `request_log.py`).
 """
 
-import fcntl
-import json
-import os
 import random
 import threading
 from dataclasses import asdict, dataclass
@@ -18,7 +15,9 @@ from typing import Literal, get_args
 from PIL import Image
 
 from microdit.errors import UserError
+from microdit.evaluation.line_file import LineFile
 from microdit.files import sha256_of
+from microdit.foreign_json import parse_json
 
 Order = Literal["AB", "BA"]  # whose picture is shown first
 ORDERS: tuple[Order, Order] = ("AB", "BA")
@@ -127,21 +126,16 @@ def random_order(pairs: list[Pair], seed: int) -> list[Question]:
 
 
 class VerdictFile:
-    """The verdicts on `questions`, each appended to a JSON Lines file and flushed to the disk as soon as it is there.
+    """The verdicts on `questions`, a `LineFile`; a question whose line was cut off is open again.
 
-    A last line that was cut off is dropped, and its question is open again. Raises UserError if the file holds verdicts
-    on other pictures, of another model or in another order, if another process is writing it, or if it cannot be written.
+    Raises UserError if the file holds verdicts on other pictures, of another model or in another order, and whatever `LineFile` raises.
     """
 
     def __init__(self, path: Path, questions: list[Question], model: str):
         self.path, self.questions, self.model = path, questions, model
         self._lock = threading.Lock()
         self._verdicts: dict[tuple[int, Order], Verdict] = {}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+        self._file = LineFile(path)
         try:
             self._read()
         except BaseException:
@@ -161,12 +155,7 @@ class VerdictFile:
         with self._lock:
             if _key(question) in self._verdicts:
                 return None
-            try:
-                self._file.write(json.dumps(asdict(verdict), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            except OSError as error:
-                raise UserError(f"{self.path} cannot be written: {error.strerror}. Make room and run the same command again.") from None
+            self._file.append(asdict(verdict))
             self._verdicts[_key(question)] = verdict
         return verdict
 
@@ -185,28 +174,12 @@ class VerdictFile:
         self._file.close()
 
     def _read(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another process is writing verdicts to {self.path}: wait for it, or stop it.") from None
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be locked against other processes: {error.strerror}. Write it to another disk.") from None
-        self._file.seek(0)
-        content = self._file.read()
-        whole, _, last = content.rpartition(b"\n")
-        lines = whole.splitlines()
-        if last and _parse(last) is None:
-            self._file.truncate(len(content) - len(last))
-        elif last:  # all but its line's end was written
-            lines.append(last)
-            self._file.write(b"\n")
-            self._file.flush()
         known = {_key(question): question.pair for question in self.questions}
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(self._file.lines, start=1):
             verdict = _parse(line)
             if verdict is None:
                 raise UserError(
-                    f"Line {number} of {self.path} is no verdict: repair it, or remove the line to have its question asked again."
+                    f"Line {number} of {self.path} is no verdict: repair it, or remove the line to have its question answered anew."
                 )
             pair = known.get((verdict.pair, verdict.order))
             if pair is None or (pair.prompt, pair.fingerprints) != (verdict.prompt, verdict.pictures) or verdict.model != self.model:
@@ -230,7 +203,7 @@ def _read_prompts(path: Path) -> list[str]:
     prompts = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            prompt = json.loads(line)["prompt"]
+            prompt = parse_json(line)["prompt"]
         except (ValueError, KeyError, TypeError):
             prompt = None
         if not isinstance(prompt, str):
@@ -269,7 +242,7 @@ def _winner(order: Order, choice: Choice) -> Winner:
 
 def _parse(line: bytes) -> Verdict | None:
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
         verdict = Verdict(**{**fields, "pictures": tuple(fields["pictures"])})
     except (ValueError, KeyError, TypeError):
         return None

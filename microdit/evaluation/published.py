@@ -13,6 +13,7 @@ import yaml
 
 from microdit.evaluation.geneval_rules import TASKS as GENEVAL_TASKS
 from microdit.formats import MISSING, count, figure
+from microdit.printable import printable
 
 DATA = Path(__file__).with_name("published.yaml")
 TITLES = {"main": "Quality and cost", "geneval": "GenEval by task", "ablations": "Ablations"}
@@ -155,4 +156,4 @@ def _rounded(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    print(page(load_published()), end="")
+    print(printable(page(load_published())), end="")

@@ -15,6 +15,7 @@ from typing import Any
 
 from microdit.errors import UserError
 from microdit.evaluation.preference import Choice, Preference, Reply, Verdict, VerdictFile
+from microdit.foreign_json import parse_json
 
 HUMAN = "human"  # the judge's name in verdicts.jsonl
 LONGEST_BODY = 1000  # bytes of a vote
@@ -76,7 +77,7 @@ def vote_server(file: VerdictFile, port: int = 0, on_vote: Callable[[Verdict], N
             if self.path != "/vote":
                 return self.refuse(404, "There is nothing to send to this address: votes go to /vote.")
             try:
-                fields = json.loads(body)
+                fields = parse_json(body)
                 number, choice = fields["question"], fields["choice"]
             except (ValueError, LookupError, TypeError):
                 return self.refuse(400, 'A vote must be JSON: {"question": 0, "choice": "first"}.')

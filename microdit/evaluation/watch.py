@@ -22,7 +22,7 @@ from microdit.hub.opening import opened_run
 from microdit.page import page_template
 from microdit.pipeline import Pipeline
 from microdit.run_folder import RunFolder, is_run, state_of
-from microdit.terminal import console, warn
+from microdit.terminal import console, styled, warn
 
 TEMPLATE = "quality.html.jinja"
 PAUSE = 10.0  # seconds between two looks at the run
@@ -42,7 +42,7 @@ def watch_run(run: Path, reference: Source, question: Question, settings: DrawSe
         checkpoint = world.share(_next(run, out, settings.weights) if world.is_main else None)
         if checkpoint is not None:
             waiting = False
-            console.print(f"[bold]Step {checkpoint.step:,}[/]")
+            console.print(styled(f"Step {checkpoint.step:,}"))
             painter = _open(run, checkpoint, settings, world, compute)
             if painter is None:
                 warn(f"{checkpoint.folder} was deleted before it could be read: record.keep_every keeps checkpoints.")

@@ -1,10 +1,14 @@
 """Model cards: the README.md of a pipeline's folder, written from its record. Nothing is claimed that the record does not hold."""
 
+import json
+import shlex
 from typing import Any
 
 import yaml
 
 from microdit.formats import count, figure, hours, money
+from microdit.markdown import block, code, plain
+from microdit.printable import one_line, printable
 
 _HEAD = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["text-to-image", "diffusers", "microdit"]}
 
@@ -14,13 +18,13 @@ def card_of_run(name: str, record: dict[str, Any]) -> str:
     prompts = record["recipe"].get("record", {}).get("sample_prompts") or ["red heart"]
     parts = [
         _front_matter({}),
-        f"# {name}\n\nA text-to-image diffusion transformer, trained from scratch by [microdit](https://arxiv.org/abs/2407.15811)"
-        f" (recipe `{record['name']}`).",
+        f"# {plain(name)}\n\nA text-to-image diffusion transformer, trained from scratch by "
+        f"[microdit](https://arxiv.org/abs/2407.15811) (recipe {code(record['name'])}).",
         "## Training\n\n" + _table(_training(record)),
         "## Data\n\n" + _data(record),
         "## Figures\n\n" + _figures(record["figures"]),
         usage(name, prompts[0], 2.0),
-        "## Recipe\n\n```yaml\n" + yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True).strip() + "\n```",
+        "## Recipe\n\n" + block(yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True), "yaml"),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -31,7 +35,7 @@ def card_of_official(name: str, record: dict[str, Any]) -> str:
     rows |= {key.replace("_", " "): record[key] for key in ("text_encoder", "autoencoder")}
     parts = [
         _front_matter({"license": "apache-2.0"}),
-        f"# {name}\n\nWeights of *Stretching Each Dollar: Diffusion Training from Scratch on a Micro-Budget* "
+        f"# {plain(name)}\n\nWeights of *Stretching Each Dollar: Diffusion Training from Scratch on a Micro-Budget* "
         "([arXiv 2407.15811](https://arxiv.org/abs/2407.15811)), released by its authors under Apache 2.0, in a form that diffusers and "
         "microdit load. They were converted bit for bit but for the type of their numbers, not trained anew.",
         "## The checkpoint\n\n" + _table(rows),
@@ -41,18 +45,26 @@ def card_of_official(name: str, record: dict[str, Any]) -> str:
 
 
 def usage(name: str, prompt: str, guidance_scale: float) -> str:
-    """How to draw with it, from Python and from the command line."""
-    quoted = prompt.replace("\\", "\\\\").replace('"', '\\"')
+    """How to draw with it, from Python and from the command line. Both lines may be pasted, whatever the prompt."""
+    name, prompt = one_line(name), one_line(prompt)
+    words = f"--guidance {guidance_scale:g} --out picture.png -- {shlex.quote(name)} {shlex.quote(prompt)}"
+    if not name.startswith("-") and not prompt.startswith("-"):
+        words = f"{shlex.quote(name)} {shlex.quote(prompt)} --guidance {guidance_scale:g} --out picture.png"
     return f"""## Use
 
     from microdit.hub.pipeline import MicroDiTPipeline
 
-    pipeline = MicroDiTPipeline.from_pretrained("{name}")  # this folder, or its id of the hub
-    pipeline("{quoted}", guidance_scale={guidance_scale}).images[0].save("picture.png")
+    pipeline = MicroDiTPipeline.from_pretrained({_python(name)})  # this folder, or its id of the hub
+    pipeline({_python(prompt)}, guidance_scale={guidance_scale}).images[0].save("picture.png")
 
 or, on the command line:
 
-    microdit sample {name} "{quoted}" --guidance {guidance_scale:g} --out picture.png"""
+    microdit sample {words}"""
+
+
+def _python(text: str) -> str:
+    """A string, as Python reads it."""
+    return printable(json.dumps(text, ensure_ascii=False))
 
 
 def _front_matter(more: dict[str, Any]) -> str:
@@ -77,13 +89,14 @@ def _training(record: dict[str, Any]) -> dict[str, Any]:
 
 def _data(record: dict[str, Any]) -> str:
     lines = [
-        f"- {name}: {count(one['rows'])} encoded pictures from {one['source'] or 'a source that is no longer here'}, "
-        f"licence: {one['license'] or 'not recorded; say here what it is before you share the model'}"
+        f"- {plain(name)}: {count(one['rows'])} encoded pictures from {plain(one['source'] or 'a source that is no longer here')}, "
+        f"licence: {plain(one['license'] or 'not recorded; say here what it is before you share the model')}"
         for name, one in record["sets"].items()
     ]
     data = record["data"]
     encoders = (
-        f"Pictures of {data['resolution']} px by the autoencoder {data['autoencoder']['name']}, captions by {data['text_encoder']['name']}."
+        f"Pictures of {data['resolution']} px by the autoencoder {plain(data['autoencoder']['name'])}, "
+        f"captions by {plain(data['text_encoder']['name'])}."
     )
     return "\n".join(lines) + f"\n\n{encoders}"
 
@@ -98,9 +111,10 @@ def _figures(figures: dict[str, Any]) -> str:
     against = figures.get("reference", {})
     for metric, entry in against.get("metrics", {}).items():
         source = against.get("reference", {}).get("source")
-        lines.append(f"- {metric}: {figure(entry['value'])} by {entry['network']}, {count(against['pictures'])} pictures against {source}")
+        by = f"{plain(entry['network'])}, {count(against['pictures'])} pictures against {plain(source)}"
+        lines.append(f"- {plain(metric)}: {figure(entry['value'])} by {by}")
     return "\n".join(lines) or "Not measured: `microdit evaluate RUN` before the export puts figures here."
 
 
 def _table(rows: dict[str, Any]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {plain(key)} | {plain(value)} |" for key, value in rows.items())])

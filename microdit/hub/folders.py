@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from microdit.errors import UserError
+from microdit.foreign_json import parse_json
 
 RECORD = "record.json"  # where a model comes from: written by us beside what diffusers reads
 CARD = "README.md"
@@ -57,7 +58,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 def read_record(folder: Path) -> dict[str, Any]:
     """Empty if there is none, or it makes no sense: nothing is drawn by it."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

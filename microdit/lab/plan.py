@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from rich.console import Console
 
 from microdit.data.card import read_card
 from microdit.distributed import World
@@ -21,6 +20,7 @@ from microdit.lab.study import Budget, Study, measurement
 from microdit.lab.timing import flops_of_a_step, seconds_of_a_step
 from microdit.recipe import Recipe
 from microdit.recipe_file import with_todays_defaults
+from microdit.terminal import PlainConsole
 from microdit.training.trainer import Trainer
 
 
@@ -68,7 +68,7 @@ def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World)
 def _time(study: Study, recipes: dict[str, Recipe], known: ArmPlan | None, world: World) -> dict[str, ArmPlan]:
     """Of these arms, the reference arm among them. `known`: as that was timed at first; the machine may be faster or slower today."""
     with TemporaryDirectory() as place:
-        trainers = {arm: Trainer(recipe, Path(place) / arm, Console(quiet=True), world) for arm, recipe in recipes.items()}
+        trainers = {arm: Trainer(recipe, Path(place) / arm, PlainConsole(quiet=True), world) for arm, recipe in recipes.items()}
         flops = {arm: flops_of_a_step(trainer) for arm, trainer in trainers.items()}
         seconds = seconds_of_a_step(trainers)
     reference = study.reference.arm

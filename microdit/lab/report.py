@@ -1,5 +1,6 @@
 """`microdit lab report`: a study's results as Markdown with figures, for docs/lab/."""
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from microdit.lab.plan import ArmPlan
 from microdit.lab.plots import EQUAL, draw_study
 from microdit.lab.study import HIGHER_IS_BETTER, Budget, Study
 from microdit.lab.summary import Spread, Verdict, at_budget, diverged, judge, jumped
+from microdit.markdown import code, plain
 from microdit.recipe import Recipe
 
 TITLES = {
@@ -57,21 +59,26 @@ def _head(study: Study, recipes: dict[str, Recipe], plans: dict[str, ArmPlan], r
     flops, seconds = steps * plan.flops_per_step, steps * plan.seconds_per_step
     number = len({line["seed"] for line in results})
     seeds = f"{number} seeds" if number > 1 else "One seed"
-    lost = [f"{arm} diverged for seed {line['seed']} before step {line['step']:,}" for arm in study.arms for line in diverged(results, arm)]
+    lost = [
+        f"{plain(arm)} diverged for seed {line['seed']} before step {line['step']:,}"
+        for arm in study.arms
+        for line in diverged(results, arm)
+    ]
     words: dict[Budget, str] = {
         "flops": f"the FLOPs ({figure(flops / 1e12, 3)} T)",
         "seconds": f"the seconds ({figure(seconds, 3)}, all arms timed in turns)",
         "images": "the images",
     }
     budgets = ", ".join(words[budget] for budget in study.budgets)
+    file = shlex.quote(f"recipes/lab/{study.name}.yaml")
+    run, report = f"microdit lab run {file}", f"microdit lab report {file} --out {shlex.quote(folder.as_posix())}"
     sampler = f"{study.pictures} pictures, {study.num_inference_steps} steps, guidance {figure(study.guidance_scale)}"
     lines = [
-        f"# {study.name}: {study.question}",
-        f"Each arm is read at equal cost, {budgets} that `{study.reference.arm}` takes for {steps:,} steps. {seeds}; "
+        f"# {plain(study.name)}: {plain(study.question)}",
+        f"Each arm is read at equal cost, {budgets} that {code(study.reference.arm)} takes for {steps:,} steps. {seeds}; "
         f"{_same_luck(recipes)}. Averaged weights; {sampler}; nothing is masked when quality is measured. "
         "± is one standard deviation over seeds.",
-        f"Made by `microdit lab run recipes/lab/{study.name}.yaml` and "
-        f"`microdit lab report recipes/lab/{study.name}.yaml --out {folder.as_posix()}`.",
+        f"Made by {code(run)} and {code(report)}.",
         study.notes,
     ]
     return "\n\n".join([*(line for line in lines if line), *(f"**{one}.**" for one in lost), *_jumps(results)])
@@ -88,7 +95,9 @@ def _same_luck(recipes: dict[str, Recipe]) -> str:
 
 def _jumps(results: list[dict[str, Any]]) -> list[str]:
     """Such runs are in the means: an arm that is easily lost is worse for it. But who reads the means should know."""
-    lines = [f"{line['arm']}, seed {line['seed']}, at step {line['step']:,}: {line['held_out_loss']:.3f}" for line in jumped(results)]
+    lines = [
+        f"{plain(line['arm'])}, seed {line['seed']}, at step {line['step']:,}: {line['held_out_loss']:.3f}" for line in jumped(results)
+    ]
     return [f"**Their held-out loss had jumped, and is far above that of the arm's other seeds:** {'; '.join(lines)}."] if lines else []
 
 
@@ -103,7 +112,7 @@ def claim_cells(verdict: Verdict) -> list[str]:
     claim, found = verdict.claim, verdict.why
     if verdict.better and verdict.worse:
         found = f"{TITLES[claim.measure]}: {claim.better} {_words(verdict.better)}, {claim.worse} {_words(verdict.worse)}; {verdict.why}"
-    return [claim.says, found, f"**{ANSWERS[verdict.holds]}** ({EQUAL[claim.budget]})"]
+    return [plain(claim.says), plain(found), f"**{ANSWERS[verdict.holds]}** ({EQUAL[claim.budget]})"]
 
 
 def _table(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], budget: Budget) -> str:
@@ -120,7 +129,7 @@ def _table(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]
             words = "–" if spread is None else _words(spread)
             cells.append(f"**{words}**" if spread is not None and spread.mean == best else words)
         costs = [f"{plan.steps[budget]:,}", f"{plan.flops_per_step / 1e9:.1f}", *([f"{plan.seconds_per_step * 1e3:.1f}"] if timed else [])]
-        rows.append(f"| {' | '.join([arm, *costs, *cells])} |")
+        rows.append(f"| {' | '.join([plain(arm), *costs, *cells])} |")
     return "\n".join(rows)
 
 

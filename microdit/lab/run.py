@@ -19,8 +19,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from microdit.distributed import World
 from microdit.errors import DivergedError, UserError
 from microdit.files import write_aside
@@ -29,7 +27,7 @@ from microdit.lab.plan import ArmPlan, make_plan
 from microdit.lab.reading import Reader
 from microdit.lab.study import Study, is_scheduled, stretched
 from microdit.recipe import Recipe
-from microdit.terminal import console, progress
+from microdit.terminal import PlainConsole, console, progress, warn
 from microdit.training.trainer import Trainer
 
 
@@ -49,7 +47,7 @@ def run_study(study: Study, recipes: dict[str, Recipe], out: Path, world: World,
                 elsewhere += not mine
             advance(1)
     if elsewhere:
-        console.print(f"{elsewhere} of {len(todo)} are being trained by other processes: wait for those too.", highlight=False)
+        console.print(f"{elsewhere} of {len(todo)} are being trained by other processes: wait for those too.")
 
 
 def _do(study: Study, recipe: Recipe, arm: str, seed: int, plan: ArmPlan, reader: Reader, out: Path, world: World, keep: bool) -> None:
@@ -97,7 +95,7 @@ def _train(
         try:
             _train_to(recipe, seed, step, run, world)
         except DivergedError as error:
-            console.print(f"[yellow]{arm}, seed {seed}, did not reach step {step}: {error}[/]")
+            warn(f"{arm}, seed {seed}, did not reach step {step}: {error}")
             _append(out, {"arm": arm, "seed": seed, "step": step, "diverged": str(error)})
             return
         reading, strip = reader.read(run, recipe.data.held_out)
@@ -110,7 +108,7 @@ def _train_to(recipe: Recipe, seed: int, step: int, run: Path, world: World) -> 
     """A longer phase with a constant rate is the same phase, so a run that ended goes on."""
     record = replace(recipe.record, checkpoint_every=max(step, 1), keep_checkpoints=1, sample_prompts=[], held_out_every=step + 1)
     leg = replace(stretched(recipe, step), seed=seed, record=record)
-    trainer = Trainer(leg, run, Console(quiet=True), world, resume=run.exists(), accept_changes=True)
+    trainer = Trainer(leg, run, PlainConsole(quiet=True), world, resume=run.exists(), accept_changes=True)
     if trainer.step < step:
         trainer.train()
 

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.recipe import Recipe
 from microdit.recipe_file import load_recipe
+from microdit.terminal import PlainConsole, styled
 from microdit.training.start import is_finished
 from microdit.training.trainer import Trainer
 
@@ -34,18 +33,18 @@ def load_chain(folder: Path, overrides: list[str] | None) -> dict[str, Recipe]:
     return recipes
 
 
-def train_chain(recipes: dict[str, Recipe], out: Path, settings: Settings, console: Console, world: World) -> None:
+def train_chain(recipes: dict[str, Recipe], out: Path, settings: Settings, console: PlainConsole, world: World) -> None:
     """Train each into `out`/NAME. With `resume`, those that are finished are passed over. Raises what `Trainer` raises."""
     if not settings.resume and world.share(any((out / name).exists() for name in recipes)):
         raise UserError(f"{out} holds runs of these recipes already: go on with --resume, or choose another --out.")
     for number, (name, recipe) in enumerate(recipes.items(), start=1):
-        console.print(f"[bold]{number} of {len(recipes)}: {name}[/]")
+        console.print(styled(f"{number} of {len(recipes)}: {name}"))
         train_one(recipe, out / name, settings, console, world)
 
 
-def train_one(recipe: Recipe, run: Path, settings: Settings, console: Console, world: World) -> None:
+def train_one(recipe: Recipe, run: Path, settings: Settings, console: PlainConsole, world: World) -> None:
     """Nothing is done for a run that is finished. Raises what `Trainer` raises."""
     if settings.resume and world.share(is_finished(run, recipe)):
-        console.print(f"{run} is finished.", highlight=False)
+        console.print(f"{run} is finished.")
         return
     Trainer(recipe, run, console, world, settings.resume, settings.accept_changes, settings.price_per_hour).train()

@@ -5,10 +5,9 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID
 
-from microdit.terminal import LineOfProgress
+from microdit.terminal import LineOfProgress, PlainColumn, PlainConsole
 from microdit.training.tally import BINS, StepSums, by_noise
 
 SMOOTHING = 0.3  # of the speed that the time left is reckoned with
@@ -30,11 +29,11 @@ class Window:
 class Meters:
     """Adds up steps. `peak` is the FLOP/s of one process's device; the work is that of all `processes`."""
 
-    def __init__(self, first_step: int, total_steps: int, peak: float, processes: int, device: torch.device, console: Console):
+    def __init__(self, first_step: int, total_steps: int, peak: float, processes: int, device: torch.device, console: PlainConsole):
         self._peak, self._processes, self._device = peak, processes, device
         self._window = Window()
         self._flops_per_second: float | None = None
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
+        columns = (PlainColumn(), BarColumn(bar_width=20), MofNCompleteColumn(), PlainColumn("numbers"))
         self._progress = LineOfProgress(*columns, console=console, refresh_per_second=2)  # drawing takes milliseconds of a core
         self._task: TaskID = self._progress.add_task("start", completed=first_step, total=total_steps, numbers="")
 

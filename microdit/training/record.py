@@ -18,6 +18,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 import microdit
+from microdit.command_line import command_line
 from microdit.errors import UserError
 from microdit.files import from_checked_json, to_checked_json, write_aside
 from microdit.recipe import Recipe
@@ -41,7 +42,7 @@ class RunRecord:
         """Note one more start of the run in run.json, and the recipe that it follows."""
         path = self.run / RUN
         before = from_checked_json(path.read_bytes()) if path.is_file() else {"starts": []}
-        start = {"time": round(time.time(), 2), "command": " ".join(sys.argv), "host": socket.gethostname(), **start}
+        start = {"time": round(time.time(), 2), "command": command_line(sys.argv), "host": socket.gethostname(), **start}
         start |= {"git_commit": _git_commit(), "versions": _versions()}
         content = {"name": self.recipe.name, "data": data, "starts": [*before["starts"], start]}
         write_aside(path, to_checked_json(content))

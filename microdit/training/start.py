@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from microdit.model.microdit import ModelConfig
 from microdit.model.sizes import resolve
 from microdit.recipe import ModelRecipe, Recipe
 from microdit.recipe_file import with_todays_defaults
+from microdit.terminal import joined, styled
 from microdit.training.saving import newest_whole
 from microdit.training.state import TrainingState
 
@@ -222,12 +224,13 @@ def describe(recipe: Recipe, config: ModelConfig, data: EncodedSet, sets: list[E
     }
 
 
-def greeting(recipe: Recipe, run: Path, sets: list[EncodedSet], state: TrainingState, step: int, world: World) -> str:
-    """What begins, in words, for a console that knows markup."""
+def greeting(recipe: Recipe, run: Path, sets: list[EncodedSet], state: TrainingState, step: int, world: World) -> Text:
+    """What begins, in words."""
     start = f"from step {step}" if step else "from scratch" if recipe.init_from is None else f"from {recipe.init_from}"
     samples = " + ".join(f"{len(encoded):,}" for encoded in sets)
     ways = {"none": "", "ddp": f", copied to {world.size} processes", "fsdp": f", sharded over {world.size} processes"}
-    return (
-        f"[bold]{recipe.name}[/]: {state.parameters / 1e6:.1f} M parameters on {samples} samples, "
-        f"{recipe.total_steps:,} steps {start}, into {run}{ways[state.sharding]}."
+    return joined(
+        styled(recipe.name),
+        f": {state.parameters / 1e6:.1f} M parameters on {samples} samples, "
+        f"{recipe.total_steps:,} steps {start}, into {run}{ways[state.sharding]}.",
     )

@@ -21,9 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-
 from microdit.checkpoint import Checkpoint
 from microdit.devices import device_name
 from microdit.distributed import World
@@ -31,6 +28,7 @@ from microdit.errors import EXIT_BY_USER, EXIT_RESTART, DivergedError, StoppedEr
 from microdit.grids import save_png
 from microdit.model.routing import METHODS
 from microdit.recipe import PhaseRecipe, Recipe
+from microdit.terminal import PlainConsole, joined, styled
 from microdit.training.chips import peak_flops
 from microdit.training.cost import Cost
 from microdit.training.draws import MicroBatch, UndrawnBatch, add_draws
@@ -85,7 +83,7 @@ class Trainer:
         self,
         recipe: Recipe,
         run: Path,
-        console: Console,
+        console: PlainConsole,
         world: World,
         resume: bool = False,
         accept_changes: bool = False,
@@ -245,7 +243,7 @@ class Trainer:
             measured |= self.held_out.measure(self.state.gradients.current_loss(), self.recipe.engine.compile)
         if self.quality and (_due(self.step, record.quality_every) or last) and not in_haste:
             figures = self.quality.measure(self.state.drawing_model())
-            self.console.print(self.quality.in_words(self.step, figures), highlight=False)
+            self.console.print(self.quality.in_words(self.step, figures))
             measured |= figures
         return measured
 
@@ -346,7 +344,7 @@ class Trainer:
         self.cost.earlier_dollars = max(self.cost.earlier_dollars, checkpoint.state["dollars"] or 0.0)
 
     def _warn(self, sentence: str) -> None:
-        self.console.print(f"[yellow]{escape(sentence)}[/]")
+        self.console.print(styled(sentence, "yellow"))
 
     def _welcome(self) -> None:
         """Say what begins, and note it in the record."""
@@ -355,7 +353,7 @@ class Trainer:
             machine = {"world_size": world.size, "device": device_name(world.device), "price_per_hour": self.cost.price_per_hour}
             self.record.started(data, {**machine, "from_step": self.step})
         text = greeting(self.recipe, self.run, self.mixture.sets, self.state, self.step, world)
-        self.console.print(f"{text} Utilisation is against {self.peak / 1e12:.3g} TFLOP/s, {self.peak_source}.")
+        self.console.print(joined(text, f" Utilisation is against {self.peak / 1e12:.3g} TFLOP/s, {self.peak_source}."))
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -5,20 +5,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from microdit.budget.machine import find_machine
 from microdit.budget.plan import buy
 from microdit.budget.reckoning import Budget, load_recipes, reckon
 from microdit.budget.shapes import Given
 from microdit.budget.show import show
+from microdit.terminal import PlainConsole
 from tests.budget.test_bill import PUBLISHED, machine
 
 DOCS = Path(__file__).parents[2] / "docs" / "budget.md"
 
 
 def printed(budget: Budget, width: int = 80) -> str:
-    console = Console(file=io.StringIO(), width=width, no_color=True, record=True)
+    console = PlainConsole(file=io.StringIO(), width=width, no_color=True, record=True)
     show(budget, console)
     return "".join(f"{line.rstrip()}\n" for line in console.export_text().splitlines())
 

@@ -3,11 +3,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from microdit.evaluation.comparison import comparison_table, comparison_words
 from microdit.evaluation.published import TITLES, load_published
 from microdit.evaluation.run_results import GenEvalResult, Measured, RunResult
+from microdit.terminal import PlainConsole
 from tests.evaluation.test_comparability import OFFICIAL
 
 PUBLISHED = load_published()
@@ -22,7 +22,7 @@ EMOJI = RunResult(
 
 
 def printed(table: str, runs: list[RunResult], width: int = 250) -> list[str]:
-    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = PlainConsole(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(comparison_table(PUBLISHED, table, runs))
     return console.export_text().splitlines()
 

@@ -1,9 +1,11 @@
 """Against a real server on this machine, with scripted answers and faults."""
 
 import base64
+import contextlib
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,8 +20,9 @@ import pytest
 from PIL import Image
 
 from microdit.errors import UserError
-from microdit.evaluation.judge import VisionJudge, estimate, judge_all, read_choice
+from microdit.evaluation.judge import LONGEST_ANSWER, VisionJudge, estimate, judge_all, read_choice
 from microdit.evaluation.preference import VerdictFile, both_orders, read_pairs
+from microdit.evaluation.request_log import REQUESTS, Answer, Exchange, RequestLog
 from tests.evaluation.test_preference import lines_of, write_folders
 
 KEY = "sk-very-secret-0123456789"
@@ -117,6 +120,11 @@ def judge_at(url: str, **settings: float) -> VisionJudge:
     return VisionJudge(url, "eyes-1", **{"backoff": 0.001, "timeout": 60, **settings})
 
 
+def new_exchange() -> Exchange:
+    """One that is not written down."""
+    return Exchange(lambda *_, **__: None)
+
+
 def test_a_perfect_judge_gives_everything_to_the_better_model(questions, tmp_path):
     with serving(perfect) as server:
         result = judge_all(VerdictFile(tmp_path / "verdicts.jsonl", questions, "eyes-1"), judge_at(server.url))
@@ -173,6 +181,106 @@ def test_faults_that_pass_lose_nothing_and_no_question_is_asked_again_after_its_
     assert len(server.answered) == len(lines_of(path)) == 24
 
 
+def test_a_request_is_noted_before_it_is_sent_and_its_answer_before_the_next(questions, tmp_path):
+    events: list[list[str]] = []
+
+    def script(handler: Handler, number: int, order: str) -> str | None:
+        events.append([line["event"] for line in lines_of(tmp_path / REQUESTS)])
+        if number == 1:
+            return handler.send(500, "oh no")
+        return "I like cats." if number == 0 else "A"
+
+    with serving(script) as server:
+        judge_all(VerdictFile(tmp_path / "verdicts.jsonl", questions[:2], "eyes-1"), judge_at(server.url), concurrency=1)
+    assert events == [
+        ["sent"],
+        ["sent", "answered", "sent"],
+        ["sent", "answered", "sent", "failed", "sent"],
+        ["sent", "answered", "sent", "failed", "sent", "answered", "sent"],
+    ]
+
+
+def test_answers_of_an_earlier_start_are_not_asked_for_again(questions, tmp_path):
+    """Nonsense counts among the three times that a question is asked; a clear answer whose verdict was not written yet makes it."""
+    with RequestLog(tmp_path / REQUESTS, questions[:4], "eyes-1") as log:
+        for question, words in zip(questions[:3], (["A"], ["Cats!"], ["Cats!", "Cats!"]), strict=True):
+            for word in words:
+                log.exchange(question).sending()
+                log.exchange(question).answered(Answer(word, 100))
+        log.exchange(questions[1]).sending()
+        log.exchange(questions[3]).sending()
+    told: list[str] = []
+    with serving(lambda *_: "Dogs!") as server:
+        file = VerdictFile(tmp_path / "verdicts.jsonl", questions[:4], "eyes-1")
+        with pytest.raises(UserError, match="No pair has clear verdicts"):
+            judge_all(file, judge_at(server.url), warn=told.append)
+    assert len(server.bodies) == 0 + 2 + 1 + 3
+    verdicts = {(line["pair"], line["order"]): line for line in lines_of(file.path)}
+    assert [verdicts[question.pair.index, question.order]["tokens"] for question in questions[:4]] == [100, 300, 300, 300]
+    assert verdicts[0, "AB"]["verdict"] == "A"
+    assert told == ["2 requests were under way when an earlier start ended: what they asked is asked again, and may be paid twice."]
+
+
+def test_an_answer_without_an_end_is_not_read_to_its_end(pictures):
+    sent = 0
+
+    def script(handler: Handler, number: int, order: str) -> None:
+        nonlocal sent
+        handler.send_response(200)
+        handler.end_headers()
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1000):
+                sent += handler.wfile.write(b" " * 100_000)
+
+    with (
+        serving(script) as server,
+        pytest.raises(UserError, match=f"answers 200: more than {LONGEST_ANSWER:,} bytes, which is no chat completion"),
+    ):
+        judge_at(server.url)("a cat", *pictures, new_exchange())
+    assert len(server.bodies) == 1
+    assert sent < 50_000_000  # the buffers of the connection
+
+
+DRIPS = {
+    "header": b"HTTP/1.1 200 OK\r\nX-Slow: ",
+    "body": b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n",
+    "refusal": b"HTTP/1.1 400 Bad\r\nContent-Length: 100000\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("place", DRIPS)
+def test_a_server_that_sends_a_byte_now_and_then_is_left_after_a_while(pictures, place):
+    released = threading.Event()
+
+    def script(handler: Handler, number: int, order: str) -> None:
+        handler.wfile.write(DRIPS[place])
+        with contextlib.suppress(ConnectionError):
+            while not released.wait(0.02):
+                handler.wfile.write(b"x")
+
+    with serving(script) as server:
+        with pytest.raises(UserError, match=r"breaks off: no whole answer within 0\.3 seconds\. Given up after 2 tries"):
+            judge_at(server.url, longest=0.3, retries=1)("a cat", *pictures, new_exchange())
+        released.set()
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_an_answer_that_is_nested_too_deeply_is_a_sentence(pictures, status):
+    sentence = r"its answer is no chat completion\. Given up after 2 tries" if status == 200 else r"answers 400: \{\"error\":\[\[\["
+    with (
+        serving(lambda handler, *_: handler.send(status, '{"error":' + "[" * 100_000)) as server,
+        pytest.raises(UserError, match=sentence),
+    ):
+        judge_at(server.url, retries=1)("a cat", *pictures, new_exchange())
+
+
+def test_what_a_server_says_is_shown_without_its_commands_to_the_terminal(pictures):
+    words = json.dumps({"error": {"message": "bad \x1b[2J\r\n\u202e model"}})
+    with serving(lambda handler, *_: handler.send(400, words)) as server, pytest.raises(UserError) as caught:
+        judge_at(server.url)("a cat", *pictures, new_exchange())
+    assert str(caught.value).endswith(r"answers 400: bad \u001b[2J \u202e model")
+
+
 def test_a_slow_answer_is_asked_for_again(pictures):
     released = threading.Event()
 
@@ -182,7 +290,7 @@ def test_a_slow_answer_is_asked_for_again(pictures):
         return perfect(handler, number, order)
 
     with serving(script) as server:
-        reply = judge_at(server.url, timeout=0.5, retries=30)("a cat", *pictures)
+        reply = judge_at(server.url, timeout=0.5, retries=30)("a cat", *pictures, new_exchange())
         released.set()
     assert reply.choice == "first"
     assert len(server.bodies) > 1
@@ -191,7 +299,7 @@ def test_a_slow_answer_is_asked_for_again(pictures):
 @pytest.mark.parametrize(("nonsense", "choice", "tokens"), [(1, "first", 200), (2, "first", 300), (3, "unclear", 300)])
 def test_nonsense_is_asked_again_twice_and_then_unclear(pictures, nonsense, choice, tokens):
     with serving(lambda handler, number, order: "I like cats." if number < nonsense else "A") as server:
-        reply = judge_at(server.url)("a cat", *pictures)
+        reply = judge_at(server.url)("a cat", *pictures, new_exchange())
     assert (reply.choice, reply.tokens, len(server.bodies)) == (choice, tokens, tokens // 100)
     assert reply.answer == ("I like cats." if choice == "unclear" else "A")
 
@@ -228,7 +336,7 @@ def test_no_more_requests_run_at_a_time_than_are_allowed(questions, tmp_path):
 def test_what_does_not_pass_is_one_sentence_at_once(pictures, status, body, sentence):
     elsewhere = {"Location": "http://127.0.0.1:1/"} if status == 307 else {}
     with serving(lambda handler, *_: handler.send(status, body, **elsewhere)) as server, pytest.raises(UserError, match=sentence) as caught:
-        judge_at(server.url)("a cat", *pictures)
+        judge_at(server.url)("a cat", *pictures, new_exchange())
     assert len(server.bodies) == 1
     assert KEY not in str(caught.value)
 
@@ -238,10 +346,10 @@ def test_faults_that_do_not_pass_are_given_up(pictures):
         serving(lambda handler, *_: handler.send(500, "oh no")) as server,
         pytest.raises(UserError, match="answers 500: oh no Given up after 3 tries"),
     ):
-        judge_at(server.url, retries=2)("a cat", *pictures)
+        judge_at(server.url, retries=2)("a cat", *pictures, new_exchange())
     assert len(server.bodies) == 3
     with pytest.raises(UserError, match=r"cannot be reached or breaks off: Connection refused\. Given up after 2 tries"):
-        judge_at(server.url, retries=1)("a cat", *pictures)
+        judge_at(server.url, retries=1)("a cat", *pictures, new_exchange())
 
 
 def test_a_server_that_wants_hours_is_not_waited_for(pictures):
@@ -249,7 +357,7 @@ def test_a_server_that_wants_hours_is_not_waited_for(pictures):
         serving(lambda handler, *_: handler.send(429, "quota", Retry_After="7200")) as server,
         pytest.raises(UserError, match="asks to wait 7200 seconds"),
     ):
-        judge_at(server.url)("a cat", *pictures)
+        judge_at(server.url)("a cat", *pictures, new_exchange())
     assert len(server.bodies) == 1
 
 
@@ -262,7 +370,7 @@ root = Path(sys.argv[1])
 judge = VisionJudge(sys.argv[2], "eyes-1", timeout=60, backoff=0.001)
 print(judge)
 file = VerdictFile(root / "verdicts.jsonl", both_orders(read_pairs(root / "a", root / "b")), "eyes-1")
-print(judge_all(file, judge, 3, print))
+print(judge_all(file, judge, 3, print, print))
 """
 
 
@@ -290,7 +398,7 @@ def test_killed_again_and_again_it_goes_on_and_pays_only_for_what_was_under_way(
             seen += child.communicate()[0]
             assert child.returncode == -signal.SIGKILL
             with server.lock:
-                lost = sum(server.asked.values()) - len(lines_of(tmp_path / "verdicts.jsonl"))
+                lost = sum(server.asked.values()) - sum(line["event"] == "answered" for line in lines_of(tmp_path / REQUESTS))
             stops.pop(0)
             reached.clear()
             released.set()
@@ -303,6 +411,11 @@ def test_killed_again_and_again_it_goes_on_and_pays_only_for_what_was_under_way(
     assert all(line["verdict"] == "A" for line in lines)
     assert 3 <= lost <= 3 * 3  # three kills, with one to three requests under way
     assert sum(server.asked.values()) == 24 + lost
+    events = Counter(line["event"] for line in lines_of(tmp_path / REQUESTS))
+    assert lost <= events["failed"] <= 3 * 3  # what is noted may have been killed before it was sent
+    assert (events["sent"], events["answered"]) == (24 + events["failed"], 24)
+    told = re.findall(r"(\d+) requests? w\w+ under way when an earlier start ended: .* may be paid twice", seen)
+    assert sum(map(int, told)) == events["failed"]
     assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
     assert KEY not in seen
     assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
@@ -310,7 +423,7 @@ def test_killed_again_and_again_it_goes_on_and_pays_only_for_what_was_under_way(
 
 def test_a_key_that_a_server_repeats_is_not_written_down(pictures):
     with serving(lambda *_: f"A is better, {KEY}") as server:
-        assert judge_at(server.url)("a cat", *pictures).answer == "A is better, ***"
+        assert judge_at(server.url)("a cat", *pictures, new_exchange()).answer == "A is better, ***"
 
 
 def test_the_key_is_optional_and_a_damaged_one_is_not_repeated(pictures, monkeypatch):
@@ -320,15 +433,18 @@ def test_the_key_is_optional_and_a_damaged_one_is_not_repeated(pictures, monkeyp
     assert KEY not in str(caught.value)
     monkeypatch.delenv("MICRODIT_JUDGE_KEY")
     with serving(lambda *_: "TIE") as server:
-        assert judge_at(server.url)("a cat", *pictures).choice == "tie"
+        assert judge_at(server.url)("a cat", *pictures, new_exchange()).choice == "tie"
         monkeypatch.setenv("OPENAI_API_KEY", "other")
-        judge_at(server.url)("a cat", *pictures)
+        judge_at(server.url)("a cat", *pictures, new_exchange())
     assert "Authorization" not in server.headers[0]
     assert server.headers[1]["Authorization"] == "Bearer other"
     assert "other" not in repr(judge_at(server.url))
 
 
-@pytest.mark.parametrize("url", ["", "api.openai.com/v1", "ftp://x/v1", "http://me:secret@host/v1", "http://host:abc/v1", "http://a b"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "api.openai.com/v1", "ftp://x/v1", "http://me:secret@host/v1", "http://host:abc/v1", "http://a b", "http://host/v1?key=secret"],
+)
 def test_an_address_that_is_none_is_refused(url):
     with pytest.raises(UserError, match="must look like") as caught:
         judge_at(url)
@@ -356,6 +472,8 @@ def test_an_address_that_is_none_is_refused(url):
         ('{"first": "A", "second": "B"}', None),
         ("{{{", None),
         ("!" * 5000 + "x", None),
+        ("<think>" * 100_000, None),
+        ('{"answer": ' + "[" * 100_000 + "}", None),
     ],
 )
 def test_choices_are_read_from_words_and_json_but_never_guessed(answer, choice):

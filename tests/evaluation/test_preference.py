@@ -30,11 +30,11 @@ def write_folders(root: Path, count: int) -> tuple[Path, Path]:
     return folders
 
 
-def likes_red(prompt: str, first: Path, second: Path) -> Reply:
+def likes_red(prompt: str, first: Path, second: Path, *_: object) -> Reply:
     return Reply("first" if first.parent.name == "a" else "second", "because", tokens=10)
 
 
-def ask_nobody(prompt: str, first: Path, second: Path) -> Reply:
+def ask_nobody(prompt: str, first: Path, second: Path, *_: object) -> Reply:
     raise AssertionError("paid twice")
 
 
@@ -63,7 +63,7 @@ def test_a_judge_who_always_takes_the_first_gives_nothing_to_anyone(questions, t
 
 
 def test_a_tie_in_one_order_makes_the_pair_a_tie_and_unclear_ones_are_left_out(questions, tmp_path):
-    def judge(prompt: str, first: Path, second: Path) -> Reply:
+    def judge(prompt: str, first: Path, second: Path, *_: object) -> Reply:
         number = int(first.stem)
         if number == 0:
             return Reply("tie", "TIE") if first.parent.name == "b" else Reply("first", "A")
@@ -85,7 +85,7 @@ def test_nothing_but_unclear_verdicts_is_said_in_a_sentence(questions, tmp_path)
 def test_a_failure_keeps_what_was_answered_and_the_next_run_asks_only_the_rest(questions, tmp_path):
     path, asked = tmp_path / "verdicts.jsonl", []
 
-    def judge(prompt: str, first: Path, second: Path) -> Reply:
+    def judge(prompt: str, first: Path, second: Path, *_: object) -> Reply:
         if len(asked) == 7:
             raise UserError("The endpoint is down.")
         asked.append((first, second))
@@ -97,7 +97,7 @@ def test_a_failure_keeps_what_was_answered_and_the_next_run_asks_only_the_rest(q
     file.close()
     assert len(lines_of(path)) == 7
 
-    def second_judge(prompt: str, first: Path, second: Path) -> Reply:
+    def second_judge(prompt: str, first: Path, second: Path, *_: object) -> Reply:
         asked.append((first, second))
         return likes_red(prompt, first, second)
 

@@ -203,6 +203,7 @@ def test_nothing_but_the_pictures_can_be_fetched(questions, tmp_path, path):
         ("POST", "/vote", b"{", JSON, 400),
         ("POST", "/vote", b"\xff", JSON, 400),
         ("POST", "/vote", b"[]", JSON, 400),
+        ("POST", "/vote", b"[" * 1000, JSON, 400),
         ("POST", "/vote", b'{"question": 0}', JSON, 400),
         ("POST", "/vote", b'{"question": 6, "choice": "tie"}', JSON, 400),
         ("POST", "/vote", b'{"question": -1, "choice": "tie"}', JSON, 400),

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from microdit.diffusion.edm import EDM
 from microdit.distributed import start_world
 from microdit.errors import UserError
 from microdit.model.sizes import Size, resolve
 from microdit.recipe_file import load_recipe
+from microdit.terminal import PlainConsole
 from microdit.training.cost import Cost
 from microdit.training.held_out import HeldOut
 from microdit.training.meters import Meters, in_words
@@ -48,7 +48,7 @@ def test_the_work_left_is_the_sum_of_the_steps_left():
 
 
 def test_meters_give_means_and_rates():
-    meters = Meters(0, 10, peak=1e9, processes=2, device=torch.device("cpu"), console=Console(quiet=True))
+    meters = Meters(0, 10, peak=1e9, processes=2, device=torch.device("cpu"), console=PlainConsole(quiet=True))
     meters._window.started -= 2.0  # two seconds ago
     for index, loss in enumerate((1.0, 3.0)):
         sums = StepSums([4 * loss] + [0.0] * 7, [4.0] + [0.0] * 7)
