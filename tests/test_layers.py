@@ -18,12 +18,16 @@ LAYERS = [
     ("checkpoint", "prompts", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),
     ("model",),
-    ("files", "errors", "formats", "terminal", "distributed", "devices", "markdown"),
+    ("files", "locks", "folder_lock", "errors", "formats", "terminal", "distributed", "devices", "markdown"),
     ("printable", "command_line", "foreign_json"),
 ]
 FRIENDS = {
     ("data", "encoders"),
     ("files", "errors"),
+    ("locks", "errors"),
+    ("folder_lock", "errors"),
+    ("folder_lock", "locks"),
+    ("folder_lock", "distributed"),
     ("distributed", "errors"),
     ("devices", "errors"),
     ("distributed", "devices"),

@@ -22,6 +22,7 @@ from typing import Any
 from microdit.distributed import World
 from microdit.errors import DivergedError, UserError
 from microdit.files import write_aside
+from microdit.folder_lock import sole_writer
 from microdit.grids import draw_grid, save_png
 from microdit.lab.plan import ArmPlan, make_plan
 from microdit.lab.reading import Reader
@@ -108,9 +109,11 @@ def _train_to(recipe: Recipe, seed: int, step: int, run: Path, world: World) -> 
     """A longer phase with a constant rate is the same phase, so a run that ended goes on."""
     record = replace(recipe.record, checkpoint_every=max(step, 1), keep_checkpoints=1, sample_prompts=[], held_out_every=step + 1)
     leg = replace(stretched(recipe, step), seed=seed, record=record)
-    trainer = Trainer(leg, run, PlainConsole(quiet=True), world, resume=run.exists(), accept_changes=True)
-    if trainer.step < step:
-        trainer.train()
+    begun = run.exists()
+    with sole_writer(run, world):
+        trainer = Trainer(leg, run, PlainConsole(quiet=True), world, resume=begun, accept_changes=True)
+        if trainer.step < step:
+            trainer.train()
 
 
 def _append(out: Path, line: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from microdit.checkpoint import (
 from microdit.data.latents import EncodedSet
 from microdit.distributed import World
 from microdit.errors import UserError
+from microdit.folder_lock import LOCK
 from microdit.model.microdit import ModelConfig
 from microdit.model.sizes import resolve
 from microdit.recipe import ModelRecipe, Recipe
@@ -68,7 +69,7 @@ def find_checkpoint(
     Raises UserError if there is a run and `resume` is not asked for, or if it was of another recipe, data or architecture.
     """
     if not resume:
-        if world.share(run.exists() and any(run.iterdir())):
+        if world.share(run.exists() and any(path.name != LOCK for path in run.iterdir())):
             raise UserError(f"{run} holds a run already: go on with --resume, or choose another --out.")
         return None
     checkpoint = newest_whole(run, world, warn)
