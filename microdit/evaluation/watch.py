@@ -4,7 +4,6 @@ OUT/step-00000500/   one evaluation
 OUT/quality.html     all of them: every metric against images seen, GPU-hours and, where a price is known, dollars
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from microdit.evaluation.evaluate import Question, evaluate
 from microdit.evaluation.metrics import METRICS, label
 from microdit.evaluation.painters import Compute, DrawSettings, RunPainter
 from microdit.files import write_aside
+from microdit.foreign_json import parse_json
 from microdit.hub.opening import opened_run
 from microdit.page import page_template
 from microdit.pipeline import Pipeline
@@ -104,7 +104,7 @@ def _write_page(path: Path, run: Path, out: Path) -> None:
 def _result(file: Path) -> dict[str, Any]:
     """What an evaluation has written; empty if there is none, or it is damaged, so that it is made anew."""
     try:
-        result = json.loads(file.read_text())
+        result = parse_json(file.read_bytes())
     except (OSError, ValueError):
         return {}
     return result if isinstance(result, dict) and isinstance(result.get("metrics"), dict) else {}
