@@ -9,6 +9,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+CHECKSUM = "self_sha256"  # the last entry of a JSON file that holds its own checksum
+
 
 def write_aside(path: Path, content: bytes) -> None:
     """Write `content` beside `path`, flush it to the disk, then rename: `path` is either the old file or the new."""
@@ -43,7 +45,7 @@ def sha256_of(path: Path) -> str:
 
 def to_checked_json(content: Mapping[str, Any]) -> bytes:
     """JSON whose first entry says that it has a checksum, and whose last one is that checksum: the SHA-256 of all bytes before it."""
-    body = json.dumps({"checksum": "sha256", **content}, indent=1).removesuffix("\n}").encode()
+    body = json.dumps({"checked_by": CHECKSUM, **content}, indent=1).removesuffix("\n}").encode()
     return body + _closing(hashlib.sha256(body).hexdigest())
 
 
@@ -59,13 +61,13 @@ def from_checked_json(raw: bytes) -> dict[str, Any]:
         raise ValueError("it is nested too deep") from error
     if not isinstance(content, dict):
         raise ValueError("it is no JSON object")
-    announced, checksum = content.pop("checksum", None), content.pop("sha256", None)
+    announced, checksum = content.pop("checked_by", None), content.pop(CHECKSUM, None)
     if announced is not None or checksum is not None:
-        body = raw.rpartition(b',\n "sha256": ')[0]
+        body = raw.rpartition(f',\n "{CHECKSUM}": '.encode())[0]
         if checksum != hashlib.sha256(body).hexdigest() or raw != body + _closing(checksum):
             raise ValueError("its checksum differs")
     return content
 
 
 def _closing(checksum: str) -> bytes:
-    return f',\n "sha256": "{checksum}"\n}}'.encode()
+    return f',\n "{CHECKSUM}": "{checksum}"\n}}'.encode()

@@ -5,7 +5,15 @@ import pytest
 from microdit.files import from_checked_json, to_checked_json
 from tests.damage import ALL_BITS, flips
 
-CONTENT = {"step": 60, "loss": 0.1, "nothing": None, "name": "gr\u00fcn \ud800", "files": {"a": [1, {"b": True}]}, "nan": float("inf")}
+CONTENT = {
+    "step": 60,
+    "loss": 0.1,
+    "nothing": None,
+    "name": "gr\u00fcn \ud800",
+    "sha256": "of something else",
+    "files": {"a": [1, {"b": True}]},
+    "nan": float("inf"),
+}
 
 
 def test_it_is_json_to_others_and_the_same_content_to_us():
@@ -39,6 +47,6 @@ def test_what_is_no_object_is_refused(content):
 def test_what_has_no_checksum_is_read_as_it_is():
     assert from_checked_json(b'{"step": 60}') == {"step": 60}
     with pytest.raises(ValueError, match="its checksum differs"):
-        from_checked_json(to_checked_json(CONTENT).replace(b'"sha256": ', b'"other": '))
+        from_checked_json(to_checked_json(CONTENT).replace(b'"self_sha256": ', b'"other": '))
     with pytest.raises(ValueError, match="its checksum differs"):
         from_checked_json(to_checked_json(CONTENT) + b"\n")

@@ -6,7 +6,7 @@ from microdit.recipe_file import load_recipe
 from microdit.report import report_page
 from microdit.run_folder import RunFolder
 from microdit.training.record import RunRecord
-from tests.damage import flips
+from tests.damage import ALL_BITS, flips
 from tests.training.processes import RECIPE
 
 
@@ -21,11 +21,12 @@ def run(tmp_path, encoded_emoji):
     return RunFolder(tmp_path)
 
 
-def test_a_flipped_bit_of_run_json_is_noticed(run):
+@pytest.mark.parametrize("bits", [None, pytest.param(ALL_BITS, marks=pytest.mark.slow)])
+def test_a_flipped_bit_of_run_json_is_noticed(run, bits):
     assert [start["from_step"] for start in run.starts] == [0, 20]
     assert not run.has_damaged_record
     before = run.record
-    for _ in flips(run.path / "run.json"):
+    for _ in flips(run.path / "run.json", bits=bits):
         assert (run.record, run.starts, run.has_damaged_record) == ({}, [], True)
     assert run.record == before
 

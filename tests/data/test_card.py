@@ -7,7 +7,7 @@ from microdit.data.card import read_card
 from microdit.data.latents import EncodedSet
 from microdit.errors import UserError
 from microdit.files import from_checked_json
-from tests.damage import flips
+from tests.damage import ALL_BITS, flips
 
 
 @pytest.fixture
@@ -15,9 +15,10 @@ def copy(encoded_emoji, tmp_path):
     return shutil.copytree(encoded_emoji, tmp_path / "copy")
 
 
-def test_a_flipped_bit_of_the_card_is_noticed_at_opening(copy):
+@pytest.mark.parametrize("bits", [None, pytest.param(ALL_BITS, marks=pytest.mark.slow)])
+def test_a_flipped_bit_of_the_card_is_noticed_at_opening(copy, bits):
     card = read_card(copy)
-    for _ in flips(copy / "card.json"):
+    for _ in flips(copy / "card.json", bits=bits):
         with pytest.raises(UserError, match=r"card\.json is damaged .*: encode the data again"):
             EncodedSet(copy)
     assert read_card(copy) == card

@@ -12,7 +12,7 @@ from microdit.errors import UserError
 from microdit.recipe_file import load_recipe
 from microdit.training.saving import Saver, load_into, newest_whole
 from microdit.training.start import describe, is_finished, model_config
-from tests.damage import flips
+from tests.damage import ALL_BITS, flips
 from tests.training.processes import RECIPE
 
 
@@ -146,7 +146,8 @@ def test_every_single_flipped_bit_is_noticed(tmp_path, world):
     assert newest_whole(tmp_path, world, pytest.fail, skip=2) is None
 
 
-def test_a_flipped_bit_of_state_json_is_noticed_and_the_one_before_is_taken(tmp_path, world, encoded_emoji):
+@pytest.mark.parametrize("bits", [None, pytest.param(ALL_BITS, marks=pytest.mark.slow)])
+def test_a_flipped_bit_of_state_json_is_noticed_and_the_one_before_is_taken(tmp_path, world, encoded_emoji, bits):
     recipe, data = load_recipe(RECIPE, [f"data.path={encoded_emoji}"]), EncodedSet(encoded_emoji)
     saver = Saver(tmp_path, world, keep=5, keep_every=None, warn=pytest.fail)
     for step in (20, recipe.total_steps):
@@ -154,7 +155,7 @@ def test_a_flipped_bit_of_state_json_is_noticed_and_the_one_before_is_taken(tmp_
     saver.finish()
     newest = tmp_path / "checkpoints" / f"step-{recipe.total_steps:08d}"
     assert is_finished(tmp_path, recipe)
-    for _ in flips(newest / "state.json"):
+    for _ in flips(newest / "state.json", bits=bits):
         with pytest.raises(UserError, match=f"{newest} is damaged"):
             open_checkpoint(newest)
     content = (newest / "state.json").read_bytes()
