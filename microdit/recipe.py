@@ -162,6 +162,7 @@ class Recipe:
     name: str = MISSING
     seed: int = 0
     init_from: str | None = None  # begin with the weights of another run: one beside this one's folder, or a path
+    init_weights: str = "model"  # which of them: model, or an average: ema (the first), ema-DECAY
     data: DataRecipe = field(default_factory=DataRecipe)
     model: ModelRecipe = MISSING
     diffusion: DiffusionRecipe = field(default_factory=DiffusionRecipe)

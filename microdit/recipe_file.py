@@ -143,6 +143,10 @@ def _problems(recipe: Recipe) -> list[str]:
         recipe.optimizer.moments == "float32" or recipe.optimizer.method == "adamw",
         "optimizer.moments int8 is for optimizer.method adamw: muon has one moment, in float32.",
     )
+    need(
+        recipe.init_weights == "model" or recipe.init_from is not None,
+        f"init_weights {recipe.init_weights} chooses among the weights of init_from, which names no run: name one, or leave it out.",
+    )
     need(recipe.guard.loss_jump > 1 and recipe.guard.rollback_after >= 1, "guard.loss_jump must be above 1, rollback_after at least 1.")
     need(bool(recipe.phases), "phases is empty: a run needs at least one.")
     data = recipe.data

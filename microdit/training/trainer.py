@@ -100,7 +100,7 @@ class Trainer:
         self.config = model_config(recipe, self.data)
         if recipe.engine.compile:
             keep_compiled(run)
-        weights = None if checkpoint else first_weights(recipe, run, self.config, self.data)
+        weights = None if checkpoint else first_weights(recipe, run, self.config, self.data, self._warn)
         self.state = TrainingState(recipe, self.config, world, weights, fresh=checkpoint is None)
         self.guard = Guard(recipe.guard, world.device)
         self.step = 0  # as many have been given to the device
