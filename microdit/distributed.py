@@ -86,12 +86,12 @@ class World:
         """Add to `answered` whoever does."""
         if self.store is None:  # alone
             return
-        self.store.set(f"here/{self.rank}", "")
         for rank in range(self.size):
             try:
+                self.store.set(f"here/{self.rank}", "")
                 self.store.wait([f"here/{rank}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
                 answered.add(rank)
-            except dist.DistStoreError:  # not in time
+            except dist.DistError:  # not in time, or the store was in a process that died
                 continue
 
     def wait_for_all(self) -> None:
@@ -113,7 +113,8 @@ def start_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
         store = _meeting_place(size)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     groups = dist.new_group(backend="gloo", timeout=timeout), dist.new_group(backend="gloo", timeout=timeout)
-    return _introduced(World(rank, size, chosen, *groups, store))
+    world = World(rank, size, chosen, *groups, store)
+    return world if store is None else _introduced(world)
 
 
 def _introduced(world: World) -> World:

@@ -24,7 +24,7 @@ class StopRequests:
 
 
 def restart_when_asked() -> None:
-    """End the program at SIGTERM with the exit code that means "start me again", at once: before and after training there is nothing to save.
+    """End the program at once at SIGTERM, with the exit code that means "start me again": there is nothing to save yet.
 
     `stop_requests` takes SIGTERM over while a training runs.
     """
