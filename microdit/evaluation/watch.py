@@ -5,6 +5,7 @@ OUT/quality.html     all of them: every metric against images seen, GPU-hours an
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,20 @@ def watch_run(run: Path, reference: Source, question: Question, settings: DrawSe
     if not is_run(run):
         raise UserError(f"{run} is no run folder: there is no recipe.yaml in it. --watch needs what 'microdit train' writes.")
     page, waiting = out / "quality.html", False
+    said: set[str] = set()
+
+    def warn_once(sentence: str) -> None:
+        if sentence not in said:
+            warn(sentence)
+        said.add(sentence)
+
     while True:
         ended = state_of(RunFolder(run).status) != "running"  # asked before the folder is read: a last checkpoint is not missed
-        checkpoint = world.share(_next(run, out, settings.weights) if world.is_main else None)
+        checkpoint = world.share(next_checkpoint(run, out, settings.weights, warn_once) if world.is_main else None)
         if checkpoint is not None:
             waiting = False
             console.print(styled(f"Step {checkpoint.step:,}"))
-            painter = _open(run, checkpoint, settings, world, compute)
+            painter = open_watched(run, checkpoint, settings, world, compute)
             if painter is None:
                 warn(f"{checkpoint.folder} was deleted before it could be read: record.keep_every keeps checkpoints.")
                 continue
@@ -62,7 +70,7 @@ def watch_run(run: Path, reference: Source, question: Question, settings: DrawSe
     return page
 
 
-def _next(run: Path, out: Path, weights: str | None) -> Checkpoint | None:
+def next_checkpoint(run: Path, out: Path, weights: str | None, warn: Callable[[str], None]) -> Checkpoint | None:
     """The oldest one that is whole and not evaluated. Damaged ones are passed over with a sentence, those that vanish without."""
     for folder in reversed(checkpoint_folders(run)):
         if _result(out / folder.name / "metrics.json"):
@@ -70,7 +78,9 @@ def _next(run: Path, out: Path, weights: str | None) -> Checkpoint | None:
         try:
             checkpoint = open_checkpoint(folder)
             name = weights or default_weights(checkpoint)
-            if name in checkpoint.weights and not checkpoint.damage_of(name):
+            if damaged := checkpoint.damage_of(name):
+                raise UserError(f"{folder} is damaged ({', '.join(damaged)}: not what was written).")
+            if name in checkpoint.weights:
                 return checkpoint
         except UserError as error:
             if folder.is_dir():
@@ -78,7 +88,7 @@ def _next(run: Path, out: Path, weights: str | None) -> Checkpoint | None:
     return None
 
 
-def _open(run: Path, checkpoint: Checkpoint, settings: DrawSettings, world: World, compute: Compute) -> RunPainter | None:
+def open_watched(run: Path, checkpoint: Checkpoint, settings: DrawSettings, world: World, compute: Compute) -> RunPainter | None:
     """None on all processes if the trainer has deleted it in the meantime."""
     painter = None
     try:
