@@ -35,10 +35,10 @@ def draw_pictures(
     of this process's share (see `steps_to_draw`). Raises UserError if the folder holds pictures made otherwise, or another program draws
     there.
     """
-    objection = world.share(_claim(folder, painter, prompts, settings) if world.is_main else None)
-    if objection:
-        raise UserError(objection)
     with sole_writer(folder, world):
+        objection = world.share(_claim(folder, painter, prompts, settings) if world.is_main else None)
+        if objection:
+            raise UserError(objection)
         for start in _starts(len(prompts), painter.batch, world):
             numbers = range(start, min(start + painter.batch, len(prompts)))
             missing = [number for number in numbers if not (folder / name(number)).is_file()]
@@ -82,7 +82,10 @@ def _claim(folder: Path, painter: Painter, prompts: list[str], settings: DrawSet
     about = {**painter.about, "prompts": prompts, **asdict(settings)}
     path = folder / SETTINGS
     if path.is_file():
-        before = {"dtype": "float32", **json.loads(path.read_text())}  # earlier versions drew in no other
+        try:
+            before = {"dtype": "float32", **parse_json(path.read_bytes())}  # earlier versions drew in no other
+        except (OSError, ValueError, TypeError):
+            return f"{path} is damaged, and nothing else says how the pictures beside it were made: choose another --out, or delete them."
         changed = [key for key in about if before.get(key) != about[key]]
         return f"{folder} holds pictures made with another {', '.join(changed)}: choose another --out, or delete it." if changed else None
     write_aside(folder / "prompts.jsonl", "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts).encode())
