@@ -106,9 +106,6 @@ def train(
 
     Example: microdit train recipes/microdit-xl --resume --price-per-hour 2.5
     """
-    from microdit.training.stopping import restart_when_asked
-
-    restart_when_asked()  # before torch is imported, which takes seconds
     from microdit.devices import choose_dtype, device_errors_explained, in_words
     from microdit.distributed import start_world, stop_world
     from microdit.recipe_file import load_recipe

@@ -11,7 +11,7 @@ def notice(event, args):
     if event == "import" and args[0] == "torch":
         os.kill(os.getpid(), signal.SIGTERM)
 sys.addaudithook(notice)
-from microdit.cli import main
+from microdit.__main__ import main
 main()
 """
 
