@@ -20,20 +20,26 @@ def locked(path: Path, what: str) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{what} is in use by {_holder(file)}: wait for it, or stop it.") from None
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be locked against other processes: {error.strerror}. Choose a folder on another disk."
-            ) from None
+        _lock(file, fcntl.LOCK_EX, path, what)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
         yield
 
 
-def _holder(file: BinaryIO) -> str:
-    file.seek(0)
-    return file.read(200).decode(errors="replace") or "another process"
+def refuse_locked(path: Path, what: str) -> None:
+    """Raise UserError, as `locked` does, if another process holds the file. Several may ask at once."""
+    with path.open("rb") as file:
+        _lock(file, fcntl.LOCK_SH, path, what)
+
+
+def _lock(file: BinaryIO, kind: int, path: Path, what: str) -> None:
+    """Until the file is closed, or its process ends."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read(200).decode(errors="replace") or "another process"
+        raise UserError(f"{what} is in use by {holder}: wait for it, or stop it.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be locked against other processes: {error.strerror}. Choose a folder on another disk.") from None
