@@ -1,6 +1,7 @@
 """Run folders and other folders that one program writes for long: a second one is refused, and told who is at it."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -41,7 +42,7 @@ def _locked(folder: Path) -> Iterator[None]:
     made, path = not folder.exists(), folder / LOCK
     while True:
         with locked(path, str(folder)):
-            if path.is_file() and f"process {os.getpid()} " in path.read_text(errors="replace"):
+            if path.is_file() and path.read_text(errors="replace") == f"process {os.getpid()} on {socket.gethostname()}":
                 try:
                     yield
                 finally:

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from microdit.checkpoint import find_weights
+from microdit.files import from_checked_json
 from microdit.pipeline import Pipeline
 from tests.training.processes import RECIPE, losses, start, train, wait_for
 
@@ -267,7 +268,7 @@ def test_a_run_of_an_earlier_version_goes_on_where_recipes_have_got_new_keys_sin
     run = tmp_path / "older"
     shutil.copytree(whole_run, run)
     state = run / "checkpoints" / "step-00000040" / "state.json"
-    content = json.loads(state.read_text())
+    content = from_checked_json(state.read_bytes())
     del content["recipe"]["model"]["init_scale"], content["recipe"]["phases"][0]["mask_schedule"], content["recipe"]["optimizer"]
     state.write_text(json.dumps(content))
     same = train(run, encoded_emoji, "--resume")
