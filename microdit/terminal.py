@@ -80,11 +80,11 @@ class PrintableFormatter(logging.Formatter):
 
 
 def take_logs() -> None:
-    """Print what libraries log and warn of, too, without its commands to the terminal."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(PrintableFormatter())
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    logging.captureWarnings(True)
+    """Print what libraries log or warn of, and do not print themselves, without its commands to the terminal, too."""
+    if (handler := logging.lastResort) is not None:
+        handler.setFormatter(PrintableFormatter())
+        logging.getLogger("py.warnings").addHandler(handler)
+        logging.captureWarnings(True)
 
 
 def print_traceback() -> None:

@@ -16,9 +16,10 @@ def test_sample_takes_all_settings_shows_the_way_and_says_in_the_file_what_it_di
     options = ["--solver", "dpm", "--steps", 4, "--guidance", 3, "--guidance-rescale", 0.5, "--seed", 9]
     options += ["--guidance-interval", 0.2, 5, "--noise-range", 0.01, 60]
     shown = ["--negative", "blue", "--trajectory", "way.gif", "--out", "all.png"]
-    done = microdit("sample", "runs/tiny", "red heart", "кот\n", "owl " * 50, *options, *shown, cwd=workplace)
+    done = microdit("sample", "runs/tiny", "red heart", "кот\n", "[/b] owl " + "owl " * 50, *options, *shown, cwd=workplace)
     assert done.returncode == 0, done.output
     assert "seed 9" in done.output
+    assert 'The prompt "[/b] owl owl owl' in " ".join(done.output.split())
     assert "is cut: the text encoder minilm reads 32 tokens" in " ".join(done.output.split())
     about = Image.open(workplace / "all.png").info
     assert about["prompt"].split("\n")[:2] == ["red heart", "кот"]

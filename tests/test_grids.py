@@ -1,6 +1,6 @@
 from PIL import Image
 
-from microdit.grids import CELL, draw_grid, save_png
+from microdit.grids import CELL, LONGEST, _drawable, draw_grid, save_png
 
 
 def test_pictures_and_captions_are_where_they_belong(tmp_path):
@@ -19,3 +19,12 @@ def test_pictures_and_captions_are_where_they_belong(tmp_path):
 def test_long_captions_stay_inside_their_cell():
     grid = draw_grid([Image.new("RGB", (4, 4))], ["word " * 100])
     assert grid.width < 2 * CELL
+
+
+def test_of_endless_captions_only_the_beginning_is_looked_at_and_no_character_commands():
+    drawn = _drawable("x" * 10_000_000)
+    assert len(drawn) < 2 * LONGEST
+    assert drawn.startswith("x" * 100)
+    assert _drawable("a\x1b[2J\n\u202e\tb") == r"a\u001b[2J \u202e b"
+    endless = draw_grid([Image.new("RGB", (4, 4))], ["x" * 10_000_000], title="y" * 10_000_000)
+    assert endless.size == draw_grid([Image.new("RGB", (4, 4))], ["x"], title="y").size

@@ -155,6 +155,15 @@ def test_text_of_recipes_and_names_is_escaped(tmp_path):
     assert page.words.count(hostile) > 6
 
 
+def test_text_of_others_turns_no_reading_direction(tmp_path):
+    run = write_run(tmp_path / "run", name="photo\u202egnp.exe", reason="Stopped: \x1b[2J")
+    page = Page(write_report(run))
+    assert r"photo\u202egnp.exe" in page.words
+    assert r"Stopped: \u001b[2J" in page.words
+    assert not {"\u202e", "\x1b"} & set(page.words)
+    assert page.tags.count("svg") > 2  # our own drawings are as they were
+
+
 def test_half_a_line_is_counted_and_left_out(tmp_path):
     run = write_run(tmp_path / "run")
     assert "could not be read" not in Page(write_report(run)).words

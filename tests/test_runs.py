@@ -110,6 +110,14 @@ def test_names_are_no_markup(tmp_path):
     assert "[bold]odd" in text
 
 
+def test_what_others_wrote_commands_no_terminal_and_fills_no_screen(tmp_path):
+    write_run(tmp_path / "a\x1b[2J\u202eb", state="\x1b]0;title\x07\n" + "x" * 100_000, name="\x1b[31m")
+    text = printed(list_runs(tmp_path))
+    assert len(text.splitlines()) == 2
+    assert r"a\u001b[2J\u202eb" in text
+    assert r"\u001b]0;ti" in text
+
+
 def test_a_table_of_eighty_columns_keeps_its_numbers(tmp_path):
     write_run(tmp_path / "emoji", step=20000, total_steps=20000, dollars=75.85, state="finished")
     text = printed(list_runs(tmp_path), width=80)

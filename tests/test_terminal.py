@@ -3,6 +3,7 @@ import io
 import json
 import logging
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,35 @@ def test_logs_with_their_tracebacks_are_printable():
     assert re.findall(r"[^\n -~]", lines) == []
     assert r"GET /\u001b[2J" in lines
     assert r"ValueError: \u001b[2J" in lines
+
+
+@pytest.fixture
+def taken_logs():
+    yield terminal.take_logs()
+    logging.captureWarnings(False)
+    logging.getLogger("py.warnings").removeHandler(logging.lastResort)
+    logging.lastResort.setFormatter(None)
+
+
+def test_what_libraries_log_and_warn_of_is_printable(taken_logs, capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # those of the tests
+    logging.getLogger("microdit.something").warning("GET /\x1b[2J")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("odd\x1b[2J", stacklevel=1)
+    said = capsys.readouterr().err
+    assert said.count(r"\u001b[2J") == 2
+    assert "\x1b" not in said
+
+
+def test_a_traceback_is_printable(capsys):
+    try:
+        raise KeyError("x") from ValueError(HOSTILE)
+    except KeyError:
+        terminal.print_traceback()
+    said = capsys.readouterr().err
+    assert "KeyError: 'x'" in said
+    assert re.findall(r"[^\n -~]", said) == []
 
 
 def calls_of(tree: ast.AST) -> list[tuple[str, ast.Call]]:

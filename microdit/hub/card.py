@@ -46,10 +46,8 @@ def card_of_official(name: str, record: dict[str, Any]) -> str:
 
 def usage(name: str, prompt: str, guidance_scale: float) -> str:
     """How to draw with it, from Python and from the command line. Both lines may be pasted, whatever the prompt."""
-    name, prompt = one_line(name), one_line(prompt)
-    words = f"--guidance {guidance_scale:g} --out picture.png -- {shlex.quote(name)} {shlex.quote(prompt)}"
-    if not name.startswith("-") and not prompt.startswith("-"):
-        words = f"{shlex.quote(name)} {shlex.quote(prompt)} --guidance {guidance_scale:g} --out picture.png"
+    words, options = f"{shlex.quote(one_line(name))} {shlex.quote(one_line(prompt))}", f"--guidance {guidance_scale:g} --out picture.png"
+    words = f"{options} -- {words}" if "-" in (name[:1], prompt.strip()[:1]) else f"{words} {options}"
     return f"""## Use
 
     from microdit.hub.pipeline import MicroDiTPipeline
@@ -63,8 +61,8 @@ or, on the command line:
 
 
 def _python(text: str) -> str:
-    """A string, as Python reads it."""
-    return printable(json.dumps(text, ensure_ascii=False))
+    """One line, as a string that Python reads."""
+    return printable(json.dumps(" ".join(text.split()), ensure_ascii=False))
 
 
 def _front_matter(more: dict[str, Any]) -> str:

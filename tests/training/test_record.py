@@ -1,6 +1,8 @@
 """What a run says of itself, damaged: what cannot be read is dropped, said once, and kept aside; nothing gives a traceback."""
 
 import json
+import shlex
+import sys
 
 import pytest
 
@@ -94,3 +96,15 @@ def test_a_record_that_cannot_be_begun_is_a_sentence(tmp_path, recipe):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"The record in .*file/run cannot be written"):
         RunRecord(tmp_path / "file" / "run", recipe, pytest.fail, 0)
+
+
+def test_the_command_that_is_recorded_can_be_typed_again_and_holds_no_secret(tmp_path, monkeypatch):
+    typed = ["microdit", "train", "my recipe.yaml", "data.path=https://me:hidden@host/a?token=hidden", "hub.token=hidden", "--resume"]
+    monkeypatch.setattr(sys, "argv", typed)
+    record = RunRecord(tmp_path, load_recipe(RECIPE), print, 0)
+    record.started({}, {})
+    record.close()
+    text = (tmp_path / "run.json").read_text()
+    assert "hidden" not in text
+    command = json.loads(text)["starts"][0]["command"]
+    assert shlex.split(command) == [*typed[:3], "data.path=https://***@host/a?***", "hub.token=***", "--resume"]
