@@ -70,10 +70,8 @@ class Checkpoint:
 
     def damage_of(self, name: str) -> list[str]:
         """Which of the files that hold the weights called `name` (one, or where none are whole all shards) are not what was written."""
-        if self._whole:
-            files, strange = [file for file in self._whole if file == f"{name}.safetensors"], []
-        else:
-            files, strange = self._shards, self.strange_shards
+        files = [file for file in self._whole if file == f"{name}.safetensors"] if self._whole else self._shards
+        strange = [] if self._whole else self.strange_shards
         return self.damage([file for file in files if file not in self._compared]) + strange
 
     @property

@@ -80,7 +80,8 @@ class RunFolder:
 
 def parse_metrics(content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
     """The lines of metrics.jsonl, each with its step, and the numbers (from 1) of those that cannot be read."""
-    lines, damaged = [], []
+    lines: list[dict[str, Any]] = []
+    damaged: list[int] = []
     for number, raw in enumerate(content.split(b"\n"), start=1):
         line = _parse_object(raw)
         step = line.get("step")

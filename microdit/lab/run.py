@@ -79,7 +79,8 @@ def read_results(out: Path) -> list[dict[str, Any]]:
 
 def _parse_results(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """The readings, and the numbers (from 1) of lines that are none."""
-    results, damaged = [], []
+    results: list[dict[str, Any]] = []
+    damaged: list[int] = []
     *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for number, line in enumerate(lines, 1):
         try:
