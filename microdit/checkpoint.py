@@ -153,10 +153,12 @@ def find_weights(run: Path, warn: Callable[[str], None], weights: str | None = N
 def assembled(shards: Path, part: str) -> dict[str, Tensor]:
     """Whole tensors of one part of a training (model, ema ...), from what each process wrote of them."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader  # slow to import, and seldom needed
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
     found = HuggingFaceStorageReader(str(shards)).read_metadata().state_dict_metadata
-    whole = {name: torch.empty(found[name].size) for name in found if name.partition("/")[0] == part}
+    sizes = {name: entry.size for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}  # safetensors hold nothing else
+    whole = {name: torch.empty(size) for name, size in sizes.items() if name.partition("/")[0] == part}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
         load(whole, storage_reader=HuggingFaceStorageReader(str(shards)), no_dist=True)
