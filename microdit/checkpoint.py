@@ -2,7 +2,8 @@
 
     checkpoints/step-00000500/
       shards/*.safetensors        all that training needs, as the processes held it (torch.distributed.checkpoint); none for inference
-      model.safetensors           the weights, whole (not in one that was saved in haste, before the machine was taken away)
+      model.safetensors           the weights, whole; not in one that was saved in haste, before the machine was taken away: there
+                                  they, and the averages, are put together from the shards
       ema.safetensors             their averages, whole; ema-DECAY.safetensors for further lengths
       state.json                  checksums of all of these and of itself, the step, and all that is needed to make pictures
 
@@ -11,11 +12,14 @@ state.json of earlier versions has none.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,21 +44,48 @@ class Checkpoint:
     _compared: set[str] = field(default_factory=set, compare=False, repr=False)  # files found whole: they can be too large to do it twice
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Load NAME.safetensors. Raises UserError if it is not what was written."""
-        path = self.folder / f"{name}.safetensors"
-        if path.name not in self._compared and sha256_of(path) != self.state["files"].get(path.name):
-            raise UserError(f"{self.folder} is damaged ({path.name} is not what was written).")
-        return load_file(path)
+        """The weights called `name`, from NAME.safetensors or put together from the shards.
+
+        Raises UserError if they are not what was written, cannot be read (a training deletes old checkpoints), or are not finite.
+        """
+        if damaged := self.damage_of(name):
+            raise UserError(f"{self.folder} is damaged ({', '.join(damaged)}: not what was written, or gone).")
+        try:
+            whole = load_file(self.folder / f"{name}.safetensors") if self._whole else assembled(self.folder / SHARDS, name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"The weights {name} of {self.folder} cannot be read: {error}.") from error
+        refuse_infinite(whole, f"The weights {name} of {self.folder}")
+        return whole
 
     @property
     def weights(self) -> list[str]:
-        """The names under which whole weights lie here: model, and one for each average."""
-        return sorted(name.removesuffix(".safetensors") for name in self.state["files"] if "/" not in name)
+        """The names of the weights here: model, and one for each average. Raises UserError if they are in shards, and these damaged."""
+        if self._whole:
+            return sorted(name.removesuffix(".safetensors") for name in self._whole)
+        try:
+            parts = {part for name in self._shards for part in _parts_in(self.folder / name)}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.folder} is damaged ({error}).") from error
+        return sorted(parts - {"optimizer"})
+
+    def damage_of(self, name: str) -> list[str]:
+        """Which of the files that hold the weights called `name` (one, or where none are whole all shards) are not what was written."""
+        files = [file for file in self._whole if file == f"{name}.safetensors"] if self._whole else self._shards
+        strange = [] if self._whole else self.strange_shards
+        return self.damage([file for file in files if file not in self._compared]) + strange
+
+    @property
+    def _whole(self) -> list[str]:
+        return [name for name in self.state["files"] if "/" not in name]
+
+    @property
+    def _shards(self) -> list[str]:
+        return [name for name in self.state["files"] if name.startswith(f"{SHARDS}/")]
 
     def damage(self, names: list[str]) -> list[str]:
-        """Which of these files are not what was written."""
+        """Which of these files are not what was written, or cannot be read."""
         files = self.state["files"]
-        whole = {name for name in names if (self.folder / name).is_file() and sha256_of(self.folder / name) == files[name]}
+        whole = {name for name in names if _checksum(self.folder / name) == files[name]}
         self._compared.update(whole)
         return [name for name in names if name not in whole]
 
@@ -95,29 +126,50 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def find_weights(run: Path, warn: Callable[[str], None], weights: str | None = None) -> Checkpoint | None:
     """The newest checkpoint whose `weights` (by default the first average, else the model) are whole; None if there is none at all.
 
-    Damaged ones are passed over, each with a sentence to `warn`; so are those without whole weights, which were saved in haste.
-    Raises UserError if none is left, or if the newest one holds other weights than those asked for.
+    Damaged ones are passed over, each with a sentence to `warn`. Raises UserError if none is left, or if the newest one holds other
+    weights than those asked for.
     """
     folders = checkpoint_folders(run)
     for folder in folders:
         try:
             checkpoint = open_checkpoint(folder)
+            known = checkpoint.weights
         except UserError as error:
             warn(str(error))
             continue
-        if not checkpoint.weights:
-            continue
         name = weights or default_weights(checkpoint)
-        if name not in checkpoint.weights:
-            raise UserError(f"{folder} holds no weights named {name}, only {', '.join(checkpoint.weights)}.")
-        if not checkpoint.damage([f"{name}.safetensors"]):
+        damaged = checkpoint.damage_of(name)
+        if damaged or not known:
+            warn(f"{folder} is damaged ({', '.join(damaged) or 'weights'}: not what was written).")
+        elif name not in known:
+            raise UserError(f"{folder} holds no weights named {name}, only {', '.join(known)}.")
+        else:
             return checkpoint
-        warn(f"{folder} is damaged ({name}.safetensors is not what was written).")
     if folders:
-        raise UserError(
-            f"No checkpoint in {run / FOLDER} holds whole weights: they are damaged, or were saved in haste. Train on with --resume."
-        )
+        raise UserError(f"No checkpoint in {run / FOLDER} holds whole weights: they are damaged. Train on with --resume.")
     return None
+
+
+def assembled(shards: Path, part: str) -> dict[str, Tensor]:
+    """Whole tensors of one part of a training (model, ema ...), from what each process wrote of them."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader  # slow to import, and seldom needed
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    found = HuggingFaceStorageReader(str(shards)).read_metadata().state_dict_metadata
+    sizes = {name: entry.size for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}  # safetensors hold nothing else
+    whole = {name: torch.empty(size) for name, size in sizes.items() if name.partition("/")[0] == part}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
+        load(whole, storage_reader=HuggingFaceStorageReader(str(shards)), no_dist=True)
+    return {name.partition("/")[2]: tensor for name, tensor in whole.items()}
+
+
+def refuse_infinite(weights: Mapping[str, Tensor], what: str, fix: str = "take another checkpoint, or train anew") -> None:
+    """Raises UserError if any weight is infinite or no number: every picture of such a model would be spoilt."""
+    bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if bad:
+        raise UserError(f"{what} are not finite in {len(bad)} of {len(weights)} tensors ({_short(', '.join(bad))}): {fix}.")
 
 
 def default_weights(checkpoint: Checkpoint) -> str:
@@ -160,6 +212,20 @@ def refuse_other_encoders(checkpoint: Checkpoint, card: dict[str, Any], data: Pa
                 f"{checkpoint.folder} was trained on data of the {key} {then['name']} ({then['fingerprint']}), and {data} is of "
                 f"{now['name']} ({now['fingerprint']}): train anew with another --out, or encode with the old one."
             )
+
+
+def _parts_in(shard: Path) -> set[str]:
+    """The parts of a training (model, ema ..., optimizer) of which the shard holds something, by its header."""
+    with safe_open(shard, framework="pt") as file:
+        return {name.partition("/")[0] for name in file.keys()}  # noqa: SIM118  (it is no dict)
+
+
+def _checksum(path: Path) -> str | None:
+    """None if the file cannot be read, or is no more there."""
+    try:
+        return sha256_of(path)
+    except OSError:
+        return None
 
 
 def _short(value: object) -> str:

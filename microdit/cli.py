@@ -76,10 +76,11 @@ def train_autoencoder(
     seed: int = 0,
 ) -> None:
     """Train the small icon autoencoder (64 x 64 pixels to 8 x 8 latents) on the emoji, as the bundled one was."""
+    from microdit.folder_lock import sole_writer
     from microdit.training.autoencoder import AutoencoderSettings, train_icon_autoencoder
 
     settings = AutoencoderSettings(steps=steps, latent_channels=latent_channels, seed=seed)
-    with progress("autoencoder", steps) as advance:
+    with sole_writer(out), progress("autoencoder", steps) as advance:
         figures = train_icon_autoencoder(out, settings, lambda step, metrics: advance(1, f"loss {metrics['loss']:.4f}"))
     console.print(figures)
     console.print(joined("Written to ", styled(out), f"; use it with: microdit data encode emoji --autoencoder {out} --out ..."))

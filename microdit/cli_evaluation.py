@@ -229,6 +229,7 @@ def geneval(
     from microdit.evaluation.geneval import ClipColours, Mask2Former, evaluate_geneval
     from microdit.evaluation.geneval_rules import read_prompts
     from microdit.evaluation.painters import DrawSettings, open_painter
+    from microdit.folder_lock import sole_writer
 
     wanted = emoji_prompts(per_task) if prompts is None else read_prompts(prompts)
     texts = [prompt.text for prompt in wanted for _ in range(per_prompt)]
@@ -243,6 +244,7 @@ def geneval(
         with (
             device_errors_explained("take --device cpu for judging alone: what is drawn is kept"),
             progress("judge", len(texts)) as advance,
+            sole_writer(out),
         ):
             finder = EmojiDetector() if prompts is None else Mask2Former(detector, str(world.device))
             colours = EmojiColours() if prompts is None else ClipColours(classifier, str(world.device))

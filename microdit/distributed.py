@@ -1,7 +1,12 @@
 """The processes of a run: one, or those that torchrun started, on one machine or many."""
 
 import os
-from dataclasses import dataclass
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,6 +20,7 @@ from microdit.errors import UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=20)  # in training
+ANSWER = 15.0  # seconds in which a process that lives answers once a message has failed: all have waited for it as long
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class World:
     device: torch.device
     control: dist.ProcessGroup
     saving: dist.ProcessGroup
+    store: Store | None = None  # where the processes found each other
+    processes: tuple[str, ...] = ()  # each by its number, host and process id, for people
 
     @property
     def is_main(self) -> bool:
@@ -51,6 +59,41 @@ class World:
             dist.all_gather_object(values, value, group=group or self.control)
         return values
 
+    @contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """Turn a message that failed, since a process died or hung for longer than the time-out, into a UserError that names it."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = self.lost(ANSWER) if _is_failed_message(error) else []
+            if not lost:
+                raise
+            is_one = "process does" if len(lost) == 1 else "processes do"
+            raise UserError(
+                f"The processes of this run wait for each other in vain: {'; '.join(lost)}. That {is_one} not answer, hanging or dead: "
+                f"look there, and start again with --resume. ({str(error).splitlines()[0]})"
+            ) from error
+
+    def lost(self, patience: float) -> list[str]:
+        """Those of `processes` that do not call this too within `patience` seconds. For a time when no other message arrives."""
+        answered: set[int] = {self.rank}
+        asking = threading.Thread(target=self._ask, args=(answered, time.monotonic() + patience), daemon=True)
+        asking.start()
+        asking.join(patience + 1)  # the store itself may lie in a process that hangs
+        return [name for rank, name in enumerate(self.processes) if rank not in answered]
+
+    def _ask(self, answered: set[int], deadline: float) -> None:
+        """Add to `answered` whoever does."""
+        if self.store is None:  # alone
+            return
+        for rank in range(self.size):
+            try:
+                self.store.set(f"here/{self.rank}", "")
+                self.store.wait([f"here/{rank}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
+                answered.add(rank)
+            except dist.DistError:  # not in time, or the store was in a process that died
+                continue
+
     def wait_for_all(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.control)
@@ -64,10 +107,25 @@ def start_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device)
+    store: Store | None = None
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout, store=_meeting_place(size), rank=rank, world_size=size)
-    return World(rank, size, chosen, dist.new_group(backend="gloo", timeout=timeout), dist.new_group(backend="gloo", timeout=timeout))
+        store = _meeting_place(size)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    groups = dist.new_group(backend="gloo", timeout=timeout), dist.new_group(backend="gloo", timeout=timeout)
+    world = World(rank, size, chosen, *groups, store)
+    return world if store is None else _introduced(world)
+
+
+def _introduced(world: World) -> World:
+    """With a name for each process, so that one that falls silent can be named."""
+    name = f"process {world.rank} on {socket.gethostname()} (process id {os.getpid()})"
+    return replace(world, processes=tuple(world.gather(name)))
+
+
+def _is_failed_message(error: RuntimeError) -> bool:
+    """gloo says in words alone that a message failed."""
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in ("/gloo/", "pair closure", "Connection closed by peer"))
 
 
 def stop_world() -> None:

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,13 @@ def write_aside(path: Path, content: bytes) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def keep_damaged(path: Path) -> Path:
+    """Copy a damaged file that is to be written anew to NAME.damaged-1 beside it, or the next number that is free. Returns the copy."""
+    copy = next(name for number in count(1) if not (name := path.with_name(f"{path.name}.damaged-{number}")).exists())
+    shutil.copyfile(path, copy)
+    return copy
 
 
 def sha256_of(path: Path) -> str:

@@ -184,6 +184,7 @@ class Recipe:
     name: Name
     seed: Seed = 0
     init_from: FilePath | None = None  # begin with the weights of another run: one beside this one's folder, or a path
+    init_weights: Name = "model"  # which of them: model, or an average: ema (the first), ema-DECAY
     data: DataRecipe = field(default_factory=DataRecipe)
     model: ModelRecipe = field(kw_only=True)
     diffusion: DiffusionRecipe = field(default_factory=DiffusionRecipe)

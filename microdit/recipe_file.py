@@ -78,6 +78,10 @@ def _problems(recipe: Recipe) -> list[str]:
         recipe.optimizer.moments == "float32" or recipe.optimizer.method == "adamw",
         "optimizer.moments int8 is for optimizer.method adamw: muon has one moment, in float32.",
     )
+    need(
+        recipe.init_weights == "model" or recipe.init_from is not None,
+        f"init_weights {recipe.init_weights} chooses among the weights of init_from, which names no run: name one, or leave it out.",
+    )
     data = recipe.data
     need((data.path is None) != (not data.sets), "data needs either a path or sets, such as data.path=data/emoji.")
     need(not data.sets or any(item.repeat for item in data.sets.values()), "data.sets: at least one must have a repeat above 0.")

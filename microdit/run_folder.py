@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from microdit.files import from_checked_json
+from microdit.formats import finite
 
 RECIPE = "recipe.yaml"  # what makes a folder a run
-RUN = "run.json"
+RUN, METRICS = "run.json", "metrics.jsonl"
+LARGEST_STEP = 2**53  # what is larger is no step, but a damaged number
 SILENCE = 15 * 60  # seconds without a word after which a run on another host counts as killed
 
 
@@ -59,27 +61,35 @@ class RunFolder:
         Steps that were trained twice, after a rollback or from an older checkpoint, are there as they were last.
         """
         try:
-            lines = (self.path / "metrics.jsonl").read_text(errors="replace").splitlines()
+            lines, damaged = parse_metrics((self.path / METRICS).read_bytes())
         except OSError:
             return [], 0
         by_step: dict[int, dict[str, Any]] = {}
-        damaged = 0
-        for line in filter(str.strip, lines):
-            metrics = _parse_object(line)
-            step = metrics.get("step")
-            if not isinstance(step, int):
-                damaged += 1
-                continue
-            while by_step and next(reversed(by_step)) >= step:
+        for metrics in lines:
+            while by_step and next(reversed(by_step)) >= metrics["step"]:
                 by_step.popitem()
-            by_step[step] = metrics
-        return list(by_step.values()), damaged
+            by_step[metrics["step"]] = metrics
+        return list(by_step.values()), len(damaged)
 
     @property
     def samples(self) -> list[tuple[int, Path]]:
         """Steps and their pictures, in order."""
         found = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in (self.path / "samples").glob("step-*.png"))
         return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def parse_metrics(content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of metrics.jsonl, each with its step, and the numbers (from 1) of those that cannot be read."""
+    lines: list[dict[str, Any]] = []
+    damaged: list[int] = []
+    for number, raw in enumerate(content.split(b"\n"), start=1):
+        line = _parse_object(raw)
+        step = line.get("step")
+        if type(step) is int and 0 <= step < LARGEST_STEP:
+            lines.append(line)
+        elif raw.strip():
+            damaged.append(number)
+    return lines, damaged
 
 
 def is_run(folder: Path) -> bool:
@@ -97,7 +107,8 @@ def _may_be_alive(status: dict[str, Any]) -> bool:
     pid, written = status.get("pid"), status.get("time")
     if status.get("host") == socket.gethostname() and isinstance(pid, int) and pid > 0:
         return _is_process(pid)
-    return isinstance(written, int | float) and time.time() - written <= SILENCE
+    seconds = finite(written)
+    return seconds is not None and time.time() - seconds <= SILENCE
 
 
 def _is_process(pid: int) -> bool:
@@ -117,7 +128,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _parse_object(text: str) -> dict[str, Any]:
+def _parse_object(text: str | bytes) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

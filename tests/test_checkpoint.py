@@ -73,10 +73,64 @@ def test_other_weights_may_be_asked_for_by_name(tmp_path):
         find_weights(tmp_path, pytest.fail, "ema-0.5")
 
 
-def test_one_that_was_saved_in_haste_is_passed_over(tmp_path):
+def write_in_haste(run, step):
+    """As the trainer leaves it before the machine is taken away, by two processes that held some rows each."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    (folder / "shards").mkdir(parents=True)
+    for shard, rows in enumerate((slice(0, 3), slice(3, 4)), start=1):
+        parts = {f"{part}/w": (torch.arange(8.0).reshape(4, 2) + sign * step)[rows] for part, sign in (("model", 1), ("ema", -1))}
+        tensors = {**parts, "optimizer/w/step": torch.tensor([float(step)])[: rows.start == 0]}
+        offsets = {name: {"saved_offsets": [rows.start] + [0] * (tensor.dim() - 1)} for name, tensor in tensors.items()}
+        offsets["optimizer/w/step"] = {"saved_offsets": [0]}
+        metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "format": "pt"}
+        save_file(tensors, folder / "shards" / f"shard-{shard:05d}-model-00001-of-00001.safetensors", metadata)
+    files = {f"shards/{path.name}": sha256_of(path) for path in (folder / "shards").iterdir()}
+    (folder / "state.json").write_text(json.dumps({"step": step, "files": files}))
+    return folder
+
+
+def test_one_that_was_saved_in_haste_is_put_together_from_the_shards_of_all_processes(tmp_path):
     write(tmp_path, 1)
-    write(tmp_path, 2, ())
-    assert find_weights(tmp_path, pytest.fail).step == 1
+    write_in_haste(tmp_path, 2)
+    found = find_weights(tmp_path, pytest.fail)
+    assert (found.step, found.weights) == (2, ["ema", "model"])
+    assert found.tensors("ema")["w"].equal(torch.arange(8.0).reshape(4, 2) - 2)
+    assert find_weights(tmp_path, pytest.fail, "model").tensors("model")["w"].equal(torch.arange(8.0).reshape(4, 2) + 2)
+    with pytest.raises(UserError, match=r"no weights named ema-0\.5, only ema, model"):
+        find_weights(tmp_path, pytest.fail, "ema-0.5")
+
+
+def test_every_flipped_byte_of_a_shard_is_noticed_before_it_is_put_together(tmp_path):
+    write(tmp_path, 1)
+    shards = sorted((write_in_haste(tmp_path, 2) / "shards").iterdir())
+    for weights in (None, "ema", "model"):
+        for path in shards:
+            content = path.read_bytes()
+            for at in range(0, len(content), 7):
+                path.write_bytes(content[:at] + bytes([content[at] ^ 0x11]) + content[at + 1 :])
+                said = []
+                assert find_weights(tmp_path, said.append, weights).step == 1
+                assert "step-00000002 is damaged" in said[0]
+            path.write_bytes(content)
+    shards[0].unlink()
+    assert find_weights(tmp_path, lambda _: None).step == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    folder = write(tmp_path, 1)
+    save_file({"w": torch.tensor([1.0, value]), "v": torch.ones(2)}, folder / "ema.safetensors")
+    (folder / "state.json").write_text(json.dumps({"step": 1, "files": {"ema.safetensors": sha256_of(folder / "ema.safetensors")}}))
+    with pytest.raises(UserError, match=r"weights ema of .*step-00000001 are not finite in 1 of 2 tensors \(w\)"):
+        find_weights(tmp_path, pytest.fail).tensors("ema")
+
+
+def test_a_checkpoint_that_vanishes_while_it_is_looked_at_is_a_sentence(tmp_path):
+    checkpoint = open_checkpoint(write(tmp_path, 1))
+    (checkpoint.folder / "ema.safetensors").unlink()
+    assert checkpoint.damage_of("ema") == ["ema.safetensors"]
+    with pytest.raises(UserError, match=r"is damaged .ema\.safetensors: not what was written, or gone"):
+        checkpoint.tensors("ema")
 
 
 def test_a_state_of_another_kind_is_damage(tmp_path):
@@ -114,7 +168,7 @@ def test_tensors_are_compared_before_they_are_used(tmp_path):
     (folder / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     checkpoint = open_checkpoint(folder)
     assert checkpoint.tensors("ema")["w"].tolist() == [3, 3, 3]
-    with pytest.raises(UserError, match=r"step-00000003 is damaged \(model\.safetensors is not what was written\)"):
+    with pytest.raises(UserError, match=r"step-00000003 is damaged \(model\.safetensors: not what was written"):
         checkpoint.tensors("model")
 
 

@@ -1,6 +1,7 @@
 """The commands, one after the other, as a person would run them."""
 
 import json
+import os
 import threading
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from microdit import cli
 from microdit.errors import UserError
+from microdit.folder_lock import sole_writer
 from tests.commands import microdit
 from tests.training.processes import RECIPE
 
@@ -225,3 +228,11 @@ def test_a_torch_that_is_too_old_is_refused_in_one_sentence(monkeypatch, found, 
     with pytest.raises(UserError, match=r"needs torch 2\.9 or newer, and") if refused else nullcontext():
         cli._refuse_old_torch()
     assert f"torch>={'.'.join(map(str, cli.OLDEST_TORCH))}" in (Path(__file__).parents[1] / "pyproject.toml").read_text()
+
+
+def test_an_autoencoder_is_not_trained_into_a_folder_that_another_program_writes(tmp_path):
+    with sole_writer(tmp_path / "ae"):
+        done = CliRunner().invoke(cli.app, ["train-autoencoder", "--out", str(tmp_path / "ae"), "--steps", "1"])
+    assert isinstance(done.exception, UserError)
+    assert f"ae is in use by process {os.getpid()} on" in str(done.exception)
+    assert not (tmp_path / "ae").exists()

@@ -1,9 +1,12 @@
 """Which device a process of torchrun takes; here torch says what machines with and without GPUs would say."""
 
+from datetime import timedelta
+
 import pytest
 import torch
+from torch._C._distributed_c10d import HashStore
 
-from microdit.distributed import start_world, stop_world
+from microdit.distributed import World, start_world, stop_world
 from microdit.errors import UserError
 
 
@@ -80,3 +83,40 @@ def _device_of(monkeypatch, name: str) -> torch.device:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
     return start_world(name).device
+
+
+def three(store: HashStore, rank: int) -> World:
+    names = ("process 0 on here (process id 7)", "process 1 on there (process id 8)", "process 2 on there (process id 9)")
+    return World(rank, 3, torch.device("cpu"), None, None, store, names)
+
+
+def test_a_process_that_does_not_answer_is_named():
+    """Process 0 and 2 have waited for the time-out; process 1 hangs."""
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=60))
+    assert three(store, 2).lost(0.1) == list(three(store, 2).processes[:2])
+    assert three(store, 0).lost(0.1) == ["process 1 on there (process id 8)"]
+    assert three(store, 1).lost(0.1) == []
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3000ms for recv operation to complete\nmore",
+        "Application timeout caused pair closure",
+    ],
+)
+def test_a_message_that_failed_becomes_a_sentence_with_the_lost_ones(message, monkeypatch):
+    monkeypatch.setattr("microdit.distributed.ANSWER", 0.1)
+    world = three(HashStore(), 0)
+    with (
+        pytest.raises(UserError, match=r"process 1 on there \(process id 8\); process 2 on there .*do not answer.*--resume") as caught,
+        world.naming_the_lost(),
+    ):
+        raise RuntimeError(message)
+    assert message.splitlines()[0] in str(caught.value)
+
+
+def test_another_error_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="shapes"), three(HashStore(), 0).naming_the_lost():
+        raise RuntimeError("shapes do not fit")

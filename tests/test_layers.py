@@ -18,7 +18,7 @@ LAYERS = [
     ("checkpoint", "prompts", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),
     ("model",),
-    ("files", "locks", "memory", "errors", "formats", "terminal", "distributed", "devices", "markdown"),
+    ("files", "locks", "memory", "folder_lock", "errors", "formats", "terminal", "distributed", "devices", "markdown"),
     ("ranges", "yaml_file", "typed_yaml"),
     ("printable", "command_line", "foreign_json"),
 ]
@@ -26,6 +26,9 @@ FRIENDS = {
     ("data", "encoders"),
     ("files", "errors"),
     ("locks", "errors"),
+    ("folder_lock", "errors"),
+    ("folder_lock", "locks"),
+    ("folder_lock", "distributed"),
     ("distributed", "errors"),
     ("devices", "errors"),
     ("distributed", "devices"),

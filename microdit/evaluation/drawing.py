@@ -10,6 +10,7 @@ from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.evaluation.painters import DrawSettings, Painter
 from microdit.files import write_aside
+from microdit.folder_lock import sole_writer
 from microdit.foreign_json import parse_json
 
 SETTINGS = "settings.json"
@@ -31,24 +32,26 @@ def draw_pictures(
     """`folder`/`name(i)` for each prompt; those that are there already are kept. Every process must call this; all are drawn when it ends.
 
     Pictures are drawn in fixed groups, so that each is the same for any number of processes. `on_step(n)`: after n more picture-steps,
-    of this process's share (see `steps_to_draw`). Raises UserError if the folder holds pictures made otherwise.
+    of this process's share (see `steps_to_draw`). Raises UserError if the folder holds pictures made otherwise, or another program draws
+    there.
     """
-    objection = world.share(_claim(folder, painter, prompts, settings) if world.is_main else None)
-    if objection:
-        raise UserError(objection)
-    for start in _starts(len(prompts), painter.batch, world):
-        numbers = range(start, min(start + painter.batch, len(prompts)))
-        missing = [number for number in numbers if not (folder / name(number)).is_file()]
-        if not missing:
-            if on_step:
-                on_step(len(numbers) * settings.num_inference_steps)
-            continue
-        images = painter([prompts[number] for number in numbers], settings.seed + start, on_step)
-        for number in missing:
-            png = BytesIO()
-            images[number - start].save(png, "PNG")
-            write_aside(folder / name(number), png.getvalue())
-    world.wait_for_all()
+    with sole_writer(folder, world):
+        objection = world.share(_claim(folder, painter, prompts, settings) if world.is_main else None)
+        if objection:
+            raise UserError(objection)
+        for start in _starts(len(prompts), painter.batch, world):
+            numbers = range(start, min(start + painter.batch, len(prompts)))
+            missing = [number for number in numbers if not (folder / name(number)).is_file()]
+            if not missing:
+                if on_step:
+                    on_step(len(numbers) * settings.num_inference_steps)
+                continue
+            images = painter([prompts[number] for number in numbers], settings.seed + start, on_step)
+            for number in missing:
+                png = BytesIO()
+                images[number - start].save(png, "PNG")
+                write_aside(folder / name(number), png.getvalue())
+        world.wait_for_all()
 
 
 def steps_to_draw(count: int, painter: Painter, settings: DrawSettings, world: World) -> int:
@@ -79,7 +82,10 @@ def _claim(folder: Path, painter: Painter, prompts: list[str], settings: DrawSet
     about = {**painter.about, "prompts": prompts, **asdict(settings)}
     path = folder / SETTINGS
     if path.is_file():
-        before = {"dtype": "float32", **json.loads(path.read_text())}  # earlier versions drew in no other
+        try:
+            before = {"dtype": "float32", **parse_json(path.read_bytes())}  # earlier versions drew in no other
+        except (OSError, ValueError, TypeError):
+            return f"{path} is damaged, and nothing else says how the pictures beside it were made: choose another --out, or delete them."
         changed = [key for key in about if before.get(key) != about[key]]
         return f"{folder} holds pictures made with another {', '.join(changed)}: choose another --out, or delete it." if changed else None
     write_aside(folder / "prompts.jsonl", "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts).encode())

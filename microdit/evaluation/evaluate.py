@@ -32,6 +32,7 @@ from microdit.evaluation.nearest import nearest
 from microdit.evaluation.page import Neighbour, write_page
 from microdit.evaluation.painters import DrawSettings, Painter
 from microdit.files import write_aside
+from microdit.folder_lock import sole_writer
 from microdit.terminal import progress, warn
 
 EXTREMES = 12  # nearest pictures on the page, and farthest ones
@@ -53,8 +54,13 @@ class Question:
 def evaluate(painter: Painter, reference: Source, question: Question, settings: DrawSettings, out: Path, world: World) -> dict[str, Any]:
     """Every process must call this; the first one writes OUT/metrics.json and OUT/report.html. Returns the former's content.
 
-    Raises UserError for too few records, networks that cannot be opened, or a folder that holds other pictures.
+    Raises UserError for too few records, networks that cannot be opened, or a folder that holds other pictures or is being written.
     """
+    with sole_writer(out, world):
+        return _evaluate(painter, reference, question, settings, out, world)
+
+
+def _evaluate(painter: Painter, reference: Source, question: Question, settings: DrawSettings, out: Path, world: World) -> dict[str, Any]:
     kinds = list(dict.fromkeys(METRICS[name].kind for name in question.metrics))
     networks = {kind: open_network(kind, question, world.device) for kind in kinds}  # before hours of drawing
     captions = _captions(reference, question.count)

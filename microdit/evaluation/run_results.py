@@ -4,7 +4,6 @@ evaluation/metrics.json  metrics.json (emoji)  checkpoints/*/state.json  status.
 What is missing is None; what is there and makes no sense raises UserError with the file and the key.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from microdit.checkpoint import checkpoint_folders, open_checkpoint
 from microdit.errors import UserError
 from microdit.evaluation.geneval_rules import TASKS
 from microdit.evaluation.published import Training
+from microdit.foreign_json import parse_json
 from microdit.formats import finite
 from microdit.model.microdit import MicroDiT
 from microdit.run_folder import RunFolder, is_run
@@ -137,7 +137,7 @@ class _Entry:
         if not path.is_file():
             return cls(path, {})
         try:
-            values = json.loads(path.read_text())
+            values = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}. Evaluate again.") from error
         if not isinstance(values, dict):

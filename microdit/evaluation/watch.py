@@ -4,8 +4,8 @@ OUT/step-00000500/   one evaluation
 OUT/quality.html     all of them: every metric against images seen, GPU-hours and, where a price is known, dollars
 """
 
-import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from microdit.evaluation.evaluate import Question, evaluate
 from microdit.evaluation.metrics import METRICS, label
 from microdit.evaluation.painters import Compute, DrawSettings, RunPainter
 from microdit.files import write_aside
+from microdit.foreign_json import parse_json
 from microdit.hub.opening import opened_run
 from microdit.page import page_template
 from microdit.pipeline import Pipeline
@@ -37,13 +38,20 @@ def watch_run(run: Path, reference: Source, question: Question, settings: DrawSe
     if not is_run(run):
         raise UserError(f"{run} is no run folder: there is no recipe.yaml in it. --watch needs what 'microdit train' writes.")
     page, waiting = out / "quality.html", False
+    said: set[str] = set()
+
+    def warn_once(sentence: str) -> None:
+        if sentence not in said:
+            warn(sentence)
+        said.add(sentence)
+
     while True:
         ended = state_of(RunFolder(run).status) != "running"  # asked before the folder is read: a last checkpoint is not missed
-        checkpoint = world.share(_next(run, out, settings.weights) if world.is_main else None)
+        checkpoint = world.share(next_checkpoint(run, out, settings.weights, warn_once) if world.is_main else None)
         if checkpoint is not None:
             waiting = False
             console.print(styled(f"Step {checkpoint.step:,}"))
-            painter = _open(run, checkpoint, settings, world, compute)
+            painter = open_watched(run, checkpoint, settings, world, compute)
             if painter is None:
                 warn(f"{checkpoint.folder} was deleted before it could be read: record.keep_every keeps checkpoints.")
                 continue
@@ -62,42 +70,54 @@ def watch_run(run: Path, reference: Source, question: Question, settings: DrawSe
     return page
 
 
-def _next(run: Path, out: Path, weights: str | None) -> Checkpoint | None:
-    """The oldest one that is whole and not evaluated. One that is damaged, or being deleted, is passed over with a sentence."""
+def next_checkpoint(run: Path, out: Path, weights: str | None, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The oldest one that is whole and not evaluated. Damaged ones are passed over with a sentence, those that vanish without."""
     for folder in reversed(checkpoint_folders(run)):
-        if (out / folder.name / "metrics.json").is_file():
+        if _result(out / folder.name / "metrics.json"):
             continue
         try:
             checkpoint = open_checkpoint(folder)
+            name = weights or default_weights(checkpoint)
+            if damaged := checkpoint.damage_of(name):
+                raise UserError(f"{folder} is damaged ({', '.join(damaged)}: not what was written).")
+            if name in checkpoint.weights:
+                return checkpoint
         except UserError as error:
-            warn(str(error))
-            continue
-        name = weights or default_weights(checkpoint)
-        if name in checkpoint.weights and not checkpoint.damage([f"{name}.safetensors"]):
-            return checkpoint
+            if folder.is_dir():
+                warn(str(error))
     return None
 
 
-def _open(run: Path, checkpoint: Checkpoint, settings: DrawSettings, world: World, compute: Compute) -> RunPainter | None:
+def open_watched(run: Path, checkpoint: Checkpoint, settings: DrawSettings, world: World, compute: Compute) -> RunPainter | None:
     """None on all processes if the trainer has deleted it in the meantime."""
     painter = None
     try:
         opened = opened_run(run, Pipeline.from_checkpoint(checkpoint, settings.weights), checkpoint)
         painter = RunPainter(opened, settings, compute)
-    except FileNotFoundError:
+    except UserError:
         if checkpoint.folder.is_dir():
             raise
     return painter if all(world.gather(painter is not None)) else None
 
 
 def _write_page(path: Path, run: Path, out: Path) -> None:
-    found = sorted(out.glob("step-*/metrics.json"))
-    results = [json.loads(file.read_text()) for file in found]
+    read = {file: _result(file) for file in sorted(out.glob("step-*/metrics.json"))}
+    found = [file for file, result in read.items() if result]
+    results = [read[file] for file in found]
     names = [name for name in METRICS if any(name in result["metrics"] for result in results)]
     curves = [curve for name in names for cost in COSTS if (curve := _curve(name, cost, results))]
     rows = [(file.parent.name, result) for file, result in zip(found, results, strict=True)]
     page = page_template(TEMPLATE).render(title=str(run), names=names, rows=rows, curves=curves, written=time.time())
     write_aside(path, page.encode(errors="replace"))
+
+
+def _result(file: Path) -> dict[str, Any]:
+    """What an evaluation has written; empty if there is none, or it is damaged, so that it is made anew."""
+    try:
+        result = parse_json(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) and isinstance(result.get("metrics"), dict) else {}
 
 
 def _curve(name: str, cost: str, results: list[dict[str, Any]]) -> Curve | None:

@@ -1,5 +1,8 @@
 """Our pipeline as one of diffusers, and back."""
 
+from torch import nn
+
+from microdit.checkpoint import refuse_infinite
 from microdit.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, Pixels
 from microdit.encoders.text import FrozenTextEncoder, MiniLM
 from microdit.hub.pipeline import MicroDiTPipeline
@@ -29,9 +32,17 @@ def to_diffusers(pipeline: Pipeline) -> MicroDiTPipeline:
     )
 
 
+def refuse_infinite_parts(pipeline: MicroDiTPipeline, what: str, fix: str) -> None:
+    """Raises UserError if a part has weights that are not finite, as those too large for 16 bits are there. `what` begins the sentence."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            refuse_infinite(dict(part.named_parameters()), f"{what} ({name})", fix)
+
+
 def from_diffusers(pipeline: MicroDiTPipeline) -> Pipeline:
-    """The same parts; nothing is copied."""
+    """The same parts; nothing is copied. Raises UserError if the denoiser's weights are not finite."""
     transformer, config = pipeline.transformer, pipeline.config
+    refuse_infinite(dict(transformer.named_parameters()), "The denoiser's weights", "export or download it again")
     height, width = transformer.config.sample_size
     return Pipeline(
         transformer.denoiser.eval().requires_grad_(False),

@@ -12,7 +12,7 @@ from microdit.checkpoint import Checkpoint, default_weights
 from microdit.data.card import CARD as CARD_OF_DATA
 from microdit.files import from_checked_json
 from microdit.hub.card import card_of_run
-from microdit.hub.conversion import to_diffusers
+from microdit.hub.conversion import refuse_infinite_parts, to_diffusers
 from microdit.hub.folders import CARD, refuse_to_overwrite, write_folder, write_record
 from microdit.pipeline import Pipeline
 from microdit.run_folder import RunFolder
@@ -32,6 +32,7 @@ def export_run(
     pipeline, checkpoint = Pipeline.from_run(run, warn, weights)
     record = _record(run, checkpoint, pipeline, weights or default_weights(checkpoint), dtype, flops)
     exported = to_diffusers(pipeline).to(DTYPES[dtype])
+    refuse_infinite_parts(exported, f"As {dtype}, the weights", "export with --dtype float32")
 
     def fill(folder: Path) -> None:
         exported.save_pretrained(folder)

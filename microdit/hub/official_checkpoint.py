@@ -27,6 +27,7 @@ from microdit.encoders.text import FrozenTextEncoder, load_text_encoder
 from microdit.errors import UserError
 from microdit.files import sha256_of
 from microdit.hub.card import card_of_official
+from microdit.hub.conversion import refuse_infinite_parts
 from microdit.hub.export import DTYPES, Dtype
 from microdit.hub.folders import CARD, refuse_to_overwrite, write_folder, write_record
 from microdit.hub.pipeline import MicroDiTPipeline
@@ -80,6 +81,7 @@ def import_official(checkpoint: Path, out: Path, settings: ImportSettings = Impo
         raise UserError(f"{checkpoint}: {error}") from error
     side = round(tensors["pos_embed"].shape[1] ** 0.5) * denoiser.config.patch_size
     pipeline = _pipeline(denoiser, side, settings).to(DTYPES[settings.dtype])
+    refuse_infinite_parts(pipeline, f"As {settings.dtype}, the weights of {checkpoint}", "take --dtype float32, or download it again")
     record = {
         "file": checkpoint.name,
         "sha256": sha256_of(checkpoint),

@@ -75,4 +75,5 @@ def opened_run(run: Path, pipeline: Pipeline, checkpoint: Checkpoint, weights: s
     state = checkpoint.state
     costs = {key: state[key] for key in _COSTS if state.get(key) is not None}
     file = checkpoint.folder / f"{weights or default_weights(checkpoint)}.safetensors"
-    return OpenedModel(pipeline, {"run": str(run), "step": checkpoint.step, **costs}, state["data"]["resolution"], file)
+    about = {"run": str(run), "step": checkpoint.step, **costs}
+    return OpenedModel(pipeline, about, state["data"]["resolution"], file if file.is_file() else None)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from microdit.data.sources import open_source
 from microdit.distributed import World
+from microdit.errors import UserError
 from microdit.evaluation.extraction import extract, feature_cache
 from microdit.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
 from microdit.evaluation.image_features import EfficientNetFeatures
@@ -78,4 +79,4 @@ class Reader:
 
 def _refuse(sentence: str) -> None:
     """A run of the lab that is damaged is no result."""
-    raise AssertionError(sentence)
+    raise UserError(sentence)

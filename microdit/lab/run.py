@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from microdit.distributed import World
-from microdit.errors import DivergedError, UserError
-from microdit.files import write_aside
+from microdit.errors import DivergedError
+from microdit.files import keep_damaged, write_aside
+from microdit.folder_lock import sole_writer
+from microdit.foreign_json import parse_json
 from microdit.grids import draw_grid, save_png
 from microdit.lab.plan import ArmPlan, make_plan
 from microdit.lab.reading import Reader
@@ -30,10 +32,15 @@ from microdit.recipe import Recipe
 from microdit.terminal import PlainConsole, console, progress, warn
 from microdit.training.trainer import Trainer
 
+RESULTS = "results.jsonl"
+READING = ("arm", "seed", "step")  # of each line; then `diverged`, or
+COSTS = ("flops", "seconds")  # and the quality
+
 
 def run_study(study: Study, recipes: dict[str, Recipe], out: Path, world: World, keep: bool = False) -> None:
     """Goes on where it was stopped. An arm that diverges gets a line that says so. Raises UserError, StoppedError."""
     with _alone(out):
+        drop_damaged(out)
         plans = make_plan(study, recipes, out, world)
     todo = [(arm, seed) for seed in study.seeds for arm in study.arms]  # seed by seed: a first result of every arm comes early
     reader = Reader(study, world)
@@ -63,19 +70,41 @@ def _do(study: Study, recipe: Recipe, arm: str, seed: int, plan: ArmPlan, reader
 
 
 def read_results(out: Path) -> list[dict[str, Any]]:
-    """The lines of results.jsonl; half a line at the end, of a run that was killed, is left out. Raises UserError if one is damaged."""
-    path = out / "results.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    results = []
-    for number, line in enumerate(lines, 1):
-        if line.endswith("\n"):
-            try:
-                results.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(
-                    f"{path}: line {number} is damaged ({error}). Without it, that reading is taken anew: delete the line."
-                ) from error
+    """The lines of results.jsonl. Damaged ones are left out with a sentence; half a line at the end, of a run that was killed, without."""
+    results, damaged = _parse_results(out / RESULTS)
+    if damaged:
+        warn(f"{out / RESULTS}: {_lines(damaged)} damaged, and left out: 'microdit lab run' takes those readings anew.")
     return results
+
+
+def _parse_results(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The readings, and the numbers (from 1) of lines that are none."""
+    results: list[dict[str, Any]] = []
+    damaged: list[int] = []
+    *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    for number, line in enumerate(lines, 1):
+        try:
+            result = parse_json(line)
+        except ValueError:
+            result = None
+        if isinstance(result, dict) and ({*READING, "diverged"} <= result.keys() or {*READING, *COSTS} <= result.keys()):
+            results.append(result)
+        else:
+            damaged.append(number)
+    return results, damaged
+
+
+def drop_damaged(out: Path) -> None:
+    """So that those readings are taken anew. The file as it was is kept beside."""
+    results, damaged = _parse_results(out / RESULTS)
+    if damaged:
+        copy = keep_damaged(out / RESULTS)
+        warn(f"{out / RESULTS}: {_lines(damaged)} damaged, and dropped: those readings are taken anew. As it was it is kept in {copy}.")
+        write_aside(out / RESULTS, "".join(f"{json.dumps(one)}\n" for one in results).encode())
+
+
+def _lines(numbers: list[int]) -> str:
+    return f"line {numbers[0]} is" if len(numbers) == 1 else f"lines {', '.join(map(str, numbers))} are"
 
 
 def _train(
@@ -108,16 +137,18 @@ def _train_to(recipe: Recipe, seed: int, step: int, run: Path, world: World) -> 
     """A longer phase with a constant rate is the same phase, so a run that ended goes on."""
     record = replace(recipe.record, checkpoint_every=max(step, 1), keep_checkpoints=1, sample_prompts=[], held_out_every=step + 1)
     leg = replace(stretched(recipe, step), seed=seed, record=record)
-    trainer = Trainer(leg, run, PlainConsole(quiet=True), world, resume=run.exists(), accept_changes=True)
-    if trainer.step < step:
-        trainer.train()
+    begun = run.exists()
+    with sole_writer(run, world):
+        trainer = Trainer(leg, run, PlainConsole(quiet=True), world, resume=begun, accept_changes=True)
+        if trainer.step < step:
+            trainer.train()
 
 
 def _append(out: Path, line: dict[str, Any]) -> None:
     """The file is written anew, so that half a line of a killed process does not spoil the next."""
     with _alone(out):
         content = "".join(f"{json.dumps(one)}\n" for one in [*read_results(out), line])
-        write_aside(out / "results.jsonl", content.encode())
+        write_aside(out / RESULTS, content.encode())
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from microdit.data.emoji import Split, emoji_rows
 from microdit.data.pixels import to_tensor
 from microdit.encoders.autoencoder import RECORD
 from microdit.files import sha256_of, to_checked_json, write_aside
+from microdit.folder_lock import LOCK
 
 SIGMA_DATA = 0.9  # the scaled latents' deviation, as the paper's SDXL latents have (2407.15811, table of EDM settings)
 
@@ -75,7 +76,7 @@ def train_icon_autoencoder(out: Path, settings: AutoencoderSettings, on_step: Ca
         "seconds": round(time.monotonic() - started),
         "torch": torch.__version__,
         "log": log,
-        "files": {path.name: sha256_of(path) for path in sorted(out.iterdir()) if path.name != RECORD},
+        "files": {path.name: sha256_of(path) for path in sorted(out.iterdir()) if path.name not in (RECORD, LOCK)},
     }
     write_aside(out / RECORD, to_checked_json(record))
     return figures

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from microdit.distributed import World
 from microdit.errors import UserError
+from microdit.folder_lock import sole_writer
 from microdit.recipe import Recipe
 from microdit.recipe_file import load_recipe
 from microdit.terminal import PlainConsole, styled
@@ -43,8 +44,9 @@ def train_chain(recipes: dict[str, Recipe], out: Path, settings: Settings, conso
 
 
 def train_one(recipe: Recipe, run: Path, settings: Settings, console: PlainConsole, world: World) -> None:
-    """Nothing is done for a run that is finished. Raises what `Trainer` raises."""
+    """Nothing is done for a run that is finished. Raises what `Trainer` raises, and UserError if another program is training it."""
     if settings.resume and world.share(is_finished(run, recipe)):
         console.print(f"{run} is finished.")
         return
-    Trainer(recipe, run, console, world, settings.resume, settings.accept_changes, settings.price_per_hour).train()
+    with sole_writer(run, world):
+        Trainer(recipe, run, console, world, settings.resume, settings.accept_changes, settings.price_per_hour).train()

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from torch.utils.tensorboard import SummaryWriter
 import microdit
 from microdit.command_line import command_line
 from microdit.errors import UserError
-from microdit.files import from_checked_json, to_checked_json, write_aside
+from microdit.files import keep_damaged, to_checked_json, write_aside
+from microdit.formats import finite
 from microdit.recipe import Recipe
+from microdit.run_folder import METRICS, RUN, RunFolder, parse_metrics
 
-METRICS, STATUS, RUN = "metrics.jsonl", "status.json", "run.json"
+STATUS = "status.json"
 
 
 class RunRecord:
@@ -33,20 +36,23 @@ class RunRecord:
         self.run, self.recipe, self.warn = run, recipe, warn
         self._pending: list[str] = []
         self._told = False
-        run.mkdir(parents=True, exist_ok=True)
-        _forget_after(run / METRICS, forget_after)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=forget_after)
+        with _written(run):
+            run.mkdir(parents=True, exist_ok=True)
+            _forget_after(run / METRICS, forget_after, warn)
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=forget_after)
         self._wandb = _start_wandb(recipe, run) if recipe.record.wandb_project else None
 
     def started(self, data: dict[str, Any], start: dict[str, Any]) -> None:
         """Note one more start of the run in run.json, and the recipe that it follows."""
-        path = self.run / RUN
-        before = from_checked_json(path.read_bytes()) if path.is_file() else {"starts": []}
+        path, before = self.run / RUN, RunFolder(self.run).starts
+        if path.is_file() and not before:
+            self.warn(f"{path} is damaged, and begun anew: earlier starts are forgotten. As it was it is kept in {keep_damaged(path)}.")
         start = {"time": round(time.time(), 2), "command": command_line(sys.argv), "host": socket.gethostname(), **start}
         start |= {"git_commit": _git_commit(), "versions": _versions()}
-        content = {"name": self.recipe.name, "data": data, "starts": [*before["starts"], start]}
-        write_aside(path, to_checked_json(content))
-        write_aside(self.run / "recipe.yaml", self.recipe.to_yaml().encode())
+        content = {"name": self.recipe.name, "data": data, "starts": [*before, start]}
+        with _written(self.run):
+            write_aside(path, to_checked_json(content))
+            write_aside(self.run / "recipe.yaml", self.recipe.to_yaml().encode())
 
     def metrics(self, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the numbers in it to TensorBoard and, if asked for, W&B."""
@@ -101,21 +107,32 @@ class RunRecord:
 def last_cost(run: Path) -> tuple[float, float]:
     """GPU-hours and dollars that the run had cost when it last said so, work that was lost since its checkpoint included."""
     hours = dollars = 0.0
-    for line in _whole_lines(run / METRICS):
-        hours, dollars = max(hours, line.get("gpu_hours") or 0.0), max(dollars, line.get("dollars") or 0.0)
+    for line in parse_metrics((run / METRICS).read_bytes())[0] if (run / METRICS).is_file() else []:
+        hours, dollars = max(hours, finite(line.get("gpu_hours")) or 0.0), max(dollars, finite(line.get("dollars")) or 0.0)
     return hours, dollars
 
 
-def _forget_after(path: Path, step: int) -> None:
-    if path.is_file():
-        kept = [json.dumps(line) + "\n" for line in _whole_lines(path) if line["step"] <= step]
-        write_aside(path, "".join(kept).encode())
+def _forget_after(path: Path, step: int, warn: Callable[[str], None]) -> None:
+    """Drop the steps after `step`, and, with a word and a copy, damaged lines. Half a last one, which a kill leaves, needs neither."""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    lines, damaged = parse_metrics(content)
+    if damaged[-1:] == [content.count(b"\n") + 1]:
+        damaged.pop()
+    if damaged:
+        numbers = ", ".join(map(str, damaged[:10])) + (" ..." if len(damaged) > 10 else "")
+        warn(f"{len(damaged)} lines of {path} are damaged, and dropped ({numbers}). As it was it is kept in {keep_damaged(path)}.")
+    write_aside(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step).encode())
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """A process that was killed may have left half of the last one."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+@contextmanager
+def _written(run: Path) -> Iterator[None]:
+    """Nothing is trained without a record of how it began."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"The record in {run} cannot be written: {error}. Make room on the disk, or choose another --out.") from error
 
 
 def _versions() -> dict[str, str]:

@@ -7,13 +7,11 @@ and the first process puts whole weights, checksums and the state beside them, a
 import os
 import shutil
 import threading
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -22,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
-from microdit.checkpoint import FOLDER, SHARDS, STATE, Checkpoint, checkpoint_folders, open_checkpoint, step_of
+from microdit.checkpoint import FOLDER, SHARDS, STATE, Checkpoint, assembled, checkpoint_folders, open_checkpoint, step_of
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.files import sha256_of, to_checked_json, write_aside
@@ -51,8 +49,7 @@ class Saver:
         aside = self.run / FOLDER / f".step-{step:08d}.part"
         self._problem, self._step = self._prepare(aside), step
         if self._problem is None:
-            shapes = {name: tensor.shape for name, tensor in tensors.items() if name.partition("/")[0] in exports}
-            arguments = (aside, step, _begin(aside / SHARDS, tensors, self.world), state, shapes)
+            arguments = (aside, step, _begin(aside / SHARDS, tensors, self.world), state, exports)
             self._thread = threading.Thread(target=self._complete, args=arguments, name="checkpoint-writer", daemon=True)
             self._thread.start()
 
@@ -87,7 +84,7 @@ class Saver:
                 problem = str(error)
         return self.world.share(problem)
 
-    def _complete(self, aside: Path, step: int, written: "Future[Any]", state: dict[str, Any], shapes: dict[str, torch.Size]) -> None:
+    def _complete(self, aside: Path, step: int, written: "Future[Any]", state: dict[str, Any], exports: list[str]) -> None:
         problem: str | None = None
         checksums: dict[str, str] = {}
         try:
@@ -101,7 +98,7 @@ class Saver:
             problem = next((found for found, _ in answers if found), None)
             if self.world.is_main:
                 problem = problem or self._try_to_publish(
-                    aside, step, state, shapes, {k: v for _, part in answers for k, v in part.items()}
+                    aside, step, state, exports, {k: v for _, part in answers for k, v in part.items()}
                 )
                 if problem:
                     shutil.rmtree(aside, ignore_errors=True)
@@ -111,37 +108,32 @@ class Saver:
         if self._problem is None:
             self.last_saved = step
 
-    def _try_to_publish(
-        self, aside: Path, step: int, state: dict[str, Any], shapes: dict[str, torch.Size], checksums: dict[str, str]
-    ) -> str | None:
+    def _try_to_publish(self, aside: Path, step: int, state: dict[str, Any], exports: list[str], checksums: dict[str, str]) -> str | None:
         """What went wrong, if anything did."""
         try:
-            self._publish(aside, step, state, shapes, checksums)
+            self._publish(aside, step, state, exports, checksums)
             self._prune()
         except (Exception, CheckpointException) as error:
             return _root_cause(error)
         return None
 
-    def _publish(self, aside: Path, step: int, state: dict[str, Any], shapes: dict[str, torch.Size], checksums: dict[str, str]) -> None:
+    def _publish(self, aside: Path, step: int, state: dict[str, Any], exports: list[str], checksums: dict[str, str]) -> None:
         """Whole weights, checksums, state; then the name."""
-        for part in sorted({name.partition("/")[0] for name in shapes}):
-            whole = {name: torch.empty(shape) for name, shape in shapes.items() if name.partition("/")[0] == part}
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
-                load(whole, storage_reader=HuggingFaceStorageReader(str(aside / SHARDS)), no_dist=True)
+        for part in exports:
             path = aside / f"{part}.safetensors"
-            save_file({name.partition("/")[2]: tensor for name, tensor in whole.items()}, path)
+            save_file(assembled(aside / SHARDS, part), path)
             checksums[path.name] = _flushed_checksum(path)
         files = dict(sorted(checksums.items()))
         write_aside(aside / STATE, to_checked_json({"step": step, "files": files, **state}))
         target = self.run / FOLDER / f"step-{step:08d}"
-        shutil.rmtree(target, ignore_errors=True)
+        if target.is_dir():
+            _delete(target)
         aside.rename(target)
 
     def _prune(self) -> None:
         for old in checkpoint_folders(self.run)[self.keep :]:
             if not self.keep_every or step_of(old) % self.keep_every:
-                shutil.rmtree(old)
+                _delete(old)
 
 
 def newest_whole(run: Path, world: World, warn: Callable[[str], None], skip: int = 0) -> Checkpoint | None:
@@ -178,6 +170,14 @@ def load_into(checkpoint: Checkpoint, tensors: Tensors) -> None:
         load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint.folder / SHARDS)))
     except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"{checkpoint.folder} does not hold what this recipe's training needs: {_root_cause(error)}") from error
+
+
+def _delete(checkpoint: Path) -> None:
+    """Take the name away first: others see the checkpoint whole or not at all, and what a kill leaves is cleared away at the next start."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.old.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _begin(folder: Path, tensors: Tensors, world: World) -> "Future[Any]":

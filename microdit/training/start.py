@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 from rich.text import Text
-from safetensors import SafetensorError
 from torch import Tensor
 
 from microdit.checkpoint import (
@@ -23,6 +22,7 @@ from microdit.checkpoint import (
 from microdit.data.latents import EncodedSet
 from microdit.distributed import World
 from microdit.errors import UserError
+from microdit.folder_lock import LOCK
 from microdit.model.microdit import ModelConfig
 from microdit.model.sizes import resolve
 from microdit.recipe import ModelRecipe, Recipe
@@ -68,7 +68,7 @@ def find_checkpoint(
     Raises UserError if there is a run and `resume` is not asked for, or if it was of another recipe, data or architecture.
     """
     if not resume:
-        if world.share(run.exists() and any(run.iterdir())):
+        if world.share(run.exists() and any(path.name != LOCK for path in run.iterdir())):
             raise UserError(f"{run} holds a run already: go on with --resume, or choose another --out.")
         return None
     checkpoint = newest_whole(run, world, warn)
@@ -101,31 +101,42 @@ def is_finished(run: Path, recipe: Recipe) -> bool:
     return not checkpoint.damage(list(checkpoint.state["files"]))
 
 
-def first_weights(recipe: Recipe, run: Path, config: ModelConfig, data: EncodedSet) -> dict[str, Tensor] | None:
-    """The weights that `init_from` names, whole, on the CPU; None if it names none.
+def first_weights(
+    recipe: Recipe, run: Path, config: ModelConfig, data: EncodedSet, warn: Callable[[str], None]
+) -> dict[str, Tensor] | None:
+    """The weights that `init_from` names, those called `init_weights`, whole, on the CPU; None if it names none.
 
-    Weights, not averages, as the authors do. Position scale may differ: positions are no weights.
-    Raises UserError if there are none, or if they are of another architecture or other encoders.
+    Damaged checkpoints are passed over, and `warn` is told; as it is if the run was not trained to its end. Position scale may differ:
+    positions are no weights. Raises UserError if there are none, or if they are of another architecture or other encoders.
     """
     if recipe.init_from is None:
         return None
     places = [run.parent / recipe.init_from, Path(recipe.init_from)]
-    troubles: list[str] = []
     for place in places:
-        checkpoint = find_weights(place, troubles.append, "model")
-        if checkpoint is None and (place / "state.json").is_file():
+        checkpoint = find_weights(place, lambda sentence: warn(f"init_from: {sentence}"), recipe.init_weights)
+        if checkpoint is not None:
+            _warn_if_unfinished(checkpoint, warn)
+        elif (place / "state.json").is_file():
             checkpoint = open_checkpoint(place)  # a checkpoint's own folder
+            if recipe.init_weights not in checkpoint.weights:
+                raise UserError(f"{place} holds no weights named {recipe.init_weights}, only {', '.join(checkpoint.weights)}.")
         if checkpoint is not None:
             refuse_other_architecture(checkpoint, config, except_for=frozenset({"position_scale"}))
             refuse_other_encoders(checkpoint, data.card, data.folder)
-            try:
-                return checkpoint.tensors("model")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"init_from: {checkpoint.folder}/model.safetensors cannot be read: {error}.") from error
+            return checkpoint.tensors(recipe.init_weights)
     raise UserError(
         f"init_from is {recipe.init_from}, and there is no checkpoint in {' nor in '.join(str(place) for place in places)}: "
         "train that run first, or name another."
     )
+
+
+def _warn_if_unfinished(checkpoint: Checkpoint, warn: Callable[[str], None]) -> None:
+    total = sum(phase["steps"] for phase in checkpoint.state["recipe"]["phases"])
+    if checkpoint.step < total:
+        warn(
+            f"init_from: begins with {checkpoint.folder}, step {checkpoint.step} of the {total} that its recipe asks for: those weights "
+            "were not trained to the end. Finish that run with --resume first, if that is not what you want."
+        )
 
 
 def model_config(recipe: Recipe, data: EncodedSet) -> ModelConfig:
@@ -226,7 +237,8 @@ def describe(recipe: Recipe, config: ModelConfig, data: EncodedSet, sets: list[E
 
 def greeting(recipe: Recipe, run: Path, sets: list[EncodedSet], state: TrainingState, step: int, world: World) -> Text:
     """What begins, in words."""
-    start = f"from step {step}" if step else "from scratch" if recipe.init_from is None else f"from {recipe.init_from}"
+    before = "scratch" if recipe.init_from is None else f"the weights {recipe.init_weights} of {recipe.init_from}"
+    start = f"from step {step}" if step else f"from {before}"
     samples = " + ".join(f"{len(encoded):,}" for encoded in sets)
     ways = {"none": "", "ddp": f", copied to {world.size} processes", "fsdp": f", sharded over {world.size} processes"}
     return joined(

@@ -1,8 +1,12 @@
 """Being asked to stop, by a person or by the machine that is about to vanish."""
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from microdit.errors import EXIT_RESTART
 
 
 class StopRequests:
@@ -17,6 +21,19 @@ class StopRequests:
         else:
             self.by_user = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def restart_when_asked() -> None:
+    """End the program at once at SIGTERM, with the exit code that means "start me again": there is nothing to save yet.
+
+    `stop_requests` takes SIGTERM over while a training runs.
+    """
+
+    def end(number: int, frame: object) -> None:
+        print("Stopped before training began. Start again with --resume.", file=sys.stderr, flush=True)
+        os._exit(EXIT_RESTART)  # whatever is being imported, read or built
+
+    signal.signal(signal.SIGTERM, end)
 
 
 @contextmanager

@@ -100,7 +100,7 @@ class Trainer:
         self.config = model_config(recipe, self.data)
         if recipe.engine.compile:
             keep_compiled(run)
-        weights = None if checkpoint else first_weights(recipe, run, self.config, self.data)
+        weights = None if checkpoint else first_weights(recipe, run, self.config, self.data, self._warn)
         self.state = TrainingState(recipe, self.config, world, weights, fresh=checkpoint is None)
         self.guard = Guard(recipe.guard, world.device)
         self.step = 0  # as many have been given to the device
@@ -128,7 +128,7 @@ class Trainer:
         batches = Loader(self.share, range(self.step, total), AHEAD, recipe.data.read_timeout, self.mixture.where)
         meters = Meters(self.step, total, self.peak, self.world.size, self.world.device, self.console)
         sums, queued = StepSums([], []), deque[QueuedStep]()
-        with self._reported(), meters, stop_requests() as stop, batches as reader:
+        with self._reported(), self.world.naming_the_lost(), meters, stop_requests() as stop, batches as reader:
             while self.step < total and not sums.stop:
                 queued.append(self._queue_step(reader, stop))
                 last = self.step == total

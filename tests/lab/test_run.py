@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from microdit.lab.run import read_results
+from microdit.lab.run import drop_damaged, read_results
 from tests.commands import microdit
 from tests.training.processes import start, wait_for
 
@@ -135,15 +135,24 @@ def test_a_study_that_changed_is_not_mixed_with_its_old_results(laboratory):
     assert "There are no results in nowhere: run the study first" in nothing.output
 
 
-def test_damaged_results_are_named(laboratory):
+def test_damaged_results_are_left_out_and_dropped_once_with_a_copy_kept(tmp_path, capsys):
+    good = {"arm": "none", "seed": 0, "step": 4, "flops": 1.0, "seconds": 2.0, "kid": 0.5}
+    content = json.dumps(good) + '\nnot JSON\n{"arm": "none"}\n[1]\n' + json.dumps(good | {"seed": 1}) + '\n\xff\n{"arm": "no'
+    (tmp_path / "results.jsonl").write_bytes(content.encode("latin-1"))
+    assert read_results(tmp_path) == [good, good | {"seed": 1}]
+    assert "lines 2, 3, 4, 6 are damaged, and left out" in " ".join(capsys.readouterr().out.split())
+    drop_damaged(tmp_path)
+    assert "are damaged, and dropped" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "results.jsonl.damaged-1").read_bytes() == content.encode("latin-1")
+    assert read_results(tmp_path) == [good, good | {"seed": 1}]
+    drop_damaged(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_damaged_plan_is_named(laboratory):
     (laboratory / "small.yaml").write_text(LONGER)
     out = laboratory / "damaged"
     shutil.copytree(laboratory / "lab" / "small", out)
-    with (out / "results.jsonl").open("a") as file:
-        file.write("not JSON\n")
-    for command in ("run", "report"):
-        refused = microdit("lab", command, "small.yaml", "--out", "damaged", cwd=laboratory)
-        assert (refused.returncode, "results.jsonl: line" in refused.output) == (1, True), refused.output
     (out / "plan.json").write_text("{}")
     refused = microdit("lab", "run", "small.yaml", "--out", "damaged", cwd=laboratory)
     assert (refused.returncode, "plan.json is damaged" in refused.output) == (1, True), refused.output

@@ -1,7 +1,9 @@
 """A folder of recipes: the paper's four phases, in small."""
 
 import json
+import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from microdit.distributed import start_world
 from microdit.errors import UserError
+from microdit.folder_lock import sole_writer
 from microdit.model.microdit import MicroDiT
 from microdit.recipe_file import load_recipe
-from microdit.training.chain import load_chain
+from microdit.terminal import PlainConsole
+from microdit.training.chain import Settings, load_chain, train_one
 from microdit.training.start import model_config
-from tests.training.processes import losses, start, wait_for
+from tests.training.processes import RECIPE, losses, start, wait_for
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DRY = RECIPES / "microdit-dry"
@@ -101,6 +106,15 @@ def test_the_mask_may_fall_while_it_trains(tmp_path, data):
     assert ratios == sorted(ratios, reverse=True)
     assert len(set(ratios)) == 12
     assert all(line["loss"] is not None for line in lines)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_another_program_trains_is_refused_with_its_host_and_process(tmp_path, encoded_emoji, resume):
+    recipe = load_recipe(RECIPE, [f"data.path={encoded_emoji}"])
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    with sole_writer(tmp_path / "run"), pytest.raises(UserError, match=f"run is in use by {holder}: wait for it, or stop it"):
+        train_one(recipe, tmp_path / "run", Settings(resume), PlainConsole(quiet=True), start_world("cpu"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_is_overwritten(data, whole):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from microdit.checkpoint import open_checkpoint
+from microdit.checkpoint import find_weights, open_checkpoint
 from microdit.data.latents import EncodedSet
 from microdit.distributed import start_world
 from microdit.errors import UserError
@@ -68,6 +68,35 @@ def test_the_newest_are_kept_and_every_nth_for_ever(tmp_path, world):
         save(saver, step)
     saver.finish()
     assert steps(tmp_path) == [20, 30, 31, 32]
+
+
+def test_one_without_whole_weights_is_put_together_from_its_shards(tmp_path, world):
+    """As it is saved before a machine is taken away."""
+    saver = Saver(tmp_path, world, keep=2, keep_every=None, warn=pytest.fail)
+    saver.save(7, tensors(7.0), {}, [])
+    saver.finish()
+    found = find_weights(tmp_path, pytest.fail)
+    assert {path.name for path in found.folder.iterdir()} == {"shards", "state.json"}
+    assert found.weights == ["ema", "model"]
+    for part in found.weights:
+        assert found.tensors(part)["w"].equal(tensors(7.0)[f"{part}/w"])
+
+
+def test_an_old_one_loses_its_name_before_its_files(tmp_path, world, monkeypatch):
+    """Whoever looks while it is deleted sees all of its files, or no checkpoint of that name."""
+    emptied: list[str] = []
+
+    def rmtree(path, ignore_errors=False, remove=shutil.rmtree):
+        emptied.extend([path.name] if path.exists() else [])
+        remove(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    saver = Saver(tmp_path, world, keep=1, keep_every=None, warn=pytest.fail)
+    for step in (1, 2, 2):
+        save(saver, step)
+        assert saver.finish()
+    assert steps(tmp_path) == [2]
+    assert emptied == [".step-00000001.old.part", ".step-00000002.old.part"]
 
 
 def test_a_save_that_fails_warns_leaves_nothing_and_the_next_one_works(tmp_path, world):

@@ -6,13 +6,16 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from microdit.checkpoint import find_weights
 from microdit.files import from_checked_json
+from microdit.pipeline import Pipeline
 from tests.training.processes import RECIPE, losses, start, train, wait_for
 
 RESTART = 75
@@ -152,6 +155,9 @@ def test_a_notice_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, 
     wait_for(lambda: 3 in losses(run), running)
     os.kill(running.processes[1].pid, signal.SIGTERM)
     assert running.wait() == [RESTART, RESTART]
+    cut_off = find_weights(run, pytest.fail)
+    assert {path.name for path in cut_off.folder.iterdir()} == {"shards", "state.json"}
+    Pipeline.from_checkpoint(cut_off)  # put together from the shards of both
     resumed = train(run, encoded_emoji, "--resume", ranks=1)
     assert resumed.wait() == [0]
     assert losses(run) == pytest.approx(losses(whole_run), abs=LOOSE)
@@ -165,6 +171,8 @@ def test_when_one_process_dies_the_other_ends_too(tmp_path, encoded_emoji):
     codes = running.wait()
     assert codes[1] == -signal.SIGKILL
     assert codes[0] not in (0, RESTART)
+    assert f"process 1 on {socket.gethostname()} (process id {running.processes[1].pid})" in running.output
+    assert "Traceback" not in running.output
     assert status(run)["state"] == "failed"
 
 
