@@ -36,7 +36,7 @@ from microdit.data.forms import pack_latents, pack_text
 from microdit.data.latents import EncodedSet, Mixture
 from microdit.data.order import PhaseOrder, SampleOrder
 from microdit.data.pixels import normalise
-from microdit.data.shards import Row, ShardWriter
+from microdit.data.shards import Row, ShardWriter, checksums_of
 from microdit.data.sources import Part, Record, Source
 from microdit.diffusion.edm import EDM
 from microdit.encoders.autoencoder import Autoencoder, Pixels, load_autoencoder
@@ -146,7 +146,7 @@ def write_ours(folder: Path, rows: int, tokens: int, rows_a_shard: int = 500) ->
         path = writer.path
         count = {"captions": writer.rows, "tokens": writer.rows * tokens, "captions_cut": 0, "seen": writer.rows, "rejected": {}}
         shards.append({"name": path.name, "rows": writer.rows, "buckets": {"0": writer.rows}, "bytes": path.stat().st_size, **count})
-        shards[-1]["sha256"] = "0" * 64
+        shards[-1] |= {"sha256": "0" * 64, "checksums": checksums_of(path)._asdict()}
     plan = {
         "format": FORMAT,
         "source": "random",

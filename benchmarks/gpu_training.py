@@ -15,7 +15,7 @@ from microdit.budget.stages import Stage, stage_recipe
 from microdit.data.card import FORMAT, write_card
 from microdit.data.forms import StoredRows, pack_latents, pack_text
 from microdit.data.latents import Batch, StoredBatch
-from microdit.data.shards import Row, ShardWriter
+from microdit.data.shards import Row, ShardWriter, checksums_of
 from microdit.distributed import World
 from microdit.files import sha256_of
 from microdit.model.microdit import MicroDiT
@@ -151,12 +151,12 @@ def random_rows(*shape: int) -> StoredRows:
 def write_random_set(
     folder: Path, rows: int, resolution: int, latents: tuple[int, int, int], caption: tuple[int, int], encoders: tuple[str, str]
 ) -> None:
-    """An encoded set of random numbers in the real format, int8. `latents`: (C, H, W); `caption`: tokens and channels."""
+    """An encoded set of random numbers in the real format, latents in 8 bits, captions in full. `latents`: (C, H, W); `caption`: tokens, channels."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     writer = ShardWriter(folder / "shard-00000.arrow", [resolution])
     for number in range(rows):
-        text = pack_text(generator.standard_normal(caption, np.float32), "int8")
+        text = pack_text(generator.standard_normal(caption, np.float32), "full")
         blob = pack_latents(generator.standard_normal(latents, np.float32), "int8")
         writer.write(Row(f"{number}", 0, [f"caption {number}"], [1.0], [text], {resolution: blob}))
     writer.close()
@@ -168,6 +168,7 @@ def write_random_set(
         "buckets": {"0": rows},
         "bytes": writer.path.stat().st_size,
         "sha256": sha256_of(writer.path),
+        "checksums": checksums_of(writer.path)._asdict(),
         "captions": rows,
         "tokens": rows * caption[0],
         "captions_cut": 0,
@@ -175,7 +176,7 @@ def write_random_set(
     plan = {
         "format": FORMAT,
         "source": "random numbers",
-        "settings": {"resolutions": [resolution], "latents": "int8", "captions": "int8"},
+        "settings": {"resolutions": [resolution], "latents": "int8", "captions": "full"},
         "sizes": [{str(resolution): [resolution, resolution]}],
         "latent_channels": latents[0],
         "downsampling": resolution // latents[1],

@@ -36,7 +36,7 @@ FREE_TO_CHANGE = {"record", "engine", "guard", "name"}  # of a recipe, between s
 
 def refuse_misfits(recipe: Recipe, sets: list[EncodedSet], world: World) -> None:
     """Raises UserError if the batches cannot be dealt out to the processes, or the patches not into a phase's grid,
-    or if there are more processes than a setting is for.
+    if there are more processes than a setting is for, or if padding is to be attended that the data does not hold.
     """
     rows = sum(len(encoded) for encoded in sets)
     if world.size > rows:
@@ -46,6 +46,7 @@ def refuse_misfits(recipe: Recipe, sets: list[EncodedSet], world: World) -> None
             f"engine.release_gradients is for one process that holds the model whole, and there are {world.size}: leave it out, "
             "and take engine.sharding fsdp to save memory."
         )
+    _refuse_attended_padding(recipe.model, sets)
     for index, phase in enumerate(recipe.phases):
         share, rest = divmod(phase.batch_size, world.size)
         micro = recipe.engine.micro_batch or share
@@ -161,6 +162,17 @@ def architecture(model: ModelRecipe, in_channels: int, caption_channels: int) ->
         bias=model.bias,
         position_scale=model.position_scale,
     )
+
+
+def _refuse_attended_padding(model: ModelRecipe, sets: list[EncodedSet]) -> None:
+    """Trimmed captions are padded with zeros up to the longest of a micro-batch: what is learnt would depend on who is beside whom."""
+    for encoded in sets:
+        form = encoded.card["settings"]["captions"]
+        if not model.mask_padding and form != "full":
+            raise UserError(
+                f"model.mask_padding is false, and {encoded.folder} holds captions without their padding ({form}): "
+                "take model.mask_padding=true, or encode again with --store-captions full, as the authors' captions are."
+            )
 
 
 def _refuse_odd_grids(phase: int, patch_size: int, sets: list[EncodedSet]) -> None:

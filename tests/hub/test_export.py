@@ -6,6 +6,9 @@ import stat
 import pytest
 from PIL import Image
 
+from microdit.data.emoji import emoji_source
+from microdit.data.encode import EncodeSettings, encode_source
+from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
 from microdit.evaluation.painters import DrawSettings, RunPainter, open_painter
 from microdit.hub.export import export_run
@@ -13,6 +16,7 @@ from microdit.hub.folders import write_folder
 from microdit.hub.opening import open_model
 from microdit.pipeline import SamplerSettings
 from tests.commands import microdit
+from tests.conftest import first_of
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +137,13 @@ def test_mistakes_end_in_one_sentence(workplace, exported, arguments, sentence):
     assert not (workplace / "x").exists()
 
 
-def test_a_run_of_pixels_is_exported_too(encoded_emoji, tmp_path):
+def test_a_run_of_pixels_is_exported_too(text_encoder, tmp_path):
     """Without an autoencoder; padding is seen; the picture is the run's."""
     from tests.training.processes import train
 
-    running = train(tmp_path / "run", encoded_emoji, "phases.0.steps=2", "phases.1.steps=1", "model.mask_padding=false")
+    full = EncodeSettings((16,), "fp16", "full")
+    encode_source(first_of(emoji_source("train"), 16), tmp_path / "data", full, Pixels(), text_encoder)
+    running = train(tmp_path / "run", tmp_path / "data", "phases.0.steps=2", "phases.1.steps=1", "model.mask_padding=false")
     assert running.wait() == [0], running.output
     export_run(tmp_path / "run", tmp_path / "out", pytest.fail)
     images = [open_model(str(tmp_path / place), pytest.fail).pipeline(["owl"], SamplerSettings(3))[0] for place in ("run", "out")]

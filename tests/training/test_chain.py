@@ -159,11 +159,12 @@ def test_a_folder_without_recipes_and_one_in_the_wrong_order_are_refused(tmp_pat
 @pytest.mark.parametrize(
     ("overrides", "ranks", "sentence"),
     [
+        (["model.mask_padding=false"], 1, "holds captions without their padding (int8): take model.mask_padding=true"),
         (["phases.0.batch_size=9"], 2, "cannot be dealt out to 2 processes in micro-batches of 4: take a multiple of 8, such as 8"),
         (["phases.0.batch_size=8", "engine.micro_batch=3"], 1, "in micro-batches of 3: take a multiple of 3, such as 9"),
     ],
 )
-def test_batches_that_cannot_be_dealt_out_are_refused(tmp_path, data, overrides, ranks, sentence):
+def test_what_fits_neither_data_nor_processes_is_refused(tmp_path, data, overrides, ranks, sentence):
     running = train_dry(tmp_path / "dry", data, *overrides, ranks=ranks)
     assert running.wait() == [1] * ranks
     assert sentence in running.output
