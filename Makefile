@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 FIXTURE ?= tests/fixtures/official_a.safetensors
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-oldest lint bench clean
+.PHONY: help demo test test-slow test-busy test-oldest lint bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ test: .venv/installed lint ## lint, types, and every test that is not slow
 
 test-slow: .venv/installed ## the proofs that take minutes
 	$(BIN)/pytest -m slow
+
+test-busy: .venv/installed ## the tests beside two processes that never rest: none may depend on the machine's load
+	@for i in 1 2; do $(BIN)/python -c "while True: pass" & pids="$$pids $$!"; done; trap "kill $$pids" EXIT; \
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest

@@ -151,7 +151,7 @@ def random_rows(*shape: int) -> StoredRows:
 def write_random_set(
     folder: Path, rows: int, resolution: int, latents: tuple[int, int, int], caption: tuple[int, int], encoders: tuple[str, str]
 ) -> None:
-    """An encoded set of random numbers in the real format, latents in 8 bits, captions in full. `latents`: (C, H, W); `caption`: tokens, channels."""
+    """An encoded set of random numbers: latents (C, H, W) in 8 bits, captions (tokens, channels) in full."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     writer = ShardWriter(folder / "shard-00000.arrow", [resolution])
