@@ -89,7 +89,7 @@ class PhaseRecipe:
     name: Name
     steps: Every
     batch_size: Batch
-    learning_rate: Factor
+    learning_rate: Annotated[float, Range(0, 1e38, above=True)]
     mask_ratio: ShareBelow1 = 0.0
     mask_schedule: Points | None = None  # instead: [progress, ratio] points, straight lines between, as [[0, 0.75], [1, 0]]
     mask_pattern: Pattern = "random"  # grid: as many out of each 2 x 2 of patches; for ratios 0.25, 0.5, 0.75

@@ -172,7 +172,8 @@ def numbers_without_a_range(kind: type, within: bool = False) -> list[str]:
     """Keys of a dataclass, in its lists and mappings too."""
     if get_origin(kind) is Annotated:
         inner, range_ = get_args(kind)
-        within = isinstance(range_, Range) and max(abs(range_.low), abs(range_.high)) < 2**53
+        most = 2**53 if inner is int else 1e39  # what float64 holds exactly, and about what float32 holds at all
+        within = isinstance(range_, Range) and max(abs(range_.low), abs(range_.high)) < most
         return numbers_without_a_range(inner, within) if inner in (int, float) else numbers_without_a_range(inner)
     if is_dataclass(kind):
         hints = get_type_hints(kind, include_extras=True)

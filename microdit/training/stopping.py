@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,7 +29,7 @@ def restart_when_asked() -> None:
     """
 
     def end(number: int, frame: object) -> None:
-        print("Stopped before training began. Start again with --resume.", file=sys.stderr, flush=True)
+        os.write(2, b"Stopped before training began. Start again with --resume.\n")  # print may be interrupted in the middle of itself
         os._exit(EXIT_RESTART)  # whatever is being imported, read or built
 
     signal.signal(signal.SIGTERM, end)

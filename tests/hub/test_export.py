@@ -47,7 +47,7 @@ def test_the_card_says_what_the_record_knows_and_how_to_use_it(workplace, export
         assert text in card, card
     assert "mask_ratio: 0.75" in card
     assert f'MicroDiTPipeline.from_pretrained("{exported}")' in card
-    assert f'microdit sample {exported} "red heart"' in card
+    assert f"microdit sample {exported} 'red heart'" in card
     assert all(path.stat().st_mode & stat.S_IROTH for path in folder.rglob("*"))
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
 

@@ -22,7 +22,7 @@ PAIR = {"a": [1.0, 1.5, 0.5], "b": [5.0, 5.1, 4.9]}
 
 
 def verdict(results: list[dict[str, Any]], claim: Claim = CLAIM):
-    study = Study("s", "?", "base.yaml", ReferenceArm("a", 10), {"a": [], "b": []}, claims=[claim])
+    study = Study("s", "?", reference=ReferenceArm("a", 10), arms={"a": [], "b": []}, claims=[claim])
     return judge(study, {"a": PLAN, "b": PLAN}, results)[0]
 
 

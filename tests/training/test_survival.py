@@ -318,7 +318,7 @@ def test_a_step_that_is_not_finite_is_not_taken_and_the_weights_go_back(tmp_path
 def test_a_run_whose_last_step_ruins_the_weights_is_not_called_finished(tmp_path, encoded_emoji):
     phases = "[{name: good, steps: 4, batch_size: 8, learning_rate: 1e-3}, {name: bad, steps: 1, batch_size: 8, learning_rate: 1e38}]"
     run = tmp_path / "ruined"
-    running = train(run, encoded_emoji, f"phases={phases}", "optimizer.weight_decay=1e38")
+    running = train(run, encoded_emoji, f"phases={phases}", "optimizer.weight_decay=1000")
     assert running.wait() == [1], running.output
     assert "Some weights are not finite after step 5" in running.output
     assert "the last checkpoint is not in" in running.output
@@ -327,7 +327,7 @@ def test_a_run_whose_last_step_ruins_the_weights_is_not_called_finished(tmp_path
 
 def test_a_loss_that_stays_bad_ends_the_run_in_a_sentence(tmp_path, encoded_emoji):
     run = tmp_path / "nan"
-    running = train(run, encoded_emoji, "phases.0.learning_rate=1e30", "record.checkpoint_every=1")
+    running = train(run, encoded_emoji, "phases.0.learning_rate=1e30", "phases.0.warmup_steps=0", "record.checkpoint_every=1")
     assert running.wait() == [1]
     assert "could not be taken" in running.output
     assert "lower learning rate" in running.output
