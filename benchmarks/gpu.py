@@ -19,7 +19,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,7 @@ class Run:
         self.began = time.monotonic()
         self.deadline = self.began + seconds
         self.outcomes: dict[str, dict[str, Any]] = {}
+        self._noting = threading.Lock()
         (out / "steps").mkdir(parents=True, exist_ok=True)
 
     @property
@@ -107,9 +110,14 @@ class Run:
             )
 
     def note(self, step: Step, outcome: str, seconds: float) -> None:
-        self.outcomes[step.name] = {"outcome": outcome, "seconds": round(seconds, 1), "ended_at": round(time.monotonic() - self.began, 1)}
-        print(f"{self._clock()}  {step.name}: {outcome}", flush=True)
-        self.write()
+        with self._noting:
+            self.outcomes[step.name] = {
+                "outcome": outcome,
+                "seconds": round(seconds, 1),
+                "ended_at": round(time.monotonic() - self.began, 1),
+            }
+            print(f"{self._clock()}  {step.name}: {outcome}", flush=True)
+            self.write()
 
     def write(self) -> None:
         """Everything that is known so far."""
@@ -148,8 +156,8 @@ def main() -> None:
     smoke = args.smoke or not torch.cuda.is_available()
     run = Run(args.out.resolve(), scratch, smoke, 60 * args.minutes, args.only)
     try:
-        for step in STEPS:
-            run.take(step)
+        with ThreadPoolExecutor(2 if smoke else 1) as places:  # at smoke size most of a step is its start, and nothing is timed
+            list(places.map(run.take, STEPS))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(f"\n{(run.out / 'summary.md').read_text()}")
