@@ -74,7 +74,7 @@ def fit(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
 
 @contextmanager
 def _troubles_named() -> Iterator[None]:
-    """Whatever Pillow raises becomes a Rejected."""
+    """Whatever Pillow raises becomes a Rejected, without the traceback: its frames hold the file, in a cycle from Python 3.12 on."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata
@@ -83,11 +83,11 @@ def _troubles_named() -> Iterator[None]:
     except Rejected:
         raise
     except UnidentifiedImageError as error:
-        raise Rejected(f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture") from error
+        raise Rejected(f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture") from error.with_traceback(None)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Rejected(f"more than {MAX_PIXELS:,} pixels") from error
+        raise Rejected(f"more than {MAX_PIXELS:,} pixels") from error.with_traceback(None)
     except Exception as error:  # Pillow's decoders raise whatever their format's parser stumbles over
-        raise Rejected("picture is damaged") from error
+        raise Rejected("picture is damaged") from error.with_traceback(None)
 
 
 def _open(content: bytes) -> Image.Image:

@@ -59,7 +59,8 @@ def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World)
     _refuse_other_pictures(recipes)
     new = [arm for arm in recipes if arm not in plans]
     if new:
-        plans |= _time(study, {arm: recipes[arm] for arm in dict.fromkeys([reference, *new])}, plans.get(reference), world)
+        timed = _time(study, {arm: recipes[arm] for arm in dict.fromkeys([reference, *new])}, plans.get(reference), world)
+        plans |= {arm: timed[arm] for arm in new}
     content = {"asked": asked, "arms": {arm: asdict(plan) for arm, plan in plans.items()}}
     write_aside(out / "plan.json", json.dumps(content, indent=1).encode())
     return plans

@@ -83,6 +83,8 @@ def test_large_files_are_not_held_together(tmp_path, monkeypatch, text_encoder):
     monkeypatch.setattr("microdit.data.decoding.MOST_BYTES", 2_560_000)
     files = [(f"{n:02}.{suffix}", content) for n in range(12) for suffix, content in (("png", bytes(1_900_000)), ("txt", b"words"))]
     path = write_tar(tmp_path / "a.tar", [*files, ("z.png", hostile.good_picture(0)), ("z.txt", b"words")])
+    first = write_tar(tmp_path / "first.tar", [("z.png", hostile.good_picture(0)), ("z.txt", b"words")])
+    encode_source(open_source(str(first)), tmp_path / "first", EncodeSettings((8,), "fp16", "ids"), Pixels(), text_encoder)  # imports all
     with at_most(9):
         card = encode_source(open_source(str(path)), tmp_path / "out", EncodeSettings((8,), "fp16", "ids"), Pixels(), text_encoder)
     assert (card["seen"], card["rows"]) == (13, 1)

@@ -64,6 +64,10 @@ def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save_image_processor(folder: Path, kind: str, **settings: object) -> None:
     """As published models have it; the class that reads it has other names in other releases of transformers."""
+    try:
+        _ = AutoImageProcessor.from_pretrained
+    except ImportError:
+        pytest.skip("this version of transformers makes no image processor without torchvision")
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": kind, **settings}))
 
 
