@@ -9,6 +9,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from microdit.foreign_json import parse_json
+
 CHECKSUM = "self_sha256"  # the last entry of a JSON file that holds its own checksum
 
 
@@ -55,10 +57,7 @@ def from_checked_json(raw: bytes) -> dict[str, Any]:
     One damaged entry leaves the other, so no single change makes a file look like one that never had a checksum.
     Raises ValueError if the bytes are not what was written.
     """
-    try:
-        content = json.loads(raw)
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+    content = parse_json(raw)
     if not isinstance(content, dict):
         raise ValueError("it is no JSON object")
     announced, checksum = content.pop("checked_by", None), content.pop(CHECKSUM, None)

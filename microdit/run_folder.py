@@ -3,7 +3,6 @@
 recipe.yaml  run.json  status.json  metrics.jsonl  samples/step-00000500.png
 """
 
-import json
 import os
 import re
 import socket
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from microdit.files import from_checked_json
+from microdit.foreign_json import parse_json
 from microdit.formats import finite
 
 RECIPE = "recipe.yaml"  # what makes a folder a run
@@ -130,7 +130,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _parse_object(text: str | bytes) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

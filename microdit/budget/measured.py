@@ -7,6 +7,7 @@ from pathlib import Path
 
 from microdit.errors import UserError
 from microdit.files import write_aside
+from microdit.foreign_json import parse_json
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def read_measurements(file: Path) -> dict[str, Measurement]:
     if not file.is_file():
         return {}
     try:
-        found = {name: Measurement(**values) for name, values in json.loads(file.read_text()).items()}
+        found = {name: Measurement(**values) for name, values in parse_json(file.read_bytes()).items()}
         if not all(item.utilisation > 0 for item in found.values()):
             raise ValueError("a utilisation is not above 0")
     except (OSError, ValueError, TypeError, AttributeError) as error:

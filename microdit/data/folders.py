@@ -21,11 +21,11 @@ from microdit.data.untrusted import (
     bounded_lines,
     lies_in,
     open_file,
-    parse_json,
     read_file,
     roots_of,
 )
 from microdit.errors import UserError
+from microdit.foreign_json import parse_json
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LISTS = ("metadata.jsonl", "metadata.csv")

@@ -12,8 +12,9 @@ from microdit.data.archives import Sample, open_zip, read_archive, read_zipped
 from microdit.data.folders import find_images
 from microdit.data.sidecars import from_fields
 from microdit.data.sources import Part, Record, relative_names
-from microdit.data.untrusted import LARGEST_TEXT, Refused, Roots, bounded_lines, open_file, parse_json, read_file, roots_of
+from microdit.data.untrusted import LARGEST_TEXT, Refused, Roots, bounded_lines, open_file, read_file, roots_of
 from microdit.errors import UserError
+from microdit.foreign_json import parse_json
 
 JOURNEYDB_LIST = "train_anno_realease_repath.jsonl"  # sic
 UNSAFE = 0.2  # score above which the authors leave a picture of DiffusionDB out

@@ -14,8 +14,9 @@ from microdit.data.folders import Listed, parts_of
 from microdit.data.generated import JOURNEYDB_LIST, diffusiondb_parts, journeydb_parts
 from microdit.data.sidecars import caption_text, from_fields, from_sidecars
 from microdit.data.sources import Part, Record, Source, only_captions
-from microdit.data.untrusted import LARGEST_TEXT, parse_json, read_file, roots_of
+from microdit.data.untrusted import LARGEST_TEXT, read_file, roots_of
 from microdit.errors import UserError
+from microdit.foreign_json import parse_json
 
 
 @dataclass(frozen=True)

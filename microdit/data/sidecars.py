@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from microdit.data.untrusted import parse_json
+from microdit.foreign_json import parse_json
 
 CAPTION_NAMES = ("caption", "text", "prompt")  # of columns and fields, the first that exists is used
 NO_CAPTION = "no caption"

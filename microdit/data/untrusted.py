@@ -3,13 +3,12 @@
 A picture's name may stand for a pipe that nobody writes to, a device without an end, or a link to a file that is none of the source's.
 """
 
-import json
 import os
 import stat
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, AnyStr, BinaryIO
+from typing import IO, AnyStr, BinaryIO
 
 LARGEST_FILE = 200_000_000  # bytes of a picture's file
 LARGEST_TEXT = 4_000_000  # bytes of a caption's file, or of a line in a list
@@ -81,14 +80,6 @@ def bounded_lines(file: IO[AnyStr], most: int = LARGEST_TEXT) -> Iterator[AnyStr
         while line and not _ends(line):
             line = file.readline(most)
         yield None
-
-
-def parse_json(text: str | bytes) -> Any:
-    """What the text holds. Raises ValueError, for values inside thousands of others too."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
 
 
 def _real(path: Path) -> Path:

@@ -16,6 +16,7 @@ from microdit.data.card import read_card
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.files import write_aside
+from microdit.foreign_json import parse_json
 from microdit.lab.study import Budget, Study, measurement
 from microdit.lab.timing import flops_of_a_step, seconds_of_a_step
 from microdit.recipe import Recipe
@@ -129,7 +130,7 @@ def _content(out: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no {path}: run the study first.")
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
         if not {"asked", "arms"} <= content.keys():
             raise ValueError("asked or arms are missing")
     except (ValueError, AttributeError) as error:
