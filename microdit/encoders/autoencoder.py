@@ -166,7 +166,6 @@ def _load(name: str, folder: Path) -> DiffusersAutoencoder:
         raise UserError(f"{folder / 'config.json'} says _class_name {class_name}; only {', '.join(_LATENTS)} can be used.")
     import diffusers  # slow to import
 
-    diffusers.utils.logging.set_verbosity_error()  # it warns of its own configuration keys
     with loading(folder):
         model, info = getattr(diffusers, class_name).from_pretrained(
             folder, **dtype_argument(torch.float32), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
