@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -54,14 +54,17 @@ class Curve:
     note: str = ""
 
 
-def draw_curves(metrics: list[dict[str, Any]]) -> list[Curve]:
-    """What the lines of metrics.jsonl, in the order of their steps, have finite numbers for. Dotted lines: a new phase begins."""
+def draw_curves(metrics: list[dict[str, Any]], check: Callable[[], None] = lambda: None) -> list[Curve]:
+    """What the lines of metrics.jsonl, in the order of their steps, have finite numbers for. Dotted lines: a new phase begins.
+
+    `check` is called before each curve is drawn.
+    """
+    curves = []
     with matplotlib.rc_context(STYLE):
-        return [
-            Curve(drawing.title, _svg(drawing.figure, drawing.title, _phase_changes(metrics)), drawing.note)
-            for drawing in _drawings(metrics)
-            if drawing
-        ]
+        for drawing in filter(None, _drawings(metrics)):
+            check()
+            curves.append(Curve(drawing.title, _svg(drawing.figure, drawing.title, _phase_changes(metrics)), drawing.note))
+    return curves
 
 
 def draw_points(

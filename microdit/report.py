@@ -3,6 +3,7 @@
 import io
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -66,15 +67,15 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     return target
 
 
-def report_page(run: Path) -> bytes:
-    """The page of `write_report`. Raises UserError if `run` is no run."""
+def report_page(run: Path, check: Callable[[], None] = lambda: None) -> bytes:
+    """The page of `write_report`. `check` is called again and again, and ends it by raising. Raises UserError if `run` is no run."""
     runs = [run] if is_run(run) else _phase_folders(run)
     if not runs:
         raise UserError(
             f"{run} is no run folder: there is no {RECIPE} in it, nor in a folder directly below it. "
             "Name the folder that `microdit train` wrote, such as runs/emoji."
         )
-    parts = [_read(RunFolder(path)) for path in runs]
+    parts = [_read(RunFolder(path), check) for path in runs]
     title = parts[0].name if is_run(run) else run.resolve().name
     page = page_template(TEMPLATE).render(title=title, parts=parts, written=time.time(), totals=_totals(parts))
     return page.encode(errors="replace")
@@ -86,11 +87,15 @@ def _phase_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", path.name)])
 
 
-def _read(run: RunFolder) -> RunPart:
-    metrics, damaged_lines = run.read_metrics()
+def _read(run: RunFolder, check: Callable[[], None]) -> RunPart:
+    metrics, damaged_lines = run.read_metrics(check)
     status, record, samples = run.status, run.record, run.samples
     chosen = _evenly(samples, PICTURES)
-    pictures = [picture for number, (step, path) in enumerate(reversed(chosen)) if (picture := _picture(step, path, newest=number == 0))]
+    pictures = []
+    for number, (step, path) in enumerate(reversed(chosen)):
+        check()
+        if picture := _picture(step, path, newest=number == 0):
+            pictures.append(picture)
     phases = [
         (line["step"], str(line.get("phase"))) for before, line in pairwise([{}, *metrics]) if line.get("phase") != before.get("phase")
     ]
@@ -106,7 +111,7 @@ def _read(run: RunFolder) -> RunPart:
         damaged_lines=damaged_lines,
         has_damaged_record=run.has_damaged_record,
         phases=phases,
-        curves=draw_curves(metrics),
+        curves=draw_curves(metrics, check),
         pictures=pictures,
         samples=len(samples),
         unreadable=len(chosen) - len(pictures),

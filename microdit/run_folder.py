@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,14 @@ class RunFolder:
         """status.json: how far the run is."""
         return _read_object(self.path / "status.json")
 
-    def read_metrics(self) -> tuple[list[dict[str, Any]], int]:
+    def read_metrics(self, check: Callable[[], None] = lambda: None) -> tuple[list[dict[str, Any]], int]:
         """The lines of metrics.jsonl by step, and how many could not be read (a killed process leaves half a line).
 
-        Steps that were trained twice, after a rollback or from an older checkpoint, are there as they were last.
+        Steps that were trained twice, after a rollback or from an older checkpoint, are there as they were last. `check` is called once
+        a line.
         """
         try:
-            lines, damaged = parse_metrics((self.path / METRICS).read_bytes())
+            lines, damaged = parse_metrics((self.path / METRICS).read_bytes(), check)
         except OSError:
             return [], 0
         by_step: dict[int, dict[str, Any]] = {}
@@ -78,11 +80,12 @@ class RunFolder:
         return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def parse_metrics(content: bytes) -> tuple[list[dict[str, Any]], list[int]]:
-    """The lines of metrics.jsonl, each with its step, and the numbers (from 1) of those that cannot be read."""
+def parse_metrics(content: bytes, check: Callable[[], None] = lambda: None) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of metrics.jsonl, each with its step, and the numbers (from 1) of those that cannot be read. `check` as `read_metrics`."""
     lines: list[dict[str, Any]] = []
     damaged: list[int] = []
     for number, raw in enumerate(content.split(b"\n"), start=1):
+        check()
         line = _parse_object(raw)
         step = line.get("step")
         if type(step) is int and 0 <= step < LARGEST_STEP:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from microdit.curves import NOISE, draw_curves
 from microdit.errors import UserError
-from microdit.report import PICTURES, write_report
+from microdit.report import PICTURES, report_page, write_report
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 LOADS = {"src", "srcset", "href", "xlink:href", "data", "action", "poster"}
@@ -250,3 +250,14 @@ def test_a_page_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not be written"):
         write_report(run, tmp_path / "file" / "report.html")
+
+
+def test_a_page_can_be_called_off_at_every_line_picture_and_curve(tmp_path):
+    run = write_run(tmp_path / "run")
+    calls = []
+    report_page(run, lambda: calls.append(1))
+    lines = len((run / "metrics.jsonl").read_text().splitlines())
+    assert len(calls) >= lines + 2  # lines, and at least a picture and a curve
+    left = iter([None] * (len(calls) - 1))
+    with pytest.raises(StopIteration):  # the last call of all ends it, too
+        report_page(run, lambda: next(left))

@@ -105,7 +105,7 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
     async def run(name: str, request: Request) -> Response:
         if name not in runs:
             raise AskedWronglyError("There is no such run here.", status=404)
-        page = await computations.answer(request, lambda _: report_page(runs[name]))
+        page = await computations.answer(request, lambda check: report_page(runs[name], check))
         return Response(page, media_type="text/html", headers={"X-Frame-Options": "SAMEORIGIN"})
 
     @router.post("/api/budget")

@@ -19,6 +19,7 @@ from microdit.foreign_json import parse_json
 
 HUMAN = "human"  # the judge's name in verdicts.jsonl
 LONGEST_BODY = 1000  # bytes of a vote
+MOST_CONNECTIONS = 32  # at the same time: a browser opens six
 
 
 def collect_votes(
@@ -108,6 +109,24 @@ def url_of(server: ThreadingHTTPServer) -> str:
 
 
 class _Server(ThreadingHTTPServer):
+    """With a bound on the connections, each of which is a thread: one more is closed at once."""
+
+    def __init__(self, *settings: Any):
+        self._places = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        super().__init__(*settings)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that goes away in the middle is nothing to print."""
         if not isinstance(sys.exception(), ConnectionError):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from microdit.errors import UserError
 from microdit.evaluation.preference import Preference, Question, VerdictFile, random_order, read_pairs
-from microdit.evaluation.votes import HUMAN, PAGE, collect_votes, url_of, vote_server
+from microdit.evaluation.votes import HUMAN, MOST_CONNECTIONS, PAGE, collect_votes, url_of, vote_server
 from tests.evaluation.test_preference import lines_of, write_folders
 
 JSON = {"Content-Type": "application/json"}
@@ -244,3 +244,19 @@ def test_a_port_that_is_taken_is_said_in_a_sentence(questions, tmp_path):
     file = VerdictFile(tmp_path / "verdicts.jsonl", questions, HUMAN)
     with vote_server(file) as server, pytest.raises(UserError, match=r"Port \d+ of 127.0.0.1 cannot be had"):
         vote_server(file, server.server_address[1])
+
+
+def test_idle_connections_are_bounded_and_votes_go_on(questions, tmp_path):
+    with serving(VerdictFile(tmp_path / "verdicts.jsonl", questions, HUMAN)) as browser:
+        host, port = browser.address.split(":")
+        idle = [socket.create_connection((host, int(port)), timeout=60) for _ in range(MOST_CONNECTIONS)]
+        late = socket.create_connection((host, int(port)), timeout=60)
+        assert late.recv(1) == b""  # closed at once; the others still wait for their requests
+        for connection in (late, *idle):
+            connection.close()
+        while True:  # until a place is free
+            try:
+                assert browser.next()["done"] == 0
+                break
+            except (ConnectionError, http.client.HTTPException):
+                continue
