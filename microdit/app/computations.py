@@ -73,7 +73,8 @@ class Computations:
                 raise UserError("The computation was called off: nobody waits for it any more.")
             if time.monotonic() > end:
                 raise UserError(
-                    f"This takes more than {seconds:g} seconds, too long for the page: microdit budget and microdit report, in a terminal, have no limit."
+                    f"This takes more than {seconds:g} seconds, too long for the page: microdit budget and microdit report, in a terminal, "
+                    "have no limit."
                 )
 
         return check

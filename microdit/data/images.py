@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # Told by content, whatever a file is called. Pillow knows more: EPS starts a program, and others are no pictures of pixels, or seldom seen.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000; beyond lie decompression bombs
+BAND_PIXELS = 1_000_000  # that are laid on white at a time
 EXIF_ORIENTATION = 0x0112
 ON_ITS_SIDE = (5, 6, 7, 8)  # orientations in which height and width change places
 DRAFT_MARGIN = 2  # a JPEG is decoded smaller as long as it stays this many times as large as what is wanted
@@ -77,14 +78,13 @@ def _troubles_named() -> Iterator[None]:
     """Whatever Pillow raises becomes a Rejected, without the traceback: its frames hold the file, in a cycle from Python 3.12 on."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # odd metadata, and sizes that Pillow finds suspicious: `_open` knows its own bound
             yield
     except Rejected:
         raise
     except UnidentifiedImageError as error:
         raise Rejected(f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture") from error.with_traceback(None)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:  # twice as large
         raise Rejected(f"more than {MAX_PIXELS:,} pixels") from error.with_traceback(None)
     except Exception as error:  # Pillow's decoders raise whatever their format's parser stumbles over
         raise Rejected("picture is damaged") from error.with_traceback(None)
@@ -106,7 +106,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise Rejected("pixels are floating-point numbers of unknown range")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Of a picture that may be transparent, in bands of some rows: whole, it would be in memory four times."""
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        rgb.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
+    return rgb

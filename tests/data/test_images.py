@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 
+from microdit.data import images
 from microdit.data.images import FORMATS, PictureFile, Rejected, decode, fit
 from tests.data.hostile import EPS, png_bomb
 
@@ -48,6 +49,20 @@ def test_alpha_is_laid_on_white():
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 255, 0, 0])
     assert decode(file_of(palette, transparency=1)).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_alpha_is_laid_on_white_in_bands_as_it_is_on_the_whole(mode, monkeypatch):
+    monkeypatch.setattr(images, "BAND_PIXELS", 50)  # two rows of 23 pixels at a time, and a last band of one
+    values = np.random.default_rng(0).integers(0, 256, (21, 23, 4), np.uint8)
+    image = Image.fromarray(values, "RGBA") if mode == "RGBA" else Image.fromarray(values[..., :2].copy(), "LA")
+    if mode == "P":
+        image = Image.fromarray(values[..., 0], "L").convert("P")
+        image.info["transparency"] = 7
+    rgba = np.asarray(image.convert("RGBA")).astype(np.float64)
+    expected = rgba[..., :3] * rgba[..., 3:] / 255 + 255 - rgba[..., 3:]
+    found = np.asarray(decode(file_of(image, **({"transparency": 7} if mode == "P" else {}))))
+    assert np.abs(found - expected).max() <= 1
 
 
 def test_cmyk_grey_and_sixteen_bits_become_rgb():
@@ -192,3 +207,10 @@ def test_shrinking_is_antialiased():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
     assert np.abs(fit(Image.fromarray(stripes), 16, 16).astype(int) - 127.5).max() < 30  # grey, not moire
+
+
+def test_the_largest_picture_is_the_one_that_the_sentence_names():
+    assert PictureFile(file_of(Image.new("1", (10_000, 10_000)))).height == 10_000
+    for size in ((10_000, 10_001), (30_000, 30_000)):
+        with pytest.raises(Rejected, match="more than 100,000,000 pixels"):
+            PictureFile(file_of(Image.new("1", size)))
