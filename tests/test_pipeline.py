@@ -213,6 +213,7 @@ def test_no_step_mixes_devices_or_waits_for_one(settings):
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built without CUDA")
+@pytest.mark.skipif(torch.__version__ < "2.11" and not torch.cuda.is_available(), reason="torch 2.9 looks for a driver even then")
 @pytest.mark.parametrize("solver", ["heun", "dpm", "euler"])
 def test_fake_cuda_tensors_stay_on_their_device(solver):
     """Fake tensors know the rules of CUDA's operations and have no values; noise levels are real numbers on the CPU."""
