@@ -3,8 +3,6 @@ import json
 import os
 import random
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -27,6 +25,7 @@ from microdit.files import from_checked_json, to_checked_json
 from tests.conftest import first_of
 from tests.data.pictures import picture, write_tar
 from tests.encoders.tiny_models import save_kl
+from tests.training.processes import Running, start
 
 SMALL = EncodeSettings((16,), "fp16", "fp16", batch_size=8)
 
@@ -381,17 +380,17 @@ def test_killed_at_any_moment_nothing_is_missing_and_nothing_twice(tmp_path, ran
 
     out, generator, killed = tmp_path / "set", random.Random(ranks), 0
     while killed < ranks + 1 and not out.exists():
-        processes = [start_encoding(tmp_path / "tars", out, rank, ranks) for rank in range(ranks)]
-        while not shards_being_written(out) and any(process.poll() is None for process in processes):
+        running = start_encoding(tmp_path / "tars", out, ranks)
+        while not shards_being_written(out) and running.alive:
             time.sleep(0.01)
-        time.sleep(generator.uniform(0, 0.4))
-        for process in processes:
-            killed += process.poll() is None
-            process.kill()
-            process.wait()
+        if killed:  # the first are killed at once, long before they can have finished
+            time.sleep(generator.uniform(0, 0.4))
+        killed += sum(process.is_alive() for process in running.processes)
+        running.kill()
     assert killed
     if not out.exists():
-        assert [process.wait() for process in [start_encoding(tmp_path / "tars", out, rank, ranks) for rank in range(ranks)]] == [0] * ranks
+        last = start_encoding(tmp_path / "tars", out, ranks)
+        assert last.wait() == [0] * ranks, last.output
     assert sums(out) == sums(tmp_path / "whole")
     keys = EncodedSet(out).column("key")
     assert len(keys) == len(set(keys)) == 900
@@ -401,11 +400,9 @@ def sample_files(number: int) -> list[tuple[str, bytes]]:
     return [("png", picture(number, "PNG", (16, 16))), ("txt", f"picture number {number}".encode())]
 
 
-def start_encoding(tars: Path, out: Path, rank: int, ranks: int) -> subprocess.Popen[bytes]:
-    options = ["--resolutions", "16", "--autoencoder", "pixels", "--workers", "0", "--batch-size", "16", "--min-side", "8"]
-    command = [sys.executable, "-m", "microdit.cli", "data", "encode", str(tars), "--out", str(out), *options]
-    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+def start_encoding(tars: Path, out: Path, ranks: int) -> Running:
+    options = ["--resolutions", 16, "--autoencoder", "pixels", "--workers", 0, "--batch-size", 16, "--min-side", 8]
+    return start(out.parent / "logs", ["data", "encode", tars, "--out", out, *options], ranks)
 
 
 def shards_being_written(out: Path) -> list[Path]:

@@ -177,6 +177,7 @@ def test_arms_may_have_their_own_encoders_but_not_their_own_pictures(laboratory)
     arms = STUDY[STUDY.index("arms:") : STUDY.index("claims:")]
     own = "arms:\n  none: [model.routing=none]\n  pixels: [data.path=data/px, data.held_out=data/px, model.patch_size=8]\n"
     study = STUDY[: STUDY.index("claims:")].replace(arms, own).replace("name: small", "name: own")
+    study = study.replace("readings: [0.5, 1.0]", "readings: [1.0]\nbudgets: [images]")
     (laboratory / "own.yaml").write_text(study.replace("seeds: [0, 1]", "seeds: [0]"))
     done = microdit("lab", "run", "own.yaml", cwd=laboratory)
     assert done.returncode == 0, done.output

@@ -245,7 +245,7 @@ def test_torchrun_starts_all_again_when_one_dies(tmp_path, encoded_emoji, plain)
     """Two sharded processes by torchrun; one is killed; the elastic agent starts both again, and they go on from the checkpoint."""
     run = tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--standalone"]
-    more = ["--resume", "engine.sharding=fsdp", "record.checkpoint_every=5", *SETTINGS]
+    more = ["--resume", "engine.sharding=fsdp", "record.checkpoint_every=20", *SETTINGS]
     command = [*launcher, "-m", "microdit", "train", RECIPE, f"data.path={encoded_emoji}", "--out", run, *more]
     with (tmp_path / "log").open("w") as log:
         agent = subprocess.Popen([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT)
