@@ -101,10 +101,10 @@ def test_who_copies_is_perfect_and_shown_to_be_a_copyist(tmp_path, world):
     assert worse["kid"]["value"] > metrics["kid"]["value"]
 
 
-def test_captions_are_a_sample_of_which_a_smaller_one_is_the_beginning(tmp_path):
+def test_captions_are_a_sample_of_which_a_smaller_one_is_the_beginning(world):
     source = emoji_source("train")
-    captions = module._captions(source, 60)
-    assert module._captions(source, 20) == captions[:20]
+    captions = module._captions(source, 60, world)
+    assert module._captions(source, 20, world) == captions[:20]
     records = [record for part in source.parts for record in part.records()]
     numbers = {record.captions["caption"]: number for number, record in enumerate(records)}
     total = len(numbers)
