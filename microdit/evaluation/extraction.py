@@ -32,7 +32,6 @@ from microdit.files import write_aside
 from microdit.terminal import progress
 
 T = TypeVar("T")
-R = TypeVar("R")
 BLOCK = 256  # pictures
 DIGEST = 32  # bytes of a picture's hash
 CHANGED = "The pictures changed while they were read: start again when nobody writes there."
@@ -81,11 +80,12 @@ def extract(
     together, step = b"".join(hashes), BLOCK * DIGEST
     of_blocks = [together[start : start + step] for start in range(0, len(together), step)]
     paths = [folder / f"{_key(network, side, digests)}.safetensors" for digests in of_blocks]
-    missing = [number for number, found in enumerate(_dealt(world, paths, lambda path: _read(path, warn) is not None)) if not found]
+    there = _gathered([_read(path, warn) is not None for path in paths[world.rank :: world.size]], world, len(paths))
+    missing = [number for number, found in enumerate(there) if not found]
     mine = missing[len(missing) * world.rank // world.size : len(missing) * (world.rank + 1) // world.size]
     with progress(f"features of {what}, {network.name}", sum(len(of_blocks[number]) // DIGEST for number in mine)) as advance:
         for block, contents in _blocks(parts, counts, mine):
-            if _digests(contents) != of_blocks[block]:
+            if b"".join(hashlib.sha256(content).digest() for content in contents) != of_blocks[block]:
                 raise UserError(CHANGED)
             _write(paths[block], network, side, contents)
             advance(len(contents))
@@ -121,24 +121,22 @@ def _blocks(parts: Sequence[Pictures], counts: Sequence[int], blocks: Iterable[i
 
 def _hashes(what: str, parts: Sequence[Pictures], world: World) -> list[bytes]:
     """Of the pictures of each part, one behind the other."""
-    with progress(f"look at {what}", len(range(world.rank, len(parts), world.size))) as advance:
-
-        def hashed(part: Pictures) -> bytes:
-            digests = _digests(part())
+    mine, hashed = parts[world.rank :: world.size], []
+    with progress(f"look at {what}", len(mine)) as advance:
+        for part in mine:
+            digests = bytearray()
+            for content in part():
+                digests += hashlib.sha256(content).digest()
+                advance(0, f"picture {len(digests) // DIGEST:,} of a part")
+            hashed.append(bytes(digests))
             advance(1)
-            return digests
-
-        return _dealt(world, parts, hashed)
+    return _gathered(hashed, world, len(parts))
 
 
-def _dealt(world: World, items: Sequence[T], work: Callable[[T], R]) -> list[R]:
-    """`work` of each item, each done by one process."""
-    shares = world.gather([work(item) for item in items[world.rank :: world.size]])
-    return [shares[number % world.size][number // world.size] for number in range(len(items))]
-
-
-def _digests(contents: Iterable[bytes]) -> bytes:
-    return b"".join(hashlib.sha256(content).digest() for content in contents)
+def _gathered(mine: list[T], world: World, total: int) -> list[T]:
+    """What the processes found of `total` items, of which each had every `world.size`-th."""
+    shares = world.gather(mine)
+    return [shares[number % world.size][number // world.size] for number in range(total)]
 
 
 def _key(network: ImageFeatures, side: int | None, digests: bytes) -> str:

@@ -127,7 +127,7 @@ class _Projected:
         self._reference_trace = float(reference.covariance.trace())
         self._centred_ND = (features_ND - mean_D).numpy()
         self._projected_NR = self._centred_ND @ reference.root
-        self._squares_N = np.square(self._centred_ND).sum(axis=1)
+        self._squares_N = np.einsum("nd,nd->n", self._centred_ND, self._centred_ND)
         self._on_distance = on_distance
 
     def distance(self, rows_S: Tensor) -> float:

@@ -151,10 +151,10 @@ def test_blocks_and_the_fingerprint_are_named_as_ever_however_the_pictures_are_p
 
 
 class Meeting:
-    """Threads of this process as the processes of a run, for what `extract` says to the others."""
+    """Threads of this process as the processes of a run, for what `extract` says to the others. One works at a time."""
 
     def __init__(self, size: int):
-        self.size, self.barrier = size, threading.Barrier(size, timeout=60)
+        self.size, self.turn, self.barrier = size, threading.Lock(), threading.Barrier(size, timeout=60)
         self.said: list[Any] = [None] * size
 
     def world(self, world: World, rank: int) -> World:
@@ -168,9 +168,11 @@ class InThread(World):
     def gather(self, value, group=None):
         assert self.meeting is not None
         self.meeting.said[self.rank] = value
+        self.meeting.turn.release()
         self.meeting.barrier.wait()
         said = list(self.meeting.said)
         self.meeting.barrier.wait()
+        self.meeting.turn.acquire()
         return said
 
     def wait_for_all(self):
@@ -194,7 +196,8 @@ def test_pictures_are_dealt_before_they_are_read(tmp_path, world, size):
 
         def work(rank: int, networks=networks, meeting=meeting, counted=counted) -> Features:
             parts = [partial(counted, start) for start in range(0, 40, 3)]
-            return extract(networks[rank], "pictures", parts, None, tmp_path / "shared", meeting.world(world, rank), pytest.fail)
+            with meeting.turn:
+                return extract(networks[rank], "pictures", parts, None, tmp_path / "shared", meeting.world(world, rank), pytest.fail)
 
         with ThreadPoolExecutor(size) as pool:
             found = list(pool.map(work, range(size)))
