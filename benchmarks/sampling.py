@@ -31,7 +31,7 @@ from microdit.diffusion.solvers import heun, noise_schedule
 from microdit.diffusion.steps import Denoiser
 from microdit.distributed import start_world
 from microdit.evaluation.extraction import extract, feature_cache
-from microdit.evaluation.frechet import fit_gaussian, frechet_distance
+from microdit.evaluation.frechet import fit_gaussian, sample_distance
 from microdit.evaluation.image_features import EfficientNetFeatures
 from microdit.evaluation.kid import kid
 from microdit.evaluation.retrieval import spread_ids
@@ -193,7 +193,8 @@ class Judge:
         self._network = EfficientNetFeatures()
         records = [record for part in emoji_source("train").parts for record in part.records()]
         self._captions = [records[i].captions["caption"] for i in spread_ids(len(records), count)]
-        found = extract(self._network, (record.image for record in records), side, feature_cache(), start_world("cpu"), print)
+        pictures = [lambda: (record.image for record in records)]
+        found = extract(self._network, "emoji", pictures, side, feature_cache(), start_world("cpu"), print)
         self._real_MD = found.features_ND
         self._gaussian = fit_gaussian(self._real_MD)
 
@@ -206,7 +207,7 @@ class Judge:
         subset = min(len(drawn_ND), len(self._real_MD), 1000)
         return {
             "seconds": seconds,
-            "frechet": frechet_distance(self._gaussian, fit_gaussian(drawn_ND)),
+            "frechet": sample_distance(drawn_ND, self._gaussian),
             "kid": kid(drawn_ND, self._real_MD, subset_size=subset, subsets=20).value,
         }
 

@@ -3,6 +3,8 @@
 Text-to-image papers report 100 max(0, cos), averaged; the paper itself weighs with 2.5 instead of 100.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,8 +59,8 @@ class ClipCaptions:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
     @torch.no_grad()
-    def __call__(self, captions: list[str]) -> Tensor:
-        """(B, D) float32 on the CPU. Captions beyond CLIP's 77 tokens are cut, as it was trained."""
+    def __call__(self, captions: list[str], on_captions: Callable[[int], None] | None = None) -> Tensor:
+        """(B, D) float32 on the CPU. Captions beyond CLIP's 77 tokens are cut, as it was trained. `on_captions(n)`: after n more."""
         if not captions:
             raise UserError("There are no captions to embed.")
         limit = self._model.config.max_position_embeddings
@@ -68,4 +70,6 @@ class ClipCaptions:
                 captions[start : start + BATCH], padding="max_length", truncation=True, max_length=limit, return_tensors="pt"
             ).to(self._model.device)
             embeddings.append(self._model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).text_embeds.float().cpu())
+            if on_captions:
+                on_captions(len(embeddings[-1]))
         return torch.cat(embeddings)

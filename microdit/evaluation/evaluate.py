@@ -11,8 +11,10 @@ Each step goes on where it was stopped, and is shared among the processes of tor
 import hashlib
 import heapq
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from microdit.data.sources import Record, Source
+from microdit.data.sources import Part, Record, Source
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.evaluation.clip_score import ClipCaptions
 from microdit.evaluation.drawing import draw_pictures, picture_name, steps_to_draw
-from microdit.evaluation.extraction import Features, extract, feature_cache
+from microdit.evaluation.extraction import BLOCK, Features, Pictures, extract, feature_cache, pick
 from microdit.evaluation.image_features import ClipFeatures, DinoFeatures, EfficientNetFeatures, ImageFeatures, InceptionFeatures
-from microdit.evaluation.metrics import METRICS, Kind, Sets, measure, resamples_of
+from microdit.evaluation.manifold import compare_manifolds, rows_to_compare
+from microdit.evaluation.metrics import MANIFOLD_METRICS, METRICS, Kind, Sets, measure, steps_to_measure
 from microdit.evaluation.nearest import nearest
 from microdit.evaluation.page import Neighbour, write_page
 from microdit.evaluation.painters import DrawSettings, Painter
@@ -63,7 +66,7 @@ def evaluate(painter: Painter, reference: Source, question: Question, settings: 
 def _evaluate(painter: Painter, reference: Source, question: Question, settings: DrawSettings, out: Path, world: World) -> dict[str, Any]:
     kinds = list(dict.fromkeys(METRICS[name].kind for name in question.metrics))
     networks = {kind: open_network(kind, question, world.device) for kind in kinds}  # before hours of drawing
-    captions = _captions(reference, question.count)
+    captions = _captions(reference, question.count, world)
     with progress("draw", steps_to_draw(question.count, painter, settings, world)) as advance:
         draw_pictures(painter, captions, out / "pictures", settings, world, on_step=advance)
     paths = [out / "pictures" / picture_name(number) for number in range(question.count)]
@@ -73,10 +76,8 @@ def _evaluate(painter: Painter, reference: Source, question: Question, settings:
     notes: list[str] = []
     drawn, real = {}, {}
     for kind, network in networks.items():
-        with progress(f"features of {question.count:,} pictures, {network.name}", question.count) as advance:
-            drawn[kind] = extract(network, (path.read_bytes() for path in paths), question.side, out / "features", world, warn, advance)
-        with progress(f"features of {reference.name}, {network.name}", None) as advance:
-            real[kind] = extract(network, _contents(reference), side, feature_cache(), world, warn, advance)
+        drawn[kind] = extract(network, "what was drawn", _parts_of(paths), question.side, out / "features", world, warn)
+        real[kind] = extract(network, reference.name, _parts(reference), side, feature_cache(), world, warn)
     notes += _complaints(reference, real[kinds[0]], side)
     if not world.is_main:
         return {}
@@ -118,21 +119,27 @@ def open_network(kind: Kind, question: Question, device: torch.device) -> ImageF
     raise UserError(f"--network {question.network}: write efficientnet, or inception:FILE.")
 
 
-def _captions(reference: Source, count: int) -> list[str]:
+def _captions(reference: Source, count: int, world: World) -> list[str]:
     """One caption each, the first of those that the source would train with, of the records whose names have the smallest hashes.
 
     A sample by chance, but always the same one, and a smaller one is the beginning of a larger. (Sets are often ordered by content.)
+    The parts are dealt out to the processes.
     """
-    hashed = (
-        (_hash(part.name, record.key), caption)
-        for part in reference.parts
-        for record in part.records()
-        if (caption := _caption(reference, record))
-    )
-    found = [caption for _, caption in heapq.nsmallest(count, hashed)]
+    mine = reference.parts[world.rank :: world.size]
+    with progress(f"captions of {reference.name}", len(mine)) as advance:
+        hashed = heapq.nsmallest(count, _hashed_captions(reference, mine, advance))
+    found = [caption for _, caption in heapq.nsmallest(count, chain.from_iterable(world.gather(hashed)))]
     if len(found) < count:
         raise UserError(f"{reference.name} holds {len(found)} records with captions, fewer than the {count} asked for: lower -n.")
     return found
+
+
+def _hashed_captions(reference: Source, parts: list[Part], on_part: Callable[[int], None]) -> Iterator[tuple[bytes, str]]:
+    for part in parts:
+        for record in part.records():
+            if caption := _caption(reference, record):
+                yield _hash(part.name, record.key), caption
+        on_part(1)
 
 
 def _caption(reference: Source, record: Record) -> str:
@@ -144,8 +151,16 @@ def _hash(part: str, key: str) -> bytes:
     return hashlib.sha256(f"{part}/{key}".encode(errors="surrogatepass")).digest()
 
 
-def _contents(reference: Source) -> Iterator[bytes]:
-    return (record.image for part in reference.parts for record in part.records())
+def _parts(reference: Source) -> list[Pictures]:
+    return [partial(_images, part) for part in reference.parts]
+
+
+def _images(part: Part) -> Iterator[bytes]:
+    return (record.image for record in part.records())
+
+
+def _parts_of(paths: list[Path]) -> list[Pictures]:
+    return [partial(map, Path.read_bytes, paths[start : start + BLOCK]) for start in range(0, len(paths), BLOCK)]
 
 
 def _complaints(reference: Source, real: Features, side: int) -> list[str]:
@@ -174,22 +189,25 @@ def _measure(
     captions: list[str],
     device: torch.device,
 ) -> dict[str, Any]:
-    results = {}
-    with progress("measure", sum(1 + resamples_of(name, question.resamples) for name in question.metrics)) as advance:
-        for name in question.metrics:
-            kind = METRICS[name].kind
-            captions_MD: Tensor | None = None
-            if name == "clip-score":
-                captions_MD = ClipCaptions(question.clip, device)(captions)
-            sets = Sets(real[kind].features_ND, drawn[kind].features_ND, captions_MD)
-            network = networks[kind]
+    results, manifolds = {}, None
+    for name in question.metrics:
+        kind = METRICS[name].kind
+        network, real_ND, drawn_MD = networks[kind], real[kind].features_ND, drawn[kind].features_ND
+        captions_MD: Tensor | None = None
+        if name == "clip-score":
+            with progress(f"captions, {network.name}", len(captions)) as advance:
+                captions_MD = ClipCaptions(question.clip, device)(captions, advance)
+        if name in MANIFOLD_METRICS and manifolds is None:
+            with progress(f"neighbours, {network.name}", rows_to_compare(real_ND, drawn_MD)) as advance:
+                manifolds = compare_manifolds(real_ND, drawn_MD, on_rows=advance)
+        sets = Sets(real_ND, drawn_MD, captions_MD, manifolds)
+        with progress(f"{name}, {network.name}", steps_to_measure(name, sets, question.resamples)) as advance:
             results[name] = {
                 **measure(name, sets, question.resamples, advance),
                 "network": network.name,
                 "fingerprint": network.fingerprint,
                 "resize": network.resize,
             }
-            advance(1)
     return results
 
 
@@ -197,11 +215,12 @@ def _extremes(
     reference: Source, drawn: Features, real: Features, captions: list[str], paths: list[Path], side: int
 ) -> tuple[list[Neighbour], list[Neighbour]]:
     """The pictures nearest to a real one, nearest first, and the farthest, farthest first."""
-    distance_M, row_M = nearest(drawn.features_ND, real.features_ND)
+    with progress("nearest pictures", len(drawn.features_ND)) as advance:
+        distance_M, row_M = nearest(drawn.features_ND, real.features_ND, advance)
     order = distance_M.argsort().tolist()
     chosen = order[:EXTREMES], order[: -EXTREMES - 1 : -1]
-    wanted = {int(real.numbers_N[row_M[m]]) for group in chosen for m in group}
-    contents = {number: content for number, content in enumerate(_contents(reference)) if number in wanted}
+    wanted = sorted({int(real.numbers_N[row_M[m]]) for group in chosen for m in group})
+    contents = dict(pick(_parts(reference), real.counts, wanted))
     near, far = (
         [Neighbour(captions[m], paths[m].read_bytes(), contents[int(real.numbers_N[row_M[m]])], side, float(distance_M[m])) for m in group]
         for group in chosen

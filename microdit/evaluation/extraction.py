@@ -3,15 +3,20 @@
 The pictures go through in blocks. A block's file is named by a hash of all that its features depend on (the network's weights, the
 resizing, the pictures' bytes), so a file is right or not there: nothing can be out of date. One that is damaged is made again.
 
+No process reads all pictures. First the parts of the set are dealt out, to be hashed, and the hashes are gathered: they name the blocks.
+Then the blocks that are not there are dealt out, in runs, so that a process opens few parts again.
+
 Shapes: N pictures, D features.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import torch
@@ -21,21 +26,36 @@ from torch import Tensor
 
 from microdit.data.images import Rejected, decode, fit
 from microdit.distributed import World
+from microdit.errors import UserError
 from microdit.evaluation.image_features import ImageFeatures
 from microdit.files import write_aside
+from microdit.terminal import progress
 
+T = TypeVar("T")
 BLOCK = 256  # pictures
+DIGEST = 32  # bytes of a picture's hash
+CHANGED = "The pictures changed while they were read: start again when nobody writes there."
+
+Pictures = Callable[[], Iterable[bytes]]
+"""A part of the pictures: the bytes of their files, from the first on whenever it is called."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Of the pictures that could be read: `numbers_N` says which of those that came. `enlarged` of them were smaller than wanted."""
+    """Of the pictures that could be read: `numbers_N` says which of those that came. `enlarged` of them were smaller than wanted.
+
+    `counts`: how many pictures each part has.
+    """
 
     features_ND: Tensor
     numbers_N: Tensor
-    total: int
+    counts: tuple[int, ...]
     enlarged: int
     fingerprint: str  # of the pictures
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
 
     @property
     def left_out(self) -> int:
@@ -48,43 +68,83 @@ def feature_cache() -> Path:
 
 
 def extract(
-    network: ImageFeatures,
-    pictures: Iterable[bytes],
-    side: int | None,
-    folder: Path,
-    world: World,
-    warn: Callable[[str], None],
-    on_picture: Callable[[int], None] | None = None,
+    network: ImageFeatures, what: str, parts: Sequence[Pictures], side: int | None, folder: Path, world: World, warn: Callable[[str], None]
 ) -> Features:
-    """Of files' bytes, in their order, cut to squares of `side` pixels, if given. Every process must call this, and gets all.
+    """Of the pictures in their order, cut to squares of `side` pixels, if given. Every process must call this, and gets all.
 
-    `folder`: where blocks are kept, visible to all processes. `on_picture(n)`: after n more, those that were there already included.
+    `what`: the pictures' name in lines of progress. `folder`: where blocks are kept, visible to all processes. Raises UserError if the
+    pictures change meanwhile.
     """
-    blocks: list[Path] = []
-    for number, block in enumerate(_blocks(pictures)):
-        blocks.append(folder / f"{_key(network, side, block)}.safetensors")
-        if number % world.size == world.rank and _read(blocks[-1], warn) is None:
-            _write(blocks[-1], network, side, block)
-        if on_picture:
-            on_picture(len(block))
+    hashes = _hashes(what, parts, world)
+    counts = tuple(len(part) // DIGEST for part in hashes)
+    together, step = b"".join(hashes), BLOCK * DIGEST
+    of_blocks = [together[start : start + step] for start in range(0, len(together), step)]
+    paths = [folder / f"{_key(network, side, digests)}.safetensors" for digests in of_blocks]
+    there = _gathered([_read(path, warn) is not None for path in paths[world.rank :: world.size]], world, len(paths))
+    missing = [number for number, found in enumerate(there) if not found]
+    mine = missing[len(missing) * world.rank // world.size : len(missing) * (world.rank + 1) // world.size]
+    with progress(f"features of {what}, {network.name}", sum(len(of_blocks[number]) // DIGEST for number in mine)) as advance:
+        for block, contents in _blocks(parts, counts, mine):
+            if b"".join(hashlib.sha256(content).digest() for content in contents) != of_blocks[block]:
+                raise UserError(CHANGED)
+            _write(paths[block], network, side, contents)
+            advance(len(contents))
     world.wait_for_all()
-    return _join(blocks, warn)
+    return _join(paths, counts, warn)
 
 
-def _blocks(pictures: Iterable[bytes]) -> Iterator[tuple[bytes, ...]]:
-    rest = iter(pictures)
-    while block := tuple(islice(rest, BLOCK)):
-        yield block
+def pick(parts: Sequence[Pictures], counts: Sequence[int], numbers: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    """The pictures of these numbers, which rise, and the numbers. Parts that hold none of them are not opened.
+
+    Raises UserError if a part has become shorter than its count.
+    """
+    start = 0
+    for part, count in zip(parts, counts, strict=True):
+        wanted = numbers[bisect_left(numbers, start) : bisect_left(numbers, start + count)]
+        start += count
+        if not wanted:
+            continue
+        chosen, seen = set(wanted), -1
+        for seen, content in zip(range(start - count, wanted[-1] + 1), part(), strict=False):
+            if seen in chosen:
+                yield seen, content
+        if seen != wanted[-1]:
+            raise UserError(CHANGED)
 
 
-def _key(network: ImageFeatures, side: int | None, block: tuple[bytes, ...]) -> str:
-    digest = hashlib.sha256(f"{network.name} {network.fingerprint} {network.resize} {side}".encode())
-    for content in block:
-        digest.update(hashlib.sha256(content).digest())
-    return digest.hexdigest()[:32]
+def _blocks(parts: Sequence[Pictures], counts: Sequence[int], blocks: Iterable[int]) -> Iterator[tuple[int, list[bytes]]]:
+    """The numbers of these blocks, which rise, and their pictures."""
+    numbers = [number for block in blocks for number in range(block * BLOCK, min((block + 1) * BLOCK, sum(counts)))]
+    for block, pairs in groupby(pick(parts, counts, numbers), key=lambda pair: pair[0] // BLOCK):
+        yield block, [content for _, content in pairs]
 
 
-def _write(path: Path, network: ImageFeatures, side: int | None, block: tuple[bytes, ...]) -> None:
+def _hashes(what: str, parts: Sequence[Pictures], world: World) -> list[bytes]:
+    """Of the pictures of each part, one behind the other."""
+    mine, hashed = parts[world.rank :: world.size], []
+    with progress(f"look at {what}", len(mine)) as advance:
+        for part in mine:
+            digests = bytearray()
+            for content in part():
+                digests += hashlib.sha256(content).digest()
+                advance(0, f"picture {len(digests) // DIGEST:,} of a part")
+            hashed.append(bytes(digests))
+            advance(1)
+    return _gathered(hashed, world, len(parts))
+
+
+def _gathered(mine: list[T], world: World, total: int) -> list[T]:
+    """What the processes found of `total` items, of which each had every `world.size`-th."""
+    shares = world.gather(mine)
+    return [shares[number % world.size][number // world.size] for number in range(total)]
+
+
+def _key(network: ImageFeatures, side: int | None, digests: bytes) -> str:
+    head = f"{network.name} {network.fingerprint} {network.resize} {side}"
+    return hashlib.sha256(head.encode() + digests).hexdigest()[:32]
+
+
+def _write(path: Path, network: ImageFeatures, side: int | None, block: Sequence[bytes]) -> None:
     images: list[Image.Image] = []
     numbers, enlarged = [], 0
     for number, content in enumerate(block):
@@ -119,7 +179,7 @@ def _read(path: Path, warn: Callable[[str], None]) -> tuple[Tensor, Tensor, int,
         return None
 
 
-def _join(blocks: list[Path], warn: Callable[[str], None]) -> Features:
+def _join(blocks: list[Path], counts: tuple[int, ...], warn: Callable[[str], None]) -> Features:
     features, numbers, total, enlarged = [], [], 0, 0
     for path in blocks:
         block = _read(path, warn)
@@ -131,7 +191,7 @@ def _join(blocks: list[Path], warn: Callable[[str], None]) -> Features:
         enlarged += block[3]
     fingerprint = hashlib.sha256("".join(path.stem for path in blocks).encode()).hexdigest()[:16]
     features_ND = torch.cat(features) if features else torch.zeros(0, 0)
-    return Features(features_ND, torch.cat(numbers) if numbers else torch.zeros(0, dtype=torch.long), total, enlarged, fingerprint)
+    return Features(features_ND, torch.cat(numbers) if numbers else torch.zeros(0, dtype=torch.long), counts, enlarged, fingerprint)
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

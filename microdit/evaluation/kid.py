@@ -6,6 +6,7 @@ CMMD (Jayasumana et al. 2024, arXiv 2401.09603) is the MMD of CLIP embeddings, w
 Shapes: N samples of one set, M of the other, D features, S in a subset.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from microdit.errors import UserError
 from microdit.evaluation.intervals import NORMAL_95, Interval
 from microdit.evaluation.vectors import same_space
 
+SUBSETS = 100  # as its authors take
 SIGMA = 10.0  # the width of CMMD's kernel, and the factor by which its numbers are made readable
 SCALE = 1000.0
 BLOCK = 1024  # rows of a kernel matrix that are held at once
@@ -34,11 +36,18 @@ class KID(Interval):
     subset_deviation: float
 
 
-def kid(features_ND: Tensor, others_MD: Tensor, subset_size: int = 1000, subsets: int = 100, seed: int = 0) -> KID:
+def kid(
+    features_ND: Tensor,
+    others_MD: Tensor,
+    subset_size: int = 1000,
+    subsets: int = SUBSETS,
+    seed: int = 0,
+    on_subset: Callable[[int], None] | None = None,
+) -> KID:
     """Mean of the unbiased squared MMD with the kernel (x.y / D + 1)^3 over random subsets, each without repeats. It may be below 0.
 
-    Not multiplied by 1000, as some papers do. Raises UserError for features that do not fit together, for fewer samples than a subset
-    takes, fewer than 4 samples in a subset, or fewer than 2 subsets.
+    Not multiplied by 1000, as some papers do. `on_subset(1)` is called after each. Raises UserError for features that do not fit together,
+    for fewer samples than a subset takes, fewer than 4 samples in a subset, or fewer than 2 subsets.
     """
     features_ND, others_MD = same_space(features_ND, others_MD)
     sizes = len(features_ND), len(others_MD)
@@ -48,10 +57,11 @@ def kid(features_ND: Tensor, others_MD: Tensor, subset_size: int = 1000, subsets
             f"not {subsets} subsets of {subset_size}."
         )
     generator = torch.Generator().manual_seed(seed)
-    if sizes == (subset_size, subset_size):  # all subsets are the same one
-        found = [_moments(features_ND, others_MD)]
-    else:
-        found = [_moments(*(_subset(set_ND, subset_size, generator) for set_ND in (features_ND, others_MD))) for _ in range(subsets)]
+    found = []
+    for _ in range(1 if sizes == (subset_size, subset_size) else subsets):  # where a subset is all, all subsets are the same one
+        found.append(_moments(*(_subset(set_ND, subset_size, generator) for set_ND in (features_ND, others_MD))))
+        if on_subset:
+            on_subset(1)
     deviation = float(np.std([one.mmd for one in found], ddof=1)) if len(found) > 1 else 0.0
     mean = _Moments(*np.mean(found, axis=0).tolist())
     return KID(mean.mmd, *_bounds(mean, *sizes, deviation**2 / len(found)), deviation)
@@ -75,15 +85,17 @@ def paired_kid(features_ND: Tensor, others_ND: Tensor) -> float:
     return float(kernel_NN.sum() - kernel_NN.trace()) / (count * (count - 1))
 
 
-def cmmd(embeddings_ND: Tensor, others_MD: Tensor) -> float:
+def cmmd(embeddings_ND: Tensor, others_MD: Tensor, on_rows: Callable[[int], None] | None = None) -> float:
     """1000 times the squared MMD of CLIP embeddings, scaled to length 1, with the kernel exp(-|x - y|^2 / (2 sigma^2)), sigma = 10.
 
     The estimator of least variance (equation 5 of Gretton et al. 2012, a sample's pair with itself included), as in the authors' code: 0
-    for a set and itself, never below. Raises UserError for embeddings that do not fit together.
+    for a set and itself, never below. `on_rows(n)` is called after n more rows of the kernel matrices, of N, M and N again.
+    Raises UserError for embeddings that do not fit together.
     """
     embeddings_ND, others_MD = (F.normalize(set_ND, dim=1) for set_ND in same_space(embeddings_ND, others_MD))
-    within = _mean_kernel(embeddings_ND, embeddings_ND) + _mean_kernel(others_MD, others_MD)
-    return max(0.0, SCALE * (within - 2 * _mean_kernel(embeddings_ND, others_MD)))
+    on_rows = on_rows or (lambda _: None)
+    within = _mean_kernel(embeddings_ND, embeddings_ND, on_rows) + _mean_kernel(others_MD, others_MD, on_rows)
+    return max(0.0, SCALE * (within - 2 * _mean_kernel(embeddings_ND, others_MD, on_rows)))
 
 
 def _subset(features_ND: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -169,8 +181,12 @@ def _cubic_kernel(x_ND: Tensor, y_MD: Tensor) -> Tensor:
     return (x_ND @ y_MD.T / x_ND.shape[1] + 1) ** 3
 
 
-def _mean_kernel(x_ND: Tensor, y_MD: Tensor) -> float:
-    return sum(float(_gaussian_kernel(block, y_MD).sum()) for block in x_ND.split(BLOCK)) / (len(x_ND) * len(y_MD))
+def _mean_kernel(x_ND: Tensor, y_MD: Tensor, on_rows: Callable[[int], None]) -> float:
+    total = 0.0
+    for block in x_ND.split(BLOCK):
+        total += float(_gaussian_kernel(block, y_MD).sum())
+        on_rows(len(block))
+    return total / (len(x_ND) * len(y_MD))
 
 
 def _gaussian_kernel(x_ND: Tensor, y_MD: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from microdit.errors import UserError
 from microdit.evaluation.clip_score import clip_score
-from microdit.evaluation.frechet import fit_gaussian, frechet_infinity, frechet_interval
+from microdit.evaluation.frechet import POINTS, fit_gaussian, frechet_infinity, frechet_interval
 from microdit.evaluation.intervals import Interval, bootstrap_interval, share_interval
-from microdit.evaluation.kid import cmmd, kid
-from microdit.evaluation.manifold import density_coverage, precision_recall
+from microdit.evaluation.kid import SUBSETS, cmmd, kid
+from microdit.evaluation.manifold import Manifolds, compare_manifolds, rows_to_compare
 from microdit.evaluation.vectors import few_samples_warning
 
 Kind = Literal["network", "clip", "dino"]
@@ -39,6 +39,8 @@ METRICS = {
     "clip-score": Metric("CLIP score", "clip", False),
     "dino-fd": Metric("Frechet distance", "dino", True),
 }
+FRECHET_METRICS = tuple(name for name, metric in METRICS.items() if metric.title == "Frechet distance")
+MANIFOLD_METRICS = ("precision", "recall", "density", "coverage")
 DEFAULT = ("fid", "kid", "precision", "recall", "density", "coverage")
 
 
@@ -58,48 +60,63 @@ def choose_metrics(names: str | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Sets:
-    """Features of one network: of the reference, of the generated pictures, and of the captions in the order of the pictures."""
+    """Features of one network: of the reference, of the generated pictures, and of the captions in the order of the pictures.
+
+    `manifolds`: of the first two, so that the metrics that look at neighbours share one search for them.
+    """
 
     real_ND: Tensor
     generated_MD: Tensor
     captions_MD: Tensor | None = None
+    manifolds: Manifolds | None = None
 
 
-def measure(name: str, sets: Sets, resamples: int, on_resample: Callable[[int], None] | None = None) -> dict[str, Any]:
+def measure(name: str, sets: Sets, resamples: int, on_step: Callable[[int], None] | None = None) -> dict[str, Any]:
     """`value`, `low` and `high` (a 95% interval), and what else is worth knowing. Raises UserError for too few pictures.
 
     The interval of precision and density is that of other generated pictures, of recall and coverage of other real ones; CMMD has none.
     """
     real_ND, generated_MD = sets.real_ND, sets.generated_MD
-    if name in ("fid", "clip-fid", "dino-fd"):
-        return _frechet(real_ND, generated_MD, resamples, on_resample)
+    if name in FRECHET_METRICS:
+        return _frechet(real_ND, generated_MD, resamples, on_step)
     if name == "kid":
-        return _entry(kid(generated_MD, real_ND, subset_size=min(LARGEST_SUBSET, len(real_ND), len(generated_MD))))
-    if name in ("precision", "recall"):
-        near = precision_recall(real_ND, generated_MD)
-        return _entry(share_interval(near.precise_M if name == "precision" else near.recalled_N))
-    if name == "density":
-        return _entry(bootstrap_interval(lambda rows: float(rows.mean()), density_coverage(real_ND, generated_MD).density_M))
-    if name == "coverage":
-        return _entry(share_interval(density_coverage(real_ND, generated_MD).covered_N))
+        return _entry(kid(generated_MD, real_ND, subset_size=_kid_subset(sets), on_subset=on_step))
+    if name in MANIFOLD_METRICS:
+        return _entry(_manifold_interval(name, sets.manifolds or compare_manifolds(real_ND, generated_MD, on_rows=on_step)))
     if name == "cmmd":
-        return {"value": cmmd(generated_MD, real_ND), "low": None, "high": None}
+        return {"value": cmmd(generated_MD, real_ND, on_step), "low": None, "high": None}
     assert name == "clip-score"
     assert sets.captions_MD is not None, "the CLIP score needs captions"
     return _entry(clip_score(generated_MD, sets.captions_MD))
 
 
-def resamples_of(name: str, resamples: int) -> int:
-    """How often `measure` calls `on_resample`."""
-    return 2 * resamples + 1 if name in ("fid", "clip-fid", "dino-fd") else 0
+def steps_to_measure(name: str, sets: Sets, resamples: int) -> int:
+    """How many steps `measure` tells `on_step` of."""
+    if name in FRECHET_METRICS:
+        return POINTS + 1 + 2 * resamples
+    if name == "kid":
+        return 1 if {len(sets.real_ND), len(sets.generated_MD)} == {_kid_subset(sets)} else SUBSETS
+    if name in MANIFOLD_METRICS:
+        return 0 if sets.manifolds else rows_to_compare(sets.real_ND, sets.generated_MD)
+    return 2 * len(sets.generated_MD) + len(sets.real_ND) if name == "cmmd" else 0
 
 
-def _frechet(real_ND: Tensor, generated_MD: Tensor, resamples: int, on_resample: Callable[[int], None] | None) -> dict[str, Any]:
+def _kid_subset(sets: Sets) -> int:
+    return min(LARGEST_SUBSET, len(sets.real_ND), len(sets.generated_MD))
+
+
+def _manifold_interval(name: str, found: Manifolds) -> Interval:
+    if name == "density":
+        return bootstrap_interval(lambda rows: float(rows.mean()), found.density_M)
+    return share_interval({"precision": found.precise_M, "recall": found.recalled_N, "coverage": found.covered_N}[name])
+
+
+def _frechet(real_ND: Tensor, generated_MD: Tensor, resamples: int, on_distance: Callable[[int], None] | None) -> dict[str, Any]:
     """With its extrapolation to infinitely many pictures, and the points that this is laid through."""
     reference = fit_gaussian(real_ND)
-    line = frechet_infinity(generated_MD, reference)
+    line = frechet_infinity(generated_MD, reference, on_distance=on_distance)
     return {
-        **_entry(frechet_interval(generated_MD, reference, resamples, on_resample=on_resample)),
+        **_entry(frechet_interval(generated_MD, reference, resamples, on_distance=on_distance)),
         "infinity": line.distance,
         "at_counts": dict(zip(map(str, line.counts), line.distances, strict=True)),
         "warning": few_samples_warning(min(len(real_ND), len(generated_MD)), real_ND.shape[1]),

@@ -1,5 +1,6 @@
 """Quality of a checkpoint for the lab: small, always the same pictures and noise, nothing masked, averaged weights."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,13 @@ from microdit.data.sources import open_source
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.evaluation.extraction import extract, feature_cache
-from microdit.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
+from microdit.evaluation.frechet import Gaussian, fit_gaussian, sample_distance
 from microdit.evaluation.image_features import EfficientNetFeatures
 from microdit.evaluation.kid import kid
 from microdit.evaluation.retrieval import retrieval, spread_ids
 from microdit.lab.study import Study
 from microdit.pipeline import Pipeline, SamplerSettings
-from microdit.terminal import progress, warn
+from microdit.terminal import warn
 from microdit.training.held_out import HeldOut
 from microdit.training.step import DenoisingLoss
 
@@ -55,7 +56,7 @@ class Reader:
         subset = min(len(drawn_ND), len(real_MD), 1000)
         reading = Reading(
             held_out_loss=self._held_out_loss(pipeline, side, held_out),
-            frechet_distance=frechet_distance(gaussian, fit_gaussian(drawn_ND)),
+            frechet_distance=sample_distance(drawn_ND, gaussian),
             kid=kid(drawn_ND, real_MD, subset_size=subset, subsets=20).value,
             recognised=retrieval(drawn_ND, real_MD, self._right_N).top_10,
         )
@@ -70,11 +71,12 @@ class Reader:
 
     def _reference(self, side: int) -> tuple[Tensor, Gaussian]:
         if self._real is None:
-            with progress(f"features of {self._study.source}", len(self._records)) as advance:
-                contents = (record.image for record in self._records)
-                found = extract(self._network, contents, side, feature_cache(), self._world, warn, advance)
+            found = extract(self._network, self._study.source, [self._pictures], side, feature_cache(), self._world, warn)
             self._real = found.features_ND, fit_gaussian(found.features_ND)
         return self._real
+
+    def _pictures(self) -> Iterator[bytes]:
+        return (record.image for record in self._records)
 
 
 def _refuse(sentence: str) -> None:

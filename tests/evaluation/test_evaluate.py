@@ -2,7 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ from PIL import Image
 
 from microdit.data.emoji import emoji_source
 from microdit.data.images import decode, fit
-from microdit.data.sources import Source, open_source
+from microdit.data.sources import Part, Record, Source, open_source
 from microdit.distributed import World, start_world
 from microdit.errors import UserError
 from microdit.evaluation import evaluate as module
@@ -20,6 +23,7 @@ from microdit.evaluation.painters import DrawSettings
 from tests.commands import microdit
 from tests.conftest import first_of
 from tests.evaluation.test_clip_score import save_clip
+from tests.evaluation.test_extraction import Meeting
 from tests.evaluation.test_image_features import save_dino, save_inception
 from tests.training.processes import RECIPE, start, wait_for
 
@@ -101,14 +105,37 @@ def test_who_copies_is_perfect_and_shown_to_be_a_copyist(tmp_path, world):
     assert worse["kid"]["value"] > metrics["kid"]["value"]
 
 
-def test_captions_are_a_sample_of_which_a_smaller_one_is_the_beginning(tmp_path):
+def test_captions_are_a_sample_of_which_a_smaller_one_is_the_beginning(world):
     source = emoji_source("train")
-    captions = module._captions(source, 60)
-    assert module._captions(source, 20) == captions[:20]
+    captions = module._captions(source, 60, world)
+    assert module._captions(source, 20, world) == captions[:20]
     records = [record for part in source.parts for record in part.records()]
     numbers = {record.captions["caption"]: number for number, record in enumerate(records)}
     total = len(numbers)
     assert 0.35 * total < sum(numbers[caption] for caption in captions) / 60 < 0.65 * total  # from all over the set
+
+
+def test_captions_are_the_same_for_several_processes_of_which_each_reads_some_parts(world):
+    records = [record for part in emoji_source("held_out").parts for record in part.records()]
+    read: list[int] = []
+
+    def counted(start: int) -> Iterator[Record]:
+        read.append(start)
+        yield from records[start : start + 15]
+
+    parts = [Part(f"part {start}", partial(counted, start)) for start in range(0, 106, 15)]
+    source = replace(emoji_source("held_out"), parts=parts)
+    alone = module._captions(source, 40, world)
+    read.clear()
+    meeting = Meeting(3)
+
+    def work(rank: int) -> list[str]:
+        with meeting.turn:
+            return module._captions(source, 40, meeting.world(world, rank))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(work, range(3))) == [alone] * 3
+    assert sorted(read) == list(range(0, 106, 15))
 
 
 def test_a_reference_that_is_none_is_refused_and_small_pictures_are_counted(tmp_path, world):

@@ -1,5 +1,11 @@
+import hashlib
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +14,9 @@ from PIL import Image
 
 from microdit.data.images import fit
 from microdit.distributed import World, start_world
+from microdit.errors import UserError
 from microdit.evaluation import extraction
-from microdit.evaluation.extraction import Features, extract
+from microdit.evaluation.extraction import Features, Pictures, extract, pick
 
 
 class MeanColours:
@@ -47,7 +54,12 @@ def png(image: Image.Image) -> bytes:
 
 def extracted(network: MeanColours, contents: list[bytes], folder: Path, world: World, side: int | None = None) -> tuple[Features, list]:
     warnings: list[str] = []
-    return extract(network, iter(contents), side, folder, world, warnings.append), warnings
+    return extract(network, "pictures", parts_of(contents), side, folder, world, warnings.append), warnings
+
+
+def parts_of(contents: list[bytes], size: int = 3) -> list[Pictures]:
+    """Parts that do not end where blocks do."""
+    return [partial(iter, contents[start : start + size]) for start in range(0, len(contents), size)]
 
 
 def test_features_come_in_the_order_of_the_pictures_cut_to_squares(tmp_path, world):
@@ -115,3 +127,104 @@ def test_a_damaged_block_is_said_to_be_and_computed_again(tmp_path, world, damag
     assert len(warnings) == 1
     assert "is damaged" in warnings[0]
     assert "computed again" in warnings[0]
+
+
+def former_names(network: MeanColours, side: int | None, contents: list[bytes]) -> list[str]:
+    """How blocks have always been named: whoever has a cache keeps it."""
+    names = []
+    for start in range(0, len(contents), 4):
+        digest = hashlib.sha256(f"{network.name} {network.fingerprint} {network.resize} {side}".encode())
+        for content in contents[start : start + 4]:
+            digest.update(hashlib.sha256(content).digest())
+        names.append(digest.hexdigest()[:32])
+    return names
+
+
+def test_blocks_and_the_fingerprint_are_named_as_ever_however_the_pictures_are_parted(tmp_path, world):
+    contents = [png(picture(seed)) for seed in range(10)]
+    names = former_names(MeanColours(), 8, contents)
+    for size in (1, 3, 4, 100):
+        found = extract(MeanColours(), "pictures", parts_of(contents, size), 8, tmp_path / str(size), world, pytest.fail)
+        assert sorted(path.stem for path in (tmp_path / str(size)).iterdir()) == sorted(names)
+        assert found.fingerprint == hashlib.sha256("".join(names).encode()).hexdigest()[:16]
+        assert found.counts == tuple(len(list(part())) for part in parts_of(contents, size))
+
+
+class Meeting:
+    """Threads of this process as the processes of a run, for what `extract` says to the others. One works at a time."""
+
+    def __init__(self, size: int):
+        self.size, self.turn, self.barrier = size, threading.Lock(), threading.Barrier(size, timeout=60)
+        self.said: list[Any] = [None] * size
+
+    def world(self, world: World, rank: int) -> World:
+        return InThread(rank, self.size, world.device, world.control, world.saving, meeting=self)
+
+
+@dataclass(frozen=True)
+class InThread(World):
+    meeting: Meeting | None = None
+
+    def gather(self, value, group=None):
+        assert self.meeting is not None
+        self.meeting.said[self.rank] = value
+        self.meeting.turn.release()
+        self.meeting.barrier.wait()
+        said = list(self.meeting.said)
+        self.meeting.barrier.wait()
+        self.meeting.turn.acquire()
+        return said
+
+    def wait_for_all(self):
+        self.gather(None)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_pictures_are_dealt_before_they_are_read(tmp_path, world, size):
+    """Each is read once in all to be hashed, and again by who takes its features; few parts are opened by two. Cached, only once."""
+    contents = [png(picture(seed)) for seed in range(40)]
+    expected, _ = extracted(MeanColours(), contents, tmp_path / "alone", world)
+    for reads_at_most in (1 + 1, 1):
+        read = [0] * 40
+        networks = [MeanColours() for _ in range(size)]
+        meeting = Meeting(size)
+
+        def counted(start: int, read=read):
+            for number in range(start, min(start + 3, 40)):
+                read[number] += 1
+                yield contents[number]
+
+        def work(rank: int, networks=networks, meeting=meeting, counted=counted) -> Features:
+            parts = [partial(counted, start) for start in range(0, 40, 3)]
+            with meeting.turn:
+                return extract(networks[rank], "pictures", parts, None, tmp_path / "shared", meeting.world(world, rank), pytest.fail)
+
+        with ThreadPoolExecutor(size) as pool:
+            found = list(pool.map(work, range(size)))
+        for features in found:
+            assert torch.equal(features.features_ND, expected.features_ND)
+            assert (features.fingerprint, features.counts) == (expected.fingerprint, expected.counts)
+        assert sum(network.seen for network in networks) == (40 if reads_at_most > 1 else 0)
+        assert max(network.seen for network in networks) - min(network.seen for network in networks) <= 4  # a block
+        assert sum(read) <= 40 * reads_at_most + (reads_at_most - 1) * 2 * size  # and a part's beginning, at either end of a run
+
+
+def test_of_parts_without_a_wanted_picture_nothing_is_read():
+    opened = []
+
+    def part(name: str):
+        opened.append(name)
+        yield from (f"{name}{i}".encode() for i in range(4))
+
+    parts = [partial(part, name) for name in "abc"]
+    assert list(pick(parts, (4, 4, 4), [1, 3, 8])) == [(1, b"a1"), (3, b"a3"), (8, b"c0")]
+    assert opened == ["a", "c"]
+    assert list(pick(parts, (4, 4, 4), [])) == []
+
+
+@pytest.mark.parametrize("later", [[b"other"] * 6, [b"x"] * 5, []])
+def test_pictures_that_change_while_they_are_read_end_in_a_sentence(tmp_path, world, later):
+    """The files are others, one is gone, all are gone."""
+    versions = iter([[b"x"] * 6, later])
+    with pytest.raises(UserError, match="changed while they were read"):
+        extract(MeanColours(), "pictures", [lambda: iter(next(versions))], None, tmp_path, world, pytest.fail)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microdit.errors import UserError
-from microdit.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance, frechet_infinity, frechet_interval
+from microdit.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance, frechet_infinity, frechet_interval, sample_distance
+from microdit.evaluation.intervals import half_sample_interval
 from microdit.evaluation.vectors import few_samples_warning
 
 
@@ -84,10 +85,52 @@ def test_an_interval_is_around_the_distance_itself_on_either_side_of_as_many_sam
     """Of fewer samples than dimensions another root is taken, which must make no difference."""
     reference, samples = fit_gaussian(normal(50, 12, 1)), normal(count, 12, 2)
     counted: list[int] = []
-    interval = frechet_interval(samples, reference, resamples=20, on_resample=counted.append)
+    interval = frechet_interval(samples, reference, resamples=20, on_distance=counted.append)
     assert interval.value == pytest.approx(frechet_distance(fit_gaussian(samples), reference), rel=1e-9)
     assert interval.low < interval.value < interval.high
     assert sum(counted) == 41
+
+
+@given(
+    st.integers(2, 40),
+    st.integers(2, 40),
+    st.integers(1, 20),
+    st.floats(0, 4),
+    st.sampled_from([0.0, 1e-3, 3.0, 1e6]),
+    st.booleans(),
+    st.integers(0, 999),
+)
+def test_of_samples_it_is_what_their_gaussian_gives(count, references, dimensions, decay, shift, copies, seed):
+    """By singular values of the Gaussians' roots, as it was computed before: of features from equal to hardly there, of sets of copies."""
+    spread = torch.arange(1, dimensions + 1, dtype=torch.float64) ** -decay
+    samples, others = normal(count, dimensions, seed) * spread + shift, normal(references, dimensions, seed + 1) * spread
+    if copies:
+        samples, others = samples[:1].expand(count, -1), torch.cat([others, others])
+    a, b = fit_gaussian(samples), fit_gaussian(others)
+    roots = np.linalg.svd(a.root.T @ b.root, compute_uv=False).sum()
+    scale = float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace())
+    expected = max(0.0, scale - 2 * roots)
+    for found in (sample_distance(samples, b), frechet_distance(a, b), frechet_distance(b, a)):
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-7 * scale if decay > 2 else 1e-11 * scale)
+
+
+@pytest.mark.parametrize(("count", "dimensions"), [(14, 40), (60, 12)])
+def test_intervals_and_extrapolations_are_those_of_each_subset_on_its_own(count, dimensions):
+    """The naive way: a Gaussian fitted to each half and to each subset, drawn by the same seed."""
+    samples, reference = normal(count, dimensions, 1) + 0.2, fit_gaussian(normal(90, dimensions, 2))
+
+    def naive(rows_SD: torch.Tensor) -> float:
+        return frechet_distance(fit_gaussian(rows_SD), reference)
+
+    found, expected = frechet_interval(samples, reference, 9, seed=3), half_sample_interval(naive, samples, 9, seed=3)
+    assert (found.value, found.low, found.high) == pytest.approx((expected.value, expected.low, expected.high), rel=1e-9)
+    line, counted = frechet_infinity(samples, reference, 5, 4, seed=3), []
+    generator = torch.Generator().manual_seed(3)
+    distances = [naive(samples[torch.randperm(count, generator=generator)[:size]]) for size in line.counts]
+    assert line.distances == pytest.approx(distances, rel=1e-9)
+    assert line.distance == pytest.approx(np.polyfit(1 / np.array(line.counts), distances, 1)[1], rel=1e-9)
+    assert frechet_infinity(samples, reference, 5, 4, 3, counted.append) == line
+    assert sum(counted) == 5
 
 
 CASES = [

@@ -5,82 +5,84 @@ from hypothesis import strategies as st
 
 from microdit.errors import UserError
 from microdit.evaluation import manifold
-from microdit.evaluation.manifold import DensityCoverage, PrecisionRecall, density_coverage, precision_recall
+from microdit.evaluation.manifold import compare_manifolds, rows_to_compare
 
 
 def normal(count: int, dimensions: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, dimensions, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm())
-
-
-def radius(points: torch.Tensor, i: int, k: int) -> float:
-    return sorted(distance(points[i], points[j]) for j in range(len(points)) if j != i)[k - 1]
-
-
 def balls(centres: torch.Tensor, points: torch.Tensor, k: int) -> list[list[bool]]:
     """For each centre: which points lie in its ball."""
-    return [[distance(centre, point) <= radius(centres, i, k) for point in points] for i, centre in enumerate(centres)]
+    found = []
+    for i, centre in enumerate(centres):
+        radius = sorted((centre - other).norm().item() for j, other in enumerate(centres) if j != i)[k - 1]
+        found.append([(centre - point).norm().item() <= radius for point in points])
+    return found
 
 
-def naive(real: torch.Tensor, generated: torch.Tensor, k: int) -> tuple[list[bool], list[bool], list[float], list[bool]]:
+def naive(real: torch.Tensor, generated: torch.Tensor, k: int, density_k: int) -> tuple[list[bool], list[bool], list[float], list[bool]]:
     """The equations of both papers, as they are written, before the mean is taken."""
-    in_real, in_generated = balls(real, generated, k), balls(generated, real, k)
+    in_real, in_generated, in_dense = balls(real, generated, k), balls(generated, real, k), balls(real, generated, density_k)
     precise = [any(ball[j] for ball in in_real) for j in range(len(generated))]
     recalled = [any(ball[i] for ball in in_generated) for i in range(len(real))]
-    density = [sum(ball[j] for ball in in_real) / k for j in range(len(generated))]
-    return precise, recalled, density, [any(ball) for ball in in_real]
+    density = [sum(ball[j] for ball in in_dense) / density_k for j in range(len(generated))]
+    return precise, recalled, density, [any(ball) for ball in in_dense]
 
 
-def shares(found: PrecisionRecall | DensityCoverage) -> tuple[float, float]:
-    return (found.precision, found.recall) if isinstance(found, PrecisionRecall) else (found.density, found.coverage)
-
-
-@given(st.integers(5, 25), st.integers(5, 25), st.integers(1, 4), st.floats(0, 2), st.integers(0, 999), st.sampled_from([8, 64, 1 << 24]))
-def test_both_are_the_naive_loops_in_blocks_of_any_size(reals, generateds, k, shift, seed, entries):
+@given(
+    st.integers(5, 25),
+    st.integers(5, 25),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.floats(0, 2),
+    st.integers(0, 999),
+    st.sampled_from([8, 64, 1 << 24]),
+)
+def test_all_four_are_the_naive_loops_in_blocks_of_any_size(reals, generateds, k, density_k, shift, seed, entries):
     real, generated = normal(reals, 3, seed) + 100, normal(generateds, 3, seed + 1) + 100 + shift
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifold, "BLOCK_ENTRIES", entries)
-        near, dense = precision_recall(real, generated, k), density_coverage(real, generated, k)
-    rows = near.precise_M, near.recalled_N, dense.density_M, dense.covered_N
-    expected = naive(real, generated, k)
+        counted: list[int] = []
+        found = compare_manifolds(real, generated, k, density_k, counted.append)
+    rows = found.precise_M, found.recalled_N, found.density_M, found.covered_N
+    expected = naive(real, generated, k, density_k)
     assert tuple(row.tolist() for row in rows) == expected
-    assert (*shares(near), *shares(dense)) == pytest.approx(tuple(sum(row) / len(row) for row in expected))
+    shares = found.precision, found.recall, found.density, found.coverage
+    assert shares == pytest.approx(tuple(sum(row) / len(row) for row in expected))
+    assert sum(counted) == rows_to_compare(real, generated)
 
 
 def test_equal_sets_have_everything():
     """Also where features lie far from the origin, and where pictures occur twice, so that balls are points."""
     for features in (normal(60, 4), normal(60, 4) * 1e-3 + 1e4, normal(20, 4).repeat(3, 1) + 50):
         for k in (1, 2):
-            assert shares(precision_recall(features, features.clone(), k)) == (1.0, 1.0)
-            assert density_coverage(features, features.clone(), k).coverage == 1.0
+            found = compare_manifolds(features, features.clone(), k, k)
+            assert (found.precision, found.recall, found.coverage) == (1.0, 1.0, 1.0)
 
 
 def test_disjoint_sets_have_nothing():
-    real, generated = normal(50, 4), normal(50, 4, 1) + 100
-    assert shares(precision_recall(real, generated)) == (0.0, 0.0)
-    assert shares(density_coverage(real, generated)) == (0.0, 0.0)
+    found = compare_manifolds(normal(50, 4), normal(50, 4, 1) + 100)
+    assert (found.precision, found.recall, found.density, found.coverage) == (0.0, 0.0, 0.0, 0.0)
 
 
 def test_a_dropped_mode_costs_recall_and_coverage_and_an_invented_one_precision_and_density():
     """Two clusters far from each other, of 300 and 100; the other set knows the large one only."""
     large, small, again = normal(300, 3), normal(100, 3, 1) + 100, normal(300, 3, 2)
     both = torch.cat([large, small])
-    dropped, invented = precision_recall(both, again), precision_recall(again, both)
+    dropped, invented = compare_manifolds(both, again), compare_manifolds(again, both)
     assert dropped.precision > 0.85
     assert 0.85 * 0.75 < dropped.recall <= 0.75
     assert (invented.precision, invented.recall) == (dropped.recall, dropped.precision)
-    assert 0.85 * 0.75 < density_coverage(both, again).coverage <= 0.75
-    assert density_coverage(again, both).density == pytest.approx(0.75 * density_coverage(again, large).density)
+    assert 0.85 * 0.75 < dropped.coverage <= 0.75
+    assert invented.density == pytest.approx(0.75 * compare_manifolds(again, large).density)
 
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_of_equal_distributions_density_and_coverage_are_what_the_paper_derives(k):
     """Expectations: density 1, coverage 1 - (N - 1)...(N - k) / ((2N - 1)...(2N - k)), whatever the distribution."""
     size, runs = 100, 60
-    found = [density_coverage(normal(size, 4, 2 * s), normal(size, 4, 2 * s + 1), k) for s in range(runs)]
+    found = [compare_manifolds(normal(size, 4, 2 * s), normal(size, 4, 2 * s + 1), density_k=k) for s in range(runs)]
     missed = 1.0
     for i in range(1, k + 1):
         missed *= (size - i) / (2 * size - i)
@@ -92,18 +94,19 @@ def test_one_outlier_spoils_precision_but_not_density():
     """A real picture far off has a ball that holds everything: noise beside the real ones counts as real, but not k times."""
     real, noise = normal(200, 4), normal(200, 4, 1) + 12
     spoilt = torch.cat([real, torch.full((1, 4), 40.0, dtype=torch.float64)])
-    assert precision_recall(real, noise).precision == 0
-    assert precision_recall(spoilt, noise).precision == 1
-    assert density_coverage(spoilt, noise).density == pytest.approx(1 / 5)
+    assert compare_manifolds(real, noise).precision == 0
+    found = compare_manifolds(spoilt, noise)
+    assert found.precision == 1
+    assert found.density == pytest.approx(1 / 5)
 
 
 def test_what_does_not_fit_is_refused():
-    for metric in (precision_recall, density_coverage):
+    for ks in ((3, 1), (1, 3)):
         with pytest.raises(UserError, match="There is no neighbour number 3 among 3 pictures"):
-            metric(normal(9, 2), normal(3, 2), 3)
+            compare_manifolds(normal(9, 2), normal(3, 2), *ks)
         with pytest.raises(UserError, match="There is no neighbour number 0"):
-            metric(normal(9, 2), normal(9, 2), 0)
-        with pytest.raises(UserError, match="Features of 2 and of 3 dimensions"):
-            metric(normal(9, 2), normal(9, 3))
-        with pytest.raises(UserError, match="not finite"):
-            metric(torch.full((9, 2), torch.inf), normal(9, 2))
+            compare_manifolds(normal(9, 2), normal(9, 2), *(k % 3 for k in ks))
+    with pytest.raises(UserError, match="Features of 2 and of 3 dimensions"):
+        compare_manifolds(normal(9, 2), normal(9, 3))
+    with pytest.raises(UserError, match="not finite"):
+        compare_manifolds(torch.full((9, 2), torch.inf), normal(9, 2))

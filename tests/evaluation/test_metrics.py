@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -5,7 +7,8 @@ from microdit.errors import UserError
 from microdit.evaluation.clip_score import clip_scores
 from microdit.evaluation.frechet import fit_gaussian, frechet_distance
 from microdit.evaluation.kid import cmmd, kid
-from microdit.evaluation.metrics import METRICS, Sets, choose_metrics, label, measure, resamples_of
+from microdit.evaluation.manifold import compare_manifolds
+from microdit.evaluation.metrics import MANIFOLD_METRICS, METRICS, Sets, choose_metrics, label, measure, steps_to_measure
 
 
 def normal(count: int, dimensions: int, seed: int = 0) -> torch.Tensor:
@@ -21,6 +24,7 @@ def sets() -> Sets:
 def test_each_metric_has_its_value_and_an_interval_around_it(sets, name):
     counted: list[int] = []
     entry = measure(name, sets, 20, counted.append)
+    assert sum(counted) == steps_to_measure(name, sets, 20)
     real, drawn, captions = sets.real_ND, sets.generated_MD, sets.captions_MD
     if METRICS[name].title == "Frechet distance":
         assert entry["value"] == pytest.approx(frechet_distance(fit_gaussian(drawn), fit_gaussian(real)))
@@ -36,7 +40,15 @@ def test_each_metric_has_its_value_and_an_interval_around_it(sets, name):
     else:
         assert 0 < entry["value"] < 1.2
     assert entry["low"] < entry["value"] < entry["high"]
-    assert sum(counted) == resamples_of(name, 20)
+
+
+def test_neighbours_that_were_found_are_not_searched_again(sets):
+    found = compare_manifolds(sets.real_ND, sets.generated_MD)
+    shared = replace(sets, manifolds=found)
+    for name in MANIFOLD_METRICS:
+        counted: list[int] = []
+        assert measure(name, shared, 20, counted.append) == measure(name, sets, 20)
+        assert sum(counted) == steps_to_measure(name, shared, 20) == 0
 
 
 def test_a_set_is_near_itself_and_a_shifted_one_is_as_far_as_its_shift():
