@@ -1,7 +1,7 @@
 """What an evaluation costs with the number of pictures: the paper's has 30,000, at any size of the training run.
 
 Features are fabricated, 2,048 wide as Inception's. At 3,000 pictures all is measured; at 30,000 the parts are, and multiplied.
-Run alone it measures 30,000 in whole, in 7 minutes of one core and as many again for the neighbours (docs/evaluation.md):
+Run alone it measures 30,000 in whole (docs/evaluation.md):
 
     python benchmarks/scale_evaluation.py
 """
