@@ -107,7 +107,7 @@ def _is_naive(found: Manifolds, real_ND: Tensor, drawn_ND: Tensor) -> bool:
     pairs = (
         (found.precise_M, (between_NM <= radii_N).any(dim=0)),
         (found.recalled_N, (between_NM <= radii_M).any(dim=1)),
-        (found.density_M, inside_NM.sum(dim=0) / 5),
+        (found.density_M, inside_NM.double().sum(dim=0) / 5),
         (found.covered_N, inside_NM.any(dim=1)),
     )
     return all(torch.equal(one.double(), other.double()) for one, other in pairs)
