@@ -1,7 +1,7 @@
 """What an evaluation costs with the number of pictures: the paper's has 30,000, at any size of the training run.
 
 Features are fabricated, 2,048 wide as Inception's. At 3,000 pictures all is measured; at 30,000 the parts are, and multiplied.
-Run alone it measures 30,000 in whole, in about as many minutes as cores allow (docs/evaluation.md):
+Run alone it measures 30,000 in whole (docs/evaluation.md):
 
     python benchmarks/scale_evaluation.py
 """
@@ -107,7 +107,7 @@ def _is_naive(found: Manifolds, real_ND: Tensor, drawn_ND: Tensor) -> bool:
     pairs = (
         (found.precise_M, (between_NM <= radii_N).any(dim=0)),
         (found.recalled_N, (between_NM <= radii_M).any(dim=1)),
-        (found.density_M, inside_NM.sum(dim=0) / 5),
+        (found.density_M, inside_NM.double().sum(dim=0) / 5),
         (found.covered_N, inside_NM.any(dim=1)),
     )
     return all(torch.equal(one.double(), other.double()) for one, other in pairs)
