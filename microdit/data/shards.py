@@ -37,7 +37,7 @@ class DamagedShard(UserError):  # noqa: N818
 
 class Checksums(NamedTuple):
     """What covers a shard beside its blobs' own checksums: the messages of the Arrow stream (columns, lengths, positions), the numbers
-    beside the blobs (their offsets, buckets and weights), keys, captions, and the index, the last `index_bytes` of the file.
+    beside the blobs (their offsets, buckets and weights), keys, captions, and the index, the last `row_index_bytes` of the file.
 
     Format 3 has no index: it is looked up in the stream at opening.
     """
@@ -46,18 +46,18 @@ class Checksums(NamedTuple):
     numbers: str
     key: str
     captions: str
-    index: str = ""
-    index_bytes: int = 0
+    row_index: str = ""
+    row_index_bytes: int = 0
 
 
 def checksums_of(path: Path) -> Checksums:
     """Of a shard that has just been written."""
     with path.open("rb", buffering=0) as file:
         stream = ArrowStream(file.fileno())
-        columns = [stream.columns_checksum(names) for names in (stream.number_columns(), ["key"], ["captions"])]
+        numbers, key, captions = (stream.columns_checksum(names) for names in (stream.number_columns(), ["key"], ["captions"]))
         file.seek(stream.end)
         index = file.read()
-    return Checksums(stream.checksum, *columns, xxhash.xxh3_128_hexdigest(index), len(index))
+    return Checksums(stream.checksum, numbers, key, captions, xxhash.xxh3_128_hexdigest(index), len(index))
 
 
 def most_open(sets: int = 1) -> int:
@@ -94,8 +94,8 @@ class ShardWriter:
         self._stream = pa.ipc.new_stream(self._file, schema(self.resolutions))
 
     def write(self, row: Row) -> None:
-        latents = {f"{LATENTS}{resolution}": _seal(row.latents[resolution], self.rows, row.bucket) for resolution in self.resolutions}
-        text = [_seal(blob, self.rows, row.bucket) for blob in row.text]
+        latents = {f"{LATENTS}{resolution}": seal(row.latents[resolution], self.rows, row.bucket) for resolution in self.resolutions}
+        text = [seal(blob, self.rows, row.bucket) for blob in row.text]
         self._waiting.append(
             {"key": row.key, "bucket": row.bucket, "captions": row.captions, "weights": row.weights, "text": text, **latents}
         )
@@ -188,9 +188,9 @@ class Shard:
         file, size = self._file.fileno(), os.fstat(self._file.fileno()).st_size
         if size != expected_bytes:
             raise DamagedShard(f"{self.path} has {size} bytes, not the {expected_bytes} that were written")
-        if self._checksums is not None and self._checksums.index:
-            content = read_at(file, size - self._checksums.index_bytes, self._checksums.index_bytes)
-            if xxhash.xxh3_128_hexdigest(content) != self._checksums.index:
+        if self._checksums is not None and self._checksums.row_index:
+            content = read_at(file, size - self._checksums.row_index_bytes, self._checksums.row_index_bytes)
+            if xxhash.xxh3_128_hexdigest(content) != self._checksums.row_index:
                 raise self._differs("its index")
             return ShardIndex.from_bytes(content, self._resolutions)
         stream = ArrowStream(file)
@@ -249,7 +249,8 @@ def _explained(path: Path, error: Exception) -> UserError:
     return DamagedShard(f"{path} cannot be read ({' '.join(str(error).split())})")
 
 
-def _seal(payload: bytes, row: int, bucket: int) -> bytes:
+def seal(payload: bytes, row: int, bucket: int) -> bytes:
+    """A blob as it is stored: its content and the checksum of it, its row and its bucket."""
     return payload + _checksum(payload, row, bucket)
 
 

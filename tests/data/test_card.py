@@ -38,8 +38,8 @@ def as_format(folder, version):
     card = from_checked_json((folder / "card.json").read_bytes())
     for shard in card["shards"]:
         checksums = shard["checksums"]
-        del checksums["index"]
-        shard["bytes"] -= checksums.pop("index_bytes")
+        del checksums["row_index"]
+        shard["bytes"] -= checksums.pop("row_index_bytes")
         os.truncate(folder / shard["name"], shard["bytes"])
         shard["sha256"] = sha256_of(folder / shard["name"])
         if version == 2:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from microdit.data.shards import Checksums, DamagedShard, Row, Shard, ShardWriter, checksums_of
+from microdit.data.shards import DamagedShard, Row, Shard, ShardWriter, checksums_of
 from microdit.errors import UserError
 from tests.damage import ALL_BITS, flips
 
@@ -53,14 +53,14 @@ def test_rows_come_back_over_several_record_batches(tmp_path):
 def as_format_3(path):
     """Cut the index off. Returns the checksums of what is left."""
     checksums = checksums_of(path)
-    os.truncate(path, path.stat().st_size - checksums.index_bytes)
-    return checksums._replace(index="", index_bytes=0)
+    os.truncate(path, path.stat().st_size - checksums.row_index_bytes)
+    return checksums._replace(row_index="", row_index_bytes=0)
 
 
 def sweep(path: Path, rows: int, **chosen) -> int:
     """Flip bits of a shard: how many are noticed. All others must leave everything as it is."""
     checksums = checksums_of(path)
-    checksums = checksums if checksums.index_bytes else checksums._replace(index="")
+    checksums = checksums if checksums.row_index_bytes else checksums._replace(row_index="")
     before, noticed = everything(opened(path, rows, checksums)), 0
     for at in flips(path, **chosen):
         try:
@@ -92,7 +92,7 @@ def test_a_flipped_bit_of_the_index_is_noticed_at_opening(tmp_path):
     path = tmp_path / "a.arrow"
     write(path, 6)
     checksums, size = checksums_of(path), path.stat().st_size
-    for _ in flips(path, range(size - checksums.index_bytes, size), ALL_BITS):
+    for _ in flips(path, range(size - checksums.row_index_bytes, size), ALL_BITS):
         with pytest.raises(DamagedShard, match="the checksum of its index differs"):
             opened(path, 6, checksums)
 
@@ -201,9 +201,8 @@ def test_too_few_descriptors_are_no_damage(tmp_path):
 
 def test_too_little_memory_is_no_damage(tmp_path):
     path = tmp_path / "a.arrow"
-    with path.open("wb") as file:
-        file.truncate(1 << 43)  # sparse
-    checksums = Checksums("", "", "", "", "0" * 32, 1 << 43)
+    write(path, 3)
+    checksums = checksums_of(path)._replace(row_index_bytes=1 << 62)  # no machine has so many addresses
     with pytest.raises(UserError, match=f"no memory left to read {path}") as raised:
         opened(path, 3, checksums)
     assert not isinstance(raised.value, DamagedShard)
