@@ -1,4 +1,4 @@
-"""How fast is the data path? Four tables, each against its own yardstick in the same run.
+"""How fast is the data path? Five tables, each against its own yardstick in the same run.
 
     python benchmarks/data.py
 
@@ -6,7 +6,8 @@
    tokens), beside mosaicml-streaming and webdataset, which are installed for this alone into build/peers;
 2. start-up: from nothing to the first batch, by the number of rows;
 3. memory: what reading and encoding hold (anonymous pages), by the number of rows;
-4. encoding: the share of the encoders' bare forward speed that `encode_source` reaches on a CPU (encoding.py: on any device).
+4. cold: the bytes that are fetched for rows of shards that the page cache has forgotten, for each byte that is wanted;
+5. encoding: the share of the encoders' bare forward speed that `encode_source` reaches on a CPU (encoding.py: on any device).
 """
 
 import argparse
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from page_cache import bytes_asked_for, bytes_read, forget
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -36,11 +38,12 @@ from microdit.data.forms import pack_latents, pack_text
 from microdit.data.latents import EncodedSet, Mixture
 from microdit.data.order import PhaseOrder, SampleOrder
 from microdit.data.pixels import normalise
-from microdit.data.shards import Row, ShardWriter, checksums_of
+from microdit.data.shards import CHECKSUM_BYTES, Row, ShardWriter, checksums_of
 from microdit.data.sources import Part, Record, Source
 from microdit.diffusion.edm import EDM
 from microdit.encoders.autoencoder import Autoencoder, Pixels, load_autoencoder
 from microdit.encoders.text import MiniLM, TextEncoder
+from microdit.memory import keep_freed_memory
 from microdit.training.draws import add_draws
 
 PEERS = Path("build/peers")
@@ -49,13 +52,16 @@ PEER_PACKAGES = ["mosaicml-streaming", "webdataset", "braceexpand", "brotli", "z
 LATENTS, CHANNELS = (4, 32, 32), 1024
 BATCH = 64
 SECONDS = 4.0  # of reading, for each number
+COLD_ROWS = 200
+MOST_TIMES = 4  # bytes fetched for each byte that is wanted
+TABLES = ["read", "start", "memory", "cold", "encode"]
 GPU_WANTS = 1578  # samples/s of one H100 at 45% of its peak, in phase 1 of MicroDiT_XL_2; the bar is twice that
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2000, help="samples in the sets that are read")
-    parser.add_argument("--tables", nargs="+", choices=["read", "start", "memory", "encode"], default=["read", "start", "memory", "encode"])
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     args = parser.parse_args()
     PEERS.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=PEERS.parent) as place:
@@ -63,6 +69,8 @@ def main() -> None:
             compare_reading(Path(place), args.rows)
         if "start" in args.tables or "memory" in args.tables:
             grow(Path(place))
+        if "cold" in args.tables:
+            read_cold(Path(place), args.rows)
         if "encode" in args.tables:
             compare_encoding(Path(place))
 
@@ -84,11 +92,12 @@ def compare_reading(place: Path, rows: int) -> None:
             shutil.rmtree(folder)
         peer = max(speed for name, speed in best.items() if name != "microdit")
         print(f"{f'  our best over the best peer, {tokens} tokens':46}{best['microdit'] / peer:.1f}x", flush=True)
-        show_trainers_own(place / f"trainer-{tokens}", rows, tokens)
+        in_new_process(show_trainers_own, place / f"trainer-{tokens}", rows, tokens)
 
 
 def show_trainers_own(folder: Path, rows: int, tokens: int) -> None:
     """What the trainer's reading thread does for each sample, on one thread, and what a CPU then has to do in the place of a GPU."""
+    keep_freed_memory()  # as the trainer does
     write_ours(folder, rows, tokens)
     mixture = Mixture([EncodedSet(folder)], [PhaseOrder(10**6, BATCH, (1,))], seed=0)
     torch.set_num_threads(1)
@@ -316,7 +325,28 @@ def anonymous_megabytes() -> float:
     return int(line.split()[1]) / 1000
 
 
-# --- 4. encoding
+# --- 4. cold
+
+
+def read_cold(place: Path, rows: int) -> None:
+    """Random rows, one after the other, and what the disk is asked for and the system is asked for."""
+    print(f"\n{'cold, ' + str(COLD_ROWS) + ' rows':34}{'wanted':>12}{'from the disk':>16}{'read':>12}{'times':>8}")
+    for tokens in (77, 25):
+        folder = place / f"cold-{tokens}"
+        write_ours(folder, rows, tokens)
+        forget(folder.glob("*"))
+        data, numbers = EncodedSet(folder), np.random.default_rng(0).permutation(rows)[:COLD_ROWS]
+        disk, asked = bytes_read(), bytes_asked_for()
+        blobs = [blob for number in numbers for blob in data.read(0, int(number))]
+        disk, asked = bytes_read() - disk, bytes_asked_for() - asked
+        wanted = sum(len(blob) + CHECKSUM_BYTES for blob in blobs)
+        verdict = f"at most {MOST_TIMES} holds" if disk <= MOST_TIMES * wanted else f"MORE THAN {MOST_TIMES}"
+        verdict = verdict if disk >= wanted else "NOT MEASURED: this file system cannot be made to forget"
+        print(f"{f'  {tokens} tokens':34}{wanted:12,}{disk:16,}{asked:12,}{disk / wanted:8.2f}   {verdict}")
+        shutil.rmtree(folder)
+
+
+# --- 5. encoding
 
 
 def compare_encoding(place: Path) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from microdit.data.shards import schema
+from microdit.data.arrow_stream import schema
 from microdit.errors import UserError
 from microdit.files import from_checked_json, to_checked_json, write_aside
 
 CARD = "card.json"
-FORMAT = 3
-READ_FORMATS = (2, 3)  # 2 has checksums of blobs and files only
+FORMAT = 4
+READ_FORMATS = (2, 3, 4)  # 3 has no index in its shards; 2 has checksums of blobs and files only
 
 
 def write_card(folder: Path, plan: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ training stops and names it, or, if the recipe allows, takes another one in its 
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from torch import Tensor
 from microdit.data.card import read_card
 from microdit.data.forms import StoredRows, stack, unpack, unpack_ids
 from microdit.data.order import PhaseOrder, Place, SampleOrder
-from microdit.data.shards import Checksums, DamagedShard, Shard
+from microdit.data.shards import Checksums, DamagedShard, Shard, most_open
 from microdit.encoders.text import TextEncoder, load_text_encoder
 from microdit.errors import UserError
 from microdit.files import sha256_of
@@ -94,7 +95,9 @@ class EncodedSet:
         if resolution not in resolutions and (resolution is not None or len(resolutions) > 1):
             raise UserError(f"{folder} holds the resolutions {', '.join(map(str, resolutions))}: name one of them (data.resolution).")
         self.resolution: int = resolution or resolutions[0]
-        self._shards: dict[int, Shard | DamagedShard] = {}
+        self.most_open = most_open()  # shards, of which the least recently used is closed
+        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._damaged: dict[int, str] = {}
 
     def __len__(self) -> int:
         return int(self.card["rows"])
@@ -181,18 +184,22 @@ class EncodedSet:
 
     def _shard(self, number: int) -> Shard:
         """Opened at its first use, so that a set of thousands starts at once."""
-        if number not in self._shards:
-            entry = self.card["shards"][number]
-            resolutions = self.card["settings"]["resolutions"]
-            try:
-                checksums = Checksums(**entry["checksums"]) if self.card["format"] > 2 else None
-                self._shards[number] = Shard(self.folder / entry["name"], entry["bytes"], entry["rows"], resolutions, checksums)
-            except DamagedShard as damage:
-                self._shards[number] = damage  # whoever looks for a row near a damaged one asks again and again
-        shard = self._shards[number]
-        if isinstance(shard, DamagedShard):
-            raise shard
+        shard = self._shards.pop(number, None)
+        self._shards[number] = shard = self._open(number) if shard is None else shard  # now the last one that was used
+        while len(self._shards) > self.most_open:
+            self._shards.popitem(last=False)
         return shard
+
+    def _open(self, number: int) -> Shard:
+        if number in self._damaged:  # whoever looks for a row near a damaged one asks again and again
+            raise DamagedShard(self._damaged[number])
+        entry = self.card["shards"][number]
+        checksums = Checksums(**entry["checksums"]) if self.card["format"] > 2 else None
+        try:
+            return Shard(self.folder / entry["name"], entry["bytes"], entry["rows"], self.card["settings"]["resolutions"], checksums)
+        except DamagedShard as damage:
+            self._damaged[number] = str(damage)
+            raise
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:
@@ -218,6 +225,8 @@ class Mixture:
     ):
         """Raises UserError if the sets do not fit together."""
         refuse_strangers(sets)
+        for encoded in sets:
+            encoded.most_open = most_open(len(sets))
         self.sets, self.flip, self.on_damage, self.warn = sets, flip, on_damage, warn
         self.replaced = 0  # damaged rows in whose place another was taken
         self._read = 0

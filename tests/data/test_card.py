@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -6,7 +7,7 @@ import pytest
 from microdit.data.card import read_card
 from microdit.data.latents import EncodedSet
 from microdit.errors import UserError
-from microdit.files import from_checked_json
+from microdit.files import from_checked_json, sha256_of, to_checked_json
 from tests.damage import ALL_BITS, flips
 
 
@@ -32,24 +33,33 @@ def test_the_manifests_of_shards_are_covered_too(copy):
             from_checked_json((copy / "shard-00000.json").read_bytes())
 
 
-def as_format_2(folder):
-    """Leave the card as version 2 wrote it."""
+def as_format(folder, version):
+    """Leave card and shards as an earlier version wrote them."""
     card = from_checked_json((folder / "card.json").read_bytes())
     for shard in card["shards"]:
-        del shard["checksums"]
-    (folder / "card.json").write_text(json.dumps({**card, "format": 2}, indent=1))
+        checksums = shard["checksums"]
+        del checksums["row_index"]
+        shard["bytes"] -= checksums.pop("row_index_bytes")
+        os.truncate(folder / shard["name"], shard["bytes"])
+        shard["sha256"] = sha256_of(folder / shard["name"])
+        if version == 2:
+            del shard["checksums"]
+    content = {**card, "format": version}
+    (folder / "card.json").write_bytes(json.dumps(content, indent=1).encode() if version == 2 else to_checked_json(content))
 
 
-def test_a_set_of_format_2_is_read_as_before(encoded_emoji, copy):
-    as_format_2(copy)
+@pytest.mark.parametrize("version", [2, 3])
+def test_sets_of_earlier_formats_are_read_as_before(encoded_emoji, copy, version):
+    as_format(copy, version)
     ours, old = EncodedSet(encoded_emoji), EncodedSet(copy)
     for row in range(40):
         assert [bytes(blob) for blob in old.read(0, row)] == [bytes(blob) for blob in ours.read(0, row)]
-    assert old.column("captions") == ours.column("captions")
+    for name in ("key", "bucket", "captions", "weights"):
+        assert old.column(name) == ours.column(name)
     assert old.verify() == []
 
 
 def test_a_format_that_is_not_known_is_refused(copy):
-    (copy / "card.json").write_text(json.dumps({"format": 4}))
-    with pytest.raises(UserError, match="is of format 4"):
+    (copy / "card.json").write_text(json.dumps({"format": 5}))
+    with pytest.raises(UserError, match="is of format 5"):
         EncodedSet(copy)

@@ -1,5 +1,8 @@
 import json
+import os
+import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from microdit.data.emoji import emoji_source
 from microdit.data.encode import EncodeSettings, encode_source
 from microdit.data.latents import EncodedSet, Mixture
 from microdit.data.order import PhaseOrder
+from microdit.data.shards import MOST_OPEN, most_open
 from microdit.data.sources import Part, Source
 from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
@@ -120,6 +124,67 @@ def test_a_whole_shard_lost_in_the_middle_of_training_is_named_or_replaced(tmp_p
     batches = [skipping.batch(step) for step in range(30)]
     assert all(len(batch.latents_BCHW) == 8 for batch in batches)
     assert skipping.replaced == len(said) == pytest.approx(80, abs=8)  # a third of 240
+
+
+@pytest.fixture(scope="module")
+def of_four_shards(tmp_path_factory, text_encoder):
+    out = tmp_path_factory.mktemp("encoded") / "four"
+    records = list(emoji_source("held_out").parts[0].records())[:12]
+    parts = [Part(f"{first}", lambda first=first: iter(records[first : first + 3])) for first in (0, 3, 6, 9)]
+    encode_source(Source("four", parts), out, EncodeSettings((8,)), Pixels(), text_encoder)
+    return out
+
+
+def descriptors(folder):
+    links = [link for link in Path("/proc/self/fd").iterdir() if link.exists()]
+    return sorted(link.resolve().name for link in links if link.resolve().parent == folder)
+
+
+def test_open_shards_are_bounded_and_the_least_recently_used_is_closed(of_four_shards):
+    wide, narrow = EncodedSet(of_four_shards), EncodedSet(of_four_shards)
+    expected = [[bytes(blob) for blob in wide.read(0, row)] for row in range(12)]
+    del wide
+    narrow.most_open = 2
+    for row in (0, 3, 1, 6):  # of shards 0, 1, 0 and 2: 1 has to go
+        narrow.read(0, row)
+    assert descriptors(of_four_shards) == ["shard-00000.arrow", "shard-00002.arrow"]
+    for row in (11, 0, 5, 8, 2, 7):
+        assert [bytes(blob) for blob in narrow.read(0, row)] == expected[row]
+        assert len(descriptors(of_four_shards)) == 2
+    assert len(narrow.column("key")) == 12
+    del narrow
+    assert descriptors(of_four_shards) == []
+
+
+def test_the_sets_of_a_mixture_share_what_may_be_open(of_four_shards):
+    mixed = mixture(*[of_four_shards] * 3)
+    assert [encoded.most_open for encoded in mixed.sets] == [most_open(3)] * 3
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert 3 * most_open(3) <= most_open() <= min(MOST_OPEN, soft // 2)
+
+
+def test_a_shard_deleted_before_it_is_opened_is_named_and_counted_once_a_row(of_four_shards, tmp_path):
+    copy, said = shutil.copytree(of_four_shards, tmp_path / "copy"), []
+    skipping = mixture(copy, steps=3, batch=12, on_damage="skip", warn=said.append)
+    (copy / "shard-00002.arrow").unlink()
+    [skipping.batch(step) for step in range(3)]
+    assert skipping.replaced == len(said) == 9
+    assert all("shard-00002.arrow cannot be read" in sentence for sentence in said)
+
+
+def test_a_want_of_descriptors_ends_a_run_that_skips_damage(of_four_shards):
+    skipping = mixture(of_four_shards, on_damage="skip")
+    free = os.dup(0)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        with pytest.raises(UserError, match="as many files open as it may"):
+            skipping.batch(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert skipping.replaced == 0
+    assert len(skipping.batch(0).latents_BCHW) == 8
 
 
 def test_a_set_that_is_mostly_damage_is_given_up(encoded_emoji, tmp_path):

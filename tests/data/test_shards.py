@@ -1,4 +1,6 @@
+import os
 import random
+import resource
 from pathlib import Path
 
 import pytest
@@ -48,16 +50,18 @@ def test_rows_come_back_over_several_record_batches(tmp_path):
     assert [shard.row_in_bucket(1, number) for number in range(200)] == list(range(1, 600, 3))
 
 
-def test_many_shards_can_be_open_at_once(tmp_path):
-    _, writer = write(tmp_path / "a.arrow", 3)
-    checksums = checksums_of(writer.path)
-    shards = [opened(writer.path, 3, checksums) for _ in range(2000)]  # more than a process may have files
-    assert all(len(shard) == 3 for shard in shards)
+def as_format_3(path):
+    """Cut the index off. Returns the checksums of what is left."""
+    checksums = checksums_of(path)
+    os.truncate(path, path.stat().st_size - checksums.row_index_bytes)
+    return checksums._replace(row_index="", row_index_bytes=0)
 
 
 def sweep(path: Path, rows: int, **chosen) -> int:
     """Flip bits of a shard: how many are noticed. All others must leave everything as it is."""
-    checksums, before, noticed = checksums_of(path), everything(opened(path, rows)), 0
+    checksums = checksums_of(path)
+    checksums = checksums if checksums.row_index_bytes else checksums._replace(row_index="")
+    before, noticed = everything(opened(path, rows, checksums)), 0
     for at in flips(path, **chosen):
         try:
             after = everything(opened(path, rows, checksums))
@@ -69,11 +73,28 @@ def sweep(path: Path, rows: int, **chosen) -> int:
 
 
 def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
-    """One bit of every byte: blobs, keys, captions, weights, and what Arrow finds them by."""
+    """One bit of every byte: blobs, keys, captions, weights, what Arrow finds them by, and the index."""
     path = tmp_path / "a.arrow"
     write(path, 6)
     size = path.stat().st_size
     assert sweep(path, 6) > 0.7 * size  # the rest is padding
+
+
+def test_a_flipped_bit_of_an_earlier_format_is_noticed_or_harmless(tmp_path):
+    path = tmp_path / "a.arrow"
+    write(path, 3)
+    as_format_3(path)
+    places = range(0, path.stat().st_size, 3)
+    assert sweep(path, 3, places=places) > 0.6 * len(places)
+
+
+def test_a_flipped_bit_of_the_index_is_noticed_at_opening(tmp_path):
+    path = tmp_path / "a.arrow"
+    write(path, 6)
+    checksums, size = checksums_of(path), path.stat().st_size
+    for _ in flips(path, range(size - checksums.row_index_bytes, size), ALL_BITS):
+        with pytest.raises(DamagedShard, match="the checksum of its index differs"):
+            opened(path, 6, checksums)
 
 
 @pytest.mark.slow
@@ -132,6 +153,92 @@ def test_a_cut_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(DamagedShard, match=f"{path} has {size - 50} bytes, not the {size}"):
         Shard(path, size, 10, [8, 16], checksums)
+
+
+def test_a_shard_that_shrinks_while_it_is_open_is_named(tmp_path):
+    """Read from a map, it would kill the process (SIGBUS)."""
+    path = tmp_path / "a.arrow"
+    rows, _ = write(path, 600)
+    shard, size = opened(path, 600), path.stat().st_size
+    os.truncate(path, size // 2)
+    assert shard.latents(0, 8) == rows[0].latents[8]
+    with pytest.raises(DamagedShard, match=f"{path} cannot be read .it ends at byte {size // 2}"):
+        shard.latents(599, 8, 2)
+    with pytest.raises(DamagedShard, match=f"{path} cannot be read .it ends at byte {size // 2}"):
+        shard.column("captions")
+
+
+def test_a_shard_that_is_replaced_while_it_is_open_is_the_old_one_or_named(tmp_path):
+    path, other = tmp_path / "a.arrow", tmp_path / "b.arrow"
+    rows, _ = write(path, 6)
+    shard, checksums = opened(path, 6), checksums_of(path)
+    ShardWriter(other, [8, 16]).close()
+    content = other.read_bytes()
+    other.replace(path)
+    assert shard.latents(5, 16, 2) == rows[5].latents[16]
+    with pytest.raises(DamagedShard, match=f"{path} has {len(content)} bytes"):
+        Shard(path, len(content) + 1, 6, [8, 16], checksums)
+    path.unlink()
+    assert shard.text(5, 0, 2) == rows[5].text[0]
+    with pytest.raises(DamagedShard, match=f"{path} cannot be read .*No such file"):
+        Shard(path, len(content), 6, [8, 16], checksums)
+
+
+def test_too_few_descriptors_are_no_damage(tmp_path):
+    path = tmp_path / "a.arrow"
+    write(path, 3)
+    checksums, (soft, hard) = checksums_of(path), resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))  # no number below it is free
+    try:
+        with pytest.raises(UserError, match=f"as many files open as it may, {lowest}. Raise that limit .ulimit -n") as raised:
+            opened(path, 3, checksums)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not isinstance(raised.value, DamagedShard)
+
+
+def test_too_little_memory_is_no_damage(tmp_path):
+    path = tmp_path / "a.arrow"
+    write(path, 3)
+    checksums = checksums_of(path)._replace(row_index_bytes=1 << 62)  # no machine has so many addresses
+    with pytest.raises(UserError, match=f"no memory left to read {path}") as raised:
+        opened(path, 3, checksums)
+    assert not isinstance(raised.value, DamagedShard)
+
+
+def test_opening_and_reading_touch_what_they_need(tmp_path):
+    """Bytes that were asked of the system, whichever of them its cache had."""
+    path = tmp_path / "a.arrow"
+    writer = ShardWriter(path, [8])
+    for row in range(500):
+        writer.write(Row(f"{row}", 0, ["c"], [1.0], [bytes(20_000)], {8: bytes(4_000)}))
+    writer.close()
+    checksums, before = checksums_of(path), bytes_asked_for()
+    shard = Shard(path, path.stat().st_size, 500, [8], checksums)
+    opening = bytes_asked_for() - before
+    assert opening < 10_000
+    for row in range(0, 500, 50):
+        shard.latents(row, 8)
+        shard.text(row, 0.5)
+    assert bytes_asked_for() - before - opening < 10 * 24_016 + 5_000
+
+
+def test_an_earlier_format_is_opened_without_its_blobs(tmp_path):
+    path = tmp_path / "a.arrow"
+    writer = ShardWriter(path, [8])
+    for row in range(500):
+        writer.write(Row(f"{row}", 0, ["c"], [1.0], [bytes(20_000)], {8: bytes(4_000)}))
+    writer.close()
+    checksums = as_format_3(path)
+    before = bytes_asked_for()
+    Shard(path, path.stat().st_size, 500, [8], checksums)
+    assert bytes_asked_for() - before < 50_000
+
+
+def bytes_asked_for() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def test_what_is_abandoned_leaves_nothing(tmp_path):
