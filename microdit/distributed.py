@@ -28,7 +28,7 @@ ANSWER = 15.0  # seconds in which a process that lives answers once a message ha
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`. Small messages go by gloo: the loop's in the group that is there anyway, in which no other thread may speak;
+    """This process among `size`. Small messages go by gloo: those of the loop in the group of all, in which no other thread may speak, and
     those of the thread that saves in `saving`.
     """
 
@@ -156,7 +156,8 @@ def start_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device)
     store: Store | None = None
-    refuse_low_limit((GLOO_GROUPS + 1) * (size - 1) + SPARE_FILES, f"{size} processes")
+    if size > 1:
+        refuse_low_limit((GLOO_GROUPS + 1) * (size - 1) + SPARE_FILES, f"{size} processes")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         store = _meeting_place(size)

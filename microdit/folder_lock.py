@@ -41,7 +41,7 @@ def sole_writer(folder: Path, world: World | None = None) -> Iterator[None]:
 
 
 def _refuse_others(folder: Path, world: World) -> None:
-    """Raises UserError if some processes do not see the lock that the first one has just written: on those machines it is another folder."""
+    """Raises UserError if some processes do not see the lock that the first one has just written: theirs is another folder."""
     written, deadline = world.share(_holder(folder)), time.monotonic() + VISIBLE
     while (seen := _holder(folder)) != written and time.monotonic() < deadline:
         time.sleep(0.5)

@@ -50,7 +50,10 @@ def open_card(folder: Path, world: World | None = None) -> dict[str, Any]:
 def _refuse_other_shards(folder: Path, card: dict[str, Any]) -> None:
     for shard in card["shards"]:
         path = folder / shard["name"]
-        size = path.stat().st_size if path.is_file() else None
+        try:
+            size: int | None = path.stat().st_size
+        except FileNotFoundError:
+            size = None
         if size != shard["bytes"]:
             what = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
             raise UserError(f"{path} {what}: the data set is damaged; encode it again.")

@@ -11,7 +11,10 @@ from microdit.recipe import PhaseRecipe, Recipe
 
 
 def open_mixture(recipe: Recipe, warn: Callable[[str], None], world: World | None = None) -> Mixture:
-    """The processes of `world` must all call this. Raises UserError if a set is missing, damaged, encoded by other encoders than the recipe or the other sets say, or empty."""
+    """Raises UserError if a set is missing, damaged, encoded by other encoders than the recipe or the other sets say, or empty.
+
+    The processes of `world` must all call this.
+    """
     data = recipe.data
     sets = {name: EncodedSet(Path(item.path), data.resolution, world) for name, item in data.named_sets.items()}
     for encoded in sets.values():

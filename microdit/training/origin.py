@@ -1,4 +1,4 @@
-"""The weights of another run that a run begins with (`init_from`): found, compared with their checksums, given to each process as its share."""
+"""The weights of another run that a run begins with (`init_from`): found, compared, given to each process as its share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

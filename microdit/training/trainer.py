@@ -106,7 +106,8 @@ class Trainer:
             with world.together():
                 keep_compiled(run)
         first = None if checkpoint else find_origin(recipe, run, self.config, self.data, world, self._warn, origin)
-        self.state = TrainingState(recipe, self.config, world, first and partial(first.fill, world=world), fresh=checkpoint is None)
+        fill = None if first is None else partial(first.fill, world=world)
+        self.state = TrainingState(recipe, self.config, world, fill, fresh=checkpoint is None)
         self.guard = Guard(recipe.guard, world.device)
         self.step = 0  # as many have been given to the device
         self.lag = 1 if world.device.type == "cuda" else 0  # steps that may be under way when the next one is given
