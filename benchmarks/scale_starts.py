@@ -170,9 +170,8 @@ def begin(world: World, place: Path, width: int) -> int:
     recipe = replace(_recipe(width, ema=False), engine=EngineRecipe(sharding="fsdp", precision="float32"))
     checkpoint = find_weights(place, print, "model", world)
     assert checkpoint is not None
-    TrainingState(
-        replace(recipe, model=_recipe(32, ema=False).model), architecture(_recipe(32, False).model, 4, 64), world, None, fresh=True
-    )
+    small = replace(recipe, model=_recipe(32, ema=False).model)
+    TrainingState(small, architecture(small.model, 4, 64), world, None, fresh=True)
     with Highest() as memory:  # of which code that was not loaded yet is no part
         grown = [0]
 

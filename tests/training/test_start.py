@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from microdit.errors import UserError
 from microdit.files import to_checked_json
 from microdit.folder_lock import sole_writer
 from microdit.recipe_file import load_recipe
+from microdit.training.parallel import keep_compiled
 from microdit.training.saving import newest_whole
 from microdit.training.start import finished_checkpoint
 from tests.training.processes import RECIPE, bytes_read, together
@@ -103,3 +105,20 @@ def test_a_shard_of_another_size_is_refused_alone_too(tmp_path, encoded_emoji):
     next((tmp_path / "set").glob("*.arrow")).unlink()
     with pytest.raises(UserError, match=r"\.arrow is missing: the data set is damaged; encode it again"):
         open_card(tmp_path / "set")
+
+
+def test_a_folder_for_compiled_code_that_is_full_or_no_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    keep_compiled(tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sentence = r"cache, where nothing can be written \(.*\): name another folder in TORCHINDUCTOR_CACHE_DIR"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # names can still be made there, as on a full disk
+        with pytest.raises(UserError, match=sentence):
+            keep_compiled(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (tmp_path / "cache").rmdir()
+    (tmp_path / "cache").touch()
+    with pytest.raises(UserError, match=sentence):
+        keep_compiled(tmp_path / "run")
