@@ -28,6 +28,7 @@ from microdit.training.footprint import Layout, footprint
 from microdit.training.gradients import WholeModelGradients
 from microdit.training.guard import Guard
 from microdit.training.parallel import SPARE, Sharding, compute_dtype
+from microdit.training.shards import shards_of
 from microdit.training.start import architecture
 from microdit.training.state import TrainingState
 from microdit.training.tally import Reading
@@ -44,13 +45,19 @@ class Training:
         recipe = stage_recipe(stage, size, 1000, 1, engine=engine)
         self.recipe: Recipe = replace(recipe, model=replace(recipe.model, mask_padding=mask_padding))
         self.config = architecture(self.recipe.model, CHANNELS, place.caption[1])
-        torch.manual_seed(0)
-        with world.device:  # drawing a billion weights on the CPU would take longer than all that is measured
-            weights = MicroDiT(self.config).state_dict()
-        self.state = TrainingState(self.recipe, self.config, world, weights, fresh=True)
+        self.state = TrainingState(self.recipe, self.config, world, self._draw, fresh=True)
         self.state.optimizers.set_rate(1e-5)
         self.guard = Guard(self.recipe.guard, world.device)
         self.steps = 0
+
+    @torch.no_grad()
+    def _draw(self, model: MicroDiT) -> None:
+        """Random weights, on the device: drawing a billion on the CPU would take longer than all that is measured."""
+        torch.manual_seed(0)
+        with self.world.device:
+            drawn = MicroDiT(self.config).state_dict()
+        for shard in shards_of(model):
+            shard.leaf.copy_(shard.own(drawn[shard.name]))
 
     def step(self, batch: MicroBatch) -> Reading:
         """A whole step, as the trainer gives it to the device."""

@@ -11,23 +11,28 @@
 state.json of earlier versions has none.
 """
 
+import heapq
 import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.files import from_checked_json, sha256_of
 from microdit.model.blocks import BlockShape
 from microdit.model.microdit import ModelConfig
 
+T = TypeVar("T")
 STATE = "state.json"
 FOLDER = "checkpoints"
 SHARDS = "shards"
@@ -68,11 +73,18 @@ class Checkpoint:
             raise UserError(f"{self.folder} is damaged ({error}).") from error
         return sorted(parts - {"optimizer"})
 
-    def damage_of(self, name: str) -> list[str]:
-        """Which of the files that hold the weights called `name` (one, or where none are whole all shards) are not what was written."""
-        files = [file for file in self._whole if file == f"{name}.safetensors"] if self._whole else self._shards
-        strange = [] if self._whole else self.strange_shards
-        return self.damage([file for file in files if file not in self._compared]) + strange
+    def damage_of(self, name: str, world: World | None = None) -> list[str]:
+        """Which of the files that hold the weights called `name` (one, or where none are whole all shards) are not what was written.
+
+        `world`: whose processes share the reading, as in `damage`.
+        """
+        if self._whole:
+            return self.damage([file for file in self._whole if file == f"{name}.safetensors"], world)
+        return self.damage(self._shards, world) + first_looks(world, lambda: self.strange_shards)
+
+    def path_of(self, name: str) -> Path | None:
+        """The file that holds the weights called `name` whole; None if they are in the shards."""
+        return self.folder / f"{name}.safetensors" if self._whole else None
 
     @property
     def _whole(self) -> list[str]:
@@ -82,12 +94,22 @@ class Checkpoint:
     def _shards(self) -> list[str]:
         return [name for name in self.state["files"] if name.startswith(f"{SHARDS}/")]
 
-    def damage(self, names: list[str]) -> list[str]:
-        """Which of these files are not what was written, or cannot be read."""
+    def damage(self, names: list[str], world: World | None = None) -> list[str]:
+        """Which of these files are not what was written, or cannot be read. A file that was found whole before is not read again.
+
+        The processes of `world`, which must all call this, share the reading: each file is read by one of them, on whatever machine.
+        """
+        unread = [name for name in names if name not in self._compared]
+        mine = unread if world is None else world.look(lambda: deal(self._sizes(unread), world.size))[world.rank]
         files = self.state["files"]
-        whole = {name for name in names if _checksum(self.folder / name) == files[name]}
-        self._compared.update(whole)
-        return [name for name in names if name not in whole]
+        found = [name for name in mine if _checksum(self.folder / name) != files[name]]
+        damaged = set(found if world is None else chain.from_iterable(world.gather(found)))
+        self._compared.update(set(unread) - damaged)
+        return [name for name in names if name in damaged]
+
+    def _sizes(self, names: list[str]) -> dict[str, int]:
+        paths = {name: self.folder / name for name in names}
+        return {name: path.stat().st_size if path.is_file() else 0 for name, path in paths.items()}
 
     @property
     def strange_shards(self) -> list[str]:
@@ -98,6 +120,22 @@ class Checkpoint:
     @property
     def model_config(self) -> ModelConfig:
         return config_of_fields(self.state["model"])
+
+
+def deal(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
+    """Names for each of `ranks`, of about as many bytes: the largest first, each to whoever has fewest."""
+    hands: list[list[str]] = [[] for _ in range(ranks)]
+    heap = [(0, rank) for rank in range(ranks)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        load, rank = heap[0]
+        hands[rank].append(name)
+        heapq.heapreplace(heap, (load + sizes[name], rank))
+    return hands
+
+
+def first_looks(world: World | None, look: Callable[[], T]) -> T:
+    """What `look` finds; of several processes the first one looks and tells the others."""
+    return look() if world is None else world.look(look)
 
 
 def config_of_fields(saved: Mapping[str, Any]) -> ModelConfig:
@@ -123,22 +161,21 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"{folder} is damaged ({error}).") from error
 
 
-def find_weights(run: Path, warn: Callable[[str], None], weights: str | None = None) -> Checkpoint | None:
+def find_weights(run: Path, warn: Callable[[str], None], weights: str | None = None, world: World | None = None) -> Checkpoint | None:
     """The newest checkpoint whose `weights` (by default the first average, else the model) are whole; None if there is none at all.
 
-    Damaged ones are passed over, each with a sentence to `warn`. Raises UserError if none is left, or if the newest one holds other
-    weights than those asked for.
+    Damaged ones are passed over, each with a sentence to `warn`. The processes of `world` share the reading. Raises UserError if none is
+    left, or if the newest one holds other weights than those asked for.
     """
-    folders = checkpoint_folders(run)
+    folders = first_looks(world, lambda: checkpoint_folders(run))
     for folder in folders:
         try:
-            checkpoint = open_checkpoint(folder)
-            known = checkpoint.weights
+            checkpoint, known = first_looks(world, partial(_open_with_names, folder))
         except UserError as error:
             warn(str(error))
             continue
-        name = weights or default_weights(checkpoint)
-        damaged = checkpoint.damage_of(name)
+        name = weights or ("ema" if "ema" in known else "model")
+        damaged = checkpoint.damage_of(name, world)
         if damaged or not known:
             warn(f"{folder} is damaged ({', '.join(damaged) or 'weights'}: not what was written).")
         elif name not in known:
@@ -148,6 +185,11 @@ def find_weights(run: Path, warn: Callable[[str], None], weights: str | None = N
     if folders:
         raise UserError(f"No checkpoint in {run / FOLDER} holds whole weights: they are damaged. Train on with --resume.")
     return None
+
+
+def _open_with_names(folder: Path) -> tuple[Checkpoint, list[str]]:
+    checkpoint = open_checkpoint(folder)
+    return checkpoint, checkpoint.weights
 
 
 def assembled(shards: Path, part: str) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from microdit.cli_hub import export, import_official
 from microdit.cli_lab import lab_app
 from microdit.cli_pictures import grid, sample
 from microdit.errors import StoppedError, UserError
+from microdit.open_files import raise_limit
 from microdit.terminal import PlainConsole, console, joined, print_traceback, progress, styled, take_logs
 
 OLDEST_TORCH = (2, 9)  # as pyproject.toml says
@@ -33,6 +34,7 @@ app.add_typer(lab_app, name="lab")
 def main() -> None:
     """Entry point: mistakes that are the user's end in one sentence and exit code 1."""
     take_logs()
+    raise_limit()
     try:
         _refuse_old_torch()
         app(args=_repeat_option(sys.argv[1:], "--resolutions"))

@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,21 +16,25 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from microdit.devices import choose_device
-from microdit.errors import UserError
+from microdit.errors import StoppedError, UserError
+from microdit.open_files import refuse_low_limit
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=20)  # in training
+GLOO_GROUPS = 2  # each process meets each other one in each, which takes a file, and once more at the first process's store
+SPARE_FILES = 512  # for all else that a process opens: shards, checkpoints, pipes, what NCCL needs
 ANSWER = 15.0  # seconds in which a process that lives answers once a message has failed: all have waited for it as long
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`. Small messages go by gloo in groups of their own: one for the loop, one for the thread that saves."""
+    """This process among `size`. Small messages go by gloo: those of the loop in the group of all, in which no other thread may speak, and
+    those of the thread that saves in `saving`.
+    """
 
     rank: int
     size: int
     device: torch.device
-    control: dist.ProcessGroup
     saving: dist.ProcessGroup
     store: Store | None = None  # where the processes found each other
     processes: tuple[str, ...] = ()  # each by its number, host and process id, for people
@@ -48,7 +52,7 @@ class World:
         """The first process's value, on all."""
         box = [value]
         if self.size > 1:
-            dist.broadcast_object_list(box, src=0, group=group or self.control)
+            dist.broadcast_object_list(box, src=0, group=group)
         return box[0]
 
     def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
@@ -56,8 +60,53 @@ class World:
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
-            dist.all_gather_object(values, value, group=group or self.control)
+            dist.all_gather_object(values, value, group=group)
         return values
+
+    def look(self, look: Callable[[], T]) -> T:
+        """What the first process finds, on all; if it raises UserError, all do. So that a file is read once, and all go the same way."""
+        found: tuple[T | None, str | None] = None, None
+        if self.is_main:
+            try:
+                found = look(), None
+            except UserError as error:
+                if self.size == 1:
+                    raise
+                found = None, str(error)
+        value, problem = self.share(found)
+        if problem is not None:
+            raise UserError(problem)
+        return value  # type: ignore[return-value]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Have all raise UserError where one does in this block, and say which one it was. All processes must come here."""
+        problem: str | None = None
+        try:
+            yield
+        except UserError as error:
+            if self.size == 1 or isinstance(error, StoppedError):
+                raise
+            problem = str(error)
+        problems = self.gather(problem)
+        ranks = [rank for rank, found in enumerate(problems) if found]
+        if ranks:
+            where = "" if len(ranks) == self.size else f"{self._names(ranks)}: "
+            raise UserError(f"{where}{problems[ranks[0]]}")
+
+    def refuse_difference(self, seen: str, what: str) -> None:
+        """Raises UserError, on all, if what the processes have `seen` of the folder `what` is not the same. It names the first three."""
+        everywhere = self.gather(seen)
+        others = [rank for rank, found in enumerate(everywhere) if found != everywhere[0]]
+        if others:
+            raise UserError(
+                f"{what} is another folder to {self._names(others)} than to {self._names([0])}: all processes must see the same files. "
+                "Use a file system that all machines share, mounted at the same place."
+            )
+
+    def _names(self, ranks: list[int]) -> str:
+        names = [self.processes[rank] if self.processes else f"process {rank}" for rank in ranks]
+        return "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
 
     @contextmanager
     def naming_the_lost(self) -> Iterator[None]:
@@ -95,25 +144,25 @@ class World:
                 continue
 
     def wait_for_all(self) -> None:
-        if self.size > 1:
-            dist.barrier(group=self.control)
+        self.gather(None)  # a barrier of the group of all would be NCCL's
 
 
 def start_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone.
 
     `device`: a name that `choose_device` knows; auto and cuda give each process a GPU of its own. `timeout`: after which a process takes
-    the others for dead. Raises UserError for a device that is not there.
+    the others for dead. Raises UserError for a device that is not there, and if so many processes need more open files than are allowed.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device)
     store: Store | None = None
+    if size > 1:
+        refuse_low_limit((GLOO_GROUPS + 1) * (size - 1) + SPARE_FILES, f"{size} processes")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         store = _meeting_place(size)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-    groups = dist.new_group(backend="gloo", timeout=timeout), dist.new_group(backend="gloo", timeout=timeout)
-    world = World(rank, size, chosen, *groups, store)
+    world = World(rank, size, chosen, dist.new_group(backend="gloo", timeout=timeout), store)
     return world if store is None else _introduced(world)
 
 

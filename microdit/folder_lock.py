@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from microdit.errors import UserError
 from microdit.locks import locked
 
 LOCK = ".lock"  # in the folder, while it is written
+VISIBLE = 60.0  # seconds after which a file that one machine wrote is seen on the others, whatever their caches hold
 
 
 @contextmanager
@@ -18,7 +20,7 @@ def sole_writer(folder: Path, world: World | None = None) -> Iterator[None]:
     """Keep other programs from writing `folder`, which is made if need be, until the block ends or the process dies.
 
     All processes of `world` must call this; the first one holds the lock. Raises UserError, on all of them, if another program holds it
-    (with its host and process), or if the folder cannot be written.
+    (with its host and process), if the folder cannot be written, or if it is not the same one to all.
     """
     with ExitStack() as held:
         problem = None
@@ -33,7 +35,24 @@ def sole_writer(folder: Path, world: World | None = None) -> Iterator[None]:
             problem = world.share(problem)
         if problem:
             raise UserError(problem)
+        if world is not None and world.size > 1:
+            _refuse_others(folder, world)
         yield
+
+
+def _refuse_others(folder: Path, world: World) -> None:
+    """Raises UserError if some processes do not see the lock that the first one has just written: theirs is another folder."""
+    written, deadline = world.share(_holder(folder)), time.monotonic() + VISIBLE
+    while (seen := _holder(folder)) != written and time.monotonic() < deadline:
+        time.sleep(0.5)
+    world.refuse_difference(seen, str(folder))
+
+
+def _holder(folder: Path) -> str:
+    try:
+        return (folder / LOCK).read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from microdit.checkpoint import Checkpoint, checkpoint_folders, find_weights, open_checkpoint
+from microdit.checkpoint import Checkpoint, checkpoint_folders, deal, find_weights, open_checkpoint
 from microdit.errors import UserError
 from microdit.files import sha256_of, to_checked_json
 from microdit.model.sizes import Size, resolve
@@ -184,3 +184,13 @@ def test_an_architecture_comes_back_from_json_and_an_old_one_is_deferred_and_gat
     old = Checkpoint(tmp_path, 1, {"model": model}).model_config
     stacks = {name: tuple(replace(shape, gated=True) for shape in getattr(config, name)) for name in ("blocks", "mixer")}
     assert old == replace(config, routing="deferred", dense_blocks=(0, 0), decoder=(), **stacks)
+
+
+def test_files_are_dealt_by_their_bytes():
+    """As of a run of eight processes: whole weights, their average, and shards of all of it."""
+    sizes = {"model": 4_660, "ema": 4_660, **{f"shard-{n}": 2_330 for n in range(8)}}
+    for ranks in (1, 2, 3, 8, 64):
+        hands = deal(sizes, ranks)
+        assert sorted(name for hand in hands for name in hand) == sorted(sizes)
+        assert max(sum(sizes[name] for name in hand) for hand in hands) <= max(4_660, 1.2 * sum(sizes.values()) / ranks)
+    assert deal({}, 2) == [[], []]

@@ -1,5 +1,7 @@
 """Which device a process of torchrun takes; here torch says what machines with and without GPUs would say."""
 
+import os
+import re
 from datetime import timedelta
 
 import pytest
@@ -8,6 +10,7 @@ from torch._C._distributed_c10d import HashStore
 
 from microdit.distributed import World, start_world, stop_world
 from microdit.errors import UserError
+from tests.training.processes import together
 
 
 @pytest.fixture
@@ -87,7 +90,7 @@ def _device_of(monkeypatch, name: str) -> torch.device:
 
 def three(store: HashStore, rank: int) -> World:
     names = ("process 0 on here (process id 7)", "process 1 on there (process id 8)", "process 2 on there (process id 9)")
-    return World(rank, 3, torch.device("cpu"), None, None, store, names)
+    return World(rank, 3, torch.device("cpu"), None, store, names)
 
 
 def test_a_process_that_does_not_answer_is_named():
@@ -120,3 +123,39 @@ def test_a_message_that_failed_becomes_a_sentence_with_the_lost_ones(message, mo
 def test_another_error_stays_what_it_is():
     with pytest.raises(RuntimeError, match="shapes"), three(HashStore(), 0).naming_the_lost():
         raise RuntimeError("shapes do not fit")
+
+
+def look_and_refuse(world: World) -> list[object]:
+    """What a process is told: by the first one's look, by its refusal, by another's, by all of them, by one that sees something else."""
+    said: list[object] = [world.look(lambda: os.getpid())]
+    for refuses in ([0], [1], [0, 1, 2]):
+        try:
+            with world.together():
+                if world.rank in refuses:
+                    raise UserError(f"{world.rank} says no.")
+        except UserError as error:
+            said.append(str(error))
+    try:
+        world.look(lambda: _refuse("The first one says no."))
+    except UserError as error:
+        said.append(str(error))
+    world.refuse_difference("the same", "it")
+    try:
+        world.refuse_difference("mine" if world.rank == 2 else "ours", "it")
+    except UserError as error:
+        said.append(str(error))
+    return said
+
+
+def _refuse(sentence: str) -> None:
+    raise UserError(sentence)
+
+
+def test_one_process_looks_and_what_one_refuses_all_refuse():
+    ranks = together(3, look_and_refuse)
+    assert ranks[0] == ranks[1] == ranks[2]
+    _, first, second, everyone, looked, differs = ranks[0]
+    assert re.fullmatch(r"process 0 on .* \(process id \d+\): 0 says no\.", first)
+    assert re.fullmatch(r"process 1 on .* \(process id \d+\): 1 says no\.", second)
+    assert (everyone, looked) == ("0 says no.", "The first one says no.")
+    assert re.match(r"it is another folder to process 2 on .* than to process 0 on .*: all processes must see the same files\.", differs)

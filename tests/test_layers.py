@@ -18,7 +18,7 @@ LAYERS = [
     ("checkpoint", "prompts", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),
     ("model",),
-    ("files", "locks", "memory", "folder_lock", "errors", "formats", "terminal", "distributed", "devices", "markdown"),
+    ("files", "locks", "memory", "folder_lock", "errors", "formats", "terminal", "distributed", "devices", "markdown", "open_files"),
     ("ranges", "yaml_file", "typed_yaml"),
     ("printable", "command_line", "foreign_json"),
 ]
@@ -32,6 +32,8 @@ FRIENDS = {
     ("distributed", "errors"),
     ("devices", "errors"),
     ("distributed", "devices"),
+    ("distributed", "open_files"),
+    ("open_files", "errors"),
     ("yaml_file", "errors"),
     ("typed_yaml", "errors"),
     ("typed_yaml", "ranges"),

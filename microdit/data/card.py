@@ -9,8 +9,9 @@ import datasets
 import pyarrow as pa
 
 from microdit.data.arrow_stream import schema
+from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.files import from_checked_json, to_checked_json, write_aside
+from microdit.files import from_checked_json, sha256_of, to_checked_json, write_aside
 
 CARD = "card.json"
 FORMAT = 4
@@ -27,6 +28,35 @@ def write_card(folder: Path, plan: dict[str, Any], shards: list[dict[str, Any]])
     _write_datasets_files(folder, schema(plan["settings"]["resolutions"]), [shard["name"] for shard in shards], shards[0]["sha256"])
     write_aside(folder / CARD, to_checked_json(card))
     return card
+
+
+def open_card(folder: Path, world: World | None = None) -> dict[str, Any]:
+    """The card of a set whose shards are there, in their sizes. The processes of `world` must all call this: each reads the card, and the
+    first one alone looks at the shards.
+
+    Raises UserError as `read_card` does, if a shard is not what the card says, or if the folder is not the same one to all processes.
+    """
+    if world is None:
+        card = read_card(folder)
+        _refuse_other_shards(folder, card)
+        return card
+    with world.together():
+        card, seen = read_card(folder), sha256_of(folder / CARD)
+    world.refuse_difference(seen, str(folder))
+    world.look(lambda: _refuse_other_shards(folder, card))
+    return card
+
+
+def _refuse_other_shards(folder: Path, card: dict[str, Any]) -> None:
+    for shard in card["shards"]:
+        path = folder / shard["name"]
+        try:
+            size: int | None = path.stat().st_size
+        except FileNotFoundError:
+            size = None
+        if size != shard["bytes"]:
+            what = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
+            raise UserError(f"{path} {what}: the data set is damaged; encode it again.")
 
 
 def read_card(folder: Path) -> dict[str, Any]:

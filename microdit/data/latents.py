@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microdit.data.card import read_card
+from microdit.data.card import open_card
 from microdit.data.forms import StoredRows, stack, unpack, unpack_ids
 from microdit.data.order import PhaseOrder, Place, SampleOrder
 from microdit.data.shards import Checksums, DamagedShard, Shard, most_open
+from microdit.distributed import World
 from microdit.encoders.text import TextEncoder, load_text_encoder
 from microdit.errors import UserError
 from microdit.files import sha256_of
@@ -82,15 +83,10 @@ class EncodedSet:
     """A folder written by `encode_source`. The card and files' sizes are checked at opening, shards and rows when they are read; `verify`
     reads everything."""
 
-    def __init__(self, folder: Path, resolution: int | None = None):
-        """`resolution` may be left out if the set has only one. Raises UserError."""
+    def __init__(self, folder: Path, resolution: int | None = None, world: World | None = None):
+        """`resolution` may be left out if the set has only one. The processes of `world` must all come here. Raises UserError."""
         self.folder = folder
-        self.card = read_card(folder)
-        for shard in self.card["shards"]:
-            path = folder / shard["name"]
-            if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                what = "is missing" if not path.is_file() else f"has {path.stat().st_size} bytes, not {shard['bytes']}"
-                raise UserError(f"{path} {what}: the data set is damaged; encode it again.")
+        self.card = open_card(folder, world)
         resolutions = self.card["settings"]["resolutions"]
         if resolution not in resolutions and (resolution is not None or len(resolutions) > 1):
             raise UserError(f"{folder} holds the resolutions {', '.join(map(str, resolutions))}: name one of them (data.resolution).")

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from microdit.checkpoint import Checkpoint
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.folder_lock import sole_writer
 from microdit.recipe import Recipe
 from microdit.recipe_file import load_recipe
 from microdit.terminal import PlainConsole, styled
-from microdit.training.start import is_finished
+from microdit.training.start import finished_checkpoint
 from microdit.training.trainer import Trainer
 
 
@@ -36,17 +37,27 @@ def load_chain(folder: Path, overrides: list[str] | None) -> dict[str, Recipe]:
 
 def train_chain(recipes: dict[str, Recipe], out: Path, settings: Settings, console: PlainConsole, world: World) -> None:
     """Train each into `out`/NAME. With `resume`, those that are finished are passed over. Raises what `Trainer` raises."""
-    if not settings.resume and world.share(any((out / name).exists() for name in recipes)):
+    if not settings.resume and world.look(lambda: any((out / name).exists() for name in recipes)):
         raise UserError(f"{out} holds runs of these recipes already: go on with --resume, or choose another --out.")
+    finished: dict[str, Checkpoint] = {}
     for number, (name, recipe) in enumerate(recipes.items(), start=1):
         console.print(styled(f"{number} of {len(recipes)}: {name}"))
-        train_one(recipe, out / name, settings, console, world)
+        origin = finished.get(recipe.init_from or "")
+        if found := train_one(recipe, out / name, settings, console, world, origin):
+            finished[name] = found
 
 
-def train_one(recipe: Recipe, run: Path, settings: Settings, console: PlainConsole, world: World) -> None:
-    """Nothing is done for a run that is finished. Raises what `Trainer` raises, and UserError if another program is training it."""
-    if settings.resume and world.share(is_finished(run, recipe)):
+def train_one(
+    recipe: Recipe, run: Path, settings: Settings, console: PlainConsole, world: World, origin: Checkpoint | None = None
+) -> Checkpoint | None:
+    """Nothing is done for a run that is finished, whose last checkpoint is returned: every byte of it was compared.
+
+    `origin`: such a checkpoint of the run that `init_from` names, which is then not read again. Raises what `Trainer` raises, and UserError
+    if another program is training it.
+    """
+    if settings.resume and (found := finished_checkpoint(run, recipe, world)):
         console.print(f"{run} is finished.")
-        return
+        return found
     with sole_writer(run, world):
-        Trainer(recipe, run, console, world, settings.resume, settings.accept_changes, settings.price_per_hour).train()
+        Trainer(recipe, run, console, world, settings.resume, settings.accept_changes, settings.price_per_hour, origin).train()
+    return None

@@ -32,7 +32,7 @@ class HeldOut:
 
     def __init__(self, folder: Path, resolution: int, count: int, edm: EDM, world: World):
         """Raises UserError if the set is missing, of another shape, or smaller than the number of processes."""
-        self.data = EncodedSet(folder, resolution)
+        self.data = EncodedSet(folder, resolution, world)
         self._bucket = self.data.largest_bucket
         rows = self.data.bucket_sizes[self._bucket]
         self._edm, self._world = edm, world

@@ -5,14 +5,18 @@ from pathlib import Path
 
 from microdit.data.latents import EncodedSet, Mixture
 from microdit.data.order import PhaseOrder
+from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.recipe import PhaseRecipe, Recipe
 
 
-def open_mixture(recipe: Recipe, warn: Callable[[str], None]) -> Mixture:
-    """Raises UserError if a set is missing, damaged, encoded by other encoders than the recipe or the other sets say, or empty."""
+def open_mixture(recipe: Recipe, warn: Callable[[str], None], world: World | None = None) -> Mixture:
+    """Raises UserError if a set is missing, damaged, encoded by other encoders than the recipe or the other sets say, or empty.
+
+    The processes of `world` must all call this.
+    """
     data = recipe.data
-    sets = {name: EncodedSet(Path(item.path), data.resolution) for name, item in data.named_sets.items()}
+    sets = {name: EncodedSet(Path(item.path), data.resolution, world) for name, item in data.named_sets.items()}
     for encoded in sets.values():
         for key, wanted in (("autoencoder", data.autoencoder), ("text_encoder", data.text_encoder)):
             found = encoded.card[key]["name"]

@@ -30,6 +30,7 @@ Sharding = Literal["none", "ddp", "fsdp"]
 LARGE = 500_000_000  # parameters from which "auto" shards where memory is not known to suffice
 STATE_BYTES = 20  # a parameter of a model that is held whole: weights, gradients, two moments in float32, weights and gradients in bfloat16
 WHOLE = 0.4  # of a GPU's memory, which these may take before "auto" shards them
+ROOM = 1 << 20  # bytes, for which there must be room where compiled code is kept
 SPARE = 0.1  # of a device's memory, which may be spent on speed
 
 
@@ -95,8 +96,9 @@ def keep_compiled(run: Path) -> None:
     folder = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((run.parent / ".compiled").resolve())))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:  # a full disk takes names, but no content
+            file.write(bytes(ROOM))
+            file.flush()
     except OSError as error:
         raise UserError(
             f"engine.compile keeps what it compiled in {folder}, where nothing can be written ({error.strerror}): "

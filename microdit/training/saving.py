@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,21 +140,18 @@ class Saver:
 def newest_whole(run: Path, world: World, warn: Callable[[str], None], skip: int = 0) -> Checkpoint | None:
     """The newest checkpoint of which every byte is what was written, or the one `skip` before it; None if there are none at all.
 
-    The processes share the reading. Damaged ones are passed over, each with a sentence to `warn`. Raises UserError if there are
-    checkpoints and all are damaged: starting anew silently would lose a run.
+    The first process looks, and all share the reading. Damaged ones are passed over, each with a sentence to `warn`. Raises UserError if
+    there are checkpoints and all are damaged: starting anew silently would lose a run.
     """
-    folders = world.share(checkpoint_folders(run))
+    folders = world.look(lambda: checkpoint_folders(run))
     whole = 0
     for folder in folders:
         try:
-            checkpoint = open_checkpoint(folder)
-            names = sorted(checkpoint.state["files"])
-            mine = checkpoint.damage(names[world.rank :: world.size]) + (checkpoint.strange_shards if world.is_main else [])
-            damaged = [name for part in world.gather(mine) for name in part]
+            checkpoint, strange = world.look(partial(_open_with_strangers, folder))
         except UserError as error:
             warn(str(error))
             continue
-        if damaged:
+        if damaged := checkpoint.damage(sorted(checkpoint.state["files"]), world) + strange:
             warn(f"{folder} is damaged ({', '.join(damaged)}: not what was written).")
         elif whole == skip:
             return checkpoint
@@ -162,6 +160,11 @@ def newest_whole(run: Path, world: World, warn: Callable[[str], None], skip: int
     if folders and not whole:
         raise UserError(f"Every checkpoint in {run / FOLDER} is damaged. Delete the folder to start anew.")
     return None
+
+
+def _open_with_strangers(folder: Path) -> tuple[Checkpoint, list[str]]:
+    checkpoint = open_checkpoint(folder)
+    return checkpoint, checkpoint.strange_shards
 
 
 def load_into(checkpoint: Checkpoint, tensors: Tensors) -> None:

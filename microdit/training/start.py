@@ -9,12 +9,10 @@ from typing import Any
 
 import yaml
 from rich.text import Text
-from torch import Tensor
 
 from microdit.checkpoint import (
     Checkpoint,
     checkpoint_folders,
-    find_weights,
     open_checkpoint,
     refuse_other_architecture,
     refuse_other_encoders,
@@ -69,7 +67,7 @@ def find_checkpoint(
     Raises UserError if there is a run and `resume` is not asked for, or if it was of another recipe, data or architecture.
     """
     if not resume:
-        if world.share(run.exists() and any(path.name != LOCK for path in run.iterdir())):
+        if world.look(lambda: run.exists() and any(path.name != LOCK for path in run.iterdir())):
             raise UserError(f"{run} holds a run already: go on with --resume, or choose another --out.")
         return None
     checkpoint = newest_whole(run, world, warn)
@@ -90,54 +88,21 @@ def find_checkpoint(
     return checkpoint
 
 
-def is_finished(run: Path, recipe: Recipe) -> bool:
-    """Whether the run's newest checkpoint is of this recipe's last step, and whole."""
+def finished_checkpoint(run: Path, recipe: Recipe, world: World) -> Checkpoint | None:
+    """The run's newest checkpoint if it is of this recipe's last step, and whole. The first process looks, all share the reading."""
+    checkpoint = world.look(lambda: _of_the_last_step(run, recipe))
+    return None if checkpoint is None or checkpoint.damage(sorted(checkpoint.state["files"]), world) else checkpoint
+
+
+def _of_the_last_step(run: Path, recipe: Recipe) -> Checkpoint | None:
     folders = checkpoint_folders(run)
     try:
         checkpoint = open_checkpoint(folders[0]) if folders else None
     except UserError:
-        return False  # damaged: resuming will say so
+        return None  # damaged: resuming will say so
     if checkpoint is None or checkpoint.step != recipe.total_steps or _recipe_changes(checkpoint, recipe):
-        return False
-    return not checkpoint.damage(list(checkpoint.state["files"]))
-
-
-def first_weights(
-    recipe: Recipe, run: Path, config: ModelConfig, data: EncodedSet, warn: Callable[[str], None]
-) -> dict[str, Tensor] | None:
-    """The weights that `init_from` names, those called `init_weights`, whole, on the CPU; None if it names none.
-
-    Damaged checkpoints are passed over, and `warn` is told; as it is if the run was not trained to its end. Position scale may differ:
-    positions are no weights. Raises UserError if there are none, or if they are of another architecture or other encoders.
-    """
-    if recipe.init_from is None:
         return None
-    places = [run.parent / recipe.init_from, Path(recipe.init_from)]
-    for place in places:
-        checkpoint = find_weights(place, lambda sentence: warn(f"init_from: {sentence}"), recipe.init_weights)
-        if checkpoint is not None:
-            _warn_if_unfinished(checkpoint, warn)
-        elif (place / "state.json").is_file():
-            checkpoint = open_checkpoint(place)  # a checkpoint's own folder
-            if recipe.init_weights not in checkpoint.weights:
-                raise UserError(f"{place} holds no weights named {recipe.init_weights}, only {', '.join(checkpoint.weights)}.")
-        if checkpoint is not None:
-            refuse_other_architecture(checkpoint, config, except_for=frozenset({"position_scale"}))
-            refuse_other_encoders(checkpoint, data.card, data.folder)
-            return checkpoint.tensors(recipe.init_weights)
-    raise UserError(
-        f"init_from is {recipe.init_from}, and there is no checkpoint in {' nor in '.join(str(place) for place in places)}: "
-        "train that run first, or name another."
-    )
-
-
-def _warn_if_unfinished(checkpoint: Checkpoint, warn: Callable[[str], None]) -> None:
-    total = sum(phase["steps"] for phase in checkpoint.state["recipe"]["phases"])
-    if checkpoint.step < total:
-        warn(
-            f"init_from: begins with {checkpoint.folder}, step {checkpoint.step} of the {total} that its recipe asks for: those weights "
-            "were not trained to the end. Finish that run with --resume first, if that is not what you want."
-        )
+    return checkpoint
 
 
 def model_config(recipe: Recipe, data: EncodedSet) -> ModelConfig:

@@ -3,7 +3,7 @@
 `learn` is a whole step. It gives the device its work and waits for none of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,22 +29,25 @@ from microdit.training.tally import SUMS, Reading, StepSums, Tally
 class TrainingState:
     """`model` as it was built, and `loss`, which calls it."""
 
-    def __init__(self, recipe: Recipe, config: ModelConfig, world: World, weights: dict[str, Tensor] | None, fresh: bool):
-        """`weights`: whole ones to begin with. Else, if `fresh`, drawn by the recipe's seed; if not, `load` must follow."""
+    def __init__(self, recipe: Recipe, config: ModelConfig, world: World, fill: Callable[[MicroDiT], None] | None, fresh: bool):
+        """The weights to begin with are those that `fill` gives the model, which is spread by then; else, if `fresh`, drawn by the recipe's
+        seed; if not, `load` must follow.
+        """
         diffusion = recipe.diffusion
         self.edm = EDM(diffusion.sigma_data, diffusion.P_mean, diffusion.P_std)
-        self.model = _build(config, recipe, weights, fresh, world.device)
+        self.model = _build(config, recipe, fresh and fill is None, world.device)
         parameters = sum(weight.numel() for weight in self.model.parameters())
         self.sharding = sharding_of(recipe.engine, world, parameters)
         self.parameters = parameters
         dtype = compute_dtype(recipe.engine, world.device)
         loss = DenoisingLoss(self.model, self.edm, recipe.model.mask_padding)
         prepare_blocks(self.model, recipe.engine, self.sharding, world)
-        empty = not fresh and weights is None
         if self.sharding == "fsdp":
             shard_the_rest(loss, recipe.engine, world)
-        if empty:  # only now: shards may be all that fits
+        if fill is not None or not fresh:  # memory only now: shards may be all that fits
             loss.to_empty(device=world.device)
+        if fill is not None:
+            fill(self.model)
         self.loss = loss
         self._world = world
         self._weights = list(self.model.parameters())
@@ -116,20 +119,15 @@ class TrainingState:
         load_into(checkpoint, self.tensors())
 
 
-def _build(config: ModelConfig, recipe: Recipe, weights: dict[str, Tensor] | None, fresh: bool, device: torch.device) -> MicroDiT:
-    """On the device, with weights; or on the meta device, where a checkpoint will be loaded into the shards alone."""
-    if weights is None and not fresh:
+def _build(config: ModelConfig, recipe: Recipe, drawn: bool, device: torch.device) -> MicroDiT:
+    """On the device, with weights that are drawn; or on the meta device, where others will be read into the shards alone."""
+    if not drawn:
         with torch.device("meta"):
             return MicroDiT(config).train()
     torch.manual_seed(recipe.seed)  # of the initial weights, the same on all processes; every later draw has its own generator
-    if weights is None:
-        model = MicroDiT(config)
-        model.scale_init(recipe.model.init_scale)
-        return model.train().to(device)
-    with torch.device("meta"):
-        model = MicroDiT(config)
-    model.load_state_dict(weights, assign=True)
-    return model.train().requires_grad_(True).to(device)
+    model = MicroDiT(config)
+    model.scale_init(recipe.model.init_scale)
+    return model.train().to(device)
 
 
 def what_happened(values: list[float]) -> tuple[StepSums, Verdict]:

@@ -39,12 +39,13 @@ from microdit.training.loading import Loader
 from microdit.training.meters import Meters, in_words
 from microdit.training.mixture import open_mixture
 from microdit.training.optim import learning_rate
+from microdit.training.origin import find_origin
 from microdit.training.parallel import compute_dtype, keep_compiled
 from microdit.training.quality import open_quality
 from microdit.training.record import RunRecord, last_cost
 from microdit.training.samples import PromptGrid
 from microdit.training.saving import Saver, newest_whole
-from microdit.training.start import describe, find_checkpoint, fingerprints, first_weights, greeting, model_config, refuse_misfits
+from microdit.training.start import describe, find_checkpoint, fingerprints, greeting, model_config, refuse_misfits
 from microdit.training.state import TrainingState, what_happened
 from microdit.training.stopping import StopRequests, stop_requests
 from microdit.training.tally import Reading, StepSums
@@ -88,10 +89,13 @@ class Trainer:
         resume: bool = False,
         accept_changes: bool = False,
         price_per_hour: float | None = None,
+        origin: Checkpoint | None = None,
     ):
-        """Raises UserError if the run exists and `resume` is not set, or if recipe, data, checkpoint and processes do not fit together."""
+        """`origin`: the whole checkpoint that `init_from` means, where it is known already.
+
+        Raises UserError if the run exists and `resume` is not set, or if recipe, data, checkpoint and processes do not fit together."""
         self.recipe, self.run, self.console, self.world = recipe, run, console, world
-        self.mixture = open_mixture(recipe, self._warn)
+        self.mixture = open_mixture(recipe, self._warn, world)
         self.data = self.mixture.sets[0]  # the others are of the same shapes and encoders
         refuse_misfits(recipe, self.mixture.sets, world)
         checkpoint = find_checkpoint(run, recipe, self.mixture.sets, world, self._warn, resume, accept_changes)
@@ -99,9 +103,11 @@ class Trainer:
         self.cost = Cost(world.size, price_per_hour, hours, dollars)
         self.config = model_config(recipe, self.data)
         if recipe.engine.compile:
-            keep_compiled(run)
-        weights = None if checkpoint else first_weights(recipe, run, self.config, self.data, self._warn)
-        self.state = TrainingState(recipe, self.config, world, weights, fresh=checkpoint is None)
+            with world.together():
+                keep_compiled(run)
+        first = None if checkpoint else find_origin(recipe, run, self.config, self.data, world, self._warn, origin)
+        fill = None if first is None else partial(first.fill, world=world)
+        self.state = TrainingState(recipe, self.config, world, fill, fresh=checkpoint is None)
         self.guard = Guard(recipe.guard, world.device)
         self.step = 0  # as many have been given to the device
         self.lag = 1 if world.device.type == "cuda" else 0  # steps that may be under way when the next one is given
@@ -116,7 +122,8 @@ class Trainer:
         self.saver = Saver(run, world, recipe.record.keep_checkpoints, recipe.record.keep_every, self._warn)
         if checkpoint:
             self.saver.last_saved = checkpoint.step
-        self.record = RunRecord(run, recipe, self._warn, self.step) if world.is_main else None
+        with world.together():
+            self.record = RunRecord(run, recipe, self._warn, self.step) if world.is_main else None
         self.work = Work(recipe, self.config)
         self.peak, self.peak_source = peak_flops(world.device, compute_dtype(recipe.engine, world.device))
 
@@ -349,9 +356,10 @@ class Trainer:
     def _welcome(self) -> None:
         """Say what begins, and note it in the record."""
         world, data = self.world, fingerprints(self.recipe, self.mixture.sets)
-        if self.record is not None:
-            machine = {"world_size": world.size, "device": device_name(world.device), "price_per_hour": self.cost.price_per_hour}
-            self.record.started(data, {**machine, "from_step": self.step})
+        with world.together():
+            if self.record is not None:
+                machine = {"world_size": world.size, "device": device_name(world.device), "price_per_hour": self.cost.price_per_hour}
+                self.record.started(data, {**machine, "from_step": self.step})
         text = greeting(self.recipe, self.run, self.mixture.sets, self.state, self.step, world)
         self.console.print(joined(text, f" Utilisation is against {self.peak / 1e12:.3g} TFLOP/s, {self.peak_source}."))
 

@@ -7,8 +7,11 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +78,24 @@ def start(
     return Running(processes, logs)
 
 
+def together(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(world, *arguments)` returns in each of `ranks` real processes, by rank. A UserError that it raises is returned."""
+    results, port = _context.Queue(), free_port()
+    processes = [_context.Process(target=_one_of_them, args=(results, rank, ranks, port, function, arguments)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=HANG) for _ in processes)
+    for process in processes:
+        process.join(HANG)
+    return [found[rank] for rank in range(ranks)]
+
+
+def bytes_read() -> int:
+    """By this process, as it asked for them: from the disk or from the system's memory, but not what it has mapped."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["rchar"])
+
+
 def train(run: Path, data: Path, *more: object, ranks: int = 1) -> Running:
     """Begin `microdit train` with the tests' recipe."""
     return start(run.parent / "logs", ["train", RECIPE, f"data.path={data}", "--out", run, *more], ranks)
@@ -115,6 +136,23 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def _one_of_them(results: Any, rank: int, ranks: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    from microdit.distributed import start_world, stop_world
+    from microdit.errors import UserError
+
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in world.items()})
+    torch.set_num_threads(1)
+    try:
+        found = function(start_world("cpu", timedelta(seconds=HANG)), *arguments)
+    except UserError as error:
+        found = error
+    except Exception as error:
+        found = AssertionError(repr(error))
+    results.put((rank, found))
+    stop_world()
 
 
 def _main(log: Path, arguments: list[str], environment: dict[str, str], cores: int, file_size: int | None, cwd: Path) -> None:

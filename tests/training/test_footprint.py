@@ -118,7 +118,7 @@ def test_what_recomputed_blocks_keep_is_counted(share):
 def test_gradients_are_those_that_are_there(micro_batches, release):
     """Of a model held whole, in bfloat16: those that lie there when the optimizer begins."""
     made = recipe("deferred", "adamw", "bfloat16", release_gradients=release)
-    state = TrainingState(made, architecture(made.model, 4, 12), World(0, 1, CPU, None, None), None, fresh=True)
+    state = TrainingState(made, architecture(made.model, 4, 12), World(0, 1, CPU, None), None, fresh=True)
     state.gradients.begin()
     batches = parts(made, 0, True)[:micro_batches]
     for number, part in enumerate(batches, start=1):

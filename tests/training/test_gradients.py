@@ -15,7 +15,7 @@ from microdit.training.state import TrainingState
 from microdit.training.step import DenoisingLoss
 from tests.training.test_state import CPU, EACH, PARTS, parts, recipe
 
-ALONE = World(0, 1, CPU, None, None)
+ALONE = World(0, 1, CPU, None)
 
 
 def fresh(precision: str = "float32") -> TrainingState:
@@ -117,7 +117,7 @@ def test_a_step_of_released_gradients_is_the_same_step():
     for release in (False, True):
         made = recipe("deferred", "adamw", "bfloat16", release_gradients=release, activation_checkpointing=0.5 * release)
         made = replace(made, optimizer=OptimizerRecipe(moments="int8"))
-        state = TrainingState(made, architecture(made.model, 4, 12), World(0, 1, CPU, None, None), None, fresh=True)
+        state = TrainingState(made, architecture(made.model, 4, 12), World(0, 1, CPU, None), None, fresh=True)
         guard = Guard(made.guard, CPU)
         for step in range(3):
             state.optimizers.set_rate(1e-3)

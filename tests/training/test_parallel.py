@@ -227,7 +227,7 @@ def test_the_trainer_compiled_equals_the_trainer_eager(tmp_path, encoded_emoji, 
 
 def test_what_auto_means(monkeypatch):
     def world(size: int, device: str = "cpu") -> World:
-        return World(0, size, torch.device(device), None, None)
+        return World(0, size, torch.device(device), None)
 
     assert sharding_of(EngineRecipe(), world(1), 2_000_000_000) == "none"
     assert sharding_of(EngineRecipe(), world(8), 200_000_000) == "ddp"

@@ -11,7 +11,7 @@ from microdit.distributed import start_world
 from microdit.errors import UserError
 from microdit.recipe_file import load_recipe
 from microdit.training.saving import Saver, load_into, newest_whole
-from microdit.training.start import describe, is_finished, model_config
+from microdit.training.start import describe, finished_checkpoint, model_config
 from tests.damage import ALL_BITS, flips
 from tests.training.processes import RECIPE
 
@@ -154,17 +154,17 @@ def test_a_flipped_bit_of_state_json_is_noticed_and_the_one_before_is_taken(tmp_
         saver.save(step, tensors(float(step)), describe(recipe, model_config(recipe, data), data, [data]), ["model", "ema"])
     saver.finish()
     newest = tmp_path / "checkpoints" / f"step-{recipe.total_steps:08d}"
-    assert is_finished(tmp_path, recipe)
+    assert finished_checkpoint(tmp_path, recipe, world)
     for _ in flips(newest / "state.json", bits=bits):
         with pytest.raises(UserError, match=f"{newest} is damaged"):
             open_checkpoint(newest)
     content = (newest / "state.json").read_bytes()
     for _ in flips(newest / "state.json", [content.index(b'"step": 40') + 8], bits=[0, 1]):  # 50 and 60
         said: list[str] = []
-        assert not is_finished(tmp_path, recipe)
+        assert not finished_checkpoint(tmp_path, recipe, world)
         assert newest_whole(tmp_path, world, said.append).step == 20
         assert said == [f"{newest} is damaged (its checksum differs)."]
-    assert is_finished(tmp_path, recipe)
+    assert finished_checkpoint(tmp_path, recipe, world)
 
 
 def test_a_shard_that_the_state_does_not_name_is_damage(tmp_path, world):

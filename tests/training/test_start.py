@@ -1,77 +1,124 @@
-"""What a run begins with: the weights of another one, and what is said of them."""
+"""Several processes look at the runs and data that are there: one looks, all are told, each file is read by one of them."""
 
+import json
+import os
+import resource
 import shutil
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
-import torch
 
-from microdit.data.latents import EncodedSet
+from microdit import folder_lock
+from microdit.data.card import CARD, open_card
+from microdit.distributed import World
 from microdit.errors import UserError
+from microdit.files import to_checked_json
+from microdit.folder_lock import sole_writer
 from microdit.recipe_file import load_recipe
-from microdit.training.start import first_weights, model_config
-from tests.training.processes import RECIPE
+from microdit.training.parallel import keep_compiled
+from microdit.training.saving import newest_whole
+from microdit.training.start import finished_checkpoint
+from tests.training.processes import RECIPE, bytes_read, together
 from tests.training.untrained import save_untrained
 
 
-def all_of(number: float):
-    return lambda weight: torch.full_like(weight, number)
+def resumed(world: World, encoded: Path, runs: list[Path]) -> list[tuple[int | None, int | None, int, list[str]]]:
+    """Of each run: the step of its finished checkpoint, of its newest whole one, the bytes that each of both looks read, what was said."""
+    recipe, found = load_recipe(RECIPE, [f"data.path={encoded}"]), []
+    for run in runs:
+        said: list[str] = []
+        begin = bytes_read()
+        finished = finished_checkpoint(run, recipe, world)
+        between = bytes_read()
+        newest = newest_whole(run, world, said.append)
+        steps = (None if checkpoint is None else checkpoint.step for checkpoint in (finished, newest))
+        found.append((*steps, (between - begin, bytes_read() - between), said))
+    return found
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, encoded_emoji):
-    """A run whose recipe asks for 40 steps, with a checkpoint of step 20 and of step 40: weights 20 and 40, averages -20 and -40."""
-    run = tmp_path_factory.mktemp("runs") / "first"
+def test_processes_that_resume_read_each_byte_once_and_find_the_same_damage(tmp_path, encoded_emoji):
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
     for step in (20, 40):
-        save_untrained(run, encoded_emoji, step, all_of(step))
-    return run
+        save_untrained(whole, encoded_emoji, step)
+    shutil.copytree(whole, damaged)
+    model = damaged / "checkpoints" / "step-00000040" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1] + b"\x01")
+    size = sum(path.stat().st_size for path in (whole / "checkpoints" / "step-00000040").rglob("*.safetensors"))
+    ranks = together(2, resumed, encoded_emoji, [whole, damaged])
+    for rank, results in enumerate(ranks):
+        assert [steps for *steps, _, _ in results] == [[40, 40], [None, 20]], rank
+        assert results[0][3] == []
+        assert results[1][3] == [f"{model.parent} is damaged (model.safetensors: not what was written)."]
+    for look in (0, 1):
+        read = [results[0][2][look] for results in ranks]
+        assert size <= sum(read) < 1.1 * size
+        assert max(read) < 0.8 * size
 
 
-@pytest.fixture
-def begin(encoded_emoji):
-    """The number that all weights are with which a run beside `run` begins."""
-    recipe, data = load_recipe(RECIPE, [f"data.path={encoded_emoji}", "init_from=first"]), EncodedSet(encoded_emoji, 16)
-
-    def begin(run, warn, **changes) -> float:
-        weights = first_weights(replace(recipe, **changes), run.parent / "second", model_config(recipe, data), data, warn)
-        (number,) = {weight.unique().item() for weight in weights.values()}
-        return number
-
-    return begin
-
-
-def test_a_run_begins_with_the_weights_or_the_averages_of_another(made, begin):
-    step_20 = str(made / "checkpoints" / "step-00000020")
-    assert begin(made, pytest.fail) == 40
-    assert begin(made, pytest.fail, init_weights="ema") == -40
-    assert begin(made, pytest.fail, init_from=step_20, init_weights="ema") == -20
-    for place in ("first", step_20):
-        with pytest.raises(UserError, match=r"no weights named ema-0\.5, only ema, model"):
-            begin(made, pytest.fail, init_from=place, init_weights="ema-0.5")
+def strangers(world: World, places: list[Path]) -> list[str]:
+    """What this process, which sees another folder by the same names, is told of each."""
+    os.chdir(places[world.rank])
+    folder_lock.VISIBLE = 0.1
+    said = []
+    for name in ("same", "other", "gone", "cut"):
+        try:
+            open_card(Path(name), world)
+            said.append("")
+        except UserError as error:
+            said.append(str(error))
+    try:
+        with sole_writer(Path("run"), world):
+            said.append("")
+    except UserError as error:
+        said.append(str(error))
+    return said
 
 
-def test_a_damaged_newest_checkpoint_and_a_run_that_was_never_finished_are_said(made, begin, tmp_path):
-    run = tmp_path / "first"
-    shutil.copytree(made, run)
-    newest = run / "checkpoints" / "step-00000040" / "model.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-1] + b"\x01")
-    said: list[str] = []
-    assert begin(run, said.append) == 20
-    assert len(said) == 2
-    assert "init_from: " in said[0]
-    assert "step-00000040 is damaged (model.safetensors: not what was written)" in said[0]
-    assert "step-00000020, step 20 of the 40 that its recipe asks for: those weights were not trained to the end" in said[1]
-    with pytest.raises(UserError, match=r"step-00000040 is damaged \(model.safetensors: not what was written"):
-        begin(run, pytest.fail, init_from=str(newest.parent))
+def test_processes_that_see_different_folders_are_told_which_and_where(tmp_path, encoded_emoji):
+    places = [tmp_path / "a", tmp_path / "b"]
+    for place in places:
+        for name in ("same", "other", "gone", "cut"):
+            shutil.copytree(encoded_emoji, place / name)
+    card = json.loads((places[1] / "other" / CARD).read_text())
+    (places[1] / "other" / CARD).write_bytes(
+        to_checked_json({**{key: card[key] for key in card if key not in ("checked_by", "self_sha256")}, "rows": 39})
+    )
+    (places[1] / "gone" / CARD).unlink()
+    shard = next((places[0] / "cut").glob("*.arrow"))  # the first process looks
+    shard.write_bytes(shard.read_bytes()[:-1])
+    first, second = together(2, strangers, places)
+    assert first == second
+    same, other, gone, cut, run = first
+    assert same == ""
+    for what, said in (("other", other), ("run", run)):
+        assert said.startswith(f"{what} is another folder to process 1 on ")
+        assert " than to process 0 on " in said
+        assert "Use a file system that all machines share" in said
+    assert gone.startswith("process 1 on ")
+    assert "There is no encoded data set in gone" in gone
+    assert cut.startswith(f"cut/{shard.name} has {shard.stat().st_size} bytes, not ")
+    assert not any((place / "run").exists() for place in places)
 
 
-def test_a_run_whose_machine_was_taken_away_can_be_begun_from(encoded_emoji, begin, tmp_path):
-    """Its newest checkpoint holds no whole weights, and is put together."""
-    run = save_untrained(tmp_path / "first", encoded_emoji, 40, all_of(3), in_haste=True)
-    assert begin(run, pytest.fail) == 3
-    assert begin(run, pytest.fail, init_weights="ema") == -3
+def test_a_shard_of_another_size_is_refused_alone_too(tmp_path, encoded_emoji):
+    shutil.copytree(encoded_emoji, tmp_path / "set")
+    next((tmp_path / "set").glob("*.arrow")).unlink()
+    with pytest.raises(UserError, match=r"\.arrow is missing: the data set is damaged; encode it again"):
+        open_card(tmp_path / "set")
 
 
-def test_init_weights_without_init_from_is_refused():
-    with pytest.raises(UserError, match="init_weights ema chooses among the weights of init_from, which names no run"):
-        load_recipe(RECIPE, ["data.path=x", "init_weights=ema"])
+def test_a_folder_for_compiled_code_that_is_full_or_no_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    keep_compiled(tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sentence = r"cache, where nothing can be written \(.*\): name another folder in TORCHINDUCTOR_CACHE_DIR"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # names can still be made there, as on a full disk
+        with pytest.raises(UserError, match=sentence):
+            keep_compiled(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (tmp_path / "cache").rmdir()
+    (tmp_path / "cache").touch()
+    with pytest.raises(UserError, match=sentence):
+        keep_compiled(tmp_path / "run")

@@ -60,7 +60,7 @@ def parts(recipe: Recipe, step: int, eight_bits: bool) -> list[UndrawnBatch]:
 
 def run(recipe: Recipe, device: torch.device) -> tuple[list[torch.Tensor], list]:
     """All steps. Returns the weights, averages and moments, and the steps' numbers, unread."""
-    world = World(0, 1, device, None, None)
+    world = World(0, 1, device, None)
     state = TrainingState(recipe, architecture(recipe.model, 4, 12), world, None, fresh=True)
     guard = Guard(recipe.guard, device)
     readings = []
@@ -94,7 +94,7 @@ def test_the_initial_weights_come_from_the_recipes_seed_alone():
     for seed in (0, 0, 1):
         torch.rand(3)  # what else was drawn before makes no difference
         asked = replace(recipe("deferred", "adamw"), seed=seed)
-        state = TrainingState(asked, architecture(asked.model, 4, 12), World(0, 1, CPU, None, None), None, fresh=True)
+        state = TrainingState(asked, architecture(asked.model, 4, 12), World(0, 1, CPU, None), None, fresh=True)
         drawn.append(torch.cat([weight.detach().flatten() for weight in state.model.parameters()]))
     assert drawn[0].equal(drawn[1])
     assert not drawn[0].equal(drawn[2])
@@ -102,7 +102,7 @@ def test_the_initial_weights_come_from_the_recipes_seed_alone():
 
 def test_a_step_whose_loss_is_no_number_changes_nothing():
     plain = recipe("deferred", "muon")
-    world = World(0, 1, CPU, None, None)
+    world = World(0, 1, CPU, None)
     state = TrainingState(plain, architecture(plain.model, 4, 12), world, None, fresh=True)
     guard = Guard(plain.guard, CPU)
     state.optimizers.set_rate(1e-3)
