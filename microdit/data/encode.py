@@ -24,6 +24,7 @@ from microdit.data.changes import changed_shards, in_words, remove_changed
 from microdit.data.decoding import Decoder, Picture, Wanted
 from microdit.data.encode_batches import BatchEncoder
 from microdit.data.forms import CaptionForm, LatentForm
+from microdit.data.handover import TURN
 from microdit.data.packing import Packer, PartInWork, ShardsThread, manifest_path
 from microdit.data.sources import Part, Record, Source, checked
 from microdit.devices import DTYPES
@@ -34,7 +35,6 @@ from microdit.files import from_checked_json, to_checked_json, write_aside
 from microdit.locks import in_turn, is_held, locked, refuse_locked
 
 CPU = torch.device("cpu")
-TURN = ".turn.lock"  # held by the process that begins or completes the folder
 CHUNK_BATCHES = 4  # batches in a chunk: captions are sorted by length inside it, so that little is padded
 
 Progress = Callable[[int, int], None]  # so many more records, so many more parts
