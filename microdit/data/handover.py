@@ -50,7 +50,7 @@ def _list_once(held: ExitStack, out: Path, folder: Path, source: Path, make: Mak
             listing = make()
             _write(listing, folder, source)
             return listing
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the library has the second for a full disk
         if out.exists():  # the others have finished it meanwhile
             return make()
         raise UserError(
