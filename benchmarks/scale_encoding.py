@@ -1,6 +1,6 @@
 """What grows with the number of pictures and of processes when encoding begins: starting together, listing a folder, reading its list.
 
-python -m benchmarks.scale_encoding
+python benchmarks/scale_encoding.py
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from scale_row import PICTURES, SIZES, Row
 
-from benchmarks.scale_row import PICTURES, SIZES, Row
 from microdit.data.encode import EncodeSettings, encode_source, unfinished
 from microdit.data.folders import folder_source
 from microdit.data.handover import listed_once
@@ -30,7 +30,7 @@ from microdit.encoders.text import MiniLM, TextEncoder
 
 FORK = multiprocessing.get_context("fork")
 TRIALS = 20
-PROCESSES = dict(zip(SIZES, (2, 16, 64), strict=True))
+PROCESSES = dict(zip(SIZES, (2, 8, 64), strict=True))
 MOST_SECONDS = 15 * 60
 MOST_BYTES = 100  # of memory for each file
 FOLDER = 1000  # files of each
