@@ -21,10 +21,9 @@ import torch
 from scale_row import PICTURES, SIZES, Row
 
 from microdit.data.encode import EncodeSettings, encode_source, unfinished
-from microdit.data.folders import folder_source
 from microdit.data.handover import listed_once
 from microdit.data.scenes import scenes_source
-from microdit.data.sources import Part, Source
+from microdit.data.sources import Part, Source, open_source
 from microdit.encoders.autoencoder import Pixels
 from microdit.encoders.text import MiniLM, TextEncoder
 
@@ -136,7 +135,7 @@ def _write_list(folder: Path, count: int) -> None:
 def _list(folder: Path, out: Path) -> Listed:
     """As the first process, which is at work while the other comes."""
     with listed_once(out, unfinished(out), 64) as list_once:
-        seconds, grown = _measured(lambda: folder_source(folder, None, list_once))
+        seconds, grown = _measured(lambda: open_source(str(folder), list_once=list_once))
         taken_over = _in_a_process(partial(_take_over, folder, out))
     shutil.rmtree(unfinished(out))
     return Listed(seconds, grown, *taken_over)
@@ -144,7 +143,7 @@ def _list(folder: Path, out: Path) -> Listed:
 
 def _take_over(folder: Path, out: Path) -> tuple[float, int]:
     with listed_once(out, unfinished(out), 64) as list_once:
-        return _measured(lambda: folder_source(folder, None, list_once))
+        return _measured(lambda: open_source(str(folder), list_once=list_once))
 
 
 def _measured(work: Callable[[], object]) -> tuple[float, int]:

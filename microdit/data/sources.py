@@ -7,6 +7,7 @@ order and what is in them must not depend on anything but the source itself.
 import glob
 import hashlib
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -220,18 +221,24 @@ def _open_folder(folder: Path, captions: dict[str, float] | None, list_once: "Li
 
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return saved_source(folder, captions)
+    archives, tables, pictures = [], [], False
     try:
-        files = sorted(path for path in folder.iterdir() if not path.is_dir())
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name.lower()
+                if name.endswith(ARCHIVES) and not entry.is_dir():
+                    archives.append(folder / entry.name)
+                elif name.endswith(".parquet") and not entry.is_dir():
+                    tables.append(folder / entry.name)
+                elif not pictures:
+                    pictures = name.endswith(IMAGE_SUFFIXES) and not name.startswith(".") and not entry.is_dir()
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be read: {error.strerror}.") from error
-    archives = [path for path in files if path.name.lower().endswith(ARCHIVES)]
-    tables = [path for path in files if path.suffix.lower() == ".parquet"]
-    pictures = any(path.suffix.lower() in IMAGE_SUFFIXES for path in files)
     if pictures and (archives or tables):
-        raise UserError(f"{folder} holds pictures beside {(archives or tables)[0].name}: move one of them, or name the files by a pattern.")
+        raise UserError(f"{folder} holds pictures beside {min(archives or tables).name}: move one of them, or name the files by a pattern.")
     if archives:  # before tables: img2dataset writes a table without pictures beside each tar
-        return archive_source(archives, captions, roots_of(folder))
-    return table_source(tables, captions, roots_of(folder)) if tables else folder_source(folder, captions, list_once)
+        return archive_source(sorted(archives), captions, roots_of(folder))
+    return table_source(sorted(tables), captions, roots_of(folder)) if tables else folder_source(folder, captions, list_once)
 
 
 def _kinds() -> str:
