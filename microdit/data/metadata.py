@@ -156,7 +156,7 @@ class _List(io.TextIOWrapper):
     """The file, which knows how many bytes of it were read: what is no UTF-8 is kept as it is, so that only its field suffers."""
 
     def __init__(self, path: Path):
-        file = open_file(path, roots_of(path.parent))
+        self._file = file = open_file(path, roots_of(path.parent))
         self._json = path.suffix == ".jsonl"
         self._begins = len(BOM) if file.read(len(BOM)) == BOM else 0
         super().__init__(file, "utf-8", errors="surrogateescape", newline="\n" if self._json else "")
@@ -174,7 +174,7 @@ class _List(io.TextIOWrapper):
         """Behind each, `place` is where the next one begins. Only once."""
         self._offset = max(start.offset, self._begins)
         self._header = start.header
-        self.buffer.seek(self._offset)
+        self._file.seek(self._offset)
         self._numbered = _Numbered(bounded_lines(self), start.lines)
         return self._json_lines() if self._json else self._csv_lines()
 
