@@ -107,7 +107,7 @@ def read_listed(folder: Path, listed: Iterable[Listed]) -> Iterator[Record]:
         yield Record(item.key, item.captions, image, trouble)
 
 
-def _read_with_sidecars(folder: Path, wanted: tuple[str, ...], listed: list[Listed]) -> Iterator[Record]:
+def _read_with_sidecars(folder: Path, wanted: tuple[str, ...], listed: Sequence[Listed]) -> Iterator[Record]:
     roots = roots_of(folder)
     for record, item in zip(read_listed(folder, listed), listed, strict=True):
         beside = {kind: read_file((folder / item.file).with_suffix(f".{kind}"), roots, LARGEST_TEXT) for kind in sidecars_for(wanted)}
