@@ -98,8 +98,8 @@ def _rows_of(what: str, listed: dict[int, Listed]) -> list[Row]:
     (few, small), (many, large) = listed.items()
     seconds, grown, others, grown_others = ((at_many - at_few) / (many - few) for at_few, at_many in zip(small, large, strict=True))
 
-    def figures(first: str, second: str, for_each: str) -> dict[str, str]:
-        return dict(zip(SIZES, (first, second, f"-> {for_each}"), strict=True))
+    def figures(measured: list[str], reckoned: str) -> dict[str, str]:
+        return dict(zip(SIZES, [*measured, f"-> {reckoned}"], strict=True))
 
     of_lister = [f"{each.seconds:.1f} s, {each.bytes / 1e6:.0f} MB" for each in (small, large)]
     of_others = [f"{each.seconds_taken_over:.1f} s, {each.bytes_taken_over / 1e6:.0f} MB" for each in (small, large)]
@@ -107,8 +107,8 @@ def _rows_of(what: str, listed: dict[int, Listed]) -> list[Row]:
     holds_others = others * PICTURES < MOST_SECONDS and grown_others < MOST_BYTES
     bar = f"{MOST_SECONDS // 60} min, {MOST_BYTES} bytes a file"
     return [
-        Row(f"{what}, on the first rank", figures(*of_lister, _reckoned(seconds, grown)), bar, holds),
-        Row(f"{what}, on every other rank", figures(*of_others, _reckoned(others, grown_others)), bar, holds_others),
+        Row(f"{what}, on the first rank", figures(of_lister, _reckoned(seconds, grown)), bar, holds),
+        Row(f"{what}, on every other rank", figures(of_others, _reckoned(others, grown_others)), bar, holds_others),
     ]
 
 
