@@ -49,36 +49,38 @@ def encode_data(
 
     Example: microdit data encode my-pictures --out data/mine --resolutions 256 512 --autoencoder sdxl --text-encoder dfn-clip-h
     """
-    from microdit.data.encode import EncodeSettings, default_batch_size, encode_source
+    from microdit.data.encode import EncodeSettings, default_batch_size, encode_source, unfinished
+    from microdit.data.handover import listed_once
     from microdit.data.sources import open_source
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
 
-    opened = open_source(source, _weights(caption), fraction)
     rank, world = share()
-    sides = tuple(resolutions or [64])
-    chosen = choose_own_device(device)
-    numbers = choose_dtype(dtype, chosen)
-    settings = EncodeSettings(
-        resolutions=sides,
-        latents=store_latents,
-        captions=store_captions,
-        min_side=next(side for side in (min_side, opened.min_side, min(sides)) if side is not None),
-        buckets=buckets,
-        dtype=str(numbers).removeprefix("torch."),
-        device=chosen,
-        batch_size=batch_size or default_batch_size(chosen, sides),
-        workers=default_workers(chosen.type) if workers is None else workers,
-    )
-    console.print(f"Encoding {in_words(chosen, numbers)}.")
-    with (
-        _parts_progress(f"encode {opened.name}", len(range(rank, len(opened.parts), world))) as on_progress,
-        device_errors_explained("the encoders need --dtype bfloat16 (half of float32), or --device cpu"),
-    ):
-        encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
-        card = encode_source(opened, out, settings, *encoders, (rank, world), on_progress, warn)
-    if card:
-        _report_encoded(card, out)
+    with listed_once(out, unfinished(out), world) as list_once:
+        opened = open_source(source, _weights(caption), fraction, list_once)
+        sides = tuple(resolutions or [64])
+        chosen = choose_own_device(device)
+        numbers = choose_dtype(dtype, chosen)
+        settings = EncodeSettings(
+            resolutions=sides,
+            latents=store_latents,
+            captions=store_captions,
+            min_side=next(side for side in (min_side, opened.min_side, min(sides)) if side is not None),
+            buckets=buckets,
+            dtype=str(numbers).removeprefix("torch."),
+            device=chosen,
+            batch_size=batch_size or default_batch_size(chosen, sides),
+            workers=default_workers(chosen.type) if workers is None else workers,
+        )
+        console.print(f"Encoding {in_words(chosen, numbers)}.")
+        with (
+            _parts_progress(f"encode {opened.name}", len(range(rank, len(opened.parts), world))) as on_progress,
+            device_errors_explained("the encoders need --dtype bfloat16 (half of float32), or --device cpu"),
+        ):
+            encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
+            card = encode_source(opened, out, settings, *encoders, (rank, world), on_progress, warn)
+        if card:
+            _report_encoded(card, out)
 
 
 @data_app.command("look")

@@ -1,32 +1,69 @@
 """Files: written so that a reader never sees half of one, and compared with their checksums when they are read."""
 
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from microdit.foreign_json import parse_json
 
+ONE_DAY = 86_400  # seconds
 CHECKSUM = "self_sha256"  # the last entry of a JSON file that holds its own checksum
 
 
 def write_aside(path: Path, content: bytes) -> None:
     """Write `content` beside `path`, flush it to the disk, then rename: `path` is either the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
+    with opened_aside(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def opened_aside(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside `path`, which takes its name when the block has ended well. Several processes may do so: the last one's stays."""
+    aside = aside_of(path)
     try:
         with aside.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def aside_of(path: Path) -> Path:
+    """The hidden name beside `path` under which this process writes it: unique to host and process."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+
+
+def stale_asides(folder: Path, name: str | None = None) -> list[Path]:
+    """What processes that are gone left half-written of the files in `folder`, or of one of them. Those of another host go after a day."""
+    return [path for path in folder.glob(f".{'*' if name is None else glob.escape(name)}.*-*.part") if _is_stale(path)]
+
+
+def _is_stale(path: Path) -> bool:
+    before, _, process = path.name.removesuffix(".part").rpartition("-")
+    if not process.isdecimal():
+        return False
+    try:
+        if not before.endswith(f".{socket.gethostname()}"):
+            return path.stat().st_mtime < time.time() - ONE_DAY
+        os.kill(int(process), 0)  # signal 0 only asks whether the process exists
+    except (ProcessLookupError, OverflowError):
+        return True
+    except (PermissionError, FileNotFoundError):  # another user's process; a file that has got its name
+        return False
+    return False
 
 
 def keep_damaged(path: Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from microdit.distributed import World
 from microdit.errors import UserError
+from microdit.files import stale_asides
 from microdit.locks import locked
 
 LOCK = ".lock"  # in the folder, while it is written
@@ -62,6 +63,8 @@ def _locked(folder: Path) -> Iterator[None]:
     while True:
         with locked(path, str(folder)):
             if path.is_file() and path.read_text(errors="replace") == f"process {os.getpid()} on {socket.gethostname()}":
+                for left in stale_asides(folder):
+                    left.unlink(missing_ok=True)
                 try:
                     yield
                 finally:

@@ -1,8 +1,12 @@
 import json
+import os
+import socket
+import subprocess
+import time
 
 import pytest
 
-from microdit.files import from_checked_json, to_checked_json
+from microdit.files import aside_of, from_checked_json, opened_aside, stale_asides, to_checked_json, write_aside
 from tests.damage import ALL_BITS, flips
 
 CONTENT = {
@@ -50,3 +54,41 @@ def test_what_has_no_checksum_is_read_as_it_is():
         from_checked_json(to_checked_json(CONTENT).replace(b'"self_sha256": ', b'"other": '))
     with pytest.raises(ValueError, match="its checksum differs"):
         from_checked_json(to_checked_json(CONTENT) + b"\n")
+
+
+def test_a_file_that_is_written_aside_is_the_old_or_the_new_whoever_else_writes_it(tmp_path):
+    path = tmp_path / "deep" / "file"
+    write_aside(path, b"first")
+    with opened_aside(path) as file:
+        file.write(b"second")
+        if os.fork() == 0:  # another process writes it meanwhile
+            write_aside(path, b"third")
+            os._exit(0)
+        os.wait()
+        assert path.read_bytes() == b"third"
+    assert path.read_bytes() == b"second"
+
+    def fails():
+        with opened_aside(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+    assert path.read_bytes() == b"second"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_processes_that_are_gone_left_half_written_is_stale(tmp_path):
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    here, old = socket.gethostname(), time.time() - 100_000
+    left = tmp_path / f".file.{here}-{gone.pid}.part"
+    elsewhere, lately = tmp_path / ".file.elsewhere-1.part", tmp_path / ".file.elsewhere-2.part"
+    other = tmp_path / f".other[1].{here}-{gone.pid}.part"
+    for path in (left, elsewhere, lately, other, aside_of(tmp_path / "file"), tmp_path / f".file.{here}-1.part", tmp_path / ".set.part"):
+        path.touch()
+    os.utime(elsewhere, (old, old))
+    assert sorted(stale_asides(tmp_path)) == sorted([left, elsewhere, other])
+    assert sorted(stale_asides(tmp_path, "file")) == sorted([left, elsewhere])
+    assert stale_asides(tmp_path, "other[1]") == [other]

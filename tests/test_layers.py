@@ -27,6 +27,7 @@ FRIENDS = {
     ("files", "errors"),
     ("locks", "errors"),
     ("folder_lock", "errors"),
+    ("folder_lock", "files"),
     ("folder_lock", "locks"),
     ("folder_lock", "distributed"),
     ("distributed", "errors"),

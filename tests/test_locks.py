@@ -2,11 +2,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
 from microdit.errors import UserError
-from microdit.locks import locked, refuse_locked
+from microdit.locks import in_turn, in_use, is_held, locked, refuse_locked
 
 
 def test_the_second_is_refused_with_the_first_ones_process_and_host(tmp_path):
@@ -38,3 +39,31 @@ with locked(pathlib.Path(sys.argv[1]), "It"):
         process.kill()
     with locked(tmp_path / "lock", "It"):
         pass
+
+
+def test_several_use_it_at_once_and_one_can_ask_whether_any_does(tmp_path):
+    path = tmp_path / "lock"
+    assert not is_held(path)
+    with in_use(path), in_use(path):
+        assert is_held(path)
+    with locked(path, "It"):
+        assert is_held(path)
+    assert not is_held(path)
+
+
+def test_who_waits_for_a_turn_gets_it(tmp_path):
+    seen, path = tmp_path / "seen", tmp_path / "lock"
+    seen.write_text("")
+    children = []
+    for number in range(4):
+        child = os.fork()
+        if child == 0:
+            with in_turn(path):
+                before = seen.read_text()
+                time.sleep(0.01)  # long enough for another to come in between, if it could
+                seen.write_text(f"{before}{number}")
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    assert sorted(seen.read_text()) == ["0", "1", "2", "3"]

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from microdit.data.folders import IMAGE_SUFFIXES
+from microdit.data.listing import IMAGE_SUFFIXES
 from microdit.data.sidecars import from_sidecars, sidecars_for
 from microdit.data.sources import END, TARS, Part, Record, Source, relative_names
 from microdit.data.tars import DamagedTar, TarMember, tar_members

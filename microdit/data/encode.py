@@ -12,18 +12,19 @@ Notable:
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from microdit.data.card import CARD, FORMAT, write_card
+from microdit.data.card import CARD, FORMAT, read_card, write_card
 from microdit.data.changes import changed_shards, in_words, remove_changed
 from microdit.data.decoding import Decoder, Picture, Wanted
 from microdit.data.encode_batches import BatchEncoder
 from microdit.data.forms import CaptionForm, LatentForm
+from microdit.data.handover import TURN
 from microdit.data.packing import Packer, PartInWork, ShardsThread, manifest_path
 from microdit.data.sources import Part, Record, Source, checked
 from microdit.devices import DTYPES
@@ -31,7 +32,7 @@ from microdit.encoders.autoencoder import Autoencoder
 from microdit.encoders.text import TextEncoder
 from microdit.errors import UserError
 from microdit.files import from_checked_json, to_checked_json, write_aside
-from microdit.locks import locked, refuse_locked
+from microdit.locks import in_turn, is_held, locked, refuse_locked
 
 CPU = torch.device("cpu")
 CHUNK_BATCHES = 4  # batches in a chunk: captions are sorted by length inside it, so that little is padded
@@ -81,10 +82,11 @@ def encode_source(
 ) -> dict[str, Any] | None:
     """Encode this process's share of the parts (its number, their count) into the folder `out`. The encoders move to the settings' device.
 
-    The process that finds all shards whole completes the folder and gets the card, others None. `warn` is told of batches that do not fit
-    the GPU and of parts that have changed since they were encoded, `on_progress`, by a thread, of what is written. Raises UserError if
-    `out` exists, if an unfinished one has other settings or another process is at it, if nothing was kept, if a part changed meanwhile, if
-    the disk refuses, or if not even one picture fits the GPU.
+    The process that finds all shards whole completes the folder and gets the card, others None: also those of several that come when all is
+    done. `warn` is told of that, of batches that do not fit the GPU and of parts that have changed since they were encoded, `on_progress`,
+    by a thread, of what is written. Raises UserError if `out` exists, if an unfinished one has other settings, another process is at it or
+    the others see another source, if nothing was kept, if a part changed meanwhile, if the disk refuses, or if not even one picture fits
+    the GPU.
     """
     wanted = Wanted.of(settings.resolutions, settings.min_side, settings.buckets, autoencoder.downsampling)
     plan = {
@@ -102,17 +104,18 @@ def encode_source(
         "autoencoder": {"name": autoencoder.name, "fingerprint": autoencoder.fingerprint},
         "text_encoder": {"name": text_encoder.name, "fingerprint": text_encoder.fingerprint},
     }
-    folder = out.with_name(f".{out.name}.part")
+    folder = unfinished(out)
     try:
-        _refuse_existing(out)
-        with _alone(folder, share):
-            _refuse_existing(out)  # whoever had the folder until now may have finished it
-            _begin(folder, plan)
-            changed = remove_changed(folder, source.parts)
-            if changed:
-                warn(f"Changed since they were encoded, so encoded anew: {in_words(changed)}.")
-            mine = range(share[0], len(source.parts), share[1])
-            missing = [number for number in mine if not manifest_path(folder, number).is_file()]
+        with ExitStack() as held:
+            if _is_done(out, plan, share, warn):
+                return None
+            folder.mkdir(parents=True, exist_ok=True)
+            with in_turn(folder / TURN):
+                if _is_done(out, plan, share, warn):  # whoever had the folder until now may have finished it
+                    return None
+                _join(folder, plan, source.parts, share, held, warn)
+                mine = range(share[0], len(source.parts), share[1])
+                missing = [number for number in mine if not manifest_path(folder, number).is_file()]
             told = on_progress or (lambda records, parts: None)
             told(0, len(mine) - len(missing))
             if settings.device.type == "cuda":
@@ -125,27 +128,53 @@ def encode_source(
                 _encode_parts(source, missing, settings, decoder, encoder, shards)
             return _complete(folder, out, plan, source.parts)
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and _is_done(out, plan, share, warn):  # another rank was faster
+            return None
         raise UserError(
             f"Encoding into {folder} stopped: {error}. Put that right (make room, if the disk is full), and run the same command to go on; "
             "or choose another --out."
         ) from error
 
 
-def _refuse_existing(out: Path) -> None:
-    if out.exists():
-        raise UserError(f"{out} exists already: delete it, or choose another --out.")
+def unfinished(out: Path) -> Path:
+    """Where `out` lies while it is being made."""
+    return out.with_name(f".{out.name}.part")
 
 
-@contextmanager
-def _alone(folder: Path, share: tuple[int, int]) -> Iterator[None]:
-    """Keep other encodings out and let this one's other ranks in: each holds a lock of its own, beside none of another number of ranks."""
+def _is_done(out: Path, plan: dict[str, Any], share: tuple[int, int], warn: Callable[[str], None]) -> bool:
+    """Whether the other ranks have finished what this one would have helped to make. Raises UserError if something else is there."""
+    if not out.exists():
+        return False
+    if share[1] > 1 and (out / CARD).is_file():
+        card = read_card(out)
+        there = {**card, "settings": _planned(card["settings"]), "parts": [shard["part"] for shard in card["shards"]]}
+        if all(there.get(key) == value for key, value in _as_read(plan).items()):
+            warn(f"{out} is whole already, of the same parts of the same source by the same settings: nothing is left to do.")
+            return True
+    raise UserError(f"{out} exists already: delete it, or choose another --out.")
+
+
+def _join(
+    folder: Path, plan: dict[str, Any], parts: list[Part], share: tuple[int, int], held: ExitStack, warn: Callable[[str], None]
+) -> None:
+    """Keep other encodings out and let this one's other ranks in: each holds a lock of its own, beside none of another number of ranks.
+
+    The first to come looks for what has changed since an earlier run and clears away what that left; the others rely on it.
+    """
     rank, ranks = share
     what = f"The unfinished encoding {folder}"
-    with locked(folder / f".rank-{rank}-of-{ranks}.lock", what):
-        for other in folder.glob(".rank-*-of-*.lock"):
-            if not other.name.endswith(f"-of-{ranks}.lock"):
-                refuse_locked(other, what)
-        yield
+    held.enter_context(locked(folder / f".rank-{rank}-of-{ranks}.lock", what))
+    others = [path for path in folder.glob(".rank-*-of-*.lock") if not path.name.startswith(f".rank-{rank}-of-{ranks}.")]
+    for other in others:
+        if not other.name.endswith(f"-of-{ranks}.lock"):
+            refuse_locked(other, what)
+    first = not any(is_held(other) for other in others)
+    _begin(folder, plan, first)
+    if first:
+        for left in folder.glob(".*.part"):  # of processes that were killed
+            left.unlink(missing_ok=True)
+        if changed := remove_changed(folder, parts):
+            warn(f"Changed since they were encoded, so encoded anew: {in_words(changed)}.")
 
 
 def _encode_parts(
@@ -181,18 +210,22 @@ def _usable(part: Part, caption_weights: dict[str, float], work: PartInWork) -> 
             yield record
 
 
-def _begin(folder: Path, plan: dict[str, Any]) -> None:
-    """Make the folder, or find that an earlier run with the same plan began it."""
+def _begin(folder: Path, plan: dict[str, Any], first: bool) -> None:
+    """Write the plan, or find that an earlier run or another rank began with the same."""
     path = folder / "plan.json"
-    folder.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         write_aside(path, to_checked_json(plan))
-    begun, now = _flat(_read_begun(path, f"delete {folder}")), _flat(from_checked_json(to_checked_json(plan)))
+    begun, now = _flat(_read_begun(path, f"delete {folder}")), _flat(_as_read(plan))
     different = [key for key in now if begun.get(key) != now[key]]
     if "format" in different:
         raise UserError(f"{folder} was begun by another version of microdit: delete it, or let that version finish it.")
-    if different == ["parts"]:  # the source has changed, and the shards that are still of its parts are kept
+    if different == ["parts"] and first:  # the source has changed, and the shards that are still of its parts are kept
         write_aside(path, to_checked_json(plan))
+    elif different == ["parts"]:
+        raise UserError(
+            f"This process sees another source {plan['source']} than those that are encoding it into {folder} ({len(now['parts']):,} parts "
+            f"here, {len(begun['parts']):,} there): let all see the same files, and start them again if these have changed meanwhile."
+        )
     elif different:
         went = f" It was begun with --dtype {begun['dtype']}." if "dtype" in different else ""
         raise UserError(
@@ -213,6 +246,11 @@ def _flat(plan: dict[str, Any]) -> dict[str, Any]:
     return {**_planned(plan.get("settings", {})), **{key: value for key, value in plan.items() if key != "settings"}}
 
 
+def _as_read(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan as it comes back from the disk."""
+    return from_checked_json(to_checked_json(plan))
+
+
 def _planned(settings: dict[str, Any]) -> dict[str, Any]:
     """Without what may change on the way."""
     free = ("device", "batch_size", "workers")
@@ -220,10 +258,12 @@ def _planned(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _complete(folder: Path, out: Path, plan: dict[str, Any], parts: list[Part]) -> dict[str, Any] | None:
-    """When all shards are there: write the card, give the folder its name. Two ranks may do so at once: both write the same."""
+    """When all shards are there: write the card, give the folder its name. Of several ranks that find them there, the first does so."""
     manifests = [manifest_path(folder, number) for number in range(len(parts))]
-    try:
-        if not all(path.is_file() for path in manifests):
+    if not all(path.is_file() for path in manifests):
+        return None
+    with in_turn(folder / TURN):
+        if out.exists():  # another rank was faster
             return None
         if changed := list(changed_shards(folder, parts).values()):
             raise UserError(
@@ -234,13 +274,7 @@ def _complete(folder: Path, out: Path, plan: dict[str, Any], parts: list[Part]) 
             rejected = sum((Counter(shard["rejected"]) for shard in shards), Counter())
             raise UserError(f"The source {plan['source']} gave no picture that could be kept; rejected: {dict(rejected) or 'none either'}.")
         card = write_card(folder, plan, shards)
-        for left in folder.glob(".shard-*.part"):  # of processes that were killed
-            left.unlink(missing_ok=True)
         folder.rename(out)
-        for lock in out.glob(".rank-*.lock"):
-            lock.unlink(missing_ok=True)
-    except FileNotFoundError:
-        if not (out / CARD).is_file():
-            raise
-        return None  # another rank was faster
+        for hidden in out.glob(".*"):  # locks and the listing
+            hidden.unlink(missing_ok=True)
     return card

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from microdit.data.archives import Sample, open_zip, read_archive, read_zipped
-from microdit.data.folders import find_images
+from microdit.data.listing import find_images
 from microdit.data.sidecars import from_fields
 from microdit.data.sources import Part, Record, relative_names
 from microdit.data.untrusted import LARGEST_TEXT, Refused, Roots, bounded_lines, open_file, read_file, roots_of
@@ -145,7 +145,7 @@ def _samples(place: Path, roots: Roots) -> Iterator[Sample]:
     if not place.is_dir():
         yield from read_archive(place, frozenset(), roots)
         return
-    for listed in find_images(place):
+    for listed in find_images(place)[:]:
         image, problem = (b"", listed.problem) if listed.problem else read_file(place / listed.file, roots)
         yield Sample(str(Path(listed.file).with_suffix("")), image, problem=problem)
 
@@ -155,7 +155,7 @@ def _files_of(place: Path, more: tuple[Path, ...]) -> Iterator[Path]:
     yield from more
     yield place
     if place.is_dir():
-        yield from (place / listed.file for listed in find_images(place))
+        yield from (place / listed.file for listed in find_images(place)[:])
 
 
 def _joined(place: Path, samples: Iterator[Sample], listed: dict[str, tuple[dict[str, str], str]]) -> Iterator[Record]:

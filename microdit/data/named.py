@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from microdit.data.archives import archive_names, archive_source, read_archive
-from microdit.data.folders import Listed, parts_of
+from microdit.data.folders import parts_of
 from microdit.data.generated import JOURNEYDB_LIST, diffusiondb_parts, journeydb_parts
+from microdit.data.listing import Listed
 from microdit.data.sidecars import caption_text, from_fields, from_sidecars
 from microdit.data.sources import Part, Record, Source, only_captions
 from microdit.data.untrusted import LARGEST_TEXT, read_file, roots_of

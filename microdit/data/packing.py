@@ -1,7 +1,6 @@
 """Encoded chunks to shards, in a thread of its own: encoding goes on while numbers are packed, written and checked."""
 
 import json
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,7 @@ from microdit.data.encode_batches import EncodedChunk
 from microdit.data.forms import CaptionForm, LatentForm, pack_ids, pack_latents, pack_text
 from microdit.data.shards import Row, ShardWriter, checksums_of
 from microdit.errors import UserError
-from microdit.files import sha256_of, to_checked_json, write_aside
+from microdit.files import aside_of, sha256_of, to_checked_json, write_aside
 
 AHEAD = 2  # chunks that wait to be packed before encoding waits for them
 
@@ -115,7 +114,7 @@ class ShardsThread:
             return
         try:
             if self._writer is None:
-                path = self.folder / f".{_shard(part.number)}.{os.getpid()}.part"
+                path = aside_of(self.folder / _shard(part.number))
                 self._writer = ShardWriter(path, list(self.packer.resolutions))
             for row in self.packer.rows(chunk):
                 self._writer.write(row)

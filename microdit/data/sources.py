@@ -7,13 +7,18 @@ order and what is in them must not depend on anything but the source itself.
 import glob
 import hashlib
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from microdit.data.untrusted import roots_of
 from microdit.errors import UserError
+
+if TYPE_CHECKING:
+    from microdit.data.folders import ListOnce
 
 LONGEST_KEY = 1000  # characters
 MAX_CAPTION = 4000  # characters that are kept; text encoders take 32 to 512 tokens
@@ -49,17 +54,17 @@ class Record:
 class Part:
     """Records that belong together: a tar, a row group of a table, a thousand files. `records()` starts from the first each time.
 
-    `files()` are those that it reads; `known` is what decides on its records besides them: lines of a list, a choice among the records.
+    `files()` are those that it reads; `known()` is what decides on its records besides them: lines of a list, a choice among the records.
     """
 
     name: str
     records: Callable[[], Iterator[Record]]
     files: Callable[[], Iterable[Path]] = tuple
-    known: str = ""
+    known: Callable[[], str] = str
 
     def fingerprint(self) -> str:
         """A digest of the names, sizes and times of the files and of what is known: while it is the same, so are the records."""
-        digest = hashlib.sha256(self.known.encode(errors="surrogatepass"))
+        digest = hashlib.sha256(self.known().encode(errors="surrogatepass"))
         for path in self.files():
             try:
                 status = path.stat()
@@ -84,20 +89,22 @@ class Source:
     min_side: int | None = None
 
 
-def open_source(name: str, captions: Mapping[str, float] | None = None, fraction: float = 1.0) -> Source:
+def open_source(
+    name: str, captions: Mapping[str, float] | None = None, fraction: float = 1.0, list_once: "ListOnce | None" = None
+) -> Source:
     """The source of that name (see KINDS). `captions` says which captions are used, and how often, instead of its own choice.
 
     `fraction` keeps the records whose key's SHA-256 falls into that share: the same ones in any order, and those of a smaller fraction
-    are among those of a larger. Raises UserError.
+    are among those of a larger. `list_once` may give the listing of a folder that another process has made. Raises UserError.
     """
     if not 0 < fraction <= 1:
         raise UserError(f"The fraction of {name} is {fraction}, and must lie in (0, 1]: 0.1 keeps a tenth.")
     if captions is not None and not (captions and all(weight > 0 and math.isfinite(weight) for weight in captions.values())):
         raise UserError(f"The captions of {name} must be names with weights above 0, such as text: 0.7.")
-    source = _open(name, dict(captions) if captions else None)
+    source = _open(name, dict(captions) if captions else None, list_once)
     if fraction == 1:
         return source
-    parts = [replace(part, records=partial(_kept, part, fraction), known=f"{fraction} of {part.known}") for part in source.parts]
+    parts = [replace(part, records=partial(_kept, part, fraction), known=partial(_choice, part, fraction)) for part in source.parts]
     return replace(source, parts=parts)
 
 
@@ -135,6 +142,10 @@ def _kept(part: Part, fraction: float) -> Iterator[Record]:
             yield record
 
 
+def _choice(part: Part, fraction: float) -> str:
+    return f"{fraction} of {part.known()}"
+
+
 def _key_problem(key: str, met: Collection[str]) -> str:
     if key in met:
         return "duplicate key"
@@ -153,7 +164,7 @@ def _has_surrogates(text: str) -> bool:
     return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _open(name: str, captions: dict[str, float] | None) -> Source:
+def _open(name: str, captions: dict[str, float] | None, list_once: "ListOnce | None") -> Source:
     from microdit.data.named import NAMED, open_named
 
     kind, colon, rest = name.partition(":")
@@ -169,7 +180,7 @@ def _open(name: str, captions: dict[str, float] | None) -> Source:
         return hub_source(dataset, split or "train", captions)
     if colon and kind.isidentifier() and not glob.glob(name):
         raise UserError(f"There is no source '{name}'. {_kinds()}")
-    return _open_path(name, captions)
+    return _open_path(name, captions, list_once)
 
 
 def _open_embedded(name: str, kind: str, rest: str) -> Source:
@@ -184,10 +195,10 @@ def _open_embedded(name: str, kind: str, rest: str) -> Source:
     raise UserError(f"There is no source '{name}'. {_kinds()}")
 
 
-def _open_path(name: str, captions: dict[str, float] | None) -> Source:
+def _open_path(name: str, captions: dict[str, float] | None, list_once: "ListOnce | None") -> Source:
     path = Path(name).expanduser()
     if path.is_dir():
-        return _open_folder(path, captions)
+        return _open_folder(path, captions, list_once)
     files = [path] if path.is_file() else sorted(Path(file) for file in glob.glob(str(path), recursive=True))
     if not files:
         raise UserError(f"There is no file or folder at {name}. {_kinds()}")
@@ -202,25 +213,32 @@ def _open_path(name: str, captions: dict[str, float] | None) -> Source:
     raise UserError(f"{name} is neither archives alone nor tables alone. {_kinds()}")
 
 
-def _open_folder(folder: Path, captions: dict[str, float] | None) -> Source:
+def _open_folder(folder: Path, captions: dict[str, float] | None, list_once: "ListOnce | None") -> Source:
     from microdit.data.archives import archive_source
-    from microdit.data.folders import IMAGE_SUFFIXES, folder_source
+    from microdit.data.folders import folder_source
+    from microdit.data.listing import IMAGE_SUFFIXES
     from microdit.data.tables import saved_source, table_source
 
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return saved_source(folder, captions)
+    archives, tables, pictures = [], [], False
     try:
-        files = sorted(path for path in folder.iterdir() if not path.is_dir())
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name.lower()
+                if name.endswith(ARCHIVES) and not entry.is_dir():
+                    archives.append(folder / entry.name)
+                elif name.endswith(".parquet") and not entry.is_dir():
+                    tables.append(folder / entry.name)
+                elif not pictures:
+                    pictures = name.endswith(IMAGE_SUFFIXES) and not name.startswith(".") and not entry.is_dir()
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be read: {error.strerror}.") from error
-    archives = [path for path in files if path.name.lower().endswith(ARCHIVES)]
-    tables = [path for path in files if path.suffix.lower() == ".parquet"]
-    pictures = any(path.suffix.lower() in IMAGE_SUFFIXES for path in files)
     if pictures and (archives or tables):
-        raise UserError(f"{folder} holds pictures beside {(archives or tables)[0].name}: move one of them, or name the files by a pattern.")
+        raise UserError(f"{folder} holds pictures beside {min(archives or tables).name}: move one of them, or name the files by a pattern.")
     if archives:  # before tables: img2dataset writes a table without pictures beside each tar
-        return archive_source(archives, captions, roots_of(folder))
-    return table_source(tables, captions, roots_of(folder)) if tables else folder_source(folder, captions)
+        return archive_source(sorted(archives), captions, roots_of(folder))
+    return table_source(sorted(tables), captions, roots_of(folder)) if tables else folder_source(folder, captions, list_once)
 
 
 def _kinds() -> str:

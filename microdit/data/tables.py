@@ -87,7 +87,7 @@ def _dataset_source(name: str, prefix: str, dataset: Any, captions: dict[str, fl
     known = " ".join(Path(*Path(file["filename"]).parts[-2:]).as_posix() for file in dataset.cache_files)
     read = partial(_read_rows, dataset, prefix, image, list(weights), roots)
     starts = range(0, len(dataset), PART_SIZE)
-    return Source(name, [Part(f"{start:09d}", partial(read, start), files, known) for start in starts], weights)
+    return Source(name, [Part(f"{start:09d}", partial(read, start), files, partial(str, known)) for start in starts], weights)
 
 
 def _read_group(path: Path, name: str, group: int, first: int, image: str, wanted: list[str]) -> Iterator[Record]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from microdit.errors import UserError
+from microdit.files import aside_of, stale_asides
 from microdit.foreign_json import parse_json
 
 RECORD = "record.json"  # where a model comes from: written by us beside what diffusers reads
@@ -26,9 +27,10 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """
     refuse_to_overwrite(folder)
     folder = folder.resolve()
-    aside = folder.with_name(f".{folder.name}.part")
+    aside = aside_of(folder)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in (aside, *stale_asides(folder.parent, folder.name)):
+            shutil.rmtree(left, ignore_errors=True)
         aside.mkdir(parents=True)
         fill(aside)
         for path in aside.glob("*/config.json"):

@@ -1,7 +1,10 @@
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
+import resource
+import signal
 import socket
 import time
 from collections import Counter
@@ -259,6 +262,89 @@ def test_the_ranks_of_one_encoding_are_let_in(tmp_path, text_encoder):
     source.parts[0] = Part("part 0", meanwhile)
     assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (0, 2))["rows"] == 2
     assert cards == [None]
+
+
+def encode_together(shares: list[tuple[int, int]], source: Source, out: Path, text_encoder) -> list[int | None]:
+    """The exit codes of processes that begin at the same moment. Forked, which costs no imports."""
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(len(shares))
+
+    def encode(share: tuple[int, int]) -> None:
+        torch.set_num_threads(1)  # others do not survive a fork
+        barrier.wait()
+        try:
+            encode_source(source, out, dataclasses.replace(SMALL, captions="ids"), Pixels(), text_encoder, share)
+        except UserError:
+            os._exit(REFUSED)
+
+    processes = [context.Process(target=encode, args=(share,)) for share in shares]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+REFUSED = 3
+
+
+@pytest.mark.parametrize("parts", [1, 8])  # most have nothing to do, and may come when all is done; all complete it at once
+def test_eight_processes_that_begin_together_all_succeed(tmp_path, text_encoder, parts):
+    source = source_of(*[[good(n)] for n in range(parts)])
+    for trial in range(3):
+        out = tmp_path / str(trial)
+        assert encode_together([(rank, 8) for rank in range(8)], source, out, text_encoder) == [0] * 8
+        assert EncodedSet(out).column("key") == [f"k{n}" for n in range(parts)]
+        assert not list(out.glob(".*"))
+
+
+def test_of_two_numbers_of_ranks_that_begin_together_one_is_refused(tmp_path, text_encoder):
+    codes = encode_together(
+        [(rank, 4) for rank in range(4)] + [(0, 5)], source_of(*[[good(n)] for n in range(8)]), tmp_path / "set", text_encoder
+    )
+    assert codes in ([0, 0, 0, 0, REFUSED], [REFUSED] * 4 + [0])
+    assert (tmp_path / "set").exists() == (codes[4] == REFUSED)
+
+
+def test_ranks_that_come_when_all_is_done_have_nothing_to_do(tmp_path, text_encoder):
+    source, told = source_of([good(1)]), []
+    assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (0, 2))["rows"] == 1
+    assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (1, 2), warn=told.append) is None
+    assert told == [
+        f"{tmp_path / 'set'} is whole already, of the same parts of the same source by the same settings: nothing is left to do."
+    ]
+    for other, settings in ((source_of([good(1)], [good(2)]), SMALL), (source, EncodeSettings((8,)))):
+        with pytest.raises(UserError, match="exists already: delete it"):
+            encode_source(other, tmp_path / "set", settings, Pixels(), text_encoder, (1, 2))
+    (tmp_path / "else").mkdir()
+    with pytest.raises(UserError, match="exists already: delete it"):
+        encode_source(source, tmp_path / "else", SMALL, Pixels(), text_encoder, (1, 2))
+
+
+def test_a_rank_that_sees_another_source_is_told_so(tmp_path, text_encoder):
+    def meanwhile():
+        with pytest.raises(UserError, match=r"sees another source test than those that are encoding it into .* \(1 parts here, 2 there\)"):
+            encode_source(source_of([good(1)]), tmp_path / "set", SMALL, Pixels(), text_encoder, (1, 2))
+        yield good(1)
+
+    source = source_of([], [good(2)])
+    source.parts[0] = Part("part 0", meanwhile)
+    assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (0, 2)) is None  # rank 1's part is missing
+    assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (1, 2))["rows"] == 2
+
+
+def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tmp_path, text_encoder):
+    """A limit on the size of files stands for the disk: the system refuses in the same way, in the middle of a write."""
+    source, soft_and_hard = source_of([good(n) for n in range(40)]), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, soft_and_hard[1]))
+    try:
+        with pytest.raises(UserError, match=r"Encoding into .*\.set\.part stopped: .*File too large.*make room.*the same command to go on"):
+            encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft_and_hard)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)["rows"] == 40
 
 
 def test_what_a_killed_process_left_half_written_is_not_in_the_finished_folder(tmp_path, text_encoder):
