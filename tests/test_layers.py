@@ -18,7 +18,7 @@ LAYERS = [
     ("checkpoint", "prompts", "recipe", "grids", "curves", "run_folder", "page"),
     ("data", "diffusion", "encoders"),
     ("model",),
-    ("files", "locks", "memory", "folder_lock", "errors", "formats", "terminal", "distributed", "devices", "markdown"),
+    ("files", "shard_files", "locks", "memory", "folder_lock", "errors", "formats", "terminal", "distributed", "devices", "markdown"),
     ("ranges", "yaml_file", "typed_yaml"),
     ("printable", "command_line", "foreign_json"),
 ]
