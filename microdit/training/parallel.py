@@ -57,8 +57,17 @@ def sharding_of(engine: EngineRecipe, world: World, parameters: int) -> Sharding
 
 
 def mesh_of(sharding: Sharding, world: World) -> DeviceMesh | None:
-    """The processes as `fully_shard` takes them: all in a row, or one row for each machine. None where nothing is sharded."""
+    """The processes as `fully_shard` takes them: all in a row, or one row for each machine. None where nothing is sharded.
+
+    Raises UserError if machines of other sizes are to be hybrid. All processes must call this.
+    """
     if sharding == "hybrid":
+        sizes = sorted(set(world.gather(world.local_size)))
+        if len(sizes) > 1:
+            raise UserError(
+                f"Sharding is to be hybrid, and the machines run {' and '.join(map(str, sizes))} processes: start as many on each, "
+                "or take engine.sharding fsdp."
+            )
         machines = world.size // world.local_size
         return init_device_mesh(world.device.type, (machines, world.local_size), mesh_dim_names=("machine", "shard"))
     return init_device_mesh(world.device.type, (world.size,)) if sharding == "fsdp" else None

@@ -35,7 +35,7 @@ class TrainingState:
         self.edm = EDM(diffusion.sigma_data, diffusion.P_mean, diffusion.P_std)
         self.model = _build(config, recipe, weights, fresh, world.device)
         parameters = sum(weight.numel() for weight in self.model.parameters())
-        self.sharding = sharding_of(recipe.engine, world, parameters)
+        self.sharding = world.share(sharding_of(recipe.engine, world, parameters))
         self.parameters = parameters
         self.mesh = mesh_of(self.sharding, world)
         dtype = compute_dtype(recipe.engine, world.device)

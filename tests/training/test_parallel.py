@@ -31,7 +31,7 @@ from microdit.model.sizes import Size, resolve
 from microdit.recipe import EngineRecipe
 from microdit.training.draws import add_draws
 from microdit.training.muon import orthogonalized
-from microdit.training.parallel import compile_elementwise, compute_dtype, sharding_of
+from microdit.training.parallel import compile_elementwise, compute_dtype, mesh_of, sharding_of
 from microdit.training.step import DenoisingLoss
 from tests.training.processes import HANG, RECIPE, losses, recorded, tensors, train
 
@@ -253,6 +253,16 @@ def test_what_auto_means(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert compute_dtype(EngineRecipe(), torch.device("cpu")) == torch.float32
     assert compute_dtype(EngineRecipe(), torch.device("cuda")) == torch.bfloat16
+
+
+def test_hybrid_machines_must_be_alike(monkeypatch):
+    class UnlikeWorld(World):
+        def gather(self, value, group=None):
+            return [6] * 6 + [3] * 6
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    with pytest.raises(UserError, match="the machines run 3 and 6 processes: start as many on each"):
+        mesh_of("hybrid", UnlikeWorld(0, 12, torch.device("cpu"), None, None))
 
 
 def test_torchrun_starts_all_again_when_one_dies(tmp_path, encoded_emoji, plain):
