@@ -102,7 +102,8 @@ class Saver:
         try:
             written = self._write(aside / SHARDS, share, exported)
         except Exception as error:  # whatever a write can raise, on any process: kept, and told by `finish`
-            problem = str(error)
+            problem = _in_words(error)
+        share.clear()  # its memory is as much as all that this process trains
         try:
             answers = self.world.gather((problem, written), self.world.saving)
             problem = next((found for found, _ in answers if found), None)
@@ -133,7 +134,7 @@ class Saver:
             self._publish(aside, step, state, exported, written)
             self._prune()
         except Exception as error:
-            return str(error)
+            return _in_words(error)
         return None
 
     def _publish(self, aside: Path, step: int, state: dict[str, Any], exported: dict[str, Tensors], written: list[Written]) -> None:
@@ -289,3 +290,8 @@ def _flushed_checksum(path: Path) -> str:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return sha256_of(path)
+
+
+def _in_words(error: Exception) -> str:
+    """Never empty, as some exceptions are."""
+    return str(error) or type(error).__name__
