@@ -150,9 +150,9 @@ def dealt(whole: Tensors, rank: int, ranks: int) -> dict[str, Rows]:
     """The rows that FSDP gives to a process."""
     share = {}
     for name, tensor in whole.items():
-        parts = tensor.chunk(ranks)
-        if rank < len(parts):
-            share[name] = Rows(rank * len(parts[0]), parts[rank])
+        size = -(-len(tensor) // ranks)
+        if rank * size < len(tensor):
+            share[name] = Rows(rank * size, tensor[rank * size : (rank + 1) * size])
     return share
 
 
