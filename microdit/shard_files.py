@@ -49,7 +49,7 @@ class Rows(NamedTuple):
     values: Tensor
 
     @property
-    def count(self) -> int:
+    def length(self) -> int:
         return len(self.values) if self.values.dim() else 1
 
 
@@ -126,7 +126,7 @@ def fill(wanted: Sequence[Rows], pieces: Pieces, files: Sequence[Path]) -> None:
     Raises OSError if a file cannot be read, ValueError if it is too short, or if some rows are in none or in two.
     """
     _refuse_overlaps(pieces)
-    missing = [rows.count for rows in wanted]
+    missing = [rows.length for rows in wanted]
     landing = [_Landing(rows) for rows in wanted]
     pieces = np.sort(pieces, order=["file", "at"])
     for of_file in np.split(pieces, np.flatnonzero(np.diff(pieces["file"])) + 1) if len(pieces) else []:
@@ -187,12 +187,12 @@ class _Landing:
     """Memory that rows are read into: the tensor's own, where it lies there in one piece, else a copy's. `row`: bytes of one."""
 
     def __init__(self, rows: Rows):
-        self.first, self.end = rows.first, rows.first + rows.count
+        self.first, self.end = rows.first, rows.first + rows.length
         self._target = rows.values.detach()
         direct = self._target.device.type == "cpu" and self._target.is_contiguous()
         self._values = self._target if direct else torch.empty(self._target.shape, dtype=self._target.dtype)
         self.memory = _bytes_of(self._values)
-        self.row = len(self.memory) // max(1, rows.count)
+        self.row = len(self.memory) // max(1, rows.length)
 
     def arrive(self) -> None:
         if self._values is not self._target:
@@ -200,7 +200,8 @@ class _Landing:
 
 
 def _bytes_of(values: Tensor) -> memoryview:
-    return memoryview(values.detach().reshape(-1).view(torch.uint8).numpy())
+    array: Any = values.detach().reshape(-1).view(torch.uint8).numpy()  # numpy's types do not say that it is a buffer
+    return memoryview(array)
 
 
 def _entry(about: Mapping[str, Any], sharding: Mapping[str, Any] | None, data: int, size: int) -> Entry:

@@ -43,7 +43,7 @@ def test_rows_of_any_number_of_files_are_found_by_any_number_of_readers(tmp_path
             wanted.append(
                 Rows(rank * size, torch.zeros_like(tensor[rank * size : (rank + 1) * size])) if tensor.dim() else Rows(0, torch.zeros(()))
             )
-        spans = np.array([(rows.first, rows.first + rows.count) for rows in wanted])
+        spans = np.array([(rows.first, rows.first + rows.length) for rows in wanted])
         fill(wanted, within(pieces, spans), paths)
         for (first, values), tensor in zip(wanted, WHOLE.values(), strict=True):
             assert values.equal(tensor[first : first + len(values)] if tensor.dim() else tensor)
