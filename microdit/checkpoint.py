@@ -1,7 +1,7 @@
 """Checkpoints as they lie on the disk: folders that are either whole or not there.
 
     checkpoints/step-00000500/
-      shards/*.safetensors        all that training needs, as the processes held it (torch.distributed.checkpoint); none for inference
+      shards/*.safetensors        all that training needs, as the processes held it (`shard_files.py`); none for inference
       model.safetensors           the weights, whole; not in one that was saved in haste, before the machine was taken away: there
                                   they, and the averages, are put together from the shards
       ema.safetensors             their averages, whole; ema-DECAY.safetensors for further lengths
@@ -13,7 +13,6 @@ state.json of earlier versions has none.
 
 import heapq
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,8 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,12 +29,14 @@ from microdit.errors import UserError
 from microdit.files import from_checked_json, sha256_of
 from microdit.model.blocks import BlockShape
 from microdit.model.microdit import ModelConfig
+from microdit.shard_files import assembled, read_header
 
 T = TypeVar("T")
 STATE = "state.json"
 FOLDER = "checkpoints"
 SHARDS = "shards"
 _NAME = re.compile(r"step-\d{8}")
+_SHARD = re.compile(rf"{SHARDS}/[^/]+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ class Checkpoint:
         if damaged := self.damage_of(name):
             raise UserError(f"{self.folder} is damaged ({', '.join(damaged)}: not what was written, or gone).")
         try:
-            whole = load_file(self.folder / f"{name}.safetensors") if self._whole else assembled(self.folder / SHARDS, name)
-        except (OSError, SafetensorError) as error:
+            files = [self.folder / shard for shard in self.shards]
+            whole = load_file(self.folder / f"{name}.safetensors") if self._whole else assembled(files, name)
+        except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"The weights {name} of {self.folder} cannot be read: {error}.") from error
         refuse_infinite(whole, f"The weights {name} of {self.folder}")
         return whole
@@ -68,8 +69,8 @@ class Checkpoint:
         if self._whole:
             return sorted(name.removesuffix(".safetensors") for name in self._whole)
         try:
-            parts = {part for name in self._shards for part in _parts_in(self.folder / name)}
-        except (OSError, SafetensorError) as error:
+            parts = {tensor.partition("/")[0] for name in self.shards for tensor in read_header(self.folder / name)}
+        except (OSError, ValueError) as error:
             raise UserError(f"{self.folder} is damaged ({error}).") from error
         return sorted(parts - {"optimizer"})
 
@@ -80,7 +81,7 @@ class Checkpoint:
         """
         if self._whole:
             return self.damage([file for file in self._whole if file == f"{name}.safetensors"], world)
-        return self.damage(self._shards, world) + first_looks(world, lambda: self.strange_shards)
+        return self.damage(self.shards, world) + first_looks(world, lambda: self.strange_shards)
 
     def path_of(self, name: str) -> Path | None:
         """The file that holds the weights called `name` whole; None if they are in the shards."""
@@ -91,8 +92,8 @@ class Checkpoint:
         return [name for name in self.state["files"] if "/" not in name]
 
     @property
-    def _shards(self) -> list[str]:
-        return [name for name in self.state["files"] if name.startswith(f"{SHARDS}/")]
+    def shards(self) -> list[str]:
+        return [name for name in self.state["files"] if _SHARD.fullmatch(name)]
 
     def damage(self, names: list[str], world: World | None = None) -> list[str]:
         """Which of these files are not what was written, or cannot be read. A file that was found whole before is not read again.
@@ -192,21 +193,6 @@ def _open_with_names(folder: Path) -> tuple[Checkpoint, list[str]]:
     return checkpoint, checkpoint.weights
 
 
-def assembled(shards: Path, part: str) -> dict[str, Tensor]:
-    """Whole tensors of one part of a training (model, ema ...), from what each process wrote of them."""
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader  # slow to import, and seldom needed
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    found = HuggingFaceStorageReader(str(shards)).read_metadata().state_dict_metadata
-    sizes = {name: entry.size for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}  # safetensors hold nothing else
-    whole = {name: torch.empty(size) for name, size in sizes.items() if name.partition("/")[0] == part}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
-        load(whole, storage_reader=HuggingFaceStorageReader(str(shards)), no_dist=True)
-    return {name.partition("/")[2]: tensor for name, tensor in whole.items()}
-
-
 def refuse_infinite(weights: Mapping[str, Tensor], what: str, fix: str = "take another checkpoint, or train anew") -> None:
     """Raises UserError if any weight is infinite or no number: every picture of such a model would be spoilt."""
     bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
@@ -254,12 +240,6 @@ def refuse_other_encoders(checkpoint: Checkpoint, card: dict[str, Any], data: Pa
                 f"{checkpoint.folder} was trained on data of the {key} {then['name']} ({then['fingerprint']}), and {data} is of "
                 f"{now['name']} ({now['fingerprint']}): train anew with another --out, or encode with the old one."
             )
-
-
-def _parts_in(shard: Path) -> set[str]:
-    """The parts of a training (model, ema ..., optimizer) of which the shard holds something, by its header."""
-    with safe_open(shard, framework="pt") as file:
-        return {name.partition("/")[0] for name in file.keys()}  # noqa: SIM118  (it is no dict)
 
 
 def _checksum(path: Path) -> str | None:

@@ -43,6 +43,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def local_size(self) -> int:
+        """How many of them run on this machine, as torchrun says; without it all."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
     def sum(self, tensor: Tensor) -> None:
         """In place, over all processes."""
         if self.size > 1:

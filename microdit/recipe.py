@@ -139,7 +139,8 @@ class EngineRecipe:
 
     device: Name = "auto"  # auto (the GPU, where there is one), cpu, cuda, cuda:N, mps
     precision: Name = "auto"  # of products: auto (by the device), float32, bfloat16; weights and moments stay float32
-    sharding: Literal["auto", "ddp", "fsdp"] = "auto"  # auto: ddp where each GPU holds all of it; else fsdp from 500 M parameters
+    # auto: ddp where each GPU holds all of it; else, from 500 M parameters, hybrid (fsdp in each of several machines) or fsdp over all
+    sharding: Literal["auto", "ddp", "fsdp", "hybrid"] = "auto"
     micro_batch: Batch | None = None  # samples that a process takes at a time; without, its whole share of the batch
     compile: bool = False  # torch.compile for what lies between matrix products: seconds at the start, faster steps on a GPU
     cuda_graphs: bool = True  # one NVIDIA GPU that holds the model whole: record a micro-batch's kernels, and replay them by one call

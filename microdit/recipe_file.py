@@ -71,8 +71,9 @@ def _problems(recipe: Recipe) -> list[str]:
     need(len({ema.decay for ema in recipe.ema}) == len(recipe.ema), "ema names a decay twice.")
     found += engine_problems(recipe.engine)
     need(
-        not recipe.engine.release_gradients or recipe.engine.sharding != "fsdp",
-        "engine.release_gradients is for a process that holds the model whole, and engine.sharding is fsdp: leave one of them out.",
+        not recipe.engine.release_gradients or recipe.engine.sharding not in ("fsdp", "hybrid"),
+        "engine.release_gradients is for a process that holds the model whole, and engine.sharding is "
+        f"{recipe.engine.sharding}: leave one of them out.",
     )
     need(
         recipe.optimizer.moments == "float32" or recipe.optimizer.method == "adamw",

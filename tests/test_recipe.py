@@ -118,7 +118,7 @@ def test_phases_follow_each_other(recipe_file):
         ("ema=[{decya: 0.9}]", "unknown key ema.0.decya; did you mean ema.decay"),
         ("ema=[{decay: 0.9}, {decay: 0.9}]", "ema names a decay twice"),
         ("engine.micro_batch=0", "engine.micro_batch is 0, and must be"),
-        ("engine.sharding=zero", "engine.sharding is zero, and must be one of auto, ddp, fsdp"),
+        ("engine.sharding=zero", "engine.sharding is zero, and must be one of auto, ddp, fsdp, hybrid"),
         ("record.quality_every=0", "record.quality_every is 0, and must be"),
         ("record.quality_samples=15", "record.quality_samples is 15, and must be a whole number from 16 to"),
         ("guard.loss_jump=1", "guard.loss_jump is 1, and must be a number from above 1 to"),
@@ -293,6 +293,7 @@ def test_several_sets_and_their_weights(tmp_path):
     [
         (["engine.activation_checkpointing=1.5"], r"activation_checkpointing is 1.5, and must be a number from 0 to 1"),
         (["engine.release_gradients=true", "engine.sharding=fsdp"], r"holds the model whole, and engine.sharding is fsdp"),
+        (["engine.release_gradients=true", "engine.sharding=hybrid"], r"holds the model whole, and engine.sharding is hybrid"),
         (["optimizer.moments=int8", "optimizer.method=muon"], r"int8 is for optimizer.method adamw"),
     ],
 )

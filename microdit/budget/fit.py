@@ -14,12 +14,18 @@ from microdit.model.microdit import MicroDiT
 from microdit.model.routing import kept_tokens
 from microdit.recipe import EngineRecipe, OptimizerRecipe, PhaseRecipe, Recipe
 from microdit.training.footprint import Footprint, Layout, activations, footprint
-from microdit.training.parallel import LARGE, SPARE
+from microdit.training.parallel import LARGE, SPARE, STATE_BYTES, WHOLE, Sharding
 
 HEADROOM = 0.1  # of the card that is left free, for what kernels need for a moment and for fragments
 ENOUGH = 4096  # patches that the backbone computes at a time, for a GPU to have enough to do (a judgement, not measured)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks that may be recomputed
-NAMES = {"none": "whole", "ddp": "ddp", "fsdp": "fsdp"}  # fsdp on one GPU: kept in float32, computed with block by block
+NAMES = {
+    "none": "whole",
+    "ddp": "ddp",
+    "fsdp": "fsdp",
+    "hybrid": "hybrid",
+}  # fsdp on one GPU: kept in float32, computed with block by block
+MACHINE = 8  # GPUs of one, where there are several machines
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,13 @@ class Load:
         return self._of_one(layout).of(micro_batch)
 
     def as_asked(self, recipe: Recipe, card_gb: float) -> tuple[Way, Footprint]:
-        """As the recipe says."""
+        """As the recipe says. Raises UserError for hybrid sharding without several whole machines."""
         engine = recipe.engine
         micro_batch = min(engine.micro_batch or self.share, self.share)
-        shards = engine.sharding == "fsdp" or (engine.sharding == "auto" and self.ranks > 1 and self.parameters >= LARGE)
         layout = Layout(
-            "fsdp" if shards else "ddp" if self.ranks > 1 else "none",
+            self._sharding(engine, card_gb),
             self.ranks,
+            MACHINE,
             self._element,
             float(engine.activation_checkpointing),
             recipe.optimizer.moments,
@@ -136,16 +142,37 @@ class Load:
 
     def layouts(self, card_gb: float) -> Iterator[Layout]:
         """All that there are to choose from, the dearest last."""
-        whole = Layout("ddp" if self.ranks > 1 else "none", self.ranks, self._element, spare=SPARE * card_gb * 1e9)
+        whole = Layout("ddp" if self.ranks > 1 else "none", self.ranks, MACHINE, self._element, spare=SPARE * card_gb * 1e9)
         sharded = replace(whole, sharding="fsdp")
+        near = [replace(whole, sharding="hybrid")] if self._has_machines else []
         released = replace(whole, release_gradients=True) if self.ranks == 1 else whole
-        ways = [whole, sharded, released]
+        ways = [whole, *near, sharded, released]
         if self._emas:
             ways += [replace(way, averages_on_cpu=True) for way in (released, sharded)]
         if not self._muon:
             ways += [replace(way, averages_on_cpu=bool(self._emas), moments="int8") for way in (released, sharded)]
         for share in SHARES:
             yield from (replace(way, recomputed=share) for way in dict.fromkeys(ways))
+
+    @property
+    def _has_machines(self) -> bool:
+        """Whether several machines are full of GPUs."""
+        return self.ranks > MACHINE and self.ranks % MACHINE == 0
+
+    def _sharding(self, engine: EngineRecipe, card_gb: float) -> Sharding:
+        """As `sharding_of` has it, but that large models are always sharded."""
+        if engine.sharding == "hybrid" and not self._has_machines:
+            raise UserError(
+                f"{self.name}: engine.sharding is hybrid, and {self.ranks} GPUs are not several machines of {MACHINE}: "
+                "take fsdp, or more GPUs."
+            )
+        if engine.sharding in ("fsdp", "hybrid"):
+            return engine.sharding
+        if self.ranks == 1:
+            return "none"
+        if engine.sharding == "ddp" or self.parameters < LARGE:
+            return "ddp"
+        return "hybrid" if self._has_machines and STATE_BYTES * self.parameters / MACHINE < WHOLE * card_gb * 1e9 else "fsdp"
 
     def time_of(self, layout: Layout) -> float:
         """Of a step, 1 if nothing is recomputed."""

@@ -16,14 +16,16 @@ FLOAT = 4  # bytes: weights, sums of gradients, moments and averages are float32
 
 @dataclass(frozen=True)
 class Layout:
-    """How one of `ranks` processes holds a training: by FSDP its share of the model, else all of it.
+    """How one of `ranks` processes holds a training: by FSDP its share of the model, by hybrid sharding that of one of the `machine`
+    processes of its machine, else all of it.
 
     `element`: bytes of what products compute in, 2 in bfloat16 and 4 in float32. `recomputed`: the share of blocks that compute twice.
     `accumulates`: whether a step has several micro-batches. `spare`: bytes that the device may spend on speed (parallel.py).
     """
 
-    sharding: Literal["none", "ddp", "fsdp"] = "none"
+    sharding: Literal["none", "ddp", "fsdp", "hybrid"] = "none"
     ranks: int = 1
+    machine: int = 8
     element: int = 2
     recomputed: float = 0.0
     moments: Literal["float32", "int8"] = "float32"
@@ -31,6 +33,11 @@ class Layout:
     release_gradients: bool = False
     accumulates: bool = True
     spare: float = 0.0
+
+    @property
+    def owners(self) -> int | None:
+        """How many processes share one model out; None where each holds all of it."""
+        return {"fsdp": self.ranks, "hybrid": self.machine}.get(self.sharding)
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,7 @@ def footprint(
     emas: int = 1,
 ) -> Footprint:
     """`model` may be on the meta device. With DDP, autocast keeps norms in float32: these are not reckoned, so activations come out low."""
-    shards = layout.sharding == "fsdp"
-    owners = layout.ranks if shards else 1
+    owners = layout.owners or 1
     # FSDP deals out rows of the first dimension, rounded up: the weights of 8 experts are never cut into more than 8.
     rows = [(-(-len(weight) // owners), weight.shape) for weight in model.parameters()]
     sizes = [count * shape[1:].numel() for count, shape in rows]
@@ -96,10 +102,10 @@ def _gradients(layout: Layout, mine: int, everything: int) -> tuple[int, int]:
     """Bytes of those that last, and of those that pass. `mine`: bytes of the process's weights; `everything`: numbers of the model's."""
     if layout.sharding == "ddp":
         return mine, 0  # its buckets
-    if layout.sharding == "fsdp":
+    if layout.owners:
         if not layout.accumulates:
             return 0, mine
-        return (FLOAT * everything, mine) if layout.ranks > 1 and FLOAT * everything < layout.spare else (mine, 0)
+        return (FLOAT * everything, mine) if layout.owners > 1 and FLOAT * everything < layout.spare else (mine, 0)
     if layout.release_gradients:
         return (mine, 0) if layout.accumulates else (0, layout.element * everything)
     return mine, layout.element * everything
@@ -107,9 +113,9 @@ def _gradients(layout: Layout, mine: int, everything: int) -> tuple[int, int]:
 
 def _gathered(model: MicroDiT, layout: Layout, everything: int) -> int:
     """Of all weights, if there is room with FSDP; else of the two largest blocks and of what lies outside of blocks."""
-    if layout.element == FLOAT and (layout.sharding != "fsdp" or layout.ranks == 1):
+    if layout.element == FLOAT and layout.owners in (None, 1):
         return 0
-    if layout.sharding != "fsdp" or layout.element * everything < layout.spare:
+    if layout.owners is None or layout.element * everything < layout.spare:
         return layout.element * everything
     blocks: dict[str, int] = {}
     for name, weight in model.named_parameters():

@@ -55,7 +55,8 @@ def gradients_of(loss: DenoisingLoss, sharding: Sharding, dtype: torch.dtype, en
 
 
 class AutogradGradients(Gradients):
-    """As autograd or FSDP make them. FSDP sums over processes once a step, unless it has no room for whole gradients until then."""
+    """As autograd or FSDP make them. FSDP sums over processes once a step, unless it has no room for whole gradients until then: those of a
+    machine do at each micro-batch then, and machines in the last one."""
 
     def __init__(self, loss: nn.Module):
         self._loss = loss
@@ -67,6 +68,7 @@ class AutogradGradients(Gradients):
     def add(self, batch: TrainingBatch, samples: int, last: bool) -> Tensor:
         if isinstance(self._loss, FSDPModule):
             self._loss.set_requires_gradient_sync(last or not spare(self._bytes, batch.sigma_B.device))
+            self._loss.set_requires_all_reduce(last)  # which only hybrid sharding has
         loss_B: Tensor = self._loss(batch)
         (loss_B.sum() / samples).backward()
         return loss_B

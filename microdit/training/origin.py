@@ -41,7 +41,7 @@ class Origin:
         what, shards, path = f"The weights {self.name} of {self.checkpoint.folder}", shards_of(model), self.checkpoint.path_of(self.name)
         with world.together():
             if path is None:
-                load_into(self.checkpoint, {f"{self.name}/{shard.name}": shard.weight.detach() for shard in shards})
+                load_into(self.checkpoint, {f"{self.name}/{shard.name}": shard.weight.detach() for shard in shards}, world)
             else:
                 _read(path, shards, what)
             refuse_infinite({shard.name: shard.leaf for shard in shards}, what)

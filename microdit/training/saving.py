@@ -1,33 +1,44 @@
 """Writing checkpoints while training goes on, and reading them back on any number of processes.
 
-A save copies the tensors (that is all the loop waits for); a thread of each process then writes its share by torch.distributed.checkpoint,
-and the first process puts whole weights, checksums and the state beside them, and renames the folder once everything is on the disk.
+A save copies the tensors (that is all the loop waits for); a thread of each process then writes its share to a file, and the first process
+puts whole weights, checksums and the state beside them, and renames the folder once everything is on the disk.
+
+Each process knows its share by itself: the rows that it holds, and of what several hold alike the part that falls to it. What a save costs
+the loop's process does not grow with the number of processes, but for what they tell each other at its end, which is arrays.
 """
 
+import heapq
 import os
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
-from microdit.checkpoint import FOLDER, SHARDS, STATE, Checkpoint, assembled, checkpoint_folders, open_checkpoint, step_of
+from microdit.checkpoint import FOLDER, SHARDS, STATE, Checkpoint, checkpoint_folders, open_checkpoint, step_of
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.files import sha256_of, to_checked_json, write_aside
+from microdit.shard_files import NO_PIECES, Pieces, Rows, fill, pieces_of, read_header, within, write_rows
+from microdit.training.shards import copies_of, local, rows_of
 
+T = TypeVar("T")
 Tensors = dict[str, Tensor]
 """All of a training's tensors, each named PART/NAME: `model/...`, `ema/...`, `optimizer/...`."""
+
+
+class Written(NamedTuple):
+    """What a process wrote of a checkpoint: checksums by file, and where the rows lie of the parts that shall be there whole too."""
+
+    checksums: dict[str, str]
+    pieces: dict[str, Pieces]
 
 
 class Saver:
@@ -50,7 +61,7 @@ class Saver:
         aside = self.run / FOLDER / f".step-{step:08d}.part"
         self._problem, self._step = self._prepare(aside), step
         if self._problem is None:
-            arguments = (aside, step, _begin(aside / SHARDS, tensors, self.world), state, exports)
+            arguments = (aside, step, share_of(tensors, self.world), state, {part: _parts(tensors, part) for part in exports})
             self._thread = threading.Thread(target=self._complete, args=arguments, name="checkpoint-writer", daemon=True)
             self._thread.start()
 
@@ -85,22 +96,20 @@ class Saver:
                 problem = str(error)
         return self.world.share(problem)
 
-    def _complete(self, aside: Path, step: int, written: "Future[Any]", state: dict[str, Any], exports: list[str]) -> None:
+    def _complete(self, aside: Path, step: int, share: dict[str, Rows], state: dict[str, Any], exported: dict[str, Tensors]) -> None:
+        """`share`: what this process writes. `exported`: the parts that shall also lie there whole, as meta tensors."""
         problem: str | None = None
-        checksums: dict[str, str] = {}
+        written = Written({}, {})
         try:
-            written.result()
-            mine = (aside / SHARDS).glob(f"shard-{self.world.rank + 1:05d}-*")
-            checksums = {f"{SHARDS}/{path.name}": _flushed_checksum(path) for path in mine}
-        except (Exception, CheckpointException) as error:  # whatever a write can raise, on any process: kept, and told by `finish`
-            problem = _root_cause(error)
+            written = self._write(aside / SHARDS, share, exported)
+        except Exception as error:  # whatever a write can raise, on any process: kept, and told by `finish`
+            problem = _in_words(error)
+        share.clear()  # its memory is as much as all that this process trains
         try:
-            answers = self.world.gather((problem, checksums), self.world.saving)
+            answers = self.world.gather((problem, written), self.world.saving)
             problem = next((found for found, _ in answers if found), None)
             if self.world.is_main:
-                problem = problem or self._try_to_publish(
-                    aside, step, state, exports, {k: v for _, part in answers for k, v in part.items()}
-                )
+                problem = problem or self._try_to_publish(aside, step, state, exported, [part for _, part in answers])
                 if problem:
                     shutil.rmtree(aside, ignore_errors=True)
             self._problem = self.world.share(problem, self.world.saving)
@@ -109,23 +118,37 @@ class Saver:
         if self._problem is None:
             self.last_saved = step
 
-    def _try_to_publish(self, aside: Path, step: int, state: dict[str, Any], exports: list[str], checksums: dict[str, str]) -> str | None:
+    def _write(self, folder: Path, share: dict[str, Rows], exported: dict[str, Tensors]) -> Written:
+        path, rank = folder / shard_name(self.world.rank), self.world.rank
+        header = write_rows(path, share) if share else {}
+        pieces = {
+            part: pieces_of(header, rank, {f"{part}/{name}": number for number, name in enumerate(tensors)})
+            for part, tensors in exported.items()
+        }
+        return Written({f"{SHARDS}/{path.name}": _flushed_checksum(path)} if share else {}, pieces)
+
+    def _try_to_publish(
+        self, aside: Path, step: int, state: dict[str, Any], exported: dict[str, Tensors], written: list[Written]
+    ) -> str | None:
         """What went wrong, if anything did."""
         try:
-            self._publish(aside, step, state, exports, checksums)
+            self._publish(aside, step, state, exported, written)
             self._prune()
-        except (Exception, CheckpointException) as error:
-            return _root_cause(error)
+        except Exception as error:
+            return _in_words(error)
         return None
 
-    def _publish(self, aside: Path, step: int, state: dict[str, Any], exports: list[str], checksums: dict[str, str]) -> None:
+    def _publish(self, aside: Path, step: int, state: dict[str, Any], exported: dict[str, Tensors], written: list[Written]) -> None:
         """Whole weights, checksums, state; then the name."""
-        for part in exports:
+        checksums = {name: checksum for part in written for name, checksum in part.checksums.items()}
+        files = [aside / SHARDS / shard_name(rank) for rank in range(self.world.size)]
+        for part, tensors in exported.items():
+            whole = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
+            fill([Rows(0, tensor) for tensor in whole.values()], np.concatenate([its.pieces[part] for its in written]), files)
             path = aside / f"{part}.safetensors"
-            save_file(assembled(aside / SHARDS, part), path)
+            save_file(whole, path)
             checksums[path.name] = _flushed_checksum(path)
-        files = dict(sorted(checksums.items()))
-        write_aside(aside / STATE, to_checked_json({"step": step, "files": files, **state}))
+        write_aside(aside / STATE, to_checked_json({"step": step, "files": dict(sorted(checksums.items())), **state}))
         target = self.run / FOLDER / f"step-{step:08d}"
         if target.is_dir():
             _delete(target)
@@ -167,12 +190,62 @@ def _open_with_strangers(folder: Path) -> tuple[Checkpoint, list[str]]:
     return checkpoint, checkpoint.strange_shards
 
 
-def load_into(checkpoint: Checkpoint, tensors: Tensors) -> None:
-    """Fill `tensors` in place, each process its share. Raises UserError if the checkpoint holds others."""
+def load_into(checkpoint: Checkpoint, tensors: Tensors, world: World) -> None:
+    """Fill `tensors` in place, each process its share. Raises UserError if the checkpoint holds others. All processes must call this.
+
+    Each header is read by one process, which tells the others where what lies.
+    """
+    files = [checkpoint.folder / name for name in checkpoint.shards]
+    spans = np.array([rows_of(tensor) for tensor in tensors.values()])
     try:
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint.folder / SHARDS)))
-    except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"{checkpoint.folder} does not hold what this recipe's training needs: {_root_cause(error)}") from error
+        found = _of_all(world, lambda: _read_headers(files, range(world.rank, len(files), world.size), tensors))
+        _refuse_others(tensors, found)
+        own = [Rows(first, local(tensor)) for tensor, (first, _) in zip(tensors.values(), spans.tolist(), strict=True)]
+        _of_all(world, lambda: fill(own, np.concatenate([within(pieces, spans) for pieces in found]), files))
+    except ValueError as error:
+        raise UserError(f"{checkpoint.folder} does not hold what this recipe's training needs: {error}.") from error
+
+
+def _of_all(world: World, work: Callable[[], T]) -> list[T]:
+    """What each process's `work` comes to. Raises ValueError on all of them if it cannot be done on one."""
+    done: list[T] = []
+    problem = None
+    try:
+        done.append(work())
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    answers = world.gather((problem, done))
+    for rank, (problem, _) in enumerate(answers):
+        if problem:
+            raise ValueError(problem if world.size == 1 else f"{problem} (process {rank})")
+    return [result for _, results in answers for result in results]
+
+
+def _read_headers(files: list[Path], numbers: range, tensors: Tensors) -> Pieces:
+    """Where these files have rows of the tensors. Raises ValueError if they are of another kind."""
+    by_name = {name: number for number, name in enumerate(tensors)}
+    found = [NO_PIECES]
+    for number in numbers:
+        header = read_header(files[number])
+        for name in header.keys() & by_name.keys():
+            here, there = tensors[name], header[name]
+            if (here.dtype, here.dim(), *here.shape[1:]) != (there.dtype, len(there.shape), *there.shape[1:]):
+                shapes = f"{there.dtype} and rows of {list(there.shape[1:])} there, of {here.dtype} and {list(here.shape[1:])} here"
+                raise ValueError(f"{name} is of {shapes}")
+        found.append(pieces_of(header, number, by_name))
+    return np.concatenate(found)
+
+
+def _refuse_others(tensors: Tensors, found: list[Pieces]) -> None:
+    """Raises ValueError if there are more or fewer rows of any tensor than it has."""
+    lengths = np.zeros(len(tensors), np.int64)
+    for pieces in found:
+        np.maximum.at(lengths, pieces["tensor"], pieces["first"].astype(np.int64) + pieces["rows"])
+    for (name, tensor), rows in zip(tensors.items(), lengths.tolist(), strict=True):
+        if not rows:
+            raise ValueError(f"{name} is missing")
+        if rows != (len(tensor) if tensor.dim() else 1):
+            raise ValueError(f"{name} has {rows} rows there, {len(tensor)} here")
 
 
 def _delete(checkpoint: Path) -> None:
@@ -183,14 +256,31 @@ def _delete(checkpoint: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _begin(folder: Path, tensors: Tensors, world: World) -> "Future[Any]":
-    """Copy the tensors and start writing them. Tensors that every process holds whole are written once."""
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    return async_save(_detached(tensors), storage_writer=writer, process_group=world.saving)  # type: ignore[return-value]
+def share_of(tensors: Tensors, world: World) -> dict[str, Rows]:
+    """Copies of what this process writes: the rows that it holds. What several hold alike is dealt out, always to who has the least yet."""
+    share: dict[str, Rows] = {}
+    loads: dict[int, list[tuple[int, int]]] = {}
+    for name, tensor in tensors.items():
+        number, copies = copies_of(tensor, world)
+        writer = 0  # of scalars, which all processes read: they lie in one file
+        if tensor.dim():
+            load = loads.setdefault(copies, [(0, copy) for copy in range(copies)])
+            size, writer = load[0]
+            heapq.heapreplace(load, (size + tensor.numel() * tensor.itemsize, writer))
+        part = local(tensor.detach())
+        if writer == number and part.numel():
+            share[name] = Rows(rows_of(tensor)[0], part.to("cpu", copy=True, memory_format=torch.contiguous_format))
+    return share
 
 
-def _detached(tensors: Tensors) -> dict[str, Any]:
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+def _parts(tensors: Tensors, part: str) -> Tensors:
+    """Of one part those by their own names, without numbers, on the meta device."""
+    own = {name.removeprefix(f"{part}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{part}/")}
+    return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in own.items()}
+
+
+def shard_name(rank: int) -> str:
+    return f"shard-{rank + 1:05d}.safetensors"
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -205,9 +295,6 @@ def _flushed_checksum(path: Path) -> str:
     return sha256_of(path)
 
 
-def _root_cause(error: BaseException) -> str:
-    """The sentence inside what torch wraps around it."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (inner, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {inner}"
-    return str(error)
+def _in_words(error: Exception) -> str:
+    """Never empty, as some exceptions are."""
+    return str(error) or type(error).__name__

@@ -6,12 +6,34 @@ Optimizers work on these parts as plain tensors. On sharded ones (DTensor) each 
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+
+from microdit.distributed import World
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor; all of it, if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def rows_of(tensor: Tensor) -> tuple[int, int]:
+    """From which row to which one this process holds it. FSDP deals out rows in equal numbers, the last processes get fewer or none."""
+    rows = len(tensor) if tensor.dim() else 1
+    if not isinstance(tensor, DTensor):
+        return 0, rows
+    mesh = tensor.device_mesh
+    share = -(-rows // mesh.size(mesh.ndim - 1))
+    first = min(rows, share * mesh.get_local_rank(mesh.ndim - 1))
+    return first, min(rows, first + share)
+
+
+def copies_of(tensor: Tensor, world: World) -> tuple[int, int]:
+    """How many processes hold the same rows as this one, and as which of them it does: (number, copies)."""
+    if not isinstance(tensor, DTensor):
+        return world.rank, world.size
+    mesh = tensor.device_mesh
+    return (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
 
 
 class Shard:
@@ -45,12 +67,11 @@ class Shard:
         return sharded.full_tensor() if isinstance(sharded, DTensor) else sharded
 
     def own(self, whole: Tensor) -> Tensor:
-        """This process's own part of a whole tensor: FSDP deals out rows in equal numbers, the last processes get fewer or none."""
+        """This process's own part of a whole tensor."""
         if not isinstance(self.weight, DTensor):
             return whole
-        mesh = self.weight.device_mesh
-        share = -(-len(whole) // mesh.size())
-        return whole[share * mesh.get_local_rank() :][: len(self.leaf)]
+        first, end = rows_of(self.weight)
+        return whole[first:end]
 
 
 def shards_of(model: nn.Module) -> list[Shard]:
@@ -58,16 +79,16 @@ def shards_of(model: nn.Module) -> list[Shard]:
     return [Shard(name, weight) for name, weight in model.named_parameters()]
 
 
-def total_norm(gradients: list[Tensor], sum_over_processes: bool) -> Tensor:
-    """The norm of all gradients together, a scalar on their device. All processes must call this, if they hold different parts."""
+def total_norm(gradients: list[Tensor], mesh: DeviceMesh | None) -> Tensor:
+    """The norm of all gradients together, a scalar on their device. All processes of a `mesh` over which they are spread must call this."""
     if gradients[0].dtype == torch.float32:
         norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach_works(gradients[0].device))
     else:  # whose norm is not to be rounded to their few digits
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
         norm = torch.linalg.vector_norm(torch.stack(norms))
-    if sum_over_processes:
+    if mesh is not None and mesh.size(mesh.ndim - 1) > 1:
         squared = norm.square()
-        torch.distributed.all_reduce(squared)
+        torch.distributed.all_reduce(squared, group=mesh.get_group(mesh.ndim - 1))
         norm = squared.sqrt()
     return norm
 

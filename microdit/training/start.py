@@ -218,6 +218,7 @@ def greeting(recipe: Recipe, run: Path, sets: list[EncodedSet], state: TrainingS
     start = f"from step {step}" if step else f"from {before}"
     samples = " + ".join(f"{len(encoded):,}" for encoded in sets)
     ways = {"none": "", "ddp": f", copied to {world.size} processes", "fsdp": f", sharded over {world.size} processes"}
+    ways["hybrid"] = f", sharded over the {world.local_size} processes of each of {world.size // world.local_size} machines"
     return joined(
         styled(recipe.name),
         f": {state.parameters / 1e6:.1f} M parameters on {samples} samples, "

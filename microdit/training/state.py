@@ -19,7 +19,7 @@ from microdit.training.ema import EMA, names_of
 from microdit.training.gradients import gradients_of
 from microdit.training.guard import Guard, Verdict
 from microdit.training.optim import Optimizers
-from microdit.training.parallel import compute_dtype, prepare_blocks, shard_the_rest, sharding_of
+from microdit.training.parallel import compute_dtype, mesh_of, prepare_blocks, shard_the_rest, sharding_of
 from microdit.training.saving import Tensors, load_into, whole
 from microdit.training.shards import total_norm
 from microdit.training.step import DenoisingLoss
@@ -37,13 +37,14 @@ class TrainingState:
         self.edm = EDM(diffusion.sigma_data, diffusion.P_mean, diffusion.P_std)
         self.model = _build(config, recipe, fresh and fill is None, world.device)
         parameters = sum(weight.numel() for weight in self.model.parameters())
-        self.sharding = sharding_of(recipe.engine, world, parameters)
+        self.sharding = world.share(sharding_of(recipe.engine, world, parameters))
         self.parameters = parameters
+        self.mesh = mesh_of(self.sharding, world)
         dtype = compute_dtype(recipe.engine, world.device)
         loss = DenoisingLoss(self.model, self.edm, recipe.model.mask_padding)
-        prepare_blocks(self.model, recipe.engine, self.sharding, world)
-        if self.sharding == "fsdp":
-            shard_the_rest(loss, recipe.engine, world)
+        prepare_blocks(self.model, recipe.engine, self.mesh, world.device)
+        if self.mesh is not None:
+            shard_the_rest(loss, recipe.engine, self.mesh, world.device)
         if fill is not None or not fresh:  # memory only now: shards may be all that fits
             loss.to_empty(device=world.device)
         if fill is not None:
@@ -82,7 +83,7 @@ class TrainingState:
     def clip(self, largest_norm: float) -> Tensor:
         """Scale the gradients down to the norm `largest_norm`, if theirs is larger. Returns theirs, over all processes, on the device."""
         gradients = self.optimizers.take_gradients(self.gradients.held)
-        norm = total_norm(gradients, self.sharding == "fsdp" and self._world.size > 1)
+        norm = total_norm(gradients, self.mesh)
         self.optimizers.clip(largest_norm, norm)
         return norm
 
@@ -116,7 +117,7 @@ class TrainingState:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Raises UserError if it holds other tensors. All processes must call this."""
-        load_into(checkpoint, self.tensors())
+        load_into(checkpoint, self.tensors(), self._world)
 
 
 def _build(config: ModelConfig, recipe: Recipe, drawn: bool, device: torch.device) -> MicroDiT:

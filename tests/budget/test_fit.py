@@ -82,6 +82,18 @@ def test_the_recipes_own_settings_are_taken_as_the_trainer_would():
     assert load_of(PUBLISHED / "1-256-masked.yaml", 1).as_asked(alone, 80)[0].layout.sharding == "none"
 
 
+def test_several_machines_shard_inside_of_each():
+    asked = {}
+    for gpus, setting in ((64, "auto"), (64, "fsdp"), (8, "auto")):
+        recipe = load_recipe(PUBLISHED / "1-256-masked.yaml", [f"engine.sharding={setting}", "engine.micro_batch=32"])
+        way, _ = load_of(PUBLISHED / "1-256-masked.yaml", gpus).as_asked(recipe, 80)
+        asked[gpus, setting] = way
+    assert [way.layout.sharding for way in asked.values()] == ["hybrid", "fsdp", "fsdp"]
+    assert asked[64, "auto"].gigabytes > asked[64, "fsdp"].gigabytes
+    with pytest.raises(UserError, match=r"engine\.sharding is hybrid, and 8 GPUs are not several machines of 8"):
+        load_of(PUBLISHED / "1-256-masked.yaml", 8).as_asked(load_recipe(PUBLISHED / "1-256-masked.yaml", ["engine.sharding=hybrid"]), 80)
+
+
 @pytest.mark.parametrize(("gpus", "divides"), [(16, True), (32, False)])
 def test_a_micro_batch_larger_than_a_gpus_share_is_said_to_be_refused_by_training(gpus, divides):
     """128 in the recipe, of a batch of 2,048."""

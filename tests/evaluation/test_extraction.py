@@ -158,7 +158,7 @@ class Meeting:
         self.said: list[Any] = [None] * size
 
     def world(self, world: World, rank: int) -> World:
-        return InThread(rank, self.size, world.device, world.control, world.saving, meeting=self)
+        return InThread(rank, self.size, world.device, world.saving, meeting=self)
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,20 @@ def bytes_read() -> int:
     return int(lines["rchar"])
 
 
+def on_each(work: Callable[..., None], ranks: int, machine: int, log_folder: Path, *arguments: object) -> Running:
+    """Call a module's function in as many processes, `machine` of them on each pretended machine."""
+    log_folder.mkdir(parents=True)
+    port, logs, processes = free_port(), [log_folder / f"{rank}.log" for rank in range(ranks)], []
+    for rank, log in enumerate(logs):
+        log.touch()
+        world = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": machine, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {key: str(value) for key, value in world.items()}
+        process = _context.Process(target=_call, args=(log, environment, work, arguments))
+        process.start()
+        processes.append(process)
+    return Running(processes, logs)
+
+
 def train(run: Path, data: Path, *more: object, ranks: int = 1) -> Running:
     """Begin `microdit train` with the tests' recipe."""
     return start(run.parent / "logs", ["train", RECIPE, f"data.path={data}", "--out", run, *more], ranks)
@@ -155,6 +169,20 @@ def _one_of_them(results: Any, rank: int, ranks: int, port: int, function: Calla
     stop_world()
 
 
+def _call(log: Path, environment: dict[str, str], work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    os.environ.update(environment)
+    _print_to(log)
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def _print_to(log: Path) -> None:
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+
+
 def _main(log: Path, arguments: list[str], environment: dict[str, str], cores: int, file_size: int | None, cwd: Path) -> None:
     import resource
 
@@ -162,10 +190,8 @@ def _main(log: Path, arguments: list[str], environment: dict[str, str], cores: i
 
     os.environ.update(environment, XDG_CACHE_HOME=str(log.parent / "cache"))  # not the user's own
     os.chdir(cwd)
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout = sys.stderr = cli.console.file = os.fdopen(1, "w", buffering=1)
+    _print_to(log)
+    cli.console.file = sys.stdout
     torch.set_num_threads(cores)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))

@@ -85,6 +85,13 @@ def test_four_experts_are_not_cut_into_more_than_four():
     assert as_fsdp_cuts > sum(weight.nbytes for weight in model.parameters()) // 8
 
 
+def test_hybrid_sharding_holds_what_fsdp_does_in_one_machine():
+    model = small()
+    hybrid, fsdp = (footprint(model, 1, 64, 64, 16, layout) for layout in (Layout("hybrid", 64, machine=8), Layout("fsdp", 8)))
+    assert hybrid == fsdp
+    assert hybrid.parameters > footprint(model, 1, 64, 64, 16, Layout("fsdp", 64)).parameters
+
+
 @pytest.mark.parametrize("sharding", ["none", "ddp"])
 def test_without_sharding_each_process_holds_all_weights_and_copies_of_them(sharding):
     model = small()

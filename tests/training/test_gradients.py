@@ -9,7 +9,7 @@ from microdit.distributed import World, start_world
 from microdit.recipe import EngineRecipe, OptimizerRecipe
 from microdit.training.gradients import AutogradGradients, WholeModelGradients
 from microdit.training.guard import Guard
-from microdit.training.parallel import prepare_blocks, shard_the_rest
+from microdit.training.parallel import mesh_of, prepare_blocks, shard_the_rest
 from microdit.training.start import architecture
 from microdit.training.state import TrainingState
 from microdit.training.step import DenoisingLoss
@@ -60,9 +60,10 @@ def test_in_bfloat16_they_are_those_of_fsdp_and_near_those_of_float32():
     ours, our_losses = summed(WholeModelGradients(state.loss, torch.bfloat16, replay=False, world=ALONE), state.model)
     exact, exact_losses = summed(AutogradGradients(state.loss), state.model)
     engine, world = EngineRecipe(precision="bfloat16", sharding="fsdp"), start_world("cpu")
-    prepare_blocks(other.model, engine, "fsdp", world)
+    mesh = mesh_of("fsdp", world)
+    prepare_blocks(other.model, engine, mesh, world.device)
     sharded = DenoisingLoss(other.model, other.edm, True)
-    shard_the_rest(sharded, engine, world)
+    shard_the_rest(sharded, engine, mesh, world.device)
     theirs, their_losses = summed(AutogradGradients(sharded), other.model)
     assert torch.allclose(our_losses, their_losses, rtol=1e-4)
     assert difference(ours, theirs) < 0.01

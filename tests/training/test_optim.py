@@ -16,8 +16,8 @@ from microdit.model.sizes import Size, resolve
 from microdit.recipe import EMARecipe, EngineRecipe, OptimizerRecipe, PhaseRecipe
 from microdit.training.ema import EMA, names_of
 from microdit.training.optim import Optimizers, _bundles, learning_rate
-from microdit.training.parallel import prepare_blocks
-from microdit.training.saving import _begin, whole
+from microdit.training.parallel import mesh_of, prepare_blocks
+from microdit.training.saving import Saver, load_into, newest_whole, whole
 from microdit.training.shards import total_norm
 
 
@@ -188,7 +188,7 @@ def test_gradients_that_are_held_are_taken_bundle_by_bundle_to_the_same_end(way,
         norms = []
         for optimizer, held in zip(optimizers, (None, gradients), strict=True):
             optimizer.set_rate(1e-2)
-            norms.append(total_norm(optimizer.take_gradients(held), False))
+            norms.append(total_norm(optimizer.take_gradients(held), None))
             optimizer.clip(largest, norms[-1])
             optimizer.step(torch.tensor(1.0))
             optimizer.zero_grad()
@@ -212,7 +212,7 @@ def test_the_state_of_a_sharded_model_is_sharded_and_survives_a_checkpoint(way, 
     world, models = start_world("cpu"), [small_model(), small_model()]
     found = []
     for model in models:
-        prepare_blocks(model, EngineRecipe(sharding="fsdp"), "fsdp", world)
+        prepare_blocks(model, EngineRecipe(sharding="fsdp"), mesh_of("fsdp", world), world.device)
         optimizers = Optimizers(model, way)
         optimizers.set_rate(1e-3)
         for weight in model.parameters():
@@ -226,8 +226,13 @@ def test_the_state_of_a_sharded_model_is_sharded_and_survives_a_checkpoint(way, 
         weight = models[0].get_parameter(name.partition("/")[0])
         assert isinstance(tensor, DTensor) == (isinstance(weight, DTensor) and tensor.dim() > 0), name
         assert tensor.dim() == 0 or len(tensor) == len(weight), name
-    (tmp_path / "shards").mkdir()
-    _begin(tmp_path / "shards", written, world).result()
-    load(read, storage_reader=HuggingFaceStorageReader(str(tmp_path / "shards")))
+    saver = Saver(tmp_path, world, 1, None, pytest.fail)
+    saver.save(1, written, {}, [])
+    assert saver.finish()
+    checkpoint = newest_whole(tmp_path, world, pytest.fail)
+    load_into(checkpoint, read, world)
     assert all(whole(tensor).equal(whole(read[name])) for name, tensor in written.items())
     assert any(whole(tensor).any() for tensor in read.values())
+    by_torch = {name: torch.zeros_like(whole(tensor)) for name, tensor in written.items()}
+    load(by_torch, storage_reader=HuggingFaceStorageReader(str(checkpoint.folder / "shards")), no_dist=True)
+    assert all(whole(tensor).equal(by_torch[name]) for name, tensor in written.items())

@@ -23,6 +23,7 @@ from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C
 from microdit.data.latents import Batch
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World
+from microdit.errors import UserError
 from microdit.model.blocks import layer_norm
 from microdit.model.elementwise import EAGER
 from microdit.model.microdit import MicroDiT
@@ -30,7 +31,7 @@ from microdit.model.sizes import Size, resolve
 from microdit.recipe import EngineRecipe
 from microdit.training.draws import add_draws
 from microdit.training.muon import orthogonalized
-from microdit.training.parallel import compile_elementwise, compute_dtype, sharding_of
+from microdit.training.parallel import compile_elementwise, compute_dtype, mesh_of, sharding_of
 from microdit.training.step import DenoisingLoss
 from tests.training.processes import HANG, RECIPE, losses, recorded, tensors, train
 
@@ -236,9 +237,32 @@ def test_what_auto_means(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
     assert sharding_of(EngineRecipe(), world(8, "cuda"), 1_165_000_000) == "ddp"
     assert sharding_of(EngineRecipe(), world(8, "cuda"), 3_000_000_000) == "fsdp"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert sharding_of(EngineRecipe(), world(64, "cuda"), 1_165_000_000) == "ddp"
+    assert sharding_of(EngineRecipe(), world(64, "cuda"), 3_000_000_000) == "hybrid"
+    assert sharding_of(EngineRecipe(), world(64, "cuda"), 30_000_000_000) == "fsdp"  # one machine has no room for its state
+    assert sharding_of(EngineRecipe(), world(8, "cuda"), 3_000_000_000) == "fsdp"
+    assert sharding_of(EngineRecipe(), world(12, "cuda"), 3_000_000_000) == "fsdp"
+    assert sharding_of(EngineRecipe(sharding="hybrid"), world(16), 1) == "hybrid"
+    for size, sentence in ((8, "there is one machine, with all 8 processes"), (12, "of 12 processes 8 run on this machine")):
+        with pytest.raises(UserError, match=f"engine.sharding is hybrid, and {sentence}: take engine.sharding fsdp"):
+            sharding_of(EngineRecipe(sharding="hybrid"), world(size), 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(UserError, match="of 8 processes 1 run"):
+        sharding_of(EngineRecipe(sharding="hybrid"), world(8), 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert compute_dtype(EngineRecipe(), torch.device("cpu")) == torch.float32
     assert compute_dtype(EngineRecipe(), torch.device("cuda")) == torch.bfloat16
+
+
+def test_hybrid_machines_must_be_alike(monkeypatch):
+    class UnlikeWorld(World):
+        def gather(self, value, group=None):
+            return [6] * 6 + [3] * 6
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    with pytest.raises(UserError, match="the machines run 3 and 6 processes: start as many on each"):
+        mesh_of("hybrid", UnlikeWorld(0, 12, torch.device("cpu"), None, None))
 
 
 def test_torchrun_starts_all_again_when_one_dies(tmp_path, encoded_emoji, plain):

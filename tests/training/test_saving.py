@@ -39,13 +39,13 @@ def test_what_is_saved_is_loaded_and_whole_weights_lie_beside_it(tmp_path, world
     assert saver.finish()
     checkpoint = newest_whole(tmp_path, world, pytest.fail)
     into = tensors(0.0)
-    load_into(checkpoint, into)
+    load_into(checkpoint, into, world)
     assert all(into[name].equal(tensor) for name, tensor in tensors(7.0).items())
     assert checkpoint.state["note"] == 7
     assert load_file(checkpoint.folder / "ema.safetensors")["w"].tolist() == [[-7, -7]] * 3
     assert checkpoint.weights == ["ema", "model"]
     with pytest.raises(UserError, match="does not hold what this recipe's training needs"):
-        load_into(checkpoint, {"model/other": torch.zeros(3)})
+        load_into(checkpoint, {"model/other": torch.zeros(3)}, world)
 
 
 def test_what_is_saved_is_of_the_moment_of_saving(tmp_path, world):
