@@ -41,6 +41,10 @@ class Written(NamedTuple):
     pieces: dict[str, Pieces]
 
 
+class _SaveFailedError(Exception):
+    """On whatever process; the message says why."""
+
+
 class Saver:
     """Saves one checkpoint at a time; a second save waits for the first."""
 
@@ -98,25 +102,32 @@ class Saver:
 
     def _complete(self, aside: Path, step: int, share: dict[str, Rows], state: dict[str, Any], exported: dict[str, Tensors]) -> None:
         """`share`: what this process writes. `exported`: the parts that shall also lie there whole, as meta tensors."""
-        problem: str | None = None
-        written = Written({}, {})
         try:
-            written = self._write(aside / SHARDS, share, exported)
-        except Exception as error:  # whatever a write can raise, on any process: kept, and told by `finish`
-            problem = _in_words(error)
-        share.clear()  # its memory is as much as all that this process trains
-        try:
-            answers = self.world.gather((problem, written), self.world.saving)
-            problem = next((found for found, _ in answers if found), None)
+            written = self._of_all(lambda: self._write(aside / SHARDS, share, exported))
+            share.clear()  # its memory is as much as all that this process trains
+            exports = self._of_all(lambda: self._export(aside, exported, written))
+            checksums = {name: checksum for part in (*(its.checksums for its in written), *exports) for name, checksum in part.items()}
+            self._of_all(lambda: self._publish(aside, step, state, checksums) if self.world.is_main else None)
+            self.last_saved = step
+        except _SaveFailedError as failed:
+            self._problem = str(failed)
             if self.world.is_main:
-                problem = problem or self._try_to_publish(aside, step, state, exported, [part for _, part in answers])
-                if problem:
-                    shutil.rmtree(aside, ignore_errors=True)
-            self._problem = self.world.share(problem, self.world.saving)
+                shutil.rmtree(aside, ignore_errors=True)
         except RuntimeError as error:  # another process died; the loop ends for the same reason
             self._problem = f"the processes lost each other ({error})"
-        if self._problem is None:
-            self.last_saved = step
+
+    def _of_all(self, work: Callable[[], T]) -> list[T]:
+        """What each process's `work` comes to. Raises _SaveFailedError on all of them if it cannot be done on one, whatever it raises."""
+        done: list[T] = []
+        problem = None
+        try:
+            done.append(work())
+        except Exception as error:  # kept, and told by `finish`
+            problem = _in_words(error)
+        answers = self.world.gather((problem, done), self.world.saving)
+        if problem := next((found for found, _ in answers if found), None):
+            raise _SaveFailedError(problem)
+        return [result for _, results in answers for result in results]
 
     def _write(self, folder: Path, share: dict[str, Rows], exported: dict[str, Tensors]) -> Written:
         path, rank = folder / shard_name(self.world.rank), self.world.rank
@@ -127,32 +138,26 @@ class Saver:
         }
         return Written({f"{SHARDS}/{path.name}": _flushed_checksum(path)} if share else {}, pieces)
 
-    def _try_to_publish(
-        self, aside: Path, step: int, state: dict[str, Any], exported: dict[str, Tensors], written: list[Written]
-    ) -> str | None:
-        """What went wrong, if anything did."""
-        try:
-            self._publish(aside, step, state, exported, written)
-            self._prune()
-        except Exception as error:
-            return _in_words(error)
-        return None
-
-    def _publish(self, aside: Path, step: int, state: dict[str, Any], exported: dict[str, Tensors], written: list[Written]) -> None:
-        """Whole weights, checksums, state; then the name."""
-        checksums = {name: checksum for part in written for name, checksum in part.checksums.items()}
+    def _export(self, aside: Path, exported: dict[str, Tensors], written: list[Written]) -> dict[str, str]:
+        """Whole weights, each part put together by one of the processes: checksums by file."""
         files = [aside / SHARDS / shard_name(rank) for rank in range(self.world.size)]
-        for part, tensors in exported.items():
+        checksums = {}
+        for part, tensors in list(exported.items())[self.world.rank :: self.world.size]:
             whole = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
             fill([Rows(0, tensor) for tensor in whole.values()], np.concatenate([its.pieces[part] for its in written]), files)
             path = aside / f"{part}.safetensors"
             save_file(whole, path)
             checksums[path.name] = _flushed_checksum(path)
+        return checksums
+
+    def _publish(self, aside: Path, step: int, state: dict[str, Any], checksums: dict[str, str]) -> None:
+        """Checksums and state; then the name. Older checkpoints go."""
         write_aside(aside / STATE, to_checked_json({"step": step, "files": dict(sorted(checksums.items())), **state}))
         target = self.run / FOLDER / f"step-{step:08d}"
         if target.is_dir():
             _delete(target)
         aside.rename(target)
+        self._prune()
 
     def _prune(self) -> None:
         for old in checkpoint_folders(self.run)[self.keep :]:
