@@ -103,7 +103,9 @@ def _listings(place: Path) -> list[Row]:
 def _rows_of(what: str, listed: dict[int, Listed]) -> list[Row]:
     """Reckoned from both sizes: so much for each file beyond the first size."""
     (few, small), (many, large) = listed.items()
-    seconds, grown, others, grown_others = ((at_many - at_few) / (many - few) for at_few, at_many in zip(small, large, strict=True))
+    seconds, grown, others, grown_others = (
+        max(0.0, (at_many - at_few) / (many - few)) for at_few, at_many in zip(small, large, strict=True)
+    )
 
     def figures(measured: list[str], reckoned: str) -> dict[str, str]:
         return dict(zip(SIZES, [*measured, f"-> {reckoned}"], strict=True))
