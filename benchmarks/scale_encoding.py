@@ -33,11 +33,14 @@ PROCESSES = dict(zip(SIZES, (2, 8, 64), strict=True))
 MOST_SECONDS = 15 * 60
 MOST_BYTES = 100  # of memory for each file
 FOLDER = 1000  # files of each
+FILL_SECONDS = 5  # in which files are made
+IN_MEMORY = Path("/dev/shm")  # where a hundred thousand files are made in seconds: listing them is Python's work, not the disk's
 CAPTION = "a photograph of something, told in as many words as captions that a model has written tend to have, which is about sixty: " * 2
 
 
 def rows(place: Path) -> list[Row]:
-    return [_starts(place / "starts"), *_listings(place / "listings")]
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY if IN_MEMORY.is_dir() else place) as listings:
+        return [_starts(place / "starts"), *_listings(Path(listings) / "listings")]
 
 
 def _starts(place: Path) -> Row:
@@ -81,10 +84,14 @@ class Listed(NamedTuple):
 
 
 def _listings(place: Path) -> list[Row]:
+    """Of the first size, and of the second or as many files as the disk makes in FILL_SECONDS."""
     plain, with_list = {}, {}
-    for size in ("1 x", "10 x"):
-        folder, count = place / size, int(PICTURES * SIZES[size])
+    counts = [int(PICTURES * SIZES["1 x"]), int(PICTURES * SIZES["10 x"])]
+    for number in range(2):
+        folder, started = place / str(number), time.perf_counter()
+        count = counts[number]
         _fill(folder, count)
+        counts[1] = min(counts[1], count + int(count * FILL_SECONDS / (time.perf_counter() - started)))
         plain[count] = _in_a_process(partial(_list, folder, place / "set"))
         _write_list(folder, count)
         with_list[count] = _in_a_process(partial(_list, folder, place / "set"))
@@ -96,13 +103,16 @@ def _listings(place: Path) -> list[Row]:
 def _rows_of(what: str, listed: dict[int, Listed]) -> list[Row]:
     """Reckoned from both sizes: so much for each file beyond the first size."""
     (few, small), (many, large) = listed.items()
-    seconds, grown, others, grown_others = ((at_many - at_few) / (many - few) for at_few, at_many in zip(small, large, strict=True))
+    seconds, grown, others, grown_others = (
+        max(0.0, (at_many - at_few) / (many - few)) for at_few, at_many in zip(small, large, strict=True)
+    )
 
     def figures(measured: list[str], reckoned: str) -> dict[str, str]:
         return dict(zip(SIZES, [*measured, f"-> {reckoned}"], strict=True))
 
-    of_lister = [f"{each.seconds:.1f} s, {each.bytes / 1e6:.0f} MB" for each in (small, large)]
-    of_others = [f"{each.seconds_taken_over:.1f} s, {each.bytes_taken_over / 1e6:.0f} MB" for each in (small, large)]
+    both = (f"{few:,}", small), (f"{many:,}", large)
+    of_lister = [f"{files}: {each.seconds:.1f} s, {each.bytes / 1e6:.0f} MB" for files, each in both]
+    of_others = [f"{files}: {each.seconds_taken_over:.1f} s, {each.bytes_taken_over / 1e6:.0f} MB" for files, each in both]
     holds = seconds * PICTURES < MOST_SECONDS and grown < MOST_BYTES
     holds_others = others * PICTURES < MOST_SECONDS and grown_others < MOST_BYTES
     bar = f"{MOST_SECONDS // 60} min, {MOST_BYTES} bytes a file"

@@ -15,7 +15,7 @@ from microdit.data.untrusted import OUTSIDE, lies_in, roots_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_ENDS = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
-BLOCK = 100_000  # names that are Python objects at a time
+BLOCK = 10_000  # names that are Python objects at a time
 LOCKED = "folder cannot be read"
 
 
