@@ -35,7 +35,7 @@ def one_hot_flops(config: ModelConfig, tokens: int, kept: int) -> int:
 
 
 def counted(config: ModelConfig, side: int, kept: int | None, caption_tokens: int, device: str = "meta") -> tuple[int, int]:
-    """Forward alone, and forward with backward, of two samples. On the CPU small models really compute, twice as fast as nothing on "meta"."""
+    """Forward alone, and forward with backward, of two samples. On the CPU small models compute, twice as fast as on "meta"."""
     B = 2
     with torch.device(device):
         model = MicroDiT(config)
