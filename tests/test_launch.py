@@ -33,7 +33,7 @@ def test_what_is_started_again_and_what_is_not(tmp_path, end, again):
     command.parent.mkdir(parents=True)
     command.write_text(COMMAND.format(end=end))
     command.chmod(0o755)
-    done = subprocess.run(["bash", SCRIPT, "a recipe", "seed=1"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", SCRIPT, "a recipe", "seed=1"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls == ["train a recipe seed=1 --resume"] * (2 if again else 1)
     assert done.returncode == (3 if again else int(end.split()[-1]))

@@ -154,7 +154,7 @@ class Meeting:
     """Threads of this process as the processes of a run, for what `extract` says to the others. One works at a time."""
 
     def __init__(self, size: int):
-        self.size, self.turn, self.barrier = size, threading.Lock(), threading.Barrier(size, timeout=60)
+        self.size, self.turn, self.barrier = size, threading.Lock(), threading.Barrier(size, timeout=600)
         self.said: list[Any] = [None] * size
 
     def world(self, world: World, rank: int) -> World:

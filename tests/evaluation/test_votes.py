@@ -31,7 +31,7 @@ class Browser:
         self.address = url.removeprefix("http://").rstrip("/")
 
     def send(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection(self.address, timeout=60)
+        connection = http.client.HTTPConnection(self.address, timeout=600)
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()
         content = response.read()
@@ -164,7 +164,7 @@ def test_a_killed_server_has_kept_each_vote_and_ctrl_c_says_what_there_is(questi
     assert browser.next() == state
     browser.likes_red(state)
     child.send_signal(signal.SIGINT)
-    seen = child.communicate(timeout=60)[0]
+    seen = child.communicate(timeout=600)[0]
     assert child.returncode == 0, seen
     assert "win_rate=1.0" in seen
     assert "pairs=3" in seen
@@ -249,8 +249,8 @@ def test_a_port_that_is_taken_is_said_in_a_sentence(questions, tmp_path):
 def test_idle_connections_are_bounded_and_votes_go_on(questions, tmp_path):
     with serving(VerdictFile(tmp_path / "verdicts.jsonl", questions, HUMAN)) as browser:
         host, port = browser.address.split(":")
-        idle = [socket.create_connection((host, int(port)), timeout=60) for _ in range(MOST_CONNECTIONS)]
-        late = socket.create_connection((host, int(port)), timeout=60)
+        idle = [socket.create_connection((host, int(port)), timeout=600) for _ in range(MOST_CONNECTIONS)]
+        late = socket.create_connection((host, int(port)), timeout=600)
         assert late.recv(1) == b""  # closed at once; the others still wait for their requests
         for connection in (late, *idle):
             connection.close()

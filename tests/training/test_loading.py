@@ -19,7 +19,10 @@ def test_batches_come_in_order_and_not_far_ahead():
         return step * step
 
     loader = Loader(make, range(3, 10), ahead=2, timeout=HANG, where=str)
-    time.sleep(0.1)
+    deadline = time.monotonic() + HANG
+    while len(made) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)  # in which no more come
     assert made == [3, 4, 5]  # two wait, one is ready to be put
     assert [loader.next() for _ in range(7)] == [step * step for step in range(3, 10)]
 
@@ -53,11 +56,17 @@ def test_a_disk_that_does_not_answer_is_named_after_the_time_out(tmp_path, encod
     lost = tmp_path / "lost"
     os.mkfifo(lost)
 
+    hanging = threading.Event()
+
     def make(step):
         batch = mixture.batch(step)
-        return batch if step < 2 else lost.read_bytes()
+        if step < 2:
+            return batch
+        hanging.set()
+        return lost.read_bytes()
 
-    loader = Loader(make, range(5), ahead=1, timeout=0.5, where=mixture.where)
+    loader = Loader(make, range(5), ahead=2, timeout=0.5, where=mixture.where)
+    assert hanging.wait(HANG)
     assert len(loader.next().latents_BCHW) == len(loader.next().latents_BCHW) == 8
     with pytest.raises(UserError, match=rf"{NAME} has given no batch for 0.5 s .*reading row \d+ of {encoded_emoji}"):
         loader.next()
