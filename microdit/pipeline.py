@@ -129,10 +129,12 @@ class Pipeline:
         return cls.from_checkpoint(checkpoint, weights), checkpoint
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, weights: str | None = None) -> "Pipeline":
-        """With those of its weights that `from_run` takes."""
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, weights: str | None = None, loaded: tuple[Autoencoder, TextEncoder] | None = None
+    ) -> "Pipeline":
+        """With those of its weights that `from_run` takes. `loaded` as in `around`."""
         model = model_of(checkpoint.model_config, checkpoint.tensors(weights or default_weights(checkpoint)))
-        return cls.around(model, checkpoint.state)
+        return cls.around(model, checkpoint.state, loaded)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Pipeline":
         """Move all parts, and let products be computed in `dtype`; nothing is copied. Latents, noise levels and solvers stay as they are.

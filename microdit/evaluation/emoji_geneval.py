@@ -49,12 +49,13 @@ class EmojiDetector:
     Every detection scores above 0.9: it has one threshold, `FIT`, and those of the rules are for networks.
     """
 
+    fingerprint = f"emoji {WORK} {MARGIN} {len(SIZES)} {FIT} {RIVAL_SIZE} {RIVAL_LEAD} {RING} {RING_DARKNESS} {OVERLAP}"
+
     def __init__(self) -> None:
         self._templates = list(_templates().values())
         self._spectra = [_spectra([template.pixels for template in self._templates], size) for size in SIZES]
         self.class_names = frozenset(template.class_name for template in self._templates)
         self._rivals = _Rivals()
-        self.fingerprint = f"emoji {WORK} {MARGIN} {len(SIZES)} {FIT} {RIVAL_SIZE} {RIVAL_LEAD} {RING} {RING_DARKNESS} {OVERLAP}"
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> list[Detection]:

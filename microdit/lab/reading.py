@@ -7,8 +7,11 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from microdit.checkpoint import find_weights
 from microdit.data.sources import open_source
 from microdit.distributed import World
+from microdit.encoders.autoencoder import Autoencoder
+from microdit.encoders.text import TextEncoder
 from microdit.errors import UserError
 from microdit.evaluation.extraction import extract, feature_cache
 from microdit.evaluation.frechet import Gaussian, fit_gaussian, sample_distance
@@ -44,11 +47,11 @@ class Reader:
         self._right_N = spread_ids(len(self._records), study.pictures)
         self._captions = [self._records[i].captions["caption"] for i in self._right_N]
         self._real: tuple[Tensor, Gaussian] | None = None
+        self._encoders: dict[tuple[str, str], tuple[Autoencoder, TextEncoder]] = {}  # by their names: loaded once for all readings
 
     def read(self, run: Path, held_out: str | None) -> tuple[Reading, list[Image.Image]]:
         """Of the newest checkpoint, and pictures of the study's prompts. `held_out`: the folder of samples that were not learnt from."""
-        pipeline, checkpoint = Pipeline.from_run(run, _refuse)
-        side = checkpoint.state["data"]["resolution"]
+        pipeline, side = self._open(run)
         real_MD, gaussian = self._reference(side)
         settings = SamplerSettings(self._study.num_inference_steps, self._study.guidance_scale)
         drawn_ND = self._network(pipeline(self._captions, settings, seed=0))
@@ -61,6 +64,16 @@ class Reader:
             recognised=retrieval(drawn_ND, real_MD, self._right_N).top_10,
         )
         return reading, strip
+
+    def _open(self, run: Path) -> tuple[Pipeline, int]:
+        """The newest checkpoint's pipeline, and the side of its pictures."""
+        checkpoint = find_weights(run, _refuse)
+        assert checkpoint is not None, "the run has just ended"
+        data = checkpoint.state["data"]
+        names = data["autoencoder"]["name"], data["text_encoder"]["name"]
+        pipeline = Pipeline.from_checkpoint(checkpoint, loaded=self._encoders.get(names))
+        self._encoders[names] = pipeline.autoencoder, pipeline.text_encoder
+        return pipeline, data["resolution"]
 
     def _held_out_loss(self, pipeline: Pipeline, side: int, folder: str | None) -> float:
         assert folder is not None

@@ -82,7 +82,7 @@ def test_the_authors_553_prompts_are_comparable_but_for_the_detector():
         ({"prompts": 552}, "552 prompts, not 553"),
         ({"without_pictures": 3}, "3 prompts have no picture"),
         ({"pictures": {**OFFICIAL.pictures, "colors": 94}}, "1,930 pictures, not 4 of each of the authors' prompts"),
-        ({"judges": f"{EmojiDetector().fingerprint} {EmojiColours().fingerprint}"}, "prompts about emoji, judged by matching Twemoji, "
+        ({"judges": f"{EmojiDetector.fingerprint} {EmojiColours().fingerprint}"}, "prompts about emoji, judged by matching Twemoji, "
          "not GenEval's prompts and detector"),
     ],
 )  # fmt: skip

@@ -24,7 +24,7 @@ reference: {arm: none, steps: 8}
 seeds: [0, 1]
 readings: [0.5, 1.0]
 measures: [frechet_distance, held_out_loss]
-pictures: 12
+pictures: 6
 num_inference_steps: 2
 prompts: [red heart, owl]
 arms:
@@ -124,7 +124,7 @@ def test_a_study_that_changed_is_not_mixed_with_its_old_results(laboratory):
     refused = microdit("lab", "run", "small.yaml", cwd=laboratory)
     assert refused.returncode == 1
     assert "holds results of this study as it was before deferred changed: choose another --out" in refused.output
-    for key, value in (("pictures: 12", "pictures: 13"), ("readings:", "budgets: [flops]\nreadings:")):
+    for key, value in (("pictures: 6", "pictures: 13"), ("readings:", "budgets: [flops]\nreadings:")):
         (laboratory / "small.yaml").write_text(LONGER.replace(key, value))
         for command in ("run", "report"):
             otherwise = microdit("lab", command, "small.yaml", cwd=laboratory)
