@@ -73,7 +73,7 @@ def find_images(folder: Path) -> Pictures:
             with os.scandir(os.path.join(top, inside)) as entries:
                 for entry in entries:
                     name = inside + entry.name
-                    if _is_folder(entry):
+                    if is_folder(entry):
                         if not entry.is_symlink():
                             waiting.append(name + b"/")
                         elif not lies_in(folder / os.fsdecode(name), roots):
@@ -90,8 +90,8 @@ def find_images(folder: Path) -> Pictures:
     return Pictures(*_arrays_of(array.take(pc.sort_indices(array))), {os.fsdecode(name): problem for name, problem in problems.items()})
 
 
-def _is_folder(entry: os.DirEntry[bytes]) -> bool:
-    """Also a link to one."""
+def is_folder(entry: os.DirEntry[Any]) -> bool:
+    """Also a link to one; a link that leads round in a circle is none."""
     try:
         return entry.is_dir()
     except OSError:

@@ -216,7 +216,7 @@ def _open_path(name: str, captions: dict[str, float] | None, list_once: "ListOnc
 def _open_folder(folder: Path, captions: dict[str, float] | None, list_once: "ListOnce | None") -> Source:
     from microdit.data.archives import archive_source
     from microdit.data.folders import folder_source
-    from microdit.data.listing import IMAGE_SUFFIXES
+    from microdit.data.listing import IMAGE_SUFFIXES, is_folder
     from microdit.data.tables import saved_source, table_source
 
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -226,12 +226,12 @@ def _open_folder(folder: Path, captions: dict[str, float] | None, list_once: "Li
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name.lower()
-                if name.endswith(ARCHIVES) and not entry.is_dir():
+                if name.endswith(ARCHIVES) and not is_folder(entry):
                     archives.append(folder / entry.name)
-                elif name.endswith(".parquet") and not entry.is_dir():
+                elif name.endswith(".parquet") and not is_folder(entry):
                     tables.append(folder / entry.name)
                 elif not pictures:
-                    pictures = name.endswith(IMAGE_SUFFIXES) and not name.startswith(".") and not entry.is_dir()
+                    pictures = name.endswith(IMAGE_SUFFIXES) and not name.startswith(".") and not is_folder(entry)
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be read: {error.strerror}.") from error
     if pictures and (archives or tables):

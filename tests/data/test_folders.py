@@ -4,6 +4,7 @@ import os
 import pytest
 
 from microdit.data.folders import folder_source
+from microdit.data.sources import open_source
 from microdit.errors import UserError
 from tests.data.pictures import keys_of, picture, problems_of, records_of, write_file
 
@@ -174,3 +175,17 @@ def test_a_line_that_is_too_long_costs_itself(tmp_path, kind):
         "no.png" if kind == "jsonl" else "metadata.csv#5": "caption is too long" if kind == "jsonl" else "metadata line is too long",
         "b.png": "no caption",  # no line names it
     }
+
+
+def test_a_link_that_leads_round_in_a_circle_is_a_rejected_record_or_a_sentence(tmp_path):
+    for name in ("pictures/a.png", "tars/a.tar", "tables/a.parquet"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(tmp_path / name)
+    write_file(tmp_path / "pictures" / "b.png", picture())
+    write_file(tmp_path / "pictures" / "b.txt", b"words")
+    found = problems_of(records_of(open_source(str(tmp_path / "pictures"))))
+    assert (list(found), bool(found["a.png"]), found["b.png"]) == (["a.png", "b.png"], True, "")
+    (problem,) = problems_of(records_of(open_source(str(tmp_path / "tars")))).values()
+    assert problem
+    with pytest.raises(UserError, match=r"a\.parquet"):
+        open_source(str(tmp_path / "tables"))
