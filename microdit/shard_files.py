@@ -25,6 +25,7 @@ PIECE = np.dtype([("tensor", "<i4"), ("file", "<i4"), ("first", "<i4"), ("rows",
 Pieces = NDArray[np.void]
 NO_PIECES: Pieces = np.empty(0, PIECE)
 
+MOST_AT_ONCE = 1000  # pieces in one call: systems take 1,024
 MOST_HEADER = 100_000_000  # bytes: the limit of safetensors itself
 LENGTH = struct.Struct("<Q")
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # as torch.distributed.checkpoint writes them
@@ -128,26 +129,40 @@ def fill(wanted: Sequence[Rows], pieces: Pieces, files: Sequence[Path]) -> None:
     _refuse_overlaps(pieces)
     missing = [rows.length for rows in wanted]
     landing = [_Landing(rows) for rows in wanted]
-    pieces = np.sort(pieces, order=["file", "at"])
+    pieces = pieces[np.lexsort((pieces["at"], pieces["file"]))]
     for of_file in np.split(pieces, np.flatnonzero(np.diff(pieces["file"])) + 1) if len(pieces) else []:
         path = files[of_file["file"][0]]
-        with path.open("rb") as stream:
-            position = 0
+        with path.open("rb", buffering=0) as stream:
+            run: list[memoryview] = []
+            begin = position = 0
             for tensor, _, first, rows, at in of_file.tolist():
                 place = landing[tensor]
-                begin, end = max(first, place.first), min(first + rows, place.end)
-                start = at + (begin - first) * place.row
-                if start != position:  # a seek drops what was read ahead
-                    stream.seek(start)
-                memory = place.memory[(begin - place.first) * place.row : (end - place.first) * place.row]
-                if stream.readinto(memory) != len(memory):
-                    raise ValueError(f"{path} is shorter than its header says")
-                position = start + len(memory)
-                missing[tensor] -= end - begin
+                low, high = max(first, place.first), min(first + rows, place.end)
+                start = at + (low - first) * place.row
+                if start != position or len(run) == MOST_AT_ONCE:
+                    _read(stream.fileno(), run, begin, path)
+                    run, begin = [], start
+                run.append(place.memory[(low - place.first) * place.row : (high - place.first) * place.row])
+                position = start + len(run[-1])
+                missing[tensor] -= high - low
+            _read(stream.fileno(), run, begin, path)
     if any(missing):
         raise ValueError("some rows are in no file")
     for place in landing:
         place.arrive()
+
+
+def _read(file: int, run: list[memoryview], at: int, path: Path) -> None:
+    """Fill memory, one after the other, with what lies in a file from byte `at` on: in one call, in which other Python threads go on."""
+    while run:
+        count = os.preadv(file, run, at)
+        if not count and any(map(len, run)):
+            raise ValueError(f"{path} is shorter than its header says")
+        at += count
+        while run and len(run[0]) <= count:
+            count -= len(run.pop(0))
+        if count:
+            run[0] = run[0][count:]
 
 
 def assembled(paths: Sequence[Path], part: str) -> dict[str, Tensor]:
@@ -177,7 +192,7 @@ def _empty(name: str, entries: list[Entry]) -> Tensor:
 
 def _refuse_overlaps(pieces: Pieces) -> None:
     """Raises ValueError if rows are in two places, or missing between two."""
-    pieces = np.sort(pieces, order=["tensor", "first"])
+    pieces = pieces[np.lexsort((pieces["first"], pieces["tensor"]))]
     neighbours = np.diff(pieces["tensor"]) == 0
     if (pieces["first"][:-1] + pieces["rows"][:-1] != pieces["first"][1:])[neighbours].any():
         raise ValueError("some rows are in no file, or in two")
