@@ -30,10 +30,11 @@ from microdit.encoders.text import MiniLM, TextEncoder
 FORK = multiprocessing.get_context("fork")
 TRIALS = 20
 PROCESSES = dict(zip(SIZES, (2, 8, 64), strict=True))
-MOST_SECONDS = 15 * 60
-MOST_BYTES = 100  # of memory for each file
+MOST_SECONDS = 30 * 60  # once, on one process
+MOST_BYTES = 150  # of memory for each file: twice its name, and numbers, while names are sorted
 FOLDER = 1000  # files of each
-FILL_SECONDS = 5  # in which files are made
+FEW = 37_000  # files of the smaller listing
+FILL_SECONDS = 20  # in which those of the larger one are made
 IN_MEMORY = Path("/dev/shm")  # where a hundred thousand files are made in seconds: listing them is Python's work, not the disk's
 CAPTION = "a photograph of something, told in as many words as captions that a model has written tend to have, which is about sixty: " * 2
 
@@ -84,9 +85,9 @@ class Listed(NamedTuple):
 
 
 def _listings(place: Path) -> list[Row]:
-    """Of the first size, and of the second or as many files as the disk makes in FILL_SECONDS."""
+    """Of FEW files, and of a tenth of the paper's or as many as can be made in FILL_SECONDS."""
     plain, with_list = {}, {}
-    counts = [int(PICTURES * SIZES["1 x"]), int(PICTURES * SIZES["10 x"])]
+    counts = [FEW, int(PICTURES * SIZES["10 x"])]
     for number in range(2):
         folder, started = place / str(number), time.perf_counter()
         count = counts[number]
@@ -101,10 +102,12 @@ def _listings(place: Path) -> list[Row]:
 
 
 def _rows_of(what: str, listed: dict[int, Listed]) -> list[Row]:
-    """Reckoned from both sizes: so much for each file beyond the first size."""
+    """Reckoned: seconds as the larger listing's, memory as what it needs beyond the smaller one's, for each file."""
     (few, small), (many, large) = listed.items()
-    seconds, grown, others, grown_others = (
-        max(0.0, (at_many - at_few) / (many - few)) for at_few, at_many in zip(small, large, strict=True)
+    seconds, others = large.seconds / many, large.seconds_taken_over / many
+    grown, grown_others = (
+        max(0.0, after - before) / (many - few)
+        for before, after in ((small.bytes, large.bytes), (small.bytes_taken_over, large.bytes_taken_over))
     )
 
     def figures(measured: list[str], reckoned: str) -> dict[str, str]:
