@@ -85,24 +85,9 @@ def find_images(folder: Path) -> Pictures:
                         names = []
         except OSError:
             problems[inside.rstrip(b"/") or b"."] = LOCKED
-    blocks.append(pa.array([*names, *problems], pa.large_binary()))
-    array = pa.chunked_array(blocks).combine_chunks()
+    array = pa.chunked_array([*blocks, pa.array([*names, *problems], pa.large_binary())]).combine_chunks()
     del blocks, names
-    return Pictures(*_sorted(array), {os.fsdecode(name): problem for name, problem in problems.items()})
-
-
-def _sorted(array: Any) -> tuple[int, NDArray[np.int64], NDArray[np.uint8]]:
-    """`_arrays_of` the names in order. Taken block by block, so that there are two copies of them at a time, and no third."""
-    order, (count, unsorted, _) = pc.sort_indices(array), _arrays_of(array)
-    offsets, names = np.zeros(count + 1, np.int64), np.empty(int(unsorted[-1]), np.uint8)
-    for start in range(0, count, BLOCK):
-        taken, ends, block = _arrays_of(array.take(order[start : start + BLOCK]))
-        begin = int(offsets[start])
-        offsets[start + 1 : start + 1 + taken] = begin + ends[1:]
-        names[begin : begin + len(block)] = block
-    del array, unsorted, order, _
-    pa.default_memory_pool().release_unused()
-    return count, offsets, names
+    return Pictures(*_arrays_of(array.take(pc.sort_indices(array))), {os.fsdecode(name): problem for name, problem in problems.items()})
 
 
 def is_folder(entry: os.DirEntry[Any]) -> bool:
