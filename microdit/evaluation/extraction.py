@@ -73,7 +73,7 @@ def extract(
     """Of the pictures in their order, cut to squares of `side` pixels, if given. Every process must call this, and gets all.
 
     `what`: the pictures' name in lines of progress. `folder`: where blocks are kept, visible to all processes. Raises UserError if the
-    pictures change meanwhile.
+    pictures change meanwhile, or the folder cannot be written; on all processes, if on one.
     """
     hashes = _hashes(what, parts, world)
     counts = tuple(len(part) // DIGEST for part in hashes)
@@ -83,13 +83,19 @@ def extract(
     there = _gathered([_read(path, warn) is not None for path in paths[world.rank :: world.size]], world, len(paths))
     missing = [number for number, found in enumerate(there) if not found]
     mine = missing[len(missing) * world.rank // world.size : len(missing) * (world.rank + 1) // world.size]
-    with progress(f"features of {what}, {network.name}", sum(len(of_blocks[number]) // DIGEST for number in mine)) as advance:
+    wanted = sum(len(of_blocks[number]) // DIGEST for number in mine)
+    with world.together(), progress(f"features of {what}, {network.name}", wanted) as advance:
         for block, contents in _blocks(parts, counts, mine):
             if b"".join(hashlib.sha256(content).digest() for content in contents) != of_blocks[block]:
                 raise UserError(CHANGED)
-            _write(paths[block], network, side, contents)
+            try:
+                _write(paths[block], network, side, contents)
+            except OSError as error:
+                raise UserError(
+                    f"Features of {what} cannot be kept in {folder} ({error.strerror}): make room there, or let it be written; those of reference "
+                    "sets lie below XDG_CACHE_HOME, which may name another place."
+                ) from error
             advance(len(contents))
-    world.wait_for_all()
     return _join(paths, counts, warn)
 
 

@@ -228,3 +228,9 @@ def test_pictures_that_change_while_they_are_read_end_in_a_sentence(tmp_path, wo
     versions = iter([[b"x"] * 6, later])
     with pytest.raises(UserError, match="changed while they were read"):
         extract(MeanColours(), "pictures", [lambda: iter(next(versions))], None, tmp_path, world, pytest.fail)
+
+
+def test_a_cache_that_cannot_be_written_is_a_sentence(tmp_path, world):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"Features of owls cannot be kept in .*file/cache \(Not a directory\): make room there"):
+        extract(MeanColours(), "owls", parts_of([png(picture(0))], 1), 8, tmp_path / "file" / "cache", world, pytest.fail)
