@@ -92,8 +92,8 @@ def extract(
                 _write(paths[block], network, side, contents)
             except OSError as error:
                 raise UserError(
-                    f"Features of {what} cannot be kept in {folder} ({error.strerror}): make room there, or let it be written; those of reference "
-                    "sets lie below XDG_CACHE_HOME, which may name another place."
+                    f"Features of {what} cannot be kept in {folder} ({error.strerror}): make room there, or let it be written; those of "
+                    "reference sets lie below XDG_CACHE_HOME, which may name another place."
                 ) from error
             advance(len(contents))
     return _join(paths, counts, warn)
