@@ -163,18 +163,20 @@ def _join(
     """
     rank, ranks = share
     what = f"The unfinished encoding {folder}"
-    held.enter_context(locked(folder / f".rank-{rank}-of-{ranks}.lock", what))
-    others = [path for path in folder.glob(".rank-*-of-*.lock") if not path.name.startswith(f".rank-{rank}-of-{ranks}.")]
-    for other in others:
-        if not other.name.endswith(f"-of-{ranks}.lock"):
-            refuse_locked(other, what)
-    first = not any(is_held(other) for other in others)
-    _begin(folder, plan, first)
-    if first:
-        for left in folder.glob(".*.part"):  # of processes that were killed
-            left.unlink(missing_ok=True)
-        if changed := remove_changed(folder, parts):
-            warn(f"Changed since they were encoded, so encoded anew: {in_words(changed)}.")
+    with ExitStack() as taken:  # let go at once if this process is refused: while it is its turn, so that no other sees it here
+        taken.enter_context(locked(folder / f".rank-{rank}-of-{ranks}.lock", what))
+        others = [path for path in folder.glob(".rank-*-of-*.lock") if not path.name.startswith(f".rank-{rank}-of-{ranks}.")]
+        for other in others:
+            if not other.name.endswith(f"-of-{ranks}.lock"):
+                refuse_locked(other, what)
+        first = not any(is_held(other) for other in others)
+        _begin(folder, plan, first)
+        if first:
+            for left in folder.glob(".*.part"):  # of processes that were killed
+                left.unlink(missing_ok=True)
+            if changed := remove_changed(folder, parts):
+                warn(f"Changed since they were encoded, so encoded anew: {in_words(changed)}.")
+        held.enter_context(taken.pop_all())
 
 
 def _encode_parts(

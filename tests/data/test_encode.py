@@ -298,12 +298,12 @@ def test_eight_processes_that_begin_together_all_succeed(tmp_path, text_encoder,
         assert not list(out.glob(".*"))
 
 
-def test_of_two_numbers_of_ranks_that_begin_together_one_is_refused(tmp_path, text_encoder):
+def test_two_numbers_of_ranks_that_begin_together_are_never_at_it_at_once(tmp_path, text_encoder):
     codes = encode_together(
         [(rank, 4) for rank in range(4)] + [(0, 5)], source_of(*[[good(n)] for n in range(8)]), tmp_path / "set", text_encoder
     )
-    assert codes in ([0, 0, 0, 0, REFUSED], [REFUSED] * 4 + [0])
-    assert (tmp_path / "set").exists() == (codes[4] == REFUSED)
+    assert set(codes) <= {0, REFUSED}  # which ones, depends on who comes first, and who has ended by then
+    assert (tmp_path / "set").exists() == (codes[:4] == [0] * 4)
 
 
 def test_ranks_that_come_when_all_is_done_have_nothing_to_do(tmp_path, text_encoder):
