@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from fabricated import plan_of
 from page_cache import bytes_read, forget
 from scale_row import SHARD_ROWS, SHARDS, SIZES, Row
 
-from microdit.data.card import FORMAT, write_card
+from microdit.data.card import write_card
 from microdit.data.forms import bytes_of_row
 from microdit.data.latents import EncodedSet, Mixture
 from microdit.data.order import PhaseOrder, Place, SampleOrder
@@ -197,19 +198,7 @@ def fabricate(folder: Path, shards: int, index: ShardIndex, numbers: set[int]) -
         counts = {"seen": SHARD_ROWS, "captions": SHARD_ROWS, "tokens": 25 * SHARD_ROWS, "captions_cut": 0, "rejected": {}}
         entries.append({"name": path.name, "rows": SHARD_ROWS, "buckets": {"0": SHARD_ROWS}, "bytes": last + len(content), **counts})
         entries[-1] |= {"part": path.stem, "fingerprint": "0" * 64, "sha256": "0" * 64, "checksums": checksums._asdict()}
-    plan = {
-        "format": FORMAT,
-        "source": "fabricated",
-        "settings": {"resolutions": list(LATENTS), "latents": "int8", "captions": "int8"},
-        "sizes": [{str(side): [side, side] for side in LATENTS}],
-        "latent_channels": 4,
-        "downsampling": 8,
-        "text_channels": CHANNELS,
-        "max_tokens": 77,
-        "autoencoder": {"name": "none", "fingerprint": ""},
-        "text_encoder": {"name": "none", "fingerprint": ""},
-    }
-    write_card(folder, plan, entries)
+    write_card(folder, plan_of({side: side // 8 for side in LATENTS}, "int8", "int8", (77, CHANNELS)), entries)
 
 
 # --- what this process holds

@@ -19,12 +19,6 @@ from microdit.training.parallel import LARGE, SPARE, STATE_BYTES, WHOLE, Shardin
 HEADROOM = 0.1  # of the card that is left free, for what kernels need for a moment and for fragments
 ENOUGH = 4096  # patches that the backbone computes at a time, for a GPU to have enough to do (a judgement, not measured)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks that may be recomputed
-NAMES = {
-    "none": "whole",
-    "ddp": "ddp",
-    "fsdp": "fsdp",
-    "hybrid": "hybrid",
-}  # fsdp on one GPU: kept in float32, computed with block by block
 MACHINE = 8  # GPUs of one, where there are several machines
 
 
@@ -69,7 +63,8 @@ class Way:
             "int8 moments" if layout.moments == "int8" else "",
             "recomputed" if layout.recomputed == 1 else f"{layout.recomputed:.0%} recomputed" if layout.recomputed else "",
         ]
-        return ", ".join([str(self.micro_batch), NAMES[layout.sharding], *filter(None, savings), f"{self.gigabytes:.1f}"])
+        way = "whole" if layout.sharding == "none" else layout.sharding
+        return ", ".join([str(self.micro_batch), way, *filter(None, savings), f"{self.gigabytes:.1f}"])
 
 
 class Load:

@@ -1,0 +1,22 @@
+"""What the card of an encoded set says beside its shards, for sets of random numbers."""
+
+from typing import Any
+
+from microdit.data.card import FORMAT
+from microdit.data.forms import CaptionForm, LatentForm
+
+
+def plan_of(sides: dict[int, int], latents: LatentForm, captions: CaptionForm, caption: tuple[int, int]) -> dict[str, Any]:
+    """`sides`: of the square pictures, and of their latents, which have 4 channels; `caption`: tokens and channels."""
+    return {
+        "format": FORMAT,
+        "source": "random numbers",
+        "settings": {"resolutions": list(sides), "latents": latents, "captions": captions},
+        "sizes": [{str(side): [side, side] for side in sides}],
+        "latent_channels": 4,
+        "downsampling": next(side // small for side, small in sides.items()),
+        "text_channels": caption[1],
+        "max_tokens": caption[0],
+        "autoencoder": {"name": "none", "fingerprint": ""},
+        "text_encoder": {"name": "none", "fingerprint": ""},
+    }
