@@ -32,20 +32,20 @@ from page_cache import bytes_asked_for, bytes_read, forget
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from microdit.data.card import write_card
-from microdit.data.emoji import emoji_source
+from microdit.data.dataset import EncodedDataset, MixedDataset
+from microdit.data.decode import normalise
 from microdit.data.encode import EncodeSettings, encode_source
-from microdit.data.forms import pack_latents, pack_text
-from microdit.data.latents import EncodedSet, Mixture
-from microdit.data.order import PhaseOrder, SampleOrder
-from microdit.data.pixels import normalise
+from microdit.data.manifest import write_card
+from microdit.data.packing import pack_latents, pack_text
+from microdit.data.sampler import PhaseOrder, SampleOrder
 from microdit.data.shards import CHECKSUM_BYTES, Row, ShardWriter, checksums_of
-from microdit.data.sources import Part, Record, Source
+from microdit.data.sources.base import Part, Record, Source
+from microdit.data.sources.builtin import emoji_source
 from microdit.diffusion.edm import EDM
 from microdit.encoders.autoencoder import Autoencoder, Pixels, load_autoencoder
 from microdit.encoders.text import MiniLM, TextEncoder
-from microdit.memory import keep_freed_memory
-from microdit.training.draws import add_draws
+from microdit.io.process_limits import keep_freed_memory
+from microdit.training.noise import add_draws
 
 PEERS = Path("build/peers")
 # With --no-deps: their whole list would bring torchvision, which does not import beside a CPU torch.
@@ -102,7 +102,7 @@ def show_trainers_own(folder: Path, rows: int, tokens: int) -> None:
     """What the trainer's reading thread does for each sample, on one thread, and what a CPU then has to do in the place of a GPU."""
     keep_freed_memory()  # as the trainer does
     write_ours(folder, rows, tokens)
-    mixture = Mixture([EncodedSet(folder)], [PhaseOrder(10**6, BATCH, (1,))], seed=0)
+    mixture = MixedDataset([EncodedDataset(folder)], [PhaseOrder(10**6, BATCH, (1,))], seed=0)
     torch.set_num_threads(1)
 
     def drawn(step: int) -> None:
@@ -166,7 +166,7 @@ class Ours(Dataset[Any]):
     """Our batches by the number of their step."""
 
     def __init__(self, folder: Path):
-        self.data = EncodedSet(folder)
+        self.data = EncodedDataset(folder)
         self.order = SampleOrder((tuple(self.data.bucket_sizes),), 0, (PhaseOrder(10**6, BATCH, (1,)),))
 
     def __len__(self) -> int:
@@ -326,7 +326,7 @@ def read_cold(place: Path, rows: int) -> None:
         folder = place / f"cold-{tokens}"
         write_ours(folder, rows, tokens)
         forget(folder.glob("*"))
-        data, numbers = EncodedSet(folder), np.random.default_rng(0).permutation(rows)[:COLD_ROWS]
+        data, numbers = EncodedDataset(folder), np.random.default_rng(0).permutation(rows)[:COLD_ROWS]
         disk, asked = bytes_read(), bytes_asked_for()
         blobs = [blob for number in numbers for blob in data.read(0, int(number))]
         disk, asked = bytes_read() - disk, bytes_asked_for() - asked

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from microdit.data.emoji import emoji_rows
-from microdit.data.scenes import PLURALS, draw, scene
-from microdit.evaluation.emoji_geneval import SHAPES, EmojiColours, EmojiDetector, emoji_prompts, made_false, true_picture
-from microdit.evaluation.geneval_rules import COLOURS, TASKS, Detection, judge, overlap
-from microdit.evaluation.retrieval import spread_ids
+from microdit.data.sources.builtin import PLURALS, draw, emoji_rows, scene
+from microdit.evaluation.geneval.emoji_scenes import SHAPES, EmojiColours, EmojiDetector, emoji_prompts, made_false, true_picture
+from microdit.evaluation.geneval.rules import COLOURS, TASKS, Detection, judge, overlap
+from microdit.evaluation.recognition import spread_ids
 
 BAR = 0.95
 

@@ -30,14 +30,13 @@ if __name__ != "__mp_main__":  # the workers that decode import this file too, a
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-    from microdit.cli_data import default_workers
+    from microdit.cli.data import default_workers
+    from microdit.data.decode import normalise
     from microdit.data.encode import EncodeSettings, default_batch_size, encode_source
-    from microdit.data.pixels import normalise
-    from microdit.data.sources import Part, Record, Source
+    from microdit.data.sources.base import Part, Record, Source
     from microdit.devices import DTYPES, choose_device, choose_dtype, in_words
     from microdit.encoders.autoencoder import Autoencoder, DiffusersAutoencoder
-    from microdit.encoders.text import FrozenTextEncoder, TextEncoder
-    from microdit.encoders.text_models import as_text_model
+    from microdit.encoders.text import FrozenTextEncoder, TextEncoder, as_text_model
 
 BAR = 0.9
 WORDS = ["a", "red", "heart", "on", "the", "old", "bridge", "over", "seven", "rivers", "under", "one", "quiet", "cloud"]

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-from microdit.data.emoji import emoji_source
+from microdit.config.load import load_recipe
+from microdit.config.schema import Recipe
 from microdit.data.encode import EncodeSettings, encode_source
+from microdit.data.sources.builtin import emoji_source
 from microdit.distributed import World, start_world
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.text import load_text_encoder
-from microdit.memory import keep_freed_memory
-from microdit.recipe import Recipe
-from microdit.recipe_file import load_recipe
+from microdit.io.process_limits import keep_freed_memory
 from microdit.terminal import PlainConsole
 from microdit.training.trainer import Trainer
 

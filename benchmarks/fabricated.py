@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from microdit.data.card import FORMAT
-from microdit.data.forms import CaptionForm, LatentForm
+from microdit.data.manifest import FORMAT
+from microdit.data.packing import CaptionForm, LatentForm
 
 
 def plan_of(sides: dict[int, int], latents: LatentForm, captions: CaptionForm, caption: tuple[int, int]) -> dict[str, Any]:

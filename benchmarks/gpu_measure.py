@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from microdit.files import write_aside
-from microdit.model.sizes import SIZES, Size
+from microdit.io.files import write_aside
+from microdit.models.config import SIZES, Size
 
 WARM_UP = 3
 KERNELS = 20

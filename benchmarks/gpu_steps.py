@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from gpu_measure import Place, Results, free_memory, seconds_of, synchronize, time_of
 
+from microdit.config.schema import EngineRecipe, Recipe
 from microdit.distributed import World, start_world, stop_world
-from microdit.recipe import EngineRecipe, Recipe
-from microdit.training.chips import find_chip
+from microdit.planning.hardware import find_chip
 
 if TYPE_CHECKING:  # imported where it is used: the first steps do not wait for it
     from gpu_training import Training
@@ -94,7 +94,7 @@ def xl(place: Place, results: Results) -> None:
     """XL's step, eager: has it a synchronisation, is it bound by the CPU, does it fit?"""
     from gpu_training import Training
 
-    from microdit.budget.stages import STAGES
+    from microdit.planning.phases import STAGES
 
     world = start_world()
     size, seconds = place.size("MicroDiT_XL_2"), 0.1 if place.smoke else 2.0
@@ -221,7 +221,7 @@ def tiny(place: Place, results: Results) -> None:
     """Tiny_2, a small model: eager, where the CPU is what is waited for, recorded and compiled."""
     from gpu_training import Training
 
-    from microdit.budget.stages import STAGES
+    from microdit.planning.phases import STAGES
 
     world = start_world()
     samples, seconds = (4, 0.1) if place.smoke else (256, 1.0)
@@ -247,7 +247,7 @@ def compiled_training(place: Place, results: Results, world: World, name: str, e
     """
     from gpu_training import Training
 
-    from microdit.budget.stages import STAGES
+    from microdit.planning.phases import STAGES
 
     samples, compiled = 4 if place.smoke else 16, torch.cuda.is_available()
     training = Training(place, world, place.size(name), STAGES[0], replace(engine, compile=compiled))
@@ -327,7 +327,7 @@ def places_of(caught: list[warnings.WarningMessage], steps: int) -> dict[str, An
 
 def short_emoji_recipe(place: Place, name: str, steps: int, engine: EngineRecipe) -> Recipe:
     """The first `steps` steps of the recipe, every one recorded, without prompts."""
-    from microdit.recipe_file import load_recipe
+    from microdit.config.load import load_recipe
 
     recipe = load_recipe(ROOT / "recipes" / name, [*overrides_for(place), "record.metrics_every=1"])
     first = recipe.phases[0]
@@ -404,17 +404,17 @@ def last(run: Path, key: str) -> Any:
 def draw_stored_captions(place: Place, run: Path) -> dict[str, Any]:
     """Draw captions of the emoji as they are stored, without a text encoder: OUT/pictures.png, each row above the pictures of the data."""
     from microdit.checkpoint import default_weights, find_weights
-    from microdit.data.latents import EncodedSet
-    from microdit.data.pixels import to_image
+    from microdit.data.dataset import EncodedDataset
+    from microdit.data.decode import to_image
     from microdit.diffusion.edm import EDM
     from microdit.encoders.autoencoder import load_autoencoder
-    from microdit.evaluation.retrieval import spread_ids
-    from microdit.grids import draw_grid
-    from microdit.pipeline import SamplerSettings, draw_latents, first_noise, model_of
+    from microdit.evaluation.recognition import spread_ids
+    from microdit.pipelines.native import SamplerSettings, draw_latents, first_noise, model_of
+    from microdit.reports.grids import draw_grid
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = 4 if place.smoke else 32
-    data = EncodedSet(emoji_sets(place)["emoji"])
+    data = EncodedDataset(emoji_sets(place)["emoji"])
     rows = spread_ids(data.bucket_sizes[0], count).tolist()
     checkpoint = find_weights(run, print)
     assert checkpoint is not None, "the run left no checkpoint"
@@ -493,11 +493,11 @@ def decode(place: Place, results: Results, autoencoder: Any, device: torch.devic
 def sampling(place: Place, results: Results) -> None:
     """XL's latency: 30 steps of Heun's method with guidance, float32 weights and bfloat16 ones."""
     from microdit.diffusion.edm import EDM
-    from microdit.model.flops import forward_flops
-    from microdit.model.microdit import MicroDiT
-    from microdit.model.sizes import resolve
-    from microdit.pipeline import SamplerSettings, draw_latents
-    from microdit.training.chips import peak_flops
+    from microdit.models.config import resolve
+    from microdit.models.flops import forward_flops
+    from microdit.models.microdit import MicroDiT
+    from microdit.pipelines.native import SamplerSettings, draw_latents
+    from microdit.planning.hardware import peak_flops
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side, steps = (8, 2) if place.smoke else (32, 30)
@@ -528,9 +528,9 @@ def trainer(place: Place, results: Results) -> None:
     """XL by the real trainer on an encoded set of random numbers: what does it cost beyond the bare step?"""
     from gpu_training import write_random_set
 
-    from microdit.budget.stages import STAGES, stage_recipe
+    from microdit.planning.hardware import peak_flops
+    from microdit.planning.phases import STAGES, stage_recipe
     from microdit.terminal import PlainConsole
-    from microdit.training.chips import peak_flops
     from microdit.training.parallel import compute_dtype
     from microdit.training.trainer import Trainer
 

@@ -11,28 +11,27 @@ import numpy as np
 import torch
 from gpu_measure import Place, costliest_kernels, free_memory, measured_ceiling, synchronize, time_of
 
-from microdit.budget.stages import Stage, stage_recipe
-from microdit.data.card import FORMAT, write_card
-from microdit.data.forms import StoredRows, pack_latents, pack_text
-from microdit.data.latents import Batch, StoredBatch
+from microdit.config.schema import EngineRecipe, Recipe
+from microdit.data.dataset import Batch, StoredBatch
+from microdit.data.manifest import FORMAT, write_card
+from microdit.data.packing import StoredRows, pack_latents, pack_text
 from microdit.data.shards import Row, ShardWriter, checksums_of
 from microdit.distributed import World
-from microdit.files import sha256_of
-from microdit.model.microdit import MicroDiT
-from microdit.model.routing import kept_tokens
-from microdit.model.sizes import Size
-from microdit.recipe import EngineRecipe, Recipe
-from microdit.training.chips import peak_flops
-from microdit.training.draws import MicroBatch, TrainingBatch, UndrawnBatch, add_draws
-from microdit.training.footprint import Layout, footprint
+from microdit.io.files import sha256_of
+from microdit.models.config import Size
+from microdit.models.microdit import MicroDiT
+from microdit.models.routing import kept_tokens
+from microdit.planning.hardware import peak_flops
+from microdit.planning.memory import Layout, footprint
+from microdit.planning.phases import Stage, stage_recipe
+from microdit.planning.workload import Work
 from microdit.training.gradients import WholeModelGradients
-from microdit.training.guard import Guard
-from microdit.training.parallel import SPARE, Sharding, compute_dtype
-from microdit.training.shards import shards_of
-from microdit.training.start import architecture
+from microdit.training.meters import Reading
+from microdit.training.noise import MicroBatch, TrainingBatch, UndrawnBatch, add_draws
+from microdit.training.parallel import SPARE, Sharding, compute_dtype, shards_of
+from microdit.training.setup import architecture
+from microdit.training.stability import Guard
 from microdit.training.state import TrainingState
-from microdit.training.tally import Reading
-from microdit.training.work import Work
 
 CHANNELS, DOWNSAMPLING = 4, 8  # of the SDXL autoencoder
 

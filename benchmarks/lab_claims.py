@@ -7,12 +7,11 @@ python benchmarks/lab_claims.py --write   # put it into docs/lab/README.md, betw
 import argparse
 from pathlib import Path
 
-from microdit.files import write_aside
-from microdit.lab.plan import read_plan
-from microdit.lab.report import claim_cells
-from microdit.lab.run import read_results
+from microdit.io.files import write_aside
+from microdit.lab.equal_cost import read_plan
+from microdit.lab.run_study import read_results
 from microdit.lab.study import Study, load_study
-from microdit.lab.summary import judge
+from microdit.lab.study_report import claim_cells, judge
 
 PROJECT = Path(__file__).parents[1]
 LAB = PROJECT / "docs" / "lab"

@@ -5,7 +5,7 @@
 
 At each budget the mean held-out loss of the arms is taken as a parabola in the logarithm of the size, and its lowest point is the best
 size, if it lies between the arms; through the best sizes of all budgets goes a power law (as Hoffmann et al. 2022, 2203.15556, in their
-second approach). A size is that of a dense transformer of the same FLOPs a picture, as in budget/scaling.py.
+second approach). A size is that of a dense transformer of the same FLOPs a picture, as in planning/phases.py.
 """
 
 import argparse
@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from microdit.budget.scaling import LARGE, wanted_size
-from microdit.budget.stages import equivalent_size, paper_flops
-from microdit.lab.plan import ArmPlan, read_plan
-from microdit.lab.run import read_results
+from microdit.lab.equal_cost import ArmPlan, read_plan
+from microdit.lab.run_study import read_results
 from microdit.lab.study import load_study
+from microdit.planning.phases import LARGE, equivalent_size, paper_flops, wanted_size
 
 PROJECT = Path(__file__).parents[1]
 PATCHES = 64  # of the studies' 8 x 8 latents

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 
-from microdit.budget.bill import config_of, phase_flops
-from microdit.budget.shapes import shapes_of
+from microdit.config.load import load_recipe
 from microdit.errors import UserError
-from microdit.files import write_aside
-from microdit.formats import count, duration, figure, money
-from microdit.model.microdit import MicroDiT
-from microdit.recipe_file import load_recipe
-from microdit.run_folder import RunFolder
+from microdit.io.files import write_aside
+from microdit.models.microdit import MicroDiT
+from microdit.planning.workload import config_of, phase_flops, shapes_of
+from microdit.reports.formats import count, duration, figure, money
+from microdit.reports.run_folder import RunFolder
 
 PROJECT = Path(__file__).parents[1]
 RESULTS = PROJECT / "docs" / "results"

@@ -20,12 +20,12 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from microdit.diffusion.edm import EDM
-from microdit.model.microdit import MicroDiT
-from microdit.model.routing import kept_tokens
-from microdit.model.sizes import SIZES, resolve
-from microdit.training.draws import TrainingBatch
-from microdit.training.footprint import Footprint, Layout, footprint
-from microdit.training.step import DenoisingLoss
+from microdit.models.config import SIZES, resolve
+from microdit.models.microdit import MicroDiT
+from microdit.models.routing import kept_tokens
+from microdit.planning.memory import Footprint, Layout, footprint
+from microdit.training.noise import TrainingBatch
+from microdit.training.parallel import DenoisingLoss
 
 NAMES = {"tiny": "MicroDiT_Tiny_2", "xl": "MicroDiT_XL_2"}
 CAPTION = (77, 1024)

@@ -11,10 +11,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from microdit.config.load import load_recipe
+from microdit.config.schema import OptimizerRecipe
 from microdit.distributed import start_world
-from microdit.lab.timing import stepper
-from microdit.recipe import OptimizerRecipe
-from microdit.recipe_file import load_recipe
+from microdit.lab.equal_cost import stepper
 from microdit.terminal import PlainConsole
 from microdit.training.optim import Optimizers
 from microdit.training.trainer import Trainer

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from microdit.diffusion.edm import EDM, edm_loss
 from microdit.diffusion.guidance import guided_denoiser
-from microdit.diffusion.solvers import heun, noise_schedule
+from microdit.diffusion.samplers import heun, noise_schedule
 from microdit.errors import UserError
-from microdit.model.microdit import MicroDiT
-from microdit.model.official import convert_to_official, export_official, load_official
-from microdit.model.patches import patchify, unpatchify
-from microdit.model.routing import put_tokens
+from microdit.models.microdit import MicroDiT
+from microdit.models.official import convert_to_official, export_official, load_official
+from microdit.models.patches import patchify, unpatchify
+from microdit.models.routing import put_tokens
 
 LIMIT = 1e-4
 SAMPLE_LIMIT = 1e-3

@@ -13,12 +13,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from microdit.config.load import load_recipe
+from microdit.config.schema import Recipe
 from microdit.distributed import World, start_world
-from microdit.recipe import Recipe
-from microdit.recipe_file import load_recipe
 from microdit.terminal import PlainConsole
-from microdit.training.quality import Quality
 from microdit.training.trainer import Trainer
+from microdit.training.validation import Quality
 
 WINDOW = 30  # steps that are timed in each phase, after as many to warm up
 NEVER = 10**9

@@ -12,9 +12,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from microdit.config.load import load_recipe
 from microdit.distributed import start_world
-from microdit.lab.timing import flops_of_a_step, seconds_of_a_step
-from microdit.recipe_file import load_recipe
+from microdit.lab.equal_cost import flops_of_a_step, seconds_of_a_step
 from microdit.terminal import PlainConsole
 from microdit.training.trainer import Trainer
 

@@ -24,22 +24,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microdit.data.emoji import emoji_source
+from microdit.data.sources.builtin import emoji_source
 from microdit.diffusion.edm import EDM, denoise
 from microdit.diffusion.guidance import guided_denoiser
-from microdit.diffusion.solvers import heun, noise_schedule
-from microdit.diffusion.steps import Denoiser
+from microdit.diffusion.samplers import Denoiser, heun, noise_schedule
 from microdit.distributed import start_world
 from microdit.evaluation.extraction import extract, feature_cache
-from microdit.evaluation.frechet import fit_gaussian, sample_distance
-from microdit.evaluation.image_features import EfficientNetFeatures
-from microdit.evaluation.kid import kid
-from microdit.evaluation.retrieval import spread_ids
-from microdit.files import sha256_of, write_aside
-from microdit.hub.opening import open_model
-from microdit.model.microdit import MicroDiT
-from microdit.model.sizes import SIZES, resolve
-from microdit.pipeline import Pipeline, SamplerSettings
+from microdit.evaluation.features import EfficientNetFeatures
+from microdit.evaluation.metrics.frechet import fit_gaussian, sample_distance
+from microdit.evaluation.metrics.kid import kid
+from microdit.evaluation.recognition import spread_ids
+from microdit.io.files import sha256_of, write_aside
+from microdit.models.config import SIZES, resolve
+from microdit.models.microdit import MicroDiT
+from microdit.pipelines.load import open_model
+from microdit.pipelines.native import Pipeline, SamplerSettings
 
 LATENTS, CAPTION = (4, 32, 32), (77, 1024)  # 256 px through the SDXL autoencoder; DFN5B-CLIP-H
 Row = dict[str, Any]

@@ -21,9 +21,9 @@ import torch
 from scale_row import PICTURES, SIZES, Row
 
 from microdit.data.encode import EncodeSettings, encode_source, unfinished
-from microdit.data.handover import listed_once
-from microdit.data.scenes import scenes_source
-from microdit.data.sources import Part, Source, open_source
+from microdit.data.sources.base import Part, Source, open_source
+from microdit.data.sources.builtin import scenes_source
+from microdit.data.sources.folders import listed_once
 from microdit.encoders.autoencoder import Pixels
 from microdit.encoders.text import MiniLM, TextEncoder
 

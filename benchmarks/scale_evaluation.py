@@ -15,8 +15,8 @@ import torch
 from scale_row import Row
 from torch import Tensor
 
-from microdit.evaluation.frechet import POINTS, Gaussian, fit_gaussian, frechet_infinity, frechet_interval
-from microdit.evaluation.manifold import Manifolds, compare_manifolds
+from microdit.evaluation.metrics.frechet import POINTS, Gaussian, fit_gaussian, frechet_infinity, frechet_interval
+from microdit.evaluation.metrics.prdc import Manifolds, compare_manifolds
 from microdit.terminal import progress
 
 WIDTH, FEW, MANY = 2048, 3_000, 30_000

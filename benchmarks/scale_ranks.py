@@ -33,15 +33,14 @@ from torch.distributed.tensor.placement_types import Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from microdit.checkpoint import FOLDER, SHARDS, open_checkpoint
+from microdit.config.schema import EngineRecipe
 from microdit.distributed import World, start_world, stop_world
-from microdit.model.microdit import MicroDiT
-from microdit.model.sizes import SIZES as MODELS
-from microdit.model.sizes import Size, resolve
-from microdit.recipe import EngineRecipe
-from microdit.shard_files import Rows, pieces_of, write_rows
-from microdit.training.parallel import mesh_of, prepare_blocks
-from microdit.training.saving import Saver, Tensors, Written, load_into, shard_name
-from microdit.training.shards import local
+from microdit.io.tensor_files import Rows, pieces_of, write_rows
+from microdit.models.config import SIZES as MODELS
+from microdit.models.config import Size, resolve
+from microdit.models.microdit import MicroDiT
+from microdit.training.checkpointing import Saver, Tensors, Written, load_into, shard_name
+from microdit.training.parallel import local, mesh_of, prepare_blocks
 
 RANKS = dict(zip(SIZES, (8, 64, 1024), strict=True))
 MEASURED = (8, 64, 256)

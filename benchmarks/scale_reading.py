@@ -23,10 +23,10 @@ from fabricated import plan_of
 from page_cache import bytes_read, forget
 from scale_row import SHARD_ROWS, SHARDS, SIZES, Row
 
-from microdit.data.card import write_card
-from microdit.data.forms import bytes_of_row
-from microdit.data.latents import EncodedSet, Mixture
-from microdit.data.order import PhaseOrder, Place, SampleOrder
+from microdit.data.dataset import EncodedDataset, MixedDataset
+from microdit.data.manifest import write_card
+from microdit.data.packing import bytes_of_row
+from microdit.data.sampler import PhaseOrder, Place, SampleOrder
 from microdit.data.shard_index import Blobs, ShardIndex
 from microdit.data.shards import BATCH_ROWS, CHECKSUM_BYTES, MOST_OPEN, Checksums, Shard, most_open, seal
 
@@ -124,7 +124,7 @@ def measure(folder: Path, shards: int) -> Measured:
 
     forget([folder / "card.json", *files])
     started = time.perf_counter()
-    mixture = Mixture([EncodedSet(folder, 256)], [phase()], seed=0)
+    mixture = MixedDataset([EncodedDataset(folder, 256)], [phase()], seed=0)
     opened = time.perf_counter()
     before = bytes_read()
     mixture.stored(0, 0, RANKS)
@@ -134,7 +134,7 @@ def measure(folder: Path, shards: int) -> Measured:
     all_read = bytes_read() - before
     del mixture
 
-    encoded, descriptors, memory = EncodedSet(folder, 256), open_descriptors(), own_memory()
+    encoded, descriptors, memory = EncodedDataset(folder, 256), open_descriptors(), own_memory()
     for number in range(shards):
         encoded.read(0, number * SHARD_ROWS)
     descriptors, memory = open_descriptors() - descriptors, own_memory() - memory

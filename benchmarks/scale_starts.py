@@ -26,16 +26,16 @@ from safetensors.torch import save_file
 from scale_row import RANKS, SHARDS, SIZES, Row
 
 from microdit.checkpoint import deal, find_weights
-from microdit.data.card import CARD, open_card
+from microdit.config.schema import DataRecipe, EMARecipe, EngineRecipe, ModelRecipe, PhaseRecipe, Recipe
+from microdit.data.manifest import CARD, open_card
 from microdit.distributed import World, start_world, stop_world
 from microdit.errors import UserError
-from microdit.files import sha256_of, to_checked_json
-from microdit.model.microdit import MicroDiT, ModelConfig
-from microdit.open_files import open_files
-from microdit.recipe import DataRecipe, EMARecipe, EngineRecipe, ModelRecipe, PhaseRecipe, Recipe
-from microdit.training.origin import Origin
-from microdit.training.saving import Saver, newest_whole
-from microdit.training.start import architecture, finished_checkpoint
+from microdit.io.files import sha256_of, to_checked_json
+from microdit.io.process_limits import open_files
+from microdit.models.microdit import MicroDiT, ModelConfig
+from microdit.training.checkpointing import Saver, newest_whole
+from microdit.training.init_from import Origin
+from microdit.training.setup import architecture, finished_checkpoint
 from microdit.training.state import TrainingState
 
 WEIGHTS, PAPER = 4.66e9, "paper"  # bytes of MicroDiT_XL_2's weights
@@ -49,7 +49,7 @@ _context = multiprocessing.get_context("forkserver")
 
 
 def rows(place: Path) -> list[Row]:
-    _context.set_forkserver_preload(["microdit.training.chain", "microdit.training.origin"])
+    _context.set_forkserver_preload(["microdit.training.multi_phase", "microdit.training.init_from"])
     return [*_resuming(place / "resume"), *_beginning(place / "begin"), _opening(place / "set"), *_sockets()]
 
 

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from microdit.checkpoint import checkpoint_folders
+from microdit.config.load import load_recipe
 from microdit.distributed import start_world, stop_world
-from microdit.recipe_file import load_recipe
 from microdit.terminal import PlainConsole
 from microdit.training.trainer import Trainer
 

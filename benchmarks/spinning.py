@@ -12,8 +12,8 @@ import sys
 
 STEPS = """
 import time, torch
-from microdit.model.microdit import MicroDiT
-from microdit.model.sizes import Size, resolve
+from microdit.models.microdit import MicroDiT
+from microdit.models.config import Size, resolve
 size = Size(dim=128, depth=4, head_dim=32, mixer_dim=128, mixer_depth=1, num_experts=0, round_ffn_to=64, routing="none")
 model = MicroDiT(resolve(size, in_channels=8, caption_channels=384))
 latents, text = torch.randn(128, 8, 8, 8), torch.randn(128, 12, 384)

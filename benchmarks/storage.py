@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from microdit.data.emoji import emoji_source
+from microdit.config.load import load_recipe
+from microdit.data.dataset import EncodedDataset
 from microdit.data.encode import EncodeSettings, encode_source
-from microdit.data.forms import CaptionForm, LatentForm, bytes_of_row
-from microdit.data.latents import EncodedSet
+from microdit.data.packing import CaptionForm, LatentForm, bytes_of_row
+from microdit.data.sources.builtin import emoji_source
 from microdit.diffusion.edm import draw_sigma, edm_loss
 from microdit.distributed import start_world
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.text import load_text_encoder
-from microdit.recipe_file import load_recipe
 from microdit.terminal import PlainConsole
 from microdit.training.trainer import Trainer
 
@@ -75,11 +75,11 @@ def train_and_measure(folder: Path, exact: Path, steps: int, seed: int, place: P
     recipe = load_recipe(Path("recipes/emoji.yaml"), overrides)
     trainer = Trainer(recipe, place / f"run-{folder.name}-{seed}", PlainConsole(quiet=True), start_world("cpu"))
     trainer.train()
-    return exact_loss(trainer, EncodedSet(exact))
+    return exact_loss(trainer, EncodedDataset(exact))
 
 
 @torch.no_grad()
-def exact_loss(trainer: Trainer, data: EncodedSet) -> float:
+def exact_loss(trainer: Trainer, data: EncodedDataset) -> float:
     """Of all samples as they came from the encoders, with noise that is the same for all models."""
     blobs = [data.read(0, number) for number in range(len(data))]
     latents_BCHW = data.latents([latents for latents, _ in blobs], 0)

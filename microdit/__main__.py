@@ -2,13 +2,13 @@
 
 import sys
 
-from microdit.training.stopping import restart_when_asked
+from microdit.training.preemption import restart_when_asked
 
 
 def main() -> None:
     if sys.argv[1:2] == ["train"]:
         restart_when_asked()
-    from microdit.cli import main as run_command  # imports PyTorch, for seconds
+    from microdit.cli.main import main as run_command  # imports PyTorch, for seconds
 
     run_command()
 

@@ -7,7 +7,7 @@
       ema.safetensors             their averages, whole; ema-DECAY.safetensors for further lengths
       state.json                  checksums of all of these and of itself, the step, and all that is needed to make pictures
 
-`training/saving.py` writes them. Nothing in them is a pickle, and nothing is used before it was compared with its checksum; only the
+`training/checkpointing.py` writes them. Nothing in them is a pickle, and nothing is used before it was compared with its checksum; only the
 state.json of earlier versions has none.
 """
 
@@ -26,10 +26,10 @@ from torch import Tensor
 
 from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.files import from_checked_json, sha256_of
-from microdit.model.blocks import BlockShape
-from microdit.model.microdit import ModelConfig
-from microdit.shard_files import assembled, read_header
+from microdit.io.files import from_checked_json, sha256_of
+from microdit.io.tensor_files import assembled, read_header
+from microdit.models.blocks import BlockShape
+from microdit.models.microdit import ModelConfig
 
 T = TypeVar("T")
 STATE = "state.json"

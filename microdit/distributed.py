@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from microdit.devices import choose_device
 from microdit.errors import StoppedError, UserError
-from microdit.open_files import refuse_low_limit
+from microdit.io.process_limits import refuse_low_limit
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=20)  # in training

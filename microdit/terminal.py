@@ -20,7 +20,7 @@ from rich.segment import Segment
 from rich.table import Column
 from rich.text import Text
 
-from microdit.printable import printable
+from microdit.io.text import printable
 
 FIRST_LINE, LINE_EVERY = 10.0, 60.0  # seconds, where progress goes into a file
 LONGEST, LONGEST_NOTE = 5000, 200  # characters of a sentence, and of a name or note in a line of progress

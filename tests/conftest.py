@@ -10,15 +10,15 @@ import pytest
 import torch
 from hypothesis import settings
 
-from microdit.data.emoji import emoji_source
 from microdit.data.encode import EncodeSettings, encode_source
-from microdit.data.sources import Part, Source
+from microdit.data.sources.base import Part, Source
+from microdit.data.sources.builtin import emoji_source
 from microdit.encoders.autoencoder import Pixels
 from microdit.encoders.text import MiniLM
-from microdit.memory import keep_freed_memory
-from microdit.model.microdit import MicroDiT
-from microdit.model.routing import METHODS
-from microdit.model.sizes import Size, resolve
+from microdit.io.process_limits import keep_freed_memory
+from microdit.models.config import Size, resolve
+from microdit.models.microdit import MicroDiT
+from microdit.models.routing import METHODS
 from tests.commands import microdit
 from tests.training.processes import RECIPE
 

@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 
 from microdit.checkpoint import Checkpoint, checkpoint_folders, deal, find_weights, open_checkpoint
 from microdit.errors import UserError
-from microdit.files import sha256_of, to_checked_json
-from microdit.model.sizes import Size, resolve
+from microdit.io.files import sha256_of, to_checked_json
+from microdit.models.config import Size, resolve
 from tests.conftest import routed
 
 

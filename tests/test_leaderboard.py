@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from microdit.config.load import load_recipe
 from microdit.errors import UserError
-from microdit.recipe_file import load_recipe
 
 PROJECT = Path(__file__).parents[1]
 

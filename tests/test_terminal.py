@@ -11,7 +11,7 @@ from rich.table import Table
 
 from microdit import terminal
 from microdit.terminal import LONGEST, PlainConsole, PrintableFormatter, joined, styled
-from tests.test_printable import HOSTILE
+from tests.io.test_text_printable import HOSTILE
 
 PACKAGE = Path(terminal.__file__).parent
 STYLE = re.compile(r"\x1b\[[\d;]*m")  # colours and weights, which are our own

@@ -1,4 +1,6 @@
-"""Encode once: a source's pictures to latents, its captions to token vectors, in shards that are whole or absent.
+"""Shards of an unfinished encoding whose part of the source is not what it was when they were made.
+
+Encode once: a source's pictures to latents, its captions to token vectors, in shards that are whole or absent.
 
 Files are decoded in worker processes (decoding.py), the encoders work in this thread (encode_batches.py), and what they give is packed and
 written in another (packing.py): none of them waits for the next, also where one part ends and another begins.
@@ -11,7 +13,7 @@ Notable:
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,20 +21,49 @@ from typing import Any
 
 import torch
 
-from microdit.data.card import CARD, FORMAT, read_card, write_card
-from microdit.data.changes import changed_shards, in_words, remove_changed
-from microdit.data.decoding import Decoder, Picture, Wanted
-from microdit.data.encode_batches import BatchEncoder
-from microdit.data.forms import CaptionForm, LatentForm
-from microdit.data.handover import TURN
-from microdit.data.packing import Packer, PartInWork, ShardsThread, manifest_path
-from microdit.data.sources import Part, Record, Source, checked
+from microdit.data.decode import Decoder, Picture, Wanted
+from microdit.data.manifest import CARD, FORMAT, read_card, write_card
+from microdit.data.packing import CaptionForm, LatentForm
+from microdit.data.shard_writer import BatchEncoder, Packer, PartInWork, ShardsThread, manifest_path, remove_shard
+from microdit.data.sources.base import Part, Record, Source, checked
+from microdit.data.sources.folders import TURN
 from microdit.devices import DTYPES
 from microdit.encoders.autoencoder import Autoencoder
 from microdit.encoders.text import TextEncoder
 from microdit.errors import UserError
-from microdit.files import from_checked_json, to_checked_json, write_aside
-from microdit.locks import in_turn, is_held, locked, refuse_locked
+from microdit.io.files import from_checked_json, to_checked_json, write_aside
+from microdit.io.locks import in_turn, is_held, locked, refuse_locked
+
+MOST_NAMED = 5
+
+
+def changed_shards(folder: Path, parts: Sequence[Part]) -> dict[int, str]:
+    """The numbers of shards that were not made of these parts as they are now, with the names of the parts they were made of."""
+    changed = {}
+    for path in sorted(folder.glob("shard-*.json")):
+        number = int(path.stem.removeprefix("shard-"))
+        try:
+            manifest = from_checked_json(path.read_bytes())
+            made_of = str(manifest["part"]), manifest["fingerprint"]
+        except FileNotFoundError:  # another rank has removed it, or has completed the folder
+            continue
+        except (ValueError, KeyError, TypeError):  # damaged, or an earlier version's, which did not say
+            made_of = path.name, None
+        if number >= len(parts) or made_of != (parts[number].name, parts[number].fingerprint()):
+            changed[number] = made_of[0]
+    return changed
+
+
+def remove_changed(folder: Path, parts: Sequence[Part]) -> list[str]:
+    """Remove these shards, and name the parts. Every rank does so for all before it begins: none may take another's for whole."""
+    return [name for number, name in changed_shards(folder, parts).items() if remove_shard(folder, number)]
+
+
+def in_words(names: list[str]) -> str:
+    """The first few, and how many more."""
+    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
 
 CPU = torch.device("cpu")
 CHUNK_BATCHES = 4  # batches in a chunk: captions are sorted by length inside it, so that little is padded

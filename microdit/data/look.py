@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from microdit.data.images import Rejected, decode
-from microdit.data.sources import Record, Source, checked
+from microdit.data.decode import Rejected, decode
+from microdit.data.sources.base import Record, Source, checked
 
 MOST_PARTS = 20  # opened, evenly spread over the source
 SHOWN_SIDE = 512  # pixels; larger pictures are shrunk, so that many fit in memory

@@ -1,169 +1,98 @@
-"""Encoded chunks to shards, in a thread of its own: encoding goes on while numbers are packed, written and checked."""
+"""How latents and caption vectors lie on the disk, as bytes.
 
-import json
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Self
+`fp16` is two bytes a number. `int8` is one, with a float16 scale for each token of a caption and for each channel of the latents: the
+largest number of a token becomes 127. `ids` keeps only a caption's token numbers, to be embedded while training. `full` is fp16 with the
+padding vectors of the whole context, as the authors' models were trained.
+
+Shape legend: C channels, H W height and width, L caption tokens, E channels of a token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from microdit.data.encode_batches import EncodedChunk
-from microdit.data.forms import CaptionForm, LatentForm, pack_ids, pack_latents, pack_text
-from microdit.data.shards import Row, ShardWriter, checksums_of
-from microdit.errors import UserError
-from microdit.files import aside_of, sha256_of, to_checked_json, write_aside
+LatentForm = Literal["fp16", "int8"]
+CaptionForm = Literal["fp16", "int8", "ids", "full"]
+Floats = NDArray[np.float32]
 
-AHEAD = 2  # chunks that wait to be packed before encoding waits for them
+SCALE_BYTES = 2  # a float16 before the numbers of an int8 row
 
 
-@dataclass
-class PartInWork:
-    """A part of the source that becomes shard `number`: what was rejected of it so far, and its counts of captions and tokens.
+def pack_latents(latents_CHW: Floats, form: LatentForm) -> bytes:
+    return _pack(latents_CHW.reshape(len(latents_CHW), -1), form)
 
-    `fingerprint` is the part's when its reading began.
-    """
 
-    number: int
-    name: str
-    fingerprint: str = ""
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
+def pack_text(text_LE: Floats, form: CaptionForm) -> bytes:
+    """Of all forms but `ids`."""
+    return _pack(text_LE, "int8" if form == "int8" else "fp16")
 
 
 @dataclass(frozen=True)
-class Packer:
-    """Turns an encoded chunk into rows: numbers as bytes."""
+class StoredRows:
+    """Rows of numbers as they are stored, (B, R, V): int8 with a float16 scale for each row, (B, R, 1), or floats without. Zeros behind the
+    rows of each."""
 
-    resolutions: tuple[int, ...]
-    latents: LatentForm
-    captions: CaptionForm
-    caption_weights: dict[str, float]
+    numbers_BRV: Tensor
+    scale_BR1: Tensor | None
 
-    def rows(self, chunk: EncodedChunk) -> Iterator[Row]:
-        """Raises UserError for numbers that are not finite."""
-        chunk.wait()
-        texts, latents = iter(self._pack_text(chunk)), self._pack_latents(chunk)
-        for record, bucket, blobs in zip(chunk.records, chunk.buckets, latents, strict=True):
-            weights = [self.caption_weights[name] for name in record.captions]
-            captions = list(record.captions.values())
-            yield Row(record.key, bucket, captions, weights, [next(texts) for _ in captions], blobs)
+    def map(self, change: Callable[[Tensor], Tensor]) -> "StoredRows":
+        return StoredRows(change(self.numbers_BRV), None if self.scale_BR1 is None else change(self.scale_BR1))
 
-    def _pack_latents(self, chunk: EncodedChunk) -> list[dict[int, bytes]]:
-        blobs: list[dict[int, bytes]] = [{} for _ in chunk.records]
-        for numbers, resolution, latents_BCHW in chunk.latents:
-            for number, latents_CHW in zip(numbers, _finite(latents_BCHW.numpy(), "latents"), strict=True):
-                blobs[number][resolution] = pack_latents(latents_CHW, self.latents)
-        return blobs
-
-    def _pack_text(self, chunk: EncodedChunk) -> list[bytes]:
-        if self.captions == "ids":
-            return [pack_ids(tokens) for tokens in chunk.ids]
-        blobs = [b""] * len(chunk.ids)
-        for numbers, text_BLE in chunk.text:
-            for number, text_LE in zip(numbers, _finite(text_BLE.numpy(), "caption vectors"), strict=True):
-                length = len(text_LE) if self.captions == "full" else len(chunk.ids[number])
-                blobs[number] = pack_text(text_LE[:length], self.captions)
-        return blobs
+    def expand(self) -> Tensor:
+        """(B, R, V) float32, on the device where they are."""
+        numbers_BRV = self.numbers_BRV.float()
+        return numbers_BRV if self.scale_BR1 is None else numbers_BRV * self.scale_BR1.float()
 
 
-def _finite(numbers: NDArray[np.float32], what: str) -> NDArray[np.float32]:
-    if not np.isfinite(numbers).all():
-        raise UserError(f"Encoding gave {what} that are no finite numbers: the encoder overflows in this dtype, take --dtype float32.")
-    return numbers
+def stack(blobs: list[memoryview], values: int, form: LatentForm | CaptionForm, multiple: int = 1) -> tuple[StoredRows, Tensor]:
+    """Put packed arrays of rows of `values` numbers together, of any form but `ids`, with room for a `multiple` of rows.
 
-
-class ShardsThread:
-    """Packs chunks and writes them in the order in which they are `put`; a shard is whole once its manifest is there.
-
-    Errors of the thread are raised by a later `put`, or at the end of the `with` block; shards behind them are not written.
-    `on_written` is told, by that thread, how many records and parts more are done.
+    Also returns how many rows each has, (B,). The rows are a caption's tokens, or the channels of latents.
     """
-
-    def __init__(self, folder: Path, packer: Packer, on_written: Callable[[int, int], None]):
-        self.folder, self.packer, self.on_written = folder, packer, on_written
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
-        self._waiting: deque[Future[None]] = deque()
-        self._writer: ShardWriter | None = None
-        self._failed = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """What was put is finished in any case: only the shard that lacks its end is given up."""
-        try:
-            while kind is None and self._waiting:
-                self._waiting.popleft().result()
-        finally:
-            self._thread.shutdown()
-            if self._writer is not None:
-                self._writer.abandon()
-
-    def put(self, part: PartInWork, chunk: EncodedChunk, seen: int, last: bool) -> None:
-        """`seen`: how many of the part's records the chunk stands for. `last`: the part ends with it."""
-        self._waiting.append(self._thread.submit(self._write, part, chunk, seen, last))
-        while len(self._waiting) > AHEAD:
-            self._waiting.popleft().result()
-
-    def _write(self, part: PartInWork, chunk: EncodedChunk, seen: int, last: bool) -> None:
-        if self._failed:
-            return
-        try:
-            if self._writer is None:
-                path = aside_of(self.folder / _shard(part.number))
-                self._writer = ShardWriter(path, list(self.packer.resolutions))
-            for row in self.packer.rows(chunk):
-                self._writer.write(row)
-            if last:
-                self._writer.close()
-                self._publish(self._writer, part)
-                self._writer = None
-            self.on_written(seen, int(last))
-        except BaseException:
-            self._failed = True
-            raise
-
-    def _publish(self, writer: ShardWriter, part: PartInWork) -> None:
-        """The shard gets its name, then its manifest."""
-        path = self.folder / f"{_shard(part.number)}.arrow"
-        manifest = {
-            "name": path.name,
-            "part": part.name,
-            "fingerprint": part.fingerprint,
-            "rows": writer.rows,
-            "seen": writer.rows + len(part.rejected),
-            "rejected": dict(sorted(Counter(reason for _, reason in part.rejected).items())),
-            "buckets": {str(bucket): writer.buckets[bucket] for bucket in sorted(writer.buckets)},
-            "bytes": writer.path.stat().st_size,
-            "sha256": sha256_of(writer.path),
-            "checksums": checksums_of(writer.path)._asdict(),
-            **{key: part.counts[key] for key in ("captions", "tokens", "captions_cut")},
-        }
-        writer.path.replace(path)
-        if part.rejected:
-            lines = "".join(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in part.rejected)
-            write_aside(self.folder / f"{_shard(part.number)}.rejected.jsonl", lines.encode())
-        write_aside(manifest_path(self.folder, part.number), to_checked_json(manifest))
+    dtype, row_bytes = (np.int8, values + SCALE_BYTES) if form == "int8" else (np.float16, 2 * values)
+    rows_B = [len(blob) // row_bytes for blob in blobs]
+    room = -(-max(rows_B) // multiple) * multiple
+    stored_BRV = np.zeros((len(blobs), room, values), dtype)
+    scale_BR1 = np.zeros((len(blobs), room, 1), np.float16) if form == "int8" else None
+    for index, (blob, rows) in enumerate(zip(blobs, rows_B, strict=True)):
+        start = 0
+        if scale_BR1 is not None:
+            scale_BR1[index, :rows, 0] = np.frombuffer(blob, np.float16, rows)
+            start = SCALE_BYTES * rows
+        stored_BRV[index, :rows] = np.frombuffer(blob, dtype, offset=start).reshape(rows, values)
+    scale = None if scale_BR1 is None else torch.from_numpy(scale_BR1)
+    return StoredRows(torch.from_numpy(stored_BRV), scale), torch.tensor(rows_B)
 
 
-def manifest_path(folder: Path, number: int) -> Path:
-    return folder / f"{_shard(number)}.json"
+def unpack(blobs: list[memoryview], values: int, form: LatentForm | CaptionForm) -> tuple[Tensor, Tensor]:
+    """`stack`, expanded: (B, R, values) float32, and how many rows each has, (B,)."""
+    stored, rows_B = stack(blobs, values, form)
+    return stored.expand(), rows_B
 
 
-def remove_shard(folder: Path, number: int) -> bool:
-    """Whether there was one: of several ranks that remove it, one is told so. The manifest goes first, for without it there is no shard."""
-    try:
-        manifest_path(folder, number).unlink()
-    except FileNotFoundError:
-        return False
-    for suffix in (".arrow", ".rejected.jsonl"):
-        (folder / f"{_shard(number)}{suffix}").unlink(missing_ok=True)
-    return True
+def pack_ids(ids: list[int]) -> bytes:
+    return np.asarray(ids, np.uint32).tobytes()
 
 
-def _shard(number: int) -> str:
-    return f"shard-{number:05d}"
+def unpack_ids(blob: memoryview) -> list[int]:
+    ids: list[int] = np.frombuffer(blob, np.uint32).tolist()
+    return ids
+
+
+def bytes_of_row(values: int, form: LatentForm | CaptionForm) -> int:
+    """Bytes of one row of `values` numbers: a caption's token, or a channel of the latents."""
+    return {"fp16": 2 * values, "full": 2 * values, "int8": values + SCALE_BYTES, "ids": 4}[form]
+
+
+def _pack(rows_RV: Floats, form: Literal["fp16", "int8"]) -> bytes:
+    if form == "fp16":
+        return rows_RV.astype(np.float16).tobytes()
+    scale_R1 = (np.abs(rows_RV).max(axis=1, keepdims=True) / 127).astype(np.float16)
+    divisor_R1 = np.where(scale_R1 > 0, scale_R1, 1).astype(np.float32)  # a row of zeros stays one
+    steps_RV = np.clip(np.rint(rows_RV / divisor_R1), -127, 127).astype(np.int8)
+    return scale_R1.tobytes() + steps_RV.tobytes()

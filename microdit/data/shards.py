@@ -22,8 +22,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from microdit.data.arrow_stream import LATENTS, ArrowStream, read_at, schema
-from microdit.data.shard_index import ShardIndex
+from microdit.data.shard_index import LATENTS, ArrowStream, ShardIndex, read_at, schema
 from microdit.errors import UserError
 
 BATCH_ROWS = 256  # of a record batch: what is held in memory while writing

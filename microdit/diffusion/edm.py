@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from microdit.model.caption import Caption
-from microdit.model.microdit import MicroDiT
-from microdit.model.patches import patchify, unpatchify
-from microdit.model.routing import METHODS, take_tokens
+from microdit.models.caption import Caption
+from microdit.models.microdit import MicroDiT
+from microdit.models.patches import patchify, unpatchify
+from microdit.models.routing import METHODS, take_tokens
 
 RECONSTRUCTION = 0.1  # weight of the reconstruction of dropped patches (2306.09305; the authors' mae_loss_coef)
 

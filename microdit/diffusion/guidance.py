@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from microdit.diffusion.edm import EDM, denoise
-from microdit.diffusion.steps import Denoiser
+from microdit.diffusion.samplers import Denoiser
 from microdit.errors import UserError
-from microdit.model.caption import Caption, join
-from microdit.model.microdit import MicroDiT
-from microdit.model.routing import METHODS
+from microdit.models.caption import Caption, join
+from microdit.models.microdit import MicroDiT
+from microdit.models.routing import METHODS
 
 GuidanceKind = Literal["classifier-free", "path-drop", "autoguidance"]
 

@@ -20,7 +20,7 @@ from microdit.encoders.model_files import (
     weight_patterns,
 )
 from microdit.errors import UserError
-from microdit.files import from_checked_json, sha256_of
+from microdit.io.files import from_checked_json, sha256_of
 
 RECORD = "record.json"  # beside the weights that `microdit train-autoencoder` writes
 BUNDLED_ICON = Path(__file__).parent / "icon_autoencoder"

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from microdit.errors import UserError
-from microdit.foreign_json import parse_json
+from microdit.io.text import parse_json
 
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w-][\w./-]*))?")  # owner/name, or owner/name:subfolder
 

@@ -22,20 +22,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from microdit.data.sources import Part, Record, Source
+from microdit.data.sources.base import Part, Record, Source
 from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.evaluation.clip_score import ClipCaptions
-from microdit.evaluation.drawing import draw_pictures, picture_name, steps_to_draw
 from microdit.evaluation.extraction import BLOCK, Features, Pictures, extract, feature_cache, pick
-from microdit.evaluation.image_features import ClipFeatures, DinoFeatures, EfficientNetFeatures, ImageFeatures, InceptionFeatures
-from microdit.evaluation.manifold import compare_manifolds, rows_to_compare
-from microdit.evaluation.metrics import MANIFOLD_METRICS, METRICS, Kind, Sets, measure, steps_to_measure
-from microdit.evaluation.nearest import nearest
-from microdit.evaluation.page import Neighbour, write_page
-from microdit.evaluation.painters import DrawSettings, Painter
-from microdit.files import write_aside
-from microdit.folder_lock import sole_writer
+from microdit.evaluation.features import ClipFeatures, DinoFeatures, EfficientNetFeatures, ImageFeatures, InceptionFeatures
+from microdit.evaluation.generators import DrawSettings, Painter, draw_pictures, picture_name, steps_to_draw
+from microdit.evaluation.html_report import Neighbour, write_page
+from microdit.evaluation.metrics.clip_score import ClipCaptions
+from microdit.evaluation.metrics.prdc import compare_manifolds, nearest, rows_to_compare
+from microdit.evaluation.metrics.registry import MANIFOLD_METRICS, METRICS, Kind, Sets, measure, steps_to_measure
+from microdit.io.files import write_aside
+from microdit.io.locks import sole_writer
 from microdit.terminal import progress, warn
 
 EXTREMES = 12  # nearest pictures on the page, and farthest ones

@@ -24,11 +24,11 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from microdit.data.images import Rejected, decode, fit
+from microdit.data.decode import Rejected, decode, fit
 from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.evaluation.image_features import ImageFeatures
-from microdit.files import write_aside
+from microdit.evaluation.features import ImageFeatures
+from microdit.io.files import write_aside
 from microdit.terminal import progress
 
 T = TypeVar("T")

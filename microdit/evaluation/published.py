@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from microdit.evaluation.geneval_rules import TASKS as GENEVAL_TASKS
-from microdit.formats import MISSING, count, figure
-from microdit.printable import printable
+from microdit.evaluation.geneval.rules import TASKS as GENEVAL_TASKS
+from microdit.io.text import printable
+from microdit.reports.formats import MISSING, count, figure
 
 DATA = Path(__file__).with_name("published.yaml")
 TITLES = {"main": "Quality and cost", "geneval": "GenEval by task", "ablations": "Ablations"}

@@ -12,12 +12,12 @@ import torch
 
 from microdit.checkpoint import checkpoint_folders, open_checkpoint
 from microdit.errors import UserError
-from microdit.evaluation.geneval_rules import TASKS
+from microdit.evaluation.geneval.rules import TASKS
 from microdit.evaluation.published import Training
-from microdit.foreign_json import parse_json
-from microdit.formats import finite
-from microdit.model.microdit import MicroDiT
-from microdit.run_folder import RunFolder, is_run
+from microdit.io.text import parse_json
+from microdit.models.microdit import MicroDiT
+from microdit.reports.formats import finite
+from microdit.reports.run_folder import RunFolder, is_run
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from microdit.checkpoint import Checkpoint, checkpoint_folders, default_weights, open_checkpoint
-from microdit.curves import Curve, draw_points
-from microdit.data.sources import Source
+from microdit.data.sources.base import Source
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.evaluation.evaluate import Question, evaluate
-from microdit.evaluation.metrics import METRICS, label
-from microdit.evaluation.painters import Compute, DrawSettings, RunPainter
-from microdit.files import write_aside
-from microdit.foreign_json import parse_json
-from microdit.hub.opening import opened_run
-from microdit.page import page_template
-from microdit.pipeline import Pipeline
-from microdit.run_folder import RunFolder, is_run, state_of
+from microdit.evaluation.generators import Compute, DrawSettings, RunPainter
+from microdit.evaluation.metrics.registry import METRICS, label
+from microdit.io.files import write_aside
+from microdit.io.text import parse_json
+from microdit.pipelines.load import opened_run
+from microdit.pipelines.native import Pipeline
+from microdit.reports.curves import Curve, draw_points
+from microdit.reports.html import page_template
+from microdit.reports.run_folder import RunFolder, is_run, state_of
 from microdit.terminal import console, styled, warn
 
 TEMPLATE = "quality.html.jinja"

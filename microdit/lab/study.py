@@ -10,12 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
+from microdit.config.load import load_recipe
+from microdit.config.schema import Every, FilePath, Name, Prompts, Recipe, Seed, Share
 from microdit.errors import UserError
+from microdit.io.strict_yaml import read_as, read_yaml
 from microdit.ranges import Range
-from microdit.recipe import Every, FilePath, Name, Prompts, Recipe, Seed, Share
-from microdit.recipe_file import load_recipe
-from microdit.typed_yaml import read_as
-from microdit.yaml_file import read_yaml
 
 # What the study decides itself, so that budgets are equal and results can be compared.
 OURS = (

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from microdit.config.schema import EngineRecipe
 from microdit.distributed import World
-from microdit.recipe import EngineRecipe
-from microdit.training.draws import TrainingBatch
-from microdit.training.parallel import Sharding, spare
-from microdit.training.step import DenoisingLoss
+from microdit.training.noise import TrainingBatch
+from microdit.training.parallel import DenoisingLoss, Sharding, spare
 
 WARM_UP = 3  # micro-batches of a shape before it is recorded: kernels are chosen and compiled by then
 MOST_GRAPHS = 8  # each keeps its memory; a mask that falls step by step has more shapes than that, and stays eager

@@ -1,4 +1,11 @@
-"""How the model is spread over processes: sharded (FSDP2) over all or over those of a machine, or whole on each (`gradients.py`);
+"""The model and its loss as one module: the one thing that FSDP needs to wrap.
+
+This process's own part of each weight, where the model is sharded: what is done number by number needs no other part.
+
+Optimizers work on these parts as plain tensors. On sharded ones (DTensor) each of their operations costs the CPU several times as much, at
+470 weights more than a GPU's whole step may take.
+
+How the model is spread over processes: sharded (FSDP2) over all or over those of a machine, or whole on each (`gradients.py`);
 compiled; recomputed.
 
 Notable:
@@ -18,16 +25,121 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
+from microdit.config.schema import EngineRecipe
 from microdit.devices import choose_dtype
+from microdit.diffusion.edm import EDM, edm_loss
 from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.model.elementwise import compiled
-from microdit.model.microdit import MicroDiT
-from microdit.recipe import EngineRecipe
-from microdit.training.step import DenoisingLoss
+from microdit.models.blocks import compiled
+from microdit.models.microdit import MicroDiT
+from microdit.training.noise import TrainingBatch
+
+
+class DenoisingLoss(nn.Module):
+    """forward(batch) -> the loss of each sample, (B,), float32."""
+
+    def __init__(self, model: MicroDiT, edm: EDM, mask_padding: bool):
+        super().__init__()
+        self.model, self.edm, self.mask_padding = model, edm, mask_padding
+
+    def forward(self, batch: TrainingBatch) -> Tensor:
+        mask_BL = batch.text_mask_BL if self.mask_padding else None
+        text_BLE = batch.text_BLE * batch.caption_kept_B.view(-1, 1, 1)
+        caption = self.model.embed_caption(text_BLE.to(self.model.patch_embed.weight.dtype), mask_BL)
+        draws = batch.sigma_B, batch.noise_BCHW, batch.keep_ids_BK, batch.path_kept_B
+        return edm_loss(self.model, self.edm, batch.latents_BCHW, caption, *draws)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor; all of it, if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def rows_of(tensor: Tensor) -> tuple[int, int]:
+    """From which row to which one this process holds it. FSDP deals out rows in equal numbers, the last processes get fewer or none."""
+    rows = len(tensor) if tensor.dim() else 1
+    if not isinstance(tensor, DTensor):
+        return 0, rows
+    mesh = tensor.device_mesh
+    share = -(-rows // mesh.size(mesh.ndim - 1))
+    first = min(rows, share * mesh.get_local_rank(mesh.ndim - 1))
+    return first, min(rows, first + share)
+
+
+def copies_of(tensor: Tensor, world: World) -> tuple[int, int]:
+    """How many processes hold the same rows as this one, and as which of them it does: (number, copies)."""
+    if not isinstance(tensor, DTensor):
+        return world.rank, world.size
+    mesh = tensor.device_mesh
+    return (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
+
+
+class Shard:
+    """A weight, and as `leaf` this process's part of it, which an optimizer can change. They share their memory."""
+
+    def __init__(self, name: str, weight: nn.Parameter):
+        self.name, self.weight = name, weight
+        self.leaf = nn.Parameter(local(weight.detach())) if isinstance(weight, DTensor) else weight
+
+    def take_gradient(self) -> None:
+        """Give the leaf its part of the weight's gradient."""
+        if self.leaf is not self.weight:
+            self.leaf.data = local(self.weight.detach())  # FSDP may have moved it since
+            self.leaf.grad = None if self.weight.grad is None else local(self.weight.grad)
+
+    def drop_gradient(self) -> None:
+        self.leaf.grad = self.weight.grad = None
+
+    def sharded(self, part: Tensor) -> Tensor:
+        """A tensor sharded as the weight is, of which `part` is this process's own: with as many rows, of whatever shape."""
+        weight = self.weight
+        if not isinstance(weight, DTensor) or part.dim() == 0:
+            return part
+        shape = torch.Size([len(weight), *part.shape[1:]])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(part, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=stride)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """All of the tensor of which `part` is this process's own. All processes must call this."""
+        sharded = self.sharded(part)
+        return sharded.full_tensor() if isinstance(sharded, DTensor) else sharded
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This process's own part of a whole tensor."""
+        if not isinstance(self.weight, DTensor):
+            return whole
+        first, end = rows_of(self.weight)
+        return whole[first:end]
+
+
+def shards_of(model: nn.Module) -> list[Shard]:
+    """Of the model's parameters as they will be trained, so after sharding."""
+    return [Shard(name, weight) for name, weight in model.named_parameters()]
+
+
+def total_norm(gradients: list[Tensor], mesh: DeviceMesh | None) -> Tensor:
+    """The norm of all gradients together, a scalar on their device. All processes of a `mesh` over which they are spread must call this."""
+    if gradients[0].dtype == torch.float32:
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach_works(gradients[0].device))
+    else:  # whose norm is not to be rounded to their few digits
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+    if mesh is not None and mesh.size(mesh.ndim - 1) > 1:
+        squared = norm.square()
+        torch.distributed.all_reduce(squared, group=mesh.get_group(mesh.ndim - 1))
+        norm = squared.sqrt()
+    return norm
+
+
+def foreach_works(device: torch.device) -> bool:
+    """Whether PyTorch does many tensors in one operation there. It refuses to on the meta device, on which tests run steps."""
+    return device.type != "meta"
+
 
 Sharding = Literal["none", "ddp", "fsdp", "hybrid"]
 LARGE = 500_000_000  # parameters from which "auto" shards where memory is not known to suffice

@@ -22,34 +22,29 @@ from pathlib import Path
 from typing import Any
 
 from microdit.checkpoint import Checkpoint
+from microdit.config.schema import PhaseRecipe, Recipe
 from microdit.devices import device_name
 from microdit.distributed import World
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, DivergedError, StoppedError, UserError
-from microdit.grids import save_png
-from microdit.memory import keep_freed_memory
-from microdit.model.routing import METHODS
-from microdit.recipe import PhaseRecipe, Recipe
+from microdit.io.process_limits import keep_freed_memory
+from microdit.models.routing import METHODS
+from microdit.planning.hardware import peak_flops
+from microdit.planning.workload import Work
+from microdit.reports.grids import save_png
 from microdit.terminal import PlainConsole, joined, styled
-from microdit.training.chips import peak_flops
-from microdit.training.cost import Cost
-from microdit.training.draws import MicroBatch, UndrawnBatch, add_draws
-from microdit.training.guard import Guard, Verdict
-from microdit.training.held_out import open_held_out
-from microdit.training.loading import Loader
-from microdit.training.meters import Meters, in_words
-from microdit.training.mixture import open_mixture
+from microdit.training.checkpointing import Saver, newest_whole
+from microdit.training.init_from import find_origin
+from microdit.training.logging import Cost, RunRecord, last_cost
+from microdit.training.meters import Meters, Reading, StepSums, in_words
+from microdit.training.noise import MicroBatch, UndrawnBatch, add_draws
 from microdit.training.optim import learning_rate
-from microdit.training.origin import find_origin
 from microdit.training.parallel import compute_dtype, keep_compiled
-from microdit.training.quality import open_quality
-from microdit.training.record import RunRecord, last_cost
-from microdit.training.samples import PromptGrid
-from microdit.training.saving import Saver, newest_whole
-from microdit.training.start import describe, find_checkpoint, fingerprints, greeting, model_config, refuse_misfits
+from microdit.training.preemption import StopRequests, stop_requests
+from microdit.training.prefetch import Loader
+from microdit.training.setup import describe, find_checkpoint, fingerprints, greeting, model_config, open_mixture, refuse_misfits
+from microdit.training.stability import Guard, Verdict
 from microdit.training.state import TrainingState, what_happened
-from microdit.training.stopping import StopRequests, stop_requests
-from microdit.training.tally import Reading, StepSums
-from microdit.training.work import Work
+from microdit.training.validation import PromptGrid, open_held_out, open_quality
 
 AHEAD = 2  # batches read before they are needed
 MAX_ROLLBACKS = 3  # without a checkpoint between them

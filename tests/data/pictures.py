@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from microdit.data.sources import Part, Record, Source
+from microdit.data.sources.base import Part, Record, Source
 
 
 def picture(number: int = 0, form: str = "JPEG", size: tuple[int, int] = (12, 8)) -> bytes:

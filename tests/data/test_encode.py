@@ -14,17 +14,17 @@ import datasets
 import pytest
 import torch
 
-from microdit.data.card import read_card
-from microdit.data.emoji import emoji_rows, emoji_source
+from microdit.data.dataset import EncodedDataset
+from microdit.data.decode import to_tensor
 from microdit.data.encode import EncodeSettings, default_batch_size, encode_source
-from microdit.data.forms import unpack_ids
-from microdit.data.latents import EncodedSet
-from microdit.data.pixels import to_tensor
-from microdit.data.sources import Part, Record, Source, open_source
+from microdit.data.manifest import read_card
+from microdit.data.packing import unpack_ids
+from microdit.data.sources.base import Part, Record, Source, open_source
+from microdit.data.sources.builtin import emoji_rows, emoji_source
 from microdit.encoders.autoencoder import DiffusersAutoencoder, Pixels, load_autoencoder
 from microdit.encoders.text import MiniLM
 from microdit.errors import UserError
-from microdit.files import from_checked_json, to_checked_json
+from microdit.io.files import from_checked_json, to_checked_json
 from tests.conftest import first_of
 from tests.data.pictures import picture, write_tar
 from tests.encoders.tiny_models import save_kl
@@ -44,11 +44,11 @@ def good(number: int, caption: str = "a picture") -> Record:
     return Record(f"k{number}", {"caption": f"{caption} {number}"}, picture(number, "PNG", (20, 18)))
 
 
-def latents_of(data: EncodedSet, number: int, bucket: int = 0) -> torch.Tensor:
+def latents_of(data: EncodedDataset, number: int, bucket: int = 0) -> torch.Tensor:
     return data.latents([data.read(bucket, number)[0]], bucket)[0]
 
 
-def text_of(data: EncodedSet, number: int, draw: float = 0.0) -> torch.Tensor:
+def text_of(data: EncodedDataset, number: int, draw: float = 0.0) -> torch.Tensor:
     return data.text([data.read(0, number, draw)[1]])[0][0]
 
 
@@ -57,7 +57,7 @@ def sums(folder: Path) -> list[str]:
 
 
 def test_what_was_encoded_is_what_is_read(encoded_emoji, text_encoder):
-    data, rows = EncodedSet(encoded_emoji), list(emoji_rows("train"))
+    data, rows = EncodedDataset(encoded_emoji), list(emoji_rows("train"))
     assert data.column("captions") == [[row.caption] for row in rows[:40]]
     assert data.column("key") == [row.key for row in rows[:40]]
     for i in (7, 0, 31):
@@ -69,7 +69,7 @@ def test_what_was_encoded_is_what_is_read(encoded_emoji, text_encoder):
 def test_the_folder_opens_with_hf_datasets_too(encoded_emoji):
     rows = datasets.load_from_disk(str(encoded_emoji))
     assert len(rows) == 40
-    assert rows[3]["captions"] == EncodedSet(encoded_emoji).column("captions")[3]
+    assert rows[3]["captions"] == EncodedDataset(encoded_emoji).column("captions")[3]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -80,7 +80,7 @@ def test_one_rank_and_four_write_the_same(tmp_path, text_encoder, workers):
     cards = [encode_source(source, tmp_path / "four", settings, Pixels(), text_encoder, (rank, 4)) for rank in (3, 0, 2, 1)]
     assert [card is not None for card in cards] == [False, False, False, True]
     assert sums(tmp_path / "one") == sums(tmp_path / "four")
-    keys = EncodedSet(tmp_path / "four").column("key")
+    keys = EncodedDataset(tmp_path / "four").column("key")
     assert len(keys) == len(set(keys)) == 42
 
 
@@ -114,7 +114,7 @@ def test_every_record_is_kept_or_rejected_by_name(tmp_path, text_encoder):
 def test_several_captions_are_kept_with_their_weights(tmp_path, text_encoder):
     record = Record("k", {"alt": "an alt text", "llava": "a long description of it", "other": "unused"}, picture(1))
     encode_source(source_of([record], alt=0.25, llava=0.75), tmp_path / "set", EncodeSettings((8,)), Pixels(), text_encoder)
-    data = EncodedSet(tmp_path / "set")
+    data = EncodedDataset(tmp_path / "set")
     assert data.column("captions") == [["an alt text", "a long description of it"]]
     assert data.column("weights") == [[0.25, 0.75]]
     assert len(text_of(data, 0, 0.2)) < len(text_of(data, 0, 0.3))
@@ -123,7 +123,7 @@ def test_several_captions_are_kept_with_their_weights(tmp_path, text_encoder):
 @pytest.mark.parametrize("form", ["int8", "ids", "full"])
 def test_the_other_forms_of_captions(tmp_path, text_encoder, form):
     encode_source(first_of(emoji_source("train"), 9), tmp_path / "set", EncodeSettings((8,), "int8", form), Pixels(), text_encoder)
-    data, captions = EncodedSet(tmp_path / "set"), [row.caption for row in emoji_rows("train")][:9]
+    data, captions = EncodedDataset(tmp_path / "set"), [row.caption for row in emoji_rows("train")][:9]
     for i, caption in enumerate(captions):
         ids = text_encoder.tokenize([caption])
         if form == "ids":
@@ -136,10 +136,10 @@ def test_the_other_forms_of_captions(tmp_path, text_encoder, form):
 
 def test_several_resolutions_lie_side_by_side(tmp_path, text_encoder):
     encode_source(first_of(emoji_source("train"), 5), tmp_path / "set", EncodeSettings((16, 32)), Pixels(), text_encoder)
-    assert latents_of(EncodedSet(tmp_path / "set", 16), 2).shape == (3, 16, 16)
-    assert latents_of(EncodedSet(tmp_path / "set", 32), 2).shape == (3, 32, 32)
+    assert latents_of(EncodedDataset(tmp_path / "set", 16), 2).shape == (3, 16, 16)
+    assert latents_of(EncodedDataset(tmp_path / "set", 32), 2).shape == (3, 32, 32)
     with pytest.raises(UserError, match="holds the resolutions 16, 32"):
-        EncodedSet(tmp_path / "set")
+        EncodedDataset(tmp_path / "set")
 
 
 def test_aspect_ratios_can_be_kept(tmp_path, text_encoder):
@@ -147,7 +147,7 @@ def test_aspect_ratios_can_be_kept(tmp_path, text_encoder):
     records = [Record(f"{n}", {"caption": "c"}, picture(n, "PNG", size)) for n, size in enumerate(sizes)]
     settings = EncodeSettings((192,), "fp16", buckets=True)
     encode_source(source_of(records[:3], records[3:]), tmp_path / "set", settings, Pixels(), text_encoder)
-    data = EncodedSet(tmp_path / "set")
+    data = EncodedDataset(tmp_path / "set")
     assert sum(data.bucket_sizes) == 5
     found = {}
     for bucket, size in enumerate(data.bucket_sizes):
@@ -178,7 +178,7 @@ def test_a_broken_source_leaves_whole_shards_and_the_same_command_goes_on(tmp_pa
     before = (done / "shard-00000.arrow").stat().st_mtime_ns
     encode_source(source_of(*parts), tmp_path / "set", SMALL, Pixels(), text_encoder)
     assert (tmp_path / "set" / "shard-00000.arrow").stat().st_mtime_ns == before
-    assert len(EncodedSet(tmp_path / "set")) == 15
+    assert len(EncodedDataset(tmp_path / "set")) == 15
 
 
 def test_what_was_begun_otherwise_or_is_there_is_not_touched(tmp_path, text_encoder):
@@ -246,7 +246,7 @@ def test_two_encodings_of_one_folder_are_refused_with_who_is_at_it(tmp_path, tex
     source.parts[0] = Part("part 0", meanwhile)
     encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)
     assert len(tried) == 3
-    assert EncodedSet(tmp_path / "set").column("key") == ["k2"]
+    assert EncodedDataset(tmp_path / "set").column("key") == ["k2"]
     assert not list((tmp_path / "set").glob(".*"))
     assert not (tmp_path / ".set.part").exists()
 
@@ -294,7 +294,7 @@ def test_eight_processes_that_begin_together_all_succeed(tmp_path, text_encoder,
     for trial in range(3):
         out = tmp_path / str(trial)
         assert encode_together([(rank, 8) for rank in range(8)], source, out, text_encoder) == [0] * 8
-        assert EncodedSet(out).column("key") == [f"k{n}" for n in range(parts)]
+        assert EncodedDataset(out).column("key") == [f"k{n}" for n in range(parts)]
         assert not list(out.glob(".*"))
 
 
@@ -374,7 +374,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(tmp_path, text_
     for name, autoencoder in (("whole", whole), ("small", small)):
         encode_source(source_of(*parts), tmp_path / name, SMALL, autoencoder, text_encoder, warn=told.append)
     assert told == ["The GPU's memory holds fewer pictures at a time: 3 from here on."]
-    one, other = EncodedSet(tmp_path / "whole"), EncodedSet(tmp_path / "small")
+    one, other = EncodedDataset(tmp_path / "whole"), EncodedDataset(tmp_path / "small")
     assert one.column("key") == other.column("key")
     for number in range(21):  # a convolution of another batch may differ in its last bit
         assert torch.allclose(latents_of(one, number), latents_of(other, number), atol=2e-3)
@@ -413,7 +413,7 @@ def test_bfloat16_is_near_float32_and_the_card_says_which(tmp_path):
         settings = dataclasses.replace(SMALL, captions="ids", dtype=dtype)
         card = encode_source(source_of([good(1)]), tmp_path / dtype, settings, load_autoencoder(str(tmp_path / "kl")), MiniLM())
         assert card["settings"]["dtype"] == dtype
-        sets.append(EncodedSet(tmp_path / dtype))
+        sets.append(EncodedDataset(tmp_path / dtype))
     difference = (latents_of(sets[0], 0) - latents_of(sets[1], 0)).abs().max()
     assert 0 < difference < 0.05
 
@@ -449,7 +449,9 @@ def test_a_thousand_corruptions_lose_nothing_silently(tmp_path, text_encoder):
     card = encode_source(source_of(records[:600], records[600:]), tmp_path / "set", settings, Pixels(), text_encoder)
     rejected = [json.loads(line) for path in (tmp_path / "set").glob("*.rejected.jsonl") for line in path.read_text().splitlines()]
     assert card["seen"] == card["rows"] + sum(card["rejected"].values()) == 1000
-    assert sorted(EncodedSet(tmp_path / "set").column("key") + [item["key"] for item in rejected], key=int) == [str(n) for n in range(1000)]
+    assert sorted(EncodedDataset(tmp_path / "set").column("key") + [item["key"] for item in rejected], key=int) == [
+        str(n) for n in range(1000)
+    ]
     assert 100 < card["rows"] < 900
     assert all(reason and len(reason) < 80 for reason in card["rejected"])
     assert len(card["rejected"]) >= 3
@@ -478,7 +480,7 @@ def test_killed_at_any_moment_nothing_is_missing_and_nothing_twice(tmp_path, ran
         last = start_encoding(tmp_path / "tars", out, ranks)
         assert last.wait() == [0] * ranks, last.output
     assert sums(out) == sums(tmp_path / "whole")
-    keys = EncodedSet(out).column("key")
+    keys = EncodedDataset(out).column("key")
     assert len(keys) == len(set(keys)) == 900
 
 
@@ -498,7 +500,7 @@ def shards_being_written(out: Path) -> list[Path]:
 def test_the_icon_autoencoders_latents_survive_eight_bits(tmp_path, text_encoder):
     icon = load_autoencoder("icon")
     encode_source(first_of(emoji_source("train"), 20), tmp_path / "set", EncodeSettings((64,)), icon, text_encoder)
-    data, rows = EncodedSet(tmp_path / "set"), [row for row, _ in zip(emoji_rows("train"), range(20), strict=False)]
+    data, rows = EncodedDataset(tmp_path / "set"), [row for row, _ in zip(emoji_rows("train"), range(20), strict=False)]
     pixels = torch.stack([to_tensor(row.image, 64) for row in rows])
     latents = torch.stack([latents_of(data, i) for i in range(20)])
     exact = icon.decode(icon.encode(pixels))

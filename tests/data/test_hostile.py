@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import pytest
 
+from microdit.data.dataset import EncodedDataset
 from microdit.data.encode import EncodeSettings, encode_source
-from microdit.data.latents import EncodedSet
 from microdit.data.look import look
-from microdit.data.sources import open_source
+from microdit.data.sources.base import open_source
 from microdit.encoders.autoencoder import Pixels
 from tests.data import hostile
 from tests.data.pictures import problems_of, records_of, write_tar
@@ -52,7 +52,7 @@ def test_hostile_records_add_up(tmp_path, text_encoder, count):
             seen = counts[name] + more.get(name, 0)
             assert (card["seen"], card["rows"], sum(card["rejected"].values())) == (seen, usable[name], seen - usable[name]), name
             assert all(len(reason) < 80 for reason in card["rejected"])
-            assert set(EncodedSet(out).column("captions")[0]) == {"words"}
+            assert set(EncodedDataset(out).column("captions")[0]) == {"words"}
             _, _, numbers = look(source, limit=10 * count)
             assert (numbers["records"], numbers["usable"], sum(numbers["problems"].values())) == (seen, usable[name], seen - usable[name])
 
@@ -80,7 +80,7 @@ def test_a_zip_that_lies_about_a_size_takes_no_more_than_it_said(tmp_path):
 
 def test_large_files_are_not_held_together(tmp_path, monkeypatch, text_encoder):
     """The twelve files of 190 MB in a zip, a hundredth as large with bounds a hundredth as wide."""
-    monkeypatch.setattr("microdit.data.decoding.MOST_BYTES", 2_560_000)
+    monkeypatch.setattr("microdit.data.decode.MOST_BYTES", 2_560_000)
     files = [(f"{n:02}.{suffix}", content) for n in range(12) for suffix, content in (("png", bytes(1_900_000)), ("txt", b"words"))]
     path = write_tar(tmp_path / "a.tar", [*files, ("z.png", hostile.good_picture(0)), ("z.txt", b"words")])
     first = write_tar(tmp_path / "first.tar", [("z.png", hostile.good_picture(0)), ("z.txt", b"words")])

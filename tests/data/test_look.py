@@ -1,5 +1,5 @@
 from microdit.data.look import look
-from microdit.data.sources import Part, Record, Source
+from microdit.data.sources.base import Part, Record, Source
 from tests.data.pictures import picture
 
 

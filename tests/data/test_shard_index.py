@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microdit.data.arrow_stream import ArrowStream
-from microdit.data.shard_index import ShardIndex
+from microdit.data.shard_index import ArrowStream, ShardIndex
 from microdit.data.shards import BATCH_ROWS, Row, ShardWriter
 
 # Of each row: its bucket, the lengths and weights of its captions' blobs, the lengths of its latents.

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microdit.diffusion.edm import EDM, denoise, denoise_patches, draw_sigma, edm_loss, preconditioning
-from microdit.model.patches import patchify, unpatchify
-from microdit.model.routing import METHODS, put_tokens, take_tokens
-from microdit.model.sizes import Size
+from microdit.models.config import Size
+from microdit.models.patches import patchify, unpatchify
+from microdit.models.routing import METHODS, put_tokens, take_tokens
 from tests.conftest import busy_model, routed
 
 EDM_SETTINGS = EDM()

@@ -4,7 +4,7 @@ import torch
 from microdit.diffusion.edm import EDM, denoise
 from microdit.diffusion.guidance import Guide, Text, guided_denoiser
 from microdit.errors import UserError
-from microdit.model.sizes import Size
+from microdit.models.config import Size
 from tests.conftest import busy_model
 
 EDM_SETTINGS = EDM()

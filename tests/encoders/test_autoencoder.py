@@ -6,7 +6,7 @@ from diffusers import AutoencoderTiny
 
 from microdit.encoders.autoencoder import BUNDLED_ICON, load_autoencoder
 from microdit.errors import UserError
-from microdit.training.autoencoder import AutoencoderSettings, load_emoji, reconstruction_figures, train_icon_autoencoder
+from microdit.training.train_autoencoder import AutoencoderSettings, load_emoji, reconstruction_figures, train_icon_autoencoder
 from tests.damage import flips
 
 

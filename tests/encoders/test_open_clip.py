@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from microdit.encoders.text import load_text_encoder
 from microdit.errors import UserError
-from tests.encoders.test_text_models import Bomb
+from tests.encoders.test_text_text_models import Bomb
 from tests.encoders.tiny_models import CONTEXT, save_open_clip
 
 CAPTIONS = ["a red cat", "", "dog " * 30]

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from microdit.config.load import load_recipe
 from microdit.distributed import start_world
-from microdit.model.sizes import Size, resolve
-from microdit.recipe_file import load_recipe
-from microdit.training.record import RunRecord
-from microdit.training.saving import Saver
+from microdit.models.config import Size, resolve
+from microdit.training.checkpointing import Saver
+from microdit.training.logging import RunRecord
 from tests.training.processes import RECIPE
 
 CONFIG = resolve(Size(dim=32, depth=2, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=2, round_ffn_to=8), caption_channels=12)

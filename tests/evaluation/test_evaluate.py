@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from microdit.data.emoji import emoji_source
-from microdit.data.images import decode, fit
-from microdit.data.sources import Part, Record, Source, open_source
+from microdit.data.decode import decode, fit
+from microdit.data.sources.base import Part, Record, Source, open_source
+from microdit.data.sources.builtin import emoji_source
 from microdit.distributed import World, start_world
 from microdit.errors import UserError
 from microdit.evaluation import evaluate as module
 from microdit.evaluation.evaluate import Question, evaluate
-from microdit.evaluation.metrics import DEFAULT, METRICS
-from microdit.evaluation.painters import DrawSettings
+from microdit.evaluation.generators import DrawSettings
+from microdit.evaluation.metrics.registry import DEFAULT, METRICS
 from tests.commands import microdit
 from tests.conftest import first_of
-from tests.evaluation.test_clip_score import save_clip
+from tests.evaluation.metrics.test_clip_score import save_clip
 from tests.evaluation.test_extraction import Meeting
-from tests.evaluation.test_image_features import save_dino, save_inception
+from tests.evaluation.test_features_image_features import save_dino, save_inception
 from tests.training.processes import RECIPE, start, wait_for
 
 

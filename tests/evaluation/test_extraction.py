@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from microdit.data.images import fit
+from microdit.data.decode import fit
 from microdit.distributed import World, start_world
 from microdit.errors import UserError
 from microdit.evaluation import extraction

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from microdit.evaluation.geneval_rules import TASKS
+from microdit.evaluation.geneval.rules import TASKS
 from microdit.evaluation.published import METRICS, TITLES, Row, Training, load_published, metric_cell
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference-results.md"

@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 from microdit.errors import UserError
-from microdit.evaluation.geneval import evaluate_geneval
-from microdit.evaluation.geneval_rules import Detection, parse_prompt
+from microdit.evaluation.geneval.detector import evaluate_geneval
+from microdit.evaluation.geneval.rules import Detection, parse_prompt
 from microdit.evaluation.run_results import Measured, read_run
-from microdit.model.microdit import MicroDiT
+from microdit.models.microdit import MicroDiT
 from tests.evaluation.run_folders import CONFIG, MEASURED, evaluated, trained
 
 

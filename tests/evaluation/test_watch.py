@@ -3,7 +3,7 @@
 import pytest
 
 from microdit.distributed import start_world
-from microdit.evaluation.painters import ON_CPU, DrawSettings
+from microdit.evaluation.generators import ON_CPU, DrawSettings
 from microdit.evaluation.watch import next_checkpoint, open_watched
 from tests.test_checkpoint import write, write_in_haste
 from tests.training.untrained import save_untrained

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from microdit.config.schema import ModelRecipe, PhaseRecipe, Recipe
 from microdit.errors import UserError
 from microdit.lab.study import is_scheduled, load_study, stretched
-from microdit.recipe import ModelRecipe, PhaseRecipe, Recipe
 
 MODEL = ModelRecipe(dim=32, depth=2, head_dim=8, mixer_dim=32, mixer_depth=1)
 BASE = """

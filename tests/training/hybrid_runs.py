@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from microdit.config.load import load_recipe
 from microdit.distributed import start_world, stop_world
-from microdit.recipe_file import load_recipe
 from microdit.terminal import console
-from microdit.training.chain import Settings, train_one
+from microdit.training.multi_phase import Settings, train_one
 from tests.training.processes import RECIPE
 
 SHORT = (

@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from microdit.config.schema import EngineRecipe, OptimizerRecipe
 from microdit.distributed import World, start_world
-from microdit.recipe import EngineRecipe, OptimizerRecipe
 from microdit.training.gradients import AutogradGradients, WholeModelGradients
-from microdit.training.guard import Guard
-from microdit.training.parallel import mesh_of, prepare_blocks, shard_the_rest
-from microdit.training.start import architecture
+from microdit.training.parallel import DenoisingLoss, mesh_of, prepare_blocks, shard_the_rest
+from microdit.training.setup import architecture
+from microdit.training.stability import Guard
 from microdit.training.state import TrainingState
-from microdit.training.step import DenoisingLoss
 from tests.training.test_state import CPU, EACH, PARTS, parts, recipe
 
 ALONE = World(0, 1, CPU, None)

@@ -5,8 +5,8 @@ import torch
 
 from microdit.checkpoint import open_checkpoint
 from microdit.distributed import start_world
-from microdit.shard_files import assembled, read_header
-from microdit.training.saving import load_into
+from microdit.io.tensor_files import assembled, read_header
+from microdit.training.checkpointing import load_into
 from tests.training.hybrid_runs import WAYS, train_all
 from tests.training.processes import on_each, recorded, tensors, train
 

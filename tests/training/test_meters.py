@@ -9,20 +9,18 @@ import pytest
 import torch
 from torch import nn
 
+from microdit.config.load import load_recipe
 from microdit.diffusion.edm import EDM
 from microdit.distributed import start_world
 from microdit.errors import UserError
-from microdit.model.sizes import Size, resolve
-from microdit.recipe_file import load_recipe
+from microdit.models.config import Size, resolve
+from microdit.planning.workload import Work
 from microdit.terminal import PlainConsole
-from microdit.training.cost import Cost
-from microdit.training.draws import TrainingBatch
-from microdit.training.held_out import HeldOut
-from microdit.training.meters import Meters, in_words
-from microdit.training.record import RunRecord, last_cost
-from microdit.training.step import DenoisingLoss
-from microdit.training.tally import StepSums
-from microdit.training.work import Work
+from microdit.training.logging import Cost, RunRecord, last_cost
+from microdit.training.meters import Meters, StepSums, in_words
+from microdit.training.noise import TrainingBatch
+from microdit.training.parallel import DenoisingLoss
+from microdit.training.validation import HeldOut
 from tests.conftest import busy_model
 from tests.training.processes import HANG, RECIPE
 

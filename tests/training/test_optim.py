@@ -10,15 +10,14 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
+from microdit.config.schema import EMARecipe, EngineRecipe, OptimizerRecipe, PhaseRecipe
 from microdit.distributed import start_world
-from microdit.model.microdit import MicroDiT
-from microdit.model.sizes import Size, resolve
-from microdit.recipe import EMARecipe, EngineRecipe, OptimizerRecipe, PhaseRecipe
-from microdit.training.ema import EMA, names_of
+from microdit.models.config import Size, resolve
+from microdit.models.microdit import MicroDiT
+from microdit.training.checkpointing import Saver, load_into, newest_whole, whole
 from microdit.training.optim import Optimizers, _bundles, learning_rate
-from microdit.training.parallel import mesh_of, prepare_blocks
-from microdit.training.saving import Saver, load_into, newest_whole, whole
-from microdit.training.shards import total_norm
+from microdit.training.parallel import mesh_of, prepare_blocks, total_norm
+from microdit.training.state import EMA, names_of
 
 
 def small_model(**settings: object) -> MicroDiT:

@@ -20,19 +20,17 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C
 
-from microdit.data.latents import Batch
+from microdit.config.schema import EngineRecipe
+from microdit.data.dataset import Batch
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.model.blocks import layer_norm
-from microdit.model.elementwise import EAGER
-from microdit.model.microdit import MicroDiT
-from microdit.model.sizes import Size, resolve
-from microdit.recipe import EngineRecipe
-from microdit.training.draws import add_draws
-from microdit.training.muon import orthogonalized
-from microdit.training.parallel import compile_elementwise, compute_dtype, mesh_of, sharding_of
-from microdit.training.step import DenoisingLoss
+from microdit.models.blocks import EAGER, layer_norm
+from microdit.models.config import Size, resolve
+from microdit.models.microdit import MicroDiT
+from microdit.training.noise import add_draws
+from microdit.training.optim import orthogonalized
+from microdit.training.parallel import DenoisingLoss, compile_elementwise, compute_dtype, mesh_of, sharding_of
 from tests.training.processes import HANG, RECIPE, losses, recorded, tensors, train
 
 SETTINGS = ("phases.0.steps=30", "phases.1.steps=20", "phases.0.learning_rate=4e-3", "phases.1.batch_size=8")  # 50 steps that learn

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from microdit.data.latents import Batch
+from microdit.data.dataset import Batch
 from microdit.diffusion.edm import EDM
-from microdit.model.microdit import MicroDiT
-from microdit.model.routing import METHODS
-from microdit.model.sizes import Size, resolve
-from microdit.training.draws import add_draws
-from microdit.training.step import DenoisingLoss
+from microdit.models.config import Size, resolve
+from microdit.models.microdit import MicroDiT
+from microdit.models.routing import METHODS
+from microdit.training.noise import add_draws
+from microdit.training.parallel import DenoisingLoss
 from tests.conftest import routed
 from tests.training.processes import losses, train, wait_for
 

@@ -6,15 +6,15 @@ from functools import partial
 import pytest
 import torch
 
-from microdit.data.forms import StoredRows
-from microdit.data.latents import StoredBatch
+from microdit.config.schema import DataRecipe, EMARecipe, EngineRecipe, ModelRecipe, OptimizerRecipe, PhaseRecipe, Recipe
+from microdit.data.dataset import StoredBatch
+from microdit.data.packing import StoredRows
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World
-from microdit.model.routing import METHODS
-from microdit.recipe import DataRecipe, EMARecipe, EngineRecipe, ModelRecipe, OptimizerRecipe, PhaseRecipe, Recipe
-from microdit.training.draws import UndrawnBatch, add_draws
-from microdit.training.guard import Guard
-from microdit.training.start import architecture
+from microdit.models.routing import METHODS
+from microdit.training.noise import UndrawnBatch, add_draws
+from microdit.training.setup import architecture
+from microdit.training.stability import Guard
 from microdit.training.state import TrainingState, what_happened
 
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -14,8 +14,8 @@ import pytest
 from safetensors.torch import load_file
 
 from microdit.checkpoint import find_weights
-from microdit.files import from_checked_json
-from microdit.pipeline import Pipeline
+from microdit.io.files import from_checked_json
+from microdit.pipelines.native import Pipeline
 from tests.training.processes import RECIPE, losses, start, train, wait_for
 
 RESTART = 75

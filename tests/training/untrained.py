@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from microdit.data.latents import EncodedSet
+from microdit.config.load import load_recipe
+from microdit.data.dataset import EncodedDataset
 from microdit.distributed import start_world
-from microdit.model.microdit import MicroDiT
-from microdit.recipe_file import load_recipe
-from microdit.training.saving import Saver
-from microdit.training.start import describe, model_config
+from microdit.models.microdit import MicroDiT
+from microdit.training.checkpointing import Saver
+from microdit.training.setup import describe, model_config
 from tests.training.processes import RECIPE
 
 
@@ -21,7 +21,7 @@ def save_untrained(run: Path, encoded: Path, step: int, change: Callable[[Tensor
 
     `in_haste`: as before a machine is taken away, with nothing but the shards.
     """
-    recipe, data = load_recipe(RECIPE, [f"data.path={encoded}"]), EncodedSet(encoded, 16)
+    recipe, data = load_recipe(RECIPE, [f"data.path={encoded}"]), EncodedDataset(encoded, 16)
     torch.manual_seed(0)
     model = MicroDiT(model_config(recipe, data))
     weights = {name: change(weight.detach()) for name, weight in model.named_parameters()}

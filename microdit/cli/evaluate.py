@@ -1,0 +1,285 @@
+"""The commands that measure: microdit evaluate, draw, prefer, geneval.
+
+The command that lays runs beside published figures: microdit compare.
+"""
+
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from microdit.errors import UserError
+from microdit.reports.formats import figure
+from microdit.terminal import SOURCE_HELP, Device, Dtype, console, joined, progress, styled, warn
+
+if TYPE_CHECKING:
+    from microdit.distributed import World
+    from microdit.evaluation.generators import Compute
+
+# Processes draw at different speeds, and the first one measures alone.
+PATIENCE = timedelta(hours=12)
+LESS_MEMORY = "take a smaller --batch-size, or --dtype bfloat16"
+
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="How many pictures to draw at a time. Fewer need less memory. [default: 64, of other pipelines 8]"),
+]
+
+
+def evaluate(
+    run: Annotated[
+        str, typer.Argument(help="A run folder or an exported model; with --reference also any diffusers pipeline, by folder or hub id.")
+    ],
+    reference: Annotated[str | None, typer.Option(help=f"Compare with this set as a whole. {SOURCE_HELP}")] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="fid, kid, precision, recall, density, coverage (by --network); clip-fid, cmmd, clip-score (by --clip); dino-fd (by "
+            "--dino). With commas between. [default: all by --network]"
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many captions to draw; papers take 30,000.")] = 256,
+    network: Annotated[str, typer.Option(help="efficientnet (offline), or inception:FILE, with which fid is FID.")] = "efficientnet",
+    clip: Annotated[str, typer.Option(help="A CLIP of transformers.")] = "openai/clip-vit-large-patch14",
+    dino: Annotated[str, typer.Option(help="A DINOv2 of transformers.")] = "facebook/dinov2-large",
+    side: Annotated[int | None, typer.Option(min=8, help="Pixels that both are cut to and compared at. [default: as drawn]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for pictures, metrics.json, report.html. [default: RUN/evaluation]")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Evaluate each new checkpoint while RUN trains, and plot them.")] = False,
+    steps: Annotated[int, typer.Option(help="Of the sampler.")] = 18,
+    guidance: float = 2.0,
+    seed: Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")] = 0,
+    weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = None,
+) -> None:
+    """Measure a run: are single pictures recognised (emoji), or, with --reference, how near are all of them to a set?
+
+    With --reference: the captions of the set's first records are drawn and compared with all of its pictures. Every metric comes with a
+    95% interval; a page shows the pictures nearest to the reference and farthest from it. Goes on where it was stopped; under torchrun
+    the work is shared, and the figures are the same.
+
+    Without: is a caption's picture among the 10 nearest of all training pictures? Writes metrics.json into the run folder.
+
+    Example: microdit evaluate runs/emoji --reference emoji -n 512
+
+    Example: torchrun --nproc-per-node 8 -m microdit evaluate RUN --reference coco2014:PATH -n 30000 --metrics fid,clip-score
+    --network inception:inception-2015-12-05.pt
+    """
+    from microdit.data.sources.base import open_source
+    from microdit.data.sources.builtin import emoji_rows
+    from microdit.devices import device_errors_explained
+    from microdit.distributed import stop_world
+    from microdit.evaluation.evaluate import Question
+    from microdit.evaluation.evaluate import evaluate as evaluate_set
+    from microdit.evaluation.generators import DrawSettings, open_painter
+    from microdit.evaluation.metrics.registry import choose_metrics
+    from microdit.evaluation.recognition import evaluate_emoji_run
+    from microdit.evaluation.watch import watch_run
+
+    settings = DrawSettings(steps, guidance, seed, weights)
+    if reference is None:
+        if metrics is not None or watch:
+            raise UserError("--metrics and --watch compare with a set: name one with --reference, such as emoji.")
+        _, compute = _start(device, dtype, batch_size)
+        with device_errors_explained(LESS_MEMORY), progress("evaluate", count * steps) as advance:
+            found = evaluate_emoji_run(Path(run), list(emoji_rows("train")), count, settings, warn, advance, compute)
+        console.print_json(data=found)
+        stop_world()
+        return
+    question = Question(choose_metrics(metrics), count, network, clip, dino, side)
+    source = open_source(reference)
+    world, compute = _start(device, dtype, batch_size)
+    folder = out or Path(run) / "evaluation"
+    if watch:
+        with device_errors_explained(LESS_MEMORY):
+            page = watch_run(Path(run), source, question, settings, folder, world, compute)
+        console.print(joined("Quality of all checkpoints: ", styled(page)))
+    else:
+        with device_errors_explained(LESS_MEMORY):
+            result = evaluate_set(open_painter(run, settings, warn, compute), source, question, settings, folder, world)
+        if world.is_main:
+            console.print(_metrics_table(result))
+            console.print(joined(styled(folder / "report.html"), f" shows the pictures, {folder / 'metrics.json'} holds the figures."))
+    stop_world()
+
+
+def _start(device: str, dtype: str, batch_size: int | None) -> tuple["World", "Compute"]:
+    """The processes of torchrun, and what each draws on, which the first one tells of."""
+    from microdit.devices import choose_dtype, in_words
+    from microdit.distributed import start_world
+    from microdit.evaluation.generators import Compute
+
+    world = start_world(device, PATIENCE)
+    console.quiet = not world.is_main
+    compute = Compute(world.device, choose_dtype(dtype, world.device), batch_size)
+    console.print(in_words(world.device, compute.dtype))
+    return world, compute
+
+
+def _metrics_table(result: dict[str, Any]) -> Table:
+    from microdit.evaluation.metrics.registry import METRICS, label
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("metric", "value", "95% interval", "better", "network"):
+        table.add_column(title, justify="right" if title in ("value", "95% interval") else "left")
+    for name, entry in result["metrics"].items():
+        interval = "" if entry["low"] is None else f"{figure(entry['low'])} to {figure(entry['high'])}"
+        better = "lower" if METRICS[name].lower_is_better else "higher"
+        table.add_row(label(name, entry["network"]), figure(entry["value"]), interval, better, entry["network"])
+        if "infinity" in entry:
+            table.add_row("  infinitely many", figure(entry["infinity"]), "", better, entry["network"])
+    return table
+
+
+def draw(
+    run: Annotated[str, typer.Argument(help="A run folder, or a diffusers pipeline, by folder or hub id.")],
+    prompts: Annotated[Path, typer.Argument(help='A file with one prompt a line, or .jsonl with {"prompt": ...}.')],
+    out: Annotated[Path, typer.Option(help="Folder to make: 0000.png, 0001.png ..., prompts.jsonl.")],
+    steps: Annotated[int, typer.Option(help="Of the sampler.")] = 18,
+    guidance: float = 2.0,
+    seed: Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")] = 0,
+    weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = None,
+) -> None:
+    """Draw a file of prompts, one picture each, for 'microdit prefer' and other evaluations. Goes on where it was stopped.
+
+    Under torchrun each process draws its share, and the pictures are the same.
+    """
+    from microdit.devices import device_errors_explained
+    from microdit.distributed import stop_world
+    from microdit.evaluation.generators import DrawSettings, draw_pictures, open_painter, read_prompt_file, steps_to_draw
+
+    texts, settings = read_prompt_file(prompts), DrawSettings(steps, guidance, seed, weights)
+    world, compute = _start(device, dtype, batch_size)
+    with device_errors_explained(LESS_MEMORY):
+        painter = open_painter(run, settings, warn, compute)
+        with progress("draw", steps_to_draw(len(texts), painter, settings, world)) as advance:
+            draw_pictures(painter, texts, out, settings, world, on_step=advance)
+    console.print(joined(f"{len(texts)} pictures in ", styled(out)))
+    stop_world()
+
+
+def prefer(
+    a: Annotated[Path, typer.Argument(help="A folder of pictures, by 'microdit draw'.")],
+    b: Annotated[Path, typer.Argument(help="Another, of the same prompts.")],
+    out: Annotated[Path, typer.Option(help="Folder for verdicts.jsonl, which a later call goes on with.")] = Path("preference"),
+    judge_url: Annotated[str | None, typer.Option(help="Root of an OpenAI-compatible API; its key from MICRODIT_JUDGE_KEY.")] = None,
+    judge: Annotated[str, typer.Option(help="The judge's model.")] = "gpt-4o",
+    dollars_per_million: Annotated[float | None, typer.Option(help="Price of a million tokens, for the estimate.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask after the estimate.")] = False,
+    vote: Annotated[bool, typer.Option("--vote", help="You are the judge: opens a page on this machine.")] = False,
+    port: Annotated[int, typer.Option(help="Of that page.")] = 7861,
+) -> None:
+    """Which pictures are preferred? Judged pair by pair, by a vision model (in both orders) or by people."""
+    from dataclasses import asdict
+
+    from PIL import Image
+
+    from microdit.evaluation.preference.judge import VisionJudge, estimate, judge_all
+    from microdit.evaluation.preference.verdicts import VerdictFile, both_orders, random_order, read_pairs
+    from microdit.evaluation.preference.votes import HUMAN, collect_votes
+
+    if vote == (judge_url is not None):
+        raise UserError("Who judges? Give --judge-url for a vision model, or --vote for people.")
+    pairs = read_pairs(a, b)
+    if judge_url is None:
+        file = VerdictFile(out / "verdicts.jsonl", random_order(pairs, 0), HUMAN)
+        result = collect_votes(file, port, lambda url: console.print(joined("Vote at ", styled(url), "; Ctrl-C when you have enough.")))
+    else:
+        file = VerdictFile(out / "verdicts.jsonl", both_orders(pairs), judge)
+        open_questions = len(file.waiting())
+        with Image.open(pairs[0].a, formats=["PNG"]) as picture:
+            cost = estimate(-(-open_questions // 2), max(picture.size), dollars_per_million)
+        dollars = "" if cost.dollars is None else f", about ${cost.dollars:.2f}"
+        console.print(f"{open_questions} requests, about {cost.tokens:,} tokens{dollars}.")
+        if open_questions and not yes and not typer.confirm("Go on?"):
+            raise UserError("Nothing was asked.")
+        with progress("judge", open_questions) as advance:
+            result = judge_all(file, VisionJudge(judge_url, judge), on_verdict=lambda _: advance(1), warn=warn)
+    console.print_json(data=asdict(result))
+
+
+def geneval(
+    run: Annotated[str, typer.Argument(help="A run folder, or a diffusers pipeline, by folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for pictures, results.jsonl and summary.json.")],
+    prompts: Annotated[Path | None, typer.Option(help="GenEval's evaluation_metadata.jsonl. [default: prompts about emoji]")] = None,
+    detector: Annotated[str, typer.Option(help="Mask2Former, a folder or hub name.")] = "facebook/mask2former-swin-small-coco-instance",
+    classifier: Annotated[str, typer.Option(help="CLIP for colours, a folder or hub name.")] = "openai/clip-vit-large-patch14",
+    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
+    per_task: Annotated[int, typer.Option(min=1, help="Emoji prompts of each of the six tasks.")] = 20,
+    steps: Annotated[int, typer.Option(help="Of the Heun sampler.")] = 18,
+    guidance: float = 2.0,
+    seed: int = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = None,
+) -> None:
+    """Draw GenEval's prompts and let detectors judge: objects, counts, colours, positions. Without --prompts, on emoji and offline.
+
+    Goes on where it was stopped. Under torchrun the drawing is shared.
+    """
+    from microdit.devices import device_errors_explained
+    from microdit.distributed import stop_world
+    from microdit.evaluation.generators import DrawSettings, draw_pictures, open_painter, steps_to_draw
+    from microdit.evaluation.geneval.detector import ClipColours, Mask2Former, evaluate_geneval
+    from microdit.evaluation.geneval.emoji_scenes import EmojiColours, EmojiDetector, emoji_prompts
+    from microdit.evaluation.geneval.rules import read_prompts
+    from microdit.io.locks import sole_writer
+
+    wanted = emoji_prompts(per_task) if prompts is None else read_prompts(prompts)
+    texts = [prompt.text for prompt in wanted for _ in range(per_prompt)]
+    pictures = out / "pictures"
+    settings = DrawSettings(steps, guidance, seed)
+    world, compute = _start(device, dtype, batch_size)
+    with device_errors_explained(LESS_MEMORY):
+        painter = open_painter(run, settings, warn, compute)
+        with progress("draw", steps_to_draw(len(texts), painter, settings, world)) as advance:
+            draw_pictures(painter, texts, pictures, settings, world, partial(_geneval_name, per_prompt), advance)
+    if world.is_main:
+        with (
+            device_errors_explained("take --device cpu for judging alone: what is drawn is kept"),
+            progress("judge", len(texts)) as advance,
+            sole_writer(out),
+        ):
+            finder = EmojiDetector() if prompts is None else Mask2Former(detector, str(world.device))
+            colours = EmojiColours() if prompts is None else ClipColours(classifier, str(world.device))
+            summary = evaluate_geneval(pictures, wanted, finder, colours, out, warn, lambda done, total: advance(1))
+        console.print_json(data=summary)
+    stop_world()
+
+
+def _geneval_name(per_prompt: int, number: int) -> str:
+    prompt, sample = divmod(number, per_prompt)
+    return f"{prompt:05}/samples/{sample:04}.png"
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    table: Annotated[Literal["main", "geneval", "ablations"], typer.Option(help="Which published figures.")] = "main",
+    geneval: Annotated[list[Path] | None, typer.Option(help="Folder of 'microdit geneval --out'; once for each run, in order.")] = None,
+) -> None:
+    """Lay runs beside what others have published, and say what may be compared and what not.
+
+    Example: microdit compare runs/emoji runs/emoji-long
+
+    Example: microdit compare runs/xl --table geneval --geneval geneval
+    """
+    from microdit.evaluation.compare import comparison_table, comparison_words
+    from microdit.evaluation.published import load_published
+    from microdit.evaluation.run_results import read_run
+
+    if geneval and len(geneval) != len(runs):
+        raise UserError(f"--geneval was given {len(geneval)} times for {len(runs)} runs: give it once for each run, in order.")
+    published = load_published()
+    results = [read_run(run, geneval[number] if geneval else None) for number, run in enumerate(runs)]
+    console.print(comparison_table(published, table, results))
+    for result in results:
+        for line in comparison_words(published, table, result):
+            console.print(line, soft_wrap=True)
+    console.print("How each figure was measured, and who says so: python -m microdit.evaluation.published")

@@ -1,0 +1,68 @@
+"""The commands about sharing models: microdit export, microdit import-official."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from microdit.errors import UserError
+from microdit.terminal import console, joined, styled, warn
+
+
+class Dtype(StrEnum):
+    """Of the weights on the disk."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights: float16 halves the files, and changes pictures a little.")] = Dtype.float32,
+) -> None:
+    """Write a run as a folder that diffusers loads: safetensors, a model card, a record of where it comes from.
+
+    Example: microdit export runs/emoji my-model, then microdit sample my-model "red heart", or upload the folder to the hub.
+    """
+    from microdit.pipelines.export import export_run
+
+    size = export_run(run, out, warn, weights, dtype.value, _training_flops(run))
+    console.print(joined(styled(out), f": {size / 1e6:.1f} MB. Its README.md says how to use it; look it through before you share it."))
+
+
+def import_official(
+    checkpoint: Annotated[Path, typer.Argument(help="The authors' .pt: the model's weights, or their trainer's whole state.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    text_encoder: Annotated[str, typer.Option(help="A folder, which is copied, or a name that is looked up when drawing.")] = "dfn-clip-h",
+    autoencoder: Annotated[str | None, typer.Option(help="The same. [default: sdxl for 4 channels, 16ch for 16]")] = None,
+    head_dim: Annotated[int | None, typer.Option(min=1, help="Width of an attention head; known for the released models.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
+) -> None:
+    """Convert a checkpoint released by the authors of arXiv 2407.15811. Nothing in it is run; sizes and channels are read off its tensors.
+
+    Example: microdit import-official dit_4_channel_37M_real_and_synthetic_data.pt official-37m
+    """
+    from microdit.pipelines.import_official import ImportSettings, import_official
+
+    model = import_official(checkpoint, out, ImportSettings(text_encoder, autoencoder, head_dim, dtype.value))
+    millions, channels = sum(weight.numel() for weight in model.parameters()) / 1e6, model.config.in_channels
+    console.print(f'{millions:,.1f} M parameters, {channels} channels. Pictures: microdit sample {out} "..." --guidance 5')
+
+
+def _training_flops(run: Path) -> float | None:
+    """Of the whole recipe; None where its data or recipe is no longer as it was, or the run has not got to its end."""
+    from microdit.config.load import load_recipe
+    from microdit.planning.workload import phase_flops, shapes_of
+    from microdit.reports.run_folder import RECIPE, RunFolder
+
+    if RunFolder(run).status.get("state") != "finished":
+        return None
+    try:
+        recipe = load_recipe(run / RECIPE)
+        shapes = shapes_of(recipe)
+    except UserError:
+        return None
+    return None if shapes.samples is None else sum(phase_flops(recipe, phase, shapes) for phase in recipe.phases)

@@ -1,0 +1,60 @@
+"""The commands that compare ways of training: microdit lab."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from microdit.errors import UserError
+from microdit.terminal import console, joined, styled
+
+lab_app = typer.Typer(no_args_is_help=True, help="Compare ways of training at equal cost: studies of arms and seeds, and their reports.")
+
+
+@lab_app.command()
+def run(
+    study: Annotated[Path, typer.Argument(help="A YAML study, such as recipes/lab/masking.yaml.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for results. [default: lab/NAME]")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the run folders of arms that are done.")] = False,
+) -> None:
+    """Train every arm of a study for every seed on equal FLOPs and on equal seconds. Goes on where it was stopped.
+
+    Example: microdit lab run recipes/lab/masking.yaml
+
+    Small models leave cores idle: start the same command several times, with OMP_NUM_THREADS=1, and the processes share the work.
+    """
+    from microdit.distributed import start_world
+    from microdit.lab.run_study import run_study
+    from microdit.lab.study import load_study
+
+    loaded, recipes = load_study(study)
+    folder = out or Path("lab") / loaded.name
+    run_study(loaded, recipes, folder, start_world(recipes[loaded.reference.arm].engine.device), keep)
+    place = "" if out is None else f" --out {out}"
+    console.print(joined("Results in ", styled(folder), f"; a report: microdit lab report {study}{place}"))
+
+
+@lab_app.command()
+def report(
+    study: Annotated[Path, typer.Argument(help="The study that was run; also one that is still running.")],
+    out: Annotated[Path | None, typer.Option(help="Where it was run. [default: lab/NAME]")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to write README.md and figures to. [default: docs/lab/NAME]")] = None,
+) -> None:
+    """Write a study's tables, figures and verdicts as Markdown."""
+    from microdit.lab.equal_cost import read_plan, refuse_changes
+    from microdit.lab.run_study import read_results
+    from microdit.lab.study import load_study
+    from microdit.lab.study_report import write_report
+
+    loaded, recipes = load_study(study)
+    folder = out or Path("lab") / loaded.name
+    results = read_results(folder)
+    if not results:
+        raise UserError(f"There are no results in {folder}: run the study first, microdit lab run {study}.")
+    plans = read_plan(folder)
+    new = [arm for arm in loaded.arms if arm not in plans]
+    if new:
+        raise UserError(f"{folder} has no results yet of {', '.join(new)}, which {study} has now: microdit lab run {study}.")
+    refuse_changes(loaded, recipes, folder)
+    page = write_report(loaded, recipes, plans, results, folder, to or Path("docs/lab") / loaded.name)
+    console.print(styled(page))

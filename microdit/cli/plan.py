@@ -1,0 +1,123 @@
+"""The commands about money and machines: microdit budget, microdit bench."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from microdit.errors import UserError
+from microdit.io.text import printable
+from microdit.terminal import Device, TrainingDtype, console, joined, progress, styled
+
+
+def budget(
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe, or a folder of them.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as phases.0.steps=100")] = None,
+    chip: Annotated[str, typer.Option(help="Such as h100, a100-80gb, rtx4090, or one of --prices.")] = "h100",
+    gpus: Annotated[int, typer.Option("--count", help="How many of them.")] = 1,
+    price: Annotated[float | None, typer.Option(help="Dollars of a GPU-hour. [default: from a dated table]")] = None,
+    prices: Annotated[
+        Path | None,
+        typer.Option(help="Your own prices and chips, YAML: 'h100: 2.2', 'rtx5080: {teraflops: 112.6, memory_gb: 16, price: 0.3}'."),
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option(help="Share of the peak that is used. [default: as microdit bench measured, else 0.29, an H100's]")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, max=10**12, help="How many will be encoded. [default: those of the sets, else a million]")
+    ] = None,
+    dollars: Annotated[float | None, typer.Option(help="Instead of a recipe: find what this sum buys.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --dollars: the folder to write its recipes to.")] = None,
+    data: Annotated[str, typer.Option(help="With --dollars: the encoded set that its recipes name.")] = "data/mine",
+    latent_channels: Annotated[int | None, typer.Option(min=1, help="If the data is not encoded yet. [default: 4]")] = None,
+    downsampling: Annotated[int | None, typer.Option(min=1, help="Pixels a side of one latent. [default: 8]")] = None,
+    caption_tokens: Annotated[int | None, typer.Option(min=1, help="[default: 77]")] = None,
+    caption_channels: Annotated[int | None, typer.Option(min=1, help="Of a token. [default: 1024]")] = None,
+    bench: Annotated[Path | None, typer.Option(help="The file of microdit bench.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Know the bill before paying it: FLOPs, hours, dollars, memory, storage of a recipe. Nothing is run, no data is needed.
+
+    Or the other way round: what model and schedule a sum of money buys, as recipes ready to train. Encoding the images (--images) is
+    paid first, training with the rest.
+
+    Example: microdit budget recipes/microdit-xl --chip h100 --count 8 --price 2.5 --mfu 0.45
+
+    Example: microdit budget --dollars 500 --chip rtx4090 --out recipes/mine
+    """
+    from microdit.planning.estimate import load_recipes, reckon
+    from microdit.planning.hardware import find_machine, measurements_file
+    from microdit.planning.planner import buy, write_recipes
+    from microdit.planning.tables import show, show_plan
+    from microdit.planning.workload import Given
+
+    if (recipe is None) == (dollars is None):
+        raise UserError("Name a recipe, to see what it costs, or --dollars, to see what they buy: one of the two.")
+    if dollars is None and out is not None:
+        raise UserError("--out goes with --dollars: it is where the recipes that they buy are written.")
+    machine = find_machine(chip, gpus, price, mfu, prices, bench or measurements_file())
+    given = Given(latent_channels, downsampling, caption_tokens, caption_channels)
+    plan = buy(dollars, machine, given, data, images) if dollars is not None else None
+    recipes = plan.recipes if plan is not None else load_recipes(recipe, overrides) if recipe is not None else {}
+    reckoned = reckon(recipes, machine, given, images)
+    if out is not None and plan is not None:
+        write_recipes(plan, out)
+    if as_json:
+        found = {**reckoned.as_dict(), **({"plan": plan.as_dict()} if plan is not None else {})}
+        print(printable(json.dumps(found, indent=1)))
+        return
+    if plan is None:
+        show(reckoned, console)
+    else:
+        show_plan(plan, reckoned, console)
+        console.print(f"Written: microdit train {out}" if out else "Write it with --out FOLDER.")
+
+
+def bench(
+    recipe: Annotated[
+        Path | None, typer.Option(help="Its first phase is trained on. [default: MicroDiT_Tiny_2, 256 px, 75% dropped]")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure, after two steps to warm up.")] = 20.0,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples a step. [default: the recipe's; else 256 on a GPU, 8 on a CPU]")
+    ] = None,
+    device: Device = "auto",
+    dtype: TrainingDtype = "auto",
+    file: Annotated[Path | None, typer.Option(help="Where to keep the result. [default: microdit/bench.json in $XDG_STATE_HOME]")] = None,
+) -> None:
+    """Measure how much of this machine training uses (MFU), and keep it: microdit budget then reckons with it for that chip.
+
+    Whole training steps on random numbers, as the trainer does them. No data is needed.
+
+    Example: microdit bench
+
+    Example: microdit bench --recipe recipes/microdit-xl/1-256-masked.yaml --micro-batch 64
+    """
+    from microdit.config.load import engine_problems
+    from microdit.devices import choose_dtype, device_errors_explained, in_words
+    from microdit.distributed import start_world, stop_world
+    from microdit.planning.hardware import keep_measurement, measurements_file
+    from microdit.planning.workload import assumed_shapes, shapes_of
+    from microdit.training.benchmark import bench_recipe, measure
+
+    world = start_world(device)
+    chosen = bench_recipe(recipe, micro_batch, world.device, dtype)
+    if problems := engine_problems(chosen.engine):
+        raise UserError(" ".join(problems))
+    console.print(in_words(world.device, choose_dtype(chosen.engine.precision, world.device)))
+    shapes = assumed_shapes(chosen) if recipe is None else shapes_of(chosen)
+    fix = f"{chosen.phases[0].batch_size} samples at a time are too many, take a smaller --micro-batch"
+    with device_errors_explained(fix), progress(f"bench {chosen.name}", round(seconds)) as advance:
+        found = measure(chosen, shapes, world, seconds, advance)
+    stop_world()
+    place = file or measurements_file()
+    keep_measurement(found, place)
+    console.print(
+        joined(
+            styled(f"{found.images_per_second:,.2f} images/s, MFU {found.utilisation:.1%}"),
+            f" on {found.chip} in {found.precision}: {found.model}, micro-batch {found.micro_batch}, "
+            f"against {found.peak / 1e12:.4g} TFLOP/s ({found.peak_source}). Kept in {place}.",
+        ),
+        soft_wrap=True,
+    )

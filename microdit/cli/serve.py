@@ -1,0 +1,61 @@
+"""The command that serves the web page and the HTTP endpoint: microdit app."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from microdit.errors import UserError
+from microdit.terminal import Device, Dtype, console, warn
+
+
+def app(
+    models: Annotated[list[str] | None, typer.Argument(help="Runs or exported folders. [default: the demo model]")] = None,
+    host: Annotated[
+        str, typer.Option(help="Where to listen. There is no password: other machines may draw if it is not this one's own.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    queue: Annotated[int, typer.Option(min=1, max=10_000, help="How many jobs may wait; more are refused.")] = 32,
+    recipes: Annotated[Path, typer.Option(help="The folder of recipes that the page reckons budgets of.")] = Path("recipes"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Draw in a web page, and answer programs that speak OpenAI's images API (POST /v1/images/generations). Nothing leaves this machine.
+
+    Example: microdit app
+
+    Example: microdit app runs/emoji runs/emoji-long --port 8000
+    """
+    import contextlib
+
+    from microdit.devices import choose_device, choose_dtype, device_errors_explained, in_words
+    from microdit.pipelines.load import model_and_prompts, open_model
+
+    try:
+        from microdit.serve.queue import WorkQueue
+        from microdit.serve.server import Server, is_local, listen, web_app
+    except ModuleNotFoundError as error:
+        raise UserError(f"The web page needs the package {error.name}: pip install 'microdit[app]'.") from error
+
+    where = choose_device(device)
+    numbers = choose_dtype(dtype, where)
+    places = models or [model_and_prompts([])[0]]
+    opened = [open_model(place, warn) for place in places]
+    names = [Path(place).resolve().name for place in places]
+    if len(set(names)) < len(names):
+        names = places
+    if len(set(names)) < len(names):
+        raise UserError("A model is named twice: name each once; the page compares settings of one model, too.")
+    runs = {name: Path(model.about["run"]) for name, model in zip(names, opened, strict=True) if "run" in model.about}
+    with device_errors_explained("serve fewer models, take --dtype bfloat16 or --device cpu, or free it of other programs"):
+        for model in opened:
+            model.pipeline.to(where, numbers)
+    listener = listen(host, port)
+    if not is_local(host):
+        warn(f"Whoever reaches {host}:{port} may draw here: there is no password. Without --host only this machine can.")
+    line = WorkQueue({name: model.pipeline for name, model in zip(names, opened, strict=True)}, queue)
+    console.print(in_words(where, numbers))
+    shown = f"[{host}]" if ":" in host else host
+    console.print(f"http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it)")
+    with contextlib.suppress(KeyboardInterrupt):
+        Server(web_app(line, runs=runs, recipes=recipes, local=is_local(host)), line).run([listener])

@@ -1,0 +1,163 @@
+"""How a YAML file and `a.b=c` overrides become a recipe, and what is wrong with it, in words."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from microdit.config.schema import DataRecipe, EngineRecipe, ModelRecipe, PhaseRecipe, Recipe
+from microdit.devices import KNOWN_DEVICES, is_device_name
+from microdit.errors import UserError
+from microdit.io.strict_yaml import Tree, override, parse_yaml, read_as, read_yaml
+from microdit.models.routing import GRID_RATIOS, METHODS
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+NO_FLOAT16 = "float16 needs losses that are scaled, which microdit does not do in training: take bfloat16, or float32."
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe, apply `a.b=c` overrides, check types and values. Raises UserError naming file, key and fix."""
+    if not path.is_file():
+        raise UserError(f"There is no recipe at {path}. The ones that come with microdit are in the folder recipes/.")
+    return _checked(read_yaml(path), str(path), overrides or [])
+
+
+def recipe_of_text(text: str, where: str) -> Recipe:
+    """As `load_recipe`, of what a file holds; `where` names it."""
+    return _checked(parse_yaml(text, where), where, [])
+
+
+def with_todays_defaults(kept: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that an earlier version wrote, with the keys that are new since then at their defaults: a default is what was done before.
+
+    As it is, if it has a key or a value that is no more known, since then it asks for something else than any recipe of today.
+    """
+    try:
+        recipe = cast(Recipe, read_as(Recipe, parse_yaml(yaml.safe_dump(kept), "recipe"), "recipe"))
+        return cast(dict[str, Any], yaml.safe_load(recipe.to_yaml()))
+    except UserError:
+        return kept
+
+
+def _checked(tree: Tree, where: str, overrides: list[str]) -> Recipe:
+    if not isinstance(tree, dict):
+        raise UserError(f"{where} must hold keys and values, such as 'name: my-run'.")
+    for said in overrides:
+        override(tree, said)
+    recipe = cast(Recipe, read_as(Recipe, tree, where))
+    problems = _problems(recipe)
+    if problems:
+        raise UserError(f"{where} asks for what cannot be:\n  - " + "\n  - ".join(problems))
+    return recipe
+
+
+def _problems(recipe: Recipe) -> list[str]:
+    """Every value that lies in its range and still cannot be, one sentence each."""
+    found = []
+    model = recipe.model
+
+    def need(condition: bool, sentence: str) -> None:
+        if not condition:
+            found.append(sentence)
+
+    for name in ("dim", "mixer_dim"):
+        width = getattr(model, name)
+        near = max(1, round(width / model.head_dim)) * model.head_dim
+        need(width % model.head_dim == 0, f"model.{name} ({width}) is not divisible by model.head_dim ({model.head_dim}): try {near}.")
+    need(model.dim % 4 == 0, f"model.dim ({model.dim}) must be divisible by 4, for positions in two dimensions.")
+    found += _routing_problems(model)
+    need(len({ema.decay for ema in recipe.ema}) == len(recipe.ema), "ema names a decay twice.")
+    found += engine_problems(recipe.engine)
+    need(
+        not recipe.engine.release_gradients or recipe.engine.sharding not in ("fsdp", "hybrid"),
+        "engine.release_gradients is for a process that holds the model whole, and engine.sharding is "
+        f"{recipe.engine.sharding}: leave one of them out.",
+    )
+    need(
+        recipe.optimizer.moments == "float32" or recipe.optimizer.method == "adamw",
+        "optimizer.moments int8 is for optimizer.method adamw: muon has one moment, in float32.",
+    )
+    need(
+        recipe.init_weights == "model" or recipe.init_from is not None,
+        f"init_weights {recipe.init_weights} chooses among the weights of init_from, which names no run: name one, or leave it out.",
+    )
+    data = recipe.data
+    need((data.path is None) != (not data.sets), "data needs either a path or sets, such as data.path=data/emoji.")
+    need(not data.sets or any(item.repeat for item in data.sets.values()), "data.sets: at least one must have a repeat above 0.")
+    for index, phase in enumerate(recipe.phases):
+        problems = _mask_problems(phase, model) + _weight_problems(phase, data)
+        found += [f"phases.{index}.{problem}" for problem in problems]
+    return found
+
+
+def engine_problems(engine: EngineRecipe) -> list[str]:
+    """What is no device or no precision, one sentence each."""
+    found = []
+    if not is_device_name(engine.device):
+        found.append(f"engine.device is {engine.device}, and must be one of {KNOWN_DEVICES}.")
+    if engine.precision == "float16":
+        found.append(f"engine.precision: {NO_FLOAT16}")
+    elif engine.precision not in PRECISIONS:
+        found.append(f"engine.precision is {engine.precision}, and must be one of {', '.join(PRECISIONS)}.")
+    return found
+
+
+def _routing_problems(model: ModelRecipe) -> list[str]:
+    method = METHODS[model.routing]
+    first, last = method.dense_blocks if model.dense_blocks is None else model.dense_blocks
+    checks = [
+        (
+            model.dense_blocks is None or method.drop == "blocks",
+            f"model.dense_blocks is for model.routing tread and sprint, and not for {model.routing}: leave it out.",
+        ),
+        (
+            first + last < model.depth or method.drop != "blocks",
+            f"model.depth is {model.depth}, and routing {model.routing} has {first} dense blocks before its sparse ones and {last} after "
+            f"them: it needs at least {first + last + 1}, or fewer model.dense_blocks, such as [{(model.depth - 1) // 2}, "
+            f"{(model.depth - 1) // 2}].",
+        ),
+        (
+            model.decoder_depth is None or method.decoder > 0,
+            f"model.decoder_depth is for model.routing maskdit, and not for {model.routing}: leave it out.",
+        ),
+        (
+            not method.decoder or model.mixer_dim % 4 == 0,
+            f"model.mixer_dim ({model.mixer_dim}) must be divisible by 4, for positions in two dimensions: the decoder is as wide.",
+        ),
+    ]
+    return [sentence for ok, sentence in checks if not ok]
+
+
+def _mask_problems(phase: PhaseRecipe, model: ModelRecipe) -> list[str]:
+    checks = [
+        (phase.mask_schedule is None or phase.mask_ratio == 0, "mask_schedule takes the place of mask_ratio: give one of them."),
+        (
+            phase.mask_schedule is None or _is_schedule(phase.mask_schedule),
+            "mask_schedule must be points [progress, ratio], progress growing from 0 to 1, such as [[0, 0.75], [1, 0]].",
+        ),
+        (
+            model.routing != "none" or (phase.mask_ratio == 0 and not phase.mask_schedule),
+            "mask_ratio must be 0, since model.routing is none (or use model.routing deferred).",
+        ),
+        (
+            phase.mask_pattern == "random" or (phase.mask_ratio in (0, *GRID_RATIOS) and not phase.mask_schedule),
+            f"mask_pattern is grid, so mask_ratio must be one of {', '.join(map(str, GRID_RATIOS))}, without a mask_schedule.",
+        ),
+    ]
+    return [sentence for ok, sentence in checks if not ok]
+
+
+def _is_schedule(points: list[tuple[float, float]]) -> bool:
+    places = [progress for progress, _ in points]
+    return places[0] == 0 and places[-1] == 1 and all(a < b for a, b in pairwise(places))
+
+
+def _weight_problems(phase: PhaseRecipe, data: DataRecipe) -> list[str]:
+    if phase.weights is None:
+        return []
+    unknown = sorted(set(phase.weights) - set(data.named_sets))
+    problems = [f"weights names {', '.join(unknown)}, and data.sets only {', '.join(data.named_sets)}."] if unknown else []
+    if sum(phase.weights.values()) <= 0:
+        problems.append("weights are all 0: at least one set must be learnt from.")
+    return problems

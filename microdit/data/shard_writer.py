@@ -1,0 +1,295 @@
+"""The frozen encoders at work on one chunk of records after the other, on any device.
+
+On a GPU nothing here waits for it: pixels cross as bytes from pinned memory and become numbers there, results come back into pinned memory
+while the next chunk is queued, and `EncodedChunk.wait` is for whoever needs them. A batch that does not fit the GPU's memory is halved.
+
+Encoded chunks to shards, in a thread of its own: encoding goes on while numbers are packed, written and checked.
+"""
+
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from microdit.data.decode import Picture, normalise
+from microdit.data.packing import CaptionForm, LatentForm, pack_ids, pack_latents, pack_text
+from microdit.data.shards import Row, ShardWriter, checksums_of
+from microdit.data.sources.base import Record
+from microdit.encoders.autoencoder import Autoencoder
+from microdit.encoders.text import TextEncoder
+from microdit.errors import UserError
+from microdit.io.files import aside_of, sha256_of, to_checked_json, write_aside
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """Records with what the encoders made of them, batch by batch: complete on the CPU only after `wait`.
+
+    `ids` are all captions' tokens, in the order of the records. `text` and `latents` hold float32 batches with the numbers of the captions,
+    or of the records, that are in them; those of `latents` have their resolution too. Without vectors (form `ids`) `text` is empty.
+    """
+
+    records: list[Record]
+    buckets: list[int]
+    ids: list[list[int]]
+    text: list[tuple[list[int], Tensor]]
+    latents: list[tuple[list[int], int, Tensor]]
+    arrived: torch.cuda.Event | None
+
+    def wait(self) -> None:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+
+
+class BatchEncoder:
+    """Both encoders and their batches: `batch_size` pictures, or captions, at a time, as long as they fit.
+
+    `warn` is told when fewer do. The encoders are on `device` already.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        text_encoder: TextEncoder,
+        device: torch.device,
+        captions: CaptionForm,
+        batch_size: int,
+        warn: Callable[[str], None],
+    ):
+        self.autoencoder, self.text_encoder, self.device, self.captions, self.warn = autoencoder, text_encoder, device, captions, warn
+        self._sizes = {"pictures": batch_size, "captions": batch_size}
+
+    def encode(self, records: list[Record], pictures: list[Picture], resolutions: tuple[int, ...]) -> EncodedChunk:
+        """`pictures` holds each record's bucket and its pixels at every resolution, (H, W, 3)."""
+        ids = self.text_encoder.tokenize([caption for record in records for caption in record.captions.values()])
+        text = [] if self.captions == "ids" else list(self._text(ids))
+        latents = list(self._latents(pictures, resolutions))
+        arrived = None
+        if self.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(self.device))
+        return EncodedChunk(records, [bucket for bucket, _ in pictures], ids, text, latents, arrived)
+
+    def _text(self, ids: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+        """Batches hold captions of about one length."""
+        by_length = sorted(range(len(ids)), key=lambda number: len(ids[number]))
+        return self._batches("captions", by_length, lambda batch: self._back(self._embed([ids[number] for number in batch])))
+
+    @torch.no_grad()
+    def _embed(self, ids: list[list[int]]) -> Tensor:
+        return self.text_encoder.embed_full(ids) if self.captions == "full" else self.text_encoder.embed(ids)[0]
+
+    def _latents(self, pictures: list[Picture], resolutions: tuple[int, ...]) -> Iterator[tuple[list[int], int, Tensor]]:
+        """Batches hold pictures of one bucket."""
+        by_bucket: dict[int, list[int]] = {}
+        for number, (bucket, _) in enumerate(pictures):
+            by_bucket.setdefault(bucket, []).append(number)
+
+        def encode(batch: list[int]) -> list[Tensor]:
+            pixels = ([pictures[number][1][which] for number in batch] for which in range(len(resolutions)))
+            return [self._back(self.autoencoder.encode(self._pixels(stack))) for stack in pixels]
+
+        for numbers in by_bucket.values():
+            for batch, latents in self._batches("pictures", numbers, encode):
+                for resolution, latents_BCHW in zip(resolutions, latents, strict=True):
+                    yield batch, resolution, latents_BCHW
+
+    def _pixels(self, pixels: list[NDArray[np.uint8]]) -> Tensor:
+        pixels_BHWC = torch.empty((len(pixels), *pixels[0].shape), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        np.stack(pixels, out=pixels_BHWC.numpy())
+        return normalise(pixels_BHWC.to(self.device, non_blocking=True))
+
+    def _back(self, tensor: Tensor) -> Tensor:
+        return tensor.float().to("cpu", non_blocking=self.device.type == "cuda")  # into pinned memory
+
+    def _batches(self, what: str, numbers: list[int], encode: Callable[[list[int]], R]) -> Iterator[tuple[list[int], R]]:
+        """Each batch with what `encode` makes of it, the batch halved until it fits.
+
+        Raises UserError when one alone does not.
+        """
+        first, refused = 0, False
+        while first < len(numbers):
+            batch = numbers[first : first + self._sizes[what]]
+            try:
+                result = encode(batch)
+            except torch.OutOfMemoryError as error:
+                if len(batch) == 1:
+                    raise UserError(self._too_small(what, error)) from error
+                self._sizes[what], refused = len(batch) // 2, True
+            else:
+                if refused:
+                    refused = False
+                    self.warn(f"The GPU's memory holds fewer {what} at a time: {self._sizes[what]} from here on.")
+                yield batch, result
+                first += len(batch)
+                continue
+            torch.cuda.empty_cache()  # outside of `except`, whose error keeps the tensors alive
+
+    def _too_small(self, what: str, error: torch.OutOfMemoryError) -> str:
+        dtype = str(self.autoencoder.dtype if what == "pictures" else self.text_encoder.dtype).removeprefix("torch.")
+        return (
+            f"The GPU's memory does not hold the encoders with one of the {what} in {dtype} ({str(error).splitlines()[0][:160]}): take "
+            "--dtype bfloat16 (half of float32), smaller --resolutions, or --device cpu."
+        )
+
+
+AHEAD = 2  # chunks that wait to be packed before encoding waits for them
+
+
+@dataclass
+class PartInWork:
+    """A part of the source that becomes shard `number`: what was rejected of it so far, and its counts of captions and tokens.
+
+    `fingerprint` is the part's when its reading began.
+    """
+
+    number: int
+    name: str
+    fingerprint: str = ""
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Turns an encoded chunk into rows: numbers as bytes."""
+
+    resolutions: tuple[int, ...]
+    latents: LatentForm
+    captions: CaptionForm
+    caption_weights: dict[str, float]
+
+    def rows(self, chunk: EncodedChunk) -> Iterator[Row]:
+        """Raises UserError for numbers that are not finite."""
+        chunk.wait()
+        texts, latents = iter(self._pack_text(chunk)), self._pack_latents(chunk)
+        for record, bucket, blobs in zip(chunk.records, chunk.buckets, latents, strict=True):
+            weights = [self.caption_weights[name] for name in record.captions]
+            captions = list(record.captions.values())
+            yield Row(record.key, bucket, captions, weights, [next(texts) for _ in captions], blobs)
+
+    def _pack_latents(self, chunk: EncodedChunk) -> list[dict[int, bytes]]:
+        blobs: list[dict[int, bytes]] = [{} for _ in chunk.records]
+        for numbers, resolution, latents_BCHW in chunk.latents:
+            for number, latents_CHW in zip(numbers, _finite(latents_BCHW.numpy(), "latents"), strict=True):
+                blobs[number][resolution] = pack_latents(latents_CHW, self.latents)
+        return blobs
+
+    def _pack_text(self, chunk: EncodedChunk) -> list[bytes]:
+        if self.captions == "ids":
+            return [pack_ids(tokens) for tokens in chunk.ids]
+        blobs = [b""] * len(chunk.ids)
+        for numbers, text_BLE in chunk.text:
+            for number, text_LE in zip(numbers, _finite(text_BLE.numpy(), "caption vectors"), strict=True):
+                length = len(text_LE) if self.captions == "full" else len(chunk.ids[number])
+                blobs[number] = pack_text(text_LE[:length], self.captions)
+        return blobs
+
+
+def _finite(numbers: NDArray[np.float32], what: str) -> NDArray[np.float32]:
+    if not np.isfinite(numbers).all():
+        raise UserError(f"Encoding gave {what} that are no finite numbers: the encoder overflows in this dtype, take --dtype float32.")
+    return numbers
+
+
+class ShardsThread:
+    """Packs chunks and writes them in the order in which they are `put`; a shard is whole once its manifest is there.
+
+    Errors of the thread are raised by a later `put`, or at the end of the `with` block; shards behind them are not written.
+    `on_written` is told, by that thread, how many records and parts more are done.
+    """
+
+    def __init__(self, folder: Path, packer: Packer, on_written: Callable[[int, int], None]):
+        self.folder, self.packer, self.on_written = folder, packer, on_written
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._waiting: deque[Future[None]] = deque()
+        self._writer: ShardWriter | None = None
+        self._failed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What was put is finished in any case: only the shard that lacks its end is given up."""
+        try:
+            while kind is None and self._waiting:
+                self._waiting.popleft().result()
+        finally:
+            self._thread.shutdown()
+            if self._writer is not None:
+                self._writer.abandon()
+
+    def put(self, part: PartInWork, chunk: EncodedChunk, seen: int, last: bool) -> None:
+        """`seen`: how many of the part's records the chunk stands for. `last`: the part ends with it."""
+        self._waiting.append(self._thread.submit(self._write, part, chunk, seen, last))
+        while len(self._waiting) > AHEAD:
+            self._waiting.popleft().result()
+
+    def _write(self, part: PartInWork, chunk: EncodedChunk, seen: int, last: bool) -> None:
+        if self._failed:
+            return
+        try:
+            if self._writer is None:
+                path = aside_of(self.folder / _shard(part.number))
+                self._writer = ShardWriter(path, list(self.packer.resolutions))
+            for row in self.packer.rows(chunk):
+                self._writer.write(row)
+            if last:
+                self._writer.close()
+                self._publish(self._writer, part)
+                self._writer = None
+            self.on_written(seen, int(last))
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _publish(self, writer: ShardWriter, part: PartInWork) -> None:
+        """The shard gets its name, then its manifest."""
+        path = self.folder / f"{_shard(part.number)}.arrow"
+        manifest = {
+            "name": path.name,
+            "part": part.name,
+            "fingerprint": part.fingerprint,
+            "rows": writer.rows,
+            "seen": writer.rows + len(part.rejected),
+            "rejected": dict(sorted(Counter(reason for _, reason in part.rejected).items())),
+            "buckets": {str(bucket): writer.buckets[bucket] for bucket in sorted(writer.buckets)},
+            "bytes": writer.path.stat().st_size,
+            "sha256": sha256_of(writer.path),
+            "checksums": checksums_of(writer.path)._asdict(),
+            **{key: part.counts[key] for key in ("captions", "tokens", "captions_cut")},
+        }
+        writer.path.replace(path)
+        if part.rejected:
+            lines = "".join(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in part.rejected)
+            write_aside(self.folder / f"{_shard(part.number)}.rejected.jsonl", lines.encode())
+        write_aside(manifest_path(self.folder, part.number), to_checked_json(manifest))
+
+
+def manifest_path(folder: Path, number: int) -> Path:
+    return folder / f"{_shard(number)}.json"
+
+
+def remove_shard(folder: Path, number: int) -> bool:
+    """Whether there was one: of several ranks that remove it, one is told so. The manifest goes first, for without it there is no shard."""
+    try:
+        manifest_path(folder, number).unlink()
+    except FileNotFoundError:
+        return False
+    for suffix in (".arrow", ".rejected.jsonl"):
+        (folder / f"{_shard(number)}{suffix}").unlink(missing_ok=True)
+    return True
+
+
+def _shard(number: int) -> str:
+    return f"shard-{number:05d}"

@@ -1,0 +1,349 @@
+"""The two sets of generated pictures, JourneyDB and DiffusionDB: archives or folders of pictures, and lists of their prompts.
+
+Pictures and lists are joined by the pictures' names; what stands on one side only is a record with a problem.
+
+The sets of the paper (2407.15811) and its evaluation set, each read as its authors hand it out.
+
+Nothing is downloaded: the folder holds what the set's page gives, under the names it gives.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from microdit.data.sources.archives import Sample, archive_names, archive_source, open_zip, read_archive, read_zipped
+from microdit.data.sources.base import Part, Record, Source, only_captions, relative_names
+from microdit.data.sources.files import LARGEST_TEXT, Listed, Refused, Roots, bounded_lines, find_images, open_file, read_file, roots_of
+from microdit.data.sources.folders import parts_of
+from microdit.data.sources.metadata import caption_text, from_fields, from_sidecars
+from microdit.errors import UserError
+from microdit.io.text import parse_json
+
+JOURNEYDB_LIST = "train_anno_realease_repath.jsonl"  # sic
+UNSAFE = 0.2  # score above which the authors leave a picture of DiffusionDB out
+
+
+def journeydb_parts(folder: Path, captions: dict[str, float]) -> list[Part]:
+    """Lines about folders that are not here are passed over: most people have a few of its 200 archives."""
+    train = next((place for place in (folder / "train", folder / "data" / "train", folder) if (place / "imgs").is_dir()), None)
+    if train is None or not (train / JOURNEYDB_LIST).is_file():
+        return []
+    places = sorted(path for path in (train / "imgs").iterdir() if path.is_dir() or path.suffix == ".tgz")
+    # An archive that was unpacked and kept is read once.
+    places = [path for path in places if path.is_dir() or not path.with_suffix("").is_dir()]
+    listing, roots = train / JOURNEYDB_LIST, roots_of(folder)
+    parts = [
+        Part(path.name, partial(_read_journeydb, path, listing, roots, tuple(captions)), partial(_files_of, path, (listing,)))
+        for path in places
+    ]
+    return [*parts, Part(JOURNEYDB_LIST, partial(_broken_lines, listing, roots), partial(iter, (listing,)))] if parts else []
+
+
+def _read_journeydb(place: Path, listing: Path, roots: Roots, wanted: tuple[str, ...]) -> Iterator[Record]:
+    listed: dict[str, tuple[dict[str, str], str]] = {}
+    with _open_list(listing, roots) as file:
+        for offset in _lines_by_folder(listing, roots).get(place.name.partition(".")[0], []):
+            file.seek(offset)
+            fields = parse_json(file.readline())
+            stem = Path(fields["img_path"]).stem
+            if stem in listed:
+                yield Record(f"{JOURNEYDB_LIST}#{offset}", {}, b"", "listed twice")
+                continue
+            task = fields.get("Task2")
+            caption = task.get("Caption") if isinstance(task, dict) else None
+            listed[stem] = from_fields({"prompt": fields.get("prompt"), "caption": caption}, wanted)
+    yield from _joined(place, _samples(place, roots), listed)
+
+
+@lru_cache(maxsize=1)
+def _lines_by_folder(listing: Path, roots: Roots) -> dict[str, list[int]]:
+    """Where the lines of each folder's pictures begin, in bytes: the list has millions of long lines. Broken lines are under ""."""
+    offsets: dict[str, list[int]] = {}
+    offset = 0
+    with _open_list(listing, roots) as file:
+        for line in bounded_lines(file):
+            if line is None or line.strip():
+                offsets.setdefault(_folder_of(line), []).append(offset)
+            offset = file.tell()
+    return offsets
+
+
+def _folder_of(line: bytes | None) -> str:
+    try:
+        return Path(parse_json(line or b"")["img_path"]).parts[-2]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return ""
+
+
+def _open_list(listing: Path, roots: Roots) -> BinaryIO:
+    try:
+        return open_file(listing, roots)
+    except Refused as refused:
+        raise UserError(f"{listing} cannot be used: {refused.reason}. Put the file itself there.") from refused
+
+
+def _broken_lines(listing: Path, roots: Roots) -> Iterator[Record]:
+    for offset in _lines_by_folder(listing, roots).get("", []):
+        yield Record(f"{listing.name}#{offset}", {}, b"", "metadata line is not JSON")
+
+
+def diffusiondb_parts(folder: Path, captions: dict[str, float]) -> list[Part]:
+    """Pictures whose scores in the set's own tables, if these are here, are above UNSAFE are marked."""
+    found = [path for path in folder.rglob("part-*") if path.suffix == ".zip" or (path / f"{path.name}.json").is_file()]
+    places = sorted(path for path in found if path.is_dir() or path.with_suffix("") not in found)
+    tables = [path for name in ("metadata.parquet", "metadata-large.parquet") if (path := folder / name).is_file()]
+    names = relative_names(places) if places else []
+    roots = roots_of(folder)
+    return [
+        Part(name, partial(_read_diffusiondb, path, roots, tuple(tables)), partial(_files_of, path, (*tables, path / f"{path.name}.json")))
+        for name, path in zip(names, places, strict=True)
+    ]
+
+
+def _read_diffusiondb(place: Path, roots: Roots, tables: tuple[Path, ...]) -> Iterator[Record]:
+    unsafe = _unsafe_images(tables)
+    listed = {}
+    for image, entry in _diffusiondb_prompts(place, roots).items():
+        captions, problem = from_fields({"prompt": entry.get("p") if isinstance(entry, dict) else None}, ["prompt"])
+        listed[Path(image).stem] = captions, "marked unsafe" if image in unsafe else problem
+    yield from _joined(place, (sample for sample in _samples(place, roots) if sample.key.rpartition("/")[2] != place.stem), listed)
+
+
+def _diffusiondb_prompts(place: Path, roots: Roots) -> dict[str, Any]:
+    """Empty if they cannot be read: then no picture has a caption, and the archive says what is wrong with it."""
+    name = f"{place.stem}.json"
+    try:
+        prompts = parse_json(read_file(place / name, roots, LARGEST_TEXT)[0] if place.is_dir() else _zipped(place, roots, name))
+    except (Refused, ValueError):
+        return {}
+    return prompts if isinstance(prompts, dict) else {}
+
+
+def _zipped(place: Path, roots: Roots, name: str) -> bytes:
+    """The first file of that name in an archive; empty if there is none. Raises Refused."""
+    with open_file(place, roots) as file:
+        archive = open_zip(file)
+        infos = archive.infolist() if archive else []
+        info = next((info for info in infos if info.filename.rpartition("/")[2] == name), None)
+        return read_zipped(archive, info, LARGEST_TEXT)[0] if archive and info else b""
+
+
+@lru_cache(maxsize=1)
+def _unsafe_images(tables: tuple[Path, ...]) -> frozenset[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    unsafe: set[str] = set()
+    for table in tables:
+        above = [[("image_nsfw", ">", UNSAFE)], [("prompt_nsfw", ">", UNSAFE)]]  # either
+        try:
+            unsafe.update(pq.read_table(table, columns=["image_name"], filters=above)["image_name"].to_pylist())
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise UserError(f"{table} is damaged, or has no image_name, image_nsfw and prompt_nsfw: download it again.") from error
+    return frozenset(unsafe)
+
+
+def _samples(place: Path, roots: Roots) -> Iterator[Sample]:
+    """The pictures in an archive or in a folder."""
+    if not place.is_dir():
+        yield from read_archive(place, frozenset(), roots)
+        return
+    for listed in find_images(place)[:]:
+        image, problem = (b"", listed.problem) if listed.problem else read_file(place / listed.file, roots)
+        yield Sample(str(Path(listed.file).with_suffix("")), image, problem=problem)
+
+
+def _files_of(place: Path, more: tuple[Path, ...]) -> Iterator[Path]:
+    """What `_samples` reads, and `more`."""
+    yield from more
+    yield place
+    if place.is_dir():
+        yield from (place / listed.file for listed in find_images(place)[:])
+
+
+def _joined(place: Path, samples: Iterator[Sample], listed: dict[str, tuple[dict[str, str], str]]) -> Iterator[Record]:
+    """Pictures with the captions listed under their stems; then what is listed and not there. Keys are the same packed and unpacked."""
+    folder = place.name.partition(".")[0]
+    met: set[str] = set()
+    damaged = False
+    for sample in samples:
+        stem = sample.key.rpartition("/")[2]
+        met.add(stem)
+        damaged |= sample.ends
+        captions, problem = listed.get(stem, ({}, "no caption"))
+        yield Record(f"{folder}/{stem}", captions, sample.image, sample.problem or problem)
+    if not damaged:  # otherwise nobody knows
+        yield from (Record(f"{folder}/{stem}", captions, b"", "no such file") for stem, (captions, _) in listed.items() if stem not in met)
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """`captions`: names and weights. `min_side`: pixels below which the authors leave a picture out.
+
+    `read(folder, captions)` gives the parts, none if the folder does not hold what `layout` describes.
+    """
+
+    name: str
+    url: str
+    layout: str
+    license: str
+    captions: dict[str, float]
+    min_side: int
+    read: Callable[[Path, dict[str, float]], list[Part]]
+    more_captions: tuple[str, ...] | None = ()  # that can be asked for; None where any field of its JSON files can
+
+
+def open_named(named: NamedSet, folder: Path, captions: dict[str, float] | None = None) -> Source:
+    """The set in `folder`. Raises UserError if it is not there."""
+    weights = captions or named.captions
+    if named.more_captions is not None:
+        only_captions(named.name, named.captions | dict.fromkeys(named.more_captions, 0.0), captions)
+    parts = named.read(folder, weights) if folder.is_dir() else []
+    if not parts:
+        raise UserError(f"{folder} does not hold {named.name}: looked for {named.layout}. It comes from {named.url}.")
+    return Source(named.name, parts, weights, named.license, named.min_side)
+
+
+def _cc12m(folder: Path, captions: dict[str, float]) -> list[Part]:
+    tars = sorted(folder.glob("*.tar"))
+    return archive_source(tars, captions, roots_of(folder)).parts if tars else []
+
+
+def _sa1b(folder: Path, captions: dict[str, float]) -> list[Part]:
+    tars = sorted(folder.glob("sa_*.tar"))
+    if not (folder / "captions").is_dir():
+        return []
+    return [Part(tar.name, partial(_read_sa1b, tar), partial(_files_of_sa1b, tar)) for tar in tars]
+
+
+def _read_sa1b(tar: Path) -> Iterator[Record]:
+    roots = roots_of(tar.parent)
+    for sample in read_archive(tar, frozenset(), roots):  # its JSON files are masks
+        text, missing = read_file(_sa1b_caption(tar, sample.key), roots, LARGEST_TEXT)
+        found, problem = from_sidecars({} if missing else {"txt": text}, ["caption"])
+        captions = {"llava": found["caption"]} if found else {}
+        yield Record(sample.key, captions, sample.image, sample.problem or problem)
+
+
+def _files_of_sa1b(tar: Path) -> Iterator[Path]:
+    yield tar
+    yield from (_sa1b_caption(tar, key) for key in archive_names(tar, roots_of(tar.parent)))
+
+
+def _sa1b_caption(tar: Path, key: str) -> Path:
+    return tar.parent / "captions" / f"{key.rpartition('/')[2]}.txt"
+
+
+def _textcaps(folder: Path, captions: dict[str, float]) -> list[Part]:
+    tables = sorted(folder.rglob("*.parquet"))
+    # The mirrors also hold the validation and test pictures.
+    tables = [path for path in tables if "train" in path.relative_to(folder).as_posix()] or tables
+    if tables:
+        from microdit.data.sources.tables import table_source
+
+        source = table_source(tables, {"reference_strs": 1.0}, roots_of(folder))
+        return [replace(part, records=partial(_renamed, part, "reference_strs", "caption")) for part in source.parts]
+    listing = folder / "TextCaps_0.1_train.json"
+    if not listing.is_file() or not (folder / "train_images").is_dir():
+        return []
+    first: dict[str, str] = {}  # of an image's several captions, each an entry of its own
+    for entry in _entries(listing, "data", {"image_id": (str, int), "caption_str": object}):
+        first.setdefault(str(entry["image_id"]), caption_text(entry["caption_str"]))
+    return parts_of([_listed(f"train_images/{image}.jpg", caption) for image, caption in first.items()], folder)
+
+
+def _renamed(part: Part, old: str, new: str) -> Iterator[Record]:
+    for record in part.records():
+        yield replace(record, captions={new if name == old else name: text for name, text in record.captions.items()})
+
+
+def _coco2014(folder: Path, captions: dict[str, float]) -> list[Part]:
+    listing = folder / "annotations" / "captions_val2014.json"
+    if not listing.is_file() or not (folder / "val2014").is_dir():
+        return []
+    images = _entries(listing, "images", {"id": int, "file_name": str})
+    annotations = _entries(listing, "annotations", {"id": int, "image_id": int, "caption": object})
+    first: dict[int, str] = {}
+    for annotation in sorted(annotations, key=lambda annotation: annotation["id"]):
+        first.setdefault(annotation["image_id"], caption_text(annotation["caption"]))
+    listed = [_listed(f"val2014/{image['file_name']}", first.get(image["id"], "")) for image in images]
+    return parts_of(listed, folder)
+
+
+def _listed(file: str, caption: str) -> Listed:
+    captions, problem = from_fields({"caption": caption}, ["caption"])
+    return Listed(file, file, captions, problem)
+
+
+def _entries(path: Path, key: str, fields: dict[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
+    """The list under `key` of a JSON file, each entry with these fields, of these types."""
+    try:
+        entries = parse_json(path.read_bytes())[key]
+        if all(field in entry and isinstance(entry[field], kind) for entry in entries for field, kind in fields.items()):
+            return list(entries)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged, or has no list '{key}': download it again.") from error
+    raise UserError(f"{path}: not every entry of '{key}' has {', '.join(fields)}: download it again.")
+
+
+_SETS = (
+    NamedSet(
+        name="cc12m",
+        url="https://github.com/google-research-datasets/conceptual-12m",
+        layout="00000.tar, 00001.tar and so on, as img2dataset writes them (--output_format webdataset)",
+        license="captions: free for any purpose, with acknowledgement of Google; pictures: of their owners",
+        captions={"caption": 1.0},
+        min_side=256,
+        read=_cc12m,
+        more_captions=None,
+    ),
+    NamedSet(
+        name="sa1b",
+        url="https://ai.meta.com/datasets/segment-anything, captions https://huggingface.co/datasets/PixArt-alpha/SAM-LLaVA-Captions10M",
+        layout="sa_000000.tar and so on, and beside them the folder captions/ with a file sa_1.txt for each picture",
+        license="SA-1B Dataset Research License",
+        captions={"llava": 1.0},
+        min_side=256,
+        read=_sa1b,
+    ),
+    NamedSet(
+        name="textcaps",
+        url="https://textvqa.org/textcaps, tables https://huggingface.co/datasets/HuggingFaceM4/TextCaps",
+        layout="TextCaps_0.1_train.json and train_images/, or .parquet files with the columns image and reference_strs",
+        license="CC-BY 4.0",
+        captions={"caption": 1.0},
+        min_side=256,
+        read=_textcaps,
+    ),
+    NamedSet(
+        name="journeydb",
+        url="https://huggingface.co/datasets/JourneyDB/JourneyDB",
+        layout=f"train/{JOURNEYDB_LIST} and train/imgs/ with 000.tgz and so on, or these unpacked",
+        license="JourneyDB's own terms, for non-commercial research",
+        captions={"prompt": 1.0},  # what the paper learns from
+        min_side=256,
+        read=journeydb_parts,
+        more_captions=("caption",),
+    ),
+    NamedSet(
+        name="diffusiondb",
+        url="https://huggingface.co/datasets/poloclub/diffusiondb",
+        layout="part-000001.zip and so on, or these unpacked, anywhere inside; metadata.parquet marks what is unsafe",
+        license="CC0 1.0",
+        captions={"prompt": 1.0},
+        min_side=256,
+        read=diffusiondb_parts,
+    ),
+    NamedSet(
+        name="coco2014",
+        url="https://cocodataset.org/#download",
+        layout="annotations/captions_val2014.json and val2014/ (for evaluation)",
+        license="captions: CC-BY 4.0; pictures: Flickr's terms",
+        captions={"caption": 1.0},
+        min_side=0,
+        read=_coco2014,
+    ),
+)
+NAMED = {named.name: named for named in _SETS}

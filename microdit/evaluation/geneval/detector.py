@@ -1,0 +1,266 @@
+"""GenEval (Ghosh et al. 2023, arXiv 2310.11513) on a folder of pictures, without mmdetection.
+
+- Objects are found by a Mask2Former, colours named by a CLIP, both of transformers; geneval_rules.py judges what they say.
+- The folder is laid out as the authors' is, `00000/samples/0000.png` with the prompt's number, and results.jsonl has their keys.
+- Each picture's line is written when it is judged; whoever starts again judges only what is new or has changed.
+- The authors used mmdetection's Mask2Former with Swin-S; one with the same backbone, trained by others, may see a little differently.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from microdit.data.decode import FORMATS
+from microdit.errors import UserError
+from microdit.evaluation.features import load_beside, load_network
+from microdit.evaluation.geneval.rules import (
+    COLOURS,
+    CONFIDENCE,
+    TASKS,
+    Detection,
+    GenEvalPrompt,
+    confident_objects,
+    judge,
+    parse_prompt,
+    score,
+)
+from microdit.io.files import sha256_of, write_aside
+from microdit.io.text import parse_json
+
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
+CLASSIFIER = "openai/clip-vit-large-patch14"
+MAX_DETECTIONS = 100  # in a picture
+BACKGROUND = "#999"  # what an object's surroundings are painted with
+COLOUR_TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
+
+# GenEval's prompts call some of COCO's classes otherwise than detectors do.
+GENEVAL_NAMES = {
+    "motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant", "diningtable": "dining table",
+    "tvmonitor": "tv", "mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard",
+}  # fmt: skip
+
+
+class Detector(Protocol):
+    """Finds objects. `fingerprint` changes whenever its answers could; it knows no classes but `class_names`."""
+
+    fingerprint: str
+    class_names: frozenset[str]
+
+    def __call__(self, image: Image.Image) -> list[Detection]: ...
+
+
+class ColourClassifier(Protocol):
+    """Names the colour of an object, one of COLOURS."""
+
+    fingerprint: str
+
+    def __call__(self, image: Image.Image, found: Detection) -> str: ...
+
+
+def evaluate_geneval(
+    pictures: Path,
+    prompts: list[GenEvalPrompt],
+    detector: Detector,
+    classifier: ColourClassifier,
+    out: Path,
+    warn: Callable[[str], None],
+    on_picture: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Judge every picture; write results.jsonl and summary.json into the folder `out`, and return the summary.
+
+    `pictures` holds, for prompt number 0, `00000/samples/*.png`, and so on. `on_picture(done, all)` is called after each.
+    Raises UserError if the folder does not belong to the prompts, or a prompt names a class that the detector does not know.
+    """
+    _refuse_unknown_classes(prompts, detector)
+    found = list(_find_pictures(pictures, prompts))
+    if not found:
+        raise UserError(f"There are no pictures in {pictures}: GenEval's layout is expected, as in 00000/samples/0000.png.")
+    without = len(prompts) - len({number for number, _ in found})
+    if without:
+        warn(f"{without} of {len(prompts)} prompts have no picture in {pictures}: the scores leave them out.")
+    judges = f"{detector.fingerprint} {classifier.fingerprint}"
+    results = out / "results.jsonl"
+    known = _known_results(results)
+    lines = []
+    write_aside(results, "".join(f"{json.dumps(line)}\n" for line in known.values()).encode())  # without what was cut off
+    with results.open("a", encoding="utf-8") as file:
+        for done, (number, path) in enumerate(found, start=1):
+            name = path.relative_to(pictures).as_posix()
+            identity = {"filename": name, "metadata": prompts[number].metadata, "picture": sha256_of(path), "judges": judges}
+            line = known.get(json.dumps(identity))
+            if line is None:
+                line = identity | _judge_picture(path, prompts[number], detector, classifier)
+                file.write(f"{json.dumps(line)}\n")
+                file.flush()
+            lines.append(line)
+            if on_picture is not None:
+                on_picture(done, len(found))
+    write_aside(results, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
+    summary = _summarise(lines, len(prompts), without, judges)
+    write_aside(out / "summary.json", json.dumps(summary, indent=1).encode())
+    return summary
+
+
+class Mask2Former:
+    """Objects with masks, by a Mask2Former for instances. `place`: a folder or an id of the hub.
+
+    Raises UserError if there is none, or its settings and weights do not fit.
+    """
+
+    def __init__(self, place: str = DETECTOR, device: str = "cpu") -> None:
+        if find_spec("scipy") is None:
+            raise UserError("The Mask2Former of transformers needs scipy: pip install scipy.")
+        from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+
+        self._model, folder, self.fingerprint = load_network(place, ("mask2former",), Mask2FormerForUniversalSegmentation)
+        self._model.to(device)
+        self._prepare = load_beside(folder, "preprocessor_config.json", AutoImageProcessor)
+        self._names = {n: GENEVAL_NAMES.get(name, name) for n, name in self._model.config.id2label.items()}
+        self._device = device
+        self.class_names = frozenset(self._names.values())
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image) -> list[Detection]:
+        """A query's score is its class's probability times the mean probability of its mask, as with the authors."""
+        inputs = prepared(self._prepare, image).to(self._device)
+        output = self._model(**inputs)
+        probability_QC = output.class_queries_logits[0].float().softmax(dim=-1)[:, :-1]  # the last class is no object
+        top_K, ids_K = probability_QC.flatten().topk(min(MAX_DETECTIONS, len(probability_QC)))
+        top_K, ids_K = top_K[top_K > CONFIDENCE], ids_K[top_K > CONFIDENCE]  # what the mask says can only lower it
+        if len(ids_K) == 0:
+            return []
+        queries_K, classes_K = ids_K // probability_QC.shape[1], ids_K % probability_QC.shape[1]
+        logits_KHW = output.masks_queries_logits[0][queries_K].float()
+        logits_KHW = F.interpolate(logits_KHW[None], size=(image.height, image.width), mode="bilinear", align_corners=False)[0]
+        masks_KHW = logits_KHW > 0
+        inside_K = masks_KHW.sum(dim=(1, 2))
+        scores_K = top_K * (logits_KHW.sigmoid() * masks_KHW).sum(dim=(1, 2)) / (inside_K + 1e-6)
+        return [
+            _detection(self._names[int(classes_K[k])], float(scores_K[k]), masks_KHW[k].cpu().numpy())
+            for k in range(len(ids_K))
+            if scores_K[k] > CONFIDENCE
+        ]
+
+
+class ClipColours:
+    """The colour whose description CLIP finds nearest to an object, cut out and set before grey. `place`: a folder or an id of the hub.
+
+    Raises UserError if there is none, or its settings, words and weights do not fit.
+    """
+
+    def __init__(self, place: str = CLASSIFIER, device: str = "cpu") -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        self._model, folder, self.fingerprint = load_network(place, ("clip",), CLIPModel)
+        self._model.to(device)
+        self._prepare = load_beside(folder, "preprocessor_config.json", AutoImageProcessor)
+        self._tokenizer = load_beside(folder, "tokenizer.json", AutoTokenizer)
+        self._device = device
+        self._descriptions: dict[str, Tensor] = {}  # by class
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, found: Detection) -> str:
+        inputs = prepared(self._prepare, cut_out(image, found)).to(self._device)
+        features_1D = self._model.visual_projection(self._model.vision_model(**inputs).pooler_output)
+        similarity_C = F.normalize(features_1D, dim=-1)[0] @ self._described(found.class_name).T
+        return COLOURS[int(similarity_C.argmax())]
+
+    def _described(self, name: str) -> Tensor:
+        """(colours, D): of each colour, the mean direction of its descriptions."""
+        if name not in self._descriptions:
+            texts = [template.format(colour=colour, name=name) for colour in COLOURS for template in COLOUR_TEMPLATES]
+            inputs = self._tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self._device)
+            features_ND = self._model.text_projection(self._model.text_model(**inputs).pooler_output)
+            by_colour_CTD = F.normalize(features_ND, dim=-1).unflatten(0, (len(COLOURS), -1))
+            self._descriptions[name] = F.normalize(by_colour_CTD.mean(dim=1), dim=-1)
+        return self._descriptions[name]
+
+
+def prepared(prepare: Any, image: Image.Image) -> Any:
+    """The picture as an image processor of transformers makes it, with torchvision or without.
+
+    As an array: of one with three rows it cannot be guessed where the channels are, and with torchvision a picture is turned before.
+    """
+    return prepare(images=np.array(image), input_data_format="channels_last", return_tensors="pt")
+
+
+def cut_out(image: Image.Image, found: Detection) -> Image.Image:
+    """The object's box, with all that its mask leaves out painted grey."""
+    if found.mask is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, BACKGROUND), Image.fromarray(found.mask))
+    left, top, right, bottom = (round(edge) for edge in found.box)
+    return image.crop((left, top, right, bottom))
+
+
+def _refuse_unknown_classes(prompts: list[GenEvalPrompt], detector: Detector) -> None:
+    named = {wanted.class_name for prompt in prompts for wanted in (*prompt.include, *prompt.exclude)}
+    unknown = sorted(named - detector.class_names)
+    if unknown:
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        raise UserError(f"The detector does not know {', '.join(unknown[:8])}{more}: choose one that was trained on what the prompts name.")
+
+
+def _find_pictures(pictures: Path, prompts: list[GenEvalPrompt]) -> Iterator[tuple[int, Path]]:
+    """(number of the prompt, picture), sorted."""
+    if not pictures.is_dir():
+        raise UserError(f"There is no folder {pictures}.")
+    for folder in sorted(path for path in pictures.iterdir() if path.is_dir() and path.name.isdecimal()):
+        number = int(folder.name)
+        if number >= len(prompts):
+            raise UserError(f"{folder} belongs to prompt number {number}, but there are only {len(prompts)}, counted from 0.")
+        metadata = folder / "metadata.jsonl"
+        if metadata.is_file() and parse_prompt(metadata.read_text(encoding="utf-8"), str(metadata)) != prompts[number]:
+            raise UserError(f"{metadata} is not what the prompts say of number {number}: the pictures were drawn from other prompts.")
+        for path in sorted(folder.glob("samples/*.png")):
+            if re.fullmatch(r"\d+", path.stem):
+                yield number, path
+
+
+def _known_results(path: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier start has found, by what it was found of. A line that was cut off is as if it had not been written."""
+    known = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            line = parse_json(text)
+            known[json.dumps({key: line[key] for key in ("filename", "metadata", "picture", "judges")})] = line
+        except (ValueError, KeyError, TypeError):
+            continue
+    return known
+
+
+def _judge_picture(path: Path, prompt: GenEvalPrompt, detector: Detector, classifier: ColourClassifier) -> dict[str, Any]:
+    try:
+        image = ImageOps.exif_transpose(Image.open(path, formats=FORMATS)).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as a picture: {error}. Draw it again, or remove it.") from error
+    detections = detector(image)
+    verdict = judge(prompt, detections, lambda found: classifier(image, found))
+    boxes = {name: [[*found.box, found.score] for found in objects] for name, objects in confident_objects(detections, prompt.tag).items()}
+    return {
+        "tag": prompt.tag,
+        "prompt": prompt.text,
+        "correct": verdict.correct,
+        "reason": "\n".join(verdict.reasons),
+        "details": json.dumps(boxes),
+    }
+
+
+def _summarise(lines: list[dict[str, Any]], prompts: int, without: int, judges: str) -> dict[str, Any]:
+    scores = asdict(score((line["tag"], line["correct"]) for line in lines))
+    pictures = {task: sum(line["tag"] == task for line in lines) for task in TASKS}
+    return scores | {"pictures_of_tasks": pictures, "prompts": prompts, "prompts_without_pictures": without, "judges": judges}
+
+
+def _detection(name: str, score: float, mask: Any) -> Detection:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return Detection(name, score, (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)), mask)

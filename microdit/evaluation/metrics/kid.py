@@ -1,0 +1,194 @@
+"""Distances between two sets of features as the maximum mean discrepancy (MMD) of a kernel: no Gaussian is assumed.
+
+KID (Binkowski et al. 2018, arXiv 1801.01401) is unbiased at any number of samples, and so may be compared between sets of different size.
+CMMD (Jayasumana et al. 2024, arXiv 2401.09603) is the MMD of CLIP embeddings, with a kernel that sees any difference of distributions.
+
+Shapes: N samples of one set, M of the other, D features, S in a subset.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from microdit.errors import UserError
+from microdit.evaluation.metrics.bootstrap import NORMAL_95, Interval
+from microdit.evaluation.metrics.feature_matrix import same_space
+
+SUBSETS = 100  # as its authors take
+SIGMA = 10.0  # the width of CMMD's kernel, and the factor by which its numbers are made readable
+SCALE = 1000.0
+BLOCK = 1024  # rows of a kernel matrix that are held at once
+
+
+@dataclass(frozen=True)
+class KID(Interval):
+    """The mean over subsets with its 95% interval, and the standard deviation among subsets (what papers print after the ±).
+
+    The deviation says how the subsets of these samples differ, and is 0 where a subset is all of them; the interval says what other samples
+    would have given.
+    """
+
+    subset_deviation: float
+
+
+def kid(
+    features_ND: Tensor,
+    others_MD: Tensor,
+    subset_size: int = 1000,
+    subsets: int = SUBSETS,
+    seed: int = 0,
+    on_subset: Callable[[int], None] | None = None,
+) -> KID:
+    """Mean of the unbiased squared MMD with the kernel (x.y / D + 1)^3 over random subsets, each without repeats. It may be below 0.
+
+    Not multiplied by 1000, as some papers do. `on_subset(1)` is called after each. Raises UserError for features that do not fit together,
+    for fewer samples than a subset takes, fewer than 4 samples in a subset, or fewer than 2 subsets.
+    """
+    features_ND, others_MD = same_space(features_ND, others_MD)
+    sizes = len(features_ND), len(others_MD)
+    if not 4 <= subset_size <= min(sizes) or subsets < 2:
+        raise UserError(
+            f"KID needs at least 2 subsets of 4 to {min(sizes)} samples, for there are {sizes[0]} and {sizes[1]} of them: "
+            f"not {subsets} subsets of {subset_size}."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(1 if sizes == (subset_size, subset_size) else subsets):  # where a subset is all, all subsets are the same one
+        found.append(_moments(*(_subset(set_ND, subset_size, generator) for set_ND in (features_ND, others_MD))))
+        if on_subset:
+            on_subset(1)
+    deviation = float(np.std([one.mmd for one in found], ddof=1)) if len(found) > 1 else 0.0
+    mean = _Moments(*np.mean(found, axis=0).tolist())
+    return KID(mean.mmd, *_bounds(mean, *sizes, deviation**2 / len(found)), deviation)
+
+
+def paired_kid(features_ND: Tensor, others_ND: Tensor) -> float:
+    """KID of sets whose rows belong together, such as pictures of the same captions: row i of one and row i of the other may be alike.
+
+    The unbiased squared MMD of such pairs (equation 4 of Gretton et al. 2012) leaves out the kernel between the two of a pair, as it does
+    between a sample and itself: 0 for a set and itself, else above or below. Raises UserError for features that do not fit together, sets
+    of different size, or fewer than 2 pairs.
+    """
+    features_ND, others_ND = same_space(features_ND, others_ND)
+    count = len(features_ND)
+    if count != len(others_ND) or count < 2:
+        raise UserError(
+            f"The KID of pairs needs at least 2 of them, and not {count} pictures on one side and {len(others_ND)} on the other."
+        )
+    within_NN = _cubic_kernel(features_ND, features_ND) + _cubic_kernel(others_ND, others_ND)
+    kernel_NN = within_NN - 2 * _cubic_kernel(features_ND, others_ND)
+    return float(kernel_NN.sum() - kernel_NN.trace()) / (count * (count - 1))
+
+
+def cmmd(embeddings_ND: Tensor, others_MD: Tensor, on_rows: Callable[[int], None] | None = None) -> float:
+    """1000 times the squared MMD of CLIP embeddings, scaled to length 1, with the kernel exp(-|x - y|^2 / (2 sigma^2)), sigma = 10.
+
+    The estimator of least variance (equation 5 of Gretton et al. 2012, a sample's pair with itself included), as in the authors' code: 0
+    for a set and itself, never below. `on_rows(n)` is called after n more rows of the kernel matrices, of N, M and N again.
+    Raises UserError for embeddings that do not fit together.
+    """
+    embeddings_ND, others_MD = (F.normalize(set_ND, dim=1) for set_ND in same_space(embeddings_ND, others_MD))
+    on_rows = on_rows or (lambda _: None)
+    within = _mean_kernel(embeddings_ND, embeddings_ND, on_rows) + _mean_kernel(others_MD, others_MD, on_rows)
+    return max(0.0, SCALE * (within - 2 * _mean_kernel(embeddings_ND, others_MD, on_rows)))
+
+
+def _subset(features_ND: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    return features_ND[torch.randperm(len(features_ND), generator=generator)[:size].to(features_ND.device)]
+
+
+class _Moments(NamedTuple):
+    """Unbiased estimates of what the squared MMD and its variance are made of: x and x' are of one distribution, y and y' of the other.
+
+    `mmd`: the squared MMD, equation 3 of Gretton et al. 2012 (JMLR 13).
+    `witness_x`: variance over x of the witness E k(x, x') - E k(x, y); `witness_y` likewise.
+    `pairs_xx`, `pairs_yy`, `pairs_xy`: E k~(x, x')^2 and so on, where k~ is k less its means over either argument (its degenerate part).
+    `spread_x`: E k(x, x) - E k(x, x'), by which pairs of a sample with itself would lift the MMD.
+    """
+
+    mmd: float
+    witness_x: float
+    witness_y: float
+    pairs_xx: float
+    pairs_yy: float
+    pairs_xy: float
+    spread_x: float
+    spread_y: float
+
+
+def _moments(x_SD: Tensor, y_SD: Tensor) -> _Moments:
+    size = len(x_SD)
+    mean_xx, pairs_xx, spread_x, effect_x_S = _within(_cubic_kernel(x_SD, x_SD))
+    mean_yy, pairs_yy, spread_y, effect_y_S = _within(_cubic_kernel(y_SD, y_SD))
+    kernel_SS = _cubic_kernel(x_SD, y_SD)
+    over_y_S, over_x_S, mean = kernel_SS.mean(dim=1), kernel_SS.mean(dim=0), kernel_SS.mean()
+    centred = kernel_SS.square().sum() - size * over_y_S.square().sum() - size * over_x_S.square().sum() + (size * mean) ** 2
+    pairs_xy = centred.clamp(min=0) / (size - 1) ** 2
+    # Means over few samples scatter by themselves, which is taken off.
+    witness_x = (effect_x_S - over_y_S).var() - pairs_xx / (size - 2) - pairs_xy / size
+    witness_y = (effect_y_S - over_x_S).var() - pairs_yy / (size - 2) - pairs_xy / size
+    values = (mean_xx + mean_yy - 2 * mean, witness_x, witness_y, pairs_xx, pairs_yy, pairs_xy, spread_x, spread_y)
+    return _Moments(*torch.stack(values).tolist())
+
+
+def _within(kernel_SS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the kernel of one set: the mean without the diagonal, E k~^2, the diagonal's mean above the former, and each sample's effect (S,).
+
+    Unbiased as in the U-centred distances of Szekely and Rizzo 2014 (section 2 of arXiv 1310.2926).
+    """
+    size = len(kernel_SS)
+    others_SS = kernel_SS.clone().fill_diagonal_(0)
+    row_S, total = others_SS.sum(dim=1), others_SS.sum()
+    mean = total / (size * (size - 1))
+    centred = others_SS.square().sum() - 2 * row_S.square().sum() / (size - 2) + total**2 / ((size - 1) * (size - 2))
+    effect_S = (row_S - (size - 1) * mean) / (size - 2)
+    return mean, centred.clamp(min=0) / (size * (size - 3)), kernel_SS.diagonal().mean() - mean, effect_S
+
+
+def _bounds(found: _Moments, count_x: int, count_y: int, of_subsets: float) -> tuple[float, float]:
+    """The 95% interval: all distances d that the one found is no more than 1.96 standard errors away from, those errors taken at d.
+
+    By Hoeffding's decomposition the variance has a part that is there between equal distributions too, `chance` (plus what the choice
+    of subsets adds), and one that the witness brings, which grows with d: `slope` times d. A variance that is taken where the distance
+    happened to come out would be too large above the truth and too small below it.
+    """
+    chance = 2 * found.pairs_xx / (count_x * (count_x - 1)) + 2 * found.pairs_yy / (count_y * (count_y - 1))
+    chance += 4 * found.pairs_xy / (count_x * count_y) + of_subsets
+    of_witness = 4 * found.witness_x / count_x + 4 * found.witness_y / count_y
+    distance = found.mmd
+    if found.mmd <= NORMAL_95 * chance**0.5:  # it may be chance: then both with what chance adds, whose ratio is steady
+        distance += found.spread_x / count_x + found.spread_y / count_y
+        of_witness += 4 * found.pairs_xx / count_x / (count_x - 2) + 4 * found.pairs_yy / count_y / (count_y - 2)
+        of_witness += 8 * found.pairs_xy / (count_x * count_y)
+    slope = max(0.0, of_witness / distance) if distance > 0 else 0.0
+
+    def bound(side: int) -> float:
+        without_witness = found.mmd + side * NORMAL_95 * chance**0.5
+        if without_witness <= 0:  # no distance below 0 has a witness
+            return without_witness
+        half = NORMAL_95**2 * slope / 2
+        return found.mmd + half + side * max(0.0, half**2 + NORMAL_95**2 * (chance + slope * found.mmd)) ** 0.5
+
+    return bound(-1), bound(1)
+
+
+def _cubic_kernel(x_ND: Tensor, y_MD: Tensor) -> Tensor:
+    return (x_ND @ y_MD.T / x_ND.shape[1] + 1) ** 3
+
+
+def _mean_kernel(x_ND: Tensor, y_MD: Tensor, on_rows: Callable[[int], None]) -> float:
+    total = 0.0
+    for block in x_ND.split(BLOCK):
+        total += float(_gaussian_kernel(block, y_MD).sum())
+        on_rows(len(block))
+    return total / (len(x_ND) * len(y_MD))
+
+
+def _gaussian_kernel(x_ND: Tensor, y_MD: Tensor) -> Tensor:
+    """Of vectors of length 1, whose squared distance is 2 - 2 x.y."""
+    return torch.exp((x_ND @ y_MD.T - 1) / SIGMA**2)

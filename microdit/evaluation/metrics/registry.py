@@ -1,0 +1,127 @@
+"""The metrics that papers print, by name: what each sees pictures with, and what is better."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from microdit.errors import UserError
+from microdit.evaluation.metrics.bootstrap import Interval, bootstrap_interval, share_interval
+from microdit.evaluation.metrics.clip_score import clip_score
+from microdit.evaluation.metrics.feature_matrix import few_samples_warning
+from microdit.evaluation.metrics.frechet import POINTS, fit_gaussian, frechet_infinity, frechet_interval
+from microdit.evaluation.metrics.kid import SUBSETS, cmmd, kid
+from microdit.evaluation.metrics.prdc import Manifolds, compare_manifolds, rows_to_compare
+
+Kind = Literal["network", "clip", "dino"]
+LARGEST_SUBSET = 1000  # of KID, as its authors take
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`kind`: the option that names its network."""
+
+    title: str
+    kind: Kind
+    lower_is_better: bool
+
+
+METRICS = {
+    "fid": Metric("Frechet distance", "network", True),
+    "kid": Metric("KID", "network", True),
+    "precision": Metric("precision", "network", False),
+    "recall": Metric("recall", "network", False),
+    "density": Metric("density", "network", False),
+    "coverage": Metric("coverage", "network", False),
+    "clip-fid": Metric("Frechet distance", "clip", True),
+    "cmmd": Metric("CMMD", "clip", True),
+    "clip-score": Metric("CLIP score", "clip", False),
+    "dino-fd": Metric("Frechet distance", "dino", True),
+}
+FRECHET_METRICS = tuple(name for name, metric in METRICS.items() if metric.title == "Frechet distance")
+MANIFOLD_METRICS = ("precision", "recall", "density", "coverage")
+DEFAULT = ("fid", "kid", "precision", "recall", "density", "coverage")
+
+
+def label(name: str, network: str) -> str:
+    """As papers call it: the Frechet distance is FID with Inception's features only."""
+    return "FID" if METRICS[name].title == METRICS["fid"].title and network.startswith("inception") else METRICS[name].title
+
+
+def choose_metrics(names: str | None) -> list[str]:
+    """`fid,kid` -> ["fid", "kid"]. Raises UserError."""
+    chosen = list(DEFAULT) if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in chosen if name not in METRICS]
+    if unknown or not chosen:
+        raise UserError(f"--metrics: there is no {', '.join(unknown) or 'name'}; choose from {', '.join(METRICS)}, with commas between.")
+    return list(dict.fromkeys(chosen))
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Features of one network: of the reference, of the generated pictures, and of the captions in the order of the pictures.
+
+    `manifolds`: of the first two, so that the metrics that look at neighbours share one search for them.
+    """
+
+    real_ND: Tensor
+    generated_MD: Tensor
+    captions_MD: Tensor | None = None
+    manifolds: Manifolds | None = None
+
+
+def measure(name: str, sets: Sets, resamples: int, on_step: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """`value`, `low` and `high` (a 95% interval), and what else is worth knowing. Raises UserError for too few pictures.
+
+    The interval of precision and density is that of other generated pictures, of recall and coverage of other real ones; CMMD has none.
+    """
+    real_ND, generated_MD = sets.real_ND, sets.generated_MD
+    if name in FRECHET_METRICS:
+        return _frechet(real_ND, generated_MD, resamples, on_step)
+    if name == "kid":
+        return _entry(kid(generated_MD, real_ND, subset_size=_kid_subset(sets), on_subset=on_step))
+    if name in MANIFOLD_METRICS:
+        return _entry(_manifold_interval(name, sets.manifolds or compare_manifolds(real_ND, generated_MD, on_rows=on_step)))
+    if name == "cmmd":
+        return {"value": cmmd(generated_MD, real_ND, on_step), "low": None, "high": None}
+    assert name == "clip-score"
+    assert sets.captions_MD is not None, "the CLIP score needs captions"
+    return _entry(clip_score(generated_MD, sets.captions_MD))
+
+
+def steps_to_measure(name: str, sets: Sets, resamples: int) -> int:
+    """How many steps `measure` tells `on_step` of."""
+    if name in FRECHET_METRICS:
+        return POINTS + 1 + 2 * resamples
+    if name == "kid":
+        return 1 if {len(sets.real_ND), len(sets.generated_MD)} == {_kid_subset(sets)} else SUBSETS
+    if name in MANIFOLD_METRICS:
+        return 0 if sets.manifolds else rows_to_compare(sets.real_ND, sets.generated_MD)
+    return 2 * len(sets.generated_MD) + len(sets.real_ND) if name == "cmmd" else 0
+
+
+def _kid_subset(sets: Sets) -> int:
+    return min(LARGEST_SUBSET, len(sets.real_ND), len(sets.generated_MD))
+
+
+def _manifold_interval(name: str, found: Manifolds) -> Interval:
+    if name == "density":
+        return bootstrap_interval(lambda rows: float(rows.mean()), found.density_M)
+    return share_interval({"precision": found.precise_M, "recall": found.recalled_N, "coverage": found.covered_N}[name])
+
+
+def _frechet(real_ND: Tensor, generated_MD: Tensor, resamples: int, on_distance: Callable[[int], None] | None) -> dict[str, Any]:
+    """With its extrapolation to infinitely many pictures, and the points that this is laid through."""
+    reference = fit_gaussian(real_ND)
+    line = frechet_infinity(generated_MD, reference, on_distance=on_distance)
+    return {
+        **_entry(frechet_interval(generated_MD, reference, resamples, on_distance=on_distance)),
+        "infinity": line.distance,
+        "at_counts": dict(zip(map(str, line.counts), line.distances, strict=True)),
+        "warning": few_samples_warning(min(len(real_ND), len(generated_MD)), real_ND.shape[1]),
+    }
+
+
+def _entry(interval: Interval) -> dict[str, Any]:
+    return asdict(interval)

@@ -1,0 +1,325 @@
+"""A vision-language model as the judge of two pictures, behind any endpoint that speaks OpenAI's chat completions.
+
+- The key comes from MICRODIT_JUDGE_KEY or OPENAI_API_KEY and goes nowhere but into the request's header.
+- What passes by itself (busy, broken or slow servers) is tried again; what does not is one sentence.
+- Every request and answer is noted (`request_log.py`), so that what may be paid twice is what was under way, and no more.
+- The standard library's client does: one small request at a time and thread.
+"""
+
+import base64
+import email.utils
+import http.client
+import json
+import os
+import random
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from microdit.errors import UserError
+from microdit.evaluation.preference.request_log import REQUESTS, Answer, Exchange, RequestLog
+from microdit.evaluation.preference.verdicts import Choice, Preference, Question, Reply, Verdict, VerdictFile
+from microdit.io.text import one_line, parse_json
+
+T = TypeVar("T")
+
+INSTRUCTIONS = """Two pictures, A and B, were made for this prompt:
+
+{prompt}
+
+Which picture follows the prompt better and looks better? Following the prompt counts more. The order in which they are shown \
+means nothing. If neither is better, it is a TIE. Answer with a single word: A, B or TIE."""
+REMINDER = "\n\nWrite one of these three words and nothing else."
+ASKS = 3  # times in all that a question is asked while the answer is nonsense
+LONGEST_WAIT = 600.0  # seconds that a server may ask to wait before it is given up
+LONGEST_ANSWER, LONGEST_WORDS = 1_000_000, 10_000  # bytes of an answer, and of a refusal, that are read
+TEXT_TOKENS = 150  # of the instructions with a prompt and the answer, for the estimate
+
+
+def judge_all(
+    file: VerdictFile,
+    ask: Callable[[str, Path, Path, Exchange], Reply],
+    concurrency: int = 4,
+    on_verdict: Callable[[Verdict], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> Preference:
+    """`ask` (such as a VisionJudge) all that is still open in `file`, `concurrency` questions at a time; say what it comes to.
+
+    Requests and answers are noted beside `file`; `warn` is told of what an earlier process left without an answer. After a failure no
+    question is begun, but the answers under way are awaited and kept. Raises what `ask` raises, and UserError if no pair got clear
+    verdicts.
+    """
+    with RequestLog(file.path.with_name(REQUESTS), file.questions, file.model) as log, ThreadPoolExecutor(concurrency) as threads:
+        if log.lost and warn is not None:
+            requests = "1 request was" if log.lost == 1 else f"{log.lost} requests were"
+            warn(f"{requests} under way when an earlier start ended: what they asked is asked again, and may be paid twice.")
+
+        def answer(question: Question) -> Verdict | None:
+            return file.add(question, ask(question.pair.prompt, *question.pictures(), log.exchange(question)))
+
+        futures = [threads.submit(answer, question) for question in file.waiting()]
+        try:
+            for future in as_completed(futures):
+                verdict = future.result()
+                if verdict is not None and on_verdict is not None:
+                    on_verdict(verdict)
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
+    return file.preference()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a comparison will ask for. `dollars` is None without a price."""
+
+    requests: int
+    images: int
+    tokens: int
+    dollars: float | None
+
+
+def estimate(pairs: int, size: int, dollars_per_million: float | None = None) -> Estimate:
+    """Of `pairs` with pictures of `size` x `size` pixels, in both orders, each answered at once.
+
+    A picture counts 85 tokens and 170 for each tile of 512 pixels, after it is shrunk to 768, as many models count; others
+    differ by a factor of two or so.
+    """
+    tiles = (-(-min(size, 768) // 512)) ** 2
+    requests = 2 * pairs
+    tokens = requests * (2 * (85 + 170 * tiles) + TEXT_TOKENS)
+    return Estimate(requests, 2 * requests, tokens, None if dollars_per_million is None else tokens * dollars_per_million / 1e6)
+
+
+def key_from_environment() -> str:
+    """Empty if there is none, which is right for servers of one's own. Raises UserError for one that no header can carry."""
+    key = (os.environ.get("MICRODIT_JUDGE_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise UserError("The key in MICRODIT_JUDGE_KEY or OPENAI_API_KEY has spaces or odd characters in it: copy it again.")
+    return key
+
+
+@dataclass(frozen=True)
+class VisionJudge:
+    """`judge(prompt, first, second, exchange)` says which PNG file is better, by `model` at `base_url` (the API's root, such as .../v1).
+
+    `timeout` is the seconds that a server may be silent, `longest` those that it may take for one answer. A request is tried again
+    `retries` times: after `backoff` seconds, then twice as long each time, give or take a half; or after as long as the server asks.
+    Raises UserError for an address that is none.
+    """
+
+    base_url: str
+    model: str
+    timeout: float = 120.0
+    longest: float = 600.0
+    retries: int = 6
+    backoff: float = 1.0
+    _key: str = field(default_factory=key_from_environment, repr=False)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?(/[!\"$->@-~]*)?", self.base_url, re.ASCII | re.IGNORECASE):
+            raise UserError(
+                "The judge's address must look like https://api.openai.com/v1 or http://localhost:8000/v1, without password or query."
+            )
+
+    def __call__(self, prompt: str, first: Path, second: Path, exchange: Exchange) -> Reply:
+        """An answer that is none is asked for again, twice; then the choice is "unclear". Answers of an earlier process count.
+
+        Raises UserError if the endpoint is down, the key is wrong, the model is unknown, or the request is refused.
+        """
+        while (reply := reply_of(exchange.answers)) is None:
+            text = INSTRUCTIONS.format(prompt=json.dumps(prompt, ensure_ascii=False)) + (REMINDER if exchange.answers else "")
+            self._complete(text, first.read_bytes(), second.read_bytes(), exchange)
+        return reply
+
+    def _complete(self, text: str, first: bytes, second: bytes, exchange: Exchange) -> None:
+        """Get one more answer into the exchange."""
+        content = [_text(text), _text("Picture A:"), _image(first), _text("Picture B:"), _image(second)]
+        body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": content}]}).encode()
+        trouble, wait = "", 0.0
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(wait)
+            wait, lasting = self.backoff * 2**attempt * random.uniform(0.5, 1.5), False
+            exchange.sending()
+            try:
+                answer = self._read(_within(self.longest, partial(self._post, body)))
+            except _RefusedError as refused:
+                trouble, lasting = self._explain(refused), refused.status not in (408, 429) and refused.status < 500
+                wait = _retry_after(refused.retry_after, wait)
+            except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: an answer that is no completion
+                trouble = f"The judge at {self.base_url} cannot be reached or breaks off: {self._cut(_reason(error))}."
+            else:
+                return exchange.answered(answer)
+            exchange.failed(trouble)
+            if lasting:
+                raise UserError(trouble)
+            if wait > LONGEST_WAIT:
+                raise UserError(f"{trouble} It asks to wait {wait:.0f} seconds: run the same command again after that.")
+        raise UserError(f"{trouble} Given up after {self.retries + 1} tries: run the same command again, it goes on where it was.")
+
+    def _post(self, body: bytes) -> bytes:
+        headers = {"Content-Type": "application/json", "User-Agent": "microdit"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = urllib.request.Request(self.base_url.rstrip("/") + "/chat/completions", body, headers)
+        opener = urllib.request.build_opener(_NoRedirect)
+        try:
+            with opener.open(request, timeout=self.timeout) as response:
+                content: bytes = response.read(LONGEST_ANSWER + 1)
+        except urllib.error.HTTPError as error:
+            raise _RefusedError(error.code, _server_words(error), error.headers.get("Retry-After")) from None
+        if len(content) > LONGEST_ANSWER:
+            raise _RefusedError(200, f"more than {LONGEST_ANSWER:,} bytes, which is no chat completion")
+        return content
+
+    def _read(self, content: bytes) -> Answer:
+        """Raises ValueError for what is no completion. The key, should a server repeat it, is blotted out."""
+        try:
+            completion = parse_json(content)
+            answer = completion["choices"][0]["message"]["content"] or ""
+            tokens = (completion.get("usage") or {}).get("total_tokens") or 0
+            words = answer if isinstance(answer, str) else json.dumps(answer)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise ValueError("its answer is no chat completion") from None
+        return Answer(self._blot(words), tokens if isinstance(tokens, int) else 0)
+
+    def _explain(self, refused: "_RefusedError") -> str:
+        if refused.status in (401, 403):
+            return (
+                f"The judge at {self.base_url} refuses the key ({refused.status}): set MICRODIT_JUDGE_KEY or OPENAI_API_KEY to a valid one."
+            )
+        words = self._cut(refused.words)
+        if refused.status == 404:
+            return f"The judge at {self.base_url} has no model '{self.model}', or this is not its API's root (404): {words}"
+        if 300 <= refused.status < 400:
+            return f"The judge at {self.base_url} has moved ({refused.status}): give its new address."
+        return f"The judge at {self.base_url} answers {refused.status}: {words}"
+
+    def _cut(self, words: str) -> str:
+        words = one_line(self._blot(words)).rstrip(".")
+        return words if len(words) <= 200 else words[:200] + "..."
+
+    def _blot(self, words: str) -> str:
+        return words.replace(self._key, "***") if self._key else words
+
+
+def reply_of(answers: list[Answer]) -> Reply | None:
+    """What the answers to one question come to; None if it is to be asked again."""
+    if not answers:
+        return None
+    choice = read_choice(answers[-1].answer)
+    if choice is None and len(answers) < ASKS:
+        return None
+    return Reply(choice or "unclear", answers[-1].answer, sum(answer.tokens for answer in answers))
+
+
+def read_choice(answer: str) -> Choice | None:
+    """From a word, "Answer: A", JSON, or an answer with its reasons before or after it, on other lines. None for anything else."""
+    answer = answer.rpartition("</think>")[2]
+    for found in reversed(re.findall(r"\{[^{}]*\}", answer)):
+        try:
+            values = [value for value in parse_json(found).values() if isinstance(value, str)]
+        except ValueError:
+            continue
+        choices = {choice for value in values if (choice := _choice_of_line(value)) is not None}
+        return choices.pop() if len(choices) == 1 else None
+    lines = [line for line in answer.splitlines() if re.search(r"\w", line)] or [""]
+    return _choice_of_line(lines[-1]) or _choice_of_line(lines[0])
+
+
+_LINE = re.compile(
+    r"\W*(?:(?:the |my )?(?:final )?(?:answer|verdict|winner|choice)(?: is)?\W*)?(?:picture |image )?\W*(a|b|tie)\W*(?:is better|wins)?\W*",
+    re.IGNORECASE,
+)
+
+
+def _choice_of_line(line: str) -> Choice | None:
+    found = _LINE.fullmatch(line.strip()) if len(line) < 80 else None
+    choices: dict[str, Choice] = {"a": "first", "b": "second", "tie": "tie"}
+    return choices[found[1].lower()] if found else None
+
+
+@dataclass
+class _RefusedError(Exception):
+    """An answer that is no completion, and why: a status other than 200, or too many bytes."""
+
+    status: int
+    words: str
+    retry_after: str | None = None
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The standard library would send the key along to wherever it is sent."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """The result of `work`. After so many seconds TimeoutError is raised, and it is left to end by itself or with the process.
+
+    A time-out of a socket alone begins anew with each byte, and a server may send one byte a minute.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        if future.done():  # a time-out of its own
+            raise
+        raise TimeoutError(f"no whole answer within {seconds:g} seconds") from None
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _image(png: bytes) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(png).decode()}}
+
+
+def _retry_after(header: str | None, default: float) -> float:
+    """Seconds, from seconds or a date."""
+    if header is None:
+        return default
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except ValueError:
+        return default
+
+
+def _reason(error: Exception) -> str:
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    return str(getattr(reason, "strerror", None) or reason) or type(error).__name__
+
+
+def _server_words(error: urllib.error.HTTPError) -> str:
+    """The message of OpenAI's error form, or the text as it is."""
+    try:
+        body = error.read(LONGEST_WORDS).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return "no words"
+    try:
+        return str(parse_json(body)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return body or "no words"

@@ -1,0 +1,345 @@
+"""A file of JSON Lines that is the memory of something that costs money.
+
+Which of two models makes the better pictures? Verdicts on pairs of the same prompts, and what they come to.
+
+- Each pair is shown in both orders. A model wins a pair only if both orders say so, so that a judge who likes the
+  first place gains nothing by it: where the orders disagree, the pair is a tie.
+- Every verdict is on the disk before the next is counted: a run stopped anywhere goes on (what may be paid twice: `request_log.py`).
+"""
+
+import errno
+import fcntl
+import json
+import os
+import random
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Literal, get_args
+
+from PIL import Image
+
+from microdit.errors import UserError
+from microdit.io.files import sha256_of
+from microdit.io.text import parse_json
+
+
+class LineFile:
+    """Appended to by one process at a time, from any of its threads; each line is on the disk before the next is begun.
+
+    `lines` are those that were found. A last line that was cut off is dropped. Raises UserError if another process is writing the
+    file, or if it cannot be written.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b", buffering=0)  # what could not be written is not tried again behind our back
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+        try:
+            self._take_hold()
+            self.lines = self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, fields: dict[str, Any]) -> None:
+        """Raises UserError if the disk is full; the file is then as it was."""
+        line = json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        with self._lock:
+            size = self._file.seek(0, os.SEEK_END)
+            try:
+                if self._file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self._file.truncate(size)
+                raise UserError(f"{self.path} cannot be written: {error.strerror}. Make room and run the same command again.") from None
+
+    def close(self) -> None:
+        """Let other processes have the file."""
+        self._file.close()
+
+    def _take_hold(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another process is writing to {self.path}: wait for it, or stop it.") from None
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be locked against other processes: {error.strerror}. Write it to another disk.") from None
+
+    def _read(self) -> list[bytes]:
+        self._file.seek(0)
+        content = self._file.readall()
+        whole, _, last = content.rpartition(b"\n")
+        lines = whole.splitlines()
+        if last and not _is_json(last):
+            self._file.truncate(len(content) - len(last))
+        elif last:  # all but its line's end was written
+            lines.append(last)
+            self._file.write(b"\n")
+        return lines
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        parse_json(line)
+    except ValueError:
+        return False
+    return True
+
+
+Order = Literal["AB", "BA"]  # whose picture is shown first
+ORDERS: tuple[Order, Order] = ("AB", "BA")
+Choice = Literal["first", "second", "tie", "unclear"]  # what a judge says, who knows no names
+Winner = Literal["A", "B", "tie", "unclear"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models' pictures of one prompt. `fingerprints` are those of the two files' content."""
+
+    index: int
+    prompt: str
+    a: Path
+    b: Path
+    fingerprints: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A pair, in the order in which its pictures are shown."""
+
+    pair: Pair
+    order: Order
+
+    def pictures(self) -> tuple[Path, Path]:
+        """The one shown first, and the other."""
+        return (self.pair.a, self.pair.b) if self.order == "AB" else (self.pair.b, self.pair.a)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A judge's choice, the words it was read from, and the tokens that they cost."""
+
+    choice: Choice
+    answer: str
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of verdicts.jsonl."""
+
+    pair: int
+    prompt: str
+    order: Order
+    verdict: Winner
+    answer: str
+    model: str
+    tokens: int
+    pictures: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """How often A is preferred to B: (wins + ties / 2) / pairs, with the 95 % Wilson interval [low, high].
+
+    Pairs with an unclear verdict are left out of all counts but `unclear`. `disagreed` counts the pairs whose two orders got
+    different verdicts; `consistency` is the share of the others, and None if pairs were shown in one order only.
+    """
+
+    win_rate: float
+    low: float
+    high: float
+    pairs: int
+    a_wins: int
+    b_wins: int
+    ties: int
+    unclear: int
+    disagreed: int
+    consistency: float | None
+    tokens: int
+
+
+def read_pairs(a: Path, b: Path) -> list[Pair]:
+    """The pictures 0000.png, 0001.png ... of two folders, one for each line {"prompt": ...} of their prompts.jsonl.
+
+    Where both folders have a prompts.jsonl, it must name the same prompts. Raises UserError for folders that are no such
+    comparison: no prompts or other prompts, a picture too few or too many, a file that is no whole PNG.
+    """
+    found = [_read_prompts(path) for path in (a / "prompts.jsonl", b / "prompts.jsonl") if path.is_file()]
+    if not found:
+        raise UserError(f'There is no prompts.jsonl in {a} or {b}: write one line {{"prompt": ...}} for each picture, in their order.')
+    if found[0] != found[-1]:
+        raise UserError(
+            f"{a} and {b} are pictures of different prompts (see prompts.jsonl in each): only the same prompts can be compared."
+        )
+    prompts = found[0]
+    for folder in (a, b):
+        if (extra := folder / _picture_name(len(prompts))).exists():
+            raise UserError(f"{extra} has no prompt: prompts.jsonl has {len(prompts)} lines.")
+    return [_pair(index, prompt, a / _picture_name(index), b / _picture_name(index)) for index, prompt in enumerate(prompts)]
+
+
+def both_orders(pairs: list[Pair]) -> list[Question]:
+    """Each pair twice."""
+    return [Question(pair, order) for pair in pairs for order in ORDERS]
+
+
+def random_order(pairs: list[Pair], seed: int) -> list[Question]:
+    """Each pair once, in an order drawn from `seed`, all of them shuffled: for people, who are not asked twice."""
+    generator = random.Random(seed)
+    questions = [Question(pair, generator.choice(ORDERS)) for pair in pairs]
+    generator.shuffle(questions)
+    return questions
+
+
+class VerdictFile:
+    """The verdicts on `questions`, a `LineFile`; a question whose line was cut off is open again.
+
+    Raises UserError if the file holds verdicts on other pictures, of another model or in another order, and whatever `LineFile` raises.
+    """
+
+    def __init__(self, path: Path, questions: list[Question], model: str):
+        self.path, self.questions, self.model = path, questions, model
+        self._lock = threading.Lock()
+        self._verdicts: dict[tuple[int, Order], Verdict] = {}
+        self._file = LineFile(path)
+        try:
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def waiting(self) -> list[Question]:
+        """The questions without a verdict, in their order."""
+        with self._lock:
+            return [question for question in self.questions if _key(question) not in self._verdicts]
+
+    def add(self, question: Question, reply: Reply) -> Verdict | None:
+        """From any thread. None, and nothing written, if the question has its verdict already."""
+        pair = question.pair
+        winner = _winner(question.order, reply.choice)
+        verdict = Verdict(pair.index, pair.prompt, question.order, winner, reply.answer, self.model, reply.tokens, pair.fingerprints)
+        with self._lock:
+            if _key(question) in self._verdicts:
+                return None
+            self._file.append(asdict(verdict))
+            self._verdicts[_key(question)] = verdict
+        return verdict
+
+    def preference(self) -> Preference:
+        """What the verdicts come to. Raises UserError as long as not one pair has all its verdicts, and clear ones."""
+        with self._lock:
+            verdicts = dict(self._verdicts)
+        asked: dict[int, list[tuple[int, Order]]] = {}
+        for question in self.questions:
+            asked.setdefault(question.pair.index, []).append(_key(question))
+        judged = [[verdicts[key].verdict for key in keys] for keys in asked.values() if all(key in verdicts for key in keys)]
+        return _summarise(judged, sum(verdict.tokens for verdict in verdicts.values()))
+
+    def close(self) -> None:
+        """Let other processes have the file."""
+        self._file.close()
+
+    def _read(self) -> None:
+        known = {_key(question): question.pair for question in self.questions}
+        for number, line in enumerate(self._file.lines, start=1):
+            verdict = _parse(line)
+            if verdict is None:
+                raise UserError(
+                    f"Line {number} of {self.path} is no verdict: repair it, or remove the line to have its question answered anew."
+                )
+            pair = known.get((verdict.pair, verdict.order))
+            if pair is None or (pair.prompt, pair.fingerprints) != (verdict.prompt, verdict.pictures) or verdict.model != self.model:
+                raise UserError(
+                    f"Line {number} of {self.path} is a verdict of another comparison (other pictures, prompts, orders, or judge than "
+                    f"'{self.model}'): write the verdicts of this one to another file."
+                )
+            self._verdicts.setdefault((verdict.pair, verdict.order), verdict)
+
+
+def wilson(successes: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The Wilson score interval of a share. Halves, from ties, are allowed; they vary less, so that it is rather too wide then."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = successes / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _read_prompts(path: Path) -> list[str]:
+    prompts = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            prompt = parse_json(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise UserError(f'Line {number} of {path} must be {{"prompt": "..."}}.')
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{path} is empty: there is nothing to compare.")
+    return prompts
+
+
+def _picture_name(index: int) -> str:
+    return f"{index:04d}.png"
+
+
+def _pair(index: int, prompt: str, a: Path, b: Path) -> Pair:
+    for path in (a, b):
+        if not path.is_file():
+            raise UserError(f"The picture {path} is missing: prompts.jsonl asks for it.")
+        try:
+            with Image.open(path, formats=["PNG"]) as image:
+                image.load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            raise UserError(f"{path} is no whole PNG picture: make it again.") from None
+    return Pair(index, prompt, a, b, (sha256_of(a), sha256_of(b)))
+
+
+def _key(question: Question) -> tuple[int, Order]:
+    return question.pair.index, question.order
+
+
+def _winner(order: Order, choice: Choice) -> Winner:
+    if choice in ("tie", "unclear"):
+        return choice
+    return "A" if (choice == "first") == (order == "AB") else "B"
+
+
+def _parse(line: bytes) -> Verdict | None:
+    try:
+        fields = parse_json(line)
+        verdict = Verdict(**{**fields, "pictures": tuple(fields["pictures"])})
+    except (ValueError, KeyError, TypeError):
+        return None
+    return verdict if verdict.verdict in get_args(Winner) else None
+
+
+def _summarise(judged: list[list[Winner]], tokens: int) -> Preference:
+    clear = [verdicts for verdicts in judged if "unclear" not in verdicts]
+    if not clear:
+        raise UserError(f"No pair has clear verdicts yet ({len(judged) - len(clear)} unclear): there is nothing to say about A and B.")
+    outcomes = [verdicts[0] if len(set(verdicts)) == 1 else "tie" for verdicts in clear]
+    a_wins, b_wins, ties = (outcomes.count(outcome) for outcome in ("A", "B", "tie"))
+    disagreed = sum(len(set(verdicts)) > 1 for verdicts in clear)
+    score = a_wins + ties / 2
+    return Preference(
+        score / len(clear),
+        *wilson(score, len(clear)),
+        pairs=len(clear),
+        a_wins=a_wins,
+        b_wins=b_wins,
+        ties=ties,
+        unclear=len(judged) - len(clear),
+        disagreed=disagreed,
+        consistency=1 - disagreed / len(clear) if max(map(len, clear)) > 1 else None,
+        tokens=tokens,
+    )

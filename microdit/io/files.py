@@ -1,0 +1,109 @@
+"""Files: written so that a reader never sees half of one, and compared with their checksums when they are read."""
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from microdit.io.text import parse_json
+
+ONE_DAY = 86_400  # seconds
+CHECKSUM = "self_sha256"  # the last entry of a JSON file that holds its own checksum
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Write `content` beside `path`, flush it to the disk, then rename: `path` is either the old file or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with opened_aside(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def opened_aside(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside `path`, which takes its name when the block has ended well. Several processes may do so: the last one's stays."""
+    aside = aside_of(path)
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def aside_of(path: Path) -> Path:
+    """The hidden name beside `path` under which this process writes it: unique to host and process."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+
+
+def stale_asides(folder: Path, name: str | None = None) -> list[Path]:
+    """What processes that are gone left half-written of the files in `folder`, or of one of them. Those of another host go after a day."""
+    return [path for path in folder.glob(f".{'*' if name is None else glob.escape(name)}.*-*.part") if _is_stale(path)]
+
+
+def _is_stale(path: Path) -> bool:
+    before, _, process = path.name.removesuffix(".part").rpartition("-")
+    if not process.isdecimal():
+        return False
+    try:
+        if not before.endswith(f".{socket.gethostname()}"):
+            return path.stat().st_mtime < time.time() - ONE_DAY
+        os.kill(int(process), 0)  # signal 0 only asks whether the process exists
+    except (ProcessLookupError, OverflowError):
+        return True
+    except (PermissionError, FileNotFoundError):  # another user's process; a file that has got its name
+        return False
+    return False
+
+
+def keep_damaged(path: Path) -> Path:
+    """Copy a damaged file that is to be written anew to NAME.damaged-1 beside it, or the next number that is free. Returns the copy."""
+    copy = next(name for number in count(1) if not (name := path.with_name(f"{path.name}.damaged-{number}")).exists())
+    shutil.copyfile(path, copy)
+    return copy
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def to_checked_json(content: Mapping[str, Any]) -> bytes:
+    """JSON whose first entry says that it has a checksum, and whose last one is that checksum: the SHA-256 of all bytes before it."""
+    body = json.dumps({"checked_by": CHECKSUM, **content}, indent=1).removesuffix("\n}").encode()
+    return body + _closing(hashlib.sha256(body).hexdigest())
+
+
+def from_checked_json(raw: bytes) -> dict[str, Any]:
+    """The content of `to_checked_json`. Files of earlier versions, which have neither entry, are read as they are.
+
+    One damaged entry leaves the other, so no single change makes a file look like one that never had a checksum.
+    Raises ValueError if the bytes are not what was written.
+    """
+    content = parse_json(raw)
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    announced, checksum = content.pop("checked_by", None), content.pop(CHECKSUM, None)
+    if announced is not None or checksum is not None:
+        body = raw.rpartition(f',\n "{CHECKSUM}": '.encode())[0]
+        if checksum != hashlib.sha256(body).hexdigest() or raw != body + _closing(checksum):
+            raise ValueError("its checksum differs")
+    return content
+
+
+def _closing(checksum: str) -> bytes:
+    return f',\n "{CHECKSUM}": "{checksum}"\n}}'.encode()

@@ -1,0 +1,97 @@
+"""From a few numbers to a whole architecture, and the paper's named sizes."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+
+from microdit.models.blocks import BlockShape
+from microdit.models.microdit import ModelConfig
+from microdit.models.routing import METHODS, Routing
+from microdit.ranges import Range
+
+Width = Annotated[int, Range(1, 32_768)]
+Blocks = Annotated[int, Range(0, 256)]
+Ratio = Annotated[float, Range(0, 64, above=True)]
+
+
+@dataclass(frozen=True)
+class Size:
+    """The few numbers that people choose. Ratios are of `dim` (of `mixer_dim` in the patch-mixer and in the decoder)."""
+
+    dim: Width
+    depth: Annotated[int, Range(1, 256)]
+    head_dim: Width
+    mixer_dim: Width
+    mixer_depth: Blocks
+    attention_range: tuple[Ratio, Ratio] = (0.5, 1.0)  # width scaling: first block's ratio, last block's ratio
+    ffn_range: tuple[Ratio, Ratio] = (0.5, 4.0)
+    mixer_ffn_ratio: Ratio = 4.0
+    num_experts: Annotated[int, Range(0, 1024)] = 8  # 0: no mixture of experts
+    experts_every: Annotated[int, Range(1, 256)] = 2
+    round_ffn_to: Width = 256
+    gated_ffn: bool = True  # SwiGLU where there are no experts; False: a GELU between two matrices, as wide as costs the same
+    routing: Routing = "deferred"
+    dense_blocks: tuple[Blocks, Blocks] | None = (
+        None  # tread, sprint: of the depth, before the drop and after the restore; null: as published
+    )
+    decoder_depth: Annotated[int, Range(1, 256)] | None = None  # maskdit: further blocks, as wide as the mixer's; null: as published
+
+
+SIZES = {
+    "MicroDiT_Tiny_2": Size(dim=512, depth=16, head_dim=32, mixer_dim=512, mixer_depth=4),
+    "MicroDiT_XL_2": Size(dim=1024, depth=28, head_dim=64, mixer_dim=768, mixer_depth=6),
+}
+
+
+def resolve(size: Size, **settings: int | float | bool) -> ModelConfig:
+    """The architecture of `size`; `settings` are further fields of `ModelConfig` (in_channels, patch_size, ...).
+
+    Layer-wise width scaling (2407.15811, section 3): the ratios grow linearly from the first block to the last.
+    """
+
+    def with_experts(index: int, last: int) -> bool:
+        return size.num_experts > 0 and index != last and (index + 1) % size.experts_every == 0
+
+    attention_ratios = np.linspace(*size.attention_range, size.depth).tolist()
+    ffn_ratios = np.linspace(*size.ffn_range, size.depth).tolist()
+    blocks = tuple(
+        _shape(
+            size,
+            size.dim,
+            attention_ratios[i],
+            ffn_ratios[i],
+            with_experts(i, size.depth - 1),
+        )
+        for i in range(size.depth)
+    )
+    # In the mixer the last block may have experts, but never the first (matters when every block shall have them).
+    mixer = tuple(_shape(size, size.mixer_dim, 1.0, size.mixer_ffn_ratio, i > 0 and with_experts(i, -1)) for i in range(size.mixer_depth))
+    method = METHODS[size.routing]
+    decoder_depth = method.decoder if size.decoder_depth is None else size.decoder_depth
+    decoder = (_shape(size, size.mixer_dim, 1.0, size.mixer_ffn_ratio, experts=False),) * decoder_depth
+    return ModelConfig(
+        dim=size.dim,
+        head_dim=size.head_dim,
+        blocks=blocks,
+        mixer_dim=size.mixer_dim,
+        mixer=mixer,
+        caption_ffn_dim=_round_up(2 * 4 * size.dim // 3, size.round_ffn_to),
+        decoder=decoder,
+        routing=size.routing,
+        dense_blocks=method.dense_blocks if size.dense_blocks is None else tuple(size.dense_blocks),  # type: ignore[arg-type]
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def _shape(size: Size, dim: int, attention_ratio: float, ffn_ratio: float, experts: bool) -> BlockShape:
+    """Attention in whole pairs of heads; a SwiGLU has three matrices, so two thirds of the hidden width at equal cost."""
+    gated = size.gated_ffn and not experts
+    attention_dim = dim if attention_ratio == 1 else _round_up(max(1, int(dim * attention_ratio)), 2 * size.head_dim)
+    hidden_dim = max(2, int(dim * ffn_ratio))
+    ffn_dim = _round_up(int(2 * hidden_dim / 3) if gated else hidden_dim, size.round_ffn_to)
+    return BlockShape(attention_dim, ffn_dim, size.num_experts if experts else 0, size.gated_ffn)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,241 @@
+"""MicroDiT: a diffusion transformer whose backbone trains on a quarter of the patches (2407.15811).
+
+Notable:
+- a light patch-mixer sees all patches before most are dropped (deferred masking), so those kept know of the rest;
+- layer-wise width scaling: later blocks are wider;
+- expert-choice mixture of experts in every second block, never in the last;
+- the caption enters twice: its tokens by cross-attention, its mean by adaLN;
+- dropped tokens take one of six ways (`routing.py`);
+- patches come out, not pictures: `patches.unpatchify` puts them together when all are there.
+
+Shape legend: B batch, C channels, H W height and width, T tokens, K kept tokens, P values in a patch, L caption tokens, D dim.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from microdit.models.blocks import Block, BlockShape, Head, KeysValues, layer_norm
+from microdit.models.caption import Caption, CaptionEmbedder
+from microdit.models.patches import patchify, positions_on
+from microdit.models.routing import METHODS, Restore, Routing, make_route
+
+TIME_FREQUENCIES = 512
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture, fully resolved: one `BlockShape` for each block. `sizes.py` makes it from a few numbers."""
+
+    dim: int
+    head_dim: int
+    blocks: tuple[BlockShape, ...]
+    mixer_dim: int
+    mixer: tuple[BlockShape, ...]
+    caption_ffn_dim: int
+    decoder: tuple[BlockShape, ...] = ()  # as wide as the mixer
+    routing: Routing = "deferred"
+    dense_blocks: tuple[int, int] = (0, 0)  # of `blocks`, how many see all tokens before the drop and after the restore
+    in_channels: int = 4
+    patch_size: int = 2
+    caption_channels: int = 1024
+    expert_capacity: float = 2.0
+    bias: bool = False
+    position_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        method = METHODS[self.routing]
+        if (any(self.dense_blocks) and method.drop != "blocks") or bool(self.decoder) != bool(method.decoder):
+            raise ValueError(
+                f"dense blocks {self.dense_blocks} and a decoder of {len(self.decoder)} do not fit to routing '{self.routing}'"
+            )
+        if method.drop == "blocks" and sum(self.dense_blocks) >= len(self.blocks):
+            raise ValueError(f"{len(self.blocks)} blocks leave none to be sparse, with {self.dense_blocks} dense ones before and after")
+
+    @property
+    def patch_values(self) -> int:
+        return self.patch_size**2 * self.in_channels
+
+    @property
+    def last_dim(self) -> int:
+        """The width of the tokens that the head sees."""
+        return self.mixer_dim if self.decoder else self.dim
+
+    def last_tokens(self, tokens: int, kept: int) -> int:
+        """How many the head sees, if `kept` pass the drop."""
+        return kept if METHODS[self.routing].restore == "nothing" else tokens
+
+    def tokens_by_block(self, tokens: int, kept: int) -> list[tuple[BlockShape, int, int]]:
+        """Every block that computes, in order: its shape, its width, and how many of the tokens it sees, if `kept` pass the drop."""
+        first, last = self.dense_blocks
+        method = METHODS[self.routing]
+        in_mixer = kept if method.drop == "patches" else tokens
+        sparse = self.blocks[first : len(self.blocks) - last]
+        return [
+            *((shape, self.mixer_dim, in_mixer) for shape in self.mixer),
+            *((shape, self.dim, tokens) for shape in self.blocks[:first]),
+            *((shape, self.dim, kept) for shape in sparse if kept),
+            *((shape, self.dim, tokens) for shape in self.blocks[len(self.blocks) - last :]),
+            *((shape, self.mixer_dim, tokens) for shape in self.decoder),
+        ]
+
+    def recomputed(self, share: float) -> int:
+        """How many blocks that share of them is, rounded up."""
+        return math.ceil(share * (len(self.mixer) + len(self.blocks) + len(self.decoder)))
+
+
+class MicroDiT(nn.Module):
+    """The denoising network F of EDM (2206.00364, eq. 7): noisy latents, noise level and caption in, patches out."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.recomputed: frozenset[nn.Module] = frozenset()  # blocks that compute anew in the backward pass what is inside them
+        dim, mixer_dim = config.dim, config.mixer_dim
+        self.patch_embed = nn.Linear(config.patch_values, dim)
+        self.time_embed = nn.Sequential(nn.Linear(TIME_FREQUENCIES, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.caption = CaptionEmbedder(config.caption_channels, dim, config.head_dim, config.caption_ffn_dim, config.bias)
+
+        def blocks(shapes: tuple[BlockShape, ...], width: int) -> nn.ModuleList:
+            return nn.ModuleList(Block(shape, width, dim, config.head_dim, config.bias, config.expert_capacity) for shape in shapes)
+
+        self.mixer = blocks(config.mixer, mixer_dim)
+        if config.mixer and mixer_dim != dim:
+            self.mixer_in: nn.Module = _norm_linear(dim, mixer_dim, config.bias)
+            self.mixer_caption: nn.Module = _norm_linear(dim, mixer_dim, config.bias)
+            self.mixer_out: nn.Module = _norm_linear(mixer_dim, dim, config.bias)
+        else:
+            self.mixer_in = self.mixer_caption = self.mixer_out = nn.Identity()
+        self.blocks = blocks(config.blocks, dim)
+        self.decoder = blocks(config.decoder, mixer_dim)
+        if config.decoder and mixer_dim != dim:
+            self.decoder_in: nn.Module = _norm_linear(dim, mixer_dim, config.bias)
+            self.decoder_caption: nn.Module = _norm_linear(dim, mixer_dim, config.bias)
+        else:
+            self.decoder_in = self.decoder_caption = nn.Identity()
+        self.restore = Restore(config.routing, config.last_dim)
+        self.head = Head(config.last_dim, dim, config.patch_values)
+        self.init_weights()
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        """In the order of the forward pass."""
+        return cast(list[Block], [*self.mixer, *self.blocks, *self.decoder])
+
+    def forward(
+        self,
+        latents_BCHW: Tensor,
+        c_noise_B: Tensor,
+        caption: Caption,
+        keep_ids_BK: Tensor | None = None,
+        path_kept_B: Tensor | None = None,
+    ) -> Tensor:
+        """Returns F on all patches, (B, T, P), in their own order, where nothing is dropped or the routing restores what was;
+        else, with naive and deferred, on the kept ones, (B, K, P), in the order of `keep_ids_BK`.
+
+        With routing sprint, the sparse blocks count for nothing where `path_kept_B` is 0, and are left out altogether if K is 0.
+        """
+        dtype = self.patch_embed.weight.dtype  # latents and noise levels come in float32, whatever the weights compute in
+        patches_BTP = patchify(latents_BCHW, self.config.patch_size).to(dtype)
+        x_BTD = self.patch_embed(patches_BTP) + self._positions(latents_BCHW, self.config.dim, dtype)
+        condition_BD = F.gelu(self._embed_noise(c_noise_B) + caption.pooled_BD, approximate="tanh")
+
+        def run(blocks: Iterable[nn.Module], x_BTD: Tensor, narrow: nn.Module | None = None) -> Tensor:
+            tokens_BLD = narrow(caption.tokens_BLD) if narrow is not None and not caption.answers else caption.tokens_BLD
+            for block in blocks:
+                x_BTD = self._run(block, x_BTD, caption.answers.get(block, tokens_BLD), caption.mask_BL, condition_BD)
+            return x_BTD
+
+        route = make_route(self.config.routing, patches_BTP.shape[1], keep_ids_BK, path_kept_B)
+        first, last = self.config.dense_blocks
+        blocks = list(self.blocks)
+        dense, sparse, dense_again = blocks[:first], blocks[first : len(blocks) - last], blocks[len(blocks) - last :]
+
+        x_BTD = self.mixer_in(route.drop("patches", x_BTD))
+        x_BTD = run(self.mixer, x_BTD, self.mixer_caption)
+        x_BTD = self.mixer_out(route.drop("mixer", x_BTD))  # the drop comes before the projection, so that dropped tokens cost nothing more
+        earlier_BTD = run(dense, x_BTD)
+        x_BKD = route.drop("blocks", earlier_BTD)
+        if x_BKD.shape[1]:
+            x_BKD = run(sparse, x_BKD)
+        x_BTD = self.restore(self.decoder_in(x_BKD), earlier_BTD, route)
+        x_BTD = run(dense_again, x_BTD)
+        if self.decoder:
+            x_BTD = x_BTD + self._positions(latents_BCHW, self.config.mixer_dim, dtype)  # mask tokens are all alike
+            x_BTD = run(self.decoder, x_BTD, self.decoder_caption)
+        return self.head(x_BTD, condition_BD)
+
+    def embed_caption(self, text_BLE: Tensor, text_mask_BL: Tensor | None = None) -> Caption:
+        """Text encoder output (B, L, caption_channels) -> `Caption`. The mask is True at real tokens; None: all are."""
+        return self.caption(text_BLE, text_mask_BL)
+
+    def answer_once(self, caption: Caption) -> Caption:
+        """`caption` with every block's keys and values, which sampling would else compute at each step. Training has no use for it."""
+        tokens_BLD = caption.tokens_BLD
+        stacks = ((self.mixer, self.mixer_caption(tokens_BLD)), (self.blocks, tokens_BLD), (self.decoder, self.decoder_caption(tokens_BLD)))
+        answers = {block: cast(Block, block).cross_attn.keys_values(asked_BLD) for blocks, asked_BLD in stacks for block in blocks}
+        return caption._replace(answers=answers)
+
+    def init_weights(self) -> None:
+        """Depth-scaled truncated normals in the blocks; adaLN, head and the caption block's outputs at zero.
+
+        Biases are zero but the patch embedding's, which the released code leaves as PyTorch draws a convolution's.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.time_embed:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        self.caption.init_weights()
+        backbone = cast(list[Block], self.blocks)
+        for index, block in enumerate(backbone):
+            block.init_weights(0.02 / math.sqrt(2 * (index + 1)))
+        for block in cast(list[Block], [*self.mixer, *self.decoder]):
+            block.init_weights(0.02 / math.sqrt(2 * len(backbone)))
+        self.restore.init_weights()
+        self.head.init_weights()
+        bound = self.config.patch_values**-0.5
+        nn.init.uniform_(self.patch_embed.bias, -bound, bound)
+
+    def recompute_first(self, share: float) -> None:
+        """Activation checkpointing of that share of the blocks, the first ones: all later ones have gone when theirs come back."""
+        self.recomputed = frozenset(self.all_blocks[: self.config.recomputed(share)])
+
+    @torch.no_grad()
+    def scale_init(self, factor: float) -> None:
+        """Make the initial matrices of blocks and caption embedder larger. The paper's, of about 0.02 at any width, suit the widths of its
+        models: a narrow layer hardly hands on what comes in.
+        """
+        for part in (self.caption, *self.all_blocks):
+            for weight in part.parameters():
+                if weight.dim() >= 2:
+                    weight.mul_(factor)
+
+    def _run(self, block: nn.Module, *inputs: Tensor | KeysValues | None) -> Tensor:
+        if block in self.recomputed and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # a block draws nothing
+        return block(*inputs)
+
+    def _positions(self, latents_BCHW: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+        rows, columns = (side // self.config.patch_size for side in latents_BCHW.shape[-2:])
+        return positions_on(latents_BCHW.device, dtype, rows, columns, dim, self.config.position_scale)
+
+    def _embed_noise(self, c_noise_B: Tensor) -> Tensor:
+        """[cos | sin] of the noise level at geometric frequencies from 1 to 1/10000, through an MLP."""
+        exponent = torch.arange(TIME_FREQUENCIES // 2, dtype=torch.float32, device=c_noise_B.device)
+        frequencies = torch.exp(-math.log(10000) * exponent / (TIME_FREQUENCIES // 2))
+        angle = c_noise_B.float()[:, None] * frequencies
+        return self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.patch_embed.weight.dtype))
+
+
+def _norm_linear(in_dim: int, out_dim: int, bias: bool) -> nn.Sequential:
+    return nn.Sequential(layer_norm(in_dim), nn.Linear(in_dim, out_dim, bias=bias))

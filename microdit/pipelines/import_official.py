@@ -1,0 +1,178 @@
+"""`microdit import-official`: the authors' released checkpoints as a folder that diffusers and microdit load.
+
+Two layouts: the denoiser's weights alone, under their names or with `dit.` before them (a `LatentDiffusion` saved whole); and the state of
+their trainer (Composer), where they lie at state -> model -> `dit.*`, as nested dictionaries or as one name with dots. Compiled and wrapped
+modules put words of their own into the names; they are taken out. The sizes are read off the tensors.
+
+A .pt is a pickle: it is read as bare tensors, numbers and containers, and refused if it holds anything that could run.
+"""
+
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from microdit.diffusion.edm import EDM
+from microdit.encoders.autoencoder import DiffusersAutoencoder, load_autoencoder
+from microdit.encoders.model_files import loading
+from microdit.encoders.text import FrozenTextEncoder, load_text_encoder
+from microdit.errors import UserError
+from microdit.io.files import sha256_of
+from microdit.models.microdit import MicroDiT
+from microdit.models.official import load_official
+from microdit.pipelines.components import EDMSettings, MicroDiTTransformer2DModel, ReferencedAutoencoder, ReferencedTextEncoder
+from microdit.pipelines.convert import CARD, refuse_infinite_parts, refuse_to_overwrite, write_folder, write_record
+from microdit.pipelines.diffusers_pipeline import MicroDiTPipeline
+from microdit.pipelines.export import DTYPES, Dtype
+from microdit.pipelines.model_card import card_of_official
+
+TEXT_ENCODER = "dfn-clip-h"
+AUTOENCODERS = {4: "sdxl", 16: "16ch"}  # by the channels of the latents
+DOWNSAMPLING = 8  # of both
+
+_rebuild_array = np.empty(0).__reduce__()[0]
+# What a trainer's state holds beside tensors: times, and the state of numpy's generator. None of them runs anything.
+_HARMLESS: list[Any] = [
+    timedelta,
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    _rebuild_array,
+    (_rebuild_array, "numpy.core.multiarray._reconstruct"),  # as numpy 1 called it
+]
+_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PREFIXES = ("state.model.dit.", "model.dit.", "dit.")
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """Encoders: names for `load_text_encoder` and `load_autoencoder`. A folder is copied, anything else is kept as a name.
+
+    `head_dim`: where it is not known by the width of the model, as it is for the released ones.
+    """
+
+    text_encoder: str = TEXT_ENCODER
+    autoencoder: str | None = None  # by the channels
+    head_dim: int | None = None
+    dtype: Dtype = "float32"
+
+
+def import_official(checkpoint: Path, out: Path, settings: ImportSettings = ImportSettings()) -> MicroDiTTransformer2DModel:
+    """Write the pipeline's folder `out`. Returns the model in it.
+
+    Raises UserError if the checkpoint is damaged, of another architecture or could run code, or if an encoder does not fit.
+    """
+    refuse_to_overwrite(out)
+    tensors = read_checkpoint(checkpoint)
+    try:
+        denoiser = load_official(tensors, settings.head_dim).eval().requires_grad_(False)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from error
+    side = round(tensors["pos_embed"].shape[1] ** 0.5) * denoiser.config.patch_size
+    pipeline = _pipeline(denoiser, side, settings).to(DTYPES[settings.dtype])
+    refuse_infinite_parts(pipeline, f"As {settings.dtype}, the weights of {checkpoint}", "take --dtype float32, or download it again")
+    record = {
+        "file": checkpoint.name,
+        "sha256": sha256_of(checkpoint),
+        "parameters": sum(weight.numel() for weight in denoiser.parameters()),
+        "latent_channels": denoiser.config.in_channels,
+        "latent_size": side,
+        "dtype": settings.dtype,
+        "text_encoder": settings.text_encoder,
+        "autoencoder": _autoencoder_name(denoiser, settings),
+    }
+
+    def fill(folder: Path) -> None:
+        pipeline.save_pretrained(folder)
+        write_record(folder, record)
+        (folder / CARD).write_text(card_of_official(out.name, record), encoding="utf-8")
+
+    write_folder(out, fill)
+    return pipeline.transformer
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The denoiser's tensors by the authors' names, in float32. Raises UserError; nothing in the file is run."""
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint at {path}.")
+    found = {_WRAPPERS.sub("", name): tensor for name, tensor in _flat(_read(path), "")}
+    for prefix in _PREFIXES:
+        if any(name.startswith(prefix) for name in found):
+            found = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+            break
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".safetensors":
+        with loading(path):
+            return load_file(path)
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is no checkpoint as torch has written them since 2020, or it is cut off: download it again.")
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # what a strange file leads to is not foreseeable
+        strange = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it holds {strange[1]}, which could run code" if strange else "it is damaged, or holds more than tensors"
+        raise UserError(f"{path} is refused: {why}; nothing in it was run.") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not weights by name: it is no checkpoint of MicroDiT.")
+    return content
+
+
+def _flat(content: Mapping[str, Any], prefix: str) -> list[tuple[str, Tensor]]:
+    """Tensors by their way through nested dictionaries: state.model.dit.blocks.0..."""
+    found: list[tuple[str, Tensor]] = []
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            found.append((f"{prefix}{key}", value))
+        elif isinstance(value, Mapping):
+            found += _flat(value, f"{prefix}{key}.")
+    return found
+
+
+def _autoencoder_name(denoiser: MicroDiT, settings: ImportSettings) -> str:
+    channels = denoiser.config.in_channels
+    name = settings.autoencoder or AUTOENCODERS.get(channels)
+    if name is None:
+        raise UserError(f"The authors' models have latents of 4 or 16 channels, this one has {channels}: name its --autoencoder.")
+    return name
+
+
+def _pipeline(denoiser: MicroDiT, side: int, settings: ImportSettings) -> MicroDiTPipeline:
+    """Captions with all of their padding's vectors, none of them hidden: as the authors trained."""
+    text = _opened(settings.text_encoder, load_text_encoder)
+    vae_name = _autoencoder_name(denoiser, settings)
+    vae = _opened(vae_name, load_autoencoder)
+    _refuse_misfit("text encoder", text, denoiser.config.caption_channels)
+    _refuse_misfit("autoencoder", vae, denoiser.config.in_channels)
+    return MicroDiTPipeline(
+        MicroDiTTransformer2DModel.around(denoiser, (side, side)),
+        EDMSettings.around(EDM()),
+        vae.model if isinstance(vae, DiffusersAutoencoder) else ReferencedAutoencoder(vae_name),
+        text.loaded.model if isinstance(text, FrozenTextEncoder) else ReferencedTextEncoder(settings.text_encoder),
+        text.loaded.tokenizer if isinstance(text, FrozenTextEncoder) else None,
+        vae_scale_factor=vae.downsampling if isinstance(vae, DiffusersAutoencoder) else DOWNSAMPLING,
+        mask_padding=False,
+        full_captions=True,
+        pad_token_id=text.loaded.pad_id if isinstance(text, FrozenTextEncoder) else None,
+    )
+
+
+def _opened(name: str, load: Any) -> Any:
+    """The encoder, if `name` is a folder: it is then copied. Else None: it stays a name, which may be of the hub."""
+    return load(name) if Path(name).is_dir() else None
+
+
+def _refuse_misfit(kind: str, encoder: Any, channels: int) -> None:
+    if encoder is not None and encoder.channels != channels:
+        raise UserError(f"The {kind} {encoder.name} has {encoder.channels} channels, and the checkpoint's model wants {channels}.")

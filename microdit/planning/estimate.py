@@ -1,0 +1,178 @@
+"""What comes before training: how much room an encoded set takes, and how long the frozen encoders work on it.
+
+A whole recipe, or a folder of them, reckoned through: each phase's bill and memory, the data, the totals.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from microdit.config.load import load_recipe
+from microdit.config.schema import Recipe
+from microdit.data.packing import bytes_of_row
+from microdit.data.shards import CHECKSUM_BYTES
+from microdit.planning.hardware import Chip, Machine
+from microdit.planning.memory import Footprint, Load, Way, usable
+from microdit.planning.workload import Given, PhaseBill, Shapes, bill, shapes_of
+from microdit.training.multi_phase import load_chain
+
+STORED_TOKENS = 25  # of a caption, on average: padding is not stored (docs/storage.md)
+UTILISATION = 0.25  # of the chip's peak in the dtype, by the encoders: assumed, not measured
+TF32_SHARE = 0.5  # of the 16-bit peak: what convolutions in float32 are on chips that have bfloat16, from the vendors' sheets
+FLOAT32_TERAFLOPS = {"V100 32 GB": 15.7, "V100": 15.7, "T4": 8.1}  # chips without bfloat16, on which SDXL's autoencoder is left float32
+MILLION = 1_000_000
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Of `images` pictures at all of the recipe's resolutions; `assumed`: nobody said how many. Hours and dollars are those of the dtype
+    that `data encode` takes by itself, the first of `hours_by_dtype`. They are None for encoders that we have no FLOPs of, and for sets
+    that are encoded already, whose `bytes_per_sample` is what they take on the disk."""
+
+    images: int
+    assumed: bool
+    encoded: bool
+    bytes_per_sample: dict[str, float]  # by the form that latents and captions are stored in
+    flops_per_sample: float | None
+    gpu_hours: float | None
+    dollars: float | None
+    hours_by_dtype: dict[str, float] = field(default_factory=dict)
+
+
+def encoding(shapes: list[Shapes], machine: Machine, images: int | None) -> Encoding:
+    """`shapes` of the recipes' phases; each resolution is stored once. `images`: else those of the sets, else a million."""
+    by_resolution = list({item.resolution: item for item in shapes}.values())
+    first = by_resolution[0]
+    if first.samples is not None and first.bytes is not None:
+        return Encoding(images or first.samples, False, True, {"as encoded": first.bytes / first.samples}, None, None, None)
+    stored = {form: _stored(by_resolution, form) for form in ("fp16", "int8")}
+    count = images or MILLION
+    if (first.autoencoder, first.text_encoder) != ("sdxl", "dfn-clip-h"):
+        return Encoding(count, images is None, False, stored, None, None, None)
+    flops = clip_h_text_flops(first.caption_tokens) + sum(
+        share * sdxl_encoder_flops(h, w) for item in by_resolution for share, h, w in item.sides
+    )
+    hours = {dtype: count * flops / (peak * 1e12 * UTILISATION) / 3600 for dtype, peak in encoding_teraflops(machine.chip).items()}
+    first_hours = next(iter(hours.values()))
+    return Encoding(count, images is None, False, stored, flops, first_hours, first_hours * machine.price.dollars, hours)
+
+
+def encoding_teraflops(chip: Chip) -> dict[str, float]:
+    """The chip's peak in each dtype that encoding may use, first the one that `data encode` takes by itself.
+
+    float32 is an upper bound where it is TF32: PyTorch takes that for convolutions, not for the text tower's products.
+    """
+    if chip.name in FLOAT32_TERAFLOPS:
+        return {"float32": FLOAT32_TERAFLOPS[chip.name]}
+    return {"bfloat16": chip.teraflops, "float32": chip.teraflops * TF32_SHARE}
+
+
+def sdxl_encoder_flops(height: int, width: int) -> int:
+    """Of the encoder of SDXL's autoencoder, for latents of that size (in tests counted on diffusers' own): convolutions, and the
+    self-attention over all latents in its middle."""
+    latents = height * width
+    return latents * (264_233_088 + 4 * 512 * latents)
+
+
+def clip_h_text_flops(tokens: int) -> int:
+    """Of CLIP-H's text tower, 24 layers of width 1024 with a feed-forward of four times that."""
+    return 24 * (24 * tokens * 1024**2 + 4 * tokens**2 * 1024)
+
+
+def _stored(by_resolution: list[Shapes], form: str) -> float:
+    latents = sum(
+        share * item.latent_channels * bytes_of_row(height * width, form)  # type: ignore[arg-type]
+        for item in by_resolution
+        for share, height, width in item.sides
+    )
+    text = STORED_TOKENS * bytes_of_row(by_resolution[0].caption_channels, form)  # type: ignore[arg-type]
+    return latents + text + CHECKSUM_BYTES * (len(by_resolution) + 1)
+
+
+SMALL_CARD_GB = 24  # what a good card for games has
+
+
+@dataclass(frozen=True)
+class PhaseBudget:
+    """A phase of the recipe `recipe`.
+
+    `asked`: memory as its engine settings say, in `parts`. `divides`: whether its micro-batch divides a GPU's share of the batch, without
+    which `microdit train` refuses. `advice`: the way that suits the chip; `small`, that suits as many cards of 24 GB, and
+    `small_alone`, one of them. None: it does not fit.
+    """
+
+    recipe: str
+    bill: PhaseBill
+    asked: Way
+    parts: Footprint
+    fits: bool
+    divides: bool
+    advice: Way
+    small: Way | None
+    small_alone: Way | None
+
+
+@dataclass(frozen=True)
+class Budget:
+    machine: Machine
+    parameters: int
+    phases: list[PhaseBudget]
+    encoding: Encoding
+    assumed: tuple[str, ...]
+    flops: float
+    images: int
+    hours: float
+    dollars: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def load_recipes(path: Path, overrides: list[str] | None) -> dict[str, Recipe]:
+    """By name: those of a folder, or the one of a file. Raises UserError."""
+    return load_chain(path, overrides) if path.is_dir() else {path.stem: load_recipe(path, overrides)}
+
+
+def reckon(
+    recipes: dict[str, Recipe],
+    machine: Machine,
+    given: Given = Given(),  # noqa: B008 (frozen)
+    images: int | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Budget:
+    """`images`: how many to encode. `check` is called before each piece of work that takes a while, and may raise.
+
+    Raises UserError for what cannot be trained on that machine.
+    """
+    shapes = {name: shapes_of(recipe, given) for name, recipe in recipes.items()}
+    phases = [phase for name, recipe in recipes.items() for phase in _phases(name, recipe, shapes[name], machine, check)]
+    bills = [phase.bill for phase in phases]
+    last = list(recipes)[-1]
+    return Budget(
+        machine,
+        Load(recipes[last], recipes[last].phases[-1], shapes[last], machine.count, check).parameters,
+        phases,
+        encoding(list(shapes.values()), machine, images),
+        tuple(dict.fromkeys(sentence for item in shapes.values() for sentence in item.assumed)),
+        sum(item.flops for item in bills),
+        sum(item.images for item in bills),
+        sum(item.hours for item in bills),
+        sum(item.dollars for item in bills),
+    )
+
+
+def _phases(name: str, recipe: Recipe, shapes: Shapes, machine: Machine, check: Callable[[], None]) -> list[PhaseBudget]:
+    found = []
+    for phase, its_bill in zip(recipe.phases, bill(recipe, shapes, machine), strict=True):
+        load, alone = Load(recipe, phase, shapes, machine.count, check), Load(recipe, phase, shapes, 1, check)
+        advice = load.best_way(machine.chip.memory_gb)
+        if advice is None:
+            raise load.refuse(machine.chip.memory_gb, machine.chip.name)
+        asked, parts = load.as_asked(recipe, machine.chip.memory_gb)
+        fits = parts.total <= usable(machine.chip.memory_gb)
+        divides = load.share % (recipe.engine.micro_batch or load.share) == 0
+        small = load.best_way(SMALL_CARD_GB), alone.best_way(SMALL_CARD_GB)
+        found.append(PhaseBudget(name, its_bill, asked, parts, fits, divides, advice, *small))
+    return found

@@ -1,0 +1,162 @@
+"""How large a model a given amount of compute asks for, by two published findings, and the ladder of sizes to choose from.
+
+Sizes are compared by what they cost, since experts and width scaling make the number of parameters say little: the *equivalent size* is
+that of a dense transformer with the same FLOPs, N = FLOPs / (6 x patches) for a whole 256 px picture. XL_2 has 1,165 M parameters and an
+equivalent size of 465 M.
+
+The paper's four phases as a table, and a recipe of each for any size, batch and number of steps.
+"""
+
+from dataclasses import asdict, dataclass
+
+from microdit.config.schema import (
+    DataRecipe,
+    DiffusionRecipe,
+    EMARecipe,
+    EngineRecipe,
+    ModelRecipe,
+    OptimizerRecipe,
+    PhaseRecipe,
+    Recipe,
+    RecordRecipe,
+)
+from microdit.models.config import SIZES, Size
+from microdit.planning.workload import Shapes, assumed_shapes, phase_flops
+
+SMALL, LARGE = SIZES["MicroDiT_Tiny_2"], SIZES["MicroDiT_XL_2"]
+WIDTHS = (256, 384, 512, 640, 768, 896, 1024, 1280, 1536)
+PATCHES = 256  # of 256 px, which equivalent sizes are reckoned at
+FITTED = (1e17, 6e18)  # FLOPs of the runs that 2410.08184 fits
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Equivalent sizes that two rules ask for. `middle` is their geometric mean."""
+
+    by_fit: float
+    by_paper: float
+
+    @property
+    def middle(self) -> float:
+        return (self.by_fit * self.by_paper) ** 0.5
+
+
+def wanted_size(flops: float, paper_flops: float, paper_size: float) -> Wanted:
+    """For training with `flops`; the published run did `paper_flops` on an equivalent size of `paper_size`.
+
+    By the fit of Liang et al. (2410.08184) to diffusion transformers trained on text and images: N = 0.0009 C^0.5681. (The exponent and
+    the factor are as we know them, the paper's text was not at hand; tests compare them with the abstract's point of 1 B at about 1e21.)
+    By the published run (2407.15811) as one good point, and N growing as the square root of C from there, as it does for language
+    models (Hoffmann et al. 2022, 2203.15556).
+    """
+    return Wanted(0.0009 * flops**0.5681, paper_size * (flops / paper_flops) ** 0.5)
+
+
+def size_of_width(dim: int) -> Size:
+    """The paper's two sizes at 512 and 1,024; between and beyond them on the straight line; below, Tiny_2 made smaller in proportion."""
+    for known in (SMALL, LARGE):
+        if dim == known.dim:
+            return known
+    if dim < SMALL.dim:
+        part = dim / SMALL.dim
+        return Size(dim, round(SMALL.depth * part), SMALL.head_dim, dim, round(SMALL.mixer_depth * part))
+    at = (dim - SMALL.dim) / (LARGE.dim - SMALL.dim)
+    mixer_dim = round(_between(SMALL.mixer_dim, LARGE.mixer_dim, at) / LARGE.head_dim) * LARGE.head_dim
+    depth, mixer_depth = (round(_between(*pair, at)) for pair in ((SMALL.depth, LARGE.depth), (SMALL.mixer_depth, LARGE.mixer_depth)))
+    return Size(dim, depth, LARGE.head_dim, mixer_dim, mixer_depth)
+
+
+def _between(low: float, high: float, at: float) -> float:
+    return low + (high - low) * at
+
+
+PROMPTS = ["a red apple on a table", "a cat on a sofa", "a mountain lake", "a street at night"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` and `ema_start` are the paper's (2407.15811); warm-up is a hundredth of the steps, as there."""
+
+    name: str
+    resolution: int
+    mask_ratio: float
+    steps: int
+    learning_rate: float
+    final_learning_rate: float
+    warm_up: bool
+    grad_clip: float
+    ema_decay: float | None
+    ema_start: int
+
+
+STAGES = (
+    Stage("256-masked", 256, 0.75, 250_000, 2.4e-4, 0.33, True, 0.25, None, 0),
+    Stage("256-full", 256, 0.0, 30_000, 8e-5, 1.0, False, 0.25, None, 0),
+    Stage("512-masked", 512, 0.75, 50_000, 8e-5, 1.0, True, 0.5, 0.99975, 25_000),
+    Stage("512-full", 512, 0.0, 5_000, 8e-5, 1.0, False, 0.5, 0.9975, 1_000),
+)
+AT_256 = STAGES[:2]
+BATCH = 2048  # the paper's
+
+
+def stage_recipe(
+    stage: Stage,
+    size: Size,
+    steps: int,
+    batch_size: int,
+    data: str = "data/mine",
+    engine: EngineRecipe = EngineRecipe(),  # noqa: B008 (frozen)
+    last: bool = False,
+    optimizer: OptimizerRecipe = OptimizerRecipe(),  # noqa: B008 (frozen)
+) -> Recipe:
+    """`last`: of its run, which has an average in any case."""
+    number = STAGES.index(stage)
+    decay, start = (stage.ema_decay, steps * stage.ema_start // stage.steps) if stage.ema_decay else (0.999, steps // 5)
+    phase = PhaseRecipe(
+        stage.name,
+        steps,
+        batch_size,
+        stage.learning_rate,
+        stage.mask_ratio,
+        warmup_steps=steps // 100 if stage.warm_up else 0,
+        final_learning_rate=stage.final_learning_rate,
+        grad_clip=stage.grad_clip,
+    )
+    at_512 = stage.resolution == 512
+    return Recipe(
+        f"microdit-{size.dim}-{stage.name}",
+        init_from=file_stem(STAGES[number - 1]) if number else None,
+        data=DataRecipe(data, resolution=stage.resolution, autoencoder="sdxl", text_encoder="dfn-clip-h"),
+        model=ModelRecipe(**asdict(size), position_scale=2.0 if at_512 else 1.0),
+        diffusion=DiffusionRecipe(P_mean=0.0, P_std=0.6) if at_512 else DiffusionRecipe(),
+        phases=[phase],
+        optimizer=optimizer,
+        ema=[EMARecipe(decay, start)] if stage.ema_decay or last else [],
+        engine=engine,
+        record=RecordRecipe(checkpoint_every=1000, samples_every=5000, sample_prompts=PROMPTS, sample_steps=30, guidance_scale=5.0),
+    )
+
+
+def file_stem(stage: Stage) -> str:
+    return f"{STAGES.index(stage) + 1}-{stage.name}"
+
+
+def stage_flops(stage: Stage, size: Size, shapes: Shapes) -> float:
+    """Of one sample."""
+    recipe = stage_recipe(stage, size, steps=1, batch_size=1)
+    return phase_flops(recipe, recipe.phases[0], shapes)
+
+
+def equivalent_size(size: Size) -> float:
+    """Parameters of a dense transformer that costs as much (see scaling.py)."""
+    return _published_flops(STAGES[1], size) / (6 * PATCHES)
+
+
+def paper_flops(size: Size) -> float:
+    """Of the published run, were it done with `size`."""
+    return sum(stage.steps * BATCH * _published_flops(stage, size) for stage in STAGES)
+
+
+def _published_flops(stage: Stage, size: Size) -> float:
+    """Of one sample of the paper's latents and captions."""
+    return stage_flops(stage, size, assumed_shapes(stage_recipe(stage, size, steps=1, batch_size=1)))

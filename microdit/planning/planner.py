@@ -1,0 +1,289 @@
+"""What a sum buys: encoded pictures, a model by the rules of scaling.py that fits the card, the paper's phases as far as the money goes.
+
+A plan's recipes as YAML files that people read and change: only what differs from the defaults.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from microdit.config.schema import EngineRecipe, OptimizerRecipe, Recipe
+from microdit.errors import UserError
+from microdit.io.files import write_aside
+from microdit.models.config import Size
+from microdit.planning.estimate import Encoding, encoding
+from microdit.planning.hardware import Machine
+from microdit.planning.memory import Load, Way
+from microdit.planning.phases import (
+    AT_256,
+    FITTED,
+    LARGE,
+    SMALL,
+    STAGES,
+    WIDTHS,
+    Stage,
+    Wanted,
+    equivalent_size,
+    file_stem,
+    paper_flops,
+    size_of_width,
+    stage_flops,
+    stage_recipe,
+    wanted_size,
+)
+from microdit.planning.workload import Given, Shapes, shapes_of
+from microdit.reports.formats import money
+
+UNCERTAINTY = 2  # a factor, on the size: our judgement of rules that were found on other models
+LEAST_IMAGES = 5_000_000  # seen in all, below which we promise no model at 256 px
+MOST_FLOPS = 1e24  # of training; hundreds of times the largest run that the rules were tried on (docs/budget.md)
+LEAST_AT_512 = 10_000_000  # seen masked at 512 px, a tenth of the paper's: with fewer, all is spent at 256 px
+STEPS_WANTED = 100_000  # in all; the batch is the largest power of two up to the paper's that leaves as many
+BATCHES = (2048, 1024, 512, 256, 128, 64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of `dollars`, `encoding` is paid first, and the rest buys `gpu_hours` and `flops` of training.
+
+    `width` is nearest to what the two rules want, in the middle, and `widths` to half and to twice that. `equivalent`: its equivalent
+    size (scaling.py). `smaller_for_memory`: a wider one was wanted, and does not fit.
+    """
+
+    dollars: float
+    encoding: Encoding
+    flops: float
+    gpu_hours: float
+    wanted: Wanted
+    width: int
+    widths: tuple[int, int]
+    equivalent: float
+    smaller_for_memory: bool
+    machine: Machine
+    recipes: dict[str, Recipe]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "machine": self.machine.chip.name}
+
+    def in_words(self) -> list[str]:
+        size = size_of_width(self.width)
+        low, high = self.widths
+        paid = self.encoding.dollars or 0.0
+        pictures = f"{self.encoding.images:,} images ({'assumed; ' if self.encoding.assumed else ''}--images says how many)"
+        lines = [
+            f"{money(self.dollars)}: "
+            + (f"{money(paid)} encode {pictures}, " if paid else "the images are encoded already, ")
+            + f"{money(self.dollars - paid)} buy {self.gpu_hours:,.4g} GPU-hours of {self.machine.chip.name} to train, "
+            f"{self.flops:.3g} FLOPs at {self.machine.utilisation:.0%} of its peak.",
+            f"Two rules say how large a model they suit, in parameters of a dense one of the same cost: {self.wanted.by_fit / 1e6:,.0f} M "
+            f"(fit of 2410.08184) and {self.wanted.by_paper / 1e6:,.0f} M (the run of 2407.15811, sizes growing as the root of compute).",
+            f"Neither was fitted to masked training or to experts: half to twice that may do: width {low} to {high} of our sizes.",
+            f"Chosen: width {self.width}, depth {size.depth}, as costly as {self.equivalent / 1e6:,.0f} M.",
+        ]
+        if not FITTED[0] <= self.flops <= FITTED[1]:
+            lines.append(f"The fit is of runs from {FITTED[0]:.0e} to {FITTED[1]:.0e} FLOPs, so here it is extrapolated.")
+        if self.smaller_for_memory:
+            lines.append(f"A wider one was wanted, and does not fit {self.machine.count} x {self.machine.chip.memory_gb:g} GB.")
+        if self.width == max(WIDTHS):
+            lines.append("It is the largest size that we plan with.")
+        if len(self.recipes) == len(AT_256):
+            lines.append(
+                f"All is spent at 256 px: fewer than {LEAST_AT_512 / 1e6:.0f} M images would be left for masked training at 512 px."
+            )
+        return lines
+
+
+@dataclass(frozen=True)
+class _Purse:
+    """What a sum leaves for training in `stages` when their pictures are encoded. `flops` are below 0 where it does not pay for that."""
+
+    stages: Sequence[Stage]
+    encoding: Encoding
+    flops: float
+
+
+def buy(dollars: float, machine: Machine, given: Given, data: str, images: int | None = None) -> Plan:
+    """`images`: how many to encode, else a million; none where the set `data` is on the disk.
+
+    Raises UserError if the sum is too little for any model or more than is planned with, or if no model fits the machine.
+    """
+    if not dollars > 0 or dollars == float("inf"):
+        raise UserError(f"--dollars is {dollars}, and must be a sum above 0.")
+    if machine.price.dollars == 0:
+        raise UserError("--dollars needs a --price above 0: for nothing, any number of GPU-hours can be had.")
+    shapes = _shapes(given, data)
+    full, low = (_purse(dollars, stages, shapes, machine, images) for stages in (STAGES, AT_256))
+    _refuse_too_little(dollars, low, shapes, machine)
+    _refuse_too_much(dollars, full, machine)
+    purse = full if _reaches_512(full, shapes) else low
+    wanted = _wanted(purse.flops)
+    best = _nearest(wanted.middle)
+    for width in reversed(WIDTHS[: WIDTHS.index(best) + 1]):
+        recipes = _recipes(size_of_width(width), purse, shapes, machine, data)
+        if recipes is not None:
+            widths = _nearest(wanted.middle / UNCERTAINTY), _nearest(wanted.middle * UNCERTAINTY)
+            return Plan(
+                dollars=dollars,
+                encoding=purse.encoding,
+                flops=purse.flops,
+                gpu_hours=purse.flops / _flops_per_dollar(machine) / machine.price.dollars,
+                wanted=wanted,
+                width=width,
+                widths=widths,
+                equivalent=equivalent_size(size_of_width(width)),
+                smaller_for_memory=width < best,
+                machine=machine,
+                recipes=recipes,
+            )
+    raise UserError(f"Not even the smallest of our sizes fits {machine.count} x {machine.chip.name} of {machine.chip.memory_gb:g} GB.")
+
+
+def _shapes(given: Given, data: str) -> dict[str, Shapes]:
+    """By the stage's name; read from the set `data`, if it is there."""
+    try:
+        return {stage.name: shapes_of(stage_recipe(stage, SMALL, 1, 1, data), given) for stage in STAGES}
+    except UserError as error:
+        raise UserError(f"{error} The plan's phases need 256 and 512 px: encode {data} at both, or name another --data.") from error
+
+
+def _purse(dollars: float, stages: Sequence[Stage], shapes: dict[str, Shapes], machine: Machine, images: int | None) -> _Purse:
+    paid = encoding([shapes[stage.name] for stage in stages], machine, images)
+    return _Purse(stages, paid, (dollars - (paid.dollars or 0.0)) * _flops_per_dollar(machine))
+
+
+def _flops_per_dollar(machine: Machine) -> float:
+    return 3600 * machine.flops_per_second / machine.count / machine.price.dollars
+
+
+def _refuse_too_little(dollars: float, purse: _Purse, shapes: dict[str, Shapes], machine: Machine) -> None:
+    """`purse`: at 256 px."""
+    of_an_image = _mean_flops(AT_256, size_of_width(WIDTHS[0]), shapes)
+    images = purse.flops / of_an_image
+    if images >= LEAST_IMAGES:
+        return
+    paid = purse.encoding.dollars or 0.0
+    enough = money(paid + LEAST_IMAGES * of_an_image / _flops_per_dollar(machine) + 0.005)  # to the next cent
+    too_little = f"{money(dollars)} are too little: on {machine.chip.name}"
+    encoded = f"encoding {purse.encoding.images:,} images"
+    if images <= 0:
+        raise UserError(
+            f"{too_little}, {encoded} alone takes {money(paid)}: say how many there are with --images. "
+            f"With so many, the least that buys a model is {enough}."
+        )
+    after = f"after {money(paid)} for {encoded} (--images) " if paid else ""
+    raise UserError(
+        f"{too_little}, {after}they pay for {images / 1e6:.2g} M images seen by our smallest size, "
+        f"and with fewer than {LEAST_IMAGES / 1e6:.0f} M we promise no model at 256 px; the least that buys one is {enough}."
+    )
+
+
+def _refuse_too_much(dollars: float, purse: _Purse, machine: Machine) -> None:
+    if purse.flops > MOST_FLOPS:
+        most = (purse.encoding.dollars or 0.0) + MOST_FLOPS / _flops_per_dollar(machine)
+        raise UserError(
+            f"--dollars is {dollars:g}, and more than we plan with: on {machine.chip.name} that ends at {money(most)}, "
+            f"{MOST_FLOPS:.0e} FLOPs of training."
+        )
+
+
+def _reaches_512(purse: _Purse, shapes: dict[str, Shapes]) -> bool:
+    """Whether enough images can be seen masked at 512 px, by the size that the rules want."""
+    if purse.flops <= 0:
+        return False
+    size = size_of_width(_nearest(_wanted(purse.flops).middle))
+    return purse.flops / _mean_flops(STAGES, size, shapes) * _shares(STAGES)[2] >= LEAST_AT_512
+
+
+def _recipes(size: Size, purse: _Purse, shapes: dict[str, Shapes], machine: Machine, data: str) -> dict[str, Recipe] | None:
+    """The phases that use up the purse, with engine settings that fit. None if there are none."""
+    stages = purse.stages
+    batch = _batch(purse.flops / _mean_flops(stages, size, shapes), machine.count)
+    found = [_way(stage, size, batch, shapes[stage.name], machine, stage is stages[-1]) for stage in stages]
+    ways = [way for way in found if way is not None]
+    if len(ways) < len(found):
+        return None
+    images = purse.flops / _mean_flops(stages, size, shapes, [way.time for way in ways])
+    recipes = {}
+    for stage, share, way in zip(stages, _shares(stages), ways, strict=True):
+        engine, optimizer = way.engine(EngineRecipe(compile=True)), way.optimizer(OptimizerRecipe())
+        steps = max(1, int(images * share / batch))
+        recipes[file_stem(stage)] = stage_recipe(stage, size, steps, batch, data, engine, stage is stages[-1], optimizer)
+    return recipes
+
+
+def _batch(images: float, gpus: int) -> int:
+    batch = next((size for size in BATCHES if images / size >= STEPS_WANTED), BATCHES[-1])
+    return -(-batch // gpus) * gpus
+
+
+def _way(stage: Stage, size: Size, batch: int, shapes: Shapes, machine: Machine, last: bool) -> Way | None:
+    recipe = stage_recipe(stage, size, steps=1, batch_size=batch, last=last)
+    return Load(recipe, recipe.phases[0], shapes, machine.count).best_way(machine.chip.memory_gb)
+
+
+def _mean_flops(stages: Sequence[Stage], size: Size, shapes: dict[str, Shapes], factors: Sequence[float] = (1.0,) * len(STAGES)) -> float:
+    """Of an image, over all phases; each phase's counted `factors` times."""
+    return sum(
+        share * factor * stage_flops(stage, size, shapes[stage.name])
+        for share, factor, stage in zip(_shares(stages), factors, stages, strict=False)
+    )
+
+
+def _shares(stages: Sequence[Stage]) -> list[float]:
+    """Each phase's part of the images: the paper's."""
+    total = sum(stage.steps for stage in stages)
+    return [stage.steps / total for stage in stages]
+
+
+def _wanted(flops: float) -> Wanted:
+    return wanted_size(flops, paper_flops(LARGE), equivalent_size(LARGE))
+
+
+def _nearest(equivalent: float) -> int:
+    """The width of the size that costs most nearly that."""
+    return min(WIDTHS, key=lambda width: abs(math.log(equivalent_size(size_of_width(width)) / equivalent)))
+
+
+def write_recipes(plan: Plan, folder: Path) -> None:
+    """One file a phase, for `microdit train FOLDER`. Raises UserError if the folder holds something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already: choose another --out.")
+    for name, text in recipe_files(plan).items():
+        write_aside(folder / name, text.encode())
+
+
+def recipe_files(plan: Plan) -> dict[str, str]:
+    """Their text by the file's name."""
+    bought = f"what {money(plan.dollars)} buy on {plan.machine.count} x {plan.machine.chip.name} (microdit budget --dollars)"
+    return {
+        f"{stem}.yaml": f"# Phase {number} of {len(plan.recipes)} of {bought}.\n{recipe_text(recipe)}"
+        for number, (stem, recipe) in enumerate(plan.recipes.items(), start=1)
+    }
+
+
+def recipe_text(recipe: Recipe) -> str:
+    return yaml.safe_dump(_sparse(recipe), sort_keys=False, width=140)
+
+
+def _sparse(item: Any) -> dict[str, Any]:
+    """What a dataclass says beyond its defaults."""
+    found: dict[str, Any] = {}
+    for field in fields(item):
+        value = getattr(item, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if value == default:
+            continue
+        found[field.name] = _sparse(value) if is_dataclass(value) else [_plain(part) for part in value] if _is_list(value) else value
+    return found
+
+
+def _plain(part: Any) -> Any:
+    return _sparse(part) if is_dataclass(part) else part
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)

@@ -1,0 +1,171 @@
+"""A budget as tables that a person understands at once."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
+from rich.text import Text
+
+from microdit.planning.estimate import MILLION, SMALL_CARD_GB, STORED_TOKENS, UTILISATION, Budget, Encoding, PhaseBudget
+from microdit.planning.memory import HEADROOM, Way
+from microdit.planning.planner import Plan
+from microdit.reports.formats import count, duration, figure, hours, money
+from microdit.terminal import PlainConsole, joined, styled
+
+WIDE = 1000  # characters, more than any table takes
+
+
+def show(budget: Budget, console: PlainConsole) -> None:
+    machine = budget.machine
+    console.print(
+        joined(
+            styled(f"{budget.parameters / 1e6:,.1f} M parameters, on {machine.count} x {machine.chip.name}"),
+            f" ({machine.chip.teraflops:,.4g} TFLOP/s, {machine.chip.memory_gb:g} GB each)",
+        )
+    )
+    console.print(
+        f"utilisation {machine.utilisation:.1%} ({machine.utilisation_source}); "
+        f"{money(machine.price.dollars)} a GPU-hour ({machine.price.source})",
+        soft_wrap=True,
+    )
+    if budget.assumed:
+        console.print(f"assumed, for want of the encoded data: {'; '.join(budget.assumed)}", soft_wrap=True)
+    costs = _costs(budget)
+    if console.measure(costs, options=console.options.update(max_width=WIDE)).maximum > console.width:
+        costs.padding = 0  # large sums: closer together rather than cut
+    for table in (costs, _memory(budget), _ways(budget)):
+        console.print(table)
+    for line in [_verdict(budget), *_settings(budget), *_data(budget.encoding)]:
+        console.print(line, soft_wrap=True)
+
+
+def show_plan(plan: Plan, budget: Budget, console: PlainConsole) -> None:
+    """`budget`: of the plan's recipes."""
+    for line in plan.in_words():
+        console.print(line, soft_wrap=True)
+    show(budget, console)
+    if plan.encoding.dollars is not None:
+        parts = f"Training {money(budget.dollars)} and encoding {money(plan.encoding.dollars)}"
+        spent = money(budget.dollars + plan.encoding.dollars)
+        console.print(joined(f"{parts}: ", styled(f"{spent} of {money(plan.dollars)}"), "."))
+        if plan.encoding.images > budget.images:
+            console.print(f"Only {_short(budget.images)} images are seen: encode no more of them (--images).")
+
+
+def _costs(budget: Budget) -> Table:
+    table = _table("What it costs", "px", "drop", "steps", "batch", "images", "GFLOPs/\nsample", "EFLOPs", "hours", "dollars")
+    for phase in budget.phases:
+        b = phase.bill
+        numbers = [count(b.steps), count(b.batch_size), _short(b.images), figure(b.flops_per_sample / 1e9), figure(b.flops / 1e18)]
+        table.add_row(b.name, str(b.resolution), _dropped(b.mask_ratios), *numbers, hours(b.hours), money(b.dollars))
+    table.add_section()
+    totals = [_short(budget.images), "", figure(budget.flops / 1e18), hours(budget.hours), money(budget.dollars)]
+    table.add_row("all", "", "", "", "", *totals, style="bold")
+    table.caption = f"{duration(3600 * budget.hours)} in all"
+    return table
+
+
+def _memory(budget: Budget) -> Table:
+    """`gathered` are low-precision copies of weights. The total is less than the sum where gradients come as activations go."""
+    table = _table("GB on each GPU, as the recipe says", "weights", "grads", "moments", "averages", "activations", "copies", "total")
+    for phase in budget.phases:
+        p = phase.parts
+        parts = (p.parameters, p.gradients + p.passing, p.moments, p.averages, p.activations, p.gathered, p.total)
+        table.add_row(phase.bill.name, *(f"{part / 1e9:.2f}" for part in parts))
+    return table
+
+
+def _ways(budget: Budget) -> Table:
+    columns = _places(budget)
+    table = _table("Does it fit? Micro-batch, sharding, GB in use", "as the recipe says", *columns, justify="left")
+    for phase in budget.phases:
+        table.add_row(phase.bill.name, _asked(phase), *(_way(choose(phase)) for choose in columns.values()))
+    table.caption = f"{HEADROOM:.0%} of a card is left free. recomputed: a second forward pass of the blocks or of the first of them."
+    return table
+
+
+def _verdict(budget: Budget) -> Text:
+    """The table in a sentence."""
+    fits = {"As it is": [phase.bill.name for phase in budget.phases if not (phase.fits and phase.divides)]}
+    for place, choose in _places(budget).items():
+        fits[place.replace("on", "On", 1)] = [phase.bill.name for phase in budget.phases if choose(phase) is None]
+    said = [
+        joined(f" {place}: ", styled("no", "red"), f", not {', '.join(missing)}.") if missing else joined(f" {place}: yes.")
+        for place, missing in fits.items()
+    ]
+    return joined(styled("Fits?"), *said)
+
+
+def _settings(budget: Budget) -> list[Text]:
+    """What each phase has to say that does not fit as it is, and what that costs."""
+    lines = []
+    for phase in budget.phases:
+        if phase.fits and phase.divides:
+            continue
+        time = phase.advice.time
+        costs = f"{time - 1:.0%} more time" if time > 1 else "no more FLOPs"
+        lines.append(joined(styled(phase.bill.name), f" fits with {' '.join(phase.advice.overrides())} ({costs})."))
+    return lines
+
+
+def _places(budget: Budget) -> dict[str, Callable[[PhaseBudget], Way | None]]:
+    """The machine, as many cards of 24 GB, and one of them; those that are the same only once."""
+    gpus, memory = budget.machine.count, budget.machine.chip.memory_gb
+    places: dict[str, Callable[[PhaseBudget], Way | None]] = {f"on {gpus} x {memory:g} GB": lambda phase: phase.advice}
+    places.setdefault(f"on {gpus} x {SMALL_CARD_GB} GB", lambda phase: phase.small)
+    places.setdefault(f"on 1 x {SMALL_CARD_GB} GB", lambda phase: phase.small_alone)
+    return places
+
+
+def _data(data: Encoding) -> list[Text]:
+    images = f"{_short(data.images)} images"
+    size = ", ".join(
+        f"{value * data.images / 1e9:,.4g} GB ({form}, {value:,.0f} bytes each)" for form, value in data.bytes_per_sample.items()
+    )
+    taken = joined(styled("Data:"), f" {images} take {size}.")
+    if data.encoded:
+        return [taken]
+    taken.append(f" Captions of {STORED_TOKENS} tokens on average.")
+    if data.assumed:
+        taken.append(" Say how many with --images.")
+    if data.gpu_hours is None or data.flops_per_sample is None:
+        return [taken, joined("What these encoders cost is not known here: only the SDXL autoencoder and DFN5B-CLIP-H are reckoned.")]
+    dtype, *others = data.hours_by_dtype
+    rate = (
+        f"{data.flops_per_sample / 1e12:.3g} TFLOPs a sample, {UTILISATION:.0%} of the peak assumed, reading and decoding files not counted"
+    )
+    slower = "".join(f"; in {other} at least {hours(data.hours_by_dtype[other])}" for other in others)
+    cost = f" them once in {dtype}: {hours(data.gpu_hours)} GPU-hours, {money(data.dollars)} ({rate}{slower})."
+    return [taken, joined(styled("Encoding"), cost)]
+
+
+def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right") -> Table:
+    """Narrow enough for 80 characters. Where names are too long for that they go on below; numbers stay whole."""
+    look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "caption_justify": "left", "caption_style": "dim"}
+    table = Table(Column("phase", overflow="fold"), title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **look)
+    for column in columns:
+        table.add_column(column, justify=justify, no_wrap=justify == "right")
+    return table
+
+
+def _asked(phase: PhaseBudget) -> Text:
+    if not phase.divides:
+        return styled("micro_batch does not divide a GPU's share of the batch", "red")
+    return _way(phase.asked) if phase.fits else styled(f"{_way(phase.asked)}: too much", "red")
+
+
+def _way(way: Way | None) -> Text:
+    if way is None:
+        return styled("does not fit", "red")
+    return joined(way.in_words())
+
+
+def _dropped(ratios: tuple[float, float]) -> str:
+    first, last = (f"{ratio:.0%}" for ratio in ratios)
+    return first if first == last else f"{first} to {last}"
+
+
+def _short(number: float) -> str:
+    """12.3 M, 1,230 M"""
+    return f"{figure(number / 1e6, 3)} M" if number >= MILLION else count(number)

@@ -1,0 +1,203 @@
+"""How much work a step and the rest of a recipe are, in FLOPs: for utilisation and the time left.
+
+What a recipe learns on, in numbers: read from its encoded sets where they are on the disk, else assumed, and said so.
+
+What the phases of a recipe cost: FLOPs by the project's own formula, then hours and dollars on a machine.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from microdit.config.schema import PhaseRecipe, Recipe
+from microdit.data.dataset import EncodedDataset
+from microdit.data.manifest import CARD
+from microdit.data.packing import bytes_of_row
+from microdit.data.shards import DamagedShard
+from microdit.errors import UserError
+from microdit.models.flops import recomputed_flops, training_flops
+from microdit.models.microdit import ModelConfig
+from microdit.models.routing import kept_tokens
+from microdit.planning.hardware import Machine
+from microdit.training.setup import architecture
+
+SAMPLES = 32  # points at which a mask schedule is looked at, to sum a phase up
+
+
+class Work:
+    """Of a recipe's steps on one shape of latents."""
+
+    def __init__(self, recipe: Recipe, config: ModelConfig):
+        self._recipe, self._config = recipe, config
+        self._flops = lru_cache(maxsize=4096)(training_flops)
+
+    def of_step(self, phase: PhaseRecipe, step_in_phase: int, tokens: int, caption_tokens: int) -> float:
+        """FLOPs of the whole batch, forward and backward."""
+        kept = kept_tokens(tokens, phase.mask_ratio_at(step_in_phase))
+        return phase.batch_size * self._flops(self._config, tokens, kept, caption_tokens)
+
+    def after(self, step: int, tokens: int, caption_tokens: int) -> float:
+        """FLOPs of all steps from number `step` to the end."""
+        total = 0.0
+        for phase in self._recipe.phases:
+            first = min(step, phase.steps)
+            step -= first
+            left = phase.steps - first
+            if left:
+                points = {first + (left - 1) * i // (SAMPLES - 1) for i in range(SAMPLES)} if phase.mask_schedule else {first}
+                total += left * sum(self.of_step(phase, point, tokens, caption_tokens) for point in points) / len(points)
+        return total
+
+
+RESOLUTION = 256  # pixels, where a recipe says none
+LOOKED_AT = 512  # captions of a set, to know how long a batch of them is
+AUTOENCODERS = {"sdxl": (4, 8), "16ch": (16, 8), "icon": (8, 8), "pixels": (3, 1)}  # channels, downsampling
+TEXT_ENCODERS = {"dfn-clip-h": (77, 1024), "minilm": (16, 384)}  # tokens, channels; MiniLM's captions have no fixed length
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known better than our assumptions."""
+
+    latent_channels: int | None = None
+    downsampling: int | None = None
+    caption_tokens: int | None = None
+    caption_channels: int | None = None
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """`sides`: (share of the samples, height, width) of latents, one for each aspect ratio. `assumed`: in words, what was not read.
+
+    `samples` and `bytes`, on the disk, are None where a set is missing. `autoencoder` and `text_encoder` by name.
+    """
+
+    resolution: int
+    latent_channels: int
+    sides: tuple[tuple[float, int, int], ...]
+    caption_tokens: int
+    caption_channels: int
+    autoencoder: str
+    text_encoder: str
+    samples: int | None
+    bytes: int | None
+    assumed: tuple[str, ...]
+
+
+def shapes_of(recipe: Recipe, given: Given = Given()) -> Shapes:
+    """Raises UserError if a set is damaged, or if the model's patches do not fit."""
+    folders = [Path(item.path) for item in recipe.data.named_sets.values()]
+    found = [EncodedDataset(folder, recipe.data.resolution) for folder in folders if (folder / CARD).is_file()]
+    shapes = _read(found, len(found) == len(folders)) if found else assumed_shapes(recipe, given)
+    p = recipe.model.patch_size
+    for _, height, width in shapes.sides:
+        if height % p or width % p or not height or not width:
+            raise UserError(f"{recipe.name}: model.patch_size {p} does not divide the {height} x {width} latents.")
+    return shapes
+
+
+def assumed_shapes(recipe: Recipe, given: Given = Given()) -> Shapes:
+    """From what the recipe says of its data alone, whatever lies on the disk."""
+    data = recipe.data
+    autoencoder, text_encoder = data.autoencoder or "sdxl", data.text_encoder or "dfn-clip-h"
+    channels, downsampling = AUTOENCODERS.get(autoencoder, AUTOENCODERS["sdxl"])
+    tokens, width = TEXT_ENCODERS.get(text_encoder, TEXT_ENCODERS["dfn-clip-h"])
+    resolution = data.resolution or RESOLUTION
+    down = given.downsampling or downsampling
+    side, channels = resolution // down, given.latent_channels or channels
+    tokens, width = given.caption_tokens or tokens, given.caption_channels or width
+    assumed = [
+        f"latents of {channels} x {side} x {side} ({autoencoder}, {down} pixels a side)",
+        f"captions of {tokens} x {width} ({text_encoder})",
+    ]
+    if data.resolution is None:
+        assumed.insert(0, f"{RESOLUTION} px")
+    return Shapes(resolution, channels, ((1.0, side, side),), tokens, width, autoencoder, text_encoder, None, None, tuple(assumed))
+
+
+def _read(sets: list[EncodedDataset], complete: bool) -> Shapes:
+    first, rows = sets[0], sum(len(item) for item in sets)
+    sides = [(size / rows, *item.latent_shape(bucket)[1:]) for item in sets for bucket, size in enumerate(item.bucket_sizes)]
+    return Shapes(
+        first.resolution,
+        first.latent_shape()[0],
+        tuple(sides),
+        max(_longest_caption(item) for item in sets),
+        first.card["text_channels"],
+        first.card["autoencoder"]["name"],
+        first.card["text_encoder"]["name"],
+        rows if complete else None,
+        sum(shard["bytes"] for item in sets for shard in item.card["shards"]) if complete else None,
+        () if complete else ("sets that are not encoded yet are taken to be like those that are",),
+    )
+
+
+def _longest_caption(encoded: EncodedDataset) -> int:
+    """Tokens, in the first captions: a batch is as long as its longest one."""
+    bucket = max(range(len(encoded.bucket_sizes)), key=encoded.bucket_sizes.__getitem__)
+    row = bytes_of_row(encoded.card["text_channels"], encoded.card["settings"]["captions"])
+    try:
+        return max(len(encoded.read(bucket, number)[1]) // row for number in range(min(LOOKED_AT, encoded.bucket_sizes[bucket])))
+    except DamagedShard as damage:
+        raise UserError(f"{damage}: encode {encoded.folder} again.") from damage
+
+
+@dataclass(frozen=True)
+class PhaseBill:
+    """`flops_per_sample`: forward and backward, the mean over the phase. Of them come `flops`; recomputed blocks only take time."""
+
+    name: str
+    resolution: int
+    mask_ratios: tuple[float, float]  # first and last step's
+    steps: int
+    batch_size: int
+    images: int
+    flops_per_sample: float
+    flops: float
+    hours: float
+    dollars: float
+
+
+def bill(recipe: Recipe, shapes: Shapes, machine: Machine) -> list[PhaseBill]:
+    """One for each phase of the recipe."""
+    return [_phase_bill(recipe, phase, shapes, machine) for phase in recipe.phases]
+
+
+def phase_flops(recipe: Recipe, phase: PhaseRecipe, shapes: Shapes) -> float:
+    """Of all steps of the phase."""
+    work = Work(replace(recipe, phases=[phase]), config_of(recipe, shapes))
+    p = recipe.model.patch_size
+    return sum(share * work.after(0, (height // p) * (width // p), shapes.caption_tokens) for share, height, width in shapes.sides)
+
+
+def config_of(recipe: Recipe, shapes: Shapes) -> ModelConfig:
+    return architecture(recipe.model, shapes.latent_channels, shapes.caption_channels)
+
+
+def time_factor(recipe: Recipe, phase: PhaseRecipe, shapes: Shapes) -> float:
+    """How much longer a step takes than its FLOPs say: blocks that are recomputed compute forward twice."""
+    config, p, kinds = config_of(recipe, shapes), recipe.model.patch_size, []
+    for share, height, width in shapes.sides:
+        tokens = (height // p) * (width // p)
+        kinds.append((share, (config, tokens, kept_tokens(tokens, phase.mask_ratio_at(0)), shapes.caption_tokens)))
+    again = sum(share * recomputed_flops(*kind, float(recipe.engine.activation_checkpointing)) for share, kind in kinds)
+    return 1 + again / sum(share * training_flops(*kind) for share, kind in kinds)
+
+
+def _phase_bill(recipe: Recipe, phase: PhaseRecipe, shapes: Shapes, machine: Machine) -> PhaseBill:
+    flops = phase_flops(recipe, phase, shapes)
+    images = phase.steps * phase.batch_size
+    hours = machine.hours(flops * time_factor(recipe, phase, shapes))
+    ratios = phase.mask_ratio_at(0), phase.mask_ratio_at(phase.steps - 1)
+    return PhaseBill(
+        phase.name,
+        shapes.resolution,
+        ratios,
+        phase.steps,
+        phase.batch_size,
+        images,
+        flops / images,
+        flops,
+        hours,
+        machine.dollars(hours),
+    )

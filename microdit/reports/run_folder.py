@@ -1,0 +1,139 @@
+"""A run folder as others read it, while it is written or long after. What is missing or half written is empty, never an exception.
+
+recipe.yaml  run.json  status.json  metrics.jsonl  samples/step-00000500.png
+"""
+
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from microdit.io.files import from_checked_json
+from microdit.io.text import parse_json
+from microdit.reports.formats import finite
+
+RECIPE = "recipe.yaml"  # what makes a folder a run
+RUN, METRICS = "run.json", "metrics.jsonl"
+LARGEST_STEP = 2**53  # what is larger is no step, but a damaged number
+SILENCE = 15 * 60  # seconds without a word after which a run on another host counts as killed
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`path`, which holds a recipe. Each property reads its file anew."""
+
+    path: Path
+
+    @property
+    def recipe_text(self) -> str:
+        return (self.path / RECIPE).read_text(errors="replace")
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """run.json: name, data, starts. Empty if it is not what was written."""
+        try:
+            return from_checked_json((self.path / RUN).read_bytes())
+        except (OSError, ValueError):
+            return {}
+
+    @property
+    def has_damaged_record(self) -> bool:
+        """Whether there is a run.json that is not what was written."""
+        return not self.record and (self.path / RUN).is_file()
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        """Those that run.json holds, the oldest first."""
+        starts = self.record.get("starts")
+        return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """status.json: how far the run is."""
+        return _read_object(self.path / "status.json")
+
+    def read_metrics(self, check: Callable[[], None] = lambda: None) -> tuple[list[dict[str, Any]], int]:
+        """The lines of metrics.jsonl by step, and how many could not be read (a killed process leaves half a line).
+
+        Steps that were trained twice, after a rollback or from an older checkpoint, are there as they were last. `check` is called once
+        a line.
+        """
+        try:
+            lines, damaged = parse_metrics((self.path / METRICS).read_bytes(), check)
+        except OSError:
+            return [], 0
+        by_step: dict[int, dict[str, Any]] = {}
+        for metrics in lines:
+            while by_step and next(reversed(by_step)) >= metrics["step"]:
+                by_step.popitem()
+            by_step[metrics["step"]] = metrics
+        return list(by_step.values()), len(damaged)
+
+    @property
+    def samples(self) -> list[tuple[int, Path]]:
+        """Steps and their pictures, in order."""
+        found = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in (self.path / "samples").glob("step-*.png"))
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def parse_metrics(content: bytes, check: Callable[[], None] = lambda: None) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of metrics.jsonl, each with its step, and the numbers (from 1) of those that cannot be read. `check` as `read_metrics`."""
+    lines: list[dict[str, Any]] = []
+    damaged: list[int] = []
+    for number, raw in enumerate(content.split(b"\n"), start=1):
+        check()
+        line = _parse_object(raw)
+        step = line.get("step")
+        if type(step) is int and 0 <= step < LARGEST_STEP:
+            lines.append(line)
+        elif raw.strip():
+            damaged.append(number)
+    return lines, damaged
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a trainer wrote it."""
+    return (folder / RECIPE).is_file()
+
+
+def state_of(status: dict[str, Any]) -> str:
+    """As written in status.json; "killed" if it says running and no process can be alive, "unknown" if it says nothing."""
+    state = str(status.get("state") or "unknown")
+    return "killed" if state == "running" and not _may_be_alive(status) else state
+
+
+def _may_be_alive(status: dict[str, Any]) -> bool:
+    pid, written = status.get("pid"), status.get("time")
+    if status.get("host") == socket.gethostname() and isinstance(pid, int) and pid > 0:
+        return _is_process(pid)
+    seconds = finite(written)
+    return seconds is not None and time.time() - seconds <= SILENCE
+
+
+def _is_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # somebody else's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        return _parse_object(path.read_text(errors="replace"))
+    except OSError:
+        return {}
+
+
+def _parse_object(text: str | bytes) -> dict[str, Any]:
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,106 @@
+"""How much of this machine a real training step uses: the trainer's own parts on random latents and captions, for some seconds."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from microdit.config.schema import EngineRecipe, Recipe
+from microdit.data.dataset import Batch
+from microdit.devices import device_name
+from microdit.distributed import World
+from microdit.io.process_limits import keep_freed_memory
+from microdit.models.config import SIZES
+from microdit.models.routing import METHODS
+from microdit.planning.estimate import load_recipes
+from microdit.planning.hardware import Measurement, find_chip, peak_flops
+from microdit.planning.phases import STAGES, stage_recipe
+from microdit.planning.workload import Shapes, Work, config_of, time_factor
+from microdit.training.noise import TrainingBatch, add_draws
+from microdit.training.parallel import compute_dtype
+from microdit.training.stability import Guard
+from microdit.training.state import TrainingState
+
+TINY = "MicroDiT_Tiny_2"
+WARM_UP = 2  # steps that are not timed: kernels are chosen, blocks compiled
+
+
+def bench_recipe(path: Path | None, micro_batch: int | None, device: torch.device, precision: str = "auto") -> Recipe:
+    """The recipe at `path` (of a folder the first), or the paper's first phase of Tiny_2; one micro-batch a step. Raises UserError."""
+    if path is None:
+        size = micro_batch or (256 if device.type == "cuda" else 8)
+        recipe = stage_recipe(STAGES[0], SIZES[TINY], 1, size, engine=EngineRecipe(compile=device.type == "cuda", precision=precision))
+        return replace(recipe, name=TINY)
+    recipe = next(iter(load_recipes(path, None).values()))
+    phase = recipe.phases[0]
+    size = micro_batch or min(recipe.engine.micro_batch or phase.batch_size, phase.batch_size)
+    engine = replace(recipe.engine, micro_batch=None, precision=recipe.engine.precision if precision == "auto" else precision)
+    return replace(recipe, phases=[replace(phase, batch_size=size)], engine=engine)
+
+
+def measure(recipe: Recipe, shapes: Shapes, world: World, seconds: float, advance: Callable[[float, str], None]) -> Measurement:
+    """Batches of the recipe's first phase, each a whole step: forward, backward, clipping, optimizer, averages.
+
+    `advance` is told of the seconds that have passed. Recomputed blocks count as work: it is the chip's use that is measured.
+    """
+    keep_freed_memory()
+    phase, device = recipe.phases[0], world.device
+    micro_batch = phase.batch_size
+    config = config_of(recipe, shapes)
+    state = TrainingState(recipe, config, world, None, fresh=True)
+    state.optimizers.set_rate(phase.learning_rate)
+    guard = Guard(recipe.guard, device)
+    batch = _random_batch(recipe, shapes, state, micro_batch).to(device)
+    dtype = compute_dtype(recipe.engine, device)
+    peak, peak_source = peak_flops(device, dtype)
+
+    def step(number: int) -> None:
+        state.learn([batch], number, phase.grad_clip, guard).values()
+
+    for number in range(WARM_UP):
+        step(number)
+    steps, started = 0, time.perf_counter()
+    passed = 0.0
+    while passed < seconds:
+        step(WARM_UP + steps)
+        steps += 1
+        now = time.perf_counter() - started
+        advance(min(now, seconds) - min(passed, seconds), f"{steps * micro_batch / now:.2f} images/s")
+        passed = now
+    images_per_second = steps * micro_batch / passed
+    _, height, width = shapes.sides[0]
+    tokens = (height // config.patch_size) * (width // config.patch_size)
+    flops = Work(recipe, config).of_step(replace(phase, batch_size=1), 0, tokens, shapes.caption_tokens) * time_factor(
+        recipe, phase, shapes
+    )
+    return Measurement(
+        chip_name(device),
+        images_per_second * flops / peak,
+        peak,
+        peak_source,
+        images_per_second,
+        recipe.name,
+        micro_batch,
+        str(dtype).removeprefix("torch."),
+        torch.__version__,
+        datetime.now(UTC).strftime("%Y-%m-%d"),
+    )
+
+
+def chip_name(device: torch.device) -> str:
+    """As in the table of chips, else as the driver says."""
+    name = device_name(device)
+    chip = find_chip(name)
+    return chip.name if chip is not None else name
+
+
+def _random_batch(recipe: Recipe, shapes: Shapes, state: TrainingState, size: int) -> TrainingBatch:
+    phase, p = recipe.phases[0], recipe.model.patch_size
+    _, height, width = shapes.sides[0]
+    text = torch.randn(size, shapes.caption_tokens, shapes.caption_channels)
+    samples = Batch(torch.randn(size, shapes.latent_channels, height, width), text, torch.ones(text.shape[:2], dtype=torch.bool))
+    shares = (phase.mask_ratio_at(0), recipe.diffusion.caption_dropout, METHODS[recipe.model.routing].path_drop)
+    return add_draws(samples, state.edm, recipe.seed, 0, range(size), (height // p, width // p), *shares, phase.mask_pattern)

@@ -1,0 +1,305 @@
+"""Writing checkpoints while training goes on, and reading them back on any number of processes.
+
+A save copies the tensors (that is all the loop waits for); a thread of each process then writes its share to a file, and the first process
+puts whole weights, checksums and the state beside them, and renames the folder once everything is on the disk.
+
+Each process knows its share by itself: the rows that it holds, and of what several hold alike the part that falls to it. What a save costs
+the loop's process does not grow with the number of processes, but for what they tell each other at its end, which is arrays.
+"""
+
+import heapq
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from microdit.checkpoint import FOLDER, SHARDS, STATE, Checkpoint, checkpoint_folders, open_checkpoint, step_of
+from microdit.distributed import World
+from microdit.errors import UserError
+from microdit.io.files import sha256_of, to_checked_json, write_aside
+from microdit.io.tensor_files import NO_PIECES, Pieces, Rows, fill, pieces_of, read_header, within, write_rows
+from microdit.training.parallel import copies_of, local, rows_of
+
+T = TypeVar("T")
+Tensors = dict[str, Tensor]
+"""All of a training's tensors, each named PART/NAME: `model/...`, `ema/...`, `optimizer/...`."""
+
+
+class Written(NamedTuple):
+    """What a process wrote of a checkpoint: checksums by file, and where the rows lie of the parts that shall be there whole too."""
+
+    checksums: dict[str, str]
+    pieces: dict[str, Pieces]
+
+
+class _SaveFailedError(Exception):
+    """On whatever process; the message says why."""
+
+
+class Saver:
+    """Saves one checkpoint at a time; a second save waits for the first."""
+
+    def __init__(self, run: Path, world: World, keep: int, keep_every: int | None, warn: Callable[[str], None]):
+        self.run, self.world, self.keep, self.keep_every, self.warn = run, world, keep, keep_every, warn
+        self.failed = 0
+        self.last_saved: int | None = None
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None
+        self._step = 0
+        if world.is_main:
+            for stale in (run / FOLDER).glob(".step-*.part"):
+                shutil.rmtree(stale)
+
+    def save(self, step: int, tensors: Tensors, state: dict[str, Any], exports: list[str]) -> None:
+        """Begin to save. `exports`: the parts that shall also lie there whole, such as `model` and `ema`."""
+        self.finish()
+        aside = self.run / FOLDER / f".step-{step:08d}.part"
+        self._problem, self._step = self._prepare(aside), step
+        if self._problem is None:
+            arguments = (aside, step, share_of(tensors, self.world), state, {part: _parts(tensors, part) for part in exports})
+            self._thread = threading.Thread(target=self._complete, args=arguments, name="checkpoint-writer", daemon=True)
+            self._thread.start()
+
+    def finish(self) -> bool:
+        """Wait for the save that is under way. False, after a warning, if it failed; older checkpoints are intact then."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._problem is None:
+            return True
+        self.failed += 1
+        self.warn(
+            f"The checkpoint of step {self._step} could not be written to {self.run / FOLDER}: {self._problem}. "
+            "Training goes on, earlier checkpoints are intact: make room on the disk."
+        )
+        self._problem = None
+        return False
+
+    def check(self) -> None:
+        """Tell of a failed save as soon as it is known, without waiting for one that is under way."""
+        if self._thread is None or not self._thread.is_alive():
+            self.finish()
+
+    def _prepare(self, aside: Path) -> str | None:
+        """An empty folder to write to; what is wrong, if there can be none."""
+        problem = None
+        if self.world.is_main:
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                (aside / SHARDS).mkdir(parents=True)
+            except OSError as error:
+                problem = str(error)
+        return self.world.share(problem)
+
+    def _complete(self, aside: Path, step: int, share: dict[str, Rows], state: dict[str, Any], exported: dict[str, Tensors]) -> None:
+        """`share`: what this process writes. `exported`: the parts that shall also lie there whole, as meta tensors."""
+        try:
+            written = self._of_all(lambda: self._write(aside / SHARDS, share, exported))
+            share.clear()  # its memory is as much as all that this process trains
+            exports = self._of_all(lambda: self._export(aside, exported, written))
+            checksums = {name: checksum for part in (*(its.checksums for its in written), *exports) for name, checksum in part.items()}
+            self._of_all(lambda: self._publish(aside, step, state, checksums) if self.world.is_main else None)
+            self.last_saved = step
+        except _SaveFailedError as failed:
+            self._problem = str(failed)
+            if self.world.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
+        except RuntimeError as error:  # another process died; the loop ends for the same reason
+            self._problem = f"the processes lost each other ({error})"
+
+    def _of_all(self, work: Callable[[], T]) -> list[T]:
+        """What each process's `work` comes to. Raises _SaveFailedError on all of them if it cannot be done on one, whatever it raises."""
+        done: list[T] = []
+        problem = None
+        try:
+            done.append(work())
+        except Exception as error:  # kept, and told by `finish`
+            problem = _in_words(error)
+        answers = self.world.gather((problem, done), self.world.saving)
+        if problem := next((found for found, _ in answers if found), None):
+            raise _SaveFailedError(problem)
+        return [result for _, results in answers for result in results]
+
+    def _write(self, folder: Path, share: dict[str, Rows], exported: dict[str, Tensors]) -> Written:
+        path, rank = folder / shard_name(self.world.rank), self.world.rank
+        header = write_rows(path, share) if share else {}
+        pieces = {
+            part: pieces_of(header, rank, {f"{part}/{name}": number for number, name in enumerate(tensors)})
+            for part, tensors in exported.items()
+        }
+        return Written({f"{SHARDS}/{path.name}": _flushed_checksum(path)} if share else {}, pieces)
+
+    def _export(self, aside: Path, exported: dict[str, Tensors], written: list[Written]) -> dict[str, str]:
+        """Whole weights, each part put together by one of the processes: checksums by file."""
+        files = [aside / SHARDS / shard_name(rank) for rank in range(self.world.size)]
+        checksums = {}
+        for part, tensors in list(exported.items())[self.world.rank :: self.world.size]:
+            whole = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
+            fill([Rows(0, tensor) for tensor in whole.values()], np.concatenate([its.pieces[part] for its in written]), files)
+            path = aside / f"{part}.safetensors"
+            save_file(whole, path)
+            checksums[path.name] = _flushed_checksum(path)
+        return checksums
+
+    def _publish(self, aside: Path, step: int, state: dict[str, Any], checksums: dict[str, str]) -> None:
+        """Checksums and state; then the name. Older checkpoints go."""
+        write_aside(aside / STATE, to_checked_json({"step": step, "files": dict(sorted(checksums.items())), **state}))
+        target = self.run / FOLDER / f"step-{step:08d}"
+        if target.is_dir():
+            _delete(target)
+        aside.rename(target)
+        self._prune()
+
+    def _prune(self) -> None:
+        for old in checkpoint_folders(self.run)[self.keep :]:
+            if not self.keep_every or step_of(old) % self.keep_every:
+                _delete(old)
+
+
+def newest_whole(run: Path, world: World, warn: Callable[[str], None], skip: int = 0) -> Checkpoint | None:
+    """The newest checkpoint of which every byte is what was written, or the one `skip` before it; None if there are none at all.
+
+    The first process looks, and all share the reading. Damaged ones are passed over, each with a sentence to `warn`. Raises UserError if
+    there are checkpoints and all are damaged: starting anew silently would lose a run.
+    """
+    folders = world.look(lambda: checkpoint_folders(run))
+    whole = 0
+    for folder in folders:
+        try:
+            checkpoint, strange = world.look(partial(_open_with_strangers, folder))
+        except UserError as error:
+            warn(str(error))
+            continue
+        if damaged := checkpoint.damage(sorted(checkpoint.state["files"]), world) + strange:
+            warn(f"{folder} is damaged ({', '.join(damaged)}: not what was written).")
+        elif whole == skip:
+            return checkpoint
+        else:
+            whole += 1
+    if folders and not whole:
+        raise UserError(f"Every checkpoint in {run / FOLDER} is damaged. Delete the folder to start anew.")
+    return None
+
+
+def _open_with_strangers(folder: Path) -> tuple[Checkpoint, list[str]]:
+    checkpoint = open_checkpoint(folder)
+    return checkpoint, checkpoint.strange_shards
+
+
+def load_into(checkpoint: Checkpoint, tensors: Tensors, world: World) -> None:
+    """Fill `tensors` in place, each process its share. Raises UserError if the checkpoint holds others. All processes must call this.
+
+    Each header is read by one process, which tells the others where what lies.
+    """
+    files = [checkpoint.folder / name for name in checkpoint.shards]
+    spans = np.array([rows_of(tensor) for tensor in tensors.values()])
+    try:
+        found = _of_all(world, lambda: _read_headers(files, range(world.rank, len(files), world.size), tensors))
+        _refuse_others(tensors, found)
+        own = [Rows(first, local(tensor)) for tensor, (first, _) in zip(tensors.values(), spans.tolist(), strict=True)]
+        _of_all(world, lambda: fill(own, np.concatenate([within(pieces, spans) for pieces in found]), files))
+    except ValueError as error:
+        raise UserError(f"{checkpoint.folder} does not hold what this recipe's training needs: {error}.") from error
+
+
+def _of_all(world: World, work: Callable[[], T]) -> list[T]:
+    """What each process's `work` comes to. Raises ValueError on all of them if it cannot be done on one."""
+    done: list[T] = []
+    problem = None
+    try:
+        done.append(work())
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    answers = world.gather((problem, done))
+    for rank, (problem, _) in enumerate(answers):
+        if problem:
+            raise ValueError(problem if world.size == 1 else f"{problem} (process {rank})")
+    return [result for _, results in answers for result in results]
+
+
+def _read_headers(files: list[Path], numbers: range, tensors: Tensors) -> Pieces:
+    """Where these files have rows of the tensors. Raises ValueError if they are of another kind."""
+    by_name = {name: number for number, name in enumerate(tensors)}
+    found = [NO_PIECES]
+    for number in numbers:
+        header = read_header(files[number])
+        for name in header.keys() & by_name.keys():
+            here, there = tensors[name], header[name]
+            if (here.dtype, here.dim(), *here.shape[1:]) != (there.dtype, len(there.shape), *there.shape[1:]):
+                shapes = f"{there.dtype} and rows of {list(there.shape[1:])} there, of {here.dtype} and {list(here.shape[1:])} here"
+                raise ValueError(f"{name} is of {shapes}")
+        found.append(pieces_of(header, number, by_name))
+    return np.concatenate(found)
+
+
+def _refuse_others(tensors: Tensors, found: list[Pieces]) -> None:
+    """Raises ValueError if there are more or fewer rows of any tensor than it has."""
+    lengths = np.zeros(len(tensors), np.int64)
+    for pieces in found:
+        np.maximum.at(lengths, pieces["tensor"], pieces["first"].astype(np.int64) + pieces["rows"])
+    for (name, tensor), rows in zip(tensors.items(), lengths.tolist(), strict=True):
+        if not rows:
+            raise ValueError(f"{name} is missing")
+        if rows != (len(tensor) if tensor.dim() else 1):
+            raise ValueError(f"{name} has {rows} rows there, {len(tensor)} here")
+
+
+def _delete(checkpoint: Path) -> None:
+    """Take the name away first: others see the checkpoint whole or not at all, and what a kill leaves is cleared away at the next start."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.old.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside)
+
+
+def share_of(tensors: Tensors, world: World) -> dict[str, Rows]:
+    """Copies of what this process writes: the rows that it holds. What several hold alike is dealt out, always to who has the least yet."""
+    share: dict[str, Rows] = {}
+    loads: dict[int, list[tuple[int, int]]] = {}
+    for name, tensor in tensors.items():
+        number, copies = copies_of(tensor, world)
+        writer = 0  # of scalars, which all processes read: they lie in one file
+        if tensor.dim():
+            load = loads.setdefault(copies, [(0, copy) for copy in range(copies)])
+            size, writer = load[0]
+            heapq.heapreplace(load, (size + tensor.numel() * tensor.itemsize, writer))
+        part = local(tensor.detach())
+        if writer == number and part.numel():
+            share[name] = Rows(rows_of(tensor)[0], part.to("cpu", copy=True, memory_format=torch.contiguous_format))
+    return share
+
+
+def _parts(tensors: Tensors, part: str) -> Tensors:
+    """Of one part those by their own names, without numbers, on the meta device."""
+    own = {name.removeprefix(f"{part}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{part}/")}
+    return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in own.items()}
+
+
+def shard_name(rank: int) -> str:
+    return f"shard-{rank + 1:05d}.safetensors"
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded. Every process must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _flushed_checksum(path: Path) -> str:
+    """Once the file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return sha256_of(path)
+
+
+def _in_words(error: Exception) -> str:
+    """Never empty, as some exceptions are."""
+    return str(error) or type(error).__name__

@@ -1,0 +1,216 @@
+"""The loss on pictures that are never learnt from, with noise that is always the same: the one curve that can be compared.
+
+A glance at quality while training goes on: pictures of captions that are always the same, from noise that is always the same.
+
+Each is compared with the decoded latents of the row that its caption belongs to: what the autoencoder cannot do is not held against the
+model. Both kinds of pictures are made in fixed groups dealt out to the processes, so that figures do not depend on their number.
+
+The grid of a recipe's prompts that is drawn while training goes on.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from microdit.config.schema import LEAST_QUALITY_SAMPLES, Recipe
+from microdit.data.dataset import Batch, EncodedDataset, refuse_strangers
+from microdit.data.decode import to_image
+from microdit.data.shards import DamagedShard
+from microdit.diffusion.edm import EDM
+from microdit.distributed import World
+from microdit.encoders.autoencoder import Autoencoder, load_autoencoder
+from microdit.encoders.text import TextEncoder
+from microdit.errors import UserError
+from microdit.evaluation.features import EfficientNetLite0
+from microdit.evaluation.metrics.kid import paired_kid
+from microdit.evaluation.recognition import retrieval, spread_ids
+from microdit.models.microdit import MicroDiT
+from microdit.pipelines.native import Pipeline, SamplerSettings, draw_latents, first_noise, unchanged
+from microdit.reports.grids import draw_grid
+from microdit.training.meters import StepSums, Tally, by_noise
+from microdit.training.noise import TrainingBatch
+
+MICRO_BATCH = 32
+
+
+def open_held_out(recipe: Recipe, data: EncodedDataset, edm: EDM, world: World) -> "HeldOut | None":
+    """Of the set that the recipe names, which must be like `data`; None if it names none. Raises UserError."""
+    if recipe.data.held_out is None:
+        return None
+    held_out = HeldOut(Path(recipe.data.held_out), data.resolution, recipe.record.held_out_samples, edm, world)
+    refuse_strangers([data, held_out.data])
+    return held_out
+
+
+class HeldOut:
+    """The first samples of an encoded set; number i of n has the noise level of quantile (i + 1/2) / n, no mask, its caption."""
+
+    def __init__(self, folder: Path, resolution: int, count: int, edm: EDM, world: World):
+        """Raises UserError if the set is missing, of another shape, or smaller than the number of processes."""
+        self.data = EncodedDataset(folder, resolution, world)
+        self._bucket = self.data.largest_bucket
+        rows = self.data.bucket_sizes[self._bucket]
+        self._edm, self._world = edm, world
+        # Every process must call the model equally often, so what is left over by even shares is left out.
+        self.count = min(count, rows) // world.size * world.size
+        if not self.count:
+            raise UserError(f"{folder} holds {rows} samples, too few for {world.size} processes.")
+
+    def measure(self, loss: nn.Module, compiled: bool = False) -> dict[str, object]:
+        """`held_out_loss`, and `held_out_by_noise` for the eight noise bins. All processes must call this.
+
+        `compiled` functions are called as in training, as if gradients were wanted: without, they would be compiled once more.
+        """
+        tally = Tally(self._world.device)
+        mine = range(self._world.rank, self.count, self._world.size)
+        for start in range(0, len(mine), MICRO_BATCH):
+            batch = self._batch(mine[start : start + MICRO_BATCH]).to(self._world.device)
+            with torch.set_grad_enabled(compiled):
+                tally.add(loss(batch), batch.sigma_B, self._edm)
+        self._world.sum(tally.sums)
+        sums = StepSums.of(tally.sums.tolist())
+        return {"held_out_loss": sums.loss, "held_out_by_noise": by_noise(sums.losses, sums.counts)}
+
+    def _batch(self, numbers: range) -> TrainingBatch:
+        try:
+            stored = [self.data.read(self._bucket, number) for number in numbers]
+        except DamagedShard as damage:
+            raise UserError(f"{damage}. The held-out loss is measured on it: encode that set again, or leave it out.") from damage
+        batch = Batch(self.data.latents([latents for latents, _ in stored], self._bucket), *self.data.text([text for _, text in stored]))
+        quantile_B = (torch.tensor(list(numbers), dtype=torch.float64) + 0.5) / self.count
+        sigma_B = (torch.special.ndtri(quantile_B) * self._edm.P_std + self._edm.P_mean).exp().float()
+        noise = [first_noise(self.data.latent_shape(self._bucket), number) for number in numbers]
+        everything = torch.ones(len(numbers))
+        return TrainingBatch(batch.latents_BCHW, batch.text_BLE, batch.text_mask_BL, sigma_B, torch.stack(noise), everything, None)
+
+
+REFERENCES = 512  # pictures among which a drawn one's own is looked for
+GROUP = 16  # pictures that one process makes together
+
+
+def open_quality(recipe: Recipe, data: EncodedDataset, edm: EDM, world: World) -> "Quality | None":
+    """None if the recipe asks for none. Raises UserError."""
+    return Quality(data, recipe, edm, world) if recipe.record.quality_every else None
+
+
+class Quality:
+    """Rows of a set's largest bucket, spread evenly; the captions of some are drawn. Their pictures are seen once, when this is made."""
+
+    def __init__(self, data: EncodedDataset, recipe: Recipe, edm: EDM, world: World):
+        """All processes must call this. Raises UserError if the set has too few rows or a damaged one, or if the features are missing."""
+        self._data, self._record, self._edm, self._world = data, recipe.record, edm, world
+        self._bucket, count = data.largest_bucket, recipe.record.quality_samples
+        rows = data.bucket_sizes[self._bucket]
+        if not LEAST_QUALITY_SAMPLES <= count <= rows:
+            raise UserError(
+                f"record.quality_samples is {count}, and {data.folder} has {rows} rows of one shape: quality is measured on at least "
+                f"{LEAST_QUALITY_SAMPLES} of them. Take another number, a larger set, or no record.quality_every."
+            )
+        self._rows = spread_ids(rows, max(REFERENCES, count)).tolist()
+        self._drawn_N = spread_ids(len(self._rows), count)
+        self._autoencoder = unchanged(load_autoencoder(data.card["autoencoder"]["name"]), data.card["autoencoder"])
+        self._network = _open_network()
+        text_BLE, mask_BL = data.text([self._read(self._rows[n])[1] for n in self._drawn_N])
+        self._text_BLE, self._mask_BL = text_BLE, mask_BL if recipe.model.mask_padding else None
+        self._references_MD = self._features(len(self._rows), lambda part: self.latents(self._rows[part]))
+
+    @property
+    def rows(self) -> list[int]:
+        """Of the set's largest bucket: those whose captions are drawn."""
+        return [self._rows[n] for n in self._drawn_N]
+
+    def latents(self, rows: list[int]) -> Tensor:
+        """As they are stored, (B, C, H, W)."""
+        return self._data.latents([self._read(row)[0] for row in rows], self._bucket)
+
+    def measure(self, model: MicroDiT) -> dict[str, float]:
+        """Draw the captions, and `compare`. Picture number i begins with the noise of seed i. All processes must call this."""
+
+        def draw(part: slice) -> Tensor:
+            shape, numbers = self._data.latent_shape(self._bucket), range(len(self._drawn_N))[part]
+            noise_BCHW = torch.stack([first_noise(shape, number) for number in numbers])
+            mask_BL = None if self._mask_BL is None else self._mask_BL[part]
+            settings = SamplerSettings(self._record.sample_steps, self._record.guidance_scale)
+            return draw_latents(model, self._edm, noise_BCHW, self._text_BLE[part], mask_BL, settings)
+
+        return self.compare(draw)
+
+    def compare(self, draw: Callable[[slice], Tensor]) -> dict[str, float]:
+        """`draw` makes the latents of a slice of `rows`.
+
+        `quality_kid` is the KID of the drawn pictures and those of the same rows; `quality_retrieval` the share of the drawn ones that
+        have their own among the ten nearest of all references; `quality_seconds` what that took.
+        """
+        started = time.monotonic()
+        drawn_ND = self._features(len(self._drawn_N), draw)
+        return {
+            "quality_kid": paired_kid(drawn_ND, self._references_MD[self._drawn_N]),
+            "quality_retrieval": retrieval(drawn_ND, self._references_MD, self._drawn_N).top_10,
+            "quality_seconds": round(time.monotonic() - started, 2),
+        }
+
+    def in_words(self, step: int, figures: dict[str, float]) -> str:
+        """What `compare` found, and what would be recognised by chance."""
+        kid, recognised, chance = figures["quality_kid"], figures["quality_retrieval"], 10 / len(self._rows)
+        seconds = figures["quality_seconds"]
+        return f"quality at step {step}: KID {kid:.3g}, {recognised:.0%} recognised ({chance:.0%} by chance), in {seconds:.1f} s"
+
+    def _features(self, count: int, latents_of: Callable[[slice], Tensor]) -> Tensor:
+        """(count, D) of the pictures whose latents are made group by group, on every process."""
+        starts = range(0, count, GROUP)
+        mine: dict[int, Tensor] = {}
+        self._autoencoder.to(self._world.device)
+        for start in starts[self._world.rank :: self._world.size]:
+            latents_BCHW = latents_of(slice(start, min(start + GROUP, count)))
+            # One by one: a group of large pictures may not fit beside what is trained.
+            images = [to_image(self._autoencoder.decode(latents_1CHW)[0]) for latents_1CHW in latents_BCHW.split(1)]
+            mine[start] = self._network(images)
+        self._autoencoder.to("cpu")
+        everyones = {start: group for share in self._world.gather(mine) for start, group in share.items()}
+        return torch.cat([everyones[start] for start in starts])
+
+    def _read(self, row: int) -> tuple[memoryview, memoryview]:
+        try:
+            return self._data.read(self._bucket, row)
+        except DamagedShard as damage:
+            raise UserError(f"{damage}. Quality is measured on that row: encode it again, or leave out record.quality_every.") from damage
+
+
+def _open_network() -> EfficientNetLite0:
+    try:
+        return EfficientNetLite0()
+    except ImportError as error:
+        raise UserError("record.quality_every needs EfficientNet-Lite0, which is not installed: pip install microdit[demo].") from error
+
+
+class PromptGrid:
+    """Draws on all processes, each some of the prompts. Encoders are loaded when they are first needed, and kept."""
+
+    def __init__(self, recipe: Recipe, world: World, dtype: torch.dtype):
+        """`dtype`: what products compute in."""
+        self._recipe, self._world, self._dtype = recipe, world, dtype
+        self._encoders: tuple[Autoencoder, TextEncoder] | None = None
+
+    def draw(self, model: MicroDiT, description: dict[str, Any], step: int) -> Image.Image:
+        """`description`: what a checkpoint says of itself, which names the encoders. All processes must call this.
+
+        Raises UserError if the encoders have changed.
+        """
+        recipe, world = self._recipe, self._world
+        prompts, record = list(recipe.record.sample_prompts), recipe.record
+        pipeline = Pipeline.around(model, description, self._encoders).to(world.device, self._dtype)
+        self._encoders = pipeline.autoencoder, pipeline.text_encoder
+        share = -(-len(prompts) // world.size)
+        start = share * world.rank
+        settings = SamplerSettings(record.sample_steps, record.guidance_scale)
+        mine = prompts[start : start + share]
+        images = pipeline(mine, settings, recipe.seed + start) if mine else []
+        for encoder in self._encoders:
+            encoder.to("cpu")  # the memory is training's
+        everyones = [image for images in world.gather(images) for image in images]
+        return draw_grid(everyones, prompts, title=f"{recipe.name}, step {step}, {recipe.samples_before(step):,} images seen")

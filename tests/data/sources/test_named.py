@@ -1,0 +1,220 @@
+"""Each set on a few pictures in its real layout."""
+
+import json
+import zipfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from microdit.data.sources.base import open_source
+from microdit.data.sources.named import NAMED, open_named
+from microdit.errors import UserError
+from tests.data.pictures import picture, problems_of, records_of, write_file, write_json, write_tar
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_folder_without_the_set_is_refused_with_what_was_looked_for_and_where_to_get_it(tmp_path, name):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError) as refusal:
+            open_source(f"{name}:{folder}")
+        assert all(words in str(refusal.value) for words in (str(folder), name, NAMED[name].layout, NAMED[name].url))
+
+
+def test_cc12m(tmp_path):
+    for shard in range(2):
+        files = []
+        for n in range(2):
+            key = f"{shard:05}{n:04}"
+            fields = {"caption": f"caption {key}", "url": "http://x", "key": key, "status": "success", "recaption": "better"}
+            files += [(f"{key}.jpg", picture(n)), (f"{key}.txt", fields["caption"].encode()), (f"{key}.json", json.dumps(fields).encode())]
+        write_tar(tmp_path / f"{shard:05}.tar", files)
+        pq.write_table(pa.table({"url": ["http://x"], "caption": ["x"]}), tmp_path / f"{shard:05}.parquet")
+        write_json(tmp_path / f"{shard:05}_stats.json", {"count": 2})
+    source = open_source(f"cc12m:{tmp_path}")
+    records = records_of(source)
+    assert [part.name for part in source.parts] == ["00000.tar", "00001.tar"]
+    assert [record.key for record in records] == ["000000000", "000000001", "000010000", "000010001"]
+    assert records[1].image == picture(1)
+    assert all(record.captions == {"caption": f"caption {record.key}"} and not record.problem for record in records)
+    assert records_of(open_source(f"cc12m:{tmp_path}", {"recaption": 1.0}))[0].captions == {"recaption": "better"}
+    assert records_of(open_source(str(tmp_path))) == records  # the tables beside the tars hold no pictures
+
+
+def test_sa1b(tmp_path):
+    masks = json.dumps({"image": {}, "annotations": [{"segmentation": {"size": [1, 1], "counts": "x"}}]}).encode()
+    files = [(f"./sa_{n}.{kind}", content) for n in (1, 2, 3) for kind, content in (("jpg", picture(n)), ("json", masks))]
+    write_tar(tmp_path / "sa_000000.tar", files)
+    write_file(tmp_path / "captions" / "sa_1.txt", b"A long caption.\n")
+    write_file(tmp_path / "captions" / "sa_3.txt", b"f\xfcr")
+    records = records_of(open_source(f"sa1b:{tmp_path}"))
+    assert (records[0].captions, records[0].image) == ({"llava": "A long caption."}, picture(1))
+    assert problems_of(records) == {"sa_1": "", "sa_2": "no caption", "sa_3": "caption is not UTF-8"}
+
+
+def test_textcaps_as_its_authors_give_it(tmp_path):
+    entries = [
+        {"image_id": "aa", "caption_id": 1, "caption_str": "the first", "reference_strs": ["the first", "the second"]},
+        {"image_id": "bb", "caption_id": 3, "caption_str": "another"},
+        {"image_id": "aa", "caption_id": 2, "caption_str": "the second"},
+        {"image_id": "gone", "caption_id": 4, "caption_str": "of nothing"},
+        {"image_id": "mute", "caption_id": 5, "caption_str": ""},
+    ]
+    write_json(tmp_path / "TextCaps_0.1_train.json", {"dataset_type": "train", "data": entries})
+    for name in ("aa", "bb", "mute", "picture_of_the_validation_set"):
+        write_file(tmp_path / "train_images" / f"{name}.jpg", picture())
+    records = records_of(open_source(f"textcaps:{tmp_path}"))
+    assert [(record.key.removeprefix("train_images/"), record.captions, record.problem) for record in records] == [
+        ("aa.jpg", {"caption": "the first"}, ""),
+        ("bb.jpg", {"caption": "another"}, ""),
+        ("gone.jpg", {"caption": "of nothing"}, "no such file"),
+        ("mute.jpg", {}, "no caption"),
+    ]
+    write_file(tmp_path / "TextCaps_0.1_train.json", b'{"data": [{"image_id": "aa"}]}')
+    with pytest.raises(UserError, match=r"not every entry of 'data' has image_id, caption_str"):
+        open_source(f"textcaps:{tmp_path}")
+    write_file(tmp_path / "TextCaps_0.1_train.json", b'{"data": [{"ima')
+    with pytest.raises(UserError, match=r"TextCaps_0.1_train.json is damaged"):
+        open_source(f"textcaps:{tmp_path}")
+
+
+def test_textcaps_as_tables(tmp_path):
+    for split in ("train", "test"):
+        columns = {"image": [{"bytes": picture(1), "path": None}], "image_id": ["aa"], "reference_strs": [[f"{split} 1", f"{split} 2"]]}
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pq.write_table(pa.table(columns), tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    [record] = records_of(open_source(f"textcaps:{tmp_path}"))
+    assert (record.captions, record.image, record.problem) == ({"caption": "train 1"}, picture(1), "")
+
+
+def journeydb_line(path, prompt="a prompt", caption="a caption"):
+    return json.dumps({"img_path": path, "prompt": prompt, "Task1": {}, "Task2": {"Caption": caption}, "Task3": {}}) + "\n"
+
+
+def test_journeydb_packed_and_unpacked(tmp_path):
+    lines = [
+        journeydb_line("./000/a.jpg", "prompt a", "caption a"),
+        journeydb_line("./001/b.jpg", "prompt b", None),
+        journeydb_line("./000/a.jpg", "prompt a again"),
+        journeydb_line("./000/gone.jpg"),
+        '{"img_path": "./000/',
+        journeydb_line("./199/not_downloaded.jpg"),
+        journeydb_line("./001/mute.jpg", ""),
+    ]
+    train = tmp_path / "train"
+    write_file(train / "train_anno_realease_repath.jsonl", "".join(lines).encode())
+    write_tar(train / "imgs" / "000.tgz", [("000/a.jpg", picture(0)), ("000/unlisted.jpg", picture(1))], "w:gz")
+    for number, name in enumerate(("b", "mute")):
+        write_file(train / "imgs" / "001" / f"{name}.jpg", picture(number))
+    write_tar(train / "imgs" / "001.tgz", [("001/b.jpg", picture(0))], "w:gz")  # kept after it was unpacked
+    records = records_of(open_source(f"journeydb:{tmp_path}"))
+    offsets = [sum(len(line) for line in lines[:n]) for n in range(len(lines))]
+    listing = "train_anno_realease_repath.jsonl"
+    assert problems_of(records) == {
+        f"{listing}#{offsets[2]}": "listed twice",
+        "000/a": "",
+        "000/unlisted": "no caption",
+        "000/gone": "no such file",
+        "001/b": "",
+        "001/mute": "no caption",
+        f"{listing}#{offsets[4]}": "metadata line is not JSON",
+    }
+    assert {record.key: record.captions for record in records if not record.problem} == {
+        "000/a": {"prompt": "prompt a"},
+        "001/b": {"prompt": "prompt b"},
+    }
+    both = records_of(open_source(f"journeydb:{tmp_path}", {"prompt": 0.5, "caption": 0.5}))
+    assert [record.captions for record in both if not record.problem] == [
+        {"prompt": "prompt a", "caption": "caption a"},
+        {"prompt": "prompt b"},
+        {"caption": "a caption"},  # of the picture without a prompt
+    ]
+
+
+def test_a_damaged_archive_of_journeydb_does_not_make_its_lines_wrong(tmp_path):
+    names = [f"{n:03}" for n in range(60)]
+    write_file(tmp_path / "train_anno_realease_repath.jsonl", "".join(journeydb_line(f"./000/{name}.jpg") for name in names).encode())
+    tgz = write_tar(tmp_path / "imgs" / "000.tgz", [(f"000/{name}.jpg", picture(int(name))) for name in names], "w:gz")
+    tgz.write_bytes(tgz.read_bytes()[:-400])
+    *good, last = records_of(open_source(f"journeydb:{tmp_path}"))
+    assert (last.key, last.problem) == ("000/000.tgz#end", "archive is damaged from here on")
+    assert 0 < len(good) < 60
+    assert not any(record.problem for record in good)
+
+
+PROMPTS = {"a.png": "prompt a", "b.png": "prompt b", "bad.png": "c", "worse.png": "d", "gone.png": "e"}
+
+
+def diffusiondb_prompts():
+    return {name: {"p": prompt, "se": 1, "c": 7.0, "st": 50, "sa": "k_lms"} for name, prompt in PROMPTS.items()}
+
+
+def write_scores(folder):
+    scores = {"a.png": (0.2, 0.1), "b.png": (0.0, 0.0), "bad.png": (2.0, 0.0), "worse.png": (0.0, 0.21)}
+    image_nsfw, prompt_nsfw = zip(*scores.values(), strict=True)
+    columns = {"image_name": list(scores), "prompt": ["x"] * 4, "image_nsfw": image_nsfw, "prompt_nsfw": prompt_nsfw}
+    pq.write_table(pa.table(columns), folder / "metadata.parquet")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_diffusiondb(tmp_path, packed):
+    images = {name: picture(n, "PNG") for n, name in enumerate([*PROMPTS, "unlisted.png"]) if name != "gone.png"}
+    part = tmp_path / "images" / "part-000001"
+    if packed:
+        part.parent.mkdir()
+        with zipfile.ZipFile(part.with_suffix(".zip"), "w") as archive:
+            for name, content in images.items():
+                archive.writestr(name, content)
+            archive.writestr("part-000001.json", json.dumps(diffusiondb_prompts()))
+    else:
+        write_json(part / "part-000001.json", diffusiondb_prompts())
+        for name, content in images.items():
+            write_file(part / name, content)
+    expected = {"a": "", "b": "", "bad": "", "worse": "", "unlisted": "no caption", "gone": "no such file"}
+    expected = {f"part-000001/{name}": problem for name, problem in expected.items()}
+    records = records_of(open_source(f"diffusiondb:{tmp_path}"))
+    assert problems_of(records) == expected
+    assert all(record.captions["prompt"] == PROMPTS[f"{record.key.partition('/')[2]}.png"] for record in records if not record.problem)
+    assert next(record.image for record in records if record.key == "part-000001/b") == images["b.png"]
+    write_scores(tmp_path)
+    records = records_of(open_source(f"diffusiondb:{tmp_path}"))
+    assert problems_of(records) == expected | {"part-000001/bad": "marked unsafe", "part-000001/worse": "marked unsafe"}
+
+
+def test_diffusiondb_with_broken_files(tmp_path):
+    write_file(tmp_path / "part-000001.zip", b"not a zip")
+    assert problems_of(records_of(open_source(f"diffusiondb:{tmp_path}"))) == {
+        "part-000001/part-000001.zip#end": "archive is damaged from here on"
+    }
+    write_file(tmp_path / "metadata.parquet", b"not a table")
+    with pytest.raises(UserError, match=r"metadata.parquet is damaged"):
+        records_of(open_source(f"diffusiondb:{tmp_path}"))
+
+
+def test_coco2014(tmp_path):
+    images = [{"id": n, "file_name": f"COCO_val2014_{n:012}.jpg", "height": 8, "width": 12} for n in (42, 7, 9, 11)]
+    annotations = [{"id": 30, "image_id": 42, "caption": "later"}, {"id": 4, "image_id": 42, "caption": "the first \n"}]
+    annotations += [{"id": 5, "image_id": 7, "caption": "seven"}, {"id": 6, "image_id": 9, "caption": "nine"}]
+    write_json(tmp_path / "annotations" / "captions_val2014.json", {"info": {}, "images": images, "annotations": annotations})
+    for n in (42, 7, 11):
+        write_file(tmp_path / "val2014" / f"COCO_val2014_{n:012}.jpg", picture(n))
+    records = records_of(open_source(f"coco2014:{tmp_path}"))
+    assert [(int(record.key[-6:-4]), record.captions, record.problem) for record in records] == [
+        (42, {"caption": "the first"}, ""),
+        (7, {"caption": "seven"}, ""),
+        (9, {"caption": "nine"}, "no such file"),
+        (11, {}, "no caption"),
+    ]
+    assert records[0].image == picture(42)
+
+
+def test_captions_that_a_set_does_not_have_are_refused(tmp_path):
+    with pytest.raises(UserError, match="sa1b has no caption named alt; it has llava"):
+        open_named(NAMED["sa1b"], tmp_path, {"alt": 1.0})
+    with pytest.raises(UserError, match="journeydb has no caption named alt; it has prompt, caption"):
+        open_named(NAMED["journeydb"], tmp_path, {"alt": 1.0, "caption": 1.0})
+
+
+def test_the_training_sets_leave_small_pictures_out_as_the_authors_do(tmp_path):
+    write_tar(tmp_path / "00000.tar", [("a.jpg", picture(1)), ("a.txt", b"a")])
+    assert open_source(f"cc12m:{tmp_path}").min_side == 256

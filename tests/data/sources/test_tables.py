@@ -1,0 +1,167 @@
+import io
+import os
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from microdit.data.sources.tables import hub_source, saved_source, table_source
+from microdit.errors import UserError
+from tests.data.pictures import keys_of, picture, problems_of, records_of, write_file
+
+
+def write_table(path, columns, row_group_size=100):
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+    return path
+
+
+def image_cells(count):
+    return [{"bytes": picture(n), "path": f"{n}.jpg"} for n in range(count)]
+
+
+def test_each_row_group_is_a_part_and_keys_are_row_numbers(tmp_path):
+    path = write_table(tmp_path / "data.parquet", {"image": image_cells(7), "text": [f"row {n}" for n in range(7)]}, row_group_size=3)
+    source = table_source([path])
+    assert [keys_of(part) for part in source.parts] == [[f"data.parquet/{n}" for n in rows] for rows in ((0, 1, 2), (3, 4, 5), (6,))]
+    records = records_of(source)
+    assert source.caption_weights == {"text": 1.0}
+    assert all((record.image, record.captions) == (picture(n), {"text": f"row {n}"}) for n, record in enumerate(records))
+
+
+@pytest.mark.parametrize("column", ["image", "jpg", "png", "bytes", "anything"])
+def test_the_column_of_pictures_is_found(tmp_path, column):
+    columns = {"prompt": ["words"], "size": [5], column: [picture()]}
+    assert records_of(table_source([write_table(tmp_path / "a.parquet", columns)]))[0].image == picture()
+
+
+def test_captions_may_be_several_columns_and_lists(tmp_path):
+    columns = {"image": [picture()] * 3, "caption": [["first", "second"], [], None], "alt": ["alt", "other", None]}
+    path = write_table(tmp_path / "a.parquet", columns)
+    records = records_of(table_source([path], {"caption": 0.7, "alt": 0.3}))
+    assert [record.captions for record in records] == [{"caption": "first", "alt": "alt"}, {"alt": "other"}, {}]
+    assert [record.problem for record in records] == ["", "", "no caption"]
+
+
+def test_rows_without_a_picture_or_a_caption_are_counted(tmp_path):
+    write_file(tmp_path / "beside.jpg", picture(9))
+    text = pa.array([b"words", b"words", None, b"f\xfcr", b"words", b"words"], pa.binary()).view(pa.string())
+    cells = [
+        None,
+        {"bytes": None, "path": None},
+        *image_cells(2),
+        {"bytes": None, "path": "beside.jpg"},
+        {"bytes": None, "path": "gone.jpg"},
+    ]
+    records = records_of(table_source([write_table(tmp_path / "a.parquet", {"image": cells, "caption": text})]))
+    problems = ["no image", "no image", "no caption", "caption is not UTF-8", "", "no such file"]
+    assert problems_of(records) == {f"a.parquet/{n}": problem for n, problem in enumerate(problems)}
+    assert records[4].image == picture(9)
+
+
+def test_a_damaged_row_group_does_not_hide_the_others(tmp_path):
+    noise = [bytes(n * k * k % 251 for k in range(400)) for n in range(6)]  # stored as it is, so that its place can be found
+    path = tmp_path / "a.parquet"
+    columns = {"image": noise, "caption": [f"row {n}" for n in range(6)]}
+    pq.write_table(pa.table(columns), path, row_group_size=2, use_dictionary=False, compression="zstd")
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset : column.data_page_offset + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(content)
+    records = records_of(table_source([path]))
+    assert problems_of(records) == {
+        "a.parquet/0": "",
+        "a.parquet/1": "",
+        "a.parquet/2#end": "table is damaged from here on",
+        "a.parquet/4": "",
+        "a.parquet/5": "",
+    }
+
+
+def test_a_damaged_file_does_not_hide_the_others(tmp_path):
+    good = write_table(tmp_path / "b.parquet", {"image": image_cells(1), "caption": ["words"]})
+    bad = write_file(tmp_path / "a.parquet", good.read_bytes()[:-20])
+    assert problems_of(records_of(table_source([bad, good]))) == {"a.parquet#end": "table is damaged from here on", "b.parquet/0": ""}
+    with pytest.raises(UserError, match=r"a.parquet is not a Parquet file, or is damaged\."):
+        table_source([bad])
+
+
+@pytest.mark.parametrize(
+    ("columns", "captions", "sentence"),
+    [
+        ({"image": [b""], "alt": [""]}, None, r"no caption, text, prompt: say which of its columns are captions \(image, alt\)"),
+        ({"image": [b""], "alt": [""]}, {"alt": 1.0, "long": 1.0}, "no column long; it has image, alt"),
+        ({"text": [""]}, None, "no column of binary data"),
+        ({"a": [b""], "b": [b""], "text": [""]}, None, "several columns of binary data"),
+    ],
+)
+def test_tables_that_do_not_say_enough_are_refused(tmp_path, columns, captions, sentence):
+    with pytest.raises(UserError, match=sentence):
+        table_source([write_table(tmp_path / "a.parquet", columns)], captions)
+
+
+def test_a_saved_data_set_gives_the_files_it_was_made_of(tmp_path):
+    images = [Image.open(io.BytesIO(picture(n, "PNG"))) for n in range(3)]
+    features = datasets.Features({"n": datasets.Value("int64"), "caption": datasets.Value("string"), "image": datasets.Image()})
+    columns = {"n": range(3), "caption": ["a", None, "c"], "image": [*images[:2], None]}
+    train = datasets.Dataset.from_dict(columns, features)
+    train.save_to_disk(tmp_path / "one")
+    records = records_of(saved_source(tmp_path / "one"))
+    assert problems_of(records) == {"one/0": "", "one/1": "no caption", "one/2": "no image"}
+    assert Image.open(io.BytesIO(records[0].image)).tobytes() == images[0].tobytes()
+    datasets.DatasetDict({"train": train, "test": train.select([0])}).save_to_disk(tmp_path / "splits")
+    assert len(records_of(saved_source(tmp_path / "splits"))) == 3
+    datasets.DatasetDict({"test": train}).save_to_disk(tmp_path / "other")
+    with pytest.raises(UserError, match="holds the splits test"):
+        saved_source(tmp_path / "other")
+    next((tmp_path / "one").glob("*.arrow")).unlink()
+    with pytest.raises(UserError, match="is damaged"):
+        saved_source(tmp_path / "one")
+
+
+def test_a_saved_data_set_has_parts_of_a_thousand_rows(tmp_path):
+    datasets.Dataset.from_dict({"jpg": [b"x"] * 1100, "text": ["y"] * 1100}).save_to_disk(tmp_path / "set")
+    source = saved_source(tmp_path / "set")
+    assert [len(keys_of(part)) for part in source.parts] == [1000, 100]
+    assert keys_of(source.parts[1])[-1] == "set/1099"
+
+
+def test_what_the_datasets_library_loads_is_a_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for number, name in enumerate(("a.png", "b.png")):
+        write_file(tmp_path / "set" / "train" / name, picture(number, "PNG"))
+    write_file(tmp_path / "set" / "train" / "metadata.csv", b"file_name,caption\na.png,one\nb.png,two\n")
+    records = records_of(hub_source(str(tmp_path / "set"), "train"))
+    assert [(record.image, record.captions["caption"]) for record in records] == [(picture(0, "PNG"), "one"), (picture(1, "PNG"), "two")]
+    assert len(records_of(hub_source(str(tmp_path / "set"), "train[:1]"))) == 1
+    with pytest.raises(UserError, match=r"could not load .* split nosuch"):
+        hub_source(str(tmp_path / "set"), "nosuch")
+
+
+def test_files_beside_a_table_are_read_inside_its_folder_only(tmp_path):
+    write_file(tmp_path / "secret.png", picture())
+    (tmp_path / "set").mkdir()
+    os.mkfifo(tmp_path / "set" / "pipe.png")
+    paths = ["../secret.png", str(tmp_path / "secret.png"), "/dev/zero", "pipe.png", "x" * 5000, "\0"]
+    cells = [*image_cells(1), *({"bytes": None, "path": path} for path in paths)]
+    path = write_table(tmp_path / "set" / "a.parquet", {"image": cells, "text": ["words"] * len(cells)})
+    outside, unreadable = "link leads out of the source", "file cannot be read"
+    assert [record.problem for record in records_of(table_source([path]))] == [
+        "",
+        *[outside] * 3,
+        "not a regular file",
+        *[unreadable] * 2,
+    ]
+
+
+def test_rows_that_are_large_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    columns = {"image": [bytes([n]) * 200_000 for n in range(60)], "text": ["words"] * 60}
+    pq.write_table(pa.table(columns), path, use_dictionary=False, write_batch_size=1, data_page_size=100_000)
+    held = {}
+    for bound in (1_000_000, 100_000_000):
+        monkeypatch.setattr("microdit.data.sources.tables.READ_BYTES", bound)
+        before = pa.total_allocated_bytes()
+        held[bound] = max(pa.total_allocated_bytes() - before for _ in table_source([path]).parts[0].records())
+    assert held[1_000_000] < 6_000_000 < 12_000_000 < held[100_000_000]

@@ -1,0 +1,65 @@
+import json
+import os
+import shutil
+
+import pytest
+
+from microdit.data.dataset import EncodedDataset
+from microdit.data.manifest import read_card
+from microdit.errors import UserError
+from microdit.io.files import from_checked_json, sha256_of, to_checked_json
+from tests.damage import ALL_BITS, flips
+
+
+@pytest.fixture
+def copy(encoded_emoji, tmp_path):
+    return shutil.copytree(encoded_emoji, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("bits", [None, pytest.param(ALL_BITS, marks=pytest.mark.slow)])
+def test_a_flipped_bit_of_the_card_is_noticed_at_opening(copy, bits):
+    card = read_card(copy)
+    for _ in flips(copy / "card.json", bits=bits):
+        with pytest.raises(UserError, match=r"card\.json is damaged .*: encode the data again"):
+            EncodedDataset(copy)
+    assert read_card(copy) == card
+
+
+def test_the_manifests_of_shards_are_covered_too(copy):
+    """An encoding that goes on adds them up to a card."""
+    assert from_checked_json((copy / "shard-00000.json").read_bytes()) == read_card(copy)["shards"][0]
+    for _ in flips(copy / "shard-00000.json"):
+        with pytest.raises(ValueError):  # noqa: PT011
+            from_checked_json((copy / "shard-00000.json").read_bytes())
+
+
+def as_format(folder, version):
+    """Leave card and shards as an earlier version wrote them."""
+    card = from_checked_json((folder / "card.json").read_bytes())
+    for shard in card["shards"]:
+        checksums = shard["checksums"]
+        del checksums["row_index"]
+        shard["bytes"] -= checksums.pop("row_index_bytes")
+        os.truncate(folder / shard["name"], shard["bytes"])
+        shard["sha256"] = sha256_of(folder / shard["name"])
+        if version == 2:
+            del shard["checksums"]
+    content = {**card, "format": version}
+    (folder / "card.json").write_bytes(json.dumps(content, indent=1).encode() if version == 2 else to_checked_json(content))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_sets_of_earlier_formats_are_read_as_before(encoded_emoji, copy, version):
+    as_format(copy, version)
+    ours, old = EncodedDataset(encoded_emoji), EncodedDataset(copy)
+    for row in range(40):
+        assert [bytes(blob) for blob in old.read(0, row)] == [bytes(blob) for blob in ours.read(0, row)]
+    for name in ("key", "bucket", "captions", "weights"):
+        assert old.column(name) == ours.column(name)
+    assert old.verify() == []
+
+
+def test_a_format_that_is_not_known_is_refused(copy):
+    (copy / "card.json").write_text(json.dumps({"format": 5}))
+    with pytest.raises(UserError, match="is of format 5"):
+        EncodedDataset(copy)

@@ -1,0 +1,90 @@
+"""Each rule, one by one, on a figure that breaks no other."""
+
+from dataclasses import replace
+
+import pytest
+
+from microdit.evaluation.compare import GENEVAL_PROMPTS, GENEVAL_SAMPLES, geneval_verdict, metric_verdict
+from microdit.evaluation.geneval.emoji_scenes import EmojiColours, EmojiDetector
+from microdit.evaluation.published import Protocol
+from microdit.evaluation.run_results import GenEvalResult, Measured
+
+COCO = Protocol("FID-30K", {"fid": "inception", "clip-score": None}, "coco2014", 30000, 256)
+AS_PUBLISHED = Measured(14.2, "inception-2015-12-05", "coco2014", 40504, 30000, 256)
+OFFICIAL = GenEvalResult(
+    {"overall": 0.5}, {task: prompts * GENEVAL_SAMPLES for task, prompts in GENEVAL_PROMPTS.items()}, 553, 0, "ab12 cd34"
+)
+
+
+def test_the_same_protocol_is_comparable():
+    verdict = metric_verdict("fid", AS_PUBLISHED, COCO)
+    assert verdict.comparable
+    assert verdict.unknown == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"network": "efficientnet-lite0"}, "features of efficientnet-lite0, not of Inception"),
+        ({"network": None}, "the run's file does not say which network saw the pictures"),
+        ({"reference": "emoji"}, "compared with emoji, not with coco2014"),
+        ({"reference": None}, "the run's file does not say which pictures it compared with"),
+        ({"reference_pictures": 2000}, "compared with 2,000 pictures of coco2014, a part of it"),
+        ({"pictures": 512}, "512 pictures, not 30,000: the Frechet distance is biased upwards"),
+        ({"pictures": 50000}, "50,000 pictures, not 30,000: the Frechet distance is biased downwards"),
+        ({"pictures": None}, "the run's file does not say how many pictures were drawn"),
+        ({"side": 512}, "pictures of 256 px there, 512 px here"),
+        ({"side": None}, "pictures of 256 px there, not told here"),
+    ],
+)
+def test_each_difference_is_a_reason_of_its_own(change, reason: str):
+    assert metric_verdict("fid", replace(AS_PUBLISHED, **change), COCO).reasons == (reason,)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"networks": {"fid": None}}, "the source does not say which network saw the pictures"),
+        ({"reference": None}, "the source does not say which pictures it compared with"),
+        ({"pictures": None}, "the source does not say how many pictures were drawn"),
+    ],
+)
+def test_what_the_source_keeps_to_itself_is_a_reason(change, reason: str):
+    assert metric_verdict("fid", AS_PUBLISHED, replace(COCO, **change)).reasons == (reason,)
+
+
+def test_a_size_that_the_source_does_not_tell_is_said_but_no_reason():
+    verdict = metric_verdict("fid", AS_PUBLISHED, replace(COCO, side=None))
+    assert verdict.comparable
+    assert verdict.unknown == ("the size at which pictures were compared is not told there (256 px here)",)
+
+
+def test_the_number_of_pictures_biases_no_mean():
+    protocol = replace(COCO, networks={"clip-score": "clip"})
+    reasons = metric_verdict("clip-score", replace(AS_PUBLISHED, network="clip-vit-large", pictures=512), protocol).reasons
+    assert reasons == ("512 pictures, not 30,000",)
+
+
+def test_all_reasons_are_told_at_once():
+    assert len(metric_verdict("fid", Measured(1.0, "efficientnet-lite0", "emoji", 1807, 512, 64), COCO).reasons) == 4
+
+
+def test_the_authors_553_prompts_are_comparable_but_for_the_detector():
+    assert sum(GENEVAL_PROMPTS.values()) == 553
+    verdict = geneval_verdict(OFFICIAL)
+    assert verdict.comparable
+    assert "mmdetection" in verdict.unknown[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompts": 552}, "552 prompts, not 553"),
+        ({"without_pictures": 3}, "3 prompts have no picture"),
+        ({"pictures": {**OFFICIAL.pictures, "colors": 94}}, "1,930 pictures, not 4 of each of the authors' prompts"),
+        ({"judges": f"{EmojiDetector.fingerprint} {EmojiColours().fingerprint}"}, "prompts about emoji, judged by matching Twemoji, "
+         "not GenEval's prompts and detector"),
+    ],
+)  # fmt: skip
+def test_other_prompts_pictures_and_judges_are_not_genevals(change, reason: str):
+    assert geneval_verdict(replace(OFFICIAL, **change)).reasons == (reason,)

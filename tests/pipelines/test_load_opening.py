@@ -1,0 +1,49 @@
+"""Runs that were cut off, or whose weights are no numbers, opened by whatever draws."""
+
+import pytest
+import torch
+
+from microdit.errors import UserError
+from microdit.evaluation.generators import DrawSettings, open_painter
+from microdit.pipelines.export import export_run
+from microdit.pipelines.load import open_model
+from microdit.pipelines.native import SamplerSettings
+from tests.training.untrained import save_untrained
+
+
+def shaken(weight):
+    """Fresh weights are zero where it matters: their pictures would all be alike."""
+    return weight + 0.1
+
+
+def test_a_run_whose_machine_was_taken_away_is_drawn_exported_and_evaluated_as_if_it_had_ended_in_peace(encoded_emoji, tmp_path):
+    whole = save_untrained(tmp_path / "whole", encoded_emoji, 5, shaken)
+    in_haste = save_untrained(tmp_path / "in-haste", encoded_emoji, 5, shaken, in_haste=True)
+    settings = SamplerSettings(2)
+    for weights in (None, "model"):
+        ours, theirs = (open_model(str(run), pytest.fail, weights) for run in (in_haste, whole))
+        assert ours.pipeline(["owl"], settings)[0].tobytes() == theirs.pipeline(["owl"], settings)[0].tobytes()
+    assert (ours.weights_file, theirs.weights_file.name) == (None, "model.safetensors")
+    with pytest.raises(UserError, match=r"no weights named ema-0\.5, only ema, model"):
+        open_model(str(in_haste), pytest.fail, "ema-0.5")
+    drawn = open_painter(str(in_haste), DrawSettings(num_inference_steps=2), pytest.fail)(["owl"], 0)
+    export_run(in_haste, tmp_path / "exported", pytest.fail)
+    exported = open_model(str(tmp_path / "exported"), pytest.fail)
+    assert exported.pipeline(["owl"], settings)[0].tobytes() == drawn[0].tobytes()
+
+
+def test_weights_that_are_not_finite_are_neither_drawn_nor_exported(encoded_emoji, tmp_path):
+    run = save_untrained(tmp_path / "run", encoded_emoji, 5, lambda weight: torch.full_like(weight, 1e6))
+    with pytest.raises(UserError, match=r"As float16, the weights \(transformer\) are not finite in .*export with --dtype float32"):
+        export_run(run, tmp_path / "half", pytest.fail, dtype="float16")
+    assert not (tmp_path / "half").exists()
+    export_run(run, tmp_path / "exported", pytest.fail)
+    file = next((tmp_path / "exported" / "transformer").glob("*.safetensors"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-4] + torch.tensor(float("nan")).numpy().tobytes())
+    with pytest.raises(UserError, match=r"The denoiser's weights are not finite in 1 of"):
+        open_model(str(tmp_path / "exported"), pytest.fail)
+    save_untrained(run, encoded_emoji, 6, lambda weight: weight * float("inf"))
+    for weights in (None, "model"):
+        with pytest.raises(UserError, match="step-00000006 are not finite"):
+            open_model(str(run), pytest.fail, weights)

@@ -1,0 +1,45 @@
+import json
+
+import pytest
+
+from microdit.config.load import load_recipe
+from microdit.reports.run_folder import RunFolder
+from microdit.reports.run_page import report_page
+from microdit.training.logging import RunRecord
+from tests.damage import ALL_BITS, flips
+from tests.training.processes import RECIPE
+
+
+@pytest.fixture
+def run(tmp_path, encoded_emoji):
+    """A run folder of two starts, as the trainer records them."""
+    recipe = load_recipe(RECIPE, [f"data.path={encoded_emoji}"])
+    for step in (0, 20):
+        record = RunRecord(tmp_path, recipe, pytest.fail, step)
+        record.started({"data": {"path": "x", "rows": 40}}, {"world_size": 1, "device": "cpu", "from_step": step})
+        record.close()
+    return RunFolder(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [None, pytest.param(ALL_BITS, marks=pytest.mark.slow)])
+def test_a_flipped_bit_of_run_json_is_noticed(run, bits):
+    assert [start["from_step"] for start in run.starts] == [0, 20]
+    assert not run.has_damaged_record
+    before = run.record
+    for _ in flips(run.path / "run.json", bits=bits):
+        assert (run.record, run.starts, run.has_damaged_record) == ({}, [], True)
+    assert run.record == before
+
+
+def test_the_report_says_that_run_json_is_damaged(run):
+    assert b"run.json is damaged" not in report_page(run.path)
+    for _ in flips(run.path / "run.json", [300]):
+        assert b"run.json is damaged" in report_page(run.path)
+
+
+def test_a_run_json_of_an_earlier_version_is_read_as_it_is(run):
+    (run.path / "run.json").write_text(json.dumps({"name": "old", "starts": [{"from_step": 0}, "strange"]}))
+    assert run.record["name"] == "old"
+    assert run.starts == [{"from_step": 0}]
+    (run.path / "run.json").write_text(json.dumps({"starts": {"a": 1}}))
+    assert run.starts == []

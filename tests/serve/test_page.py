@@ -1,0 +1,188 @@
+"""The page in a real browser: Debian's Chromium without a window, the tiny trained model, a real server."""
+
+import os
+import re
+import shutil
+
+import httpx
+import pytest
+
+from microdit.planning.hardware import ASSUMED_UTILISATION, find_machine
+from microdit.planning.planner import buy, write_recipes
+from microdit.planning.workload import Given
+from microdit.serve.budget_api import DATA
+from microdit.serve.queue import WorkQueue
+from microdit.serve.server import web_app
+from tests.serve.serving import served
+from tests.training.processes import HANG, RECIPE
+
+playwright = pytest.importorskip("playwright.sync_api")
+Page, expect, sync_playwright = playwright.Page, playwright.expect, playwright.sync_playwright
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def served_page(tiny, tiny_run):
+    queue = WorkQueue({"tiny": tiny}, 4)
+    with served(web_app(queue, runs={"tiny": tiny_run}, recipes=RECIPE.parents[2] / "recipes"), queue) as url:
+        yield queue, url
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium on this machine: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.getuid() == 0 else [])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, served_page):
+    """Opened; whatever it asks of elsewhere, and whatever its script trips over, fails the test."""
+    _, url = served_page
+    page = browser.new_page()
+    page.set_default_timeout(60_000)
+    expect.set_options(timeout=1000 * HANG)
+    elsewhere: list[str] = []
+    mistakes: list[str] = []
+    page.on("request", lambda request: elsewhere.append(request.url) if not request.url.startswith((url, "data:")) else None)
+    page.on("pageerror", lambda error: mistakes.append(str(error)))
+    page.goto(url)
+    expect(page.get_by_label("Model").first).to_have_value("tiny")
+    yield page
+    page.close()
+    assert (elsewhere, mistakes) == ([], [])
+
+
+def fill(page: Page, **fields: str) -> None:
+    for name, value in fields.items():
+        page.locator(f"#draw-form [name={name}]").fill(value)
+
+
+def test_a_prompt_becomes_a_picture_and_stays_in_the_gallery(page):
+    fill(page, prompt="red heart", steps="2", n="2", seed="7")
+    page.click("#generate")
+    expect(page.locator("#state")).to_have_text("Done.")
+    images = page.locator("#result img")
+    expect(images).to_have_count(2)
+    assert images.first.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
+    expect(page.locator("#gallery img")).to_have_count(2)
+    page.click("#draw-form [title='Another seed']")
+    assert page.locator("#draw-form [name=seed]").input_value() != "7"
+
+
+def test_a_long_drawing_is_seen_on_its_way_and_can_be_cancelled(page, served_page):
+    queue, _ = served_page
+    fill(page, prompt="red heart", steps="1000", n="8")
+    page.click("#generate")
+    expect(page.locator("#result.unfinished img")).to_have_count(8)
+    expect(page.locator("#state")).to_have_text(re.compile("Drawing: "))
+    page.click("#cancel")
+    expect(page.locator("#state")).to_have_text("Cancelled.")
+    expect(page.locator("#generate")).to_be_enabled()
+    assert len(queue) == 0
+    expect(page.locator("#gallery img")).to_have_count(0)
+
+
+def test_a_bad_size_is_said_in_a_sentence(page):
+    fill(page, prompt="red heart", size="65x64")
+    page.click("#generate")
+    expect(page.locator("#message")).to_have_text(re.compile(r"^width 65 must be a multiple of \d+: [^\n]*\.$"))
+    expect(page.locator("#generate")).to_be_enabled()
+
+
+def test_two_settings_are_compared_from_the_same_seed(page):
+    page.get_by_role("tab", name="Compare").click()
+    sides = page.locator("#compare-form fieldset")
+    for side, guidance in ((0, "1"), (1, "9")):
+        sides.nth(side).locator("[name=steps]").fill("2")
+        sides.nth(side).locator("[name=guidance_scale]").fill(guidance)
+    page.locator("#compare-form [name=prompt]").fill("red heart")
+    page.locator("#compare-form [name=n]").fill("1")
+    page.click("#compare-form .main")
+    for name in ("left", "right"):
+        expect(page.locator(f"#{name}-state")).to_have_text(re.compile("^Done"))
+    left, right = (page.locator(f"#{name} img").get_attribute("src") for name in ("left", "right"))
+    assert left != right
+    captions = [page.locator(f"#{name} .pictures figcaption, #{name} figcaption").first.text_content() for name in ("left", "right")]
+    assert captions == ["0 · red heart"] * 2
+
+
+def test_the_report_of_the_run_and_the_budget_of_a_recipe(page):
+    page.get_by_role("tab", name="Run").click()
+    report = page.frame_locator("#run-page")
+    expect(report.get_by_role("heading", name="Curves")).to_be_visible()
+    assert report.locator("img").first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+    page.get_by_role("tab", name="Budget").click()
+    page.locator("#budget [name=recipe]").select_option("microdit-xl")
+    page.locator("#budget [name=price]").fill("2.5")
+    page.click("#budget .main")
+    expect(page.locator("#bill")).to_contain_text("What it costs")
+    expect(page.locator("#bill")).to_contain_text("$2.50 a GPU-hour")
+    expect(page.locator("#bill")).to_contain_text(f"utilisation {ASSUMED_UTILISATION:.1%} (assumed")
+    page.locator("#budget [name=mfu]").fill("0.5")
+    page.click("#budget .main")
+    expect(page.locator("#bill")).to_contain_text("utilisation 50.0% (--mfu)")
+    page.locator("#budget [name=file]").set_input_files({"name": "my.yaml", "mimeType": "text/yaml", "buffer": b"name: [\n"})
+    page.click("#budget .main")
+    expect(page.locator("#message")).to_be_visible()
+
+
+def test_a_sum_is_answered_with_what_it_buys_and_the_recipes(page):
+    page.get_by_role("tab", name="Budget").click()
+    for name, value in {"count": "1", "price": "2", "images": "200000", "dollars": "3"}.items():
+        page.locator(f"#budget [name={name}]").fill(value)
+    page.click("#budget .main")
+    expect(page.locator("#bill")).to_contain_text("encode 200,000 images")
+    expect(page.locator("#bill")).to_contain_text("of $3.00.")
+    expect(page.locator("#bill")).to_contain_text("--- 1-256-masked.yaml")
+
+
+def test_the_recipes_of_a_sum_are_those_that_the_command_writes(served_page, tmp_path):
+    asked = {"chip": "rtx4090", "count": 1, "price": 0.5, "mfu": 0.3, "dollars": 40, "images": 10_000}
+    text = httpx.post(served_page[1] + "/api/budget", json=asked, timeout=HANG).json()["text"]
+    machine = find_machine("rtx4090", 1, 0.5, 0.3, None, tmp_path / "none.json")
+    write_recipes(buy(40, machine, Given(), DATA, 10_000), tmp_path / "out")
+    bill, *recipes = text.split("\n--- ")
+    assert "$40.00: " in bill
+    assert dict(part.split("\n", 1) for part in recipes) == {f.name: f.read_text() for f in sorted((tmp_path / "out").iterdir())}
+
+
+@pytest.mark.parametrize("name", ["../pyproject.toml", "/etc/passwd", "", "nothing.yaml"])
+def test_only_recipes_of_the_folder_are_reckoned(served_page, name):
+    answer = httpx.post(served_page[1] + "/api/budget", json={"recipe": name, "chip": "h100"})
+    assert (answer.status_code, "no such recipe" in answer.json()["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"count": 0}, "whole number"),
+        ({"count": True}, "number of GPUs must be a whole number"),
+        ({"price": "x"}, "price"),
+        ({"price": 10**400}, "price must be dollars"),
+        ({"chip": "abacus"}, "no chip named abacus"),
+        ({"price": -1}, "0 or more"),
+        ({"mfu": "x"}, "utilisation must be the share"),
+        ({"mfu": 1.5}, "must lie in (0, 1]"),
+        ({"mfu": True}, "utilisation must be the share"),
+        ({"images": 0}, "number of images must be a whole number"),
+        ({"images": 1.5}, "number of images must be a whole number"),
+        ({"dollars": "x"}, "sum must be dollars"),
+        ({"dollars": -5}, "must be a sum above 0"),
+        ({"dollars": 1e300}, "more than we plan with"),
+        ({"dollars": 5, "text": "name: x"}, "one of the two"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_a_sentence(served_page, fields, words):
+    answer = httpx.post(served_page[1] + "/api/budget", json={"recipe": "emoji.yaml", **fields})
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+
+
+def test_unknown_jobs_and_runs_are_not_found(served_page):
+    assert httpx.get(served_page[1] + "/api/jobs/1").status_code == 404
+    assert httpx.get(served_page[1] + "/api/runs/nothing").status_code == 404

@@ -1,0 +1,147 @@
+"""What a run begins with: the weights of another one, and what is said of them; on several processes, each its share."""
+
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from microdit.checkpoint import open_checkpoint
+from microdit.config.load import load_recipe
+from microdit.data.dataset import EncodedDataset
+from microdit.distributed import World, start_world
+from microdit.errors import UserError
+from microdit.models.microdit import MicroDiT
+from microdit.training.init_from import find_origin
+from microdit.training.parallel import shards_of
+from microdit.training.setup import model_config
+from microdit.training.state import TrainingState
+from tests.training.processes import RECIPE, bytes_read, together
+from tests.training.untrained import save_untrained
+
+
+def all_of(number: float):
+    return lambda weight: torch.full_like(weight, number)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, encoded_emoji):
+    """A run whose recipe asks for 40 steps, with a checkpoint of step 20 and of step 40: weights 20 and 40, averages -20 and -40."""
+    run = tmp_path_factory.mktemp("runs") / "first"
+    for step in (20, 40):
+        save_untrained(run, encoded_emoji, step, all_of(step))
+    return run
+
+
+@pytest.fixture
+def begin(encoded_emoji):
+    """The number that all weights are with which a run beside `run` begins."""
+    recipe, data = load_recipe(RECIPE, [f"data.path={encoded_emoji}", "init_from=first"]), EncodedDataset(encoded_emoji, 16)
+
+    def begin(run, warn, **changes) -> float:
+        config, world = model_config(recipe, data), start_world("cpu")
+        model = MicroDiT(config)
+        find_origin(replace(recipe, **changes), run.parent / "second", config, data, world, warn, None).fill(model, world)
+        (number,) = {weight.unique().item() for weight in model.parameters()}
+        return number
+
+    return begin
+
+
+def test_a_run_begins_with_the_weights_or_the_averages_of_another(made, begin):
+    step_20 = str(made / "checkpoints" / "step-00000020")
+    assert begin(made, pytest.fail) == 40
+    assert begin(made, pytest.fail, init_weights="ema") == -40
+    assert begin(made, pytest.fail, init_from=step_20, init_weights="ema") == -20
+    for place in ("first", step_20):
+        with pytest.raises(UserError, match=r"no weights named ema-0\.5, only ema, model"):
+            begin(made, pytest.fail, init_from=place, init_weights="ema-0.5")
+
+
+def test_a_damaged_newest_checkpoint_and_a_run_that_was_never_finished_are_said(made, begin, tmp_path):
+    run = tmp_path / "first"
+    shutil.copytree(made, run)
+    newest = run / "checkpoints" / "step-00000040" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\x01")
+    said: list[str] = []
+    assert begin(run, said.append) == 20
+    assert len(said) == 2
+    assert "init_from: " in said[0]
+    assert "step-00000040 is damaged (model.safetensors: not what was written)" in said[0]
+    assert "step-00000020, step 20 of the 40 that its recipe asks for: those weights were not trained to the end" in said[1]
+    with pytest.raises(UserError, match=r"step-00000040 is damaged \(model.safetensors: not what was written"):
+        begin(run, pytest.fail, init_from=str(newest.parent))
+
+
+def test_a_run_whose_machine_was_taken_away_can_be_begun_from(encoded_emoji, begin, tmp_path):
+    """Its newest checkpoint holds no whole weights, and is put together."""
+    run = save_untrained(tmp_path / "first", encoded_emoji, 40, all_of(3), in_haste=True)
+    assert begin(run, pytest.fail) == 3
+    assert begin(run, pytest.fail, init_weights="ema") == -3
+
+
+def test_init_weights_without_init_from_is_refused():
+    with pytest.raises(UserError, match="init_weights ema chooses among the weights of init_from, which names no run"):
+        load_recipe(RECIPE, ["data.path=x", "init_weights=ema"])
+
+
+def test_weights_that_are_not_finite_are_not_begun_with(encoded_emoji, begin, tmp_path):
+    run = save_untrained(tmp_path / "first", encoded_emoji, 40, lambda weight: torch.full_like(weight, torch.nan))
+    with pytest.raises(UserError, match=r"The weights model of .*step-00000040 are not finite in (\d+) of \1 tensors"):
+        begin(run, pytest.fail)
+
+
+def test_a_checkpoint_that_was_found_whole_is_not_read_again(made, encoded_emoji):
+    recipe, data = load_recipe(RECIPE, [f"data.path={encoded_emoji}", "init_from=first"]), EncodedDataset(encoded_emoji, 16)
+    config, world = model_config(recipe, data), start_world("cpu")
+    known = open_checkpoint(made / "checkpoints" / "step-00000040")
+    assert known.damage(list(known.state["files"])) == []
+    before = bytes_read()
+    assert find_origin(recipe, made.parent / "second", config, data, world, pytest.fail, known).checkpoint is known
+    assert bytes_read() - before < 10_000
+    assert find_origin(recipe, made.parent / "second", config, data, world, pytest.fail, None).checkpoint.folder == known.folder
+    assert bytes_read() - before > (known.folder / "model.safetensors").stat().st_size
+
+
+@pytest.fixture(scope="module")
+def scattered(tmp_path_factory, encoded_emoji):
+    """Runs whose weights are all different: `whole`, and `hasty`, which was saved before a machine was taken away."""
+    place = tmp_path_factory.mktemp("scattered")
+    for name, in_haste in (("whole", False), ("hasty", True)):
+        save_untrained(place / name, encoded_emoji, 40, lambda weight: torch.randn(weight.shape), in_haste)
+    return place
+
+
+def begun(world: World, place, encoded, *cases) -> list[tuple[bool, bool, int]]:
+    """For each way: are weights and averages the same to the last bit; how many bytes of the weights this process holds."""
+    data, found = EncodedDataset(encoded, 16), []
+    for init_from, name, sharding in cases:
+        overrides = [f"data.path={encoded}", f"init_from={init_from}", f"init_weights={name}", f"engine.sharding={sharding}"]
+        recipe = load_recipe(RECIPE, overrides)
+        config = model_config(recipe, data)
+        origin = find_origin(recipe, place / "new", config, data, world, pytest.fail, None)
+        state = TrainingState(recipe, config, world, partial(origin.fill, world=world), fresh=True)
+        there = place / init_from / "checkpoints" / "step-00000040"
+        whole = load_file(there / f"{name}.safetensors") if init_from == "whole" else open_checkpoint(there).tensors(name)
+        shards = shards_of(state.model)
+        assert state.averages
+        for average in state.averages.values():
+            held = {shard.name: shard.own(whole[shard.name]) for shard in shards}
+            same = all(shard.leaf.equal(held[shard.name]) for shard in shards)
+            parts = {key: value.to_local() if sharding == "fsdp" else value for key, value in average.averages.items()}
+            found.append((same, all(parts[key].equal(held[key]) for key in held), sum(shard.leaf.numel() for shard in shards)))
+    return found
+
+
+def test_each_process_begins_with_its_share(scattered, encoded_emoji):
+    cases = [(run, name, sharding) for run in ("whole", "hasty") for name in ("model", "ema") for sharding in ("fsdp", "ddp")]
+    ranks = together(2, begun, scattered, encoded_emoji, *cases)
+    for results in zip(*ranks, strict=True):
+        assert all(same and averages for same, averages, _ in results)
+    sizes = [[held for _, _, held in results] for results in ranks]
+    every = sizes[0][1]  # ddp
+    assert sizes[0][1::2] == sizes[1][1::2] == [every] * 4
+    assert [a + b for a, b in zip(sizes[0][::2], sizes[1][::2], strict=True)] == [every] * 4
+    assert max(sizes[0][0], sizes[1][0]) < 0.6 * every
