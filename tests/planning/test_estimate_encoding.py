@@ -13,7 +13,7 @@ from microdit.config.load import load_recipe
 from microdit.planning.estimate import clip_h_text_flops, encoding, load_recipes, sdxl_encoder_flops
 from microdit.planning.hardware import named_chip
 from microdit.planning.workload import Given, shapes_of
-from tests.planning.test_bill import PUBLISHED, RECIPES, machine
+from tests.planning.test_workload_bill import PUBLISHED, RECIPES, machine
 
 
 def counted(call) -> int:

@@ -8,7 +8,7 @@ from microdit.errors import UserError
 from microdit.planning.estimate import load_recipes, reckon
 from microdit.planning.memory import HEADROOM, Layout, Load, usable
 from microdit.planning.workload import shapes_of
-from tests.planning.test_bill import PUBLISHED, machine
+from tests.planning.test_workload_bill import PUBLISHED, machine
 
 
 def load_of(path: Path, ranks: int, *overrides: str) -> Load:

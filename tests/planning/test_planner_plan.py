@@ -15,7 +15,7 @@ from microdit.planning.estimate import load_recipes, reckon
 from microdit.planning.phases import LARGE, SMALL, STAGES, WIDTHS, equivalent_size, paper_flops, size_of_width, stage_recipe, wanted_size
 from microdit.planning.planner import LEAST_AT_512, LEAST_IMAGES, STEPS_WANTED, buy, write_recipes
 from microdit.planning.workload import Given, assumed_shapes
-from tests.planning.test_bill import PUBLISHED, machine
+from tests.planning.test_workload_bill import PUBLISHED, machine
 
 
 def buy_on(chip: str, dollars: float, count: int = 1, price: float = 1.0, utilisation: float = 0.4, images: int | None = 1000):

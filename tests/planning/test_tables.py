@@ -12,7 +12,7 @@ from microdit.planning.planner import buy
 from microdit.planning.tables import show
 from microdit.planning.workload import Given
 from microdit.terminal import PlainConsole
-from tests.planning.test_bill import PUBLISHED, machine
+from tests.planning.test_workload_bill import PUBLISHED, machine
 
 DOCS = Path(__file__).parents[2] / "docs" / "budget.md"
 

@@ -11,7 +11,7 @@ from microdit.data.dataset import EncodedDataset
 from microdit.errors import UserError
 from microdit.planning.estimate import encoding
 from microdit.planning.workload import Given, shapes_of
-from tests.planning.test_bill import machine
+from tests.planning.test_workload_bill import machine
 from tests.training.processes import RECIPE
 
 

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microdit.errors import UserError
+from microdit.evaluation.metrics import prdc as manifold
 from microdit.evaluation.metrics.prdc import compare_manifolds, rows_to_compare
-from microdit.evaluation.metrics.registry import prdc as manifold
 
 
 def normal(count: int, dimensions: int, seed: int = 0) -> torch.Tensor:

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microdit.errors import UserError
+from microdit.evaluation.metrics import prdc as module
 from microdit.evaluation.metrics.prdc import nearest
-from microdit.evaluation.metrics.registry import prdc as module
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99), st.sampled_from([0.0, 1e6]))
