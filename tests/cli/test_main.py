@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from microdit.cli.main import main as cli
+from microdit.cli import main as cli
 from microdit.errors import UserError
 from microdit.io.locks import sole_writer
 from tests.commands import microdit

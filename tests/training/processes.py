@@ -186,7 +186,7 @@ def _print_to(log: Path) -> None:
 def _main(log: Path, arguments: list[str], environment: dict[str, str], cores: int, file_size: int | None, cwd: Path) -> None:
     import resource
 
-    from microdit.cli.main import main as cli
+    from microdit.cli import main as cli
 
     os.environ.update(environment, XDG_CACHE_HOME=str(log.parent / "cache"))  # not the user's own
     os.chdir(cwd)
