@@ -25,8 +25,8 @@ from microdit.data.sources.builtin import emoji_source
 from microdit.distributed import World, start_world
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.text import load_text_encoder
+from microdit.io.console import PlainConsole
 from microdit.io.process_limits import keep_freed_memory
-from microdit.terminal import PlainConsole
 from microdit.training.trainer import Trainer
 
 FEW, MANY = 10, 70  # steps

@@ -267,7 +267,7 @@ def graphs() -> dict[str, int]:
 
 def emoji(place: Place, results: Results) -> None:
     """emoji.yaml by the real trainer in float32, bfloat16, and bfloat16 with FSDP: do the curves agree, where does it stop?"""
-    from microdit.terminal import PlainConsole
+    from microdit.io.console import PlainConsole
     from microdit.training.trainer import Trainer
 
     world = start_world()
@@ -528,9 +528,9 @@ def trainer(place: Place, results: Results) -> None:
     """XL by the real trainer on an encoded set of random numbers: what does it cost beyond the bare step?"""
     from gpu_training import write_random_set
 
+    from microdit.io.console import PlainConsole
     from microdit.planning.hardware import peak_flops
     from microdit.planning.phases import STAGES, stage_recipe
-    from microdit.terminal import PlainConsole
     from microdit.training.parallel import compute_dtype
     from microdit.training.trainer import Trainer
 

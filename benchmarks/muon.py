@@ -14,8 +14,8 @@ import torch
 from microdit.config.load import load_recipe
 from microdit.config.schema import OptimizerRecipe
 from microdit.distributed import start_world
+from microdit.io.console import PlainConsole
 from microdit.lab.equal_cost import stepper
-from microdit.terminal import PlainConsole
 from microdit.training.optim import Optimizers
 from microdit.training.trainer import Trainer
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from microdit.config.load import load_recipe
 from microdit.config.schema import Recipe
 from microdit.distributed import World, start_world
-from microdit.terminal import PlainConsole
+from microdit.io.console import PlainConsole
 from microdit.training.trainer import Trainer
 from microdit.training.validation import Quality
 

@@ -14,8 +14,8 @@ import torch
 
 from microdit.config.load import load_recipe
 from microdit.distributed import start_world
+from microdit.io.console import PlainConsole
 from microdit.lab.equal_cost import flops_of_a_step, seconds_of_a_step
-from microdit.terminal import PlainConsole
 from microdit.training.trainer import Trainer
 
 

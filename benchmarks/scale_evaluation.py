@@ -15,9 +15,9 @@ import torch
 from scale_row import Row
 from torch import Tensor
 
+from microdit.cli.terminal import progress
 from microdit.evaluation.metrics.frechet import POINTS, Gaussian, fit_gaussian, frechet_infinity, frechet_interval
 from microdit.evaluation.metrics.prdc import Manifolds, compare_manifolds
-from microdit.terminal import progress
 
 WIDTH, FEW, MANY = 2048, 3_000, 30_000
 RESAMPLES = 50  # as `microdit evaluate` takes

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from microdit.checkpoint import checkpoint_folders
 from microdit.config.load import load_recipe
 from microdit.distributed import start_world, stop_world
-from microdit.terminal import PlainConsole
+from microdit.io.console import PlainConsole
 from microdit.training.trainer import Trainer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "emoji.yaml"

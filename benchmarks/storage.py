@@ -24,7 +24,7 @@ from microdit.diffusion.edm import draw_sigma, edm_loss
 from microdit.distributed import start_world
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.text import load_text_encoder
-from microdit.terminal import PlainConsole
+from microdit.io.console import PlainConsole
 from microdit.training.trainer import Trainer
 
 SAMPLES, AUTHORS_TB = 37e6, 7.3

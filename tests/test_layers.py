@@ -4,56 +4,26 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "microdit"
-# Each room may import the rooms to its right. Rooms of one tuple do not know each other, except what is listed under FRIENDS.
+# Each room may import the rooms below it. Rooms of one line do not know each other, except for the pairs in FRIENDS.
 LAYERS = [
     ("__main__",),
     ("cli",),
-    ("cli_app", "cli_budget", "cli_compare", "cli_data", "cli_evaluation", "cli_hub", "cli_lab", "cli_pictures"),
-    ("app",),
-    ("lab", "budget"),
+    ("serve",),
+    ("lab",),
     ("training",),
-    ("evaluation", "sweep"),
-    ("hub",),
-    ("pipeline", "recipe_file", "report", "runs", "trajectory"),
-    ("checkpoint", "prompts", "recipe", "grids", "curves", "run_folder", "page"),
-    ("data", "diffusion", "encoders"),
-    ("model",),
-    (
-        "files",
-        "shard_files",
-        "locks",
-        "memory",
-        "folder_lock",
-        "errors",
-        "formats",
-        "terminal",
-        "distributed",
-        "devices",
-        "markdown",
-        "open_files",
-    ),
-    ("ranges", "yaml_file", "typed_yaml"),
-    ("printable", "command_line", "foreign_json"),
+    ("planning",),
+    ("evaluation",),
+    ("pipelines",),
+    ("config", "reports"),
+    ("checkpoint", "data", "diffusion"),
+    ("encoders", "models"),
+    ("io",),
+    ("distributed",),
+    ("devices",),
+    ("errors", "ranges"),
 ]
-FRIENDS = {
-    ("data", "encoders"),
-    ("files", "errors"),
-    ("locks", "errors"),
-    ("folder_lock", "errors"),
-    ("folder_lock", "files"),
-    ("folder_lock", "locks"),
-    ("folder_lock", "distributed"),
-    ("distributed", "errors"),
-    ("devices", "errors"),
-    ("distributed", "devices"),
-    ("distributed", "open_files"),
-    ("open_files", "errors"),
-    ("yaml_file", "errors"),
-    ("typed_yaml", "errors"),
-    ("typed_yaml", "ranges"),
-    ("typed_yaml", "yaml_file"),
-}  # data/encode.py drives the frozen encoders
-PURE = {"model": {"torch", "numpy"}, "diffusion": {"torch", "diffusers"}}  # what may come from outside besides the standard library
+FRIENDS: set[tuple[str, str]] = set()
+PURE = {"models": {"torch", "numpy"}, "diffusion": {"torch", "diffusers"}}  # what may come from outside besides the standard library
 
 
 def imports_of(path: Path) -> set[str]:

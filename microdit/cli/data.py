@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
+from microdit.cli.terminal import SOURCE_HELP, Device, Dtype, console, share, warn
 from microdit.data.packing import CaptionForm, LatentForm
 from microdit.devices import choose_dtype, choose_own_device, device_errors_explained, in_words
 from microdit.errors import UserError
-from microdit.terminal import SOURCE_HELP, Device, Dtype, LineOfProgress, PlainColumn, console, joined, share, styled, warn
+from microdit.io.console import LineOfProgress, PlainColumn, joined, styled
 
 data_app = typer.Typer(no_args_is_help=True, help="Make and check encoded data sets.")
 

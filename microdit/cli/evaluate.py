@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
+from microdit.cli.terminal import SOURCE_HELP, Device, Dtype, console, progress, warn
 from microdit.errors import UserError
+from microdit.io.console import joined, styled
 from microdit.reports.formats import figure
-from microdit.terminal import SOURCE_HELP, Device, Dtype, console, joined, progress, styled, warn
 
 if TYPE_CHECKING:
     from microdit.distributed import World

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from microdit.cli.terminal import console, warn
 from microdit.errors import UserError
-from microdit.terminal import console, joined, styled, warn
+from microdit.io.console import joined, styled
 
 
 class Dtype(StrEnum):

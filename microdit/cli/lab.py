@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from microdit.cli.terminal import console
 from microdit.errors import UserError
-from microdit.terminal import console, joined, styled
+from microdit.io.console import joined, styled
 
 lab_app = typer.Typer(no_args_is_help=True, help="Compare ways of training at equal cost: studies of arms and seeds, and their reports.")
 

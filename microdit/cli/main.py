@@ -16,9 +16,10 @@ from microdit.cli.lab import lab_app
 from microdit.cli.plan import bench, budget
 from microdit.cli.sample import grid, sample
 from microdit.cli.serve import app as web_page
+from microdit.cli.terminal import console, print_traceback, progress, take_logs
 from microdit.errors import StoppedError, UserError
+from microdit.io.console import PlainConsole, joined, styled
 from microdit.io.process_limits import raise_limit
-from microdit.terminal import PlainConsole, console, joined, print_traceback, progress, styled, take_logs
 
 OLDEST_TORCH = (2, 9)  # as pyproject.toml says
 

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from microdit.cli.terminal import Device, TrainingDtype, console, progress
 from microdit.errors import UserError
+from microdit.io.console import joined, styled
 from microdit.io.text import printable
-from microdit.terminal import Device, TrainingDtype, console, joined, progress, styled
 
 
 def budget(

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from microdit.cli.terminal import BatchSize, Device, Dtype, console, progress, warn
 from microdit.errors import UserError
-from microdit.terminal import BatchSize, Device, Dtype, console, joined, progress, styled, warn
+from microdit.io.console import joined, styled
 
 if TYPE_CHECKING:
     from microdit.diffusion.guidance import GuidanceKind

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from microdit.cli.terminal import Device, Dtype, console, warn
 from microdit.errors import UserError
-from microdit.terminal import Device, Dtype, console, warn
 
 
 def app(

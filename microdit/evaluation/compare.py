@@ -11,8 +11,8 @@ from rich.table import Table
 from microdit.evaluation.geneval.rules import TASKS
 from microdit.evaluation.published import METRICS, TRAINING_COLUMNS, Protocol, Published, Row, Training, metric_cell, metrics_of
 from microdit.evaluation.run_results import GenEvalResult, Measured, RunResult
+from microdit.io.console import styled
 from microdit.reports.formats import count, figure
-from microdit.terminal import styled
 
 FRECHET = {"fid", "clip-fid"}  # whose expectation depends on the number of pictures
 EMOJI = "emoji"  # how the fingerprint of the judge of emoji begins

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from microdit.cli.terminal import progress, warn
 from microdit.data.sources.base import Part, Record, Source
 from microdit.distributed import World
 from microdit.errors import UserError
@@ -34,7 +35,6 @@ from microdit.evaluation.metrics.prdc import compare_manifolds, nearest, rows_to
 from microdit.evaluation.metrics.registry import MANIFOLD_METRICS, METRICS, Kind, Sets, measure, steps_to_measure
 from microdit.io.files import write_aside
 from microdit.io.locks import sole_writer
-from microdit.terminal import progress, warn
 
 EXTREMES = 12  # nearest pictures on the page, and farthest ones
 

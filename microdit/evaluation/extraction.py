@@ -24,12 +24,12 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
+from microdit.cli.terminal import progress
 from microdit.data.decode import Rejected, decode, fit
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.evaluation.features import ImageFeatures
 from microdit.io.files import write_aside
-from microdit.terminal import progress
 
 T = TypeVar("T")
 BLOCK = 256  # pictures

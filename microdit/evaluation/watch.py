@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from microdit.checkpoint import Checkpoint, checkpoint_folders, default_weights, open_checkpoint
+from microdit.cli.terminal import console, warn
 from microdit.data.sources.base import Source
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.evaluation.evaluate import Question, evaluate
 from microdit.evaluation.generators import Compute, DrawSettings, RunPainter
 from microdit.evaluation.metrics.registry import METRICS, label
+from microdit.io.console import styled
 from microdit.io.files import write_aside
 from microdit.io.text import parse_json
 from microdit.pipelines.load import opened_run
@@ -23,7 +25,6 @@ from microdit.pipelines.native import Pipeline
 from microdit.reports.curves import Curve, draw_points
 from microdit.reports.html import page_template
 from microdit.reports.run_folder import RunFolder, is_run, state_of
-from microdit.terminal import console, styled, warn
 
 TEMPLATE = "quality.html.jinja"
 PAUSE = 10.0  # seconds between two looks at the run

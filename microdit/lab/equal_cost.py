@@ -16,15 +16,16 @@ from typing import Any
 
 import yaml
 
+from microdit.cli.terminal import progress
 from microdit.config.load import with_todays_defaults
 from microdit.config.schema import Recipe
 from microdit.data.manifest import read_card
 from microdit.distributed import World
 from microdit.errors import UserError
+from microdit.io.console import PlainConsole
 from microdit.io.files import write_aside
 from microdit.io.text import parse_json
 from microdit.lab.study import Budget, Study, measurement
-from microdit.terminal import PlainConsole, progress
 from microdit.training.trainer import Trainer
 
 ROUNDS = 12  # of which the fastest counts: what others take from the machine only ever slows it

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from microdit.checkpoint import find_weights
+from microdit.cli.terminal import console, progress, warn
 from microdit.config.schema import Recipe
 from microdit.data.sources.base import open_source
 from microdit.distributed import World
@@ -36,6 +37,7 @@ from microdit.evaluation.features import EfficientNetFeatures
 from microdit.evaluation.metrics.frechet import Gaussian, fit_gaussian, sample_distance
 from microdit.evaluation.metrics.kid import kid
 from microdit.evaluation.recognition import retrieval, spread_ids
+from microdit.io.console import PlainConsole
 from microdit.io.files import keep_damaged, write_aside
 from microdit.io.locks import sole_writer
 from microdit.io.text import parse_json
@@ -43,7 +45,6 @@ from microdit.lab.equal_cost import ArmPlan, make_plan
 from microdit.lab.study import Study, is_scheduled, stretched
 from microdit.pipelines.native import Pipeline, SamplerSettings
 from microdit.reports.grids import draw_grid, save_png
-from microdit.terminal import PlainConsole, console, progress, warn
 from microdit.training.parallel import DenoisingLoss
 from microdit.training.trainer import Trainer
 from microdit.training.validation import HeldOut

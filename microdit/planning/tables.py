@@ -7,11 +7,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 from rich.text import Text
 
+from microdit.io.console import PlainConsole, joined, styled
 from microdit.planning.estimate import MILLION, SMALL_CARD_GB, STORED_TOKENS, UTILISATION, Budget, Encoding, PhaseBudget
 from microdit.planning.memory import HEADROOM, Way
 from microdit.planning.planner import Plan
 from microdit.reports.formats import count, duration, figure, hours, money
-from microdit.terminal import PlainConsole, joined, styled
 
 WIDE = 1000  # characters, more than any table takes
 

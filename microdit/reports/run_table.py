@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.table import Table
 
 from microdit.errors import UserError
+from microdit.io.console import styled
 from microdit.io.text import one_line
 from microdit.reports.formats import age, count, duration, figure, finite, hours, money, share
 from microdit.reports.run_folder import RECIPE, RunFolder, is_run, state_of
-from microdit.terminal import styled
 
 DEPTH = 3  # folders below the one that is searched
 STYLES = {"running": "green", "finished": "blue", "stopped": "yellow", "failed": "bold red", "killed": "bold red"}

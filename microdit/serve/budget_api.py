@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from microdit.config.load import recipe_of_text
 from microdit.config.schema import Recipe
 from microdit.errors import UserError
+from microdit.io.console import PlainConsole
 from microdit.planning.estimate import load_recipes, reckon
 from microdit.planning.hardware import Machine, find_machine, measurements_file
 from microdit.planning.planner import buy, recipe_files
@@ -26,7 +27,6 @@ from microdit.planning.workload import Given
 from microdit.reports.formats import finite
 from microdit.serve.queue import QueueClosedError
 from microdit.serve.schemas import AskedWronglyError, Limits
-from microdit.terminal import PlainConsole
 
 LOOK_EVERY = 0.05  # seconds between two looks at whether a computation has ended, or its client gone
 T = TypeVar("T")

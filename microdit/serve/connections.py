@@ -40,7 +40,7 @@ LOGGING: dict[str, Any] = {
     "version": 1,
     "disable_existing_loggers": False,
     "filters": {"once": {"()": OncePerMinute}},
-    "formatters": {"line": {"class": "microdit.terminal.PrintableFormatter", "format": "%(asctime)s %(levelname)s %(message)s"}},
+    "formatters": {"line": {"class": "microdit.io.console.PrintableFormatter", "format": "%(asctime)s %(levelname)s %(message)s"}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "filters": ["once"], "formatter": "line"}},
     "loggers": {name: {"handlers": ["stderr"], "level": "WARNING"} for name in ("uvicorn", "asyncio", "microdit.app")},
 }

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID
 from torch import Tensor
 
 from microdit.diffusion.edm import EDM
-from microdit.terminal import LineOfProgress, PlainColumn, PlainConsole
+from microdit.io.console import LineOfProgress, PlainColumn, PlainConsole
 
 BINS = 8
 SUMS = 2 * BINS + 2  # losses, their numbers, requests to stop

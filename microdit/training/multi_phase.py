@@ -8,8 +8,8 @@ from microdit.config.load import load_recipe
 from microdit.config.schema import Recipe
 from microdit.distributed import World
 from microdit.errors import UserError
+from microdit.io.console import PlainConsole, styled
 from microdit.io.locks import sole_writer
-from microdit.terminal import PlainConsole, styled
 from microdit.training.setup import finished_checkpoint
 from microdit.training.trainer import Trainer
 

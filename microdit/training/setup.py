@@ -26,10 +26,10 @@ from microdit.data.dataset import EncodedDataset, MixedDataset
 from microdit.data.sampler import PhaseOrder
 from microdit.distributed import World
 from microdit.errors import UserError
+from microdit.io.console import joined, styled
 from microdit.io.locks import LOCK
 from microdit.models.config import resolve
 from microdit.models.microdit import ModelConfig
-from microdit.terminal import joined, styled
 from microdit.training.checkpointing import newest_whole
 from microdit.training.state import TrainingState
 

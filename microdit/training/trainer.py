@@ -26,12 +26,12 @@ from microdit.config.schema import PhaseRecipe, Recipe
 from microdit.devices import device_name
 from microdit.distributed import World
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, DivergedError, StoppedError, UserError
+from microdit.io.console import PlainConsole, joined, styled
 from microdit.io.process_limits import keep_freed_memory
 from microdit.models.routing import METHODS
 from microdit.planning.hardware import peak_flops
 from microdit.planning.workload import Work
 from microdit.reports.grids import save_png
-from microdit.terminal import PlainConsole, joined, styled
 from microdit.training.checkpointing import Saver, newest_whole
 from microdit.training.init_from import find_origin
 from microdit.training.logging import Cost, RunRecord, last_cost

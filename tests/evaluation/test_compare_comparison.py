@@ -7,7 +7,7 @@ import pytest
 from microdit.evaluation.compare import comparison_table, comparison_words
 from microdit.evaluation.published import TITLES, load_published
 from microdit.evaluation.run_results import GenEvalResult, Measured, RunResult
-from microdit.terminal import PlainConsole
+from microdit.io.console import PlainConsole
 from tests.evaluation.test_compare_comparability import OFFICIAL
 
 PUBLISHED = load_published()

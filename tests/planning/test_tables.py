@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from microdit.io.console import PlainConsole
 from microdit.planning.estimate import Budget, load_recipes, reckon
 from microdit.planning.hardware import find_machine
 from microdit.planning.planner import buy
 from microdit.planning.tables import show
 from microdit.planning.workload import Given
-from microdit.terminal import PlainConsole
 from tests.planning.test_workload_bill import PUBLISHED, machine
 
 DOCS = Path(__file__).parents[2] / "docs" / "budget.md"

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from microdit.errors import UserError
+from microdit.io.console import PlainConsole
 from microdit.reports.run_folder import RunFolder, state_of
 from microdit.reports.run_table import list_runs, runs_table
-from microdit.terminal import PlainConsole
 
 
 def write_run(run: Path, **status: object) -> Path:

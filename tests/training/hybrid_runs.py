@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from microdit.cli.terminal import console
 from microdit.config.load import load_recipe
 from microdit.distributed import start_world, stop_world
-from microdit.terminal import console
 from microdit.training.multi_phase import Settings, train_one
 from tests.training.processes import RECIPE
 

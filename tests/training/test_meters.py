@@ -13,9 +13,9 @@ from microdit.config.load import load_recipe
 from microdit.diffusion.edm import EDM
 from microdit.distributed import start_world
 from microdit.errors import UserError
+from microdit.io.console import PlainConsole
 from microdit.models.config import Size, resolve
 from microdit.planning.workload import Work
-from microdit.terminal import PlainConsole
 from microdit.training.logging import Cost, RunRecord, last_cost
 from microdit.training.meters import Meters, StepSums, in_words
 from microdit.training.noise import TrainingBatch

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from microdit.config.load import load_recipe
 from microdit.distributed import start_world
 from microdit.errors import UserError
+from microdit.io.console import PlainConsole
 from microdit.io.locks import sole_writer
 from microdit.models.microdit import MicroDiT
-from microdit.terminal import PlainConsole
 from microdit.training.multi_phase import Settings, load_chain, train_one
 from microdit.training.setup import model_config
 from tests.training.processes import RECIPE, losses, start, wait_for

@@ -1,19 +1,16 @@
-"""What all commands share: the terminal, lines of progress, and this process's share of the work.
+"""Plain text on a terminal: a console that reads no markup, lines of progress, and the reporter that library code is given.
 
-Most of what is printed holds other people's text. So nothing here reads markup, and whatever is printed goes through `printable`; rich's
-own consoles, texts and columns of text are used nowhere else (tests/test_terminal.py).
+Most of what is printed holds other people's text, so nothing here reads markup, and everything printed goes through `printable`. Rich's
+own consoles, texts and columns of text are used nowhere else (tests/test_terminal.py). No console is created here but a silent one:
+the command line owns the terminal (`microdit.cli.terminal`), and functions below it take a `Reporter`.
 """
 
 import logging
-import os
-import sys
 import time
-import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TimeRemainingColumn
 from rich.segment import Segment
@@ -24,18 +21,6 @@ from microdit.io.text import printable
 
 FIRST_LINE, LINE_EVERY = 10.0, 60.0  # seconds, where progress goes into a file
 LONGEST, LONGEST_NOTE = 5000, 200  # characters of a sentence, and of a name or note in a line of progress
-
-SOURCE_HELP = (
-    "emoji and scenes are built in. Else: a folder of pictures with .txt files, metadata.jsonl or metadata.csv; .tar files (WebDataset); "
-    ".parquet files; hf:NAME[:SPLIT] of the hub or a path; or NAME:PATH of cc12m, sa1b, textcaps, journeydb, diffusiondb, coco2014."
-)
-
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps. auto: the GPU, where there is one.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU that has it, else float32.")]
-TrainingDtype = Annotated[
-    str, typer.Option(help="Of matrix products: auto, float32 or bfloat16. auto: as the recipe says, or bfloat16 on a GPU that has it.")
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="How many pictures at a time. Fewer need less memory.")]
 
 
 class PlainConsole(Console):
@@ -55,9 +40,6 @@ class PlainConsole(Console):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
-console = PlainConsole()
-
-
 def styled(what: object, style: str = "bold") -> Text:
     """`what`, as a string, in one of rich's styles."""
     return Text(printable(str(what), LONGEST), style)
@@ -68,33 +50,11 @@ def joined(*parts: str | Text) -> Text:
     return Text.assemble(*(printable(part, LONGEST) if isinstance(part, str) else part for part in parts))
 
 
-def warn(sentence: str) -> None:
-    console.print(styled(sentence, "yellow"))
-
-
 class PrintableFormatter(logging.Formatter):
     """Lines of the log, tracebacks in them included."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
-
-
-def take_logs() -> None:
-    """Print what libraries log or warn of, and do not print themselves, without its commands to the terminal, too."""
-    if (handler := logging.lastResort) is not None:
-        handler.setFormatter(PrintableFormatter())
-        logging.getLogger("py.warnings").addHandler(handler)
-        logging.captureWarnings(True)
-
-
-def print_traceback() -> None:
-    """Of the exception that is being handled: a mistake of ours, whose message may hold anything."""
-    sys.stderr.write(printable(traceback.format_exc()))
-
-
-def share() -> tuple[int, int]:
-    """This process's number and their count, under torchrun."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class LineOfProgress(Progress):
@@ -148,9 +108,34 @@ class Advance:
         self._progress.update(self._task, advance=count, note=note)
 
 
-@contextmanager
-def progress(name: str, total: int | None) -> Iterator[Advance]:
-    """A line on the terminal, with speed and time left where `total` is known."""
-    columns = (PlainColumn(), BarColumn(), MofNCompleteColumn(), PlainColumn("note"))
-    with LineOfProgress(*columns, SpeedColumn(), TimeRemainingColumn(), console=console) as line:
-        yield Advance(line, name, total)
+class Reporter:
+    """Where library code sends its sentences, warnings and progress: a console, or nowhere.
+
+    Without a console nothing is printed, and warnings go to the logger "microdit", so that they are not lost.
+    """
+
+    def __init__(self, console: PlainConsole | None = None):
+        self._console = console
+
+    def say(self, sentence: str | Text) -> None:
+        """Print a sentence that is no warning."""
+        if self._console:
+            self._console.print(sentence)
+
+    def warn(self, sentence: str) -> None:
+        """Print a warning, or log it where there is no console."""
+        if self._console:
+            self._console.print(styled(sentence, "yellow"))
+        else:
+            logging.getLogger("microdit").warning("%s", sentence)
+
+    @contextmanager
+    def progress(self, name: str, total: int | None) -> Iterator[Advance]:
+        """Show a line of progress with speed, and time left where `total` is known. Yields the function that counts work done."""
+        columns = (PlainColumn(), BarColumn(), MofNCompleteColumn(), PlainColumn("note"))
+        console = self._console or PlainConsole(quiet=True)
+        with LineOfProgress(*columns, SpeedColumn(), TimeRemainingColumn(), console=console) as line:
+            yield Advance(line, name, total)
+
+
+QUIET = Reporter()

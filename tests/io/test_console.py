@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from microdit import terminal
-from microdit.terminal import LONGEST, PlainConsole, PrintableFormatter, joined, styled
+import microdit
+from microdit.cli import terminal
+from microdit.io import console as module
+from microdit.io.console import LONGEST, QUIET, PlainConsole, PrintableFormatter, Reporter, joined, styled
 from tests.io.test_text_printable import HOSTILE
 
-PACKAGE = Path(terminal.__file__).parent
+PACKAGE = Path(microdit.__file__).parent
 STYLE = re.compile(r"\x1b\[[\d;]*m")  # colours and weights, which are our own
 
 
@@ -21,33 +23,33 @@ STYLE = re.compile(r"\x1b\[[\d;]*m")  # colours and weights, which are our own
 def clock(monkeypatch):
     """Seconds that pass only when told to."""
     now = [1000.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     return now
 
 
-def minutes_of_work(clock, monkeypatch, **console) -> str:
+def minutes_of_work(clock, **console) -> str:
     """Three minutes, a step a second; what is printed before the end."""
     file = io.StringIO()
-    monkeypatch.setattr(terminal, "console", PlainConsole(file=file, width=80, **console))
-    with terminal.progress("encode a folder with a long name, which takes its place", 180) as advance:
+    reporter = Reporter(PlainConsole(file=file, width=80, **console))
+    with reporter.progress("encode a folder with a long name, which takes its place", 180) as advance:
         for _ in range(180):
             clock[0] += 1
             advance(1, "loss 0.5")
         return file.getvalue()
 
 
-def test_a_file_gets_a_line_after_ten_seconds_and_one_each_minute(clock, monkeypatch):
-    lines = minutes_of_work(clock, monkeypatch).splitlines()
+def test_a_file_gets_a_line_after_ten_seconds_and_one_each_minute(clock):
+    lines = minutes_of_work(clock).splitlines()
     assert [line.split("  ")[1].split("/")[0].strip() for line in lines] == ["10", "70", "130"]
     assert all(line.startswith("encode a folder") and "/180" in line and "loss 0.5" in line and "━" not in line for line in lines)
 
 
-def test_a_terminal_gets_its_bar_alone(clock, monkeypatch):
-    assert "\n" not in minutes_of_work(clock, monkeypatch, force_terminal=True).replace("\r", "").strip("\n")
+def test_a_terminal_gets_its_bar_alone(clock):
+    assert "\n" not in minutes_of_work(clock, force_terminal=True).replace("\r", "").strip("\n")
 
 
-def test_a_quiet_console_gets_nothing(clock, monkeypatch):
-    assert minutes_of_work(clock, monkeypatch, quiet=True) == ""
+def test_a_quiet_console_gets_nothing(clock):
+    assert minutes_of_work(clock, quiet=True) == ""
 
 
 def table_of(text: str) -> Table:
@@ -75,10 +77,10 @@ def test_nothing_that_is_printed_commands_the_terminal_or_is_markup(way):
     assert r"[/b] [red]word[/] :smile: \u001b[2J" in shown
 
 
-def test_a_line_of_progress_shows_any_name_and_note_and_cuts_them(monkeypatch):
+def test_a_line_of_progress_shows_any_name_and_note_and_cuts_them():
     file = io.StringIO()
-    monkeypatch.setattr(terminal, "console", PlainConsole(file=file, width=1000, force_terminal=True))
-    with terminal.progress("[/b] " + HOSTILE, 2) as advance:
+    reporter = Reporter(PlainConsole(file=file, width=1000, force_terminal=True))
+    with reporter.progress("[/b] " + HOSTILE, 2) as advance:
         advance(2, "[/b]" + "x" * 10_000 + HOSTILE)
     shown = re.sub(r"\x1b\[(\?25[lh]|2K|1A)", "", STYLE.sub("", file.getvalue()))  # the line is drawn anew
     assert r"[/b] \u001b[2J" in shown
@@ -100,11 +102,20 @@ def test_a_sentence_that_is_too_long_is_cut_and_json_is_not():
     assert json.loads(file.getvalue()) == content
 
 
-def test_a_warning_may_hold_what_looks_like_markup(monkeypatch):
+def test_a_warning_may_hold_what_looks_like_markup():
     file = io.StringIO()
-    monkeypatch.setattr(terminal, "console", PlainConsole(file=file, width=80))
-    terminal.warn('The prompt "[/b] word" is cut.')
+    reporter = Reporter(PlainConsole(file=file, width=80))
+    reporter.warn('The prompt "[/b] word" is cut.')
     assert file.getvalue() == 'The prompt "[/b] word" is cut.\n'
+
+
+def test_without_a_console_nothing_is_printed_and_warnings_are_logged(capsys, caplog):
+    QUIET.say("A sentence.")
+    QUIET.warn("A warning.")
+    with QUIET.progress("work", 2) as advance:
+        advance(2, "done")
+    assert capsys.readouterr() == ("", "")
+    assert [(record.name, record.getMessage()) for record in caplog.records] == [("microdit", "A warning.")]
 
 
 def test_logs_with_their_tracebacks_are_printable():
@@ -176,7 +187,9 @@ def loopholes(source: str) -> list[str]:
 
 def test_there_is_no_other_way_to_the_terminal():
     found = {
-        str(path.relative_to(PACKAGE)): loopholes(path.read_text()) for path in PACKAGE.rglob("*.py") if path != PACKAGE / "terminal.py"
+        name: loopholes(path.read_text())
+        for path in PACKAGE.rglob("*.py")
+        if (name := str(path.relative_to(PACKAGE))) not in ("io/console.py", "cli/terminal.py")
     }
     assert {name: ways for name, ways in found.items() if ways} == {}
 
