@@ -42,7 +42,7 @@ LOGGING: dict[str, Any] = {
     "filters": {"once": {"()": OncePerMinute}},
     "formatters": {"line": {"class": "microdit.io.console.PrintableFormatter", "format": "%(asctime)s %(levelname)s %(message)s"}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "filters": ["once"], "formatter": "line"}},
-    "loggers": {name: {"handlers": ["stderr"], "level": "WARNING"} for name in ("uvicorn", "asyncio", "microdit.app")},
+    "loggers": {name: {"handlers": ["stderr"], "level": "WARNING"} for name in ("uvicorn", "asyncio", "microdit.serve")},
 }
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from microdit.errors import UserError
+from microdit.evaluation.metrics import kid as kid_file
 from microdit.evaluation.metrics.kid import cmmd, kid, paired_kid
-from microdit.evaluation.metrics.registry import kid as kid_file
 
 
 def normal(count: int, dimensions: int, seed: int = 0) -> torch.Tensor:
