@@ -25,7 +25,8 @@ _PRELOADED = (
     *("cli", "data.encode", "evaluation.emoji", "evaluation.evaluate", "hub.opening", "lab.report", "lab.run"),
     *("training.chain", "training.saving"),
 )
-_context.set_forkserver_preload([f"microdit.{module}" for module in _PRELOADED])
+_LAZY = ("typer._adapters", "transformers.models.bert.modeling_bert", "emoji")  # what commands would import each time anew
+_context.set_forkserver_preload([*(f"microdit.{module}" for module in _PRELOADED), *_LAZY])
 HANG = 600.0  # seconds after which a test says that something hangs: many times what anything takes, on a busy machine too
 
 
