@@ -10,11 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from microdit.data.encode import EncodeSettings, encode_source
 from microdit.data.sources.base import Part, Source
-from microdit.data.sources.builtin import emoji_source
-from microdit.encoders.autoencoder import Pixels
-from microdit.encoders.text import MiniLM
 from microdit.io.process_limits import keep_freed_memory
 from microdit.models.config import Size, resolve
 from microdit.models.microdit import MicroDiT
@@ -62,7 +58,9 @@ def routed(size: Size, routing: str) -> Size:
 
 
 @pytest.fixture(scope="session")
-def text_encoder() -> MiniLM:
+def text_encoder():
+    from microdit.encoders.text import MiniLM
+
     return MiniLM()
 
 
@@ -72,8 +70,12 @@ def first_of(source: Source, count: int) -> Source:
 
 
 @pytest.fixture(scope="session")
-def encoded_emoji(tmp_path_factory: pytest.TempPathFactory, text_encoder: MiniLM) -> Path:
-    """40 emoji as 16 x 16 pixels with their MiniLM captions, encoded by the real code."""
+def encoded_emoji(tmp_path_factory: pytest.TempPathFactory, text_encoder) -> Path:
+    """40 emoji as 16 x 16 pixels with their MiniLM captions, encoded by the real code, which only those who need it import."""
+    from microdit.data.encode import EncodeSettings, encode_source
+    from microdit.data.sources.builtin import emoji_source
+    from microdit.encoders.autoencoder import Pixels
+
     out = tmp_path_factory.mktemp("encoded") / "emoji"
     encode_source(first_of(emoji_source("train"), 40), out, EncodeSettings((16,), "fp16", "fp16"), Pixels(), text_encoder)
     return out

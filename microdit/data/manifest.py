@@ -5,7 +5,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 
 from microdit.data.shard_index import schema
@@ -79,6 +78,8 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def _write_datasets_files(folder: Path, columns: pa.Schema, names: list[str], fingerprint: str) -> None:
+    import datasets  # slow to import, and needed only where a set is written
+
     info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(columns))
     state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in names],

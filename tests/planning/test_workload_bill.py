@@ -27,15 +27,18 @@ def published():
     return reckon(load_recipes(PUBLISHED, None), machine())
 
 
-def test_the_four_phases_cost_what_the_formula_says_and_the_authors_code_a_little_more(published):
+@pytest.mark.parametrize("count", [{2}, pytest.param({0, 1, 2, 3}, marks=pytest.mark.slow)], ids=["third", "all"])
+def test_the_four_phases_cost_what_the_formula_says_and_the_authors_code_a_little_more(published, count):
+    """`count`: the phases that PyTorch counts here. At 256 pixels it counts this model in `test_flops.py` as well."""
     recipes = load_recipes(PUBLISHED, None).values()
-    for recipe, phase, authors in zip(recipes, published.phases, (285, 731, 1122, 3265), strict=True):
+    for number, (recipe, phase, authors) in enumerate(zip(recipes, published.phases, (285, 731, 1122, 3265), strict=True)):
         config = config_of(recipe, shapes_of(recipe))
         side = phase.bill.resolution // 8
         tokens = (side // 2) ** 2
         kept = kept_tokens(tokens, recipe.phases[0].mask_ratio)
-        ours = counted(config, side, kept if kept < tokens else None, 77)[1]
-        assert phase.bill.flops_per_sample == ours
+        ours = phase.bill.flops_per_sample
+        if number in count:
+            assert ours == counted(config, side, kept if kept < tokens else None, 77)[1]
         assert (ours + one_hot_flops(config, tokens, kept)) / 1e9 == pytest.approx(authors, rel=0.01)
 
 

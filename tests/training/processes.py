@@ -18,14 +18,19 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
+import microdit
+
 RECIPE = Path(__file__).parent / "recipe.yaml"
 
 _context = multiprocessing.get_context("forkserver")
 _PRELOADED = (
-    *("cli", "data.encode", "evaluation.emoji", "evaluation.evaluate", "hub.opening", "lab.report", "lab.run"),
-    *("training.chain", "training.saving"),
+    *("cli.main", "data.encode", "evaluation.recognition", "evaluation.evaluate", "pipelines.load", "lab.study_report", "lab.run_study"),
+    *("training.multi_phase", "training.checkpointing"),
 )
-_context.set_forkserver_preload([f"microdit.{module}" for module in _PRELOADED])
+# The fork server passes over names that do not exist, and every process would import them for itself.
+assert all((Path(microdit.__file__).parent / f"{module.replace('.', '/')}.py").is_file() for module in _PRELOADED)
+_LAZY = ("typer._adapters", "transformers.models.bert.modeling_bert", "emoji")  # what commands would import each time anew
+_context.set_forkserver_preload([*(f"microdit.{module}" for module in _PRELOADED), *_LAZY])
 HANG = 600.0  # seconds after which a test says that something hangs: many times what anything takes, on a busy machine too
 
 

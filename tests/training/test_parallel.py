@@ -33,10 +33,10 @@ from microdit.training.optim import orthogonalized
 from microdit.training.parallel import DenoisingLoss, compile_elementwise, compute_dtype, mesh_of, sharding_of
 from tests.training.processes import HANG, RECIPE, losses, recorded, tensors, train
 
-SETTINGS = ("phases.0.steps=30", "phases.1.steps=20", "phases.0.learning_rate=4e-3", "phases.1.batch_size=8")  # 50 steps that learn
+SETTINGS = ("phases.0.steps=20", "phases.1.steps=12", "phases.0.learning_rate=4e-3", "phases.1.batch_size=8")  # 32 steps that learn
 STILL = (  # both phases from the same weights in every step; without memory, AdamW's first moment is the gradient
-    *("phases.0.steps=12", "phases.1.steps=8", "phases.1.batch_size=8", "phases.0.learning_rate=1e-30", "phases.1.learning_rate=1e-30"),
-    *("optimizer.betas=[0, 0]", "record.checkpoint_every=4", "record.keep_checkpoints=5"),
+    *("phases.0.steps=6", "phases.1.steps=4", "phases.1.batch_size=8", "phases.0.learning_rate=1e-30", "phases.1.learning_rate=1e-30"),
+    *("optimizer.betas=[0, 0]", "record.checkpoint_every=2", "record.keep_checkpoints=5"),
 )
 LOOSE = 5e-3  # of whole runs, which learn far more
 
@@ -51,7 +51,7 @@ def trained(run: Path, data: Path, *more: object, ranks: int = 1) -> Path:
 def plain(tmp_path_factory, encoded_emoji) -> Path:
     run = trained(tmp_path_factory.mktemp("plain") / "run", encoded_emoji, *SETTINGS)
     slow = trained(run.with_name("slow"), encoded_emoji, *SETTINGS, "phases.0.learning_rate=1e-30", "phases.1.learning_rate=1e-30")
-    assert abs(losses(run)[50] - losses(slow)[50]) > 4 * LOOSE
+    assert abs(losses(run)[32] - losses(slow)[32]) > 4 * LOOSE
     return run
 
 
@@ -66,13 +66,13 @@ def assert_same_steps(run: Path, other: Path) -> None:
     def agree(near: list[bool]) -> bool:
         return sum(near) >= 0.9 * len(near)
 
-    start, end = (load_file(place / "checkpoints" / "step-00000020" / "model.safetensors") for place in (other, run))
+    start, end = (load_file(place / "checkpoints" / "step-00000010" / "model.safetensors") for place in (other, run))
     assert all(start[name].equal(end[name]) for name in start)
     assert losses(run).keys() == losses(other).keys()
     assert agree([losses(run)[step] == pytest.approx(loss, abs=1e-6) for step, loss in losses(other).items()])
     norms = recorded(run, "grad_norm")
     assert agree([norms[step] == pytest.approx(norm, rel=1e-5) for step, norm in recorded(other, "grad_norm").items()])
-    steps = [4, 8, 12, 16, 20]
+    steps = [2, 4, 6, 8, 10]
     assert sum(same_gradients(tensors(run, step), tensors(other, step)) for step in steps) >= len(steps) - 1
 
 
@@ -163,7 +163,7 @@ def test_bfloat16_is_near_float32_and_not_the_same(tmp_path, encoded_emoji, plai
         run = trained(tmp_path / name, encoded_emoji, *STILL, f"init_from={plain}", "engine.precision=bfloat16", *more)
         worst = max(abs(loss - exact[step]) for step, loss in losses(run).items())
         assert 1e-6 < worst < 0.05, name
-        saved = load_file(run / "checkpoints" / "step-00000020" / "model.safetensors")
+        saved = load_file(run / "checkpoints" / "step-00000010" / "model.safetensors")
         assert all(tensor.dtype == torch.float32 for tensor in saved.values())
 
 
@@ -267,7 +267,7 @@ def test_torchrun_starts_all_again_when_one_dies(tmp_path, encoded_emoji, plain)
     """Two sharded processes by torchrun; one is killed; the elastic agent starts both again, and they go on from the checkpoint."""
     run = tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--standalone"]
-    more = ["--resume", "engine.sharding=fsdp", "record.checkpoint_every=20", *SETTINGS]
+    more = ["--resume", "engine.sharding=fsdp", "record.checkpoint_every=10", *SETTINGS]
     command = [*launcher, "-m", "microdit", "train", RECIPE, f"data.path={encoded_emoji}", "--out", run, *more]
     with (tmp_path / "log").open("w") as log:
         agent = subprocess.Popen([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT)
