@@ -23,10 +23,8 @@ from itertools import chain
 from typing import Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from microdit.data.sources.base import Record
 from microdit.errors import UserError
@@ -48,7 +46,7 @@ class Rejected(Exception):  # noqa: N818
         self.reason = reason
 
 
-class PictureFile:
+class ImageFile:
     """A file's picture, before it is decoded. `height` and `width` are those of the whole picture, upright. Raises Rejected."""
 
     def __init__(self, content: bytes):
@@ -79,7 +77,7 @@ class PictureFile:
 
 def decode(content: bytes) -> Image.Image:
     """The file's picture, RGB, 8 bits, upright. Raises Rejected."""
-    return PictureFile(content).decode()
+    return ImageFile(content).decode()
 
 
 def fit(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
@@ -138,40 +136,23 @@ def _on_white(image: Image.Image) -> Image.Image:
     return rgb
 
 
-def to_tensor(image: Image.Image, height: int, width: int | None = None) -> Tensor:
-    """An RGB picture, resized and cut to height x width (square without a width): (3, height, width) in [-1, 1]."""
-    return normalise(fit(image, height, width or height)[None])[0]
-
-
-def normalise(pixels_BHWC: NDArray[np.uint8] | Tensor) -> Tensor:
-    """Bytes (B, H, W, 3) -> (B, 3, H, W) in [-1, 1], channels last in memory, on the device of the bytes."""
-    bytes_BHWC = pixels_BHWC if isinstance(pixels_BHWC, Tensor) else torch.tensor(pixels_BHWC)
-    return bytes_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_image(pixels_CHW: Tensor) -> Image.Image:
-    """(3, height, width) in [-1, 1], values outside clipped -> an 8-bit picture."""
-    bytes_CHW = ((pixels_CHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(bytes_CHW.permute(1, 2, 0).cpu().numpy())
-
-
 AHEAD = 2  # chunks that workers decode before they are asked for
 MOST_BYTES = 256_000_000  # of files in a chunk, if it has more than one; no chunk is begun beside so many
 BUCKET_STEP = 64  # pixels: sides of aspect-ratio buckets are multiples of it
 MAX_ASPECT = 2.0
 
-Picture = tuple[int, list[NDArray[np.uint8]]]  # bucket, pixels (H, W, 3) at every resolution
+DecodedImage = tuple[int, list[NDArray[np.uint8]]]  # bucket, pixels (H, W, 3) at every resolution
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TargetSizes:
     """`buckets` holds, for each aspect ratio, the (height, width) at every resolution; one square without aspect-ratio buckets."""
 
     buckets: list[dict[int, tuple[int, int]]]
     min_side: int
 
     @classmethod
-    def of(cls, resolutions: tuple[int, ...], min_side: int, aspect_buckets: bool, downsampling: int) -> "Wanted":
+    def of(cls, resolutions: tuple[int, ...], min_side: int, aspect_buckets: bool, downsampling: int) -> "TargetSizes":
         """Raises UserError for a resolution that the autoencoder cannot take."""
         for resolution in resolutions:
             if resolution % downsampling:
@@ -196,7 +177,7 @@ class _Piece:
     """Records that one worker decodes at a time, a share of a chunk."""
 
     records: list[Record]
-    future: Future[list[Picture | str]]
+    future: Future[list[DecodedImage | str]]
 
 
 @dataclass
@@ -204,7 +185,7 @@ class Chunk:
     """Records, each with its picture or the reason why there is none. `last`: the group ends with it."""
 
     records: list[Record]
-    outcomes: list[Picture | str]
+    outcomes: list[DecodedImage | str]
     last: bool
 
 
@@ -218,7 +199,7 @@ class _Begun:
 class Decoder:
     """Decodes chunks of records, in this process (`workers` 0) or in others, which live until the `with` block ends."""
 
-    def __init__(self, wanted: Wanted, workers: int):
+    def __init__(self, wanted: TargetSizes, workers: int):
         self.wanted, self.workers = wanted, workers
         self._pool: ProcessPoolExecutor | None = None
 
@@ -257,9 +238,9 @@ class Decoder:
         pieces = [_Piece(part, self._submit(part)) for first in range(0, len(records), share) if (part := records[first : first + share])]
         return _Begun(pieces, sum(len(record.image) for record in records), last)
 
-    def _submit(self, records: list[Record]) -> Future[list[Picture | str]]:
+    def _submit(self, records: list[Record]) -> Future[list[DecodedImage | str]]:
         files = [record.image for record in records]
-        future: Future[list[Picture | str]] = Future()
+        future: Future[list[DecodedImage | str]] = Future()
         if not self.workers:
             future.set_result(prepare(self.wanted, files))
             return future
@@ -270,7 +251,7 @@ class Decoder:
             future.set_exception(error)
             return future
 
-    def _result(self, pieces: list[_Piece], waiting: Iterable[_Begun]) -> list[Picture | str]:
+    def _result(self, pieces: list[_Piece], waiting: Iterable[_Begun]) -> list[DecodedImage | str]:
         """Of the first piece. When a worker died, what comes behind begins anew, in other workers."""
         try:
             return pieces[0].future.result()
@@ -283,9 +264,9 @@ class Decoder:
                 piece.future = self._submit(piece.records)
             return outcome
 
-    def _one_by_one(self, records: list[Record]) -> list[Picture | str]:
+    def _one_by_one(self, records: list[Record]) -> list[DecodedImage | str]:
         """After a crash: each record in a process that may die of it."""
-        outcomes: list[Picture | str] = []
+        outcomes: list[DecodedImage | str] = []
         for record in records:
             with _pool(1) as pool:
                 try:
@@ -317,14 +298,14 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
-def prepare(wanted: Wanted, files: list[bytes]) -> list[Picture | str]:
+def prepare(wanted: TargetSizes, files: list[bytes]) -> list[DecodedImage | str]:
     """Each file's pixels at every resolution, or why there are none."""
     return [_prepare_one(wanted, content) for content in files]
 
 
-def _prepare_one(wanted: Wanted, content: bytes) -> Picture | str:
+def _prepare_one(wanted: TargetSizes, content: bytes) -> DecodedImage | str:
     try:
-        file = PictureFile(content)
+        file = ImageFile(content)
         bucket = wanted.bucket_of(file.height, file.width)
         shapes = wanted.buckets[bucket].values()
         image = file.decode(max(height for height, _ in shapes), max(width for _, width in shapes))

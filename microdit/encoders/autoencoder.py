@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from microdit.encoders.model_files import (
+    check_complete,
     dtype_argument,
     find_folder,
     fingerprint_of,
@@ -15,7 +16,6 @@ from microdit.encoders.model_files import (
     lasting_name,
     loading,
     read_json,
-    refuse_incomplete,
     weight_files,
     weight_patterns,
 )
@@ -170,7 +170,7 @@ def _load(name: str, folder: Path) -> DiffusersAutoencoder:
         model, info = getattr(diffusers, class_name).from_pretrained(
             folder, **dtype_argument(torch.float32), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
-    refuse_incomplete(folder, info["missing_keys"])
+    check_complete(folder, info["missing_keys"])
     return DiffusersAutoencoder(name, model, fingerprint_of(files))
 
 

@@ -121,7 +121,7 @@ def loading(what: Path) -> Iterator[None]:
         raise UserError(f"{what} cannot be loaded: {_first_line(error)}. Download it again, or choose another.") from error
 
 
-def refuse_incomplete(what: Path, missing: list[str]) -> None:
+def check_complete(what: Path, missing: list[str]) -> None:
     """Raises UserError if weights are missing or misshapen: the libraries would go on with random ones."""
     if missing:
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""

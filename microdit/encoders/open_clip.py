@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from microdit.encoders.model_files import loading, read_json, refuse_incomplete
+from microdit.encoders.model_files import check_complete, loading, read_json
 from microdit.errors import UserError
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -34,7 +34,7 @@ def load_open_clip(folder: Path, weights_file: Path) -> Any:
         weights = _read_text_half(weights_file)
     sources = _sources(config.num_hidden_layers)
     wanted = {source for source, _ in sources.values()}
-    refuse_incomplete(weights_file, [key for key in wanted if key not in weights])
+    check_complete(weights_file, [key for key in wanted if key not in weights])
     strange = sorted(key for key in weights if key.startswith("transformer.") and key not in wanted)
     if strange:
         raise UserError(f"{weights_file} has more than {OPEN_CLIP_CONFIG} says ({', '.join(strange[:4])}): they do not belong together.")

@@ -14,13 +14,13 @@ from transformers.utils import logging as transformers_logging
 
 from microdit.devices import sent_to
 from microdit.encoders.model_files import (
+    check_complete,
     find_folder,
     fingerprint_of,
     is_place,
     lasting_name,
     loading,
     read_json,
-    refuse_incomplete,
     weight_files,
     weight_patterns,
 )
@@ -82,7 +82,7 @@ def _load_transformers(place: str, folder: Path, model_type: str) -> TextModel:
             output_loading_info=True,
         )
     unfit = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    refuse_incomplete(folder, [key for key in unfit if not key.startswith("pooler.")])  # the pooled vector is not used
+    check_complete(folder, [key for key in unfit if not key.startswith("pooler.")])  # the pooled vector is not used
     limit = T5_TOKENS if family == "t5" else model.config.max_position_embeddings
     return _text_model(model, tokenizer, folder, files, limit, tokenizer.pad_token_id, family == "clip")
 

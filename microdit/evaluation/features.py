@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from microdit.data.decode import to_tensor
+from microdit.data.pixels import to_tensor
 from microdit.encoders.model_files import (
+    check_complete,
     find_folder,
     fingerprint_of,
     lasting_name,
     loading,
     read_json,
-    refuse_incomplete,
     weight_files,
     weight_patterns,
 )
@@ -100,7 +100,7 @@ def load_network(place: str, model_types: tuple[str, ...], model_class: Any) -> 
             ignore_mismatched_sizes=True,  # refused below, with the names
             output_loading_info=True,
         )
-    refuse_incomplete(folder, [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+    check_complete(folder, [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     return model.eval().requires_grad_(False), folder, fingerprint_of([*files, *sorted(folder.glob("*config.json"))])
 
 

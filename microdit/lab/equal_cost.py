@@ -19,7 +19,7 @@ import yaml
 from microdit.cli.terminal import progress
 from microdit.config.load import with_todays_defaults
 from microdit.config.schema import Recipe
-from microdit.data.manifest import read_card
+from microdit.data.manifest import read_manifest
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.console import PlainConsole
@@ -156,7 +156,7 @@ def _refuse_other_pictures(recipes: dict[str, Recipe]) -> None:
     seen: dict[str, str] = {}
     for arm, recipe in recipes.items():
         if recipe.data.path is not None:
-            card = read_card(Path(recipe.data.path))
+            card = read_manifest(Path(recipe.data.path))
             sides = recipe.data.resolution or card["settings"]["resolutions"]
             pictures = f"{card['rows']:,} rows of {card.get('source')} at {sides} px"
             seen.setdefault(pictures, f"{arm} from {recipe.data.path}, {pictures}")

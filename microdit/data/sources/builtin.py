@@ -29,7 +29,7 @@ UNNAMED = "an emoji"
 
 
 @dataclass(frozen=True)
-class Row:
+class CaptionedImage:
     """One picture with its caption. `key` names it inside its source; `image` is RGB of any size."""
 
     key: str
@@ -37,7 +37,7 @@ class Row:
     image: Image.Image
 
 
-def emoji_rows(split: Split) -> Iterator[Row]:
+def emoji_images(split: Split) -> Iterator[CaptionedImage]:
     """The embedded data set: every Twemoji picture without a skin tone, 72 x 72, on white, in a fixed order.
 
     A caption is held out when the first 4 bytes of its SHA-256, as a number, are divisible by 20: the split depends on
@@ -45,7 +45,7 @@ def emoji_rows(split: Split) -> Iterator[Row]:
     """
     for key, caption in _emoji_captions():
         if is_held_out(caption) == (split == "held_out"):
-            yield Row(key, caption, _on_white(_twemoji_folder() / f"{key}.png"))
+            yield CaptionedImage(key, caption, _on_white(_twemoji_folder() / f"{key}.png"))
 
 
 def emoji_source(split: Split, named: bool = True) -> Source:
@@ -224,4 +224,4 @@ def _scene_records(seed: int, start: int, stop: int) -> Iterator[Record]:
 @lru_cache(maxsize=1)
 def _pictures() -> dict[str, Image.Image]:
     """Of training captions only, so that what is held out is never seen."""
-    return {row.caption: row.image for row in emoji_rows("train") if row.caption in PLURALS}
+    return {row.caption: row.image for row in emoji_images("train") if row.caption in PLURALS}

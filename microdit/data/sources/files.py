@@ -114,7 +114,7 @@ LOCKED = "folder cannot be read"
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedImage:
     """What is known of a picture before its file is opened. `file` is relative to the folder."""
 
     key: str
@@ -124,7 +124,7 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageList:
     """Names one behind the other in `names`, number i from `offsets[i]` to `offsets[i + 1]`: arrays, or such that lie in a file.
 
     `problems` are those of some; the others have the problem `otherwise`.
@@ -139,14 +139,14 @@ class Pictures:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, which: slice) -> list[Listed]:
+    def __getitem__(self, which: slice) -> list[ListedImage]:
         start, stop, _ = which.indices(self.count)
         if stop <= start:
             return []
         offsets = self.offsets[start : stop + 1]
         names = self.names[int(offsets[0]) : int(offsets[-1])].tobytes()
         listed = [os.fsdecode(names[first:last]) for first, last in pairwise((offsets - offsets[0]).tolist())]
-        return [Listed(name, name, problem=self.problems.get(name, self.otherwise)) for name in listed]
+        return [ListedImage(name, name, problem=self.problems.get(name, self.otherwise)) for name in listed]
 
     def only(self, chosen: NDArray[np.bool_], otherwise: str) -> Self:
         buffers = [None, pa.py_buffer(self.offsets), pa.py_buffer(self.names)]
@@ -154,7 +154,7 @@ class Pictures:
         return type(self)(*_arrays_of(array.filter(pa.array(chosen))), self.problems, otherwise)
 
 
-def find_images(folder: Path) -> Pictures:
+def find_images(folder: Path) -> ImageList:
     """The pictures below `folder`, sorted; also the folders that are not looked into: behind links that lead out, or locked."""
     blocks: list[pa.LargeBinaryArray] = []
     names: list[bytes] = []
@@ -181,7 +181,7 @@ def find_images(folder: Path) -> Pictures:
             problems[inside.rstrip(b"/") or b"."] = LOCKED
     array = pa.chunked_array([*blocks, pa.array([*names, *problems], pa.large_binary())]).combine_chunks()
     del blocks, names
-    return Pictures(*_arrays_of(array.take(pc.sort_indices(array))), {os.fsdecode(name): problem for name, problem in problems.items()})
+    return ImageList(*_arrays_of(array.take(pc.sort_indices(array))), {os.fsdecode(name): problem for name, problem in problems.items()})
 
 
 def is_folder(entry: os.DirEntry[Any]) -> bool:

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from microdit.data.sources.base import Part, Record, Source
-from microdit.data.sources.files import IMAGE_SUFFIXES, LARGEST_TEXT, NO_FILE, Listed, Pictures, find_images, read_file, roots_of
+from microdit.data.sources.files import IMAGE_SUFFIXES, LARGEST_TEXT, NO_FILE, ImageList, ListedImage, find_images, read_file, roots_of
 from microdit.data.sources.metadata import (
     CAPTION_NAMES,
+    LinePosition,
     MetadataLines,
-    Place,
     caption_name,
     digest_of,
     find_lines,
@@ -41,14 +41,14 @@ PART_SIZE = 1000  # pictures
 class Listing:
     """The records of a folder: the lines of its list, if it has one, then pictures. `wanted` are the captions in the lines."""
 
-    pictures: Pictures
+    pictures: ImageList
     lines: MetadataLines | None = None
     wanted: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return (len(self.lines) if self.lines else 0) + len(self.pictures)
 
-    def __getitem__(self, which: slice) -> list[Listed]:
+    def __getitem__(self, which: slice) -> list[ListedImage]:
         start, stop, _ = which.indices(len(self))
         if self.lines is None:
             return self.pictures[start:stop]
@@ -90,7 +90,7 @@ def list_folder(folder: Path, wanted: Sequence[str]) -> Listing:
     return Listing(unlisted, replace(lines, repeated=np.flatnonzero(repeated[: len(lines)])))
 
 
-def parts_of(listed: Sequence[Listed] | Listing, folder: Path, captions_beside: tuple[str, ...] = ()) -> list[Part]:
+def parts_of(listed: Sequence[ListedImage] | Listing, folder: Path, captions_beside: tuple[str, ...] = ()) -> list[Part]:
     """Parts of `PART_SIZE` pictures each, files of `folder`. `captions_beside` are read from the files beside them."""
     parts = []
     for start in range(0, len(listed), PART_SIZE):
@@ -100,12 +100,12 @@ def parts_of(listed: Sequence[Listed] | Listing, folder: Path, captions_beside: 
     return parts
 
 
-def _read(listed: Sequence[Listed] | Listing, which: slice, folder: Path, captions_beside: tuple[str, ...]) -> Iterator[Record]:
+def _read(listed: Sequence[ListedImage] | Listing, which: slice, folder: Path, captions_beside: tuple[str, ...]) -> Iterator[Record]:
     share = listed[which]
     yield from _read_with_sidecars(folder, captions_beside, share) if captions_beside else read_listed(folder, share)
 
 
-def _files(listed: Sequence[Listed] | Listing, which: slice, folder: Path, captions_beside: tuple[str, ...]) -> Iterator[Path]:
+def _files(listed: Sequence[ListedImage] | Listing, which: slice, folder: Path, captions_beside: tuple[str, ...]) -> Iterator[Path]:
     suffixes = sorted(sidecars_for(captions_beside)) if captions_beside else []
     for item in listed[which]:
         if not item.problem:
@@ -113,11 +113,11 @@ def _files(listed: Sequence[Listed] | Listing, which: slice, folder: Path, capti
             yield from ((folder / item.file).with_suffix(f".{suffix}") for suffix in suffixes)
 
 
-def _known(listed: Sequence[Listed] | Listing, which: slice) -> str:
+def _known(listed: Sequence[ListedImage] | Listing, which: slice) -> str:
     return hashlib.sha256(repr(listed[which]).encode(errors="surrogatepass")).hexdigest()
 
 
-def read_listed(folder: Path, listed: Iterable[Listed]) -> Iterator[Record]:
+def read_listed(folder: Path, listed: Iterable[ListedImage]) -> Iterator[Record]:
     """Open the files."""
     roots = roots_of(folder)
     for item in listed:
@@ -125,7 +125,7 @@ def read_listed(folder: Path, listed: Iterable[Listed]) -> Iterator[Record]:
         yield Record(item.key, item.captions, image, trouble)
 
 
-def _read_with_sidecars(folder: Path, wanted: tuple[str, ...], listed: Sequence[Listed]) -> Iterator[Record]:
+def _read_with_sidecars(folder: Path, wanted: tuple[str, ...], listed: Sequence[ListedImage]) -> Iterator[Record]:
     roots = roots_of(folder)
     for record, item in zip(read_listed(folder, listed), listed, strict=True):
         beside = {kind: read_file((folder / item.file).with_suffix(f".{kind}"), roots, LARGEST_TEXT) for kind in sidecars_for(wanted)}
@@ -202,7 +202,7 @@ def _read_listing(folder: Path, source: Path) -> Listing:
         if sha256_of(folder / NAMES) != about["sha256"]:
             raise ValueError("its checksum differs")
         with safe_open(folder / NAMES, "np") as file:
-            pictures = Pictures(offsets=file.get_slice("offsets"), names=file.get_slice("names"), **about["pictures"])
+            pictures = ImageList(offsets=file.get_slice("offsets"), names=file.get_slice("names"), **about["pictures"])
             repeated = file.get_tensor("repeated") if about["lines"] else None
     except (ValueError, SafetensorError) as error:
         raise UserError(
@@ -219,7 +219,7 @@ def _read_listing(folder: Path, source: Path) -> Listing:
 
 
 def _lines(source: Path, about: dict[str, Any], repeated: Any) -> MetadataLines:
-    places = [Place(offset, lines, tuple(header) if header else None) for offset, lines, header in about["places"]]
+    places = [LinePosition(offset, lines, tuple(header) if header else None) for offset, lines, header in about["places"]]
     return MetadataLines(
         source / about["path"], tuple(about["state"]), about["count"], about["step"], places, repeated, frozenset(about["names"])
     )

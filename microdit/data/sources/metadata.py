@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from microdit.data.sources.files import Listed, Refused, bounded_lines, open_file, roots_of
+from microdit.data.sources.files import ListedImage, Refused, bounded_lines, open_file, roots_of
 from microdit.errors import UserError
 from microdit.io.text import parse_json
 
@@ -82,7 +82,7 @@ LINE_TOO_LONG = "metadata line is too long"
 BOM = b"\xef\xbb\xbf"
 
 
-class Place(NamedTuple):
+class LinePosition(NamedTuple):
     """Between two records: how many bytes and lines lie before it, and the header of a CSV list once it has been read."""
 
     offset: int = 0
@@ -105,20 +105,20 @@ class MetadataLines:
     state: tuple[int, int]
     count: int
     step: int
-    places: list[Place]
+    places: list[LinePosition]
     repeated: NDArray[np.int64]  # sorted
     names: frozenset[str]
 
     def __len__(self) -> int:
         return self.count
 
-    def read(self, start: int, stop: int, wanted: Sequence[str]) -> list[Listed]:
+    def read(self, start: int, stop: int, wanted: Sequence[str]) -> list[ListedImage]:
         """Raises UserError if the list has changed since."""
         stop = min(stop, self.count)
         if start >= stop:
             return []
         repeated = set(self.repeated[np.searchsorted(self.repeated, start) : np.searchsorted(self.repeated, stop)].tolist())
-        read: list[Listed] = []
+        read: list[ListedImage] = []
         with _opened(self.path) as text:
             unchanged = text.state() == self.state
             lines = text.lines(self.places[start // self.step]) if unchanged else iter(())
@@ -135,12 +135,12 @@ class MetadataLines:
 
 def find_lines(path: Path, wanted: Sequence[str], step: int) -> tuple[MetadataLines, bytearray]:
     """The records of a list, and the digest of each one's file name. Whoever knows all digests says which are `repeated`."""
-    places: list[Place] = []
+    places: list[LinePosition] = []
     names: set[str] = set()
     digests = bytearray()
     count = 0
     with _opened(path) as text:
-        state, place = text.state(), Place()
+        state, place = text.state(), LinePosition()
         for number, fields in text.lines(place):
             if count % step == 0:
                 places.append(place)
@@ -185,20 +185,20 @@ def _file_of(fields: dict[str, Any]) -> str:
     return posixpath.normpath(name) if name and isinstance(name, str) else ""
 
 
-def _listed(list_name: str, line: Line, wanted: Sequence[str], repeated: bool) -> Listed:
+def _listed(list_name: str, line: Line, wanted: Sequence[str], repeated: bool) -> ListedImage:
     number, fields = line
     key = f"{list_name}#{number}"
     if isinstance(fields, str):
-        return Listed(key, "", problem=fields)
+        return ListedImage(key, "", problem=fields)
     file = _file_of(fields)
     if not file:
-        return Listed(key, "", problem="metadata line names no file")
+        return ListedImage(key, "", problem="metadata line names no file")
     if repeated:
-        return Listed(key, file, problem="listed twice")
+        return ListedImage(key, file, problem="listed twice")
     if file.startswith(("/", "../")) or file == "..":
-        return Listed(key, file, problem="file lies outside the folder")
+        return ListedImage(key, file, problem="file lies outside the folder")
     captions, problem = from_fields(fields, wanted)
-    return Listed(file, file, captions, problem)
+    return ListedImage(file, file, captions, problem)
 
 
 def _opened(path: Path) -> "_List":
@@ -226,7 +226,7 @@ class _List(io.TextIOWrapper):
         self._offset += len(text) if text.isascii() else len(text.encode(errors="surrogateescape"))
         return text
 
-    def lines(self, start: Place) -> Iterator[Line]:
+    def lines(self, start: LinePosition) -> Iterator[Line]:
         """Behind each, `place` is where the next one begins. Only once."""
         self._offset = max(start.offset, self._begins)
         self._header = start.header
@@ -235,8 +235,8 @@ class _List(io.TextIOWrapper):
         return self._json_lines() if self._json else self._csv_lines()
 
     @property
-    def place(self) -> Place:
-        return Place(self._offset, self._numbered.number, self._header)
+    def place(self) -> LinePosition:
+        return LinePosition(self._offset, self._numbered.number, self._header)
 
     def _json_lines(self) -> Iterator[Line]:
         for line in self._numbered.lines:

@@ -15,7 +15,17 @@ from typing import Any, BinaryIO
 
 from microdit.data.sources.archives import Sample, archive_names, archive_source, open_zip, read_archive, read_zipped
 from microdit.data.sources.base import Part, Record, Source, only_captions, relative_names
-from microdit.data.sources.files import LARGEST_TEXT, Listed, Refused, Roots, bounded_lines, find_images, open_file, read_file, roots_of
+from microdit.data.sources.files import (
+    LARGEST_TEXT,
+    ListedImage,
+    Refused,
+    Roots,
+    bounded_lines,
+    find_images,
+    open_file,
+    read_file,
+    roots_of,
+)
 from microdit.data.sources.folders import parts_of
 from microdit.data.sources.metadata import caption_text, from_fields, from_sidecars
 from microdit.errors import UserError
@@ -272,9 +282,9 @@ def _coco2014(folder: Path, captions: dict[str, float]) -> list[Part]:
     return parts_of(listed, folder)
 
 
-def _listed(file: str, caption: str) -> Listed:
+def _listed(file: str, caption: str) -> ListedImage:
     captions, problem = from_fields({"caption": caption}, ["caption"])
-    return Listed(file, file, captions, problem)
+    return ListedImage(file, file, captions, problem)
 
 
 def _entries(path: Path, key: str, fields: dict[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from microdit.data.sources.base import open_source
+from microdit.data.sources.open import open_source
 from microdit.errors import UserError
 from tests.data.pictures import picture, records_of, write_file, write_tar
 

@@ -3,8 +3,8 @@ import os
 
 import pytest
 
-from microdit.data.sources.base import open_source
 from microdit.data.sources.folders import folder_source
+from microdit.data.sources.open import open_source
 from microdit.errors import UserError
 from tests.data.pictures import keys_of, picture, problems_of, records_of, write_file
 

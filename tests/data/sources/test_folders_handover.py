@@ -6,8 +6,8 @@ import pytest
 
 from microdit.data.dataset import EncodedDataset
 from microdit.data.encode import EncodeSettings, encode_source, unfinished
-from microdit.data.sources.base import open_source
 from microdit.data.sources.folders import list_folder, listed_once
+from microdit.data.sources.open import open_source
 from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
 from tests.data.pictures import picture, records_of, write_file
