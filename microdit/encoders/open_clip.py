@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from microdit.encoders.model_files import check_complete, loading, read_json
+from microdit.encoders.model_files import DOWNLOAD_AGAIN, check_complete, loading
 from microdit.errors import UserError
+from microdit.io.files import read_json
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 PAD_ID = 0  # open_clip fills its captions up with zeros, whatever the tokenizer's files say
@@ -49,7 +50,7 @@ def load_open_clip(folder: Path, weights_file: Path) -> Any:
 def _text_config(path: Path) -> Any:
     from transformers import CLIPTextConfig
 
-    model_cfg = read_json(path).get("model_cfg")
+    model_cfg = read_json(path, DOWNLOAD_AGAIN).get("model_cfg")
     text_cfg = model_cfg.get("text_cfg") if isinstance(model_cfg, dict) else None
     if not isinstance(model_cfg, dict) or not isinstance(text_cfg, dict):
         raise UserError(f"{path} describes no text encoder (model_cfg.text_cfg): download it again.")

@@ -24,17 +24,17 @@ from torch import Tensor
 
 from microdit.data.pixels import to_tensor
 from microdit.encoders.model_files import (
+    DOWNLOAD_AGAIN,
     check_complete,
     find_folder,
     fingerprint_of,
     lasting_name,
     loading,
-    read_json,
     weight_files,
     weight_patterns,
 )
 from microdit.errors import UserError
-from microdit.io.files import sha256_of
+from microdit.io.files import read_json, sha256_of
 
 SIZE = 224
 EFFICIENTNET_BATCH = 32
@@ -82,7 +82,7 @@ def load_network(place: str, model_types: tuple[str, ...], model_class: Any) -> 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     folder = find_folder(place, ["*.json", "*.txt"])
-    settings = read_json(folder / "config.json")
+    settings = read_json(folder / "config.json", DOWNLOAD_AGAIN)
     model_type = settings.get("model_type")
     if model_type not in model_types:
         raise UserError(f"{folder / 'config.json'} says model_type {model_type}, where {' or '.join(model_types)} is needed.")

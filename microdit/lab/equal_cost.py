@@ -24,7 +24,7 @@ from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.console import PlainConsole
 from microdit.io.files import write_aside
-from microdit.io.text import parse_json
+from microdit.io.text import parse_json_object
 from microdit.lab.study import Budget, Study, measurement
 from microdit.training.trainer import Trainer
 
@@ -183,9 +183,9 @@ def _content(out: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no {path}: run the study first.")
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json_object(path.read_bytes())
         if not {"asked", "arms"} <= content.keys():
             raise ValueError("asked or arms are missing")
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): results without their plan cannot be gone on with; choose another --out.") from error
     return dict(content)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from microdit.data.sources.files import ListedImage, Refused, bounded_lines, open_file, roots_of
 from microdit.errors import UserError
-from microdit.io.text import parse_json
+from microdit.io.text import parse_json_object
 
 CAPTION_NAMES = ("caption", "text", "prompt")  # of columns and fields, the first that exists is used
 NO_CAPTION = "no caption"
@@ -47,8 +47,7 @@ def from_sidecars(files: Mapping[str, bytes], wanted: Sequence[str]) -> tuple[di
     fields: dict[str, Any] = {}
     broken = ""
     try:
-        loaded = parse_json(files["json"]) if "json" in files else {}
-        fields = loaded if isinstance(loaded, dict) else {}
+        fields = parse_json_object(files["json"]) if "json" in files else {}
     except ValueError:
         broken = "sidecar is not JSON"
     try:
@@ -245,10 +244,9 @@ class _List(io.TextIOWrapper):
                 yield self._numbered.number, LINE_TOO_LONG
             elif line.strip():
                 try:
-                    fields = parse_json(line)
+                    yield self._numbered.number, parse_json_object(line)
                 except ValueError:
-                    fields = None
-                yield self._numbered.number, fields if isinstance(fields, dict) else "metadata line is not JSON"
+                    yield self._numbered.number, "metadata line is not JSON"
 
     def _csv_lines(self) -> Iterator[Line]:
         reader = csv.reader(self._numbered)
