@@ -1,7 +1,7 @@
-"""Where pictures and captions come from: a `Source` is a list of `Part`s, each an iterable of undecoded `Record`s.
+"""The types of a data source: a `Source` is a list of `Part`s, each an iterable of undecoded `Record`s.
 
-A part is the unit of work: it becomes one shard of the encoded set, whatever process works on it. So the parts of a source, their
-order and what is in them must not depend on anything but the source itself.
+A part is the unit of work: it becomes one shard of the encoded data set, whichever process encodes it. The parts of a source, their
+order and their content must therefore depend on nothing but the source itself. `open.py` opens a source by its name.
 """
 
 import hashlib
@@ -12,19 +12,20 @@ from pathlib import Path
 from microdit.errors import UserError
 
 LONGEST_KEY = 1000  # characters
-MAX_CAPTION = 4000  # characters that are kept; text encoders take 32 to 512 tokens
+MAX_CAPTION = 4000  # characters kept; text encoders take 32 to 512 tokens
 
 TARS = (".tar", ".tgz", ".tar.gz")
 ARCHIVES = (*TARS, ".zip")
-END = "#end"  # ends the key of a record which says that the rest of its part cannot be read
+END = "#end"  # suffix of the key of a record that reports that the rest of its part cannot be read
 
 
 @dataclass(frozen=True)
 class Record:
-    """One picture with its captions, as the source holds them.
+    """An image with its captions, as the source holds them.
 
-    `key` is unique in its part. `captions` maps a caption's name ("caption", "alt") to its text. `image` is the file's bytes.
-    `problem` says, in a few words that are the same for all such records, why the source already knows that it cannot be used.
+    `key` is unique within its part. `captions` maps the name of a caption ("caption", "alt") to its text. `image` is the content of the
+    image file. `problem` is the reason why the record cannot be used, if the source already knows one; records with the same problem have
+    the same words, so that they can be counted.
     """
 
     key: str
@@ -35,9 +36,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Part:
-    """Records that belong together: a tar, a row group of a table, a thousand files. `records()` starts from the first each time.
+    """A group of records: a tar file, a row group of a table, or a thousand files.
 
-    `files()` are those that it reads; `known()` is what decides on its records besides them: lines of a list, a choice among the records.
+    `records()` yields them, from the first one each time it is called. `files()` names the files that it reads. `known()` returns whatever
+    else determines the records, as text: the lines of a list, or a choice among the records.
     """
 
     name: str
@@ -46,7 +48,7 @@ class Part:
     known: Callable[[], str] = str
 
     def fingerprint(self) -> str:
-        """A digest of the names, sizes and times of the files and of what is known: while it is the same, so are the records."""
+        """Return a digest of `known()` and of the files' names, sizes and modification times. Equal digests mean equal records."""
         digest = hashlib.sha256(self.known().encode(errors="surrogatepass"))
         for path in self.files():
             try:
@@ -60,9 +62,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """`caption_weights`: how often each caption is used when a picture has several; those not named are not used.
+    """A named list of parts.
 
-    `min_side`: pixels below which a picture is better left out, if the source knows.
+    `caption_weights` says how often each caption is chosen where an image has several; captions without a weight are not used.
+    `min_side` is the shortest side, in pixels, that an image should have, if the source recommends one.
     """
 
     name: str
@@ -73,7 +76,7 @@ class Source:
 
 
 def checked(records: Iterable[Record], captions: Collection[str]) -> Iterator[Record]:
-    """The records of a part as they are encoded, with these captions, cleaned. One that cannot be used has a `problem`, and no file."""
+    """Yield the records of a part as they are encoded, with these captions only, cleaned. Unusable ones have a `problem` and no image."""
     met: set[str] = set()
     for record in records:
         cleaned = {name: text for name in captions if (text := _clean(record.captions.get(name, "")))}
@@ -83,7 +86,7 @@ def checked(records: Iterable[Record], captions: Collection[str]) -> Iterator[Re
 
 
 def only_captions(name: str, own: Mapping[str, float], captions: Mapping[str, float] | None) -> dict[str, float]:
-    """The weights to use for a source whose caption names are fixed. Raises UserError if others are asked for."""
+    """Return the caption weights for a source whose caption names are fixed. Raises UserError if `captions` has other names."""
     unknown = sorted(set(captions or {}) - set(own))
     if unknown:
         raise UserError(f"{name} has no caption named {', '.join(unknown)}; it has {', '.join(own)}.")
@@ -91,7 +94,7 @@ def only_captions(name: str, own: Mapping[str, float], captions: Mapping[str, fl
 
 
 def relative_names(files: list[Path]) -> list[str]:
-    """Of each file below the deepest folder that holds them all: unique, and the same wherever that folder lies."""
+    """Return the path of each file relative to the deepest folder that holds all of them: unique, and independent of its location."""
     top = files[0].parent
     while not all(file.is_relative_to(top) for file in files):
         top = top.parent

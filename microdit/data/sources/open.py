@@ -18,19 +18,20 @@ from microdit.data.sources.named import NAMED, open_named
 from microdit.errors import UserError
 
 _KINDS = """A source is one of
-  emoji, emoji:held_out          the embedded pictures; emoji:unnamed, emoji:unnamed_held_out all have one caption
-  scenes, scenes:5000            scenes drawn from them, and how many
-  NAME:FOLDER                    one of the paper's sets: {named}
-  a folder                       of pictures with .txt files or metadata.jsonl, of archives, of tables, or by Dataset.save_to_disk
+  emoji, emoji:held_out          the built-in images; in emoji:unnamed and emoji:unnamed_held_out all have the same caption
+  scenes, scenes:5000            scenes composed of them, and how many
+  NAME:FOLDER                    one of the paper's data sets: {named}
+  a folder                       of images with .txt files or metadata.jsonl, of archives, of tables, or written by Dataset.save_to_disk
   a file, or a pattern in quotes .tar, .tgz, .tar.gz, .zip or .parquet
   hf:NAME, hf:NAME:SPLIT         anything that datasets.load_dataset can load"""
 
 
 def open_source(name: str, captions: Mapping[str, float] | None = None, fraction: float = 1.0, list_once: ListOnce | None = None) -> Source:
-    """The source of that name (see `_KINDS`). `captions` says which captions are used, and how often, instead of its own choice.
+    """Open the source of that name (see `_KINDS`). Raises UserError if there is none, or if it cannot be read.
 
-    `fraction` keeps the records whose key's SHA-256 falls into that share: the same ones in any order, and those of a smaller fraction
-    are among those of a larger. `list_once` may give the listing of a folder that another process has made. Raises UserError.
+    `captions` replaces the source's own choice of captions and of their weights. `fraction` keeps the records whose key's SHA-256 falls
+    into that share: the choice does not depend on the order, and a larger fraction contains a smaller one. `list_once` may return the
+    listing of a folder that another process has made.
     """
     if not 0 < fraction <= 1:
         raise UserError(f"The fraction of {name} is {fraction}, and must lie in (0, 1]: 0.1 keeps a tenth.")
@@ -75,13 +76,13 @@ def _open_path(name: str, captions: dict[str, float] | None, list_once: ListOnce
     files = [path] if path.is_file() else sorted(Path(file) for file in glob.glob(str(path), recursive=True))
     if not files:
         raise UserError(f"There is no file or folder at {name}. {_kinds()}")
-    if all(file.name.lower().endswith(ARCHIVES) for file in files):  # links too: they were named
+    if all(file.name.lower().endswith(ARCHIVES) for file in files):  # links too, because the user named them
         return archive_source(files, captions)
     if all(file.suffix.lower() == ".parquet" for file in files):
         from microdit.data.sources.tables import table_source
 
         return table_source(files, captions)
-    raise UserError(f"{name} is neither archives alone nor tables alone. {_kinds()}")
+    raise UserError(f"{name} names neither archives only nor tables only. {_kinds()}")
 
 
 def _open_folder(folder: Path, captions: dict[str, float] | None, list_once: ListOnce | None) -> Source:
@@ -89,7 +90,7 @@ def _open_folder(folder: Path, captions: dict[str, float] | None, list_once: Lis
 
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return saved_source(folder, captions)
-    archives, tables, pictures = [], [], False
+    archives, tables, images = [], [], False
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -98,13 +99,13 @@ def _open_folder(folder: Path, captions: dict[str, float] | None, list_once: Lis
                     archives.append(folder / entry.name)
                 elif name.endswith(".parquet") and not is_folder(entry):
                     tables.append(folder / entry.name)
-                elif not pictures:
-                    pictures = name.endswith(IMAGE_SUFFIXES) and not name.startswith(".") and not is_folder(entry)
+                elif not images:
+                    images = name.endswith(IMAGE_SUFFIXES) and not name.startswith(".") and not is_folder(entry)
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be read: {error.strerror}.") from error
-    if pictures and (archives or tables):
-        raise UserError(f"{folder} holds pictures beside {min(archives or tables).name}: move one of them, or name the files by a pattern.")
-    if archives:  # before tables: img2dataset writes a table without pictures beside each tar
+    if images and (archives or tables):
+        raise UserError(f"{folder} holds images beside {min(archives or tables).name}: move one of them, or name the files by a pattern.")
+    if archives:  # before tables: img2dataset writes a table without images beside each tar
         return archive_source(sorted(archives), captions, roots_of(folder))
     return table_source(sorted(tables), captions, roots_of(folder)) if tables else folder_source(folder, captions, list_once)
 
@@ -116,7 +117,7 @@ def _kinds() -> str:
 def _kept(part: Part, fraction: float) -> Iterator[Record]:
     for record in part.records():
         digest = hashlib.sha256(record.key.encode(errors="surrogatepass")).digest()
-        # A note that a part ends early stands for records that nobody has seen: it is never left out.
+        # The report that a part ends early stands for an unknown number of records, so it is never left out.
         if int.from_bytes(digest[:8], "big") < fraction * 2**64 or record.key.endswith(END):
             yield record
 
