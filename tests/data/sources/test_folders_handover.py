@@ -89,7 +89,7 @@ def test_a_listing_that_is_damaged_is_not_read(tmp_path, ranks):
 
 def test_a_disk_that_refuses_the_listing_is_a_sentence(tmp_path, ranks):
     write_file(tmp_path / ".set.part", b"not a folder")
-    with pytest.raises(UserError, match=r"The listing of .*source could not be handed over in .*\.set\.part: .*, or choose another --out"):
+    with pytest.raises(UserError, match=r"The listing of .*source could not be passed on in .*\.set\.part: .*, or choose another --out"):
         open_source(str(fill(tmp_path / "source", with_list=False)), list_once=ranks())
 
 
