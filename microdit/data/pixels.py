@@ -1,6 +1,6 @@
 """Conversion between 8-bit images and float tensors in [-1, 1].
 
-Apart from `decode.py`, whose worker processes must start without loading torch.
+This is a module of its own because `decode.py`, which worker processes import, must not load torch.
 """
 
 import numpy as np
@@ -13,17 +13,17 @@ from microdit.data.decode import fit
 
 
 def to_tensor(image: Image.Image, height: int, width: int | None = None) -> Tensor:
-    """An RGB picture, resized and cut to height x width (square without a width): (3, height, width) in [-1, 1]."""
+    """Resize and crop an RGB image to height x width (square without a width): (3, height, width) in [-1, 1]."""
     return normalise(fit(image, height, width or height)[None])[0]
 
 
 def normalise(pixels_BHWC: NDArray[np.uint8] | Tensor) -> Tensor:
-    """Bytes (B, H, W, 3) -> (B, 3, H, W) in [-1, 1], channels last in memory, on the device of the bytes."""
+    """Convert bytes (B, H, W, 3) to floats (B, 3, H, W) in [-1, 1], channels last in memory, on the device of the bytes."""
     bytes_BHWC = pixels_BHWC if isinstance(pixels_BHWC, Tensor) else torch.tensor(pixels_BHWC)
     return bytes_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_image(pixels_CHW: Tensor) -> Image.Image:
-    """(3, height, width) in [-1, 1], values outside clipped -> an 8-bit picture."""
+    """Convert (3, height, width) in [-1, 1], with values outside clipped, to an 8-bit RGB image."""
     bytes_CHW = ((pixels_CHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(bytes_CHW.permute(1, 2, 0).cpu().numpy())
