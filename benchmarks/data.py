@@ -33,12 +33,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from microdit.data.dataset import EncodedDataset, MixedDataset
-from microdit.data.decode import normalise
 from microdit.data.encode import EncodeSettings, encode_source
-from microdit.data.manifest import write_card
+from microdit.data.manifest import write_manifest
 from microdit.data.packing import pack_latents, pack_text
-from microdit.data.sampler import PhaseOrder, SampleOrder
-from microdit.data.shards import CHECKSUM_BYTES, Row, ShardWriter, checksums_of
+from microdit.data.pixels import normalise
+from microdit.data.sampler import BatchSampler, SamplerPhase
+from microdit.data.shards import CHECKSUM_BYTES, EncodedRow, ShardWriter, checksums_of
 from microdit.data.sources.base import Part, Record, Source
 from microdit.data.sources.builtin import emoji_source
 from microdit.diffusion.edm import EDM
@@ -102,7 +102,7 @@ def show_trainers_own(folder: Path, rows: int, tokens: int) -> None:
     """What the trainer's reading thread does for each sample, on one thread, and what a CPU then has to do in the place of a GPU."""
     keep_freed_memory()  # as the trainer does
     write_ours(folder, rows, tokens)
-    mixture = MixedDataset([EncodedDataset(folder)], [PhaseOrder(10**6, BATCH, (1,))], seed=0)
+    mixture = MixedDataset([EncodedDataset(folder)], [SamplerPhase(10**6, BATCH, (1,))], seed=0)
     torch.set_num_threads(1)
 
     def drawn(step: int) -> None:
@@ -153,13 +153,13 @@ def write_ours(folder: Path, rows: int, tokens: int, rows_a_shard: int = 500) ->
         writer = ShardWriter(folder / f"shard-{number:05d}.arrow", [256])
         for i in range(first, min(first + rows_a_shard, rows)):
             latents, text = sample(generator, tokens)
-            writer.write(Row(f"{i}", 0, [f"caption {i}"], [1.0], [pack_text(text, "fp16")], {256: pack_latents(latents, "fp16")}))
+            writer.write(EncodedRow(f"{i}", 0, [f"caption {i}"], [1.0], [pack_text(text, "fp16")], {256: pack_latents(latents, "fp16")}))
         writer.close()
         path = writer.path
         count = {"captions": writer.rows, "tokens": writer.rows * tokens, "captions_cut": 0, "seen": writer.rows, "rejected": {}}
         shards.append({"name": path.name, "rows": writer.rows, "buckets": {"0": writer.rows}, "bytes": path.stat().st_size, **count})
         shards[-1] |= {"sha256": "0" * 64, "checksums": checksums_of(path)._asdict()}
-    write_card(folder, plan_of({256: 32}, "fp16", "fp16", (77, CHANNELS)), shards)
+    write_manifest(folder, plan_of({256: 32}, "fp16", "fp16", (77, CHANNELS)), shards)
 
 
 class Ours(Dataset[Any]):
@@ -167,7 +167,7 @@ class Ours(Dataset[Any]):
 
     def __init__(self, folder: Path):
         self.data = EncodedDataset(folder)
-        self.order = SampleOrder((tuple(self.data.bucket_sizes),), 0, (PhaseOrder(10**6, BATCH, (1,)),))
+        self.order = BatchSampler((tuple(self.data.bucket_sizes),), 0, (SamplerPhase(10**6, BATCH, (1,)),))
 
     def __len__(self) -> int:
         return 10**6

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from microdit.data.sources.builtin import PLURALS, draw, emoji_rows, scene
+from microdit.data.sources.builtin import PLURALS, draw, emoji_images, scene
 from microdit.evaluation.geneval.emoji_scenes import SHAPES, EmojiColours, EmojiDetector, emoji_prompts, made_false, true_picture
 from microdit.evaluation.geneval.rules import COLOURS, TASKS, Detection, judge, overlap
 from microdit.evaluation.recognition import spread_ids
@@ -70,7 +70,7 @@ def print_scenes(detector: EmojiDetector, count: int, side: int) -> None:
 def print_others(detector: EmojiDetector, count: int, side: int) -> None:
     """The share of pictures of things that no prompt names in which nothing is found. Some do show a heart or a circle."""
     known = {*PLURALS, *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)}
-    others = [row.image for row in emoji_rows("train") if row.caption not in known]
+    others = [row.image for row in emoji_images("train") if row.caption not in known]
     chosen = [others[int(n)] for n in spread_ids(len(others), count)]
     nothing = sum(not detector(coarse(image, side)) for image in chosen)
     print(f"  {'other emoji':15} {nothing / len(chosen):.1%} with nothing found")

@@ -31,8 +31,8 @@ if __name__ != "__mp_main__":  # the workers that decode import this file too, a
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
     from microdit.cli.data import default_workers
-    from microdit.data.decode import normalise
     from microdit.data.encode import EncodeSettings, default_batch_size, encode_source
+    from microdit.data.pixels import normalise
     from microdit.data.sources.base import Part, Record, Source
     from microdit.devices import DTYPES, choose_device, choose_dtype, in_words
     from microdit.encoders.autoencoder import Autoencoder, DiffusersAutoencoder

@@ -3,10 +3,10 @@
 from typing import Any
 
 from microdit.data.manifest import FORMAT
-from microdit.data.packing import CaptionForm, LatentForm
+from microdit.data.packing import CaptionPacking, LatentPacking
 
 
-def plan_of(sides: dict[int, int], latents: LatentForm, captions: CaptionForm, caption: tuple[int, int]) -> dict[str, Any]:
+def plan_of(sides: dict[int, int], latents: LatentPacking, captions: CaptionPacking, caption: tuple[int, int]) -> dict[str, Any]:
     """`sides`: of the square pictures, and of their latents, which have 4 channels; `caption`: tokens and channels."""
     return {
         "format": FORMAT,

@@ -405,7 +405,7 @@ def draw_stored_captions(place: Place, run: Path) -> dict[str, Any]:
     """Draw captions of the emoji as they are stored, without a text encoder: OUT/pictures.png, each row above the pictures of the data."""
     from microdit.checkpoint import default_weights, find_weights
     from microdit.data.dataset import EncodedDataset
-    from microdit.data.decode import to_image
+    from microdit.data.pixels import to_image
     from microdit.diffusion.edm import EDM
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.evaluation.recognition import spread_ids

@@ -13,9 +13,9 @@ from gpu_measure import Place, costliest_kernels, free_memory, measured_ceiling,
 
 from microdit.config.schema import EngineRecipe, Recipe
 from microdit.data.dataset import Batch, StoredBatch
-from microdit.data.manifest import FORMAT, write_card
+from microdit.data.manifest import FORMAT, write_manifest
 from microdit.data.packing import StoredRows, pack_latents, pack_text
-from microdit.data.shards import Row, ShardWriter, checksums_of
+from microdit.data.shards import EncodedRow, ShardWriter, checksums_of
 from microdit.distributed import World
 from microdit.io.files import sha256_of
 from microdit.models.config import Size
@@ -164,7 +164,7 @@ def write_random_set(
     for number in range(rows):
         text = pack_text(generator.standard_normal(caption, np.float32), "full")
         blob = pack_latents(generator.standard_normal(latents, np.float32), "int8")
-        writer.write(Row(f"{number}", 0, [f"caption {number}"], [1.0], [text], {resolution: blob}))
+        writer.write(EncodedRow(f"{number}", 0, [f"caption {number}"], [1.0], [text], {resolution: blob}))
     writer.close()
     shard = {
         "name": writer.path.name,
@@ -191,4 +191,4 @@ def write_random_set(
         "autoencoder": {"name": encoders[0], "fingerprint": hashlib.sha256(b"none").hexdigest()[:16]},
         "text_encoder": {"name": encoders[1], "fingerprint": hashlib.sha256(b"none").hexdigest()[:16]},
     }
-    write_card(folder, plan, [shard])
+    write_manifest(folder, plan, [shard])

@@ -21,9 +21,10 @@ import torch
 from scale_row import PICTURES, SIZES, Row
 
 from microdit.data.encode import EncodeSettings, encode_source, unfinished
-from microdit.data.sources.base import Part, Source, open_source
+from microdit.data.sources.base import Part, Source
 from microdit.data.sources.builtin import scenes_source
 from microdit.data.sources.folders import listed_once
+from microdit.data.sources.open import open_source
 from microdit.encoders.autoencoder import Pixels
 from microdit.encoders.text import MiniLM, TextEncoder
 

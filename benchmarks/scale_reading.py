@@ -24,9 +24,9 @@ from page_cache import bytes_read, forget
 from scale_row import SHARD_ROWS, SHARDS, SIZES, Row
 
 from microdit.data.dataset import EncodedDataset, MixedDataset
-from microdit.data.manifest import write_card
+from microdit.data.manifest import write_manifest
 from microdit.data.packing import bytes_of_row
-from microdit.data.sampler import PhaseOrder, Place, SampleOrder
+from microdit.data.sampler import BatchSampler, SampleRef, SamplerPhase
 from microdit.data.shard_index import Blobs, ShardIndex
 from microdit.data.shards import BATCH_ROWS, CHECKSUM_BYTES, MOST_OPEN, Checksums, Shard, most_open, seal
 
@@ -147,13 +147,13 @@ def measure(folder: Path, shards: int) -> Measured:
 # --- the fabricated set
 
 
-def phase() -> PhaseOrder:
-    return PhaseOrder(10**6, BATCH, (1,))
+def phase() -> SamplerPhase:
+    return SamplerPhase(10**6, BATCH, (1,))
 
 
-def wanted_places(shards: int) -> list[list[Place]]:
+def wanted_places(shards: int) -> list[list[SampleRef]]:
     """What rank 0 reads, step by step."""
-    order = SampleOrder(((shards * SHARD_ROWS,),), 0, (phase(),))
+    order = BatchSampler(((shards * SHARD_ROWS,),), 0, (phase(),))
     return [order.batch(step)[0::RANKS] for step in range(STEPS)]
 
 
@@ -198,7 +198,7 @@ def fabricate(folder: Path, shards: int, index: ShardIndex, numbers: set[int]) -
         counts = {"seen": SHARD_ROWS, "captions": SHARD_ROWS, "tokens": 25 * SHARD_ROWS, "captions_cut": 0, "rejected": {}}
         entries.append({"name": path.name, "rows": SHARD_ROWS, "buckets": {"0": SHARD_ROWS}, "bytes": last + len(content), **counts})
         entries[-1] |= {"part": path.stem, "fingerprint": "0" * 64, "sha256": "0" * 64, "checksums": checksums._asdict()}
-    write_card(folder, plan_of({side: side // 8 for side in LATENTS}, "int8", "int8", (77, CHANNELS)), entries)
+    write_manifest(folder, plan_of({side: side // 8 for side in LATENTS}, "int8", "int8", (77, CHANNELS)), entries)
 
 
 # --- what this process holds

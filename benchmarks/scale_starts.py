@@ -27,7 +27,7 @@ from scale_row import RANKS, SHARDS, SIZES, Row
 
 from microdit.checkpoint import deal, find_weights
 from microdit.config.schema import DataRecipe, EMARecipe, EngineRecipe, ModelRecipe, PhaseRecipe, Recipe
-from microdit.data.manifest import CARD, open_card
+from microdit.data.manifest import MANIFEST, open_manifest
 from microdit.distributed import World, start_world, stop_world
 from microdit.errors import UserError
 from microdit.io.files import sha256_of, to_checked_json
@@ -194,7 +194,7 @@ def opening(world: World, folder: Path) -> tuple[int, float]:
 
     os.stat = counted
     try:
-        open_card(folder, world)
+        open_manifest(folder, world)
     finally:
         os.stat = stat
     return looks, time.perf_counter() - started
@@ -292,7 +292,7 @@ def _write_card(folder: Path, shards: int) -> Path:
         (folder / name).write_bytes(b"1234")
     keys = ("rows", "sizes", "settings", "autoencoder", "text_encoder", "text_channels", "downsampling")
     entries = [{"name": name, "bytes": 4, "sha256": "0" * 64} for name in names]
-    (folder / CARD).write_bytes(to_checked_json({"format": 3, **dict.fromkeys(keys, 1), "shards": entries}))
+    (folder / MANIFEST).write_bytes(to_checked_json({"format": 3, **dict.fromkeys(keys, 1), "shards": entries}))
     return folder
 
 

@@ -18,7 +18,7 @@ import torch
 from microdit.config.load import load_recipe
 from microdit.data.dataset import EncodedDataset
 from microdit.data.encode import EncodeSettings, encode_source
-from microdit.data.packing import CaptionForm, LatentForm, bytes_of_row
+from microdit.data.packing import CaptionPacking, LatentPacking, bytes_of_row
 from microdit.data.sources.builtin import emoji_source
 from microdit.diffusion.edm import draw_sigma, edm_loss
 from microdit.distributed import start_world
@@ -30,7 +30,13 @@ from microdit.training.trainer import Trainer
 SAMPLES, AUTHORS_TB = 37e6, 7.3
 LATENT_SIDES, CHANNELS, CONTEXT = (32, 64), 1024, 77
 CHECKSUMS = 3 * 8  # bytes: one a blob
-FORMS: list[tuple[LatentForm, CaptionForm]] = [("fp16", "full"), ("fp16", "fp16"), ("fp16", "int8"), ("int8", "int8"), ("int8", "ids")]
+PACKINGS: list[tuple[LatentPacking, CaptionPacking]] = [
+    ("fp16", "full"),
+    ("fp16", "fp16"),
+    ("fp16", "int8"),
+    ("int8", "int8"),
+    ("int8", "ids"),
+]
 
 
 def main() -> None:
@@ -45,7 +51,7 @@ def main() -> None:
 
 def print_sizes(tokens: float) -> None:
     print(f"{'latents':10}{'captions':10}{'bytes':>10}{'TB':>8}{'of 7.3 TB':>11}   below a third up to / a fifth up to (tokens)")
-    for latents, captions in FORMS:
+    for latents, captions in PACKINGS:
         fixed = sum(4 * bytes_of_row(side * side, latents) for side in LATENT_SIDES) + CHECKSUMS
         per_token = bytes_of_row(CHANNELS, captions)
         weight = fixed + per_token * (CONTEXT if captions == "full" else tokens)
@@ -61,7 +67,7 @@ def print_losses(steps: int, seeds: int) -> None:
     with tempfile.TemporaryDirectory() as place:
         exact = Path(place) / "exact"
         encode_source(emoji_source("train"), exact, EncodeSettings((64,), "fp16", "fp16"), autoencoder, text_encoder)
-        for latents, captions in FORMS[1:]:
+        for latents, captions in PACKINGS[1:]:
             folder = Path(place) / f"{latents}-{captions}"
             encode_source(emoji_source("train"), folder, EncodeSettings((64,), latents, captions), autoencoder, text_encoder)
             losses = [train_and_measure(folder, exact, steps, seed, Path(place)) for seed in range(seeds)]

@@ -20,7 +20,7 @@ LAYERS = [
     ("io",),
     ("distributed",),
     ("devices",),
-    ("errors", "ranges"),
+    ("errors", "ranges", "splitmix"),
 ]
 FRIENDS: set[tuple[str, str]] = set()
 PURE = {"models": {"torch", "numpy"}, "diffusion": {"torch", "diffusers"}}  # what may come from outside besides the standard library

@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from microdit.cli.terminal import SOURCE_HELP, Device, Dtype, console, share, warn
-from microdit.data.packing import CaptionForm, LatentForm
+from microdit.data.packing import CaptionPacking, LatentPacking
 from microdit.devices import choose_dtype, choose_own_device, device_errors_explained, in_words
 from microdit.errors import UserError
 from microdit.io.console import LineOfProgress, PlainColumn, joined, styled
@@ -26,8 +26,8 @@ def encode_data(
     resolutions: Annotated[list[int] | None, typer.Option("--resolutions", help="Pixels of a side, one or more. [default: 64]")] = None,
     autoencoder: Annotated[str, typer.Option(help="icon, pixels, sdxl, 16ch, or a folder or hub name of diffusers.")] = "icon",
     text_encoder: Annotated[str, typer.Option(help="minilm, dfn-clip-h, or a folder or hub name: CLIP, T5, open_clip.")] = "minilm",
-    store_latents: Annotated[LatentForm, typer.Option(help="How latents are stored: int8 has a scale for each channel.")] = "int8",
-    store_captions: Annotated[CaptionForm, typer.Option(help="How captions are stored; ids are embedded in training.")] = "int8",
+    store_latents: Annotated[LatentPacking, typer.Option(help="How latents are stored: int8 has a scale for each channel.")] = "int8",
+    store_captions: Annotated[CaptionPacking, typer.Option(help="How captions are stored; ids are embedded in training.")] = "int8",
     caption: Annotated[list[str] | None, typer.Option("--caption", help="Which captions: NAME or NAME=WEIGHT; repeatable.")] = None,
     min_side: Annotated[
         int | None, typer.Option(help="Reject pictures with a shorter side. [default: the set's own, or the resolution]")
@@ -51,8 +51,8 @@ def encode_data(
     Example: microdit data encode my-pictures --out data/mine --resolutions 256 512 --autoencoder sdxl --text-encoder dfn-clip-h
     """
     from microdit.data.encode import EncodeSettings, default_batch_size, encode_source, unfinished
-    from microdit.data.sources.base import open_source
     from microdit.data.sources.folders import listed_once
+    from microdit.data.sources.open import open_source
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
 
@@ -96,7 +96,7 @@ def look_at_data(
     Example: microdit data look my-pictures
     """
     from microdit.data.look import look
-    from microdit.data.sources.base import open_source
+    from microdit.data.sources.open import open_source
     from microdit.reports.grids import draw_grid, save_png
 
     pictures, captions, statistics = look(open_source(source, _weights(caption)), limit=limit)

@@ -70,8 +70,8 @@ def evaluate(
     Example: torchrun --nproc-per-node 8 -m microdit evaluate RUN --reference coco2014:PATH -n 30000 --metrics fid,clip-score
     --network inception:inception-2015-12-05.pt
     """
-    from microdit.data.sources.base import open_source
-    from microdit.data.sources.builtin import emoji_rows
+    from microdit.data.sources.builtin import emoji_images
+    from microdit.data.sources.open import open_source
     from microdit.devices import device_errors_explained
     from microdit.distributed import stop_world
     from microdit.evaluation.evaluate import Question
@@ -87,7 +87,7 @@ def evaluate(
             raise UserError("--metrics and --watch compare with a set: name one with --reference, such as emoji.")
         _, compute = _start(device, dtype, batch_size)
         with device_errors_explained(LESS_MEMORY), progress("evaluate", count * steps) as advance:
-            found = evaluate_emoji_run(Path(run), list(emoji_rows("train")), count, settings, warn, advance, compute)
+            found = evaluate_emoji_run(Path(run), list(emoji_images("train")), count, settings, warn, advance, compute)
         console.print_json(data=found)
         stop_world()
         return

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microdit.data.manifest import open_card
+from microdit.data.manifest import open_manifest
 from microdit.data.packing import StoredRows, stack, unpack, unpack_ids
-from microdit.data.sampler import PhaseOrder, Place, SampleOrder
+from microdit.data.sampler import BatchSampler, SampleRef, SamplerPhase
 from microdit.data.shards import Checksums, DamagedShard, Shard, most_open
 from microdit.distributed import World
 from microdit.encoders.text import TextEncoder, load_text_encoder
@@ -86,8 +86,8 @@ class EncodedDataset:
     def __init__(self, folder: Path, resolution: int | None = None, world: World | None = None):
         """`resolution` may be left out if the set has only one. The processes of `world` must all come here. Raises UserError."""
         self.folder = folder
-        self.card = open_card(folder, world)
-        resolutions = self.card["settings"]["resolutions"]
+        self.manifest = open_manifest(folder, world)
+        resolutions = self.manifest["settings"]["resolutions"]
         if resolution not in resolutions and (resolution is not None or len(resolutions) > 1):
             raise UserError(f"{folder} holds the resolutions {', '.join(map(str, resolutions))}: name one of them (data.resolution).")
         self.resolution: int = resolution or resolutions[0]
@@ -96,7 +96,7 @@ class EncodedDataset:
         self._damaged: dict[int, str] = {}
 
     def __len__(self) -> int:
-        return int(self.card["rows"])
+        return int(self.manifest["rows"])
 
     @property
     def bucket_sizes(self) -> list[int]:
@@ -111,21 +111,21 @@ class EncodedDataset:
 
     def latent_shape(self, bucket: int = 0) -> tuple[int, int, int]:
         """(C, H, W) of the latents in a bucket."""
-        height, width = self.card["sizes"][bucket][str(self.resolution)]
-        down = self.card["downsampling"]
-        return self.card["latent_channels"], height // down, width // down
+        height, width = self.manifest["sizes"][bucket][str(self.resolution)]
+        down = self.manifest["downsampling"]
+        return self.manifest["latent_channels"], height // down, width // down
 
     def summary(self) -> dict[str, Any]:
         """What a model trained on this must know to draw pictures."""
         keep = ("source", "autoencoder", "text_encoder", "text_channels")
-        sizes = [size[str(self.resolution)] for size in self.card["sizes"]]
+        sizes = [size[str(self.resolution)] for size in self.manifest["sizes"]]
         squarest = min(range(len(sizes)), key=lambda bucket: abs(math.log(sizes[bucket][0] / sizes[bucket][1])))
         shape = {
             "latent_shape": list(self.latent_shape(squarest)),
             "resolution": self.resolution,
-            "captions": self.card["settings"]["captions"],
+            "captions": self.manifest["settings"]["captions"],
         }
-        return {**{key: self.card[key] for key in keep}, **shape}
+        return {**{key: self.manifest[key] for key in keep}, **shape}
 
     def read(self, bucket: int, number: int, draw: float = 0.0) -> tuple[memoryview, memoryview]:
         """The stored latents and one of the captions, by `draw`, of row `number` of a bucket. Raises DamagedShard."""
@@ -140,7 +140,7 @@ class EncodedDataset:
     def latents(self, blobs: list[memoryview], bucket: int) -> Tensor:
         """(B, C, H, W) float32 of stored latents."""
         channels, height, width = self.latent_shape(bucket)
-        return unpack(blobs, height * width, self.card["settings"]["latents"])[0].view(-1, channels, height, width)
+        return unpack(blobs, height * width, self.manifest["settings"]["latents"])[0].view(-1, channels, height, width)
 
     def text(self, blobs: list[memoryview]) -> tuple[Tensor, Tensor]:
         """Of stored captions: (B, L, E) float32, zeros where the mask (B, L) is False."""
@@ -151,13 +151,13 @@ class EncodedDataset:
     def stored_latents(self, blobs: list[memoryview], bucket: int) -> StoredRows:
         """(B, C, H * W)."""
         _, height, width = self.latent_shape(bucket)
-        return stack(blobs, height * width, self.card["settings"]["latents"])[0]
+        return stack(blobs, height * width, self.manifest["settings"]["latents"])[0]
 
     def stored_text(self, blobs: list[memoryview], multiple: int = 1) -> tuple[StoredRows, Tensor]:
         """(B, L, E), L a `multiple`, and how many tokens each caption has, (B,). Token numbers are embedded."""
-        form = self.card["settings"]["captions"]
+        form = self.manifest["settings"]["captions"]
         if form != "ids":
-            return stack(blobs, self.card["text_channels"], form, multiple)
+            return stack(blobs, self.manifest["text_channels"], form, multiple)
         with torch.no_grad():
             text_BLE, mask_BL = self._text_encoder.embed([unpack_ids(blob) for blob in blobs])
         missing = -text_BLE.shape[1] % multiple
@@ -165,18 +165,17 @@ class EncodedDataset:
 
     def column(self, name: str) -> list[Any]:
         """`key`, `captions` or `weights` of all rows, shard by shard."""
-        return [value for number in range(len(self.card["shards"])) for value in self._shard(number).column(name)]
+        return [value for number in range(len(self.manifest["shards"])) for value in self._shard(number).column(name)]
 
     def verify(self) -> list[str]:
         """The names of the shards whose content is not what was written (their checksums differ)."""
-        return [shard["name"] for shard in self.card["shards"] if sha256_of(self.folder / shard["name"]) != shard["sha256"]]
+        return [shard["name"] for shard in self.manifest["shards"] if sha256_of(self.folder / shard["name"]) != shard["sha256"]]
 
     @cached_property
     def _ends(self) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-        """For each bucket: how many of its rows there are up to the end of each shard."""
-        return [
-            np.cumsum([shard["buckets"].get(str(bucket), 0) for shard in self.card["shards"]]) for bucket in range(len(self.card["sizes"]))
-        ]
+        """Return, for each bucket, the number of its rows up to the end of each shard."""
+        buckets = range(len(self.manifest["sizes"]))
+        return [np.cumsum([shard["buckets"].get(str(bucket), 0) for shard in self.manifest["shards"]]) for bucket in buckets]
 
     def _shard(self, number: int) -> Shard:
         """Opened at its first use, so that a set of thousands starts at once."""
@@ -189,10 +188,10 @@ class EncodedDataset:
     def _open(self, number: int) -> Shard:
         if number in self._damaged:  # whoever looks for a row near a damaged one asks again and again
             raise DamagedShard(self._damaged[number])
-        entry = self.card["shards"][number]
-        checksums = Checksums(**entry["checksums"]) if self.card["format"] > 2 else None
+        entry = self.manifest["shards"][number]
+        checksums = Checksums(**entry["checksums"]) if self.manifest["format"] > 2 else None
         try:
-            return Shard(self.folder / entry["name"], entry["bytes"], entry["rows"], self.card["settings"]["resolutions"], checksums)
+            return Shard(self.folder / entry["name"], entry["bytes"], entry["rows"], self.manifest["settings"]["resolutions"], checksums)
         except DamagedShard as damage:
             self._damaged[number] = str(damage)
             raise
@@ -200,7 +199,7 @@ class EncodedDataset:
     @cached_property
     def _text_encoder(self) -> TextEncoder:
         """Needed where only token numbers are stored."""
-        wanted = self.card["text_encoder"]
+        wanted = self.manifest["text_encoder"]
         encoder = load_text_encoder(wanted["name"])
         if encoder.fingerprint != wanted["fingerprint"]:
             raise UserError(f"The text encoder {wanted['name']} is not the one that {self.folder} was encoded for: encode it again.")
@@ -213,22 +212,22 @@ class MixedDataset:
     def __init__(
         self,
         sets: list[EncodedDataset],
-        phases: list[PhaseOrder],
+        phases: list[SamplerPhase],
         seed: int,
         flip: bool = False,
         on_damage: Literal["stop", "skip"] = "stop",
         warn: Callable[[str], None] = print,
     ):
         """Raises UserError if the sets do not fit together."""
-        refuse_strangers(sets)
+        check_compatible(sets)
         for encoded in sets:
             encoded.most_open = most_open(len(sets))
         self.sets, self.flip, self.on_damage, self.warn = sets, flip, on_damage, warn
         self.replaced = 0  # damaged rows in whose place another was taken
         self._read = 0
-        self._place: Place | None = None  # what is being read now
+        self._place: SampleRef | None = None  # what is being read now
         self._seed = seed
-        self._order = SampleOrder(tuple(tuple(s.bucket_sizes) for s in sets), seed, tuple(phases))
+        self._order = BatchSampler(tuple(tuple(s.bucket_sizes) for s in sets), seed, tuple(phases))
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The samples of a step, or a rank's share: every `world`-th. Raises UserError for a damaged row, unless it may be skipped."""
@@ -259,7 +258,7 @@ class MixedDataset:
         place = self._place
         return "nothing yet" if place is None else f"row {place.row} of {self.sets[place.set].folder}"
 
-    def _replacement(self, encoded: EncodedDataset, place: Place, damage: DamagedShard) -> tuple[memoryview, memoryview]:
+    def _replacement(self, encoded: EncodedDataset, place: SampleRef, damage: DamagedShard) -> tuple[memoryview, memoryview]:
         """The next whole row of the same set and bucket."""
         if self.on_damage == "stop":
             raise UserError(f"{damage}. Encode that part again, or go on without it: data.on_damage=skip.") from damage
@@ -276,15 +275,15 @@ class MixedDataset:
         raise UserError(f"{encoded.folder} has no whole row near a damaged one ({damage}): encode it again.") from damage
 
 
-def refuse_strangers(sets: list[EncodedDataset]) -> None:
+def check_compatible(sets: list[EncodedDataset]) -> None:
     """Raises UserError if sets are not of the same encoders, shapes and forms."""
     first = sets[0]
     for other in sets[1:]:
         for key in ("autoencoder", "text_encoder", "sizes", "latent_channels", "text_channels"):
-            if first.card[key] != other.card[key]:
-                values = f"{key} is {first.card[key]} in one and {other.card[key]} in the other"
+            if first.manifest[key] != other.manifest[key]:
+                values = f"{key} is {first.manifest[key]} in one and {other.manifest[key]} in the other"
                 raise UserError(f"{first.folder} and {other.folder} cannot be mixed: {values}.")
         for key in ("latents", "captions"):
-            forms = [s.card["settings"][key] for s in (first, other)]
+            forms = [s.manifest["settings"][key] for s in (first, other)]
             if forms[0] != forms[1]:
                 raise UserError(f"{first.folder} and {other.folder} cannot be mixed: {key} are stored as {forms[0]} and {forms[1]}.")

@@ -1,12 +1,10 @@
-"""A file's bytes to an RGB picture of a wanted size, and every way in which that can fail, in words. Knows no torch: workers import it.
+"""Decode image files to RGB pixels of the requested sizes, in worker processes.
 
-Alpha is laid on white, EXIF rotations are applied, 16 bits become 8, CMYK becomes RGB, of an animation the first frame is taken.
+Transparent images are composited on white, EXIF rotations are applied, 16 bits are reduced to 8, CMYK is converted to RGB, and the first frame
+of an animation is taken. An image that cannot be used is rejected with a reason. Workers decode in the order of the records, a few chunks
+ahead of the consumer. If a worker crashes inside a decoder, only the file that caused the crash is lost, and it is named.
 
-Pictures to tensors in [-1, 1] and back.
-
-Files to pixels in worker processes, in the order of the records, some chunks ahead of whoever takes them, across groups of records too.
-
-A worker that dies over a file (a crash inside a decoder) costs that file, named, and nothing else.
+This module does not import torch, so that workers start fast and stay small.
 """
 
 import io
@@ -23,49 +21,54 @@ from itertools import chain
 from typing import Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from microdit.data.sources.base import Record
 from microdit.errors import UserError
 
-# Told by content, whatever a file is called. Pillow knows more: EPS starts a program, and others are no pictures of pixels, or seldom seen.
+# Recognised by content, not by file name. Pillow knows more formats, but EPS starts a program, and others are vector formats or rare.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_PIXELS = 100_000_000  # 10,000 x 10,000; beyond lie decompression bombs
-BAND_PIXELS = 1_000_000  # that are laid on white at a time
+MAX_PIXELS = 100_000_000  # 10,000 x 10,000; anything larger may be a decompression bomb
+BAND_PIXELS = 1_000_000  # composited on white at a time
 EXIF_ORIENTATION = 0x0112
-ON_ITS_SIDE = (5, 6, 7, 8)  # orientations in which height and width change places
-DRAFT_MARGIN = 2  # a JPEG is decoded smaller as long as it stays this many times as large as what is wanted
+ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that swap height and width
+DRAFT_MARGIN = 2  # a JPEG is decoded at a reduced size as long as that is at least this many times the requested size
+
+AHEAD = 2  # chunks that workers decode before they are requested
+MOST_BYTES = 256_000_000  # of the files in a chunk of more than one record; no chunk is started while so many are waiting
+BUCKET_STEP = 64  # pixels; the sides of aspect-ratio buckets are multiples of it
+MAX_ASPECT = 2.0
+
+DecodedImage = tuple[int, list[NDArray[np.uint8]]]  # bucket, pixels (H, W, 3) at every resolution
 
 
 class Rejected(Exception):  # noqa: N818
-    """This picture cannot be used. `reason` is the same sentence for all pictures with the same trouble, so that it can be counted."""
+    """Raised for an image that cannot be used. Equal problems have the same `reason`, so that they can be counted."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
         self.reason = reason
 
 
-class PictureFile:
-    """A file's picture, before it is decoded. `height` and `width` are those of the whole picture, upright. Raises Rejected."""
+class ImageFile:
+    """An image file before decoding. `height` and `width` are those of the full image, upright. Raises Rejected."""
 
     def __init__(self, content: bytes):
-        with _troubles_named():
+        with _as_rejected():
             self._image = _open(content)
             self._orientation = self._image.getexif().get(EXIF_ORIENTATION, 1)
         self._on_its_side = self._orientation in ON_ITS_SIDE
         self.width, self.height = self._image.size[::-1] if self._on_its_side else self._image.size
 
     def decode(self, height: int | None = None, width: int | None = None) -> Image.Image:
-        """The picture, RGB, 8 bits, upright. Raises Rejected.
+        """Decode the image to 8-bit RGB, upright. Raises Rejected.
 
-        For what will be shrunk to `height` x `width`, a JPEG is decoded to a half, a quarter or an eighth of its size by the decoder's own
-        scaling, which takes a fraction of the time. At least DRAFT_MARGIN times the wanted size is left to the antialiased resizing: the
-        result is within 4 of 255 of what the whole picture would give.
+        If the image will be shrunk to `height` x `width`, the decoder scales a JPEG to a half, a quarter or an eighth of its size, in a
+        fraction of the time. The antialiased resizing still starts from at least DRAFT_MARGIN times the requested size, so the result is
+        within 4 of 255 of what the full image would give.
         """
-        with _troubles_named():
+        with _as_rejected():
             if height and width:
                 self._draft(DRAFT_MARGIN * height, DRAFT_MARGIN * width)
             self._image.load()
@@ -78,12 +81,12 @@ class PictureFile:
 
 
 def decode(content: bytes) -> Image.Image:
-    """The file's picture, RGB, 8 bits, upright. Raises Rejected."""
-    return PictureFile(content).decode()
+    """Decode an image file to 8-bit RGB, upright. Raises Rejected."""
+    return ImageFile(content).decode()
 
 
 def fit(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
-    """Resize (bicubic, antialiased) until the picture just covers height x width, cut the middle: (height, width, 3)."""
+    """Resize the image (bicubic, antialiased) until it just covers height x width, and crop its centre: (height, width, 3)."""
     scale = max(width / image.width, height / image.height)
     covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     if covering != image.size:
@@ -92,98 +95,31 @@ def fit(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
     return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
-@contextmanager
-def _troubles_named() -> Iterator[None]:
-    """Whatever Pillow raises becomes a Rejected, without the traceback: its frames hold the file, in a cycle from Python 3.12 on."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata, and sizes that Pillow finds suspicious: `_open` knows its own bound
-            yield
-    except Rejected:
-        raise
-    except UnidentifiedImageError as error:
-        raise Rejected(f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture") from error.with_traceback(None)
-    except Image.DecompressionBombError as error:  # twice as large
-        raise Rejected(f"more than {MAX_PIXELS:,} pixels") from error.with_traceback(None)
-    except Exception as error:  # Pillow's decoders raise whatever their format's parser stumbles over
-        raise Rejected("picture is damaged") from error.with_traceback(None)
-
-
-def _open(content: bytes) -> Image.Image:
-    if not content:
-        raise Rejected("file is empty")
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise Rejected(f"more than {MAX_PIXELS:,} pixels")
-    if image.format not in ("JPEG", "MPO"):
-        image.load()  # others say only then how large they are, and which way up
-    return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey, in one of Pillow's several ways
-        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise Rejected("pixels are floating-point numbers of unknown range")
-    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """Of a picture that may be transparent, in bands of some rows: whole, it would be in memory four times."""
-    rgb = Image.new("RGB", image.size)
-    rows = max(1, BAND_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        band = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
-        rgb.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
-    return rgb
-
-
-def to_tensor(image: Image.Image, height: int, width: int | None = None) -> Tensor:
-    """An RGB picture, resized and cut to height x width (square without a width): (3, height, width) in [-1, 1]."""
-    return normalise(fit(image, height, width or height)[None])[0]
-
-
-def normalise(pixels_BHWC: NDArray[np.uint8] | Tensor) -> Tensor:
-    """Bytes (B, H, W, 3) -> (B, 3, H, W) in [-1, 1], channels last in memory, on the device of the bytes."""
-    bytes_BHWC = pixels_BHWC if isinstance(pixels_BHWC, Tensor) else torch.tensor(pixels_BHWC)
-    return bytes_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_image(pixels_CHW: Tensor) -> Image.Image:
-    """(3, height, width) in [-1, 1], values outside clipped -> an 8-bit picture."""
-    bytes_CHW = ((pixels_CHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(bytes_CHW.permute(1, 2, 0).cpu().numpy())
-
-
-AHEAD = 2  # chunks that workers decode before they are asked for
-MOST_BYTES = 256_000_000  # of files in a chunk, if it has more than one; no chunk is begun beside so many
-BUCKET_STEP = 64  # pixels: sides of aspect-ratio buckets are multiples of it
-MAX_ASPECT = 2.0
-
-Picture = tuple[int, list[NDArray[np.uint8]]]  # bucket, pixels (H, W, 3) at every resolution
-
-
 @dataclass(frozen=True)
-class Wanted:
-    """`buckets` holds, for each aspect ratio, the (height, width) at every resolution; one square without aspect-ratio buckets."""
+class TargetSizes:
+    """The sizes to which images are decoded.
+
+    Each bucket holds the (height, width) of one aspect ratio at every resolution. Without aspect-ratio buckets there is one, of squares.
+    Images with a side shorter than `min_side` pixels are rejected.
+    """
 
     buckets: list[dict[int, tuple[int, int]]]
     min_side: int
 
     @classmethod
-    def of(cls, resolutions: tuple[int, ...], min_side: int, aspect_buckets: bool, downsampling: int) -> "Wanted":
-        """Raises UserError for a resolution that the autoencoder cannot take."""
+    def of(cls, resolutions: tuple[int, ...], min_side: int, aspect_buckets: bool, downsampling: int) -> "TargetSizes":
+        """Choose the sizes for these resolutions. Raises UserError if one is no multiple of the autoencoder's `downsampling`."""
         for resolution in resolutions:
             if resolution % downsampling:
                 raise UserError(
-                    f"--resolutions {resolution} must be a multiple of {downsampling}, the pixels a latent of this autoencoder."
+                    f"--resolutions {resolution} must be a multiple of {downsampling}, the number of pixels per latent of this autoencoder."
                 )
         if not aspect_buckets:
             return cls([{resolution: (resolution, resolution) for resolution in resolutions}], min_side)
         return cls(_aspect_buckets(resolutions), min_side)
 
     def bucket_of(self, height: int, width: int) -> int:
-        """The bucket whose aspect ratio is nearest, on the scale of ratios."""
+        """Return the bucket whose aspect ratio is nearest on a logarithmic scale."""
         largest = max(self.buckets[0])
         return min(
             range(len(self.buckets)),
@@ -193,33 +129,33 @@ class Wanted:
 
 @dataclass
 class _Piece:
-    """Records that one worker decodes at a time, a share of a chunk."""
+    """The share of a chunk that one worker decodes at a time."""
 
     records: list[Record]
-    future: Future[list[Picture | str]]
+    future: Future[list[DecodedImage | str]]
 
 
 @dataclass
 class Chunk:
-    """Records, each with its picture or the reason why there is none. `last`: the group ends with it."""
+    """Records, each with its image or the reason why there is none. `last` is True for the last chunk of a group."""
 
     records: list[Record]
-    outcomes: list[Picture | str]
+    outcomes: list[DecodedImage | str]
     last: bool
 
 
 @dataclass
-class _Begun:
+class _StartedChunk:
     pieces: list[_Piece]
     bytes: int
     last: bool
 
 
 class Decoder:
-    """Decodes chunks of records, in this process (`workers` 0) or in others, which live until the `with` block ends."""
+    """Decodes records in chunks, in this process (`workers` 0) or in others, which live until the `with` block ends."""
 
-    def __init__(self, wanted: Wanted, workers: int):
-        self.wanted, self.workers = wanted, workers
+    def __init__(self, sizes: TargetSizes, workers: int):
+        self.sizes, self.workers = sizes, workers
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Self:
@@ -230,48 +166,50 @@ class Decoder:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def chunks(self, groups: Iterable[Iterable[Record]], size: int) -> Iterator[Chunk]:
-        """Chunks of `size` records, or of fewer where their files are large. No chunk holds records of two groups; the last one of a group
-        may be empty. An error that a group raises comes behind all chunks before it.
+        """Yield chunks of `size` records, or of fewer where their files are large.
+
+        No chunk holds records of two groups; the last chunk of a group may be empty. An error that a group raises is raised after all
+        chunks before it.
         """
-        chunks, waiting, failure = _chunked(groups, size), deque[_Begun](), None
+        chunks, waiting, failure = _chunked(groups, size), deque[_StartedChunk](), None
         more = True
         while more or waiting:
-            while more and len(waiting) <= (AHEAD if self.workers else 0) and sum(begun.bytes for begun in waiting) < MOST_BYTES:
+            while more and len(waiting) <= (AHEAD if self.workers else 0) and sum(started.bytes for started in waiting) < MOST_BYTES:
                 try:
-                    waiting.append(self._begin(*next(chunks)))
+                    waiting.append(self._start(*next(chunks)))
                 except StopIteration:
                     more = False
                 except Exception as error:
                     more, failure = False, error
             if waiting:
-                begun = waiting.popleft()
-                pieces = begun.pieces
+                started = waiting.popleft()
+                pieces = started.pieces
                 outcomes = [outcome for number in range(len(pieces)) for outcome in self._result(pieces[number:], waiting)]
-                yield Chunk([record for piece in pieces for record in piece.records], outcomes, begun.last)
+                yield Chunk([record for piece in pieces for record in piece.records], outcomes, started.last)
         if failure is not None:
             raise failure
 
-    def _begin(self, records: list[Record], last: bool) -> _Begun:
-        """All workers have a share in a chunk."""
+    def _start(self, records: list[Record], last: bool) -> _StartedChunk:
+        """Start decoding a chunk, of which every worker gets a share."""
         share = max(1, math.ceil(len(records) / max(1, self.workers)))
         pieces = [_Piece(part, self._submit(part)) for first in range(0, len(records), share) if (part := records[first : first + share])]
-        return _Begun(pieces, sum(len(record.image) for record in records), last)
+        return _StartedChunk(pieces, sum(len(record.image) for record in records), last)
 
-    def _submit(self, records: list[Record]) -> Future[list[Picture | str]]:
+    def _submit(self, records: list[Record]) -> Future[list[DecodedImage | str]]:
         files = [record.image for record in records]
-        future: Future[list[Picture | str]] = Future()
+        future: Future[list[DecodedImage | str]] = Future()
         if not self.workers:
-            future.set_result(prepare(self.wanted, files))
+            future.set_result(prepare(self.sizes, files))
             return future
         self._pool = self._pool or _pool(self.workers)
         try:
-            return self._pool.submit(prepare, self.wanted, files)
-        except BrokenProcessPool as error:  # a worker died over an earlier piece, whose turn comes first
+            return self._pool.submit(prepare, self.sizes, files)
+        except BrokenProcessPool as error:  # a worker crashed on an earlier piece, which is handled first
             future.set_exception(error)
             return future
 
-    def _result(self, pieces: list[_Piece], waiting: Iterable[_Begun]) -> list[Picture | str]:
-        """Of the first piece. When a worker died, what comes behind begins anew, in other workers."""
+    def _result(self, pieces: list[_Piece], waiting: Iterable[_StartedChunk]) -> list[DecodedImage | str]:
+        """Return the outcomes of the first piece. If a worker has crashed, everything behind it is started again in new workers."""
         try:
             return pieces[0].future.result()
         except BrokenProcessPool:
@@ -279,24 +217,29 @@ class Decoder:
             if self._pool is not None:
                 self._pool.shutdown(wait=False)
             self._pool = None
-            for piece in chain(pieces[1:], *(begun.pieces for begun in waiting)):
+            for piece in chain(pieces[1:], *(started.pieces for started in waiting)):
                 piece.future = self._submit(piece.records)
             return outcome
 
-    def _one_by_one(self, records: list[Record]) -> list[Picture | str]:
-        """After a crash: each record in a process that may die of it."""
-        outcomes: list[Picture | str] = []
+    def _one_by_one(self, records: list[Record]) -> list[DecodedImage | str]:
+        """Decode each record in a process of its own, after a crash."""
+        outcomes: list[DecodedImage | str] = []
         for record in records:
             with _pool(1) as pool:
                 try:
-                    outcomes += pool.submit(prepare, self.wanted, [record.image]).result()
+                    outcomes += pool.submit(prepare, self.sizes, [record.image]).result()
                 except BrokenProcessPool:
                     outcomes.append("decoder crashed")
         return outcomes
 
 
+def prepare(sizes: TargetSizes, files: list[bytes]) -> list[DecodedImage | str]:
+    """Decode each file at every resolution. Returns the reason instead for files that cannot be used."""
+    return [_prepare_one(sizes, content) for content in files]
+
+
 def _chunked(groups: Iterable[Iterable[Record]], size: int) -> Iterator[tuple[list[Record], bool]]:
-    """Chunks, and whether their group ends with them."""
+    """Yield chunks, and whether each is the last of its group."""
     for group in groups:
         chunk: list[Record] = []
         held = 0
@@ -313,32 +256,27 @@ def _chunked(groups: Iterable[Iterable[Record]], size: int) -> Iterator[tuple[li
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    # Not forked: a process with running threads, as torch's, must not be.
+    # Spawned, because a process with running threads, such as those of torch, must not be forked.
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
-def prepare(wanted: Wanted, files: list[bytes]) -> list[Picture | str]:
-    """Each file's pixels at every resolution, or why there are none."""
-    return [_prepare_one(wanted, content) for content in files]
-
-
-def _prepare_one(wanted: Wanted, content: bytes) -> Picture | str:
+def _prepare_one(sizes: TargetSizes, content: bytes) -> DecodedImage | str:
     try:
-        file = PictureFile(content)
-        bucket = wanted.bucket_of(file.height, file.width)
-        shapes = wanted.buckets[bucket].values()
+        file = ImageFile(content)
+        bucket = sizes.bucket_of(file.height, file.width)
+        shapes = sizes.buckets[bucket].values()
         image = file.decode(max(height for height, _ in shapes), max(width for _, width in shapes))
-    except Rejected as verdict:
-        return verdict.reason
-    if min(file.height, file.width) < wanted.min_side:
-        return f"a side is shorter than {wanted.min_side} pixels"
+    except Rejected as rejected:
+        return rejected.reason
+    if min(file.height, file.width) < sizes.min_side:
+        return f"a side is shorter than {sizes.min_side} pixels"
     return bucket, [fit(image, height, width) for height, width in shapes]
 
 
 def _aspect_buckets(resolutions: tuple[int, ...]) -> list[dict[int, tuple[int, int]]]:
-    """Shapes of about resolution**2 pixels with sides that are multiples of 64, up to 2:1 either way.
+    """Return shapes of about resolution**2 pixels whose sides are multiples of 64, with aspect ratios of up to 2:1 either way.
 
-    The smallest resolution decides which ratios there are; at the others the same bucket has the nearest such shape.
+    The smallest resolution determines the ratios; at the others, each bucket has the nearest such shape.
     """
     least = min(resolutions)
     shapes = set()
@@ -354,3 +292,52 @@ def _aspect_buckets(resolutions: tuple[int, ...]) -> list[dict[int, tuple[int, i
 
 def _scaled(side: int, factor: float) -> int:
     return max(BUCKET_STEP, round(side * factor / BUCKET_STEP) * BUCKET_STEP)
+
+
+@contextmanager
+def _as_rejected() -> Iterator[None]:
+    """Turn whatever Pillow raises into Rejected.
+
+    The traceback is dropped: its frames keep the file in memory, in a reference cycle from Python 3.12 on.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, and of large sizes, for which `_open` has its own limit
+            yield
+    except Rejected:
+        raise
+    except UnidentifiedImageError as error:
+        raise Rejected(f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture") from error.with_traceback(None)
+    except Image.DecompressionBombError as error:  # raised at twice Pillow's own limit
+        raise Rejected(f"more than {MAX_PIXELS:,} pixels") from error.with_traceback(None)
+    except Exception as error:  # Pillow's decoders raise exceptions of many types
+        raise Rejected("picture is damaged") from error.with_traceback(None)
+
+
+def _open(content: bytes) -> Image.Image:
+    if not content:
+        raise Rejected("file is empty")
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise Rejected(f"more than {MAX_PIXELS:,} pixels")
+    if image.format not in ("JPEG", "MPO"):
+        image.load()  # for other formats, only this tells the size and the orientation
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit greyscale, for which Pillow has several modes
+        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise Rejected("pixels are floating-point numbers of unknown range")
+    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Composite an image on white, in bands of rows: processed whole, it would be in memory four times."""
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        rgb.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
+    return rgb

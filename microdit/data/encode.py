@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from microdit.data.decode import Decoder, Picture, Wanted
-from microdit.data.manifest import CARD, FORMAT, read_card, write_card
-from microdit.data.packing import CaptionForm, LatentForm
-from microdit.data.shard_writer import BatchEncoder, Packer, PartInWork, ShardsThread, manifest_path, remove_shard
+from microdit.data.decode import DecodedImage, Decoder, TargetSizes
+from microdit.data.manifest import FORMAT, MANIFEST, read_manifest, write_manifest
+from microdit.data.packing import CaptionPacking, LatentPacking
+from microdit.data.shard_writer import BatchEncoder, Packer, PartInWork, ShardsThread, remove_shard, shard_entry_path
 from microdit.data.sources.base import Part, Record, Source, checked
 from microdit.data.sources.folders import TURN
 from microdit.devices import DTYPES
@@ -79,8 +79,8 @@ class EncodeSettings:
     """
 
     resolutions: tuple[int, ...]
-    latents: LatentForm = "int8"
-    captions: CaptionForm = "int8"
+    latents: LatentPacking = "int8"
+    captions: CaptionPacking = "int8"
     min_side: int = 0
     buckets: bool = False
     dtype: str = "float32"
@@ -119,7 +119,7 @@ def encode_source(
     the others see another source, if nothing was kept, if a part changed meanwhile, if the disk refuses, or if not even one picture fits
     the GPU.
     """
-    wanted = Wanted.of(settings.resolutions, settings.min_side, settings.buckets, autoencoder.downsampling)
+    wanted = TargetSizes.of(settings.resolutions, settings.min_side, settings.buckets, autoencoder.downsampling)
     plan = {
         "format": FORMAT,
         "source": source.name,
@@ -146,7 +146,7 @@ def encode_source(
                     return None
                 _join(folder, plan, source.parts, share, held, warn)
                 mine = range(share[0], len(source.parts), share[1])
-                missing = [number for number in mine if not manifest_path(folder, number).is_file()]
+                missing = [number for number in mine if not shard_entry_path(folder, number).is_file()]
             told = on_progress or (lambda records, parts: None)
             told(0, len(mine) - len(missing))
             if settings.device.type == "cuda":
@@ -176,8 +176,8 @@ def _is_done(out: Path, plan: dict[str, Any], share: tuple[int, int], warn: Call
     """Whether the other ranks have finished what this one would have helped to make. Raises UserError if something else is there."""
     if not out.exists():
         return False
-    if share[1] > 1 and (out / CARD).is_file():
-        card = read_card(out)
+    if share[1] > 1 and (out / MANIFEST).is_file():
+        card = read_manifest(out)
         there = {**card, "settings": _planned(card["settings"]), "parts": [shard["part"] for shard in card["shards"]]}
         if all(there.get(key) == value for key, value in _as_read(plan).items()):
             warn(f"{out} is whole already, of the same parts of the same source by the same settings: nothing is left to do.")
@@ -218,7 +218,7 @@ def _encode_parts(
     chunks = decoder.chunks(usable, settings.batch_size * CHUNK_BATCHES)
     for part in parts:
         for chunk in chunks:
-            kept: list[tuple[Record, Picture]] = []
+            kept: list[tuple[Record, DecodedImage]] = []
             for record, outcome in zip(chunk.records, chunk.outcomes, strict=True):
                 if isinstance(outcome, str):
                     part.rejected.append((record.key, outcome))
@@ -292,7 +292,7 @@ def _planned(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _complete(folder: Path, out: Path, plan: dict[str, Any], parts: list[Part]) -> dict[str, Any] | None:
     """When all shards are there: write the card, give the folder its name. Of several ranks that find them there, the first does so."""
-    manifests = [manifest_path(folder, number) for number in range(len(parts))]
+    manifests = [shard_entry_path(folder, number) for number in range(len(parts))]
     if not all(path.is_file() for path in manifests):
         return None
     with in_turn(folder / TURN):
@@ -306,7 +306,7 @@ def _complete(folder: Path, out: Path, plan: dict[str, Any], parts: list[Part]) 
         if not any(shard["rows"] for shard in shards):
             rejected = sum((Counter(shard["rejected"]) for shard in shards), Counter())
             raise UserError(f"The source {plan['source']} gave no picture that could be kept; rejected: {dict(rejected) or 'none either'}.")
-        card = write_card(folder, plan, shards)
+        card = write_manifest(folder, plan, shards)
         folder.rename(out)
         for hidden in out.glob(".*"):  # locks and the listing
             hidden.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What is in a source, before anything is spent on it: pictures to look at, and numbers."""
+"""Preview a source before encoding it: sample images with captions, and statistics."""
 
 import hashlib
 import statistics
@@ -12,19 +12,19 @@ from PIL import Image
 from microdit.data.decode import Rejected, decode
 from microdit.data.sources.base import Record, Source, checked
 
-MOST_PARTS = 20  # opened, evenly spread over the source
-SHOWN_SIDE = 512  # pixels; larger pictures are shrunk, so that many fit in memory
+MOST_PARTS = 20  # parts that are opened, evenly spread over the source
+SHOWN_SIDE = 512  # pixels; larger images are shrunk, so that many fit in memory
 PORTRAIT, LANDSCAPE = 0.8, 1.25  # width / height
 
 
 def look(source: Source, sample: int = 16, limit: int = 2000) -> tuple[list[Image.Image], list[str], dict[str, Any]]:
-    """`sample` pictures evenly spread over up to `limit` records, their captions, and statistics of all of these records.
+    """Return `sample` images evenly spread over up to `limit` records, their captions, and statistics of all these records.
 
-    Where a picture has several captions, the one of the largest weight counts. Nothing is written.
+    Where an image has several captions, the one with the largest weight counts. Nothing is written.
     """
     seen = 0
     problems: Counter[str] = Counter()
-    images: Counter[bytes] = Counter()
+    digests: Counter[bytes] = Counter()
     captions: Counter[str] = Counter()
     sizes: list[tuple[int, int]] = []
     kept = _EvenlySpread(sample)
@@ -32,14 +32,14 @@ def look(source: Source, sample: int = 16, limit: int = 2000) -> tuple[list[Imag
     for record in _some_records(source, heaviest_first, limit):
         seen += 1
         try:
-            picture, caption = _usable(record)
+            image, caption = _usable(record)
         except Rejected as rejected:
             problems[rejected.reason] += 1
             continue
-        images[hashlib.sha256(record.image).digest()] += 1
+        digests[hashlib.sha256(record.image).digest()] += 1
         captions[caption] += 1
-        sizes.append(picture.size)
-        kept.add((picture, caption))
+        sizes.append(image.size)
+        kept.add((image, caption))
     numbers = {
         "records": seen,
         "usable": len(sizes),
@@ -48,45 +48,45 @@ def look(source: Source, sample: int = 16, limit: int = 2000) -> tuple[list[Imag
         "height": _spread([height for _, height in sizes]),
         "aspect_ratios": _aspect_ratios(sizes),
         "caption_words": _spread([len(caption.split()) for caption in captions.elements()], mean=True),
-        "duplicate_images": images.total() - len(images),
+        "duplicate_images": digests.total() - len(digests),
         "duplicate_captions": captions.total() - len(captions),
     }
     shown = kept.chosen()
-    return [picture for picture, _ in shown], [caption for _, caption in shown], numbers
+    return [image for image, _ in shown], [caption for _, caption in shown], numbers
 
 
 def _some_records(source: Source, captions: list[str], limit: int) -> Iterator[Record]:
-    """The first records of parts evenly spread over the source, equally many of each."""
+    """Yield the first records of parts that are evenly spread over the source, equally many of each part."""
     count = min(len(source.parts), MOST_PARTS)
     parts = [source.parts[n * len(source.parts) // count] for n in range(count)]
     left = limit
-    for n, part in enumerate(parts):  # a part that is short leaves its share to those that follow
+    for n, part in enumerate(parts):  # a short part leaves the rest of its share to the parts that follow
         for record in islice(checked(part.records(), captions), -(-left // (count - n))):
             left -= 1
             yield record
 
 
 def _usable(record: Record) -> tuple[Image.Image, str]:
-    """The picture and its first caption. Raises Rejected."""
+    """Return the image and its first caption. Raises Rejected."""
     if record.problem:
         raise Rejected(record.problem)
     return decode(record.image), next(iter(record.captions.values()))
 
 
 class _EvenlySpread:
-    """Keeps `count` of any number of pictures, evenly spread, without holding more than twice as many."""
+    """Keeps `count` of any number of images, evenly spread, without ever holding more than twice as many."""
 
     def __init__(self, count: int):
         self.count = count
         self.stride = 1
-        self.met = 0
+        self.seen = 0
         self.kept: list[tuple[Image.Image, str]] = []
 
     def add(self, item: tuple[Image.Image, str]) -> None:
-        if self.met % self.stride == 0:
+        if self.seen % self.stride == 0:
             item[0].thumbnail((SHOWN_SIDE, SHOWN_SIDE))
             self.kept.append(item)
-        self.met += 1
+        self.seen += 1
         if len(self.kept) == 2 * self.count:
             self.kept = self.kept[::2]
             self.stride *= 2

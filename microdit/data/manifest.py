@@ -12,12 +12,12 @@ from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.files import from_checked_json, sha256_of, to_checked_json, write_aside
 
-CARD = "card.json"
+MANIFEST = "card.json"
 FORMAT = 4
 READ_FORMATS = (2, 3, 4)  # 3 has no index in its shards; 2 has checksums of blobs and files only
 
 
-def write_card(folder: Path, plan: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
+def write_manifest(folder: Path, plan: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
     """The plan and the shards' manifests, added up. Beside it go the two files that let HF `datasets.load_from_disk` open the folder."""
     card = {key: value for key, value in plan.items() if key != "parts"}
     for key in ("rows", "seen", "captions", "tokens", "captions_cut"):
@@ -25,22 +25,22 @@ def write_card(folder: Path, plan: dict[str, Any], shards: list[dict[str, Any]])
     card["rejected"] = dict(sum((Counter(shard["rejected"]) for shard in shards), Counter()))
     card["shards"] = shards
     _write_datasets_files(folder, schema(plan["settings"]["resolutions"]), [shard["name"] for shard in shards], shards[0]["sha256"])
-    write_aside(folder / CARD, to_checked_json(card))
+    write_aside(folder / MANIFEST, to_checked_json(card))
     return card
 
 
-def open_card(folder: Path, world: World | None = None) -> dict[str, Any]:
+def open_manifest(folder: Path, world: World | None = None) -> dict[str, Any]:
     """The card of a set whose shards are there, in their sizes. The processes of `world` must all call this: each reads the card, and the
     first one alone looks at the shards.
 
-    Raises UserError as `read_card` does, if a shard is not what the card says, or if the folder is not the same one to all processes.
+    Raises UserError as `read_manifest` does, if a shard is not what the card says, or if the folder is not the same one to all processes.
     """
     if world is None:
-        card = read_card(folder)
+        card = read_manifest(folder)
         _refuse_other_shards(folder, card)
         return card
     with world.together():
-        card, seen = read_card(folder), sha256_of(folder / CARD)
+        card, seen = read_manifest(folder), sha256_of(folder / MANIFEST)
     world.refuse_difference(seen, str(folder))
     world.look(lambda: _refuse_other_shards(folder, card))
     return card
@@ -58,13 +58,13 @@ def _refuse_other_shards(folder: Path, card: dict[str, Any]) -> None:
             raise UserError(f"{path} {what}: the data set is damaged; encode it again.")
 
 
-def read_card(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises UserError if there is none, if it is not what was written, or if this program cannot read it."""
-    path = folder / CARD
+    path = folder / MANIFEST
     if not path.is_file():
         unfinished = folder.with_name(f".{folder.name}.part")
         hint = f"it was begun in {unfinished}: run the same command again to finish it" if unfinished.exists() else "make one with it"
-        raise UserError(f"There is no encoded data set in {folder} (no {CARD}). 'microdit data encode' writes it; {hint}.")
+        raise UserError(f"There is no encoded data set in {folder} (no {MANIFEST}). 'microdit data encode' writes it; {hint}.")
     try:
         card = from_checked_json(path.read_bytes())
         if card["format"] not in READ_FORMATS:

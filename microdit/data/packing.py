@@ -16,18 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-LatentForm = Literal["fp16", "int8"]
-CaptionForm = Literal["fp16", "int8", "ids", "full"]
+LatentPacking = Literal["fp16", "int8"]
+CaptionPacking = Literal["fp16", "int8", "ids", "full"]
 Floats = NDArray[np.float32]
 
 SCALE_BYTES = 2  # a float16 before the numbers of an int8 row
 
 
-def pack_latents(latents_CHW: Floats, form: LatentForm) -> bytes:
+def pack_latents(latents_CHW: Floats, form: LatentPacking) -> bytes:
     return _pack(latents_CHW.reshape(len(latents_CHW), -1), form)
 
 
-def pack_text(text_LE: Floats, form: CaptionForm) -> bytes:
+def pack_text(text_LE: Floats, form: CaptionPacking) -> bytes:
     """Of all forms but `ids`."""
     return _pack(text_LE, "int8" if form == "int8" else "fp16")
 
@@ -49,7 +49,7 @@ class StoredRows:
         return numbers_BRV if self.scale_BR1 is None else numbers_BRV * self.scale_BR1.float()
 
 
-def stack(blobs: list[memoryview], values: int, form: LatentForm | CaptionForm, multiple: int = 1) -> tuple[StoredRows, Tensor]:
+def stack(blobs: list[memoryview], values: int, form: LatentPacking | CaptionPacking, multiple: int = 1) -> tuple[StoredRows, Tensor]:
     """Put packed arrays of rows of `values` numbers together, of any form but `ids`, with room for a `multiple` of rows.
 
     Also returns how many rows each has, (B,). The rows are a caption's tokens, or the channels of latents.
@@ -69,7 +69,7 @@ def stack(blobs: list[memoryview], values: int, form: LatentForm | CaptionForm, 
     return StoredRows(torch.from_numpy(stored_BRV), scale), torch.tensor(rows_B)
 
 
-def unpack(blobs: list[memoryview], values: int, form: LatentForm | CaptionForm) -> tuple[Tensor, Tensor]:
+def unpack(blobs: list[memoryview], values: int, form: LatentPacking | CaptionPacking) -> tuple[Tensor, Tensor]:
     """`stack`, expanded: (B, R, values) float32, and how many rows each has, (B,)."""
     stored, rows_B = stack(blobs, values, form)
     return stored.expand(), rows_B
@@ -84,7 +84,7 @@ def unpack_ids(blob: memoryview) -> list[int]:
     return ids
 
 
-def bytes_of_row(values: int, form: LatentForm | CaptionForm) -> int:
+def bytes_of_row(values: int, form: LatentPacking | CaptionPacking) -> int:
     """Bytes of one row of `values` numbers: a caption's token, or a channel of the latents."""
     return {"fp16": 2 * values, "full": 2 * values, "int8": values + SCALE_BYTES, "ids": 4}[form]
 

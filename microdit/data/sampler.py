@@ -3,8 +3,8 @@
 Nothing is remembered, so a run's place in its data is the number of its step, exact on any number of ranks and workers.
 
 - `permuted` walks through n rows in a random order without ever holding that order: memory does not grow with the data;
-- `Shares` deals items out to several streams by weight, evenly at every point, and knows how many each got before;
-- `SampleOrder` puts both together: phases with their own mix of sets, buckets of one shape a batch, each sample once an epoch.
+- `StreamSchedule` deals items out to several streams by weight, evenly at every point, and knows how many each got before;
+- `BatchSampler` puts both together: phases with their own mix of sets, buckets of one shape a batch, each sample once an epoch.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,16 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from microdit.splitmix import splitmix64
 
 Ints = NDArray[np.int64]
 Members = tuple[tuple[int, int], ...]  # (set, repeat) of the sets that make one stream
 
 ROUNDS = 6
-BLOCK = 1024  # items that `Shares` deals out at a time
+BLOCK = 1024  # items that `StreamSchedule` deals out at a time
 
 
 def permuted(index: Ints, n: int, key: int) -> Ints:
@@ -41,14 +44,12 @@ def permuted(index: Ints, n: int, key: int) -> Ints:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A 64-bit finaliser with the multipliers of splitmix64 (Steele et al. 2014): every input bit moves every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """Hash unsigned 64-bit integers."""
+    return splitmix64(torch.from_numpy(x.view(np.int64))).numpy().view(np.uint64)
 
 
 @dataclass(frozen=True)
-class Shares:
+class StreamSchedule:
     """Deals items 0, 1, 2, ... out to streams by `weights` (which add up to 1): every block of 1,024 items holds each stream's share."""
 
     weights: tuple[float, ...]
@@ -82,7 +83,7 @@ class Shares:
         return np.random.default_rng([self.seed, block]).permutation(np.repeat(np.arange(len(counts)), counts))
 
 
-class Place(NamedTuple):
+class SampleRef(NamedTuple):
     """A sample: number `row` among those of its set and bucket. `draw` in [0, 1) chooses one of its captions."""
 
     set: int
@@ -92,7 +93,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PhaseOrder:
+class SamplerPhase:
     """What a phase asks for. Without `weights` the sets are one, each repeated as often as it says; with them, each set has its share."""
 
     steps: int
@@ -116,14 +117,14 @@ class PhaseOrder:
 
 
 @dataclass(frozen=True)
-class SampleOrder:
+class BatchSampler:
     """`sizes[set][bucket]` rows; the batches of all phases, numbered through."""
 
     sizes: tuple[tuple[int, ...], ...]
     seed: int
-    phases: tuple[PhaseOrder, ...]
+    phases: tuple[SamplerPhase, ...]
 
-    def batch(self, step: int) -> list[Place]:
+    def batch(self, step: int) -> list[SampleRef]:
         """The samples of step number `step` (from 0). A batch is of one bucket."""
         number, step_in_phase = self._phase_at(step)
         phase = self.phases[number]
@@ -133,13 +134,13 @@ class SampleOrder:
         shares = self._stream_shares(phase, bucket)
         before, dealt = shares.counts_before(first), shares.streams(first, phase.batch_size)
         draws = np.random.default_rng([self.seed, step]).random(phase.batch_size)
-        places: list[Place] = [Place(0, bucket, 0, 0.0)] * phase.batch_size
+        places: list[SampleRef] = [SampleRef(0, bucket, 0, 0.0)] * phase.batch_size
         for stream, members in enumerate(phase.streams):
             mine = np.flatnonzero(dealt == stream)
             start = self._earlier[number].get((members, bucket), 0) + int(before[stream])
             sets, rows = self._rows(members, bucket, start + np.arange(len(mine)))
             for slot, in_set, row in zip(mine, sets, rows, strict=True):
-                places[slot] = Place(int(in_set), bucket, int(row), float(draws[slot]))
+                places[slot] = SampleRef(int(in_set), bucket, int(row), float(draws[slot]))
         return places
 
     def _rows(self, members: Members, bucket: int, positions: Ints) -> tuple[Ints, Ints]:
@@ -156,18 +157,18 @@ class SampleOrder:
         return numbers[member], (inside - starts[member]) % sizes[member]
 
     @lru_cache(maxsize=64)  # noqa: B019
-    def _bucket_shares(self, phase: PhaseOrder) -> Shares:
+    def _bucket_shares(self, phase: SamplerPhase) -> StreamSchedule:
         """Batches go to buckets by the rows in them."""
         rows = np.asarray([[self.sizes[n][b] * repeat for n, repeat in phase.members] for b in range(len(self.sizes[0]))]).sum(axis=1)
-        return Shares(tuple(rows / rows.sum()), self.seed + 1)
+        return StreamSchedule(tuple(rows / rows.sum()), self.seed + 1)
 
     @lru_cache(maxsize=64)  # noqa: B019
-    def _stream_shares(self, phase: PhaseOrder, bucket: int) -> Shares:
+    def _stream_shares(self, phase: SamplerPhase, bucket: int) -> StreamSchedule:
         """Samples of a batch go to streams by their weights, where they have any row in the bucket."""
         weights = np.asarray(phase.weights or [1.0])
         filled = np.asarray([any(self.sizes[number][bucket] for number, _ in members) for members in phase.streams])
         weights = weights * filled if filled.any() else weights
-        return Shares(tuple(weights / weights.sum()), self.seed)
+        return StreamSchedule(tuple(weights / weights.sum()), self.seed)
 
     @cached_property
     def _earlier(self) -> list[dict[tuple[Members, int], int]]:

@@ -19,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from microdit.data.decode import Picture, normalise
-from microdit.data.packing import CaptionForm, LatentForm, pack_ids, pack_latents, pack_text
-from microdit.data.shards import Row, ShardWriter, checksums_of
+from microdit.data.decode import DecodedImage
+from microdit.data.packing import CaptionPacking, LatentPacking, pack_ids, pack_latents, pack_text
+from microdit.data.pixels import normalise
+from microdit.data.shards import EncodedRow, ShardWriter, checksums_of
 from microdit.data.sources.base import Record
 from microdit.encoders.autoencoder import Autoencoder
 from microdit.encoders.text import TextEncoder
@@ -62,14 +63,14 @@ class BatchEncoder:
         autoencoder: Autoencoder,
         text_encoder: TextEncoder,
         device: torch.device,
-        captions: CaptionForm,
+        captions: CaptionPacking,
         batch_size: int,
         warn: Callable[[str], None],
     ):
         self.autoencoder, self.text_encoder, self.device, self.captions, self.warn = autoencoder, text_encoder, device, captions, warn
         self._sizes = {"pictures": batch_size, "captions": batch_size}
 
-    def encode(self, records: list[Record], pictures: list[Picture], resolutions: tuple[int, ...]) -> EncodedChunk:
+    def encode(self, records: list[Record], pictures: list[DecodedImage], resolutions: tuple[int, ...]) -> EncodedChunk:
         """`pictures` holds each record's bucket and its pixels at every resolution, (H, W, 3)."""
         ids = self.text_encoder.tokenize([caption for record in records for caption in record.captions.values()])
         text = [] if self.captions == "ids" else list(self._text(ids))
@@ -89,7 +90,7 @@ class BatchEncoder:
     def _embed(self, ids: list[list[int]]) -> Tensor:
         return self.text_encoder.embed_full(ids) if self.captions == "full" else self.text_encoder.embed(ids)[0]
 
-    def _latents(self, pictures: list[Picture], resolutions: tuple[int, ...]) -> Iterator[tuple[list[int], int, Tensor]]:
+    def _latents(self, pictures: list[DecodedImage], resolutions: tuple[int, ...]) -> Iterator[tuple[list[int], int, Tensor]]:
         """Batches hold pictures of one bucket."""
         by_bucket: dict[int, list[int]] = {}
         for number, (bucket, _) in enumerate(pictures):
@@ -165,18 +166,18 @@ class Packer:
     """Turns an encoded chunk into rows: numbers as bytes."""
 
     resolutions: tuple[int, ...]
-    latents: LatentForm
-    captions: CaptionForm
+    latents: LatentPacking
+    captions: CaptionPacking
     caption_weights: dict[str, float]
 
-    def rows(self, chunk: EncodedChunk) -> Iterator[Row]:
+    def rows(self, chunk: EncodedChunk) -> Iterator[EncodedRow]:
         """Raises UserError for numbers that are not finite."""
         chunk.wait()
         texts, latents = iter(self._pack_text(chunk)), self._pack_latents(chunk)
         for record, bucket, blobs in zip(chunk.records, chunk.buckets, latents, strict=True):
             weights = [self.caption_weights[name] for name in record.captions]
             captions = list(record.captions.values())
-            yield Row(record.key, bucket, captions, weights, [next(texts) for _ in captions], blobs)
+            yield EncodedRow(record.key, bucket, captions, weights, [next(texts) for _ in captions], blobs)
 
     def _pack_latents(self, chunk: EncodedChunk) -> list[dict[int, bytes]]:
         blobs: list[dict[int, bytes]] = [{} for _ in chunk.records]
@@ -273,17 +274,17 @@ class ShardsThread:
         if part.rejected:
             lines = "".join(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in part.rejected)
             write_aside(self.folder / f"{_shard(part.number)}.rejected.jsonl", lines.encode())
-        write_aside(manifest_path(self.folder, part.number), to_checked_json(manifest))
+        write_aside(shard_entry_path(self.folder, part.number), to_checked_json(manifest))
 
 
-def manifest_path(folder: Path, number: int) -> Path:
+def shard_entry_path(folder: Path, number: int) -> Path:
     return folder / f"{_shard(number)}.json"
 
 
 def remove_shard(folder: Path, number: int) -> bool:
     """Whether there was one: of several ranks that remove it, one is told so. The manifest goes first, for without it there is no shard."""
     try:
-        manifest_path(folder, number).unlink()
+        shard_entry_path(folder, number).unlink()
     except FileNotFoundError:
         return False
     for suffix in (".arrow", ".rejected.jsonl"):

@@ -67,7 +67,7 @@ def most_open(sets: int = 1) -> int:
 
 
 @dataclass(frozen=True)
-class Row:
+class EncodedRow:
     """An encoded sample. `latents` has one blob a resolution, `text` one a caption, in the order of `captions` and their `weights`."""
 
     key: str
@@ -92,7 +92,7 @@ class ShardWriter:
         self._file = self.path.open("w+b")
         self._stream = pa.ipc.new_stream(self._file, schema(self.resolutions))
 
-    def write(self, row: Row) -> None:
+    def write(self, row: EncodedRow) -> None:
         latents = {f"{LATENTS}{resolution}": seal(row.latents[resolution], self.rows, row.bucket) for resolution in self.resolutions}
         text = [seal(blob, self.rows, row.bucket) for blob in row.text]
         self._waiting.append(

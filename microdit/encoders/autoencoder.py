@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from microdit.encoders.model_files import (
+    DOWNLOAD_AGAIN,
+    check_complete,
     dtype_argument,
     find_folder,
     fingerprint_of,
     is_place,
     lasting_name,
     loading,
-    read_json,
-    refuse_incomplete,
     weight_files,
     weight_patterns,
 )
 from microdit.errors import UserError
-from microdit.io.files import from_checked_json, sha256_of
+from microdit.io.files import from_checked_json, read_json, sha256_of
 
 RECORD = "record.json"  # beside the weights that `microdit train-autoencoder` writes
 BUNDLED_ICON = Path(__file__).parent / "icon_autoencoder"
@@ -161,7 +161,7 @@ def _load(name: str, folder: Path) -> DiffusersAutoencoder:
     """Raises UserError if the folder holds no autoencoder that can be used."""
     files = _safe_weights(folder)
     _refuse_damage(folder)
-    class_name = read_json(folder / "config.json").get("_class_name")
+    class_name = read_json(folder / "config.json", DOWNLOAD_AGAIN).get("_class_name")
     if class_name not in _LATENTS:
         raise UserError(f"{folder / 'config.json'} says _class_name {class_name}; only {', '.join(_LATENTS)} can be used.")
     import diffusers  # slow to import
@@ -170,7 +170,7 @@ def _load(name: str, folder: Path) -> DiffusersAutoencoder:
         model, info = getattr(diffusers, class_name).from_pretrained(
             folder, **dtype_argument(torch.float32), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
-    refuse_incomplete(folder, info["missing_keys"])
+    check_complete(folder, info["missing_keys"])
     return DiffusersAutoencoder(name, model, fingerprint_of(files))
 
 

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 
 from microdit.errors import UserError
-from microdit.io.text import parse_json
+from microdit.io.files import read_json
 
+DOWNLOAD_AGAIN = "Download it again."  # for a file of a model that makes no sense
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w-][\w./-]*))?")  # owner/name, or owner/name:subfolder
 
 
@@ -64,17 +64,6 @@ def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if (int(major), int(minor)) >= (0, 40) else "torch_dtype": dtype}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError if the file is missing or is no JSON object."""
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {_first_line(error)}. Download it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no settings: it should be a JSON object. Download it again.")
-    return content
-
-
 def weight_patterns(stem: str, ending: str) -> list[str]:
     """What the files with a model's weights are called: one file, or many with an index."""
     return [f"{stem}{ending}", f"{stem}{ending}.index.json", f"{stem}-*{ending}"]
@@ -87,7 +76,7 @@ def weight_files(folder: Path, stem: str, ending: str) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    parts = read_json(index).get("weight_map")
+    parts = read_json(index, DOWNLOAD_AGAIN).get("weight_map")
     if not isinstance(parts, dict) or not parts:
         raise UserError(f"{index} lists no files (weight_map): download it again.")
     files = [folder / str(name) for name in sorted(set(parts.values()))]
@@ -121,7 +110,7 @@ def loading(what: Path) -> Iterator[None]:
         raise UserError(f"{what} cannot be loaded: {_first_line(error)}. Download it again, or choose another.") from error
 
 
-def refuse_incomplete(what: Path, missing: list[str]) -> None:
+def check_complete(what: Path, missing: list[str]) -> None:
     """Raises UserError if weights are missing or misshapen: the libraries would go on with random ones."""
     if missing:
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""

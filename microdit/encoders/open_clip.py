@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from microdit.encoders.model_files import loading, read_json, refuse_incomplete
+from microdit.encoders.model_files import DOWNLOAD_AGAIN, check_complete, loading
 from microdit.errors import UserError
+from microdit.io.files import read_json
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 PAD_ID = 0  # open_clip fills its captions up with zeros, whatever the tokenizer's files say
@@ -34,7 +35,7 @@ def load_open_clip(folder: Path, weights_file: Path) -> Any:
         weights = _read_text_half(weights_file)
     sources = _sources(config.num_hidden_layers)
     wanted = {source for source, _ in sources.values()}
-    refuse_incomplete(weights_file, [key for key in wanted if key not in weights])
+    check_complete(weights_file, [key for key in wanted if key not in weights])
     strange = sorted(key for key in weights if key.startswith("transformer.") and key not in wanted)
     if strange:
         raise UserError(f"{weights_file} has more than {OPEN_CLIP_CONFIG} says ({', '.join(strange[:4])}): they do not belong together.")
@@ -49,7 +50,7 @@ def load_open_clip(folder: Path, weights_file: Path) -> Any:
 def _text_config(path: Path) -> Any:
     from transformers import CLIPTextConfig
 
-    model_cfg = read_json(path).get("model_cfg")
+    model_cfg = read_json(path, DOWNLOAD_AGAIN).get("model_cfg")
     text_cfg = model_cfg.get("text_cfg") if isinstance(model_cfg, dict) else None
     if not isinstance(model_cfg, dict) or not isinstance(text_cfg, dict):
         raise UserError(f"{path} describes no text encoder (model_cfg.text_cfg): download it again.")

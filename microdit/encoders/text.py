@@ -14,18 +14,19 @@ from transformers.utils import logging as transformers_logging
 
 from microdit.devices import sent_to
 from microdit.encoders.model_files import (
+    DOWNLOAD_AGAIN,
+    check_complete,
     find_folder,
     fingerprint_of,
     is_place,
     lasting_name,
     loading,
-    read_json,
-    refuse_incomplete,
     weight_files,
     weight_patterns,
 )
 from microdit.encoders.open_clip import OPEN_CLIP_CONFIG, PAD_ID, load_open_clip
 from microdit.errors import UserError
+from microdit.io.files import read_json
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()  # it reports the picture half of CLIP as unused
@@ -60,7 +61,7 @@ def load_text_model(place: str) -> TextModel:
         return _load_open_clip(place, folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"There is no text encoder in {folder}: it has neither config.json nor {OPEN_CLIP_CONFIG}.")
-    model_type = read_json(folder / "config.json").get("model_type")
+    model_type = read_json(folder / "config.json", DOWNLOAD_AGAIN).get("model_type")
     if model_type not in _FAMILIES:
         raise UserError(f"{folder / 'config.json'} says model_type {model_type}; only {', '.join(_FAMILIES)} can be used.")
     return _load_transformers(place, folder, model_type)
@@ -82,7 +83,7 @@ def _load_transformers(place: str, folder: Path, model_type: str) -> TextModel:
             output_loading_info=True,
         )
     unfit = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    refuse_incomplete(folder, [key for key in unfit if not key.startswith("pooler.")])  # the pooled vector is not used
+    check_complete(folder, [key for key in unfit if not key.startswith("pooler.")])  # the pooled vector is not used
     limit = T5_TOKENS if family == "t5" else model.config.max_position_embeddings
     return _text_model(model, tokenizer, folder, files, limit, tokenizer.pad_token_id, family == "clip")
 

@@ -22,19 +22,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from microdit.data.decode import to_tensor
+from microdit.data.pixels import to_tensor
 from microdit.encoders.model_files import (
+    DOWNLOAD_AGAIN,
+    check_complete,
     find_folder,
     fingerprint_of,
     lasting_name,
     loading,
-    read_json,
-    refuse_incomplete,
     weight_files,
     weight_patterns,
 )
 from microdit.errors import UserError
-from microdit.io.files import sha256_of
+from microdit.io.files import read_json, sha256_of
 
 SIZE = 224
 EFFICIENTNET_BATCH = 32
@@ -82,7 +82,7 @@ def load_network(place: str, model_types: tuple[str, ...], model_class: Any) -> 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     folder = find_folder(place, ["*.json", "*.txt"])
-    settings = read_json(folder / "config.json")
+    settings = read_json(folder / "config.json", DOWNLOAD_AGAIN)
     model_type = settings.get("model_type")
     if model_type not in model_types:
         raise UserError(f"{folder / 'config.json'} says model_type {model_type}, where {' or '.join(model_types)} is needed.")
@@ -100,7 +100,7 @@ def load_network(place: str, model_types: tuple[str, ...], model_class: Any) -> 
             ignore_mismatched_sizes=True,  # refused below, with the names
             output_loading_info=True,
         )
-    refuse_incomplete(folder, [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+    check_complete(folder, [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     return model.eval().requires_grad_(False), folder, fingerprint_of([*files, *sorted(folder.glob("*config.json"))])
 
 

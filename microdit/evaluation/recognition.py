@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from microdit.data.decode import to_image, to_tensor
-from microdit.data.sources.builtin import Row
+from microdit.data.pixels import to_image, to_tensor
+from microdit.data.sources.builtin import CaptionedImage
 from microdit.evaluation.features import EfficientNetLite0
 from microdit.evaluation.generators import ON_CPU, Compute, DrawSettings
 from microdit.io.files import write_aside
@@ -49,7 +49,7 @@ def spread_ids(rows: int, count: int) -> Tensor:
 
 def evaluate_emoji_run(
     run: Path,
-    rows: list[Row],
+    rows: list[CaptionedImage],
     count: int,
     settings: DrawSettings,
     warn: Callable[[str], None],

@@ -14,7 +14,7 @@ from microdit.checkpoint import checkpoint_folders, open_checkpoint
 from microdit.errors import UserError
 from microdit.evaluation.geneval.rules import TASKS
 from microdit.evaluation.published import Training
-from microdit.io.text import parse_json
+from microdit.io.files import read_json
 from microdit.models.microdit import MicroDiT
 from microdit.reports.formats import finite
 from microdit.reports.run_folder import RunFolder, is_run
@@ -136,13 +136,7 @@ class _Entry:
         """Empty if there is no such file."""
         if not path.is_file():
             return cls(path, {})
-        try:
-            values = parse_json(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}. Evaluate again.") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{path} holds no JSON object. Evaluate again.")
-        return cls(path, values)
+        return cls(path, read_json(path, "Evaluate again."))
 
     def below(self, key: str) -> "_Entry":
         value = self.values.get(key)

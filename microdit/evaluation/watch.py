@@ -19,7 +19,7 @@ from microdit.evaluation.generators import Compute, DrawSettings, RunPainter
 from microdit.evaluation.metrics.registry import METRICS, label
 from microdit.io.console import styled
 from microdit.io.files import write_aside
-from microdit.io.text import parse_json
+from microdit.io.text import parse_json_object
 from microdit.pipelines.load import opened_run
 from microdit.pipelines.native import Pipeline
 from microdit.reports.curves import Curve, draw_points
@@ -115,10 +115,10 @@ def _write_page(path: Path, run: Path, out: Path) -> None:
 def _result(file: Path) -> dict[str, Any]:
     """What an evaluation has written; empty if there is none, or it is damaged, so that it is made anew."""
     try:
-        result = parse_json(file.read_bytes())
+        result = parse_json_object(file.read_bytes())
     except (OSError, ValueError):
         return {}
-    return result if isinstance(result, dict) and isinstance(result.get("metrics"), dict) else {}
+    return result if isinstance(result.get("metrics"), dict) else {}
 
 
 def _curve(name: str, cost: str, results: list[dict[str, Any]]) -> Curve | None:

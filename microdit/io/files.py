@@ -13,7 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from microdit.io.text import parse_json
+from microdit.errors import UserError
+from microdit.io.text import parse_json_object
 
 ONE_DAY = 86_400  # seconds
 CHECKSUM = "self_sha256"  # the last entry of a JSON file that holds its own checksum
@@ -82,6 +83,14 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises UserError, which ends with the sentence `fix`, if the file holds none or cannot be read."""
+    try:
+        return parse_json_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}. {fix}") from error
+
+
 def to_checked_json(content: Mapping[str, Any]) -> bytes:
     """JSON whose first entry says that it has a checksum, and whose last one is that checksum: the SHA-256 of all bytes before it."""
     body = json.dumps({"checked_by": CHECKSUM, **content}, indent=1).removesuffix("\n}").encode()
@@ -94,9 +103,7 @@ def from_checked_json(raw: bytes) -> dict[str, Any]:
     One damaged entry leaves the other, so no single change makes a file look like one that never had a checksum.
     Raises ValueError if the bytes are not what was written.
     """
-    content = parse_json(raw)
-    if not isinstance(content, dict):
-        raise ValueError("it is no JSON object")
+    content = parse_json_object(raw)
     announced, checksum = content.pop("checked_by", None), content.pop(CHECKSUM, None)
     if announced is not None or checksum is not None:
         body = raw.rpartition(f',\n "{CHECKSUM}": '.encode())[0]

@@ -17,11 +17,19 @@ from typing import Any
 
 
 def parse_json(text: str | bytes) -> Any:
-    """As `json.loads`, but raises ValueError for everything that cannot be read, brackets within a thousand brackets included."""
+    """Parse JSON as `json.loads` does, but raise ValueError also where brackets are nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def parse_json_object(text: str | bytes) -> dict[str, Any]:
+    """Parse a JSON object. Raises ValueError if the text is anything else."""
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    return value
 
 
 COMMANDS = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories: control, format, half of a character, ends of lines and paragraphs

@@ -19,12 +19,12 @@ import yaml
 from microdit.cli.terminal import progress
 from microdit.config.load import with_todays_defaults
 from microdit.config.schema import Recipe
-from microdit.data.manifest import read_card
+from microdit.data.manifest import read_manifest
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.console import PlainConsole
 from microdit.io.files import write_aside
-from microdit.io.text import parse_json
+from microdit.io.text import parse_json_object
 from microdit.lab.study import Budget, Study, measurement
 from microdit.training.trainer import Trainer
 
@@ -156,7 +156,7 @@ def _refuse_other_pictures(recipes: dict[str, Recipe]) -> None:
     seen: dict[str, str] = {}
     for arm, recipe in recipes.items():
         if recipe.data.path is not None:
-            card = read_card(Path(recipe.data.path))
+            card = read_manifest(Path(recipe.data.path))
             sides = recipe.data.resolution or card["settings"]["resolutions"]
             pictures = f"{card['rows']:,} rows of {card.get('source')} at {sides} px"
             seen.setdefault(pictures, f"{arm} from {recipe.data.path}, {pictures}")
@@ -183,9 +183,9 @@ def _content(out: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no {path}: run the study first.")
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json_object(path.read_bytes())
         if not {"asked", "arms"} <= content.keys():
             raise ValueError("asked or arms are missing")
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): results without their plan cannot be gone on with; choose another --out.") from error
     return dict(content)

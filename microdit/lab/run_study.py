@@ -27,7 +27,7 @@ from torch import Tensor
 from microdit.checkpoint import find_weights
 from microdit.cli.terminal import console, progress, warn
 from microdit.config.schema import Recipe
-from microdit.data.sources.base import open_source
+from microdit.data.sources.open import open_source
 from microdit.distributed import World
 from microdit.encoders.autoencoder import Autoencoder
 from microdit.encoders.text import TextEncoder

@@ -28,7 +28,7 @@ from torch import Tensor
 from microdit.checkpoint import config_of_fields
 from microdit.diffusion.edm import EDM
 from microdit.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder
-from microdit.encoders.model_files import loading, refuse_incomplete, weight_files
+from microdit.encoders.model_files import check_complete, loading, weight_files
 from microdit.encoders.text import FrozenTextEncoder, TextEncoder, load_text_encoder
 from microdit.errors import UserError
 from microdit.models.microdit import MicroDiT, ModelConfig
@@ -231,7 +231,7 @@ def refuse_incomplete_autoencoder(folder: Path, model: Any) -> None:
     for path in weight_files(folder, "diffusion_pytorch_model", ".safetensors"):
         with safe_open(path, framework="pt") as file:
             found |= set(file.keys())
-    refuse_incomplete(folder, [name for name in model.state_dict() if name not in found])
+    check_complete(folder, [name for name in model.state_dict() if name not in found])
 
 
 def _is_component(name: str, value: list[Any] | tuple[Any, ...]) -> bool:

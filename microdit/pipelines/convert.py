@@ -16,7 +16,7 @@ from microdit.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, Pix
 from microdit.encoders.text import FrozenTextEncoder, MiniLM
 from microdit.errors import UserError
 from microdit.io.files import aside_of, stale_asides
-from microdit.io.text import parse_json
+from microdit.io.text import parse_json_object
 from microdit.pipelines.components import EDMSettings, MicroDiTTransformer2DModel, ReferencedAutoencoder, ReferencedTextEncoder
 from microdit.pipelines.diffusers_pipeline import MicroDiTPipeline
 from microdit.pipelines.native import Pipeline
@@ -71,10 +71,9 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 def read_record(folder: Path) -> dict[str, Any]:
     """Empty if there is none, or it makes no sense: nothing is drawn by it."""
     try:
-        record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
+        return parse_json_object((folder / RECORD).read_bytes())
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def to_diffusers(pipeline: Pipeline) -> MicroDiTPipeline:

@@ -24,7 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from microdit.data.decode import to_image
+from microdit.data.pixels import to_image
 from microdit.diffusion.edm import EDM
 from microdit.diffusion.guidance import Text, guided_denoiser
 from microdit.diffusion.samplers import Step, heun, noise_schedule, state_dtype

@@ -9,7 +9,7 @@ import torch
 
 import microdit
 from microdit.checkpoint import Checkpoint, default_weights
-from microdit.data.manifest import CARD as CARD_OF_DATA
+from microdit.data.manifest import MANIFEST
 from microdit.io.files import from_checked_json
 from microdit.pipelines.convert import CARD, refuse_infinite_parts, refuse_to_overwrite, to_diffusers, write_folder, write_record
 from microdit.pipelines.model_card import card_of_run
@@ -71,7 +71,7 @@ def _record(run: Path, checkpoint: Checkpoint, pipeline: Pipeline, weights: str,
 
 def _set(found: dict[str, Any]) -> dict[str, Any]:
     """Rows and fingerprint of an encoded set; source and licence too, where it still lies."""
-    card = _read_object(Path(found["path"]) / CARD_OF_DATA)
+    card = _read_object(Path(found["path"]) / MANIFEST)
     return {"rows": found["rows"], "fingerprint": found["fingerprint"], "source": card.get("source"), "license": card.get("license")}
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from diffusers.utils import logging as diffusers_logging
 
 from microdit.checkpoint import Checkpoint, default_weights
-from microdit.encoders.model_files import find_folder, is_place, lasting_name, loading, read_json
+from microdit.encoders.model_files import DOWNLOAD_AGAIN, find_folder, is_place, lasting_name, loading
 from microdit.errors import UserError
+from microdit.io.files import read_json
 from microdit.io.process_limits import keep_freed_memory
 from microdit.pipelines.components import PIPELINE
 from microdit.pipelines.convert import from_diffusers, read_record
@@ -101,7 +102,7 @@ def is_our_pipeline(place: str) -> bool:
         if not is_place(place):
             return False
         folder = find_folder(place, [INDEX])
-    return (folder / INDEX).is_file() and read_json(folder / INDEX).get("_class_name") == PIPELINE
+    return (folder / INDEX).is_file() and read_json(folder / INDEX, DOWNLOAD_AGAIN).get("_class_name") == PIPELINE
 
 
 def opened_run(run: Path, pipeline: Pipeline, checkpoint: Checkpoint, weights: str | None = None) -> OpenedModel:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from microdit.checkpoint import Checkpoint, default_weights, find_weights
-from microdit.data.decode import to_image
+from microdit.data.pixels import to_image
 from microdit.devices import HALF
 from microdit.diffusion.edm import EDM
 from microdit.diffusion.guidance import GuidanceKind, Guide, Text, guided_denoiser

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from microdit.config.schema import PhaseRecipe, Recipe
 from microdit.data.dataset import EncodedDataset
-from microdit.data.manifest import CARD
+from microdit.data.manifest import MANIFEST
 from microdit.data.packing import bytes_of_row
 from microdit.data.shards import DamagedShard
 from microdit.errors import UserError
@@ -87,7 +87,7 @@ class Shapes:
 def shapes_of(recipe: Recipe, given: Given = Given()) -> Shapes:
     """Raises UserError if a set is damaged, or if the model's patches do not fit."""
     folders = [Path(item.path) for item in recipe.data.named_sets.values()]
-    found = [EncodedDataset(folder, recipe.data.resolution) for folder in folders if (folder / CARD).is_file()]
+    found = [EncodedDataset(folder, recipe.data.resolution) for folder in folders if (folder / MANIFEST).is_file()]
     shapes = _read(found, len(found) == len(folders)) if found else assumed_shapes(recipe, given)
     p = recipe.model.patch_size
     for _, height, width in shapes.sides:
@@ -123,11 +123,11 @@ def _read(sets: list[EncodedDataset], complete: bool) -> Shapes:
         first.latent_shape()[0],
         tuple(sides),
         max(_longest_caption(item) for item in sets),
-        first.card["text_channels"],
-        first.card["autoencoder"]["name"],
-        first.card["text_encoder"]["name"],
+        first.manifest["text_channels"],
+        first.manifest["autoencoder"]["name"],
+        first.manifest["text_encoder"]["name"],
         rows if complete else None,
-        sum(shard["bytes"] for item in sets for shard in item.card["shards"]) if complete else None,
+        sum(shard["bytes"] for item in sets for shard in item.manifest["shards"]) if complete else None,
         () if complete else ("sets that are not encoded yet are taken to be like those that are",),
     )
 
@@ -135,7 +135,7 @@ def _read(sets: list[EncodedDataset], complete: bool) -> Shapes:
 def _longest_caption(encoded: EncodedDataset) -> int:
     """Tokens, in the first captions: a batch is as long as its longest one."""
     bucket = max(range(len(encoded.bucket_sizes)), key=encoded.bucket_sizes.__getitem__)
-    row = bytes_of_row(encoded.card["text_channels"], encoded.card["settings"]["captions"])
+    row = bytes_of_row(encoded.manifest["text_channels"], encoded.manifest["settings"]["captions"])
     try:
         return max(len(encoded.read(bucket, number)[1]) // row for number in range(min(LOOKED_AT, encoded.bucket_sizes[bucket])))
     except DamagedShard as damage:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from microdit.io.files import from_checked_json
-from microdit.io.text import parse_json
+from microdit.io.text import parse_json_object
 from microdit.reports.formats import finite
 
 RECIPE = "recipe.yaml"  # what makes a folder a run
@@ -133,7 +133,6 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _parse_object(text: str | bytes) -> dict[str, Any]:
     try:
-        value = parse_json(text)
+        return parse_json_object(text)
     except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}

@@ -72,7 +72,7 @@ def find_origin(
     if damaged := checkpoint.damage_of(recipe.init_weights, world):
         raise UserError(f"{checkpoint.folder} is damaged ({', '.join(damaged)}: not what was written, or gone).")
     refuse_other_architecture(checkpoint, config, except_for=frozenset({"position_scale"}))
-    refuse_other_encoders(checkpoint, data.card, data.folder)
+    refuse_other_encoders(checkpoint, data.manifest, data.folder)
     return Origin(checkpoint, recipe.init_weights)
 
 

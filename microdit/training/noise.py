@@ -16,6 +16,7 @@ from torch import Tensor
 from microdit.data.dataset import Batch, StoredBatch
 from microdit.diffusion.edm import EDM
 from microdit.models.routing import Pattern, choose_kept
+from microdit.splitmix import as_int64, shift_right, splitmix64
 
 
 @dataclass(frozen=True)
@@ -103,39 +104,22 @@ def add_draws(
 
 def uniforms(words: Tensor) -> Tensor:
     """In [0, 1), float64, of the upper 53 bits of each word."""
-    return _shifted(words, 11).double() * 2.0**-53
+    return shift_right(words, 11).double() * 2.0**-53
 
 
 def normals(words_BN: Tensor) -> Tensor:
     """Two of each word, (B, 2 N), float32, by Box and Muller (1958), in float64 so that all devices round to the same numbers."""
-    radius_BN = (((_shifted(words_BN, 32) + 1).double() * 2.0**-32).log() * -2).sqrt()
+    radius_BN = (((shift_right(words_BN, 32) + 1).double() * 2.0**-32).log() * -2).sqrt()
     angle_BN = (words_BN & 0xFFFFFFFF).double() * (2 * math.pi * 2.0**-32)
     return torch.cat([radius_BN * angle_BN.cos(), radius_BN * angle_BN.sin()], dim=1).float()
 
 
 def _keys(seed: int, step: int, numbers: range, device: torch.device) -> Tensor:
     """Where each sample's words begin in the generator's cycle of 2**64, (B,): hashes, so that they do not meet."""
-    first = _signed(seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 1)
-    return _mix(torch.arange(numbers.start, numbers.stop, numbers.step, device=device) + first)
+    first = as_int64(seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 1)
+    return splitmix64(torch.arange(numbers.start, numbers.stop, numbers.step, device=device) + first)
 
 
 def _words(key_B: Tensor, start: int, count: int) -> Tensor:
     """Words `start` to `start + count` of each sample, 64 random bits each, (B, count)."""
-    return _mix(key_B[:, None] + torch.arange(start + 1, start + count + 1, device=key_B.device) * _signed(0x9E3779B97F4A7C15))
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64. Products of int64 wrap around, as those of unsigned numbers do."""
-    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """To the right, with zeros coming in: `>>` alone copies the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    """The int64 that has the same lower 64 bits."""
-    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+    return splitmix64(key_B[:, None] + torch.arange(start + 1, start + count + 1, device=key_B.device) * as_int64(0x9E3779B97F4A7C15))

@@ -23,7 +23,7 @@ from microdit.checkpoint import (
 from microdit.config.load import with_todays_defaults
 from microdit.config.schema import ModelRecipe, PhaseRecipe, Recipe
 from microdit.data.dataset import EncodedDataset, MixedDataset
-from microdit.data.sampler import PhaseOrder
+from microdit.data.sampler import SamplerPhase
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.console import joined, styled
@@ -43,7 +43,7 @@ def open_mixture(recipe: Recipe, warn: Callable[[str], None], world: World | Non
     sets = {name: EncodedDataset(Path(item.path), data.resolution, world) for name, item in data.named_sets.items()}
     for encoded in sets.values():
         for key, wanted in (("autoencoder", data.autoencoder), ("text_encoder", data.text_encoder)):
-            found = encoded.card[key]["name"]
+            found = encoded.manifest[key]["name"]
             if wanted is not None and found != wanted:
                 raise UserError(
                     f"data.{key} is {wanted}, but {encoded.folder} was encoded with {found}: encode it again with the right one."
@@ -53,9 +53,9 @@ def open_mixture(recipe: Recipe, warn: Callable[[str], None], world: World | Non
     return MixedDataset(list(sets.values()), phases, recipe.seed, data.horizontal_flip, data.on_damage, warn)
 
 
-def _order_of(phase: PhaseRecipe, names: list[str], repeats: tuple[int, ...]) -> PhaseOrder:
+def _order_of(phase: PhaseRecipe, names: list[str], repeats: tuple[int, ...]) -> SamplerPhase:
     weights = None if phase.weights is None else tuple(phase.weights.get(name, 0.0) for name in names)
-    return PhaseOrder(phase.steps, phase.batch_size, repeats, weights)
+    return SamplerPhase(phase.steps, phase.batch_size, repeats, weights)
 
 
 FREE_TO_CHANGE = {"record", "engine", "guard", "name"}  # of a recipe, between save and resume: what is learnt stays the same
@@ -142,7 +142,7 @@ def model_config(recipe: Recipe, data: EncodedDataset) -> ModelConfig:
         _, height, width = data.latent_shape(bucket)
         if height % p or width % p:
             raise UserError(f"model.patch_size {p} does not divide the {height} x {width} latents of {data.folder}.")
-    return architecture(recipe.model, channels, data.card["text_channels"])
+    return architecture(recipe.model, channels, data.manifest["text_channels"])
 
 
 def architecture(model: ModelRecipe, in_channels: int, caption_channels: int) -> ModelConfig:
@@ -161,7 +161,7 @@ def architecture(model: ModelRecipe, in_channels: int, caption_channels: int) ->
 def _refuse_attended_padding(model: ModelRecipe, sets: list[EncodedDataset]) -> None:
     """Trimmed captions are padded with zeros up to the longest of a micro-batch: what is learnt would depend on who is beside whom."""
     for encoded in sets:
-        form = encoded.card["settings"]["captions"]
+        form = encoded.manifest["settings"]["captions"]
         if not model.mask_padding and form != "full":
             raise UserError(
                 f"model.mask_padding is false, and {encoded.folder} holds captions without their padding ({form}): "
@@ -186,7 +186,7 @@ def fingerprints(recipe: Recipe, sets: list[EncodedDataset]) -> dict[str, dict[s
         name: {
             "path": str(encoded.folder),
             "rows": len(encoded),
-            "fingerprint": hashlib.sha256("".join(shard["sha256"] for shard in encoded.card["shards"]).encode()).hexdigest()[:16],
+            "fingerprint": hashlib.sha256("".join(shard["sha256"] for shard in encoded.manifest["shards"]).encode()).hexdigest()[:16],
         }
         for name, encoded in zip(recipe.data.named_sets, sets, strict=True)
     }

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
-from microdit.data.decode import to_tensor
-from microdit.data.sources.builtin import Split, emoji_rows
+from microdit.data.pixels import to_tensor
+from microdit.data.sources.builtin import Split, emoji_images
 from microdit.encoders.autoencoder import RECORD
 from microdit.io.files import sha256_of, to_checked_json, write_aside
 from microdit.io.locks import LOCK
@@ -84,7 +84,7 @@ def train_icon_autoencoder(out: Path, settings: AutoencoderSettings, on_step: Ca
 
 def load_emoji(split: Split, image_size: int) -> Tensor:
     """All pictures of a split: (N, 3, image_size, image_size) in [-1, 1]."""
-    return torch.stack([to_tensor(row.image, image_size) for row in emoji_rows(split)])
+    return torch.stack([to_tensor(row.image, image_size) for row in emoji_images(split)])
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from microdit.config.schema import LEAST_QUALITY_SAMPLES, Recipe
-from microdit.data.dataset import Batch, EncodedDataset, refuse_strangers
-from microdit.data.decode import to_image
+from microdit.data.dataset import Batch, EncodedDataset, check_compatible
+from microdit.data.pixels import to_image
 from microdit.data.shards import DamagedShard
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World
@@ -43,7 +43,7 @@ def open_held_out(recipe: Recipe, data: EncodedDataset, edm: EDM, world: World) 
     if recipe.data.held_out is None:
         return None
     held_out = HeldOut(Path(recipe.data.held_out), data.resolution, recipe.record.held_out_samples, edm, world)
-    refuse_strangers([data, held_out.data])
+    check_compatible([data, held_out.data])
     return held_out
 
 
@@ -113,7 +113,7 @@ class Quality:
             )
         self._rows = spread_ids(rows, max(REFERENCES, count)).tolist()
         self._drawn_N = spread_ids(len(self._rows), count)
-        self._autoencoder = unchanged(load_autoencoder(data.card["autoencoder"]["name"]), data.card["autoencoder"])
+        self._autoencoder = unchanged(load_autoencoder(data.manifest["autoencoder"]["name"]), data.manifest["autoencoder"])
         self._network = _open_network()
         text_BLE, mask_BL = data.text([self._read(self._rows[n])[1] for n in self._drawn_N])
         self._text_BLE, self._mask_BL = text_BLE, mask_BL if recipe.model.mask_padding else None

@@ -10,7 +10,7 @@ import torch
 
 from microdit.data.dataset import EncodedDataset, MixedDataset
 from microdit.data.encode import EncodeSettings, encode_source
-from microdit.data.sampler import PhaseOrder
+from microdit.data.sampler import SamplerPhase
 from microdit.data.shards import MOST_OPEN, most_open
 from microdit.data.sources.base import Part, Source
 from microdit.data.sources.builtin import emoji_source
@@ -34,7 +34,7 @@ def latents_of(folder, row):
 
 def mixture(*folders, steps=50, batch=8, weights=None, **options):
     sets = [EncodedDataset(folder) for folder in folders]
-    return MixedDataset(sets, [PhaseOrder(steps, batch, (1,) * len(sets), weights)], 0, **options)
+    return MixedDataset(sets, [SamplerPhase(steps, batch, (1,) * len(sets), weights)], 0, **options)
 
 
 def test_batches_are_padded_to_their_longest_caption(encoded_emoji):

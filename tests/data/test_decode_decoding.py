@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microdit.data.decode import Decoder, Wanted, decode, fit, prepare
+from microdit.data.decode import Decoder, TargetSizes, decode, fit, prepare
 from microdit.data.sources.base import Record
 from microdit.errors import UserError
 
@@ -16,7 +16,7 @@ def record(width: int, height: int = 20) -> Record:
     return Record(f"{width}x{height}", {"caption": "c"}, buffer.getvalue())
 
 
-class Deadly(Wanted):
+class Deadly(TargetSizes):
     """Ends the process that meets a picture 13 pixels wide, as a crash inside a decoder would."""
 
     def bucket_of(self, height: int, width: int) -> int:
@@ -36,7 +36,7 @@ def keys_of(chunks):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_order_and_count_are_the_sources(workers):
     records = [record(10 + i) for i in range(25)] + [Record("bad", {"caption": "c"}, b"x"), record(5)]
-    with Decoder(Wanted.of((8, 16), 8, False, 1), workers) as decoder:
+    with Decoder(TargetSizes.of((8, 16), 8, False, 1), workers) as decoder:
         chunks = list(decoder.chunks([records], 10))
     assert [(len(chunk.records), chunk.last) for chunk in chunks] == [(10, False), (10, False), (7, True)]
     outcomes = flat(chunks)
@@ -49,7 +49,7 @@ def test_order_and_count_are_the_sources(workers):
 
 
 def test_a_worker_that_dies_costs_one_record():
-    wanted = Deadly(Wanted.of((8,), 0, False, 1).buckets, 0)
+    wanted = Deadly(TargetSizes.of((8,), 0, False, 1).buckets, 0)
     with Decoder(wanted, 2) as decoder:
         outcomes = flat(decoder.chunks([[record(10), record(11), record(13), record(12)], [record(9)] * 6], 4))
     assert len(outcomes) == 10
@@ -60,7 +60,7 @@ def test_a_worker_that_dies_costs_one_record():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_chunks_end_with_their_group(workers):
     groups = [[record(8 + n) for n in range(5)], [], [record(20 + n) for n in range(4)], [record(30)]]
-    with Decoder(Wanted.of((8,), 0, False, 1), workers) as decoder:
+    with Decoder(TargetSizes.of((8,), 0, False, 1), workers) as decoder:
         chunks = list(decoder.chunks(groups, 2))
     assert keys_of(chunks) == [
         (["8x20", "9x20"], False),
@@ -78,7 +78,7 @@ def test_chunks_end_with_their_group(workers):
 def test_large_files_make_small_chunks(monkeypatch):
     monkeypatch.setattr("microdit.data.decode.MOST_BYTES", 1000)
     records = [Record(f"{number}", {}, bytes(size)) for number, size in enumerate((400, 400, 400, 1500, 600, 10, 10))]
-    with Decoder(Wanted.of((8,), 0, False, 1), workers=0) as decoder:
+    with Decoder(TargetSizes.of((8,), 0, False, 1), workers=0) as decoder:
         chunks = list(decoder.chunks([records], 64))
     assert keys_of(chunks) == [(["0", "1"], False), (["2"], False), (["3"], False), (["4", "5", "6"], True)]
 
@@ -92,7 +92,7 @@ def test_few_chunks_of_large_files_are_decoded_ahead(monkeypatch):
             read.append(number)
             yield Record(f"{number}", {}, bytes(600))
 
-    with Decoder(Wanted.of((8,), 0, False, 1), workers=1) as decoder:
+    with Decoder(TargetSizes.of((8,), 0, False, 1), workers=1) as decoder:
         for number, _ in enumerate(decoder.chunks([group()], 64), start=1):
             ahead.append(len(read) - number)
     assert ahead == [2, 2, 2, 2, 1, 0]  # one that is decoded, and one that was found not to fit beside it
@@ -104,7 +104,7 @@ def test_what_was_read_before_an_error_is_given_first(workers):
         yield record(9)
         raise RuntimeError("the source broke")
 
-    with Decoder(Wanted.of((8,), 0, False, 1), workers) as decoder:
+    with Decoder(TargetSizes.of((8,), 0, False, 1), workers) as decoder:
         chunks = decoder.chunks([[record(8)], breaks()], 1)
         given = [next(chunks).records for _ in range(3)]
         with pytest.raises(RuntimeError, match="the source broke"):
@@ -115,12 +115,12 @@ def test_what_was_read_before_an_error_is_given_first(workers):
 def test_a_large_jpeg_is_decoded_smaller_and_kept_or_rejected_by_its_whole_size():
     content = jpeg(600, 400)
     exact = fit(decode(content), 64, 64)
-    bucket, (drafted,) = prepare(Wanted.of((64,), 400, False, 1), [content])[0]
+    bucket, (drafted,) = prepare(TargetSizes.of((64,), 400, False, 1), [content])[0]
     assert (bucket, drafted.shape) == (0, (64, 64, 3))
     assert 0 < np.abs(drafted.astype(int) - exact).max() <= 4
-    (whole,) = prepare(Wanted.of((192,), 400, False, 1), [content])[0][1]
+    (whole,) = prepare(TargetSizes.of((192,), 400, False, 1), [content])[0][1]
     assert np.array_equal(whole, fit(decode(content), 192, 192))
-    assert prepare(Wanted.of((64,), 401, False, 1), [content]) == ["a side is shorter than 401 pixels"]
+    assert prepare(TargetSizes.of((64,), 401, False, 1), [content]) == ["a side is shorter than 401 pixels"]
 
 
 def jpeg(width: int, height: int) -> bytes:
@@ -131,7 +131,7 @@ def jpeg(width: int, height: int) -> bytes:
 
 
 def test_aspect_buckets_hold_about_the_resolutions_pixels_in_steps_of_64():
-    wanted = Wanted.of((256, 512), 0, True, 8)
+    wanted = TargetSizes.of((256, 512), 0, True, 8)
     shapes = {bucket[256] for bucket in wanted.buckets}
     assert (256, 256) in shapes
     assert len(shapes) == len(wanted.buckets) >= 5
@@ -149,4 +149,4 @@ def test_aspect_buckets_hold_about_the_resolutions_pixels_in_steps_of_64():
 
 def test_a_resolution_that_the_autoencoder_cannot_take_is_refused():
     with pytest.raises(UserError, match="--resolutions 60 must be a multiple of 8"):
-        Wanted.of((60,), 0, False, 8)
+        TargetSizes.of((60,), 0, False, 8)

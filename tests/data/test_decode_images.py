@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 
 from microdit.data import decode as images
-from microdit.data.decode import FORMATS, PictureFile, Rejected, decode, fit
+from microdit.data.decode import FORMATS, ImageFile, Rejected, decode, fit
 from tests.data.hostile import EPS, png_bomb
 
 
@@ -91,7 +91,7 @@ def test_exif_rotations_are_applied(orientation, red_at):
 def test_a_jpeg_much_larger_than_wanted_is_decoded_smaller_and_upright(orientation, red_at):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    file = PictureFile(file_of(half_red(size=(640, 320)), "JPEG", exif=exif, quality=95))
+    file = ImageFile(file_of(half_red(size=(640, 320)), "JPEG", exif=exif, quality=95))
     assert (file.width, file.height) == ((640, 320) if orientation in (1, 3) else (320, 640))
     image = file.decode(40, 40)
     assert image.size == ((160, 80) if orientation in (1, 3) else (80, 160))
@@ -100,15 +100,15 @@ def test_a_jpeg_much_larger_than_wanted_is_decoded_smaller_and_upright(orientati
 
 @pytest.mark.parametrize(("side", "decoded"), [(50, 400), (51, 800), (101, 800), (25, 200), (1, 100)])
 def test_at_least_twice_the_wanted_size_is_left_to_the_resizing(side, decoded):
-    file = PictureFile(file_of(half_red(size=(800, 200)), "JPEG"))
+    file = ImageFile(file_of(half_red(size=(800, 200)), "JPEG"))
     assert file.decode(side, side).width == decoded
 
 
 def test_only_jpegs_can_be_decoded_smaller():
     for kind in ("PNG", "WEBP"):
-        assert PictureFile(file_of(half_red(size=(400, 400)), kind)).decode(10, 10).size == (400, 400)
+        assert ImageFile(file_of(half_red(size=(400, 400)), kind)).decode(10, 10).size == (400, 400)
     with pytest.raises(Rejected, match="picture is damaged"):
-        PictureFile(file_of(Image.effect_noise((999, 999), 50), "JPEG")[:-9000]).decode(10, 10)
+        ImageFile(file_of(Image.effect_noise((999, 999), 50), "JPEG")[:-9000]).decode(10, 10)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_shrinking_is_antialiased():
 
 
 def test_the_largest_picture_is_the_one_that_the_sentence_names():
-    assert PictureFile(file_of(Image.new("1", (10_000, 10_000)))).height == 10_000
+    assert ImageFile(file_of(Image.new("1", (10_000, 10_000)))).height == 10_000
     for size in ((10_000, 10_001), (30_000, 30_000)):
         with pytest.raises(Rejected, match="more than 100,000,000 pixels"):
-            PictureFile(file_of(Image.new("1", size)))
+            ImageFile(file_of(Image.new("1", size)))

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from microdit.data.dataset import EncodedDataset
-from microdit.data.decode import to_tensor
 from microdit.data.encode import EncodeSettings, default_batch_size, encode_source
-from microdit.data.manifest import read_card
+from microdit.data.manifest import read_manifest
 from microdit.data.packing import unpack_ids
-from microdit.data.sources.base import Part, Record, Source, open_source
-from microdit.data.sources.builtin import emoji_rows, emoji_source
+from microdit.data.pixels import to_tensor
+from microdit.data.sources.base import Part, Record, Source
+from microdit.data.sources.builtin import emoji_images, emoji_source
+from microdit.data.sources.open import open_source
 from microdit.encoders.autoencoder import DiffusersAutoencoder, Pixels, load_autoencoder
 from microdit.encoders.text import MiniLM
 from microdit.errors import UserError
@@ -53,11 +54,11 @@ def text_of(data: EncodedDataset, number: int, draw: float = 0.0) -> torch.Tenso
 
 
 def sums(folder: Path) -> list[str]:
-    return [shard["sha256"] for shard in read_card(folder)["shards"]]
+    return [shard["sha256"] for shard in read_manifest(folder)["shards"]]
 
 
 def test_what_was_encoded_is_what_is_read(encoded_emoji, text_encoder):
-    data, rows = EncodedDataset(encoded_emoji), list(emoji_rows("train"))
+    data, rows = EncodedDataset(encoded_emoji), list(emoji_images("train"))
     assert data.column("captions") == [[row.caption] for row in rows[:40]]
     assert data.column("key") == [row.key for row in rows[:40]]
     for i in (7, 0, 31):
@@ -123,7 +124,7 @@ def test_several_captions_are_kept_with_their_weights(tmp_path, text_encoder):
 @pytest.mark.parametrize("form", ["int8", "ids", "full"])
 def test_the_other_forms_of_captions(tmp_path, text_encoder, form):
     encode_source(first_of(emoji_source("train"), 9), tmp_path / "set", EncodeSettings((8,), "int8", form), Pixels(), text_encoder)
-    data, captions = EncodedDataset(tmp_path / "set"), [row.caption for row in emoji_rows("train")][:9]
+    data, captions = EncodedDataset(tmp_path / "set"), [row.caption for row in emoji_images("train")][:9]
     for i, caption in enumerate(captions):
         ids = text_encoder.tokenize([caption])
         if form == "ids":
@@ -500,7 +501,7 @@ def shards_being_written(out: Path) -> list[Path]:
 def test_the_icon_autoencoders_latents_survive_eight_bits(tmp_path, text_encoder):
     icon = load_autoencoder("icon")
     encode_source(first_of(emoji_source("train"), 20), tmp_path / "set", EncodeSettings((64,)), icon, text_encoder)
-    data, rows = EncodedDataset(tmp_path / "set"), [row for row, _ in zip(emoji_rows("train"), range(20), strict=False)]
+    data, rows = EncodedDataset(tmp_path / "set"), [row for row, _ in zip(emoji_images("train"), range(20), strict=False)]
     pixels = torch.stack([to_tensor(row.image, 64) for row in rows])
     latents = torch.stack([latents_of(data, i) for i in range(20)])
     exact = icon.decode(icon.encode(pixels))

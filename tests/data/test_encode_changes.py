@@ -12,7 +12,8 @@ import pytest
 
 from microdit.data.dataset import EncodedDataset
 from microdit.data.encode import EncodeSettings, encode_source
-from microdit.data.sources.base import Part, Source, open_source
+from microdit.data.sources.base import Part, Source
+from microdit.data.sources.open import open_source
 from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
 from tests.data.pictures import picture, write_file, write_json, write_tar

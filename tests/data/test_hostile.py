@@ -10,7 +10,7 @@ import pytest
 from microdit.data.dataset import EncodedDataset
 from microdit.data.encode import EncodeSettings, encode_source
 from microdit.data.look import look
-from microdit.data.sources.base import open_source
+from microdit.data.sources.open import open_source
 from microdit.encoders.autoencoder import Pixels
 from tests.data import hostile
 from tests.data.pictures import problems_of, records_of, write_tar

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from microdit.data.dataset import EncodedDataset
-from microdit.data.manifest import read_card
+from microdit.data.manifest import read_manifest
 from microdit.errors import UserError
 from microdit.io.files import from_checked_json, sha256_of, to_checked_json
 from tests.damage import ALL_BITS, flips
@@ -18,16 +18,16 @@ def copy(encoded_emoji, tmp_path):
 
 @pytest.mark.parametrize("bits", [None, pytest.param(ALL_BITS, marks=pytest.mark.slow)])
 def test_a_flipped_bit_of_the_card_is_noticed_at_opening(copy, bits):
-    card = read_card(copy)
+    card = read_manifest(copy)
     for _ in flips(copy / "card.json", bits=bits):
         with pytest.raises(UserError, match=r"card\.json is damaged .*: encode the data again"):
             EncodedDataset(copy)
-    assert read_card(copy) == card
+    assert read_manifest(copy) == card
 
 
 def test_the_manifests_of_shards_are_covered_too(copy):
     """An encoding that goes on adds them up to a card."""
-    assert from_checked_json((copy / "shard-00000.json").read_bytes()) == read_card(copy)["shards"][0]
+    assert from_checked_json((copy / "shard-00000.json").read_bytes()) == read_manifest(copy)["shards"][0]
     for _ in flips(copy / "shard-00000.json"):
         with pytest.raises(ValueError):  # noqa: PT011
             from_checked_json((copy / "shard-00000.json").read_bytes())

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microdit.data.sampler import PhaseOrder, SampleOrder, Shares, permuted
+from microdit.data.sampler import BatchSampler, SamplerPhase, StreamSchedule, permuted
 
 
 @given(n=st.integers(1, 3000), key=st.integers(0, 2**63))
@@ -39,14 +39,14 @@ def test_the_order_looks_random():
     seed=st.integers(0, 9),
 )
 def test_counts_agree_with_what_was_dealt_and_shares_are_kept(weights, start, count, seed):
-    shares = Shares(tuple(w / sum(weights) for w in weights), seed)
+    shares = StreamSchedule(tuple(w / sum(weights) for w in weights), seed)
     dealt = np.bincount(shares.streams(start, count), minlength=len(weights))
     assert np.array_equal(shares.counts_before(start + count) - shares.counts_before(start), dealt)
     far = 1024 * 50
     assert np.allclose(shares.counts_before(far) / far, shares.weights, atol=len(weights) / far)
 
 
-def samples(order: SampleOrder, steps: range) -> list[tuple[int, int, int]]:
+def samples(order: BatchSampler, steps: range) -> list[tuple[int, int, int]]:
     return [(p.set, p.bucket, p.row) for step in steps for p in order.batch(step)]
 
 
@@ -56,7 +56,7 @@ def test_without_weights_each_sample_comes_once_an_epoch_times_its_repeat(sizes,
     repeats = tuple(data.draw(st.integers(1, 3)) for _ in sizes)
     total = sum(size * repeat for size, repeat in zip(sizes, repeats, strict=True))
     steps = -(-total * epochs // batch)
-    order = SampleOrder(tuple((size,) for size in sizes), 0, (PhaseOrder(steps, batch, repeats),))
+    order = BatchSampler(tuple((size,) for size in sizes), 0, (SamplerPhase(steps, batch, repeats),))
     seen = Counter(samples(order, range(steps))[: total * epochs])
     assert seen == {(s, 0, row): repeats[s] * epochs for s, size in enumerate(sizes) for row in range(size)}
 
@@ -65,11 +65,11 @@ def test_without_weights_each_sample_comes_once_an_epoch_times_its_repeat(sizes,
 @settings(max_examples=40)
 def test_phases_go_on_where_the_last_one_stopped_and_weights_hold(sizes, data, batch):
     weights = tuple(data.draw(st.integers(1, 4)) / 4 for _ in sizes)
-    one = PhaseOrder(60, batch, (1,) * len(sizes), weights)
+    one = SamplerPhase(60, batch, (1,) * len(sizes), weights)
     cut = data.draw(st.integers(1, 59))
-    two = (PhaseOrder(cut, batch, (1,) * len(sizes), weights), PhaseOrder(60 - cut, batch, (1,) * len(sizes), weights))
+    two = (SamplerPhase(cut, batch, (1,) * len(sizes), weights), SamplerPhase(60 - cut, batch, (1,) * len(sizes), weights))
     tables = tuple((size,) for size in sizes)
-    for order in (SampleOrder(tables, 3, (one,)), SampleOrder(tables, 3, two)):
+    for order in (BatchSampler(tables, 3, (one,)), BatchSampler(tables, 3, two)):
         drawn = samples(order, range(60))
         for number, size in enumerate(sizes):
             rows = [row for s, _, row in drawn if s == number]
@@ -78,13 +78,13 @@ def test_phases_go_on_where_the_last_one_stopped_and_weights_hold(sizes, data, b
 
 
 def test_a_set_of_weight_zero_is_not_drawn():
-    order = SampleOrder(((50,), (50,)), 0, (PhaseOrder(20, 8, (1, 1), (1.0, 0.0)), PhaseOrder(20, 8, (1, 1), (0.5, 0.5))))
+    order = BatchSampler(((50,), (50,)), 0, (SamplerPhase(20, 8, (1, 1), (1.0, 0.0)), SamplerPhase(20, 8, (1, 1), (0.5, 0.5))))
     assert {s for s, _, _ in samples(order, range(20))} == {0}
     assert Counter(s for s, _, _ in samples(order, range(20, 40)))[1] == pytest.approx(80, abs=16)
 
 
 def test_batches_are_of_one_bucket_and_buckets_get_their_rows_share():
-    order = SampleOrder(((30, 90), (0, 60)), 0, (PhaseOrder(900, 10, (1, 1), (0.5, 0.5)),))
+    order = BatchSampler(((30, 90), (0, 60)), 0, (SamplerPhase(900, 10, (1, 1), (0.5, 0.5)),))
     counts = Counter()
     for step in range(900):
         batch = order.batch(step)
@@ -95,8 +95,8 @@ def test_batches_are_of_one_bucket_and_buckets_get_their_rows_share():
 
 
 def test_seeds_and_epochs_differ_and_draws_are_uniform():
-    def order(seed: int) -> SampleOrder:
-        return SampleOrder(((100,),), seed, (PhaseOrder(100, 20, (1,)),))
+    def order(seed: int) -> BatchSampler:
+        return BatchSampler(((100,),), seed, (SamplerPhase(100, 20, (1,)),))
 
     assert samples(order(0), range(5)) != samples(order(0), range(5, 10))
     assert samples(order(0), range(5)) != samples(order(1), range(5))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microdit.data.shard_index import ArrowStream, ShardIndex
-from microdit.data.shards import BATCH_ROWS, Row, ShardWriter
+from microdit.data.shards import BATCH_ROWS, EncodedRow, ShardWriter
 
 # Of each row: its bucket, the lengths and weights of its captions' blobs, the lengths of its latents.
 ROWS = st.lists(
@@ -24,7 +24,7 @@ def write(path, rows):
     for bucket, captions, (small, large) in rows:
         text = [os.urandom(length) for length, _ in captions]
         weights = [weight for _, weight in captions]
-        writer.write(Row("k", bucket, ["c"] * len(text), weights, text, {8: os.urandom(small), 16: os.urandom(large)}))
+        writer.write(EncodedRow("k", bucket, ["c"] * len(text), weights, text, {8: os.urandom(small), 16: os.urandom(large)}))
     writer.close()
     return path
 

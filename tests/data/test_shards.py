@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from microdit.data.shards import DamagedShard, Row, Shard, ShardWriter, checksums_of
+from microdit.data.shards import DamagedShard, EncodedRow, Shard, ShardWriter, checksums_of
 from microdit.errors import UserError
 from tests.damage import ALL_BITS, flips
 
 
 def write(path, count=600):
-    rows = [
-        Row(f"key{i}", i % 3, [f"a {i}", f"b {i}"], [0.75, 0.25], [b"a%d" % i * 9, b"b%d" % i * 5], {8: b"l%d" % i * 20, 16: b"m%d" % i})
-        for i in range(count)
-    ]
+    def row(i):
+        text, latents = [b"a%d" % i * 9, b"b%d" % i * 5], {8: b"l%d" % i * 20, 16: b"m%d" % i}
+        return EncodedRow(f"key{i}", i % 3, [f"a {i}", f"b {i}"], [0.75, 0.25], text, latents)
+
+    rows = [row(i) for i in range(count)]
     writer = ShardWriter(path, [8, 16])
     for row in rows:
         writer.write(row)
@@ -213,7 +214,7 @@ def test_opening_and_reading_touch_what_they_need(tmp_path):
     path = tmp_path / "a.arrow"
     writer = ShardWriter(path, [8])
     for row in range(500):
-        writer.write(Row(f"{row}", 0, ["c"], [1.0], [bytes(20_000)], {8: bytes(4_000)}))
+        writer.write(EncodedRow(f"{row}", 0, ["c"], [1.0], [bytes(20_000)], {8: bytes(4_000)}))
     writer.close()
     checksums, before = checksums_of(path), bytes_asked_for()
     shard = Shard(path, path.stat().st_size, 500, [8], checksums)
@@ -229,7 +230,7 @@ def test_an_earlier_format_is_opened_without_its_blobs(tmp_path):
     path = tmp_path / "a.arrow"
     writer = ShardWriter(path, [8])
     for row in range(500):
-        writer.write(Row(f"{row}", 0, ["c"], [1.0], [bytes(20_000)], {8: bytes(4_000)}))
+        writer.write(EncodedRow(f"{row}", 0, ["c"], [1.0], [bytes(20_000)], {8: bytes(4_000)}))
     writer.close()
     checksums = as_format_3(path)
     before = bytes_asked_for()
@@ -243,6 +244,6 @@ def bytes_asked_for() -> int:
 
 def test_what_is_abandoned_leaves_nothing(tmp_path):
     writer = ShardWriter(tmp_path / "a.arrow", [8])
-    writer.write(Row("k", 0, ["c"], [1.0], [b"t"], {8: b"l"}))
+    writer.write(EncodedRow("k", 0, ["c"], [1.0], [b"t"], {8: b"l"}))
     writer.abandon()
     assert list(tmp_path.iterdir()) == []

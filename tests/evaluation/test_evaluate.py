@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from microdit.data.decode import decode, fit
-from microdit.data.sources.base import Part, Record, Source, open_source
+from microdit.data.sources.base import Part, Record, Source
 from microdit.data.sources.builtin import emoji_source
+from microdit.data.sources.open import open_source
 from microdit.distributed import World, start_world
 from microdit.errors import UserError
 from microdit.evaluation import evaluate as module

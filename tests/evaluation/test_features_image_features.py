@@ -15,7 +15,7 @@ from transformers import (
     Dinov2Model,
 )
 
-from microdit.data.sources.builtin import emoji_rows
+from microdit.data.sources.builtin import emoji_images
 from microdit.errors import UserError
 from microdit.evaluation.features import (
     BATCH,
@@ -66,7 +66,7 @@ def save_dino(folder):
 
 
 def pictures(count: int) -> list[Image.Image]:
-    return [row.image for row, _ in zip(emoji_rows("held_out"), range(count), strict=False)]
+    return [row.image for row, _ in zip(emoji_images("held_out"), range(count), strict=False)]
 
 
 @pytest.fixture(params=["efficientnet", "inception", "clip", "dino"])

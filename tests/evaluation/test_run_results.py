@@ -46,7 +46,7 @@ def test_what_is_missing_is_none(tmp_path: Path):
         ({**MEASURED, "pictures": -1}, "pictures is -1, and a whole number from 0"),
         ({**MEASURED, "pictures": True}, "pictures is True"),
         ({**MEASURED, "reference": {"source": 3}}, "reference.source is 3, and a text"),
-        ([], "holds no JSON object"),
+        ([], "it is not a JSON object. Evaluate again"),
     ],
 )
 def test_nonsense_is_refused_with_file_and_key(tmp_path: Path, content, said: str):

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from microdit.io.files import aside_of, from_checked_json, opened_aside, stale_asides, to_checked_json, write_aside
+from microdit.errors import UserError
+from microdit.io.files import aside_of, from_checked_json, opened_aside, read_json, stale_asides, to_checked_json, write_aside
 from tests.damage import ALL_BITS, flips
 
 CONTENT = {
@@ -92,3 +93,14 @@ def test_what_processes_that_are_gone_left_half_written_is_stale(tmp_path):
     assert sorted(stale_asides(tmp_path)) == sorted([left, elsewhere, other])
     assert sorted(stale_asides(tmp_path, "file")) == sorted([left, elsewhere])
     assert stale_asides(tmp_path, "other[1]") == [other]
+
+
+def test_a_json_file_is_read_or_named_with_what_is_to_be_done(tmp_path):
+    path = tmp_path / "config.json"
+    for content, why in ((None, "No such file"), (b"[1]", "it is not a JSON object"), (b"{", "Expecting"), (b"\xff\xfe\xfd", "decode")):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"config.json cannot be read: .*{why}.*\. Fetch it anew\."):
+            read_json(path, "Fetch it anew.")
+    path.write_bytes(b'{"a": {"b": 1}}')
+    assert read_json(path, "Fetch it anew.") == {"a": {"b": 1}}

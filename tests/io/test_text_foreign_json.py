@@ -1,6 +1,6 @@
 import pytest
 
-from microdit.io.text import parse_json
+from microdit.io.text import parse_json, parse_json_object
 
 
 def test_json_is_read():
@@ -19,3 +19,10 @@ def test_what_is_nested_too_deeply_is_a_value_error(text):
 def test_what_is_no_json_is_a_value_error(text, why):
     with pytest.raises(ValueError, match=why):
         parse_json(text)
+
+
+def test_only_an_object_is_an_object():
+    assert parse_json_object('{"a": 1}') == {"a": 1}
+    for other in ("[]", '"a"', "1", "null"):
+        with pytest.raises(ValueError, match="it is not a JSON object"):
+            parse_json_object(other)

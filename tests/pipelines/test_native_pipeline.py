@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from microdit.data.decode import to_image
+from microdit.data.pixels import to_image
 from microdit.diffusion.edm import EDM
 from microdit.diffusion.guidance import Text, guided_denoiser
 from microdit.diffusion.samplers import solve

@@ -27,7 +27,7 @@ def test_an_encoded_set_is_read(encoded_emoji):
     assert (found.samples, found.assumed) == (40, ())
     longest = encoded.text([encoded.read(0, number)[1] for number in range(40)])[0].shape[1]
     assert found.caption_tokens == longest
-    assert found.bytes == sum((encoded_emoji / shard["name"]).stat().st_size for shard in encoded.card["shards"])
+    assert found.bytes == sum((encoded_emoji / shard["name"]).stat().st_size for shard in encoded.manifest["shards"])
     stored = encoding([found], machine(), None)
     assert stored.encoded
     assert stored.images == 40

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from microdit.config.load import load_recipe
-from microdit.data.manifest import CARD, open_card
+from microdit.data.manifest import MANIFEST, open_manifest
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io import locks as folder_lock
@@ -62,7 +62,7 @@ def strangers(world: World, places: list[Path]) -> list[str]:
     said = []
     for name in ("same", "other", "gone", "cut"):
         try:
-            open_card(Path(name), world)
+            open_manifest(Path(name), world)
             said.append("")
         except UserError as error:
             said.append(str(error))
@@ -79,11 +79,11 @@ def test_processes_that_see_different_folders_are_told_which_and_where(tmp_path,
     for place in places:
         for name in ("same", "other", "gone", "cut"):
             shutil.copytree(encoded_emoji, place / name)
-    card = json.loads((places[1] / "other" / CARD).read_text())
-    (places[1] / "other" / CARD).write_bytes(
+    card = json.loads((places[1] / "other" / MANIFEST).read_text())
+    (places[1] / "other" / MANIFEST).write_bytes(
         to_checked_json({**{key: card[key] for key in card if key not in ("checked_by", "self_sha256")}, "rows": 39})
     )
-    (places[1] / "gone" / CARD).unlink()
+    (places[1] / "gone" / MANIFEST).unlink()
     shard = next((places[0] / "cut").glob("*.arrow"))  # the first process looks
     shard.write_bytes(shard.read_bytes()[:-1])
     first, second = together(2, strangers, places)
@@ -104,7 +104,7 @@ def test_a_shard_of_another_size_is_refused_alone_too(tmp_path, encoded_emoji):
     shutil.copytree(encoded_emoji, tmp_path / "set")
     next((tmp_path / "set").glob("*.arrow")).unlink()
     with pytest.raises(UserError, match=r"\.arrow is missing: the data set is damaged; encode it again"):
-        open_card(tmp_path / "set")
+        open_manifest(tmp_path / "set")
 
 
 def test_a_folder_for_compiled_code_that_is_full_or_no_folder_is_refused(tmp_path, monkeypatch):

@@ -1,11 +1,10 @@
-"""Tar archives as a stream: plain or gzipped, one member at a time, nothing unpacked and nothing held but the member at hand.
+"""Read images from tar (WebDataset) and zip archives, without unpacking them.
 
-`tarfile` reads the data of a header whole however large it says it is, follows chains of headers by recursion, keeps every member it met,
-takes whatever is no header for the end, and passes on what its parsers stumble over. So it only takes single headers apart here.
+Files belong together if their paths are equal up to the first dot of the file name: each such group is one sample.
 
-Pictures in archives, with the files that share their name: tars (WebDataset), read as a stream, and zips. Nothing is unpacked.
-
-Files belong together when their paths are the same up to the first dot of the file name. Every such group becomes one sample.
+Tar archives, plain or gzipped, are read as a stream with one member in memory. Only the parsing of single headers is left to `tarfile`. It
+would read a header's data whole, however large the header says they are; follow chains of headers by recursion; keep all members in memory;
+take anything that is not a header for the end of the archive; and raise whatever its parsers stumble over.
 """
 
 import gzip
@@ -26,28 +25,199 @@ from microdit.data.sources.base import END, TARS, Part, Record, Source, relative
 from microdit.data.sources.files import IMAGE_SUFFIXES, LARGEST_FILE, LARGEST_TEXT, TOO_LARGE, UNREADABLE, Refused, Roots, open_file
 from microdit.data.sources.metadata import from_sidecars, sidecars_for
 
-LARGEST_HEADER = 1_000_000  # bytes of an extended header, which holds a long name; beyond, it is no honest archive
+LARGEST_HEADER = 1_000_000  # bytes of an extended header, which holds a long name; no honest archive has a larger one
+ZIP_BLOCK = 4096  # bytes read at a time; what bzip2 and LZMA expand them to, tens of megabytes at most, is held in memory
+DAMAGED = "archive is damaged from here on"
 SPARSE = "sparse file, which only tar itself can unpack"
 BROKEN_HEADER = "tar header is damaged"
-
 
 Stream = IO[bytes] | gzip.GzipFile
 
 
+@dataclass
+class Sample:
+    """The files of one key. `sidecars` maps a file's extension to its content."""
+
+    key: str
+    image: bytes = b""
+    sidecars: dict[str, bytes] = field(default_factory=dict)
+    problem: str = ""
+    extensions: set[str] = field(default_factory=set)  # of all files met, whether read or not
+    ends: bool = False  # not a sample, but the report that the rest of the archive cannot be read
+
+
+def archive_source(files: list[Path], captions: dict[str, float] | None = None, roots: Roots | None = None) -> Source:
+    """Return a source with one part for each archive.
+
+    Links must not lead out of the folders `roots`. Without `roots`, the archives may be links to anywhere.
+    """
+    weights = captions or {"caption": 1.0}
+    named = zip(relative_names(files), files, strict=True)
+    parts = [Part(name, partial(_read, path, roots, tuple(weights)), partial(iter, (path,))) for name, path in named]
+    return Source(files[0].name if len(files) == 1 else files[0].absolute().parent.name, parts, weights)
+
+
+def read_archive(path: Path, sidecars: frozenset[str], roots: Roots | None) -> Iterator[Sample]:
+    """Yield the samples of an archive, each with its image and the files that have one of the extensions `sidecars`.
+
+    If the archive is damaged, the samples before the damage are followed by one that reports it.
+    """
+    return _grouped(_archive_members(path, sidecars, roots), need_sidecar=bool(sidecars))
+
+
+def archive_names(path: Path, roots: Roots | None) -> Iterator[str]:
+    """Yield the keys of an archive's files, as far as it can be read."""
+    return (member.key for member in _archive_members(path, None, roots) if not member.ends)
+
+
+def read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> tuple[bytes, str]:
+    """Return the content of a file in a zip archive and "", or b"" and the reason why it cannot be read."""
+    if info.file_size > most:
+        return b"", TOO_LARGE
+    try:
+        content = io.BytesIO()
+        with archive.open(info) as stored:
+            shutil.copyfileobj(stored, content, ZIP_BLOCK)  # zipfile stops at file_size
+        return content.getvalue(), ""
+    except Exception:  # damaged, encrypted or compressed in an unknown way: zipfile and its decoders raise exceptions of many types
+        return b"", UNREADABLE
+
+
+def open_zip(file: BinaryIO) -> zipfile.ZipFile | None:
+    """Open a zip archive. Returns None if it has no readable table of contents."""
+    try:
+        return zipfile.ZipFile(file)
+    except Exception:  # zipfile's parser raises exceptions of many types
+        return None
+
+
+def _read(path: Path, roots: Roots | None, captions: tuple[str, ...]) -> Iterator[Record]:
+    for sample in read_archive(path, sidecars_for(captions), roots):
+        found, problem = from_sidecars(sample.sidecars, captions)
+        yield Record(sample.key, found, sample.image, sample.problem or problem)
+
+
+@dataclass(frozen=True)
+class _Member:
+    key: str
+    extension: str
+    content: bytes = b""
+    problem: str = ""
+    ends: bool = False
+
+
+def _archive_members(path: Path, sidecars: frozenset[str] | None, roots: Roots | None) -> Iterator[_Member]:
+    """Yield the members of an archive. If `sidecars` is None, no content is read, not even that of images."""
+    try:
+        with open_file(path, roots) as file:
+            yield from (_tar_members if path.name.lower().endswith(TARS) else _zip_members)(file, sidecars)
+    except DamagedTar:
+        yield _Member(path.name + END, "", problem=DAMAGED, ends=True)
+    except Refused as refused:
+        yield _Member(path.name + END, "", problem=refused.reason, ends=True)
+
+
+def _tar_members(file: BinaryIO, sidecars: frozenset[str] | None) -> Iterator[_Member]:
+    for stored in tar_members(file):
+        key, extension = _split(stored.name)
+        if stored.is_folder or not key:
+            continue
+        yield _tar_member(stored, key, extension) if _is_read(extension, sidecars) else _Member(key, extension)
+
+
+def _tar_member(stored: "TarMember", key: str, extension: str) -> _Member:
+    problem = stored.problem or ("" if stored.is_file else UNREADABLE) or (TOO_LARGE if stored.size > _most(extension) else "")
+    return _Member(key, extension, b"" if problem else stored.read(), problem)
+
+
+def _zip_members(file: BinaryIO, sidecars: frozenset[str] | None) -> Iterator[_Member]:
+    archive = open_zip(file)
+    if archive is None:
+        raise Refused(DAMAGED)
+    # A zip archive has a table of contents, so files that belong together need not be adjacent.
+    infos = sorted((info for info in archive.infolist() if not info.is_dir()), key=lambda info: _split(info.filename))
+    for info in infos:
+        key, extension = _split(info.filename)
+        if key:
+            content, problem = read_zipped(archive, info, _most(extension)) if _is_read(extension, sidecars) else (b"", "")
+            yield _Member(key, extension, content, problem)
+
+
+def _most(extension: str) -> int:
+    return LARGEST_FILE if f".{extension}" in IMAGE_SUFFIXES else LARGEST_TEXT
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Split "a/b.seg.png" into ("a/b", "seg.png"). The key of a hidden file is empty."""
+    folder, slash, name = path.removeprefix("./").rpartition("/")
+    stem, _, extension = name.partition(".")
+    return (folder + slash + stem if stem else ""), extension.lower()
+
+
+def _is_read(extension: str, sidecars: frozenset[str] | None) -> bool:
+    return sidecars is not None and (f".{extension}" in IMAGE_SUFFIXES or extension in sidecars)
+
+
+def _grouped(members: Iterable[_Member], need_sidecar: bool) -> Iterator[Sample]:
+    sample, key = None, ""
+    times: Counter[str] = Counter()
+    for member in members:
+        if member.ends:
+            # The last sample may lack a file that was to follow. It counts as complete if it can be used as it is.
+            if sample and sample.image and not sample.problem and (sample.sidecars or not need_sidecar):
+                yield sample
+            yield Sample(member.key, problem=member.problem, ends=True)
+            return
+        if sample is None or member.key != key or member.extension in sample.extensions:
+            if sample:
+                yield _finish_sample(sample)
+            sample, key = _start_sample(member.key, times), member.key
+        _add(sample, member)
+    if sample:
+        yield _finish_sample(sample)
+
+
+def _start_sample(key: str, times: Counter[str]) -> Sample:
+    times[key] += 1
+    if times[key] == 1:
+        return Sample(key)
+    while f"{key}#{times[key]}" in times:  # another file really has that name
+        times[key] += 1
+    return Sample(f"{key}#{times[key]}", problem="duplicate key")
+
+
+def _add(sample: Sample, member: _Member) -> None:
+    sample.extensions.add(member.extension)
+    sample.problem = sample.problem or member.problem
+    if f".{member.extension}" in IMAGE_SUFFIXES:
+        sample.image = sample.image or member.content
+    elif member.content:
+        sample.sidecars[member.extension] = member.content
+
+
+def _finish_sample(sample: Sample) -> Sample:
+    if not sample.problem and not any(f".{extension}" in IMAGE_SUFFIXES for extension in sample.extensions):
+        sample.problem = "no image"
+    return sample
+
+
 class DamagedTar(Exception):  # noqa: N818
-    """The rest of the archive cannot be read."""
+    """Raised when the rest of a tar archive cannot be read."""
 
 
 @dataclass
 class TarMember:
-    """A file, folder or link in an archive. `read` it before the next is asked for. `problem` says why its content is of no use."""
+    """A file, folder or link in a tar archive, to be read before the next member is requested.
+
+    `problem` says why the content cannot be used, if so.
+    """
 
     name: str
     size: int
     kind: bytes
     problem: str
     _stream: Stream
-    _left: int = field(init=False)  # bytes up to the next header
+    _left: int = field(init=False)  # bytes before the next header
 
     def __post_init__(self) -> None:
         self._left = _padded(self.size) if self.is_file or self.kind not in tarfile.SUPPORTED_TYPES else 0
@@ -61,27 +231,28 @@ class TarMember:
         return self.kind == tarfile.DIRTYPE
 
     def read(self) -> bytes:
-        """The whole content. Raises DamagedTar if the archive ends before."""
-        with _damage_named():
+        """Read the whole content. Raises DamagedTar if the archive ends too early."""
+        with _as_damaged_tar():
             content = _exactly(self._stream, self.size)
         self._left -= self.size
         return content
 
     def skip(self) -> None:
-        """Go to the next header."""
+        """Move to the next header."""
         _skip(self._stream, self._left)
 
 
 def tar_members(file: BinaryIO) -> Iterator[TarMember]:
-    """The members in their order. Raises DamagedTar if the archive is not whole."""
+    """Yield the members in order. Raises DamagedTar where the archive is damaged or ends too early."""
     gzipped = file.read(2) == b"\x1f\x8b"
     file.seek(0)
-    with _damage_named():
+    with _as_damaged_tar():
         yield from _members(gzip.GzipFile(fileobj=file) if gzipped else file)
 
 
 @contextmanager
-def _damage_named() -> Iterator[None]:
+def _as_damaged_tar() -> Iterator[None]:
+    """Turn whatever reading a damaged archive raises into DamagedTar."""
     try:
         yield
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
@@ -90,7 +261,7 @@ def _damage_named() -> Iterator[None]:
 
 def _members(stream: Stream) -> Iterator[TarMember]:
     extended = _Extended()
-    while any(block := _exactly(stream, tarfile.BLOCKSIZE)):  # a whole archive ends with a block of zeros
+    while any(block := _exactly(stream, tarfile.BLOCKSIZE)):  # a complete archive ends with a block of zeros
         header = tarfile.TarInfo.frombuf(_without_sparse_map(block), "utf-8", "surrogateescape")
         if header.size < 0:
             raise DamagedTar("negative size")
@@ -100,7 +271,7 @@ def _members(stream: Stream) -> Iterator[TarMember]:
             extended.add(header.type, _exactly(stream, header.size))
             _skip(stream, _padded(header.size) - header.size)
             continue
-        more = header.type == tarfile.GNUTYPE_SPARSE and block[482]  # blocks that go on with the map
+        more = header.type == tarfile.GNUTYPE_SPARSE and block[482]  # blocks that continue the map
         while more:
             more = _exactly(stream, tarfile.BLOCKSIZE)[504]
         sparse = SPARSE if extended.sparse or header.type == tarfile.GNUTYPE_SPARSE else ""
@@ -117,7 +288,7 @@ _EXTENDED_TYPES = (*_PAX, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNU
 
 @dataclass
 class _Extended:
-    """What headers before a member say of it."""
+    """The metadata of a member that the extended headers before it hold."""
 
     name: str = ""
     size: int | None = None
@@ -125,7 +296,7 @@ class _Extended:
     problem: str = ""
 
     def add(self, kind: bytes, content: bytes) -> None:
-        """Global headers and targets of links say nothing that is needed."""
+        """Parse one extended header. Global headers and link targets hold nothing that is needed."""
         if kind == tarfile.GNUTYPE_LONGNAME:
             self.name = _text(content.partition(b"\0")[0])
         elif kind in _PAX:
@@ -141,20 +312,20 @@ class _Extended:
 
 
 def _pax_fields(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Each is "length name=value\\n", its length that of the whole. Raises ValueError."""
+    """Yield the fields of a pax header, "length name=value\\n", where the length includes itself. Raises ValueError."""
     start = 0
     while start < len(content) and content[start]:
         space = content.index(b" ", start, start + 20)
         end = start + int(content[start:space])
         name, equals, value = content[space + 1 : end - 1].partition(b"=")
         if end <= space + 1 or end > len(content) or not equals or content[end - 1 : end] != b"\n":
-            raise ValueError("no field")
+            raise ValueError("not a pax field")
         yield name, value
         start = end
 
 
 def _without_sparse_map(block: bytes) -> bytes:
-    """An old GNU header without the map of its holes, which is not needed, and which frombuf may stumble over. The checksum is adapted."""
+    """Clear the map of holes in an old GNU header, on which `frombuf` may fail, and adapt the checksum. The map is not needed."""
     if block[156:157] != tarfile.GNUTYPE_SPARSE:
         return block
     cleared = block[:386] + bytes(495 - 386) + block[495:]
@@ -179,171 +350,3 @@ def _exactly(stream: Stream, size: int) -> bytes:
 
 def _skip(stream: Stream, size: int) -> None:
     stream.seek(size, io.SEEK_CUR)
-
-
-DAMAGED = "archive is damaged from here on"
-ZIP_BLOCK = 4096  # bytes read at a time: what bzip2 and LZMA make of so many, tens of megabytes at most, is held whole
-
-
-@dataclass
-class Sample:
-    """Files of one key. `sidecars` maps an extension to a file's content."""
-
-    key: str
-    image: bytes = b""
-    sidecars: dict[str, bytes] = field(default_factory=dict)
-    problem: str = ""
-    extensions: set[str] = field(default_factory=set)  # seen, whether read or not
-    ends: bool = False  # a note that the rest of the archive cannot be read
-
-
-@dataclass(frozen=True)
-class _Member:
-    key: str
-    extension: str
-    content: bytes = b""
-    problem: str = ""
-    ends: bool = False
-
-
-def archive_source(files: list[Path], captions: dict[str, float] | None = None, roots: Roots | None = None) -> Source:
-    """One part for each archive. Without `roots`, which links must not lead out of, the archives may be links to anywhere."""
-    weights = captions or {"caption": 1.0}
-    named = zip(relative_names(files), files, strict=True)
-    parts = [Part(name, partial(_read, path, roots, tuple(weights)), partial(iter, (path,))) for name, path in named]
-    return Source(files[0].name if len(files) == 1 else files[0].absolute().parent.name, parts, weights)
-
-
-def read_archive(path: Path, sidecars: frozenset[str], roots: Roots | None) -> Iterator[Sample]:
-    """The samples of an archive, with the contents of the files with these extensions.
-
-    If it is damaged, what came before is followed by a last sample that says so.
-    """
-    return _grouped(_archive_members(path, sidecars, roots), need_sidecar=bool(sidecars))
-
-
-def archive_names(path: Path, roots: Roots | None) -> Iterator[str]:
-    """The names of an archive's files, as far as it can be read."""
-    return (member.key for member in _archive_members(path, None, roots) if not member.ends)
-
-
-def read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> tuple[bytes, str]:
-    """A file's content, or why there is none."""
-    if info.file_size > most:
-        return b"", TOO_LARGE
-    try:
-        content = io.BytesIO()
-        with archive.open(info) as stored:
-            shutil.copyfileobj(stored, content, ZIP_BLOCK)  # zipfile stops at file_size
-        return content.getvalue(), ""
-    except Exception:  # damaged, encrypted, packed in a way we do not know: zipfile and its decoders raise whatever they stumble over
-        return b"", UNREADABLE
-
-
-def open_zip(file: BinaryIO) -> zipfile.ZipFile | None:
-    """The archive, or None if it has no table of contents."""
-    try:
-        return zipfile.ZipFile(file)
-    except Exception:  # zipfile raises whatever its parser stumbles over
-        return None
-
-
-def _read(path: Path, roots: Roots | None, wanted: tuple[str, ...]) -> Iterator[Record]:
-    for sample in read_archive(path, sidecars_for(wanted), roots):
-        captions, problem = from_sidecars(sample.sidecars, wanted)
-        yield Record(sample.key, captions, sample.image, sample.problem or problem)
-
-
-def _archive_members(path: Path, sidecars: frozenset[str] | None, roots: Roots | None) -> Iterator[_Member]:
-    """Without `sidecars` nothing is read, not even pictures."""
-    try:
-        with open_file(path, roots) as file:
-            yield from (_tar_members if path.name.lower().endswith(TARS) else _zip_members)(file, sidecars)
-    except DamagedTar:
-        yield _Member(path.name + END, "", problem=DAMAGED, ends=True)
-    except Refused as refused:
-        yield _Member(path.name + END, "", problem=refused.reason, ends=True)
-
-
-def _tar_members(file: BinaryIO, sidecars: frozenset[str] | None) -> Iterator[_Member]:
-    for stored in tar_members(file):
-        key, extension = _split(stored.name)
-        if stored.is_folder or not key:
-            continue
-        yield _tar_member(stored, key, extension) if _is_read(extension, sidecars) else _Member(key, extension)
-
-
-def _tar_member(stored: TarMember, key: str, extension: str) -> _Member:
-    problem = stored.problem or ("" if stored.is_file else UNREADABLE) or (TOO_LARGE if stored.size > _most(extension) else "")
-    return _Member(key, extension, b"" if problem else stored.read(), problem)
-
-
-def _zip_members(file: BinaryIO, sidecars: frozenset[str] | None) -> Iterator[_Member]:
-    archive = open_zip(file)
-    if archive is None:
-        raise Refused(DAMAGED)
-    # A zip has a table of contents, so files that belong together need not stand together.
-    infos = sorted((info for info in archive.infolist() if not info.is_dir()), key=lambda info: _split(info.filename))
-    for info in infos:
-        key, extension = _split(info.filename)
-        if key:
-            content, problem = read_zipped(archive, info, _most(extension)) if _is_read(extension, sidecars) else (b"", "")
-            yield _Member(key, extension, content, problem)
-
-
-def _most(extension: str) -> int:
-    return LARGEST_FILE if f".{extension}" in IMAGE_SUFFIXES else LARGEST_TEXT
-
-
-def _split(path: str) -> tuple[str, str]:
-    """("a/b", "seg.png") of "a/b.seg.png". The key of a hidden file is empty."""
-    folder, slash, name = path.removeprefix("./").rpartition("/")
-    stem, _, extension = name.partition(".")
-    return (folder + slash + stem if stem else ""), extension.lower()
-
-
-def _is_read(extension: str, sidecars: frozenset[str] | None) -> bool:
-    return sidecars is not None and (f".{extension}" in IMAGE_SUFFIXES or extension in sidecars)
-
-
-def _grouped(members: Iterable[_Member], need_sidecar: bool) -> Iterator[Sample]:
-    sample, key = None, ""
-    times: Counter[str] = Counter()
-    for member in members:
-        if member.ends:
-            # The last sample may lack a file that was to follow: it counts as whole if it could be used as it is.
-            if sample and sample.image and not sample.problem and (sample.sidecars or not need_sidecar):
-                yield sample
-            yield Sample(member.key, problem=member.problem, ends=True)
-            return
-        if sample is None or member.key != key or member.extension in sample.extensions:
-            if sample:
-                yield _finished(sample)
-            sample, key = _begun(member.key, times), member.key
-        _add(sample, member)
-    if sample:
-        yield _finished(sample)
-
-
-def _begun(key: str, times: Counter[str]) -> Sample:
-    times[key] += 1
-    if times[key] == 1:
-        return Sample(key)
-    while f"{key}#{times[key]}" in times:  # somebody's own name
-        times[key] += 1
-    return Sample(f"{key}#{times[key]}", problem="duplicate key")
-
-
-def _add(sample: Sample, member: _Member) -> None:
-    sample.extensions.add(member.extension)
-    sample.problem = sample.problem or member.problem
-    if f".{member.extension}" in IMAGE_SUFFIXES:
-        sample.image = sample.image or member.content
-    elif member.content:
-        sample.sidecars[member.extension] = member.content
-
-
-def _finished(sample: Sample) -> Sample:
-    if not sample.problem and not any(f".{extension}" in IMAGE_SUFFIXES for extension in sample.extensions):
-        sample.problem = "no image"
-    return sample

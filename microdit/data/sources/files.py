@@ -1,8 +1,8 @@
-"""Files that somebody else made, read within bounds: regular files that lie in the source, and never more than so many bytes.
+"""Read untrusted files safely, and list the images below a folder.
 
-A picture's name may stand for a pipe that nobody writes to, a device without an end, or a link to a file that is none of the source's.
-
-The pictures below a folder, listed in as many bytes as their names have, and 8 more each: there may be millions.
+Only regular files that lie within the source are read, and only up to a size limit: a name may belong to a pipe that nobody writes to, an
+endless device, or a link to a file outside the source. A list of images takes as much memory as their names and 8 bytes each, because
+there may be millions.
 """
 
 import os
@@ -19,20 +19,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-LARGEST_FILE = 200_000_000  # bytes of a picture's file
-LARGEST_TEXT = 4_000_000  # bytes of a caption's file, or of a line in a list
+LARGEST_FILE = 200_000_000  # bytes of an image file
+LARGEST_TEXT = 4_000_000  # bytes of a caption file, or of a line of a list
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+BLOCK = 10_000  # names that are held as Python objects at a time
 
 NO_FILE = "no such file"
 UNREADABLE = "file cannot be read"
 NOT_REGULAR = "not a regular file"
 TOO_LARGE = "file is too large"
 OUTSIDE = "link leads out of the source"
+LOCKED = "folder cannot be read"
 
-Roots = tuple[Path, ...]  # folders, without links in their paths: files may lie in any of them
+Roots = tuple[Path, ...]  # the folders in which files may lie, with all links resolved
 
 
 class Refused(Exception):  # noqa: N818
-    """This file is not read. `reason` is the same for all files with the same trouble, so that it can be counted."""
+    """Raised for a file that is not read. Equal problems have the same `reason`, so that they can be counted."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -40,23 +43,23 @@ class Refused(Exception):  # noqa: N818
 
 
 def roots_of(folder: Path) -> Roots:
-    """Where the files of a source may lie: in its folder. A snapshot in Hugging Face's cache is full of links to its `blobs`."""
+    """Return the folders in which the files of a source may lie: its own, and `blobs` for a snapshot in the cache of Hugging Face."""
     real = _real_folder(folder.absolute())
     snapshot = next((place for place in (real, *real.parents) if place.parent.name == "snapshots"), None)
     return (real, snapshot.parent.parent / "blobs") if snapshot else (real,)
 
 
 def lies_in(path: Path, roots: Roots) -> bool:
-    """Whether the file, or what it links to, is in one of these folders."""
+    """Return whether the file, with links resolved, lies in one of these folders."""
     return any(_real(path).is_relative_to(root) for root in roots)
 
 
 def open_file(path: Path, roots: Roots | None) -> BinaryIO:
-    """The file, open for reading. Without `roots` it may lie anywhere. Raises Refused, and never waits for a writer."""
+    """Open a regular file for reading, without ever waiting for a writer. Without `roots` it may lie anywhere. Raises Refused."""
     try:
         if roots is not None and not lies_in(path, roots):
             raise Refused(OUTSIDE)
-        # The opener returns at once for a pipe that nobody writes to.
+        # O_NONBLOCK lets the call return at once for a pipe that nobody writes to.
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     except FileNotFoundError:
         raise Refused(NO_FILE) from None
@@ -69,7 +72,7 @@ def open_file(path: Path, roots: Roots | None) -> BinaryIO:
 
 
 def read_file(path: Path, roots: Roots | None, most: int = LARGEST_FILE) -> tuple[bytes, str]:
-    """The content, or why there is none."""
+    """Return the content and "", or b"" and the reason why the file was not read. `most` is the size limit in bytes."""
     try:
         with open_file(path, roots) as file:
             size = os.fstat(file.fileno()).st_size
@@ -81,7 +84,7 @@ def read_file(path: Path, roots: Roots | None, most: int = LARGEST_FILE) -> tupl
 
 
 def bounded_lines(file: IO[AnyStr], most: int = LARGEST_TEXT) -> Iterator[AnyStr | None]:
-    """The lines of a file with their ends. A line of more than `most` bytes, or characters, is passed over, and None given for it."""
+    """Yield the lines of a file with their line ends, and None in place of a line of more than `most` bytes (or characters)."""
     while line := file.readline(most + 1):
         if len(line) <= most:
             yield line
@@ -91,8 +94,92 @@ def bounded_lines(file: IO[AnyStr], most: int = LARGEST_TEXT) -> Iterator[AnyStr
         yield None
 
 
+@dataclass(frozen=True)
+class ListedImage:
+    """An image that is known but not yet read: its key, its `file` relative to the folder, its captions or its problem."""
+
+    key: str
+    file: str
+    captions: dict[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """The images of a folder, as concatenated file names: number i is `names[offsets[i]:offsets[i + 1]]`.
+
+    The arrays may be slices of a file. `problems` maps names to problems; all other images have the problem `otherwise`.
+    """
+
+    count: int
+    offsets: Any  # int64, (count + 1,)
+    names: Any  # uint8
+    problems: dict[str, str]
+    otherwise: str = ""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, which: slice) -> list[ListedImage]:
+        start, stop, _ = which.indices(self.count)
+        if stop <= start:
+            return []
+        offsets = self.offsets[start : stop + 1]
+        names = self.names[int(offsets[0]) : int(offsets[-1])].tobytes()
+        listed = [os.fsdecode(names[first:last]) for first, last in pairwise((offsets - offsets[0]).tolist())]
+        return [ListedImage(name, name, problem=self.problems.get(name, self.otherwise)) for name in listed]
+
+    def only(self, chosen: NDArray[np.bool_], otherwise: str) -> Self:
+        """Return the chosen images."""
+        buffers = [None, pa.py_buffer(self.offsets), pa.py_buffer(self.names)]
+        array = pa.LargeBinaryArray.from_buffers(pa.large_binary(), self.count, buffers)
+        return type(self)(*_arrays_of(array.filter(pa.array(chosen))), self.problems, otherwise)
+
+
+def find_images(folder: Path) -> ImageList:
+    """List the images below `folder`, sorted by name.
+
+    Folders that are not searched, because they cannot be read or are links that lead out of the source, are listed with a problem.
+    """
+    blocks: list[pa.LargeBinaryArray] = []
+    names: list[bytes] = []
+    problems: dict[bytes, str] = {}
+    top, roots = os.fsencode(folder), roots_of(folder)
+    suffixes = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
+    waiting = [b""]  # folders to search, each with a trailing slash
+    while waiting:
+        inside = waiting.pop()
+        try:
+            with os.scandir(os.path.join(top, inside)) as entries:
+                for entry in entries:
+                    name = inside + entry.name
+                    if is_folder(entry):
+                        if not entry.is_symlink():
+                            waiting.append(name + b"/")
+                        elif not lies_in(folder / os.fsdecode(name), roots):
+                            problems[name] = OUTSIDE
+                    elif name.lower().endswith(suffixes) and not entry.name.startswith(b"."):
+                        names.append(name)
+                    if len(names) >= BLOCK:
+                        blocks.append(pa.array(names, pa.large_binary()))
+                        names = []
+        except OSError:
+            problems[inside.rstrip(b"/") or b"."] = LOCKED
+    array = pa.chunked_array([*blocks, pa.array([*names, *problems], pa.large_binary())]).combine_chunks()
+    del blocks, names
+    return ImageList(*_arrays_of(array.take(pc.sort_indices(array))), {os.fsdecode(name): problem for name, problem in problems.items()})
+
+
+def is_folder(entry: os.DirEntry[Any]) -> bool:
+    """Return whether an entry is a folder or a link to one. A circular link is not."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _real(path: Path) -> Path:
-    """Without links. Most files are none, and lie in folders that were met before."""
+    """Resolve links. Fast for the usual case: the file itself is no link, and its folder has been resolved before."""
     if path.is_symlink() or path.name == "..":
         return Path(os.path.realpath(path))
     return _real_folder(path.parent.absolute()) / path.name
@@ -107,93 +194,8 @@ def _ends(line: str | bytes) -> bool:
     return line.endswith(("\n", "\r")) if isinstance(line, str) else line.endswith(b"\n")
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-IMAGE_ENDS = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
-BLOCK = 10_000  # names that are Python objects at a time
-LOCKED = "folder cannot be read"
-
-
-@dataclass(frozen=True)
-class Listed:
-    """What is known of a picture before its file is opened. `file` is relative to the folder."""
-
-    key: str
-    file: str
-    captions: dict[str, str] = field(default_factory=dict)
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Names one behind the other in `names`, number i from `offsets[i]` to `offsets[i + 1]`: arrays, or such that lie in a file.
-
-    `problems` are those of some; the others have the problem `otherwise`.
-    """
-
-    count: int
-    offsets: Any  # int64, (count + 1,)
-    names: Any  # uint8
-    problems: dict[str, str]
-    otherwise: str = ""
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, which: slice) -> list[Listed]:
-        start, stop, _ = which.indices(self.count)
-        if stop <= start:
-            return []
-        offsets = self.offsets[start : stop + 1]
-        names = self.names[int(offsets[0]) : int(offsets[-1])].tobytes()
-        listed = [os.fsdecode(names[first:last]) for first, last in pairwise((offsets - offsets[0]).tolist())]
-        return [Listed(name, name, problem=self.problems.get(name, self.otherwise)) for name in listed]
-
-    def only(self, chosen: NDArray[np.bool_], otherwise: str) -> Self:
-        buffers = [None, pa.py_buffer(self.offsets), pa.py_buffer(self.names)]
-        array = pa.LargeBinaryArray.from_buffers(pa.large_binary(), self.count, buffers)
-        return type(self)(*_arrays_of(array.filter(pa.array(chosen))), self.problems, otherwise)
-
-
-def find_images(folder: Path) -> Pictures:
-    """The pictures below `folder`, sorted; also the folders that are not looked into: behind links that lead out, or locked."""
-    blocks: list[pa.LargeBinaryArray] = []
-    names: list[bytes] = []
-    problems: dict[bytes, str] = {}
-    top, roots = os.fsencode(folder), roots_of(folder)
-    waiting = [b""]  # folders below, each with a slash behind it
-    while waiting:
-        inside = waiting.pop()
-        try:
-            with os.scandir(os.path.join(top, inside)) as entries:
-                for entry in entries:
-                    name = inside + entry.name
-                    if is_folder(entry):
-                        if not entry.is_symlink():
-                            waiting.append(name + b"/")
-                        elif not lies_in(folder / os.fsdecode(name), roots):
-                            problems[name] = OUTSIDE
-                    elif name.lower().endswith(IMAGE_ENDS) and not entry.name.startswith(b"."):
-                        names.append(name)
-                    if len(names) >= BLOCK:
-                        blocks.append(pa.array(names, pa.large_binary()))
-                        names = []
-        except OSError:
-            problems[inside.rstrip(b"/") or b"."] = LOCKED
-    array = pa.chunked_array([*blocks, pa.array([*names, *problems], pa.large_binary())]).combine_chunks()
-    del blocks, names
-    return Pictures(*_arrays_of(array.take(pc.sort_indices(array))), {os.fsdecode(name): problem for name, problem in problems.items()})
-
-
-def is_folder(entry: os.DirEntry[Any]) -> bool:
-    """Also a link to one; a link that leads round in a circle is none."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
 def _arrays_of(array: Any) -> tuple[int, NDArray[np.int64], NDArray[np.uint8]]:
-    """The count, offsets and bytes of an array that begins at its first byte."""
+    """Return the length, offsets and bytes of an Arrow array of strings."""
     array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
     _, offsets, names = array.buffers()
     offsets_N1 = np.frombuffer(offsets, np.int64, len(array) + 1) if offsets is not None and len(array) else np.zeros(1, np.int64)

@@ -1,10 +1,7 @@
-"""The two sets of generated pictures, JourneyDB and DiffusionDB: archives or folders of pictures, and lists of their prompts.
+"""The data sets of the paper (2407.15811) and its evaluation set, each read in the form in which its authors publish it.
 
-Pictures and lists are joined by the pictures' names; what stands on one side only is a record with a problem.
-
-The sets of the paper (2407.15811) and its evaluation set, each read as its authors hand it out.
-
-Nothing is downloaded: the folder holds what the set's page gives, under the names it gives.
+Nothing is downloaded: the folder holds the files of the data set's page under their published names. JourneyDB and DiffusionDB consist of
+images and of lists of prompts, which are joined by file name; an entry without a counterpart becomes a record with a problem.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,174 +12,32 @@ from typing import Any, BinaryIO
 
 from microdit.data.sources.archives import Sample, archive_names, archive_source, open_zip, read_archive, read_zipped
 from microdit.data.sources.base import Part, Record, Source, only_captions, relative_names
-from microdit.data.sources.files import LARGEST_TEXT, Listed, Refused, Roots, bounded_lines, find_images, open_file, read_file, roots_of
+from microdit.data.sources.files import (
+    LARGEST_TEXT,
+    ListedImage,
+    Refused,
+    Roots,
+    bounded_lines,
+    find_images,
+    open_file,
+    read_file,
+    roots_of,
+)
 from microdit.data.sources.folders import parts_of
 from microdit.data.sources.metadata import caption_text, from_fields, from_sidecars
 from microdit.errors import UserError
-from microdit.io.text import parse_json
+from microdit.io.text import parse_json_object
 
 JOURNEYDB_LIST = "train_anno_realease_repath.jsonl"  # sic
-UNSAFE = 0.2  # score above which the authors leave a picture of DiffusionDB out
-
-
-def journeydb_parts(folder: Path, captions: dict[str, float]) -> list[Part]:
-    """Lines about folders that are not here are passed over: most people have a few of its 200 archives."""
-    train = next((place for place in (folder / "train", folder / "data" / "train", folder) if (place / "imgs").is_dir()), None)
-    if train is None or not (train / JOURNEYDB_LIST).is_file():
-        return []
-    places = sorted(path for path in (train / "imgs").iterdir() if path.is_dir() or path.suffix == ".tgz")
-    # An archive that was unpacked and kept is read once.
-    places = [path for path in places if path.is_dir() or not path.with_suffix("").is_dir()]
-    listing, roots = train / JOURNEYDB_LIST, roots_of(folder)
-    parts = [
-        Part(path.name, partial(_read_journeydb, path, listing, roots, tuple(captions)), partial(_files_of, path, (listing,)))
-        for path in places
-    ]
-    return [*parts, Part(JOURNEYDB_LIST, partial(_broken_lines, listing, roots), partial(iter, (listing,)))] if parts else []
-
-
-def _read_journeydb(place: Path, listing: Path, roots: Roots, wanted: tuple[str, ...]) -> Iterator[Record]:
-    listed: dict[str, tuple[dict[str, str], str]] = {}
-    with _open_list(listing, roots) as file:
-        for offset in _lines_by_folder(listing, roots).get(place.name.partition(".")[0], []):
-            file.seek(offset)
-            fields = parse_json(file.readline())
-            stem = Path(fields["img_path"]).stem
-            if stem in listed:
-                yield Record(f"{JOURNEYDB_LIST}#{offset}", {}, b"", "listed twice")
-                continue
-            task = fields.get("Task2")
-            caption = task.get("Caption") if isinstance(task, dict) else None
-            listed[stem] = from_fields({"prompt": fields.get("prompt"), "caption": caption}, wanted)
-    yield from _joined(place, _samples(place, roots), listed)
-
-
-@lru_cache(maxsize=1)
-def _lines_by_folder(listing: Path, roots: Roots) -> dict[str, list[int]]:
-    """Where the lines of each folder's pictures begin, in bytes: the list has millions of long lines. Broken lines are under ""."""
-    offsets: dict[str, list[int]] = {}
-    offset = 0
-    with _open_list(listing, roots) as file:
-        for line in bounded_lines(file):
-            if line is None or line.strip():
-                offsets.setdefault(_folder_of(line), []).append(offset)
-            offset = file.tell()
-    return offsets
-
-
-def _folder_of(line: bytes | None) -> str:
-    try:
-        return Path(parse_json(line or b"")["img_path"]).parts[-2]
-    except (ValueError, KeyError, TypeError, IndexError):
-        return ""
-
-
-def _open_list(listing: Path, roots: Roots) -> BinaryIO:
-    try:
-        return open_file(listing, roots)
-    except Refused as refused:
-        raise UserError(f"{listing} cannot be used: {refused.reason}. Put the file itself there.") from refused
-
-
-def _broken_lines(listing: Path, roots: Roots) -> Iterator[Record]:
-    for offset in _lines_by_folder(listing, roots).get("", []):
-        yield Record(f"{listing.name}#{offset}", {}, b"", "metadata line is not JSON")
-
-
-def diffusiondb_parts(folder: Path, captions: dict[str, float]) -> list[Part]:
-    """Pictures whose scores in the set's own tables, if these are here, are above UNSAFE are marked."""
-    found = [path for path in folder.rglob("part-*") if path.suffix == ".zip" or (path / f"{path.name}.json").is_file()]
-    places = sorted(path for path in found if path.is_dir() or path.with_suffix("") not in found)
-    tables = [path for name in ("metadata.parquet", "metadata-large.parquet") if (path := folder / name).is_file()]
-    names = relative_names(places) if places else []
-    roots = roots_of(folder)
-    return [
-        Part(name, partial(_read_diffusiondb, path, roots, tuple(tables)), partial(_files_of, path, (*tables, path / f"{path.name}.json")))
-        for name, path in zip(names, places, strict=True)
-    ]
-
-
-def _read_diffusiondb(place: Path, roots: Roots, tables: tuple[Path, ...]) -> Iterator[Record]:
-    unsafe = _unsafe_images(tables)
-    listed = {}
-    for image, entry in _diffusiondb_prompts(place, roots).items():
-        captions, problem = from_fields({"prompt": entry.get("p") if isinstance(entry, dict) else None}, ["prompt"])
-        listed[Path(image).stem] = captions, "marked unsafe" if image in unsafe else problem
-    yield from _joined(place, (sample for sample in _samples(place, roots) if sample.key.rpartition("/")[2] != place.stem), listed)
-
-
-def _diffusiondb_prompts(place: Path, roots: Roots) -> dict[str, Any]:
-    """Empty if they cannot be read: then no picture has a caption, and the archive says what is wrong with it."""
-    name = f"{place.stem}.json"
-    try:
-        prompts = parse_json(read_file(place / name, roots, LARGEST_TEXT)[0] if place.is_dir() else _zipped(place, roots, name))
-    except (Refused, ValueError):
-        return {}
-    return prompts if isinstance(prompts, dict) else {}
-
-
-def _zipped(place: Path, roots: Roots, name: str) -> bytes:
-    """The first file of that name in an archive; empty if there is none. Raises Refused."""
-    with open_file(place, roots) as file:
-        archive = open_zip(file)
-        infos = archive.infolist() if archive else []
-        info = next((info for info in infos if info.filename.rpartition("/")[2] == name), None)
-        return read_zipped(archive, info, LARGEST_TEXT)[0] if archive and info else b""
-
-
-@lru_cache(maxsize=1)
-def _unsafe_images(tables: tuple[Path, ...]) -> frozenset[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    unsafe: set[str] = set()
-    for table in tables:
-        above = [[("image_nsfw", ">", UNSAFE)], [("prompt_nsfw", ">", UNSAFE)]]  # either
-        try:
-            unsafe.update(pq.read_table(table, columns=["image_name"], filters=above)["image_name"].to_pylist())
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise UserError(f"{table} is damaged, or has no image_name, image_nsfw and prompt_nsfw: download it again.") from error
-    return frozenset(unsafe)
-
-
-def _samples(place: Path, roots: Roots) -> Iterator[Sample]:
-    """The pictures in an archive or in a folder."""
-    if not place.is_dir():
-        yield from read_archive(place, frozenset(), roots)
-        return
-    for listed in find_images(place)[:]:
-        image, problem = (b"", listed.problem) if listed.problem else read_file(place / listed.file, roots)
-        yield Sample(str(Path(listed.file).with_suffix("")), image, problem=problem)
-
-
-def _files_of(place: Path, more: tuple[Path, ...]) -> Iterator[Path]:
-    """What `_samples` reads, and `more`."""
-    yield from more
-    yield place
-    if place.is_dir():
-        yield from (place / listed.file for listed in find_images(place)[:])
-
-
-def _joined(place: Path, samples: Iterator[Sample], listed: dict[str, tuple[dict[str, str], str]]) -> Iterator[Record]:
-    """Pictures with the captions listed under their stems; then what is listed and not there. Keys are the same packed and unpacked."""
-    folder = place.name.partition(".")[0]
-    met: set[str] = set()
-    damaged = False
-    for sample in samples:
-        stem = sample.key.rpartition("/")[2]
-        met.add(stem)
-        damaged |= sample.ends
-        captions, problem = listed.get(stem, ({}, "no caption"))
-        yield Record(f"{folder}/{stem}", captions, sample.image, sample.problem or problem)
-    if not damaged:  # otherwise nobody knows
-        yield from (Record(f"{folder}/{stem}", captions, b"", "no such file") for stem, (captions, _) in listed.items() if stem not in met)
+UNSAFE = 0.2  # score above which the authors exclude an image of DiffusionDB
 
 
 @dataclass(frozen=True)
 class NamedSet:
-    """`captions`: names and weights. `min_side`: pixels below which the authors leave a picture out.
+    """A published data set.
 
-    `read(folder, captions)` gives the parts, none if the folder does not hold what `layout` describes.
+    `captions` are the default captions and their weights; `min_side` is the side, in pixels, below which the authors exclude an image.
+    `read(folder, captions)` returns the parts, or none if the folder does not hold what `layout` describes.
     """
 
     name: str
@@ -192,17 +47,17 @@ class NamedSet:
     captions: dict[str, float]
     min_side: int
     read: Callable[[Path, dict[str, float]], list[Part]]
-    more_captions: tuple[str, ...] | None = ()  # that can be asked for; None where any field of its JSON files can
+    more_captions: tuple[str, ...] | None = ()  # further captions that can be chosen; None if any field of its JSON files can
 
 
 def open_named(named: NamedSet, folder: Path, captions: dict[str, float] | None = None) -> Source:
-    """The set in `folder`. Raises UserError if it is not there."""
+    """Open the data set in `folder`. Raises UserError if it is not there."""
     weights = captions or named.captions
     if named.more_captions is not None:
         only_captions(named.name, named.captions | dict.fromkeys(named.more_captions, 0.0), captions)
     parts = named.read(folder, weights) if folder.is_dir() else []
     if not parts:
-        raise UserError(f"{folder} does not hold {named.name}: looked for {named.layout}. It comes from {named.url}.")
+        raise UserError(f"{folder} does not hold {named.name}: it should have {named.layout}. Download it from {named.url}.")
     return Source(named.name, parts, weights, named.license, named.min_side)
 
 
@@ -220,7 +75,7 @@ def _sa1b(folder: Path, captions: dict[str, float]) -> list[Part]:
 
 def _read_sa1b(tar: Path) -> Iterator[Record]:
     roots = roots_of(tar.parent)
-    for sample in read_archive(tar, frozenset(), roots):  # its JSON files are masks
+    for sample in read_archive(tar, frozenset(), roots):  # the JSON files in the archive hold masks
         text, missing = read_file(_sa1b_caption(tar, sample.key), roots, LARGEST_TEXT)
         found, problem = from_sidecars({} if missing else {"txt": text}, ["caption"])
         captions = {"llava": found["caption"]} if found else {}
@@ -238,7 +93,7 @@ def _sa1b_caption(tar: Path, key: str) -> Path:
 
 def _textcaps(folder: Path, captions: dict[str, float]) -> list[Part]:
     tables = sorted(folder.rglob("*.parquet"))
-    # The mirrors also hold the validation and test pictures.
+    # The mirrors also hold the validation and test images.
     tables = [path for path in tables if "train" in path.relative_to(folder).as_posix()] or tables
     if tables:
         from microdit.data.sources.tables import table_source
@@ -248,7 +103,7 @@ def _textcaps(folder: Path, captions: dict[str, float]) -> list[Part]:
     listing = folder / "TextCaps_0.1_train.json"
     if not listing.is_file() or not (folder / "train_images").is_dir():
         return []
-    first: dict[str, str] = {}  # of an image's several captions, each an entry of its own
+    first: dict[str, str] = {}  # each of an image's captions is an entry of its own
     for entry in _entries(listing, "data", {"image_id": (str, int), "caption_str": object}):
         first.setdefault(str(entry["image_id"]), caption_text(entry["caption_str"]))
     return parts_of([_listed(f"train_images/{image}.jpg", caption) for image, caption in first.items()], folder)
@@ -272,20 +127,185 @@ def _coco2014(folder: Path, captions: dict[str, float]) -> list[Part]:
     return parts_of(listed, folder)
 
 
-def _listed(file: str, caption: str) -> Listed:
+def _listed(file: str, caption: str) -> ListedImage:
     captions, problem = from_fields({"caption": caption}, ["caption"])
-    return Listed(file, file, captions, problem)
+    return ListedImage(file, file, captions, problem)
 
 
 def _entries(path: Path, key: str, fields: dict[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
-    """The list under `key` of a JSON file, each entry with these fields, of these types."""
+    """Return the list under `key` of a JSON file, each entry of which has these fields, of these types. Raises UserError."""
     try:
-        entries = parse_json(path.read_bytes())[key]
+        entries = parse_json_object(path.read_bytes())[key]
         if all(field in entry and isinstance(entry[field], kind) for entry in entries for field, kind in fields.items()):
             return list(entries)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged, or has no list '{key}': download it again.") from error
     raise UserError(f"{path}: not every entry of '{key}' has {', '.join(fields)}: download it again.")
+
+
+def _journeydb(folder: Path, captions: dict[str, float]) -> list[Part]:
+    """Return one part for each archive or unpacked folder, and one for the broken lines of the list.
+
+    Lines about other folders are skipped, because most people have only a few of the 200 archives.
+    """
+    train = next((place for place in (folder / "train", folder / "data" / "train", folder) if (place / "imgs").is_dir()), None)
+    if train is None or not (train / JOURNEYDB_LIST).is_file():
+        return []
+    places = sorted(path for path in (train / "imgs").iterdir() if path.is_dir() or path.suffix == ".tgz")
+    # Where both an archive and its unpacked folder exist, only the folder is read.
+    places = [path for path in places if path.is_dir() or not path.with_suffix("").is_dir()]
+    listing, roots = train / JOURNEYDB_LIST, roots_of(folder)
+    parts = [
+        Part(path.name, partial(_read_journeydb, path, listing, roots, tuple(captions)), partial(_files_of, path, (listing,)))
+        for path in places
+    ]
+    return [*parts, Part(JOURNEYDB_LIST, partial(_broken_lines, listing, roots), partial(iter, (listing,)))] if parts else []
+
+
+def _read_journeydb(place: Path, listing: Path, roots: Roots, wanted: tuple[str, ...]) -> Iterator[Record]:
+    listed: dict[str, tuple[dict[str, str], str]] = {}
+    with _open_list(listing, roots) as file:
+        for offset in _lines_by_folder(listing, roots).get(place.name.partition(".")[0], []):
+            file.seek(offset)
+            fields = parse_json_object(file.readline())
+            stem = Path(fields["img_path"]).stem
+            if stem in listed:
+                yield Record(f"{JOURNEYDB_LIST}#{offset}", {}, b"", "listed twice")
+                continue
+            task = fields.get("Task2")
+            caption = task.get("Caption") if isinstance(task, dict) else None
+            listed[stem] = from_fields({"prompt": fields.get("prompt"), "caption": caption}, wanted)
+    yield from _joined(place, _samples(place, roots), listed)
+
+
+@lru_cache(maxsize=1)
+def _lines_by_folder(listing: Path, roots: Roots) -> dict[str, list[int]]:
+    """Return the positions, in bytes, of the lines about each folder's images; broken lines are listed under "".
+
+    Only positions are kept, because the list has millions of long lines.
+    """
+    offsets: dict[str, list[int]] = {}
+    offset = 0
+    with _open_list(listing, roots) as file:
+        for line in bounded_lines(file):
+            if line is None or line.strip():
+                offsets.setdefault(_folder_of(line), []).append(offset)
+            offset = file.tell()
+    return offsets
+
+
+def _folder_of(line: bytes | None) -> str:
+    try:
+        return Path(parse_json_object(line or b"")["img_path"]).parts[-2]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return ""
+
+
+def _open_list(listing: Path, roots: Roots) -> BinaryIO:
+    try:
+        return open_file(listing, roots)
+    except Refused as refused:
+        raise UserError(f"{listing} cannot be used: {refused.reason}. Put the file itself there.") from refused
+
+
+def _broken_lines(listing: Path, roots: Roots) -> Iterator[Record]:
+    for offset in _lines_by_folder(listing, roots).get("", []):
+        yield Record(f"{listing.name}#{offset}", {}, b"", "metadata line is not JSON")
+
+
+def _diffusiondb(folder: Path, captions: dict[str, float]) -> list[Part]:
+    """Return one part for each archive or unpacked folder. Images with a score above UNSAFE in the data set's tables get a problem."""
+    found = [path for path in folder.rglob("part-*") if path.suffix == ".zip" or (path / f"{path.name}.json").is_file()]
+    places = sorted(path for path in found if path.is_dir() or path.with_suffix("") not in found)
+    tables = [path for name in ("metadata.parquet", "metadata-large.parquet") if (path := folder / name).is_file()]
+    names = relative_names(places) if places else []
+    roots = roots_of(folder)
+    return [
+        Part(name, partial(_read_diffusiondb, path, roots, tuple(tables)), partial(_files_of, path, (*tables, path / f"{path.name}.json")))
+        for name, path in zip(names, places, strict=True)
+    ]
+
+
+def _read_diffusiondb(place: Path, roots: Roots, tables: tuple[Path, ...]) -> Iterator[Record]:
+    unsafe = _unsafe_images(tables)
+    listed = {}
+    for image, entry in _diffusiondb_prompts(place, roots).items():
+        captions, problem = from_fields({"prompt": entry.get("p") if isinstance(entry, dict) else None}, ["prompt"])
+        listed[Path(image).stem] = captions, "marked unsafe" if image in unsafe else problem
+    yield from _joined(place, (sample for sample in _samples(place, roots) if sample.key.rpartition("/")[2] != place.stem), listed)
+
+
+def _diffusiondb_prompts(place: Path, roots: Roots) -> dict[str, Any]:
+    """Return the prompts of one archive or folder by image name.
+
+    Empty if they cannot be read: then no image has a caption, and reading the archive reports the problem.
+    """
+    name = f"{place.stem}.json"
+    try:
+        return parse_json_object(read_file(place / name, roots, LARGEST_TEXT)[0] if place.is_dir() else _zipped(place, roots, name))
+    except (Refused, ValueError):
+        return {}
+
+
+def _zipped(place: Path, roots: Roots, name: str) -> bytes:
+    """Return the content of the first file of that name in an archive; empty if there is none. Raises Refused."""
+    with open_file(place, roots) as file:
+        archive = open_zip(file)
+        infos = archive.infolist() if archive else []
+        info = next((info for info in infos if info.filename.rpartition("/")[2] == name), None)
+        return read_zipped(archive, info, LARGEST_TEXT)[0] if archive and info else b""
+
+
+@lru_cache(maxsize=1)
+def _unsafe_images(tables: tuple[Path, ...]) -> frozenset[str]:
+    """Return the names of the images whose image or prompt score is above UNSAFE."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    unsafe: set[str] = set()
+    for table in tables:
+        above = [[("image_nsfw", ">", UNSAFE)], [("prompt_nsfw", ">", UNSAFE)]]  # either
+        try:
+            unsafe.update(pq.read_table(table, columns=["image_name"], filters=above)["image_name"].to_pylist())
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise UserError(f"{table} is damaged, or has no image_name, image_nsfw and prompt_nsfw: download it again.") from error
+    return frozenset(unsafe)
+
+
+def _samples(place: Path, roots: Roots) -> Iterator[Sample]:
+    """Yield the images in an archive or in a folder."""
+    if not place.is_dir():
+        yield from read_archive(place, frozenset(), roots)
+        return
+    for listed in find_images(place)[:]:
+        image, problem = (b"", listed.problem) if listed.problem else read_file(place / listed.file, roots)
+        yield Sample(str(Path(listed.file).with_suffix("")), image, problem=problem)
+
+
+def _files_of(place: Path, more: tuple[Path, ...]) -> Iterator[Path]:
+    """Yield the files that `_samples` reads, and `more`."""
+    yield from more
+    yield place
+    if place.is_dir():
+        yield from (place / listed.file for listed in find_images(place)[:])
+
+
+def _joined(place: Path, samples: Iterator[Sample], listed: dict[str, tuple[dict[str, str], str]]) -> Iterator[Record]:
+    """Join images with the captions listed under their stems, then report listed images that are missing.
+
+    Keys are the same for an archive and its unpacked folder.
+    """
+    folder = place.name.partition(".")[0]
+    met: set[str] = set()
+    damaged = False
+    for sample in samples:
+        stem = sample.key.rpartition("/")[2]
+        met.add(stem)
+        damaged |= sample.ends
+        captions, problem = listed.get(stem, ({}, "no caption"))
+        yield Record(f"{folder}/{stem}", captions, sample.image, sample.problem or problem)
+    if not damaged:  # otherwise the missing images may lie behind the damage
+        yield from (Record(f"{folder}/{stem}", captions, b"", "no such file") for stem, (captions, _) in listed.items() if stem not in met)
 
 
 _SETS = (
@@ -302,7 +322,7 @@ _SETS = (
     NamedSet(
         name="sa1b",
         url="https://ai.meta.com/datasets/segment-anything, captions https://huggingface.co/datasets/PixArt-alpha/SAM-LLaVA-Captions10M",
-        layout="sa_000000.tar and so on, and beside them the folder captions/ with a file sa_1.txt for each picture",
+        layout="sa_000000.tar and so on, and beside them the folder captions/ with a file sa_1.txt for each image",
         license="SA-1B Dataset Research License",
         captions={"llava": 1.0},
         min_side=256,
@@ -322,19 +342,19 @@ _SETS = (
         url="https://huggingface.co/datasets/JourneyDB/JourneyDB",
         layout=f"train/{JOURNEYDB_LIST} and train/imgs/ with 000.tgz and so on, or these unpacked",
         license="JourneyDB's own terms, for non-commercial research",
-        captions={"prompt": 1.0},  # what the paper learns from
+        captions={"prompt": 1.0},  # the captions on which the paper trains
         min_side=256,
-        read=journeydb_parts,
+        read=_journeydb,
         more_captions=("caption",),
     ),
     NamedSet(
         name="diffusiondb",
         url="https://huggingface.co/datasets/poloclub/diffusiondb",
-        layout="part-000001.zip and so on, or these unpacked, anywhere inside; metadata.parquet marks what is unsafe",
+        layout="part-000001.zip and so on, or these unpacked, anywhere inside; metadata.parquet marks unsafe images",
         license="CC0 1.0",
         captions={"prompt": 1.0},
         min_side=256,
-        read=diffusiondb_parts,
+        read=_diffusiondb,
     ),
     NamedSet(
         name="coco2014",

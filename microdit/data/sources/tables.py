@@ -1,4 +1,4 @@
-"""Pictures in tables: Parquet files, and whatever the `datasets` library opens."""
+"""Read images from tables: Parquet files, and whatever the `datasets` library opens."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -17,16 +17,16 @@ from microdit.errors import UserError
 
 IMAGE_NAMES = ("image", "jpg", "png", "bytes")
 DAMAGED = "table is damaged from here on"
-PART_SIZE = 1000  # rows of a data set without row groups
-READ_SIZE = 64  # rows held in memory at once
-READ_BUFFER = 1 << 20  # bytes of the file; without, a row group's columns are read whole
-READ_BYTES = 64_000_000  # of these rows, by the mean of their row group
+PART_SIZE = 1000  # rows of a part, in a data set without row groups
+READ_ROWS = 64  # rows that are held in memory at a time, at most
+READ_BYTES = 64_000_000  # size of these rows, at most, estimated from the mean of their row group
+READ_BUFFER = 1 << 20  # bytes of the file; without a buffer size, whole columns of a row group would be read
 
 
 def table_source(files: list[Path], captions: dict[str, float] | None = None, roots: Roots | None = None) -> Source:
-    """Parquet files, one part for each row group. Raises UserError if no file is whole, or if columns are missing.
+    """Return a source of Parquet files with one part for each row group. Raises UserError if all are damaged, or if columns are missing.
 
-    Without `roots`, which links must not lead out of, the files may be links to anywhere.
+    Links must not lead out of the folders `roots`. Without `roots`, the files may be links to anywhere.
     """
     weights = captions
     parts = []
@@ -54,7 +54,7 @@ def table_source(files: list[Path], captions: dict[str, float] | None = None, ro
 
 
 def hub_source(name: str, split: str, captions: dict[str, float] | None = None) -> Source:
-    """A data set that `datasets.load_dataset` knows, by name or path. Raises UserError if it cannot be loaded."""
+    """Return a data set that `datasets.load_dataset` opens, by name or path, as a source. Raises UserError if it cannot be loaded."""
     try:
         loaded = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -64,11 +64,11 @@ def hub_source(name: str, split: str, captions: dict[str, float] | None = None) 
 
 
 def saved_source(folder: Path, captions: dict[str, float] | None = None) -> Source:
-    """A data set written by `save_to_disk`; of several splits, `train`. Raises UserError if it is damaged."""
+    """Return a data set written by `save_to_disk` as a source: its split `train`, if it has several. Raises UserError if it is damaged."""
     try:
         loaded = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise UserError(f"{folder} looks like a data set saved by save_to_disk, and is damaged: {_one_line(error)}") from error
+        raise UserError(f"{folder} looks like a data set saved by save_to_disk, but is damaged: {_one_line(error)}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if "train" not in loaded:
             raise UserError(f"{folder} holds the splits {', '.join(loaded)}: name the folder of one of them.")
@@ -77,13 +77,13 @@ def saved_source(folder: Path, captions: dict[str, float] | None = None) -> Sour
 
 
 def _dataset_source(name: str, prefix: str, dataset: Any, captions: dict[str, float] | None, roots: Roots) -> Source:
-    """`prefix` begins the keys: the same wherever the data set lies."""
+    """Return a source whose keys begin with `prefix`, which does not depend on where the data set lies."""
     image = _image_column(dataset.features.arrow_schema, name)
     weights = captions or {_caption_column(dataset.column_names, name): 1.0}
     _check_columns(dataset.column_names, weights, name)
-    dataset = dataset.select_columns([image, *weights]).with_format("arrow")  # as stored: pictures stay files
+    dataset = dataset.select_columns([image, *weights]).with_format("arrow")  # as stored: images remain encoded files
     files = partial(iter, [Path(file["filename"]) for file in dataset.cache_files])
-    # The cache names its folders by content.
+    # The folders of the cache are named by their content.
     known = " ".join(Path(*Path(file["filename"]).parts[-2:]).as_posix() for file in dataset.cache_files)
     read = partial(_read_rows, dataset, prefix, image, list(weights), roots)
     starts = range(0, len(dataset), PART_SIZE)
@@ -104,11 +104,11 @@ def _read_group(path: Path, name: str, group: int, first: int, image: str, wante
 
 def _rows_at_once(table: Any, group: int) -> int:
     metadata = table.metadata.row_group(group)
-    return max(1, min(READ_SIZE, READ_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)))
+    return max(1, min(READ_ROWS, READ_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)))
 
 
 def _files_of_group(path: Path, group: int, image: str) -> Iterator[Path]:
-    """The table, and the files beside it that its cells name."""
+    """Yield the table, and the files beside it that its cells name."""
     yield path
     try:
         with pq.ParquetFile(path) as table:
@@ -117,14 +117,14 @@ def _files_of_group(path: Path, group: int, image: str) -> Iterator[Path]:
                 cells = table.read_row_group(group, [f"{image}.path"]).column(image).to_pylist()
                 yield from (path.parent / cell["path"] for cell in cells if cell and isinstance(cell["path"], str))
     except (pa.ArrowException, OSError, ValueError, KeyError):
-        return  # whoever reads the rows will say so
+        return  # reading the rows will report the damage
 
 
 def _read_rows(dataset: Any, prefix: str, image: str, wanted: list[str], roots: Roots, start: int) -> Iterator[Record]:
     row, stop = start, min(start + PART_SIZE, len(dataset))
     try:
         while row < stop:
-            for fields in _rows(dataset[row : min(row + READ_SIZE, stop)]):
+            for fields in _rows(dataset[row : min(row + READ_ROWS, stop)]):
                 yield _record(f"{prefix}/{row}", fields, image, wanted, Path(), roots)
                 row += 1
     except (pa.ArrowException, OSError):
@@ -140,7 +140,7 @@ def _cell(cell: Any) -> Any:
     try:
         return cell.as_py()
     except UnicodeDecodeError:
-        return "\ud800"  # what no UTF-8 can hold: whoever reads it will say so
+        return "\ud800"  # a lone surrogate, which is later reported as not UTF-8
 
 
 def _nothing_but(name: str, problem: str) -> Iterator[Record]:
@@ -154,7 +154,10 @@ def _record(key: str, fields: dict[str, Any], image: str, wanted: list[str], fol
 
 
 def _image_bytes(value: Any, folder: Path, roots: Roots) -> tuple[bytes, str]:
-    """Of a cell: bytes, or {bytes, path} where a file may stand for missing bytes."""
+    """Return the image in a cell and "", or b"" and the problem.
+
+    The cell holds bytes, or {bytes, path}, where a file may take the place of missing bytes.
+    """
     if isinstance(value, dict):
         if value.get("bytes") is None and isinstance(value.get("path"), str) and value["path"]:
             return read_file(folder / value["path"], roots)
@@ -165,13 +168,14 @@ def _image_bytes(value: Any, folder: Path, roots: Roots) -> tuple[bytes, str]:
 
 
 def _image_column(schema: pa.Schema, where: str) -> str:
+    """Return the column of images. Raises UserError if there is none, or if it is ambiguous."""
     fitting = [column.name for column in schema if _may_hold_images(column.type)]
     for name in IMAGE_NAMES:
         if name in fitting:
             return name
     if len(fitting) != 1:
         raise UserError(
-            f"{where} has {'several columns' if fitting else 'no column'} of binary data. Name the one with the pictures 'image'."
+            f"{where} has {'several columns' if fitting else 'no column'} of binary data. Name the one with the images 'image'."
         )
     return fitting[0]
 
@@ -183,10 +187,11 @@ def _may_hold_images(kind: pa.DataType) -> bool:
 
 
 def _caption_column(columns: list[str], where: str) -> str:
+    """Return the column of captions. Raises UserError if there is none."""
     for name in CAPTION_NAMES:
         if name in columns:
             return name
-    raise UserError(f"{where} has no {', '.join(CAPTION_NAMES)}: say which of its columns are captions ({', '.join(columns)}).")
+    raise UserError(f"{where} has no {', '.join(CAPTION_NAMES)}: say which of its columns hold captions ({', '.join(columns)}).")
 
 
 def _check_columns(columns: list[str], wanted: dict[str, float], where: str) -> None:

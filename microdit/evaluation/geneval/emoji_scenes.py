@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from microdit.data.sources.builtin import COUNTS, PLURALS, SIDE, Split, emoji_rows, with_article
+from microdit.data.sources.builtin import COUNTS, PLURALS, SIDE, Split, emoji_images, with_article
 from microdit.evaluation.geneval.rules import COLOURS, RELATIONS, TASKS, Detection, GenEvalPrompt, Wanted, parse_prompt
 
 SHAPES = ("heart", "circle", "square")
@@ -89,7 +89,7 @@ class _Rivals:
         self._names = []
         flat = []
         for split in get_args(Split):
-            for row in emoji_rows(split):
+            for row in emoji_images(split):
                 template = _templates().get(row.caption)
                 self._names.append(template.class_name if template else "")
                 flat.append(_normalised(_darkness(row.image, RIVAL_SIZE)))
@@ -168,7 +168,7 @@ def _templates() -> dict[str, _Template]:
     """By caption. White shapes are left out: they could not be told from the ground."""
     shapes = {f"{colour} {shape}": (shape, colour) for shape in SHAPES for colour in COLOURS if colour != "white"}
     templates = {}
-    for row in emoji_rows("train"):
+    for row in emoji_images("train"):
         if row.caption in THINGS:
             templates[row.caption] = _Template(row.caption, "", row.image)
         elif row.caption in shapes:

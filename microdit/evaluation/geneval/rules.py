@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microdit.errors import UserError
-from microdit.io.text import parse_json
+from microdit.io.text import parse_json_object
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -93,11 +93,9 @@ def read_prompts(path: Path) -> list[GenEvalPrompt]:
 def parse_prompt(line: str, where: str) -> GenEvalPrompt:
     """One line of such a file. Raises UserError, which begins with `where`."""
     try:
-        entry = parse_json(line)
+        entry = parse_json_object(line)
     except ValueError as error:
-        raise UserError(f"{where}: no JSON ({error}).") from error
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: a JSON object is expected.")
+        raise UserError(f"{where}: a JSON object is expected ({error}).") from error
     tag, text = entry.get("tag"), entry.get("prompt")
     if tag not in TASKS:
         raise UserError(f"{where}: tag is {tag!r}; it must be one of {', '.join(TASKS)}.")

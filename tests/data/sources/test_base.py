@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from microdit.data.sources.base import open_source
+from microdit.data.sources.open import open_source
 from microdit.errors import UserError
 from tests.data.pictures import picture, records_of, write_file, write_tar
 
@@ -47,10 +47,10 @@ def test_what_lies_at_a_path_is_found_out(tmp_path):
     assert keys(str(tmp_path / "tables")) == ["t.parquet/0", "t.parquet/1", "t.parquet/2"]
     assert keys(str(tmp_path / "tables" / "t.parquet")) == keys(str(tmp_path / "*" / "*.parquet")) == keys(str(tmp_path / "tables"))
     assert keys(str(tmp_path / "saved")) == ["saved/0"]
-    with pytest.raises(UserError, match="neither archives alone nor tables alone"):
+    with pytest.raises(UserError, match="neither archives only nor tables only"):
         open_source(str(tmp_path / "ta*" / "*"))
     write_file(tmp_path / "tars" / "loose.png", picture())
-    with pytest.raises(UserError, match=r"holds pictures beside a.tar"):
+    with pytest.raises(UserError, match=r"holds images beside a.tar"):
         open_source(str(tmp_path / "tars"))
 
 

@@ -5,14 +5,14 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from microdit.data.sources.builtin import COUNTS, PLURALS, SIDE, draw, emoji_rows, is_held_out, scene, scenes_source
+from microdit.data.sources.builtin import COUNTS, PLURALS, SIDE, draw, emoji_images, is_held_out, scene, scenes_source
 from tests.data.pictures import keys_of, records_of
 
 SCENES = [scene(i) for i in range(2000)]
 
 
 def test_nothing_of_what_is_held_out_is_drawn():
-    known = {row.caption for row in emoji_rows("train")}
+    known = {row.caption for row in emoji_images("train")}
     assert set(PLURALS) <= known
     assert not any(is_held_out(name) for name in PLURALS)
     assert len(PLURALS) >= 60

@@ -3,8 +3,8 @@ import os
 
 import pytest
 
-from microdit.data.sources.base import open_source
 from microdit.data.sources.folders import folder_source
+from microdit.data.sources.open import open_source
 from microdit.errors import UserError
 from tests.data.pictures import keys_of, picture, problems_of, records_of, write_file
 
@@ -116,7 +116,7 @@ def test_parts_hold_a_thousand_pictures(tmp_path):
 
 
 def test_folders_that_cannot_be_read_are_refused_with_the_fix(tmp_path):
-    with pytest.raises(UserError, match="holds no pictures"):
+    with pytest.raises(UserError, match="holds no images"):
         folder_source(tmp_path)
     write_file(tmp_path / "a.png", picture())
     write_file(tmp_path / "metadata.jsonl", b'{"file_name": "a.png", "alt": "x"}')
@@ -189,3 +189,13 @@ def test_a_link_that_leads_round_in_a_circle_is_a_rejected_record_or_a_sentence(
     assert problem
     with pytest.raises(UserError, match=r"a\.parquet"):
         open_source(str(tmp_path / "tables"))
+
+
+def test_fingerprints_are_those_of_data_sets_that_were_encoded_earlier(tmp_path):
+    for number in range(2):
+        write_file(tmp_path / f"{number}.png", b"x" * (number + 1))
+        os.utime(tmp_path / f"{number}.png", ns=(10**9 * number, 10**9 * number))
+    write_file(tmp_path / "metadata.jsonl", b'{"file_name": "1.png", "text": "a cat"}\n{"text": "none"}\n')
+    (part,) = open_source(str(tmp_path)).parts
+    assert part.known() == "25d6b590c76bc958e75124ee8a4f5e190164f3b1c1516d042b3b3334c7919694"
+    assert part.fingerprint() == "d04a38e556090cb5e03c2747c7ec3a5da119edd2745f9ac44b7c3727d5fb3de3"

@@ -6,8 +6,8 @@ import pytest
 
 from microdit.data.dataset import EncodedDataset
 from microdit.data.encode import EncodeSettings, encode_source, unfinished
-from microdit.data.sources.base import open_source
 from microdit.data.sources.folders import list_folder, listed_once
+from microdit.data.sources.open import open_source
 from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
 from tests.data.pictures import picture, records_of, write_file
@@ -89,7 +89,7 @@ def test_a_listing_that_is_damaged_is_not_read(tmp_path, ranks):
 
 def test_a_disk_that_refuses_the_listing_is_a_sentence(tmp_path, ranks):
     write_file(tmp_path / ".set.part", b"not a folder")
-    with pytest.raises(UserError, match=r"The listing of .*source could not be handed over in .*\.set\.part: .*, or choose another --out"):
+    with pytest.raises(UserError, match=r"The listing of .*source could not be passed on in .*\.set\.part: .*, or choose another --out"):
         open_source(str(fill(tmp_path / "source", with_list=False)), list_once=ranks())
 
 

@@ -36,7 +36,7 @@ def test_a_line_is_the_same_from_wherever_reading_begins(tmp_path, kind, bom):
     for step in (1, 2, 7, 61):
         lines, _ = find_lines(path, WANTED, step)
         assert [item for start in range(0, len(lines), 3) for item in lines.read(start, start + 3, WANTED)] == every
-        assert len(lines.places) == -(-len(lines) // step)
+        assert len(lines.positions) == -(-len(lines) // step)
 
 
 def test_what_is_listed_twice_is_found_among_all(tmp_path):
@@ -69,7 +69,7 @@ def test_a_list_that_changes_after_it_was_read_is_a_sentence(tmp_path):
     source, status = folder_source(tmp_path), path.stat()
     path.write_bytes(b'{"file_name": "a.png", "text": "other"}\n')  # of the same size
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    with pytest.raises(UserError, match=r"metadata.jsonl has changed since its lines were listed, .*: run the same command again"):
+    with pytest.raises(UserError, match=r"metadata.jsonl has changed since its lines were indexed, .*: run the same command again"):
         list(source.parts[0].records())
     path.unlink()
     with pytest.raises(UserError, match=r"metadata.jsonl cannot be used: no such file"):
@@ -82,6 +82,6 @@ def test_lines_leave_nothing_in_memory_but_where_parts_begin(tmp_path):
     lines = "".join(json.dumps({"file_name": f"{number}.png", "text": "w" * 500}) + "\n" for number in range(2500))
     write_file(tmp_path / "metadata.jsonl", lines.encode())
     listing = list_folder(tmp_path, WANTED)
-    assert (len(listing), len(listing.pictures), listing.lines.repeated.size, len(listing.lines.places)) == (2500, 0, 0, 3)
+    assert (len(listing), len(listing.images), listing.lines.repeated.size, len(listing.lines.positions)) == (2500, 0, 0, 3)
     records = problems_of([record for part in folder_source(tmp_path).parts for record in part.records()])
     assert list(records.values()).count("no such file") == 2497

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from microdit.data.sources.base import open_source
 from microdit.data.sources.named import NAMED, open_named
+from microdit.data.sources.open import open_source
 from microdit.errors import UserError
 from tests.data.pictures import picture, problems_of, records_of, write_file, write_json, write_tar
 

@@ -90,7 +90,7 @@ def test_a_damaged_file_does_not_hide_the_others(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "captions", "sentence"),
     [
-        ({"image": [b""], "alt": [""]}, None, r"no caption, text, prompt: say which of its columns are captions \(image, alt\)"),
+        ({"image": [b""], "alt": [""]}, None, r"no caption, text, prompt: say which of its columns hold captions \(image, alt\)"),
         ({"image": [b""], "alt": [""]}, {"alt": 1.0, "long": 1.0}, "no column long; it has image, alt"),
         ({"text": [""]}, None, "no column of binary data"),
         ({"a": [b""], "b": [b""], "text": [""]}, None, "several columns of binary data"),

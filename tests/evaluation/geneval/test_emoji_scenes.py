@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from microdit.data.sources.builtin import COUNTS, PLURALS, draw, emoji_rows, scene
+from microdit.data.sources.builtin import COUNTS, PLURALS, draw, emoji_images, scene
 from microdit.evaluation.geneval.detector import evaluate_geneval
 from microdit.evaluation.geneval.emoji_scenes import SHAPES, EmojiColours, EmojiDetector, emoji_prompts, made_false, true_picture
 from microdit.evaluation.geneval.rules import COLOURS, TASKS, Detection, judge, overlap
@@ -20,7 +20,7 @@ def test_prompts_are_worded_like_the_captions_and_are_the_same_for_a_seed():
     prompts = emoji_prompts(40, seed=3)
     assert [prompt.text for prompt in prompts] == [prompt.text for prompt in emoji_prompts(40, seed=3)]
     assert [prompt.text for prompt in prompts] != [prompt.text for prompt in emoji_prompts(40, seed=4)]
-    captions = {row.caption for row in emoji_rows("train")}
+    captions = {row.caption for row in emoji_images("train")}
     numbers, colours = "|".join(COUNTS.values()), "|".join(COLOURS)
     shape = f"({colours}) ({'|'.join(SHAPES)})"
     forms = {
@@ -77,12 +77,12 @@ def test_a_coarse_picture_of_another_size_is_read_too(detector: EmojiDetector):
 def test_nothing_is_found_in_white_in_noise_and_in_most_other_emoji(detector: EmojiDetector):
     assert detector(Image.new("RGB", (64, 64), "white")) == []
     assert detector(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))) == []
-    others = [row.image for row in emoji_rows("train") if row.caption not in PLURALS and "heart" not in row.caption][:400:20]
+    others = [row.image for row in emoji_images("train") if row.caption not in PLURALS and "heart" not in row.caption][:400:20]
     assert sum(detector(image) != [] for image in others) <= 2
 
 
 def test_every_shape_has_its_colour():
-    colours, pictures = EmojiColours(), {row.caption: row.image for row in emoji_rows("train")}
+    colours, pictures = EmojiColours(), {row.caption: row.image for row in emoji_images("train")}
     known = [(colour, shape) for colour in COLOURS for shape in SHAPES if colour != "white" and f"{colour} {shape}" in pictures]
     assert len(known) >= 20
     for colour, shape in known:
