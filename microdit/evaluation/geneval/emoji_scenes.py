@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from microdit.data.sources.builtin import COUNTS, PLURALS, SIDE, Split, emoji_rows, with_article
-from microdit.evaluation.geneval.rules import COLOURS, RELATIONS, TASKS, Detection, GenEvalPrompt, Wanted, parse_prompt
+from microdit.evaluation.geneval.rules import COLOURS, RELATIONS, TASKS, Detection, GenEvalPrompt, ObjectRequirement, parse_prompt
 
 SHAPES = ("heart", "circle", "square")
 THINGS = tuple(name for name in PLURALS if name != "red heart")  # that one is a heart, in red
@@ -124,12 +124,16 @@ class EmojiColours:
 
 def true_picture(prompt: GenEvalPrompt, generator: np.random.Generator) -> Image.Image:
     """What the prompt asks for, 144 x 144: one thing of any size, or up to four, each somewhere in its own quarter."""
-    names = [(f"{wanted.colour} " if wanted.colour else "") + wanted.class_name for wanted in prompt.include for _ in range(wanted.count)]
+    names = [
+        (f"{required.colour} " if required.colour else "") + required.class_name
+        for required in prompt.include
+        for _ in range(required.count)
+    ]
     if len(names) == 1:
         side = int(generator.integers(SIDE // 3, SIDE + 1))
         places = [(*(int(n) for n in generator.integers(0, SIDE - side + 1, 2)), side)]
     else:
-        relation = next((wanted.relation[0] for wanted in prompt.include if wanted.relation), None)
+        relation = next((required.relation[0] for required in prompt.include if required.relation), None)
         places = [_place_in(quarter, generator) for quarter in _quarters(len(names), relation, generator)]
     canvas = Image.new("RGB", (SIDE, SIDE), "white")
     for name, (left, top, side) in zip(names, places, strict=True):
@@ -142,14 +146,14 @@ def made_false(prompt: GenEvalPrompt, generator: np.random.Generator) -> GenEval
     *before, last = prompt.include
     if prompt.tag == "counting":
         count = int(generator.choice([count for count in COUNTS if count != last.count]))
-        return replace(prompt, include=(replace(last, count=count),), exclude=(Wanted(last.class_name, count + 1),))
+        return replace(prompt, include=(replace(last, count=count),), exclude=(ObjectRequirement(last.class_name, count + 1),))
     if last.relation is not None:
         other = RELATIONS[RELATIONS.index(last.relation[0]) ^ 1]
         return replace(prompt, include=(*before, replace(last, relation=(other, last.relation[1]))))
     if last.colour is not None:
         other = str(generator.choice([colour for colour in COLOURS if colour != last.colour]))
         return replace(prompt, include=(*before, replace(last, colour=other)))
-    present = {wanted.class_name for wanted in prompt.include}
+    present = {required.class_name for required in prompt.include}
     other = str(generator.choice([name for name in THINGS if name not in present]))
     return replace(prompt, include=(*before, replace(last, class_name=other)))
 

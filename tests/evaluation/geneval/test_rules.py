@@ -241,8 +241,8 @@ def test_a_file_that_is_no_json_or_empty_or_missing_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="no prompts"):
         read_prompts(path)
     path.write_text("a cup\n")
-    with pytest.raises(UserError, match="line 1: no JSON"):
+    with pytest.raises(UserError, match="line 1: not valid JSON"):
         read_prompts(path)
     path.write_text("[]\n")
-    with pytest.raises(UserError, match="line 1: a JSON object"):
+    with pytest.raises(UserError, match="line 1: expected a JSON object"):
         read_prompts(path)
