@@ -210,9 +210,7 @@ def _check_known_classes(prompts: list[GenEvalPrompt], detector: Detector) -> No
     unknown = sorted(named - detector.class_names)
     if unknown:
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-        raise UserError(
-            f"The detector does not know {', '.join(unknown[:8])}{more}: choose one that was trained on the classes of the prompts."
-        )
+        raise UserError(f"The detector does not know {', '.join(unknown[:8])}{more}: choose one trained on the prompts' classes.")
 
 
 def _find_pictures(pictures: Path, prompts: list[GenEvalPrompt]) -> Iterator[tuple[int, Path]]:
