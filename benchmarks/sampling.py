@@ -193,7 +193,7 @@ class Judge:
         records = [record for part in emoji_source("train").parts for record in part.records()]
         self._captions = [records[i].captions["caption"] for i in spread_ids(len(records), count)]
         pictures = [lambda: (record.image for record in records)]
-        found = extract(self._network, "emoji", pictures, side, feature_cache(), start_world("cpu"), print)
+        found = extract(self._network, "emoji", pictures, side, feature_cache(), start_world("cpu"))
         self._real_MD = found.features_ND
         self._gaussian = fit_gaussian(self._real_MD)
 

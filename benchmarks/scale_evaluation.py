@@ -17,7 +17,7 @@ from torch import Tensor
 
 from microdit.cli.terminal import progress
 from microdit.evaluation.metrics.frechet import POINTS, Gaussian, fit_gaussian, frechet_infinity, frechet_interval
-from microdit.evaluation.metrics.prdc import Manifolds, compare_manifolds
+from microdit.evaluation.metrics.prdc import PRDC, compute_prdc
 
 WIDTH, FEW, MANY = 2048, 3_000, 30_000
 RESAMPLES = 50  # as `microdit evaluate` takes
@@ -50,7 +50,7 @@ def _manifold_row() -> Row:
     seconds = []
     for count in (FEW, 2 * FEW):
         started = time.perf_counter()
-        found = compare_manifolds(real_ND[:count], drawn_ND[:count])
+        found = compute_prdc(real_ND[:count], drawn_ND[:count])
         seconds.append(time.perf_counter() - started)
     many = seconds[-1] * (MANY / (2 * FEW)) ** 2
     return Row(
@@ -97,7 +97,7 @@ def _naive_frechet(a: Gaussian, b: Gaussian) -> float:
     return float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * roots.sum())
 
 
-def _is_naive(found: Manifolds, real_ND: Tensor, drawn_ND: Tensor) -> bool:
+def _is_naive(found: PRDC, real_ND: Tensor, drawn_ND: Tensor) -> bool:
     """From the whole matrices of distances. (Equal distances do not occur among these features.)"""
     real_ND, drawn_ND = real_ND.double(), drawn_ND.double()
     within_NN, within_MM, between_NM = (torch.cdist(a, b) for a, b in ((real_ND, real_ND), (drawn_ND, drawn_ND), (real_ND, drawn_ND)))
@@ -124,7 +124,7 @@ def main() -> None:
 
 
 def _whole_manifolds(real_ND: Tensor, drawn_ND: Tensor, on_rows: Callable[[int], None] | None = None) -> tuple[float, ...]:
-    found = compare_manifolds(real_ND, drawn_ND, on_rows=on_rows)
+    found = compute_prdc(real_ND, drawn_ND, on_rows=on_rows)
     return found.precision, found.recall, found.density, found.coverage
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from microdit.cli.terminal import SOURCE_HELP, Device, Dtype, console, progress, warn
+from microdit.cli.terminal import SOURCE_HELP, Device, Dtype, console, progress, reporter, warn
 from microdit.errors import UserError
 from microdit.io.console import joined, styled
 from microdit.reports.formats import figure
@@ -74,9 +74,9 @@ def evaluate(
     from microdit.data.sources.open import open_source
     from microdit.devices import device_errors_explained
     from microdit.distributed import stop_world
-    from microdit.evaluation.evaluate import Question
+    from microdit.evaluation.evaluate import EvaluationSettings
     from microdit.evaluation.evaluate import evaluate as evaluate_set
-    from microdit.evaluation.generators import DrawSettings, open_painter
+    from microdit.evaluation.generators import DrawSettings, open_generator
     from microdit.evaluation.metrics.registry import choose_metrics
     from microdit.evaluation.recognition import evaluate_emoji_run
     from microdit.evaluation.watch import watch_run
@@ -91,17 +91,18 @@ def evaluate(
         console.print_json(data=found)
         stop_world()
         return
-    question = Question(choose_metrics(metrics), count, network, clip, dino, side)
+    evaluation = EvaluationSettings(choose_metrics(metrics), count, network, clip, dino, side)
     source = open_source(reference)
     world, compute = _start(device, dtype, batch_size)
     folder = out or Path(run) / "evaluation"
     if watch:
         with device_errors_explained(LESS_MEMORY):
-            page = watch_run(Path(run), source, question, settings, folder, world, compute)
+            page = watch_run(Path(run), source, evaluation, settings, folder, world, compute, reporter)
         console.print(joined("Quality of all checkpoints: ", styled(page)))
     else:
         with device_errors_explained(LESS_MEMORY):
-            result = evaluate_set(open_painter(run, settings, warn, compute), source, question, settings, folder, world)
+            generator = open_generator(run, settings, warn, compute)
+            result = evaluate_set(generator, source, evaluation, settings, folder, world, reporter)
         if world.is_main:
             console.print(_metrics_table(result))
             console.print(joined(styled(folder / "report.html"), f" shows the pictures, {folder / 'metrics.json'} holds the figures."))
@@ -154,14 +155,14 @@ def draw(
     """
     from microdit.devices import device_errors_explained
     from microdit.distributed import stop_world
-    from microdit.evaluation.generators import DrawSettings, draw_pictures, open_painter, read_prompt_file, steps_to_draw
+    from microdit.evaluation.generators import DrawSettings, draw_pictures, open_generator, read_prompt_file, steps_to_draw
 
     texts, settings = read_prompt_file(prompts), DrawSettings(steps, guidance, seed, weights)
     world, compute = _start(device, dtype, batch_size)
     with device_errors_explained(LESS_MEMORY):
-        painter = open_painter(run, settings, warn, compute)
-        with progress("draw", steps_to_draw(len(texts), painter, settings, world)) as advance:
-            draw_pictures(painter, texts, out, settings, world, on_step=advance)
+        generator = open_generator(run, settings, warn, compute)
+        with progress("draw", steps_to_draw(len(texts), generator, settings, world)) as advance:
+            draw_pictures(generator, texts, out, settings, world, on_step=advance)
     console.print(joined(f"{len(texts)} pictures in ", styled(out)))
     stop_world()
 
@@ -227,7 +228,7 @@ def geneval(
     """
     from microdit.devices import device_errors_explained
     from microdit.distributed import stop_world
-    from microdit.evaluation.generators import DrawSettings, draw_pictures, open_painter, steps_to_draw
+    from microdit.evaluation.generators import DrawSettings, draw_pictures, open_generator, steps_to_draw
     from microdit.evaluation.geneval.detector import ClipColours, Mask2Former, evaluate_geneval
     from microdit.evaluation.geneval.emoji_scenes import EmojiColours, EmojiDetector, emoji_prompts
     from microdit.evaluation.geneval.rules import read_prompts
@@ -239,9 +240,9 @@ def geneval(
     settings = DrawSettings(steps, guidance, seed)
     world, compute = _start(device, dtype, batch_size)
     with device_errors_explained(LESS_MEMORY):
-        painter = open_painter(run, settings, warn, compute)
-        with progress("draw", steps_to_draw(len(texts), painter, settings, world)) as advance:
-            draw_pictures(painter, texts, pictures, settings, world, partial(_geneval_name, per_prompt), advance)
+        generator = open_generator(run, settings, warn, compute)
+        with progress("draw", steps_to_draw(len(texts), generator, settings, world)) as advance:
+            draw_pictures(generator, texts, pictures, settings, world, partial(_geneval_name, per_prompt), advance)
     if world.is_main:
         with (
             device_errors_explained("take --device cpu for judging alone: what is drawn is kept"),

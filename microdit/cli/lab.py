@@ -42,7 +42,7 @@ def report(
     to: Annotated[Path | None, typer.Option(help="Folder to write README.md and figures to. [default: docs/lab/NAME]")] = None,
 ) -> None:
     """Write a study's tables, figures and verdicts as Markdown."""
-    from microdit.lab.equal_cost import read_plan, refuse_changes
+    from microdit.lab.equal_cost import check_unchanged, read_plan
     from microdit.lab.run_study import read_results
     from microdit.lab.study import load_study
     from microdit.lab.study_report import write_report
@@ -56,6 +56,6 @@ def report(
     new = [arm for arm in loaded.arms if arm not in plans]
     if new:
         raise UserError(f"{folder} has no results yet of {', '.join(new)}, which {study} has now: microdit lab run {study}.")
-    refuse_changes(loaded, recipes, folder)
+    check_unchanged(loaded, recipes, folder)
     page = write_report(loaded, recipes, plans, results, folder, to or Path("docs/lab") / loaded.name)
     console.print(styled(page))

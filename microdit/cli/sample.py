@@ -76,12 +76,12 @@ def sample(
     from microdit.devices import device_errors_explained
     from microdit.pipelines.load import model_and_prompts
     from microdit.pipelines.native import clean_prompts
-    from microdit.reports.grids import Trajectory, draw_grid, refuse_other_endings, save_png
+    from microdit.reports.grids import Trajectory, check_trajectory_path, draw_grid, save_png
 
     model, prompts = model_and_prompts(arguments)
     prompts, negatives = clean_prompts(prompts), clean_prompts([negative]) if negative else []
     settings = _settings(steps, guidance, solver, guidance_interval, guidance_rescale, guidance_kind, autoguide, churn, noise_range)
-    refuse_other_endings(trajectory)
+    check_trajectory_path(trajectory)
     opened = _open(model, weights, autoguide, autoguide_weights, device, dtype)
     film = Trajectory()
     fix = "take a smaller --batch-size, --height or --width, or --dtype bfloat16"

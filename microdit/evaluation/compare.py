@@ -32,7 +32,7 @@ class Verdict:
         return not self.reasons
 
 
-def metric_verdict(metric: str, measured: Measured, protocol: Protocol) -> Verdict:
+def metric_comparability(metric: str, measured: Measured, protocol: Protocol) -> Verdict:
     """The same network, reference, number of pictures and size as in `protocol`, whose networks name the metric?"""
     reasons = [
         _network(measured.network, protocol.networks[metric]),
@@ -48,7 +48,7 @@ def metric_verdict(metric: str, measured: Measured, protocol: Protocol) -> Verdi
     return Verdict(tuple(reason for reason in reasons if reason), tuple(unknown))
 
 
-def geneval_verdict(result: GenEvalResult) -> Verdict:
+def geneval_comparability(result: GenEvalResult) -> Verdict:
     """The 553 prompts of the authors, four pictures of each? Prompts about emoji are others."""
     if result.judges.startswith(EMOJI):
         return Verdict(("prompts about emoji, judged by matching Twemoji, not GenEval's prompts and detector",))
@@ -124,12 +124,12 @@ def comparison_words(published: Published, table: str, run: RunResult) -> Iterat
         if run.geneval is None:
             yield f"{run.path}: no GenEval here; name its folder with --geneval."
         else:
-            yield from _words(run, "overall", run.geneval.shares.get("overall"), "geneval", rows, geneval_verdict(run.geneval))
+            yield from _words(run, "overall", run.geneval.shares.get("overall"), "geneval", rows, geneval_comparability(run.geneval))
         return
     for name, protocol in _protocols(published, rows):
         for metric in protocol.networks:
             if metric in run.metrics:
-                verdict = metric_verdict(metric, run.metrics[metric], protocol)
+                verdict = metric_comparability(metric, run.metrics[metric], protocol)
                 yield from _words(run, metric, run.metrics[metric].value, name, rows, verdict)
     yield from _without_counterpart(run, metrics_of(rows))
 

@@ -1,11 +1,11 @@
-"""`microdit evaluate --reference`: draw a set's captions, see both sets through networks, measure, and write it down.
+"""`microdit evaluate --reference`: generate images for the captions of a reference set and compare the two sets with metrics.
 
-    OUT/pictures/0000.png ...   what was drawn, and settings.json, prompts.jsonl
-    OUT/features/               features of these pictures; the reference's lie in a cache of the user's
-    OUT/metrics.json            every metric with its interval, network and reference
-    OUT/report.html             the same for people, with the pictures nearest to the reference and farthest from it
+    OUT/pictures/0000.png ...   the generated images, with settings.json and prompts.jsonl
+    OUT/features/               their features (those of the reference set go into a per-user cache)
+    OUT/metrics.json            each metric with its interval, network and reference
+    OUT/report.html             the same for people, with the images nearest to and farthest from the reference set
 
-Each step goes on where it was stopped, and is shared among the processes of torchrun.
+Every step resumes where it was interrupted, and torchrun's processes share the work.
 """
 
 import hashlib
@@ -22,70 +22,90 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from microdit.cli.terminal import progress, warn
 from microdit.data.sources.base import Part, Record, Source
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.evaluation.extraction import BLOCK, Features, Pictures, extract, feature_cache, pick
 from microdit.evaluation.features import ClipFeatures, DinoFeatures, EfficientNetFeatures, ImageFeatures, InceptionFeatures
-from microdit.evaluation.generators import DrawSettings, Painter, draw_pictures, picture_name, steps_to_draw
-from microdit.evaluation.html_report import Neighbour, write_page
+from microdit.evaluation.generators import DrawSettings, ImageGenerator, draw_pictures, picture_name, steps_to_draw
+from microdit.evaluation.html_report import Neighbour, write_evaluation_page
 from microdit.evaluation.metrics.clip_score import ClipCaptions
-from microdit.evaluation.metrics.prdc import compare_manifolds, nearest, rows_to_compare
-from microdit.evaluation.metrics.registry import MANIFOLD_METRICS, METRICS, Kind, Sets, measure, steps_to_measure
+from microdit.evaluation.metrics.prdc import compute_prdc, nearest, prdc_rows
+from microdit.evaluation.metrics.registry import METRICS, PRDC_METRICS, Kind, Sets, measure, steps_to_measure
+from microdit.io.console import QUIET, Reporter
 from microdit.io.files import write_aside
 from microdit.io.locks import sole_writer
 
-EXTREMES = 12  # nearest pictures on the page, and farthest ones
+EXTREMES = 12  # images that the report shows of the nearest, and of the farthest
 
 
 @dataclass(frozen=True)
-class Question:
-    """What to measure. `network`: efficientnet or inception:FILE; `clip`, `dino`: folders or ids of the hub, opened only if needed."""
+class EvaluationSettings:
+    """The metrics to compute, on how many images, and the networks that see them.
+
+    `network` is "efficientnet" or "inception:FILE". `clip` and `dino` are folders or hub ids, and are loaded only if a metric needs them.
+    """
 
     metrics: list[str]
     count: int
     network: str = "efficientnet"
     clip: str = "openai/clip-vit-large-patch14"
     dino: str = "facebook/dinov2-large"
-    side: int | None = None  # pixels that both are cut to before anything sees them; None: as drawn
+    side: int | None = None  # pixels to which both sets are cropped and resized; None: the size of the generated images
     resamples: int = 50
 
 
-def evaluate(painter: Painter, reference: Source, question: Question, settings: DrawSettings, out: Path, world: World) -> dict[str, Any]:
-    """Every process must call this; the first one writes OUT/metrics.json and OUT/report.html. Returns the former's content.
+def evaluate(
+    generator: ImageGenerator,
+    reference: Source,
+    evaluation: EvaluationSettings,
+    settings: DrawSettings,
+    out: Path,
+    world: World,
+    reporter: Reporter = QUIET,
+) -> dict[str, Any]:
+    """Evaluate `generator` and return the content of OUT/metrics.json, which the first process writes together with OUT/report.html.
 
-    Raises UserError for too few records, networks that cannot be opened, or a folder that holds other pictures or is being written.
+    Every process must call this; all but the first get an empty result. Raises UserError if the reference set has too few captions, a
+    network cannot be loaded, or `out` holds other images or is in use by another process.
     """
     with sole_writer(out, world):
-        return _evaluate(painter, reference, question, settings, out, world)
+        return _evaluate(generator, reference, evaluation, settings, out, world, reporter)
 
 
-def _evaluate(painter: Painter, reference: Source, question: Question, settings: DrawSettings, out: Path, world: World) -> dict[str, Any]:
-    kinds = list(dict.fromkeys(METRICS[name].kind for name in question.metrics))
-    networks = {kind: open_network(kind, question, world.device) for kind in kinds}  # before hours of drawing
-    captions = _captions(reference, question.count, world)
-    with progress("draw", steps_to_draw(question.count, painter, settings, world)) as advance:
-        draw_pictures(painter, captions, out / "pictures", settings, world, on_step=advance)
-    paths = [out / "pictures" / picture_name(number) for number in range(question.count)]
+def _evaluate(
+    generator: ImageGenerator,
+    reference: Source,
+    evaluation: EvaluationSettings,
+    settings: DrawSettings,
+    out: Path,
+    world: World,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    kinds = list(dict.fromkeys(METRICS[name].kind for name in evaluation.metrics))
+    networks = {kind: load_feature_network(kind, evaluation, world.device) for kind in kinds}  # fail before hours of generation
+    captions = _captions(reference, evaluation.count, world, reporter)
+    with reporter.progress("generate images", steps_to_draw(evaluation.count, generator, settings, world)) as advance:
+        draw_pictures(generator, captions, out / "pictures", settings, world, on_step=advance)
+    paths = [out / "pictures" / picture_name(number) for number in range(evaluation.count)]
     with Image.open(paths[0], formats=["PNG"]) as first:
-        side = question.side or min(first.size)
+        side = evaluation.side or min(first.size)
 
     notes: list[str] = []
-    drawn, real = {}, {}
+    generated, real = {}, {}
     for kind, network in networks.items():
-        drawn[kind] = extract(network, "what was drawn", _parts_of(paths), question.side, out / "features", world, warn)
-        real[kind] = extract(network, reference.name, _parts(reference), side, feature_cache(), world, warn)
-    notes += _complaints(reference, real[kinds[0]], side)
+        generated[kind] = extract(network, "generated images", _parts_of(paths), evaluation.side, out / "features", world, reporter)
+        real[kind] = extract(network, reference.name, _parts(reference), side, feature_cache(), world, reporter)
+    notes += _reference_notes(reference, real[kinds[0]], side)
     if not world.is_main:
         return {}
 
-    metrics = _measure(question, networks, real, drawn, captions, world.device)
+    metrics = _measure(evaluation, networks, real, generated, captions, world.device, reporter)
     notes += list(dict.fromkeys(entry["warning"] for entry in metrics.values() if entry.get("warning")))
     for note in notes:
-        warn(note)
+        reporter.warn(note)
     result = {
-        **painter.about,
+        **generator.about,
         "reference": {
             "source": reference.name,
             "pictures": len(real[kinds[0]].numbers_N),
@@ -93,42 +113,43 @@ def _evaluate(painter: Painter, reference: Source, question: Question, settings:
             "side": side,
             "fingerprint": real[kinds[0]].fingerprint,
         },
-        "pictures": question.count,
+        "pictures": evaluation.count,
         "settings": asdict(settings),
         "metrics": metrics,
         "notes": notes,
     }
     write_aside(out / "metrics.json", json.dumps(result, indent=1).encode())
-    write_page(out / "report.html", result, *_extremes(reference, drawn[kinds[0]], real[kinds[0]], captions, paths, side))
+    extremes = _extremes(reference, generated[kinds[0]], real[kinds[0]], captions, paths, side, reporter)
+    write_evaluation_page(out / "report.html", result, *extremes)
     return result
 
 
-def open_network(kind: Kind, question: Question, device: torch.device) -> ImageFeatures:
-    """Raises UserError."""
+def load_feature_network(kind: Kind, evaluation: EvaluationSettings, device: torch.device) -> ImageFeatures:
+    """Load the network of `kind` that `evaluation` names. Raises UserError if the name is unknown or the network cannot be loaded."""
     if kind == "clip":
-        return ClipFeatures(question.clip, device)
+        return ClipFeatures(evaluation.clip, device)
     if kind == "dino":
-        return DinoFeatures(question.dino, device)
-    name, _, file = question.network.partition(":")
+        return DinoFeatures(evaluation.dino, device)
+    name, _, file = evaluation.network.partition(":")
     if name == "efficientnet" and not file:
         return EfficientNetFeatures(device)
     if name == "inception" and file:
         return InceptionFeatures(Path(file), device=device)
-    raise UserError(f"--network {question.network}: write efficientnet, or inception:FILE.")
+    raise UserError(f"--network {evaluation.network} is unknown: use efficientnet or inception:FILE.")
 
 
-def _captions(reference: Source, count: int, world: World) -> list[str]:
-    """One caption each, the first of those that the source would train with, of the records whose names have the smallest hashes.
+def _captions(reference: Source, count: int, world: World, reporter: Reporter = QUIET) -> list[str]:
+    """Return `count` captions: those of the records whose names have the smallest hashes, one caption each.
 
-    A sample by chance, but always the same one, and a smaller one is the beginning of a larger. (Sets are often ordered by content.)
-    The parts are dealt out to the processes.
+    The choice is random with respect to the set's order but always the same, and a smaller sample is a prefix of a larger one. A record
+    with several captions contributes the first that the source would train with. Each process reads its share of the parts.
     """
     mine = reference.parts[world.rank :: world.size]
-    with progress(f"captions of {reference.name}", len(mine)) as advance:
+    with reporter.progress(f"captions of {reference.name}", len(mine)) as advance:
         hashed = heapq.nsmallest(count, _hashed_captions(reference, mine, advance))
     found = [caption for _, caption in heapq.nsmallest(count, chain.from_iterable(world.gather(hashed)))]
     if len(found) < count:
-        raise UserError(f"{reference.name} holds {len(found)} records with captions, fewer than the {count} asked for: lower -n.")
+        raise UserError(f"{reference.name} has only {len(found)} records with captions, and {count} were requested: lower -n.")
     return found
 
 
@@ -141,7 +162,7 @@ def _hashed_captions(reference: Source, parts: list[Part], on_part: Callable[[in
 
 
 def _caption(reference: Source, record: Record) -> str:
-    """Empty if it has none, or cannot be used."""
+    """Return the record's caption, or an empty string if it has none or is unusable."""
     return "" if record.problem else next((record.captions[name] for name in reference.caption_weights if name in record.captions), "")
 
 
@@ -161,47 +182,48 @@ def _parts_of(paths: list[Path]) -> list[Pictures]:
     return [partial(map, Path.read_bytes, paths[start : start + BLOCK]) for start in range(0, len(paths), BLOCK)]
 
 
-def _complaints(reference: Source, real: Features, side: int) -> list[str]:
-    """Raises UserError if nothing of the reference can be compared."""
+def _reference_notes(reference: Source, real: Features, side: int) -> list[str]:
+    """Return sentences about unreadable and enlarged images. Raises UserError if no image of the reference set is usable."""
     seen = len(real.numbers_N)
     if not seen:
-        raise UserError(f"None of the {real.total} pictures of {reference.name} can be read: there is nothing to compare with.")
+        raise UserError(f"None of the {real.total} images of {reference.name} could be read, so there is nothing to compare with.")
     if real.enlarged == seen:
         raise UserError(
-            f"All {seen} pictures of {reference.name} are smaller than {side} px, and would be blurred by enlarging them: take the set "
-            "at its full size, or compare at a smaller --side."
+            f"All {seen} images of {reference.name} are smaller than {side} px, and enlarging would blur them: use the set at its full "
+            "resolution, or compare at a smaller --side."
         )
     notes = []
     if real.left_out:
-        notes.append(f"{real.left_out} of {real.total} pictures of {reference.name} could not be read, and are left out.")
+        notes.append(f"{real.left_out} of {real.total} images of {reference.name} could not be read and are left out.")
     if real.enlarged:
-        notes.append(f"{real.enlarged} of {seen} pictures of {reference.name} are smaller than {side} px, and were enlarged.")
+        notes.append(f"{real.enlarged} of {seen} images of {reference.name} are smaller than {side} px and were enlarged.")
     return notes
 
 
 def _measure(
-    question: Question,
+    evaluation: EvaluationSettings,
     networks: dict[Kind, ImageFeatures],
     real: dict[Kind, Features],
-    drawn: dict[Kind, Features],
+    generated: dict[Kind, Features],
     captions: list[str],
     device: torch.device,
+    reporter: Reporter,
 ) -> dict[str, Any]:
-    results, manifolds = {}, None
-    for name in question.metrics:
+    results, prdc = {}, None
+    for name in evaluation.metrics:
         kind = METRICS[name].kind
-        network, real_ND, drawn_MD = networks[kind], real[kind].features_ND, drawn[kind].features_ND
+        network, real_ND, generated_MD = networks[kind], real[kind].features_ND, generated[kind].features_ND
         captions_MD: Tensor | None = None
         if name == "clip-score":
-            with progress(f"captions, {network.name}", len(captions)) as advance:
-                captions_MD = ClipCaptions(question.clip, device)(captions, advance)
-        if name in MANIFOLD_METRICS and manifolds is None:
-            with progress(f"neighbours, {network.name}", rows_to_compare(real_ND, drawn_MD)) as advance:
-                manifolds = compare_manifolds(real_ND, drawn_MD, on_rows=advance)
-        sets = Sets(real_ND, drawn_MD, captions_MD, manifolds)
-        with progress(f"{name}, {network.name}", steps_to_measure(name, sets, question.resamples)) as advance:
+            with reporter.progress(f"captions, {network.name}", len(captions)) as advance:
+                captions_MD = ClipCaptions(evaluation.clip, device)(captions, advance)
+        if name in PRDC_METRICS and prdc is None:
+            with reporter.progress(f"nearest neighbours, {network.name}", prdc_rows(real_ND, generated_MD)) as advance:
+                prdc = compute_prdc(real_ND, generated_MD, on_rows=advance)
+        sets = Sets(real_ND, generated_MD, captions_MD, prdc)
+        with reporter.progress(f"{name}, {network.name}", steps_to_measure(name, sets, evaluation.resamples)) as advance:
             results[name] = {
-                **measure(name, sets, question.resamples, advance),
+                **measure(name, sets, evaluation.resamples, advance),
                 "network": network.name,
                 "fingerprint": network.fingerprint,
                 "resize": network.resize,
@@ -210,15 +232,15 @@ def _measure(
 
 
 def _extremes(
-    reference: Source, drawn: Features, real: Features, captions: list[str], paths: list[Path], side: int
+    reference: Source, generated: Features, real: Features, captions: list[str], paths: list[Path], side: int, reporter: Reporter
 ) -> tuple[list[Neighbour], list[Neighbour]]:
-    """The pictures nearest to a real one, nearest first, and the farthest, farthest first."""
-    with progress("nearest pictures", len(drawn.features_ND)) as advance:
-        distance_M, row_M = nearest(drawn.features_ND, real.features_ND, advance)
+    """Return the generated images nearest to a real one, nearest first, and the farthest ones, farthest first."""
+    with reporter.progress("nearest real images", len(generated.features_ND)) as advance:
+        distance_M, row_M = nearest(generated.features_ND, real.features_ND, advance)
     order = distance_M.argsort().tolist()
     chosen = order[:EXTREMES], order[: -EXTREMES - 1 : -1]
-    wanted = sorted({int(real.numbers_N[row_M[m]]) for group in chosen for m in group})
-    contents = dict(pick(_parts(reference), real.counts, wanted))
+    needed = sorted({int(real.numbers_N[row_M[m]]) for group in chosen for m in group})
+    contents = dict(pick(_parts(reference), real.counts, needed))
     near, far = (
         [Neighbour(captions[m], paths[m].read_bytes(), contents[int(real.numbers_N[row_M[m]])], side, float(distance_M[m])) for m in group]
         for group in chosen

@@ -1,12 +1,12 @@
-"""Features of many pictures: shared among processes, kept on the disk, so that whoever is stopped goes on and a set is seen once.
+"""Features of large image sets, computed by all processes together and cached on disk, so that an interrupted run resumes.
 
-The pictures go through in blocks. A block's file is named by a hash of all that its features depend on (the network's weights, the
-resizing, the pictures' bytes), so a file is right or not there: nothing can be out of date. One that is damaged is made again.
+Images are processed in blocks. The name of a block's file is a hash of everything its features depend on (the network's weights, the
+resizing and the images' bytes), so a cached file is never stale. A damaged one is computed again.
 
-No process reads all pictures. First the parts of the set are dealt out, to be hashed, and the hashes are gathered: they name the blocks.
-Then the blocks that are not there are dealt out, in runs, so that a process opens few parts again.
+No process reads all images. First each process hashes its share of the set's parts, and the gathered hashes name the blocks. Then the
+missing blocks are distributed in contiguous ranges, so that each process reopens few parts.
 
-Shapes: N pictures, D features.
+Shapes: N images, D features.
 """
 
 import hashlib
@@ -24,34 +24,35 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from microdit.cli.terminal import progress
 from microdit.data.decode import Rejected, decode, fit
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.evaluation.features import ImageFeatures
+from microdit.io.console import QUIET, Reporter
 from microdit.io.files import write_aside
 
 T = TypeVar("T")
-BLOCK = 256  # pictures
-DIGEST = 32  # bytes of a picture's hash
-CHANGED = "The pictures changed while they were read: start again when nobody writes there."
+BLOCK = 256  # images
+DIGEST = 32  # bytes of an image's hash
+CHANGED = "The images changed while they were being read: start again when nothing writes to them."
 
 Pictures = Callable[[], Iterable[bytes]]
-"""A part of the pictures: the bytes of their files, from the first on whenever it is called."""
+"""A part of an image set: each call returns the bytes of its files, from the first one on."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Of the pictures that could be read: `numbers_N` says which of those that came. `enlarged` of them were smaller than wanted.
+    """Features of the images that could be read.
 
-    `counts`: how many pictures each part has.
+    `numbers_N` holds their positions in the set, `counts` the number of images in each part. `enlarged` images were smaller than the
+    requested side.
     """
 
     features_ND: Tensor
     numbers_N: Tensor
     counts: tuple[int, ...]
     enlarged: int
-    fingerprint: str  # of the pictures
+    fingerprint: str  # of the images and the network
 
     @property
     def total(self) -> int:
@@ -63,28 +64,34 @@ class Features:
 
 
 def feature_cache() -> Path:
-    """Where features of reference sets are kept: below XDG_CACHE_HOME, or ~/.cache."""
+    """Return the folder that caches features of reference sets, below XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "microdit" / "features"
 
 
 def extract(
-    network: ImageFeatures, what: str, parts: Sequence[Pictures], side: int | None, folder: Path, world: World, warn: Callable[[str], None]
+    network: ImageFeatures,
+    what: str,
+    parts: Sequence[Pictures],
+    side: int | None,
+    folder: Path,
+    world: World,
+    reporter: Reporter = QUIET,
 ) -> Features:
-    """Of the pictures in their order, cut to squares of `side` pixels, if given. Every process must call this, and gets all.
+    """Return the features of all images in order, on every process. Each image is cropped to `side` pixels square unless that is None.
 
-    `what`: the pictures' name in lines of progress. `folder`: where blocks are kept, visible to all processes. Raises UserError if the
-    pictures change meanwhile, or the folder cannot be written; on all processes, if on one.
+    Every process must call this. `what` names the images in progress lines. `folder` stores the blocks and must be visible to all
+    processes. Raises UserError, on all processes, if the images change meanwhile or the folder is not writable.
     """
-    hashes = _hashes(what, parts, world)
+    hashes = _hashes(what, parts, world, reporter)
     counts = tuple(len(part) // DIGEST for part in hashes)
     together, step = b"".join(hashes), BLOCK * DIGEST
     of_blocks = [together[start : start + step] for start in range(0, len(together), step)]
     paths = [folder / f"{_key(network, side, digests)}.safetensors" for digests in of_blocks]
-    there = _gathered([_read(path, warn) is not None for path in paths[world.rank :: world.size]], world, len(paths))
+    there = _gathered([_read(path, reporter) is not None for path in paths[world.rank :: world.size]], world, len(paths))
     missing = [number for number, found in enumerate(there) if not found]
     mine = missing[len(missing) * world.rank // world.size : len(missing) * (world.rank + 1) // world.size]
-    wanted = sum(len(of_blocks[number]) // DIGEST for number in mine)
-    with world.together(), progress(f"features of {what}, {network.name}", wanted) as advance:
+    images = sum(len(of_blocks[number]) // DIGEST for number in mine)
+    with world.together(), reporter.progress(f"features of {what}, {network.name}", images) as advance:
         for block, contents in _blocks(parts, counts, mine):
             if b"".join(hashlib.sha256(content).digest() for content in contents) != of_blocks[block]:
                 raise UserError(CHANGED)
@@ -92,15 +99,15 @@ def extract(
                 _write(paths[block], network, side, contents)
             except OSError as error:
                 raise UserError(
-                    f"Features of {what} cannot be kept in {folder} ({error.strerror}): make room there, or let it be written; those of "
-                    "reference sets lie below XDG_CACHE_HOME, which may name another place."
+                    f"Features of {what} cannot be written to {folder} ({error.strerror}): free some space or fix its permissions. The "
+                    "cache for reference sets is below XDG_CACHE_HOME, which may point elsewhere."
                 ) from error
             advance(len(contents))
-    return _join(paths, counts, warn)
+    return _join(paths, counts, reporter)
 
 
 def pick(parts: Sequence[Pictures], counts: Sequence[int], numbers: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-    """The pictures of these numbers, which rise, and the numbers. Parts that hold none of them are not opened.
+    """Yield (number, image) for these increasing numbers. Parts that hold none of them are not opened.
 
     Raises UserError if a part has become shorter than its count.
     """
@@ -119,28 +126,28 @@ def pick(parts: Sequence[Pictures], counts: Sequence[int], numbers: Sequence[int
 
 
 def _blocks(parts: Sequence[Pictures], counts: Sequence[int], blocks: Iterable[int]) -> Iterator[tuple[int, list[bytes]]]:
-    """The numbers of these blocks, which rise, and their pictures."""
+    """Yield (block, its images) for these increasing block numbers."""
     numbers = [number for block in blocks for number in range(block * BLOCK, min((block + 1) * BLOCK, sum(counts)))]
     for block, pairs in groupby(pick(parts, counts, numbers), key=lambda pair: pair[0] // BLOCK):
         yield block, [content for _, content in pairs]
 
 
-def _hashes(what: str, parts: Sequence[Pictures], world: World) -> list[bytes]:
-    """Of the pictures of each part, one behind the other."""
+def _hashes(what: str, parts: Sequence[Pictures], world: World, reporter: Reporter) -> list[bytes]:
+    """Return, for each part, the concatenated hashes of its images."""
     mine, hashed = parts[world.rank :: world.size], []
-    with progress(f"look at {what}", len(mine)) as advance:
+    with reporter.progress(f"hash {what}", len(mine)) as advance:
         for part in mine:
             digests = bytearray()
             for content in part():
                 digests += hashlib.sha256(content).digest()
-                advance(0, f"picture {len(digests) // DIGEST:,} of a part")
+                advance(0, f"image {len(digests) // DIGEST:,} of a part")
             hashed.append(bytes(digests))
             advance(1)
     return _gathered(hashed, world, len(parts))
 
 
 def _gathered(mine: list[T], world: World, total: int) -> list[T]:
-    """What the processes found of `total` items, of which each had every `world.size`-th."""
+    """Gather the results for `total` items, of which each process handled every `world.size`-th."""
     shares = world.gather(mine)
     return [shares[number % world.size][number // world.size] for number in range(total)]
 
@@ -157,7 +164,7 @@ def _write(path: Path, network: ImageFeatures, side: int | None, block: Sequence
         try:
             image = decode(content)
         except Rejected:
-            continue  # counted by whoever reads: its number is not there
+            continue  # readers count it: its number is missing
         if side is not None:
             enlarged += min(image.size) < side
             image = Image.fromarray(fit(image, side, side))
@@ -169,8 +176,8 @@ def _write(path: Path, network: ImageFeatures, side: int | None, block: Sequence
     write_aside(path, save(tensors, metadata))
 
 
-def _read(path: Path, warn: Callable[[str], None]) -> tuple[Tensor, Tensor, int, int] | None:
-    """Features, numbers, how many pictures the block has and how many were enlarged; None if it is not there, or damaged."""
+def _read(path: Path, reporter: Reporter) -> tuple[Tensor, Tensor, int, int] | None:
+    """Return a block's features, image numbers, image count and count of enlarged images; None if it is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -178,18 +185,18 @@ def _read(path: Path, warn: Callable[[str], None]) -> tuple[Tensor, Tensor, int,
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in ("features", "numbers")}
         if metadata["checksum"] != _checksum(tensors):
-            raise ValueError("its content is not what was written")
+            raise ValueError("its checksum differs")
         return tensors["features"], tensors["numbers"], int(metadata["pictures"]), int(metadata["enlarged"])
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        warn(f"{path} is damaged ({error}): its features are computed again.")
+        reporter.warn(f"{path} is damaged ({error}): its features are computed again.")
         return None
 
 
-def _join(blocks: list[Path], counts: tuple[int, ...], warn: Callable[[str], None]) -> Features:
+def _join(blocks: list[Path], counts: tuple[int, ...], reporter: Reporter) -> Features:
     features, numbers, total, enlarged = [], [], 0, 0
     for path in blocks:
-        block = _read(path, warn)
-        assert block is not None, f"{path} was just written, and cannot be read"
+        block = _read(path, reporter)
+        assert block is not None, f"{path} was just written and cannot be read"
         if len(block[1]):
             features.append(block[0])
         numbers.append(block[1] + total)

@@ -1,6 +1,6 @@
-"""Whatever makes pictures of prompts: a run of ours, or any text-to-image pipeline of diffusers, behind one protocol.
+"""Image generators for evaluation, a MicroDiT model or any text-to-image pipeline of diffusers, behind one interface.
 
-Pictures of many prompts, one file each, for evaluations: the same whatever the number of processes, and resumable.
+`draw_pictures` writes the images of many prompts, one file each. It resumes, and the images do not depend on the number of processes.
 """
 
 import inspect
@@ -24,31 +24,32 @@ from microdit.pipelines.load import OpenedModel, is_our_pipeline, open_model
 from microdit.pipelines.native import BATCH, SamplerSettings
 from microdit.reports.run_folder import is_run
 
-FOREIGN_BATCH = 8  # pictures that a pipeline of unknown size draws at a time
+FOREIGN_BATCH = 8  # images that a pipeline of unknown size generates at a time
+SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """Picture number i starts from the noise of `seed` + i."""
+    """Sampling settings of an evaluation. Image number i starts from the noise of `seed` + i."""
 
     num_inference_steps: int = 18
     guidance_scale: float = 2.0
     seed: int = 0
-    weights: str | None = None  # of a run: model, ema, or ema-DECAY
+    weights: str | None = None  # those of a run: model, ema, or ema-DECAY
 
     @property
     def sampler(self) -> SamplerSettings:
-        """Of a run."""
+        """The settings of a MicroDiT model's sampler."""
         return SamplerSettings(self.num_inference_steps, self.guidance_scale)
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where pictures are drawn, in what numbers, and how many at a time: all of which changes them by rounding alone."""
+    """Device, precision and batch size of generation. They change images by rounding errors only."""
 
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
-    batch_size: int | None = None  # None: 64, of other pipelines 8
+    batch_size: int | None = None  # None: 64, or 8 for pipelines that are not MicroDiT
 
     @property
     def dtype_name(self) -> str:
@@ -58,34 +59,34 @@ class Compute:
 ON_CPU = Compute()
 
 
-class Painter(Protocol):
-    """`about` tells its pictures from those of others; `batch` is how many it draws at a time."""
+class ImageGenerator(Protocol):
+    """Generates images from prompts. `about` identifies the model in settings.json; `batch` is the number of images per call."""
 
     about: dict[str, Any]
     batch: int
 
     def __call__(self, prompts: list[str], seed: int, on_step: Callable[[int], None] | None = None) -> list[Image.Image]:
-        """One picture a prompt, RGB; the first starts from the noise of `seed`, the next of `seed` + 1.
+        """Return one RGB image per prompt. The first starts from the noise of `seed`, the next from that of `seed` + 1.
 
-        `on_step(n)`: after n more picture-steps.
+        `on_step(n)` is called after n more image-steps.
         """
         ...
 
 
-def open_painter(place: str, settings: DrawSettings, warn: Callable[[str], None], compute: Compute = ON_CPU) -> Painter:
-    """`place`: a run folder, the folder of a diffusers pipeline, or its id of the hub. Raises UserError."""
+def open_generator(place: str, settings: DrawSettings, warn: Callable[[str], None], compute: Compute = ON_CPU) -> ImageGenerator:
+    """Load a generator from a run folder, a diffusers pipeline's folder, or a hub id. Raises UserError if `place` is none of these."""
     if is_run(Path(place)) or is_our_pipeline(place):
-        return RunPainter(open_model(place, warn, settings.weights), settings, compute)
+        return RunGenerator(open_model(place, warn, settings.weights), settings, compute)
     if (Path(place) / "model_index.json").is_file() or (not Path(place).exists() and is_place(place)):
-        return DiffusersPainter(place, settings, compute)
+        return DiffusersGenerator(place, settings, compute)
     raise UserError(
-        f"{place} is neither a run folder (no recipe.yaml in it) nor a diffusers pipeline (no model_index.json): name a folder that "
-        "'microdit train' wrote, or a pipeline's folder or hub id."
+        f"{place} is neither a run folder (it has no recipe.yaml) nor a diffusers pipeline (it has no model_index.json): name a folder "
+        "that 'microdit train' wrote, or the folder or hub id of a pipeline."
     )
 
 
-class RunPainter:
-    """A model of ours: a run's checkpoint, or one that was exported."""
+class RunGenerator:
+    """A MicroDiT model: a run's checkpoint or an exported model."""
 
     def __init__(self, opened: OpenedModel, settings: DrawSettings, compute: Compute):
         self.about = {**opened.about, "dtype": compute.dtype_name}
@@ -96,22 +97,22 @@ class RunPainter:
         return self._pipeline(prompts, self._settings.sampler, seed, on_step, batch_size=self.batch)
 
 
-class DiffusersPainter:
-    """A text-to-image pipeline of diffusers. Only safetensors are read."""
+class DiffusersGenerator:
+    """A text-to-image pipeline of diffusers, loaded from safetensors only."""
 
     def __init__(self, place: str, settings: DrawSettings, compute: Compute):
-        """Raises UserError if it cannot be loaded, or does not take prompts, steps, a guidance scale and generators."""
+        """Load the pipeline. Raises UserError if that fails, or if it takes no prompt, steps, guidance scale or generator."""
         from diffusers import DiffusionPipeline  # slow to import
 
         if settings.weights is not None:
-            raise UserError(f"--weights {settings.weights} chooses among the weights of a run, and {place} is a pipeline: leave it out.")
+            raise UserError(f"--weights {settings.weights} selects weights of a run, but {place} is a diffusers pipeline: omit the option.")
         with loading(Path(place)):
             self._pipeline = DiffusionPipeline.from_pretrained(place, use_safetensors=True, **dtype_argument(compute.dtype))
         self._pipeline.to(compute.device)
-        wanted = {"prompt", "num_inference_steps", "guidance_scale", "generator"}
-        missing = sorted(wanted - set(inspect.signature(self._pipeline.__call__).parameters))
+        needed = {"prompt", "num_inference_steps", "guidance_scale", "generator"}
+        missing = sorted(needed - set(inspect.signature(self._pipeline.__call__).parameters))
         if missing:
-            raise UserError(f"{place} is a {type(self._pipeline).__name__}, which takes no {', '.join(missing)}: it cannot be evaluated.")
+            raise UserError(f"{place} is a {type(self._pipeline).__name__}, which takes no {', '.join(missing)} and cannot be evaluated.")
         self._pipeline.set_progress_bar_config(disable=True)
         self._settings = settings
         self.batch = compute.batch_size or FOREIGN_BATCH
@@ -134,15 +135,13 @@ class DiffusersPainter:
         return [image.convert("RGB") for image in images]
 
 
-SETTINGS = "settings.json"
-
-
 def picture_name(number: int) -> str:
+    """Return the file name of image `number`."""
     return f"{number:04}.png"
 
 
 def draw_pictures(
-    painter: Painter,
+    generator: ImageGenerator,
     prompts: list[str],
     folder: Path,
     settings: DrawSettings,
@@ -150,24 +149,24 @@ def draw_pictures(
     name: Callable[[int], str] = picture_name,
     on_step: Callable[[int], None] | None = None,
 ) -> None:
-    """`folder`/`name(i)` for each prompt; those that are there already are kept. Every process must call this; all are drawn when it ends.
+    """Generate an image for each prompt as `folder`/`name(i)`, and keep those that exist. Returns when all processes are done.
 
-    Pictures are drawn in fixed groups, so that each is the same for any number of processes. `on_step(n)`: after n more picture-steps,
-    of this process's share (see `steps_to_draw`). Raises UserError if the folder holds pictures made otherwise, or another program draws
-    there.
+    Every process must call this. Images are generated in fixed groups, so that they do not depend on the number of processes.
+    `on_step(n)` is called after n more image-steps of this process's share (see `steps_to_draw`). Raises UserError if the folder holds
+    images of other settings, or another program is writing there.
     """
     with sole_writer(folder, world):
-        objection = world.share(_claim(folder, painter, prompts, settings) if world.is_main else None)
-        if objection:
-            raise UserError(objection)
-        for start in _starts(len(prompts), painter.batch, world):
-            numbers = range(start, min(start + painter.batch, len(prompts)))
+        problem = world.share(_check_settings(folder, generator, prompts, settings) if world.is_main else None)
+        if problem:
+            raise UserError(problem)
+        for start in _starts(len(prompts), generator.batch, world):
+            numbers = range(start, min(start + generator.batch, len(prompts)))
             missing = [number for number in numbers if not (folder / name(number)).is_file()]
             if not missing:
                 if on_step:
                     on_step(len(numbers) * settings.num_inference_steps)
                 continue
-            images = painter([prompts[number] for number in numbers], settings.seed + start, on_step)
+            images = generator([prompts[number] for number in numbers], settings.seed + start, on_step)
             for number in missing:
                 png = BytesIO()
                 images[number - start].save(png, "PNG")
@@ -175,22 +174,25 @@ def draw_pictures(
         world.wait_for_all()
 
 
-def steps_to_draw(count: int, painter: Painter, settings: DrawSettings, world: World) -> int:
-    """Picture-steps of this process's share of `count` pictures."""
-    return settings.num_inference_steps * sum(min(painter.batch, count - start) for start in _starts(count, painter.batch, world))
+def steps_to_draw(count: int, generator: ImageGenerator, settings: DrawSettings, world: World) -> int:
+    """Return the number of image-steps in this process's share of `count` images."""
+    return settings.num_inference_steps * sum(min(generator.batch, count - start) for start in _starts(count, generator.batch, world))
 
 
 def read_prompt_file(path: Path) -> list[str]:
-    """One prompt a line: JSON with a key `prompt` (.jsonl), or plain text. Raises UserError naming file and line."""
+    """Read one prompt per line: JSON with a key `prompt` if the file ends in .jsonl, else plain text.
+
+    Raises UserError if the file cannot be read, a line is malformed, or there is no prompt.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         prompts = [parse_json(line)["prompt"] if path.suffix == ".jsonl" else line.strip() for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path} must hold one JSON object with a key "prompt" in each line ({error}).') from error
+        raise UserError(f'Each line of {path} must be a JSON object with a key "prompt" ({error}).') from error
     if not prompts:
-        raise UserError(f"There is no prompt in {path}: write one in each line.")
+        raise UserError(f"{path} contains no prompts: write one per line.")
     return prompts
 
 
@@ -198,17 +200,19 @@ def _starts(count: int, batch: int, world: World) -> range:
     return range(world.rank * batch, count, world.size * batch)
 
 
-def _claim(folder: Path, painter: Painter, prompts: list[str], settings: DrawSettings) -> str | None:
-    """Write down what is drawn here; a sentence if it is something else already."""
-    about = {**painter.about, "prompts": prompts, **asdict(settings)}
+def _check_settings(folder: Path, generator: ImageGenerator, prompts: list[str], settings: DrawSettings) -> str | None:
+    """Record in `folder` how its images are generated. Return a sentence if it already records something else."""
+    about = {**generator.about, "prompts": prompts, **asdict(settings)}
     path = folder / SETTINGS
     if path.is_file():
         try:
-            before = {"dtype": "float32", **parse_json(path.read_bytes())}  # earlier versions drew in no other
+            before = {"dtype": "float32", **parse_json(path.read_bytes())}  # earlier versions knew no other
         except (OSError, ValueError, TypeError):
-            return f"{path} is damaged, and nothing else says how the pictures beside it were made: choose another --out, or delete them."
+            return f"{path} is damaged, so it is unknown how the images beside it were generated: choose another --out, or delete them."
         changed = [key for key in about if before.get(key) != about[key]]
-        return f"{folder} holds pictures made with another {', '.join(changed)}: choose another --out, or delete it." if changed else None
+        return (
+            f"{folder} holds images generated with another {', '.join(changed)}: choose another --out, or delete it." if changed else None
+        )
     write_aside(folder / "prompts.jsonl", "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts).encode())
     write_aside(path, json.dumps(about, indent=1).encode())
     return None

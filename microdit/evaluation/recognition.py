@@ -1,6 +1,7 @@
-"""Is the picture of a caption recognisably its picture? The rank of the right one among all training pictures.
+"""Retrieval accuracy: whether a generated image is recognised as the image of its caption, among all images of a set.
 
-Quality of a run trained on the embedded emoji: are its pictures recognisable?
+Training, the lab and `microdit evaluate` without `--reference` all use `retrieval`. A generated image counts as recognised if the real
+image of its caption is among the nearest real ones, by cosine similarity of features.
 """
 
 import json
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from microdit.data.pixels import to_image, to_tensor
 from microdit.data.sources.builtin import CaptionedImage
-from microdit.evaluation.features import EfficientNetLite0
+from microdit.evaluation.features import EfficientNetFeatures
 from microdit.evaluation.generators import ON_CPU, Compute, DrawSettings
 from microdit.io.files import write_aside
 from microdit.pipelines.load import open_model
@@ -25,7 +26,7 @@ from microdit.pipelines.native import BATCH, Pipeline
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Shares of generated pictures whose true picture is among the 1 or 10 nearest of all."""
+    """Shares of generated images whose own real image is the nearest, or among the 10 nearest, and the latter's chance level."""
 
     top_1: float
     top_10: float
@@ -33,17 +34,20 @@ class Retrieval:
     chance_top_10: float
 
 
-def retrieval(generated_ND: Tensor, pictures_MD: Tensor, right_N: Tensor) -> Retrieval:
-    """Cosine similarity of features. `right_N` holds, for each generated picture, the row of its true one in `pictures_MD`."""
-    similarity_NM = F.normalize(generated_ND, dim=1) @ F.normalize(pictures_MD, dim=1).T
+def retrieval(generated_ND: Tensor, real_MD: Tensor, right_N: Tensor) -> Retrieval:
+    """Rank the real images by similarity to each generated one. `right_N` holds the row of each one's own image in `real_MD`.
+
+    `generated_ND` and `real_MD` are features of N generated and M real images. Ties count in favour of the own image.
+    """
+    similarity_NM = F.normalize(generated_ND, dim=1) @ F.normalize(real_MD, dim=1).T
     right_similarity_N1 = similarity_NM.gather(1, right_N[:, None])
     rank_N = (similarity_NM > right_similarity_N1).sum(dim=1)
     top_1, top_10 = ((rank_N < top).float().mean().item() for top in (1, 10))
-    return Retrieval(top_1, top_10, len(generated_ND), min(1.0, 10 / len(pictures_MD)))
+    return Retrieval(top_1, top_10, len(generated_ND), min(1.0, 10 / len(real_MD)))
 
 
 def spread_ids(rows: int, count: int) -> Tensor:
-    """`count` row numbers spread evenly over `rows`: the same captions for every model."""
+    """Return `count` row numbers spread evenly over `rows`, so that every model is given the same captions."""
     return torch.linspace(0, rows - 1, min(count, rows), dtype=torch.float64).round().long()
 
 
@@ -56,26 +60,26 @@ def evaluate_emoji_run(
     on_step: Callable[[int], None] | None = None,
     compute: Compute = ON_CPU,
 ) -> dict[str, Any]:
-    """Draw `count` of the captions of `rows`, look each picture up among all of their pictures; write and return metrics.json.
+    """Generate images for `count` captions of `rows` and measure retrieval among all images of `rows`; write and return RUN/metrics.json.
 
-    The same is measured of the autoencoder's reconstructions: no model of these latents can do better.
-    `on_step(n)` is called after each n more picture-steps.
+    Retrieval of the autoencoder's reconstructions is measured too: it is the upper bound for any model of these latents. `on_step(n)` is
+    called after n more image-steps. Raises UserError if `run` cannot be loaded.
     """
     opened = open_model(str(run), warn, settings.weights)
     pipeline, size = opened.pipeline.to(compute.device, compute.dtype), opened.resolution
     right_N = spread_ids(len(rows), count)
     chosen = [rows[i] for i in right_N]
     captions = [row.caption for row in chosen]
-    drawn = pipeline(captions, settings.sampler, settings.seed, on_step, batch_size=compute.batch_size or BATCH)
-    network = EfficientNetLite0(compute.device)
-    pictures_MD = network([to_image(to_tensor(row.image, size)) for row in rows])
+    generated = pipeline(captions, settings.sampler, settings.seed, on_step, batch_size=compute.batch_size or BATCH)
+    network = EfficientNetFeatures(compute.device)
+    real_MD = network([to_image(to_tensor(row.image, size)) for row in rows])
     metrics: dict[str, Any] = {
         **{key: opened.about[key] for key in ("step", "images_seen") if key in opened.about},
         "sampler": asdict(settings),
         "dtype": compute.dtype_name,
-        "retrieval": asdict(retrieval(network(drawn), pictures_MD, right_N)),
+        "retrieval": asdict(retrieval(network(generated), real_MD, right_N)),
         "retrieval_of_reconstructions": asdict(
-            retrieval(network(_reconstruct(pipeline, [row.image for row in chosen], size)), pictures_MD, right_N)
+            retrieval(network(_reconstruct(pipeline, [row.image for row in chosen], size)), real_MD, right_N)
         ),
     }
     write_aside(run / "metrics.json", json.dumps(metrics, indent=1).encode())

@@ -108,9 +108,9 @@ def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World)
     }
     plans: dict[str, ArmPlan] = {}
     if (out / "plan.json").is_file():
-        refuse_changes(study, recipes, out)
+        check_unchanged(study, recipes, out)
         plans = read_plan(out)
-    _refuse_other_pictures(recipes)
+    _check_same_pictures(recipes)
     new = [arm for arm in recipes if arm not in plans]
     if new:
         timed = _time(study, {arm: recipes[arm] for arm in dict.fromkeys([reference, *new])}, plans.get(reference), world)
@@ -133,7 +133,7 @@ def _time(study: Study, recipes: dict[str, Recipe], known: ArmPlan | None, world
     return {arm: _plan(study.budgets, *costs, flops[arm], scaled[arm]) for arm in recipes}
 
 
-def refuse_changes(study: Study, recipes: dict[str, Recipe], out: Path) -> None:
+def check_unchanged(study: Study, recipes: dict[str, Recipe], out: Path) -> None:
     """Of budgets, of what is measured, or of arms that have results; there may be further arms. Raises UserError naming what changed."""
     before = _content(out)
     asked, budgets = before["asked"], set(before["arms"][before["asked"]["reference"]["arm"]]["steps"])
@@ -151,7 +151,7 @@ def _same_recipe(before: str, now: Recipe | None) -> bool:
     return now is not None and with_todays_defaults(yaml.safe_load(before)) | {"name": now.name} == yaml.safe_load(now.to_yaml())
 
 
-def _refuse_other_pictures(recipes: dict[str, Recipe]) -> None:
+def _check_same_pictures(recipes: dict[str, Recipe]) -> None:
     """Arms may have encoders of their own, but learn from the same pictures, in the same order and size."""
     seen: dict[str, str] = {}
     for arm, recipe in recipes.items():

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from microdit.checkpoint import find_weights
-from microdit.cli.terminal import console, progress, warn
+from microdit.cli.terminal import console, progress, reporter, warn
 from microdit.config.schema import Recipe
 from microdit.data.sources.open import open_source
 from microdit.distributed import World
@@ -109,7 +109,7 @@ class Reader:
 
     def _reference(self, side: int) -> tuple[Tensor, Gaussian]:
         if self._real is None:
-            found = extract(self._network, self._study.source, [self._pictures], side, feature_cache(), self._world, warn)
+            found = extract(self._network, self._study.source, [self._pictures], side, feature_cache(), self._world, reporter)
             self._real = found.features_ND, fit_gaussian(found.features_ND)
         return self._real
 

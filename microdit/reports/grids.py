@@ -139,7 +139,7 @@ class Trajectory:
             save_png(draw_sheet([list(row) for row in zip(*frames, strict=True)], prompts, names), path, about)
 
 
-def refuse_other_endings(path: Path | None) -> None:
+def check_trajectory_path(path: Path | None) -> None:
     """Before anything is drawn. Raises UserError."""
     if path is not None and path.suffix.lower() not in (".png", ".gif"):
         raise UserError(f"--trajectory {path} must end in .png, for a filmstrip, or in .gif, for a film.")

@@ -1,4 +1,4 @@
-"""Pages of HTML that need nothing else: no script, no font, no picture from elsewhere."""
+"""Self-contained HTML pages: templates and embedded images, without scripts, fonts or images from elsewhere."""
 
 import base64
 from pathlib import Path
@@ -11,12 +11,12 @@ from microdit.io.text import printable
 from microdit.reports import formats
 
 
-def page_template(name: str) -> jinja2.Template:
-    """Of this folder. Escapes everything: recipes, names, captions and reasons are other people's text."""
+def load_template(name: str) -> jinja2.Template:
+    """Load a template of reports/templates. All values are escaped: recipes, names, captions and reasons are untrusted text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
-        finalize=_shown,
+        finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -25,11 +25,11 @@ def page_template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def _shown(value: Any) -> Any:
-    """What a page says as text; our own drawings stay as they are."""
+def _printable(value: Any) -> Any:
+    """Make a value's control characters visible. Markup, such as our own SVG, passes unchanged."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def picture_address(kind: str, content: bytes) -> str:
-    """What an <img> shows. `kind`: png or webp."""
+def image_data_url(kind: str, content: bytes) -> str:
+    """Return the data URL of an image file for an <img> tag. `kind` is png or webp."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

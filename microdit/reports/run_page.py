@@ -15,7 +15,7 @@ from microdit.errors import UserError
 from microdit.io.files import write_aside
 from microdit.reports import formats
 from microdit.reports.curves import Curve, draw_curves
-from microdit.reports.html import page_template, picture_address
+from microdit.reports.html import image_data_url, load_template
 from microdit.reports.run_folder import RECIPE, RunFolder, is_run, state_of
 
 TEMPLATE = "report.html.jinja"
@@ -77,7 +77,7 @@ def report_page(run: Path, check: Callable[[], None] = lambda: None) -> bytes:
         )
     parts = [_read(RunFolder(path), check) for path in runs]
     title = parts[0].name if is_run(run) else run.resolve().name
-    page = page_template(TEMPLATE).render(title=title, parts=parts, written=time.time(), totals=_totals(parts))
+    page = load_template(TEMPLATE).render(title=title, parts=parts, written=time.time(), totals=_totals(parts))
     return page.encode(errors="replace")
 
 
@@ -133,7 +133,7 @@ def _picture(step: int, path: Path, newest: bool) -> Picture | None:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             image.load()
             if newest and len(content) <= NEWEST_BYTES:
-                return Picture(step, picture_address("png", content))
+                return Picture(step, image_data_url("png", content))
             small = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # SyntaxError is how Pillow says that a PNG is broken
         return None
@@ -141,7 +141,7 @@ def _picture(step: int, path: Path, newest: bool) -> Picture | None:
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=90 if newest else 80)
-    return Picture(step, picture_address("webp", buffer.getvalue()))
+    return Picture(step, image_data_url("webp", buffer.getvalue()))
 
 
 def _totals(parts: list[RunPart]) -> dict[str, float | None]:

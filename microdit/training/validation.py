@@ -26,7 +26,7 @@ from microdit.distributed import World
 from microdit.encoders.autoencoder import Autoencoder, load_autoencoder
 from microdit.encoders.text import TextEncoder
 from microdit.errors import UserError
-from microdit.evaluation.features import EfficientNetLite0
+from microdit.evaluation.features import EfficientNetFeatures
 from microdit.evaluation.metrics.kid import paired_kid
 from microdit.evaluation.recognition import retrieval, spread_ids
 from microdit.models.microdit import MicroDiT
@@ -181,9 +181,9 @@ class Quality:
             raise UserError(f"{damage}. Quality is measured on that row: encode it again, or leave out record.quality_every.") from damage
 
 
-def _open_network() -> EfficientNetLite0:
+def _open_network() -> EfficientNetFeatures:
     try:
-        return EfficientNetLite0()
+        return EfficientNetFeatures()
     except ImportError as error:
         raise UserError("record.quality_every needs EfficientNet-Lite0, which is not installed: pip install microdit[demo].") from error
 

@@ -82,7 +82,7 @@ def test_two_runs_pictures_are_drawn_and_judged_in_both_orders(workplace):
     assert microdit("draw", "runs/tiny", "prompts.txt", "--steps", 2, "--out", "drawn-0", cwd=workplace).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in (workplace / "drawn-0").iterdir()} == times
     other = microdit("draw", "runs/tiny", "prompts.txt", "--steps", 3, "--out", "drawn-0", cwd=workplace)
-    assert "made with another num_inference_steps" in other.output
+    assert "generated with another num_inference_steps" in other.output
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), AlwaysA)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from microdit.evaluation.compare import GENEVAL_PROMPTS, GENEVAL_SAMPLES, geneval_verdict, metric_verdict
+from microdit.evaluation.compare import GENEVAL_PROMPTS, GENEVAL_SAMPLES, geneval_comparability, metric_comparability
 from microdit.evaluation.geneval.emoji_scenes import EmojiColours, EmojiDetector
 from microdit.evaluation.published import Protocol
 from microdit.evaluation.run_results import GenEvalResult, Measured
@@ -17,7 +17,7 @@ OFFICIAL = GenEvalResult(
 
 
 def test_the_same_protocol_is_comparable():
-    verdict = metric_verdict("fid", AS_PUBLISHED, COCO)
+    verdict = metric_comparability("fid", AS_PUBLISHED, COCO)
     assert verdict.comparable
     assert verdict.unknown == ()
 
@@ -38,7 +38,7 @@ def test_the_same_protocol_is_comparable():
     ],
 )
 def test_each_difference_is_a_reason_of_its_own(change, reason: str):
-    assert metric_verdict("fid", replace(AS_PUBLISHED, **change), COCO).reasons == (reason,)
+    assert metric_comparability("fid", replace(AS_PUBLISHED, **change), COCO).reasons == (reason,)
 
 
 @pytest.mark.parametrize(
@@ -50,28 +50,28 @@ def test_each_difference_is_a_reason_of_its_own(change, reason: str):
     ],
 )
 def test_what_the_source_keeps_to_itself_is_a_reason(change, reason: str):
-    assert metric_verdict("fid", AS_PUBLISHED, replace(COCO, **change)).reasons == (reason,)
+    assert metric_comparability("fid", AS_PUBLISHED, replace(COCO, **change)).reasons == (reason,)
 
 
 def test_a_size_that_the_source_does_not_tell_is_said_but_no_reason():
-    verdict = metric_verdict("fid", AS_PUBLISHED, replace(COCO, side=None))
+    verdict = metric_comparability("fid", AS_PUBLISHED, replace(COCO, side=None))
     assert verdict.comparable
     assert verdict.unknown == ("the size at which pictures were compared is not told there (256 px here)",)
 
 
 def test_the_number_of_pictures_biases_no_mean():
     protocol = replace(COCO, networks={"clip-score": "clip"})
-    reasons = metric_verdict("clip-score", replace(AS_PUBLISHED, network="clip-vit-large", pictures=512), protocol).reasons
+    reasons = metric_comparability("clip-score", replace(AS_PUBLISHED, network="clip-vit-large", pictures=512), protocol).reasons
     assert reasons == ("512 pictures, not 30,000",)
 
 
 def test_all_reasons_are_told_at_once():
-    assert len(metric_verdict("fid", Measured(1.0, "efficientnet-lite0", "emoji", 1807, 512, 64), COCO).reasons) == 4
+    assert len(metric_comparability("fid", Measured(1.0, "efficientnet-lite0", "emoji", 1807, 512, 64), COCO).reasons) == 4
 
 
 def test_the_authors_553_prompts_are_comparable_but_for_the_detector():
     assert sum(GENEVAL_PROMPTS.values()) == 553
-    verdict = geneval_verdict(OFFICIAL)
+    verdict = geneval_comparability(OFFICIAL)
     assert verdict.comparable
     assert "mmdetection" in verdict.unknown[0]
 
@@ -87,4 +87,4 @@ def test_the_authors_553_prompts_are_comparable_but_for_the_detector():
     ],
 )  # fmt: skip
 def test_other_prompts_pictures_and_judges_are_not_genevals(change, reason: str):
-    assert geneval_verdict(replace(OFFICIAL, **change)).reasons == (reason,)
+    assert geneval_comparability(replace(OFFICIAL, **change)).reasons == (reason,)

@@ -18,14 +18,14 @@ from microdit.data.sources.open import open_source
 from microdit.distributed import World, start_world
 from microdit.errors import UserError
 from microdit.evaluation import evaluate as module
-from microdit.evaluation.evaluate import Question, evaluate
+from microdit.evaluation.evaluate import EvaluationSettings, evaluate
 from microdit.evaluation.generators import DrawSettings
 from microdit.evaluation.metrics.registry import DEFAULT, METRICS
 from tests.commands import microdit
 from tests.conftest import first_of
 from tests.evaluation.metrics.test_clip_score import save_clip
 from tests.evaluation.test_extraction import Meeting
-from tests.evaluation.test_features_image_features import save_dino, save_inception
+from tests.evaluation.test_features import save_dino, save_inception
 from tests.training.processes import RECIPE, start, wait_for
 
 
@@ -50,7 +50,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 class Copyist:
-    """Paints each caption as the picture that has it, changed by `change`."""
+    """Returns for each caption the image that has it, changed by `change`."""
 
     batch = 8
 
@@ -87,13 +87,13 @@ def test_all_metrics_are_measured_and_the_same_for_two_processes(workplace, netw
     assert {path: path.stat().st_mtime_ns for path in (workplace / "alone" / "pictures").iterdir()} == pictures
     other = microdit(*command, "--out", "alone", "--guidance", 3, cwd=workplace)
     assert other.returncode == 1
-    assert "made with another guidance_scale" in other.output
+    assert "generated with another guidance_scale" in other.output
 
 
 def test_who_copies_is_perfect_and_shown_to_be_a_copyist(tmp_path, world):
     source = first_of(emoji_source("train"), 40)
-    question = Question(list(DEFAULT), 40, resamples=2)
-    result = evaluate(Copyist(source), source, question, DrawSettings(), tmp_path / "copies", world)
+    evaluation = EvaluationSettings(list(DEFAULT), 40, resamples=2)
+    result = evaluate(Copyist(source), source, evaluation, DrawSettings(), tmp_path / "copies", world)
     metrics = result["metrics"]
     assert metrics["fid"]["value"] < 1e-3
     assert metrics["precision"]["value"] == metrics["recall"]["value"] == metrics["coverage"]["value"] == 1
@@ -101,7 +101,7 @@ def test_who_copies_is_perfect_and_shown_to_be_a_copyist(tmp_path, world):
     assert any("40 samples are too few for 1280 features" in note for note in result["notes"])
 
     grey = Copyist(source, lambda image: image.convert("L").convert("RGB"))
-    worse = evaluate(grey, source, question, DrawSettings(), tmp_path / "grey", world)["metrics"]
+    worse = evaluate(grey, source, evaluation, DrawSettings(), tmp_path / "grey", world)["metrics"]
     assert worse["fid"]["value"] > 50 * max(1.0, metrics["fid"]["value"])
     assert worse["kid"]["value"] > metrics["kid"]["value"]
 
@@ -141,13 +141,13 @@ def test_captions_are_the_same_for_several_processes_of_which_each_reads_some_pa
 
 def test_a_reference_that_is_none_is_refused_and_small_pictures_are_counted(tmp_path, world):
     source = first_of(emoji_source("train"), 8)
-    question = Question(["kid"], 8)
-    with pytest.raises(UserError, match=r"All 8 pictures of .* are smaller than 300 px"):
-        evaluate(Copyist(source, side=300), source, question, DrawSettings(), tmp_path / "large", world)
-    small = evaluate(Copyist(source, side=300), source, Question(["kid"], 8, side=32), DrawSettings(), tmp_path / "shrunk", world)
+    evaluation = EvaluationSettings(["kid"], 8)
+    with pytest.raises(UserError, match=r"All 8 images of .* are smaller than 300 px"):
+        evaluate(Copyist(source, side=300), source, evaluation, DrawSettings(), tmp_path / "large", world)
+    small = evaluate(Copyist(source, side=300), source, EvaluationSettings(["kid"], 8, side=32), DrawSettings(), tmp_path / "shrunk", world)
     assert small["reference"]["side"] == 32
-    with pytest.raises(UserError, match="holds 8 records with captions, fewer than the 9 asked for"):
-        evaluate(Copyist(source), source, Question(["kid"], 9), DrawSettings(), tmp_path / "many", world)
+    with pytest.raises(UserError, match="has only 8 records with captions, and 9 were requested"):
+        evaluate(Copyist(source), source, EvaluationSettings(["kid"], 9), DrawSettings(), tmp_path / "many", world)
 
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -156,7 +156,7 @@ def test_a_reference_that_is_none_is_refused_and_small_pictures_are_counted(tmp_
         (folder / f"{number}.txt").write_text(record.captions["caption"])
     with Image.open(folder / "1.png") as image:
         image.resize((20, 20)).save(folder / "1.png")
-    result = evaluate(Copyist(source), open_source(str(folder)), question, DrawSettings(), tmp_path / "mixed", world)
+    result = evaluate(Copyist(source), open_source(str(folder)), evaluation, DrawSettings(), tmp_path / "mixed", world)
     assert result["reference"] | {"source": "", "fingerprint": ""} == {
         "source": "",
         "pictures": 7,
@@ -164,15 +164,15 @@ def test_a_reference_that_is_none_is_refused_and_small_pictures_are_counted(tmp_
         "side": 64,
         "fingerprint": "",
     }
-    assert any(note.startswith("1 of 8 pictures of") and "could not be read" in note for note in result["notes"])
-    assert any("1 of 7 pictures of" in note and "smaller than 64 px, and were enlarged" in note for note in result["notes"])
+    assert any(note.startswith("1 of 8 images of") and "could not be read" in note for note in result["notes"])
+    assert any("1 of 7 images of" in note and "smaller than 64 px and were enlarged" in note for note in result["notes"])
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--reference", "emoji:held_out", "-n", 107], "holds 106 records with captions, fewer than the 107 asked for"),
-        (["--reference", "emoji:held_out", "--network", "vgg"], "write efficientnet, or inception:FILE"),
+        (["--reference", "emoji:held_out", "-n", 107], "has only 106 records with captions, and 107 were requested"),
+        (["--reference", "emoji:held_out", "--network", "vgg"], "use efficientnet or inception:FILE"),
         (["--reference", "emoji:held_out", "--network", "inception:nowhere"], "There is no Inception network at nowhere"),
         (["--reference", "emoji:held_out", "--metrics", "fid,psnr"], "there is no psnr; choose from fid, kid"),
         (["--reference", "emoji:held_out", "--metrics", "dino-fd", "--dino", "/nowhere"], "There is no folder"),
@@ -215,7 +215,7 @@ def test_checkpoints_are_evaluated_as_they_come_and_plotted(workplace, tmp_path)
 def test_a_run_without_checkpoints_is_not_watched_for_ever(workplace, tmp_path):
     shutil.copytree(workplace / "runs" / "tiny", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    for run, sentence in ((tmp_path / "run", "has ended without a checkpoint"), (tmp_path, "is no run folder")):
+    for run, sentence in ((tmp_path / "run", "ended without a checkpoint"), (tmp_path, "is not a run folder")):
         done = microdit("evaluate", run, "--watch", "--reference", "emoji:held_out", cwd=workplace)
         assert done.returncode == 1
         assert sentence in done.output

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,18 @@ from microdit.distributed import World, start_world
 from microdit.errors import UserError
 from microdit.evaluation import extraction
 from microdit.evaluation.extraction import Features, Pictures, extract, pick
+from microdit.io.console import Reporter
+
+
+class Listener(Reporter):
+    """Hands each warning to a function."""
+
+    def __init__(self, on_warning: Callable[[str], Any]):
+        super().__init__()
+        self._on_warning = on_warning
+
+    def warn(self, sentence: str) -> None:
+        self._on_warning(sentence)
 
 
 class MeanColours:
@@ -54,7 +67,7 @@ def png(image: Image.Image) -> bytes:
 
 def extracted(network: MeanColours, contents: list[bytes], folder: Path, world: World, side: int | None = None) -> tuple[Features, list]:
     warnings: list[str] = []
-    return extract(network, "pictures", parts_of(contents), side, folder, world, warnings.append), warnings
+    return extract(network, "pictures", parts_of(contents), side, folder, world, Listener(warnings.append)), warnings
 
 
 def parts_of(contents: list[bytes], size: int = 3) -> list[Pictures]:
@@ -144,7 +157,7 @@ def test_blocks_and_the_fingerprint_are_named_as_ever_however_the_pictures_are_p
     contents = [png(picture(seed)) for seed in range(10)]
     names = former_names(MeanColours(), 8, contents)
     for size in (1, 3, 4, 100):
-        found = extract(MeanColours(), "pictures", parts_of(contents, size), 8, tmp_path / str(size), world, pytest.fail)
+        found = extract(MeanColours(), "pictures", parts_of(contents, size), 8, tmp_path / str(size), world, Listener(pytest.fail))
         assert sorted(path.stem for path in (tmp_path / str(size)).iterdir()) == sorted(names)
         assert found.fingerprint == hashlib.sha256("".join(names).encode()).hexdigest()[:16]
         assert found.counts == tuple(len(list(part())) for part in parts_of(contents, size))
@@ -197,7 +210,9 @@ def test_pictures_are_dealt_before_they_are_read(tmp_path, world, size):
         def work(rank: int, networks=networks, meeting=meeting, counted=counted) -> Features:
             parts = [partial(counted, start) for start in range(0, 40, 3)]
             with meeting.turn:
-                return extract(networks[rank], "pictures", parts, None, tmp_path / "shared", meeting.world(world, rank), pytest.fail)
+                return extract(
+                    networks[rank], "pictures", parts, None, tmp_path / "shared", meeting.world(world, rank), Listener(pytest.fail)
+                )
 
         with ThreadPoolExecutor(size) as pool:
             found = list(pool.map(work, range(size)))
@@ -226,11 +241,11 @@ def test_of_parts_without_a_wanted_picture_nothing_is_read():
 def test_pictures_that_change_while_they_are_read_end_in_a_sentence(tmp_path, world, later):
     """The files are others, one is gone, all are gone."""
     versions = iter([[b"x"] * 6, later])
-    with pytest.raises(UserError, match="changed while they were read"):
-        extract(MeanColours(), "pictures", [lambda: iter(next(versions))], None, tmp_path, world, pytest.fail)
+    with pytest.raises(UserError, match="changed while they were being read"):
+        extract(MeanColours(), "pictures", [lambda: iter(next(versions))], None, tmp_path, world, Listener(pytest.fail))
 
 
 def test_a_cache_that_cannot_be_written_is_a_sentence(tmp_path, world):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"Features of owls cannot be kept in .*file/cache \(Not a directory\): make room there"):
-        extract(MeanColours(), "owls", parts_of([png(picture(0))], 1), 8, tmp_path / "file" / "cache", world, pytest.fail)
+    with pytest.raises(UserError, match=r"Features of owls cannot be written to .*file/cache \(Not a directory\): free some space"):
+        extract(MeanColours(), "owls", parts_of([png(picture(0))], 1), 8, tmp_path / "file" / "cache", world, Listener(pytest.fail))

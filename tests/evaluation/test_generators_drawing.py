@@ -12,7 +12,7 @@ SETTINGS = DrawSettings(num_inference_steps=2)
 
 
 class Grey:
-    """A painter of one grey."""
+    """A generator of one grey."""
 
     about, batch = {"run": "grey"}, 2
 
@@ -32,5 +32,5 @@ def test_a_folder_in_which_another_program_draws_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"3", b"\xff", b"[" * 100_000])
 def test_damaged_settings_are_a_sentence(tmp_path, content):
     (tmp_path / "settings.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"settings.json is damaged, and nothing else says how the pictures beside it were made"):
+    with pytest.raises(UserError, match=r"settings.json is damaged, so it is unknown how the images beside it were generated"):
         draw_pictures(Grey(), ["owl"], tmp_path, SETTINGS, start_world("cpu"))

@@ -3,7 +3,7 @@ import torch
 
 from microdit.data.pixels import to_image, to_tensor
 from microdit.data.sources.builtin import emoji_images
-from microdit.evaluation.features import EfficientNetLite0
+from microdit.evaluation.features import EfficientNetFeatures
 from microdit.evaluation.recognition import retrieval, spread_ids
 
 
@@ -33,7 +33,7 @@ def test_captions_are_spread_over_all():
 
 def test_features_see_what_a_picture_shows():
     """A picture made smaller and larger again is still nearest to itself."""
-    network = EfficientNetLite0()
+    network = EfficientNetFeatures()
     images = [row.image for row, _ in zip(emoji_images("held_out"), range(24), strict=False)]
     blurred = [to_image(to_tensor(image, 40)) for image in images]
     features = network(images)

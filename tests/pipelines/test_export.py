@@ -10,7 +10,7 @@ from microdit.data.encode import EncodeSettings, encode_source
 from microdit.data.sources.builtin import emoji_source
 from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
-from microdit.evaluation.generators import DrawSettings, RunPainter, open_painter
+from microdit.evaluation.generators import DrawSettings, RunGenerator, open_generator
 from microdit.pipelines.convert import write_folder
 from microdit.pipelines.export import export_run
 from microdit.pipelines.load import open_model
@@ -79,10 +79,10 @@ def test_an_export_is_compared_with_a_set_as_a_run_is(workplace, exported):
 
 
 def test_what_was_exported_is_drawn_by_the_painter_of_runs(workplace, exported):
-    painter = open_painter(str(workplace / exported), DrawSettings(num_inference_steps=2), pytest.fail)
-    assert isinstance(painter, RunPainter)
-    run = open_painter(str(workplace / "runs" / "tiny"), DrawSettings(num_inference_steps=2), pytest.fail)
-    assert painter(["owl"], 3)[0].tobytes() == run(["owl"], 3)[0].tobytes()
+    generator = open_generator(str(workplace / exported), DrawSettings(num_inference_steps=2), pytest.fail)
+    assert isinstance(generator, RunGenerator)
+    run = open_generator(str(workplace / "runs" / "tiny"), DrawSettings(num_inference_steps=2), pytest.fail)
+    assert generator(["owl"], 3)[0].tobytes() == run(["owl"], 3)[0].tobytes()
 
 
 @pytest.mark.slow

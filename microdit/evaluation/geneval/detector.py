@@ -1,9 +1,10 @@
-"""GenEval (Ghosh et al. 2023, arXiv 2310.11513) on a folder of pictures, without mmdetection.
+"""GenEval (Ghosh et al. 2023, arXiv 2310.11513) on a folder of images, without mmdetection.
 
-- Objects are found by a Mask2Former, colours named by a CLIP, both of transformers; geneval_rules.py judges what they say.
-- The folder is laid out as the authors' is, `00000/samples/0000.png` with the prompt's number, and results.jsonl has their keys.
-- Each picture's line is written when it is judged; whoever starts again judges only what is new or has changed.
-- The authors used mmdetection's Mask2Former with Swin-S; one with the same backbone, trained by others, may see a little differently.
+- A Mask2Former detects objects and a CLIP names their colours, both from transformers; rules.py judges the detections.
+- The folder has the authors' layout, `00000/samples/0000.png` with the prompt's number, and results.jsonl uses their keys.
+- Each image's line is written as soon as it is judged; a later call judges only new and changed images.
+- The authors used mmdetection's Mask2Former with Swin-S. A model with the same backbone and other weights may detect slightly
+  different objects.
 """
 
 import json
@@ -39,11 +40,11 @@ from microdit.io.text import parse_json
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLASSIFIER = "openai/clip-vit-large-patch14"
-MAX_DETECTIONS = 100  # in a picture
-BACKGROUND = "#999"  # what an object's surroundings are painted with
+MAX_DETECTIONS = 100  # per image
+BACKGROUND = "#999"  # grey that replaces an object's surroundings
 COLOUR_TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 
-# GenEval's prompts call some of COCO's classes otherwise than detectors do.
+# Names that GenEval's prompts use for some of COCO's classes.
 GENEVAL_NAMES = {
     "motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant", "diningtable": "dining table",
     "tvmonitor": "tv", "mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard",
@@ -51,7 +52,7 @@ GENEVAL_NAMES = {
 
 
 class Detector(Protocol):
-    """Finds objects. `fingerprint` changes whenever its answers could; it knows no classes but `class_names`."""
+    """Finds objects of the classes `class_names`. `fingerprint` changes whenever its detections could."""
 
     fingerprint: str
     class_names: frozenset[str]
@@ -60,7 +61,7 @@ class Detector(Protocol):
 
 
 class ColourClassifier(Protocol):
-    """Names the colour of an object, one of COLOURS."""
+    """Names the colour of an object, one of COLOURS. `fingerprint` changes whenever its answers could."""
 
     fingerprint: str
 
@@ -76,23 +77,23 @@ def evaluate_geneval(
     warn: Callable[[str], None],
     on_picture: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Judge every picture; write results.jsonl and summary.json into the folder `out`, and return the summary.
+    """Judge every image; write results.jsonl and summary.json to the folder `out`, and return the summary.
 
-    `pictures` holds, for prompt number 0, `00000/samples/*.png`, and so on. `on_picture(done, all)` is called after each.
-    Raises UserError if the folder does not belong to the prompts, or a prompt names a class that the detector does not know.
+    `pictures` holds `00000/samples/*.png` for the first prompt, and so on. `on_picture(done, all)` is called after each image. Raises
+    UserError if the folder does not belong to the prompts, or a prompt names a class that the detector does not know.
     """
-    _refuse_unknown_classes(prompts, detector)
+    _check_known_classes(prompts, detector)
     found = list(_find_pictures(pictures, prompts))
     if not found:
-        raise UserError(f"There are no pictures in {pictures}: GenEval's layout is expected, as in 00000/samples/0000.png.")
+        raise UserError(f"There are no images in {pictures}: it needs GenEval's layout, as in 00000/samples/0000.png.")
     without = len(prompts) - len({number for number, _ in found})
     if without:
-        warn(f"{without} of {len(prompts)} prompts have no picture in {pictures}: the scores leave them out.")
+        warn(f"{without} of {len(prompts)} prompts have no image in {pictures}: the scores leave them out.")
     judges = f"{detector.fingerprint} {classifier.fingerprint}"
     results = out / "results.jsonl"
     known = _known_results(results)
     lines = []
-    write_aside(results, "".join(f"{json.dumps(line)}\n" for line in known.values()).encode())  # without what was cut off
+    write_aside(results, "".join(f"{json.dumps(line)}\n" for line in known.values()).encode())  # drops a truncated last line
     with results.open("a", encoding="utf-8") as file:
         for done, (number, path) in enumerate(found, start=1):
             name = path.relative_to(pictures).as_posix()
@@ -112,14 +113,14 @@ def evaluate_geneval(
 
 
 class Mask2Former:
-    """Objects with masks, by a Mask2Former for instances. `place`: a folder or an id of the hub.
+    """Detects objects with masks by a Mask2Former for instance segmentation, from a folder or hub id `place`.
 
-    Raises UserError if there is none, or its settings and weights do not fit.
+    Raises UserError if there is no such network, or its settings and weights do not match.
     """
 
     def __init__(self, place: str = DETECTOR, device: str = "cpu") -> None:
         if find_spec("scipy") is None:
-            raise UserError("The Mask2Former of transformers needs scipy: pip install scipy.")
+            raise UserError("Mask2Former in transformers needs scipy: pip install scipy.")
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
         self._model, folder, self.fingerprint = load_network(place, ("mask2former",), Mask2FormerForUniversalSegmentation)
@@ -131,12 +132,12 @@ class Mask2Former:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> list[Detection]:
-        """A query's score is its class's probability times the mean probability of its mask, as with the authors."""
+        """Score each query by its class probability times the mean probability of its mask, as the authors do."""
         inputs = prepared(self._prepare, image).to(self._device)
         output = self._model(**inputs)
-        probability_QC = output.class_queries_logits[0].float().softmax(dim=-1)[:, :-1]  # the last class is no object
+        probability_QC = output.class_queries_logits[0].float().softmax(dim=-1)[:, :-1]  # the last class means no object
         top_K, ids_K = probability_QC.flatten().topk(min(MAX_DETECTIONS, len(probability_QC)))
-        top_K, ids_K = top_K[top_K > CONFIDENCE], ids_K[top_K > CONFIDENCE]  # what the mask says can only lower it
+        top_K, ids_K = top_K[top_K > CONFIDENCE], ids_K[top_K > CONFIDENCE]  # the mask can only lower a score
         if len(ids_K) == 0:
             return []
         queries_K, classes_K = ids_K // probability_QC.shape[1], ids_K % probability_QC.shape[1]
@@ -153,9 +154,9 @@ class Mask2Former:
 
 
 class ClipColours:
-    """The colour whose description CLIP finds nearest to an object, cut out and set before grey. `place`: a folder or an id of the hub.
+    """Names an object's colour by the closest of CLIP's text embeddings; the object is shown on grey. `place` is a folder or hub id.
 
-    Raises UserError if there is none, or its settings, words and weights do not fit.
+    Raises UserError if there is no such network, or its settings, tokenizer and weights do not match.
     """
 
     def __init__(self, place: str = CLASSIFIER, device: str = "cpu") -> None:
@@ -176,7 +177,7 @@ class ClipColours:
         return COLOURS[int(similarity_C.argmax())]
 
     def _described(self, name: str) -> Tensor:
-        """(colours, D): of each colour, the mean direction of its descriptions."""
+        """Return the mean direction of each colour's descriptions for objects of class `name`, (colours, D)."""
         if name not in self._descriptions:
             texts = [template.format(colour=colour, name=name) for colour in COLOURS for template in COLOUR_TEMPLATES]
             inputs = self._tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self._device)
@@ -187,31 +188,33 @@ class ClipColours:
 
 
 def prepared(prepare: Any, image: Image.Image) -> Any:
-    """The picture as an image processor of transformers makes it, with torchvision or without.
+    """Apply an image processor of transformers, with the same result whether torchvision is installed or not.
 
-    As an array: of one with three rows it cannot be guessed where the channels are, and with torchvision a picture is turned before.
+    The image is passed as an array with an explicit channel axis: that axis cannot be inferred for an image three pixels high, and with
+    torchvision a PIL image would be rotated by its EXIF data first.
     """
     return prepare(images=np.array(image), input_data_format="channels_last", return_tensors="pt")
 
 
 def cut_out(image: Image.Image, found: Detection) -> Image.Image:
-    """The object's box, with all that its mask leaves out painted grey."""
+    """Crop the object's box, with the pixels outside its mask replaced by grey."""
     if found.mask is not None:
         image = Image.composite(image, Image.new("RGB", image.size, BACKGROUND), Image.fromarray(found.mask))
     left, top, right, bottom = (round(edge) for edge in found.box)
     return image.crop((left, top, right, bottom))
 
 
-def _refuse_unknown_classes(prompts: list[GenEvalPrompt], detector: Detector) -> None:
-    named = {wanted.class_name for prompt in prompts for wanted in (*prompt.include, *prompt.exclude)}
+def _check_known_classes(prompts: list[GenEvalPrompt], detector: Detector) -> None:
+    """Raise UserError if a prompt names a class that the detector does not know."""
+    named = {required.class_name for prompt in prompts for required in (*prompt.include, *prompt.exclude)}
     unknown = sorted(named - detector.class_names)
     if unknown:
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-        raise UserError(f"The detector does not know {', '.join(unknown[:8])}{more}: choose one that was trained on what the prompts name.")
+        raise UserError(f"The detector does not know {', '.join(unknown[:8])}{more}: choose one trained on the prompts' classes.")
 
 
 def _find_pictures(pictures: Path, prompts: list[GenEvalPrompt]) -> Iterator[tuple[int, Path]]:
-    """(number of the prompt, picture), sorted."""
+    """Yield (number of the prompt, image file), sorted."""
     if not pictures.is_dir():
         raise UserError(f"There is no folder {pictures}.")
     for folder in sorted(path for path in pictures.iterdir() if path.is_dir() and path.name.isdecimal()):
@@ -220,14 +223,14 @@ def _find_pictures(pictures: Path, prompts: list[GenEvalPrompt]) -> Iterator[tup
             raise UserError(f"{folder} belongs to prompt number {number}, but there are only {len(prompts)}, counted from 0.")
         metadata = folder / "metadata.jsonl"
         if metadata.is_file() and parse_prompt(metadata.read_text(encoding="utf-8"), str(metadata)) != prompts[number]:
-            raise UserError(f"{metadata} is not what the prompts say of number {number}: the pictures were drawn from other prompts.")
+            raise UserError(f"{metadata} differs from prompt number {number}: the images were generated from other prompts.")
         for path in sorted(folder.glob("samples/*.png")):
             if re.fullmatch(r"\d+", path.stem):
                 yield number, path
 
 
 def _known_results(path: Path) -> dict[str, dict[str, Any]]:
-    """What an earlier start has found, by what it was found of. A line that was cut off is as if it had not been written."""
+    """Return the results of an earlier call by the identity of what was judged. Truncated lines are skipped."""
     known = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -242,15 +245,15 @@ def _judge_picture(path: Path, prompt: GenEvalPrompt, detector: Detector, classi
     try:
         image = ImageOps.exif_transpose(Image.open(path, formats=FORMATS)).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as a picture: {error}. Draw it again, or remove it.") from error
+        raise UserError(f"{path} cannot be read as an image: {error}. Generate it again, or remove it.") from error
     detections = detector(image)
-    verdict = judge(prompt, detections, lambda found: classifier(image, found))
+    result = judge(prompt, detections, lambda found: classifier(image, found))
     boxes = {name: [[*found.box, found.score] for found in objects] for name, objects in confident_objects(detections, prompt.tag).items()}
     return {
         "tag": prompt.tag,
         "prompt": prompt.text,
-        "correct": verdict.correct,
-        "reason": "\n".join(verdict.reasons),
+        "correct": result.correct,
+        "reason": "\n".join(result.reasons),
         "details": json.dumps(boxes),
     }
 

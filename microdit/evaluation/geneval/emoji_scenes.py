@@ -1,10 +1,10 @@
-"""GenEval's six tasks (arXiv 2310.11513) with the embedded emoji: prompts, a detector of known pictures, and truth to measure it by.
+"""GenEval's six tasks (arXiv 2310.11513) for emoji models: prompts, a template-matching detector, and ground truth to test it with.
 
-- Things are those of data/sources/builtin.py; hearts, circles and squares come in colours. All of it is in the training captions.
-- A thing is found where its own Twemoji picture fits: normalised cross-correlation at all places and 17 sizes, by FFT. It is dropped
-  where it goes on beyond its box, or where the picture of something else, among all of Twemoji, fits better.
-- `true_picture` draws what a prompt asks for and `made_false` turns the prompt into one that this picture does not fulfil: how often the
-  detector tells the two apart is measured by benchmarks/emoji_geneval.py.
+- Objects are the things of data/sources/builtin.py; hearts, circles and squares come in colours. All of them occur in training captions.
+- The detector finds a thing where its Twemoji picture matches, by normalised cross-correlation over all positions and 17 sizes (by FFT).
+  A match is dropped if it continues beyond its box, or if another picture among all of Twemoji matches better.
+- `true_picture` draws what a prompt asks for, and `made_false` changes the prompt so that this image no longer satisfies it.
+  benchmarks/emoji_geneval.py measures how often the detector tells the two apart.
 """
 
 import json
@@ -19,33 +19,33 @@ from PIL import Image
 from torch import Tensor
 
 from microdit.data.sources.builtin import COUNTS, PLURALS, SIDE, Split, emoji_images, with_article
-from microdit.evaluation.geneval.rules import COLOURS, RELATIONS, TASKS, Detection, GenEvalPrompt, Wanted, parse_prompt
+from microdit.evaluation.geneval.rules import COLOURS, RELATIONS, TASKS, Detection, GenEvalPrompt, ObjectRequirement, parse_prompt
 
 SHAPES = ("heart", "circle", "square")
-THINGS = tuple(name for name in PLURALS if name != "red heart")  # that one is a heart, in red
-WORK = 96  # pixels of the picture that is searched
-MARGIN = 6  # pixels of white around it: without, what fills its whole square would have no edges
+THINGS = tuple(name for name in PLURALS if name != "red heart")  # which is the shape heart in red
+WORK = 96  # side in pixels at which an image is searched
+MARGIN = 6  # white pixels added around it; otherwise a thing that fills its square would have no edges
 CANVAS = WORK + 2 * MARGIN
-SIZES = tuple(round(WORK / 1.08**n) for n in range(17))  # of a thing: from the whole picture to 0.29 of it
-FIT = 0.7  # the correlation from which a thing counts as found
-RIVAL_SIZE, RIVAL_LEAD = 32, 0.05  # pixels at which all pictures are compared, and by how much another must fit better
-RING, RING_DARKNESS = 2, 0.07  # pixels around a thing that should be white, and their mean darkness at most
-OVERLAP = 0.3  # of the smaller box: more, and the worse of two fits is the same thing
-FAINT = 0.01  # of energy a pixel: with less there is nothing to fit
-FOREGROUND = 0.15  # darker than white by this much, in any channel
+SIZES = tuple(round(WORK / 1.08**n) for n in range(17))  # sides of a thing, from the whole image to 0.29 of it
+FIT = 0.7  # correlation from which a thing counts as found
+RIVAL_SIZE, RIVAL_LEAD = 32, 0.05  # side at which all pictures are compared, and the lead by which another picture must match better
+RING, RING_DARKNESS = 2, 0.07  # width of the ring around a thing that should be white, and its largest mean darkness
+OVERLAP = 0.3  # share of the smaller box above which the worse of two matches is the same thing
+FAINT = 0.01  # energy per pixel below which there is nothing to match
+FOREGROUND = 0.15  # smallest darkness of a foreground pixel, in any channel
 
 
 def emoji_prompts(per_task: int, seed: int = 0) -> list[GenEvalPrompt]:
-    """As many of each task, worded like the captions that the model learns from."""
+    """Return `per_task` prompts of each task, phrased like the training captions."""
     generator = np.random.default_rng(seed)
     entries = [_entry(task, generator) for task in TASKS for _ in range(per_task)]
     return [parse_prompt(json.dumps(entry), f"prompt {n}") for n, entry in enumerate(entries)]
 
 
 class EmojiDetector:
-    """Finds known Twemoji pictures on white, from 0.29 of a picture's side to all of it; boxes are theirs, white margins included.
+    """Finds known Twemoji pictures on white, from 0.29 of the image's side to all of it. Boxes include a picture's white margin.
 
-    Every detection scores above 0.9: it has one threshold, `FIT`, and those of the rules are for networks.
+    Every detection scores above 0.9, since `FIT` is the only threshold here; those of the rules are meant for networks.
     """
 
     fingerprint = f"emoji {WORK} {MARGIN} {len(SIZES)} {FIT} {RIVAL_SIZE} {RIVAL_LEAD} {RING} {RING_DARKNESS} {OVERLAP}"
@@ -83,7 +83,7 @@ class EmojiDetector:
 
 
 class _Rivals:
-    """All of Twemoji's pictures, small: what looks like a known thing may be another."""
+    """Small versions of all Twemoji pictures, which rule out matches of things that merely look alike."""
 
     def __init__(self) -> None:
         self._names = []
@@ -96,7 +96,7 @@ class _Rivals:
         self._pictures_ND = torch.stack(flat)
 
     def agree(self, name: str, x_CHW: Tensor, box_4: Tensor) -> bool:
-        """Whether none fits what is in the box of the canvas better than a picture of that class."""
+        """Return whether no other picture matches the box of the canvas better than one of class `name`."""
         left, top, right, bottom = (int(edge) + MARGIN for edge in box_4)
         window_CSS = torch.nn.functional.interpolate(
             x_CHW[None, :, top:bottom, left:right], size=(RIVAL_SIZE, RIVAL_SIZE), mode="bilinear", align_corners=False, antialias=True
@@ -107,7 +107,7 @@ class _Rivals:
 
 
 class EmojiColours:
-    """The colour of our shapes that is nearest to the mean of what is not white."""
+    """Names the colour of the shape whose mean foreground colour is nearest to that of the object."""
 
     fingerprint = "mean colour"
 
@@ -123,13 +123,13 @@ class EmojiColours:
 
 
 def true_picture(prompt: GenEvalPrompt, generator: np.random.Generator) -> Image.Image:
-    """What the prompt asks for, 144 x 144: one thing of any size, or up to four, each somewhere in its own quarter."""
-    names = [(f"{wanted.colour} " if wanted.colour else "") + wanted.class_name for wanted in prompt.include for _ in range(wanted.count)]
+    """Draw what the prompt asks for, 144 x 144: one thing of any size, or up to four, each somewhere in its own quarter."""
+    names = [f"{one.colour or ''} {one.class_name}".strip() for one in prompt.include for _ in range(one.count)]
     if len(names) == 1:
         side = int(generator.integers(SIDE // 3, SIDE + 1))
         places = [(*(int(n) for n in generator.integers(0, SIDE - side + 1, 2)), side)]
     else:
-        relation = next((wanted.relation[0] for wanted in prompt.include if wanted.relation), None)
+        relation = next((required.relation[0] for required in prompt.include if required.relation), None)
         places = [_place_in(quarter, generator) for quarter in _quarters(len(names), relation, generator)]
     canvas = Image.new("RGB", (SIDE, SIDE), "white")
     for name, (left, top, side) in zip(names, places, strict=True):
@@ -138,25 +138,25 @@ def true_picture(prompt: GenEvalPrompt, generator: np.random.Generator) -> Image
 
 
 def made_false(prompt: GenEvalPrompt, generator: np.random.Generator) -> GenEvalPrompt:
-    """A prompt of the same task that the true picture of this one does not fulfil: another thing, colour, number or side."""
+    """Return a prompt of the same task that this prompt's true picture does not satisfy: another thing, colour, number or position."""
     *before, last = prompt.include
     if prompt.tag == "counting":
         count = int(generator.choice([count for count in COUNTS if count != last.count]))
-        return replace(prompt, include=(replace(last, count=count),), exclude=(Wanted(last.class_name, count + 1),))
+        return replace(prompt, include=(replace(last, count=count),), exclude=(ObjectRequirement(last.class_name, count + 1),))
     if last.relation is not None:
         other = RELATIONS[RELATIONS.index(last.relation[0]) ^ 1]
         return replace(prompt, include=(*before, replace(last, relation=(other, last.relation[1]))))
     if last.colour is not None:
         other = str(generator.choice([colour for colour in COLOURS if colour != last.colour]))
         return replace(prompt, include=(*before, replace(last, colour=other)))
-    present = {wanted.class_name for wanted in prompt.include}
+    present = {required.class_name for required in prompt.include}
     other = str(generator.choice([name for name in THINGS if name not in present]))
     return replace(prompt, include=(*before, replace(last, class_name=other)))
 
 
 @dataclass(frozen=True)
 class _Template:
-    """A known picture. `class_name` is its caption, or that without the colour."""
+    """A known picture. `class_name` is its caption without the colour."""
 
     class_name: str
     colour: str
@@ -165,7 +165,7 @@ class _Template:
 
 @lru_cache(maxsize=1)
 def _templates() -> dict[str, _Template]:
-    """By caption. White shapes are left out: they could not be told from the ground."""
+    """Return the known pictures by caption, without white shapes, which are invisible on white."""
     shapes = {f"{colour} {shape}": (shape, colour) for shape in SHAPES for colour in COLOURS if colour != "white"}
     templates = {}
     for row in emoji_images("train"):
@@ -177,7 +177,7 @@ def _templates() -> dict[str, _Template]:
 
 
 def _entry(task: str, generator: np.random.Generator) -> dict[str, object]:
-    """One line of a file of prompts."""
+    """Return one line of a prompt file, as read from JSON."""
     first, second = (str(name) for name in generator.choice(THINGS, 2, replace=False))
     one, other = {"class": first, "count": 1}, {"class": second, "count": 1}
     if task == "single_object":
@@ -196,7 +196,7 @@ def _entry(task: str, generator: np.random.Generator) -> dict[str, object]:
 
 
 def _coloured_entry(count: int, generator: np.random.Generator) -> dict[str, object]:
-    """Shapes that differ in shape and in colour."""
+    """Choose `count` shapes that differ in shape and in colour."""
     coloured = [template for template in _templates().values() if template.colour]
     while True:
         chosen = [coloured[n] for n in generator.choice(len(coloured), count, replace=False)]
@@ -208,7 +208,7 @@ def _coloured_entry(count: int, generator: np.random.Generator) -> dict[str, obj
 
 
 def _quarters(count: int, relation: str | None, generator: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """(column, row) of each thing. In a relation the second is where the prompt has it, seen from the first."""
+    """Yield the (column, row) of each thing. With a relation, the second thing is placed accordingly relative to the first."""
     if relation is None:
         for n in generator.permutation(4)[:count]:
             yield int(n) % 2, int(n) // 2
@@ -219,7 +219,7 @@ def _quarters(count: int, relation: str | None, generator: np.random.Generator) 
 
 
 def _place_in(quarter: tuple[int, int], generator: np.random.Generator) -> tuple[int, int, int]:
-    """(left, top, side)."""
+    """Return a random (left, top, side) within the quarter."""
     half = SIDE // 2
     side = int(generator.integers(48, half - 3))
     left, top = (half * n + 2 + int(generator.integers(half - 3 - side)) for n in quarter)
@@ -227,25 +227,25 @@ def _place_in(quarter: tuple[int, int], generator: np.random.Generator) -> tuple
 
 
 def _darkness(image: Image.Image, size: int, margin: int = 0) -> Tensor:
-    """(3, size, size), 0 where it is white, 1 where a channel is empty; on each side a margin of white is added."""
+    """Return 1 minus the image, (3, size, size) plus a margin on each side: 0 is white, 1 an empty channel."""
     resized = image.resize((size, size), Image.Resampling.BICUBIC)
     x_CHW = 1 - torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).float() / 255
     return torch.nn.functional.pad(x_CHW, (margin,) * 4)
 
 
 def _normalised(x_CSS: Tensor) -> Tensor:
-    """(D,): without the mean, of norm 1, flat. The mean is that of all channels: a colour of its own is something to go by."""
+    """Flatten to (D,), subtract the mean over all channels together (so that colours still differ), and scale to norm 1."""
     flat_D = (x_CSS - x_CSS.mean()).flatten()
     return flat_D / flat_D.norm().clamp(min=1e-6)
 
 
 def _margin(size: int) -> int:
-    """Pixels of white around a template."""
+    """Return the width of the white margin around a template of this size."""
     return max(1, size * MARGIN // WORK)
 
 
 def _spectra(pictures: list[Image.Image], size: int) -> Tensor:
-    """(pictures, 3, CANVAS, CANVAS / 2 + 1): each without its mean, of norm 1, ready for correlation."""
+    """Return the conjugate spectra of the pictures at this size, (K, 3, CANVAS, CANVAS / 2 + 1), with channel means 0 and norm 1."""
     x_KCSS = torch.stack([_darkness(picture, size, _margin(size)) for picture in pictures])
     x_KCSS = x_KCSS - x_KCSS.mean(dim=(2, 3), keepdim=True)
     x_KCSS = x_KCSS / x_KCSS.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
@@ -253,7 +253,7 @@ def _spectra(pictures: list[Image.Image], size: int) -> Tensor:
 
 
 def _correlate(x_CHW: Tensor, spectra_KCHW: Tensor, size: int) -> Tensor:
-    """(K, places, places): normalised cross-correlation, of all channels together, where the template lies inside the canvas."""
+    """Return the normalised cross-correlation over all channels, (K, places, places), where the template lies inside the canvas."""
     window = size + 2 * _margin(size)
     places = CANVAS - window + 1
     product_KHW = (torch.fft.rfft2(x_CHW) * spectra_KCHW).sum(dim=1)
@@ -264,14 +264,14 @@ def _correlate(x_CHW: Tensor, spectra_KCHW: Tensor, size: int) -> Tensor:
 
 
 def _window_sums(x_CHW: Tensor, size: int) -> Tensor:
-    """(C, places, places): sums over all windows of that size."""
+    """Return the sums over all windows of that size, (C, places, places)."""
     total = torch.nn.functional.pad(x_CHW.double().cumsum(1).cumsum(2), (1, 0, 1, 0))
     windows = total[:, size:, size:] - total[:, :-size, size:] - total[:, size:, :-size] + total[:, :-size, :-size]
     return windows.float()
 
 
 def _stands_alone(x_CHW: Tensor, box_4: Tensor) -> bool:
-    """Whether all around the box is white: what fits a thing may be a part of something larger."""
+    """Return whether a ring around the box is white; if not, the match may be part of something larger."""
     left, top, right, bottom = (int(edge) + MARGIN for edge in box_4)
     dark_HW, near = x_CHW.amax(dim=0), _margin(right - left)
     inner, outer = (dark_HW[max(0, top - n) : bottom + n, max(0, left - n) : right + n] for n in (near, near + RING))
@@ -279,14 +279,14 @@ def _stands_alone(x_CHW: Tensor, box_4: Tensor) -> bool:
 
 
 def _shared(boxes_N4: Tensor, box_4: Tensor) -> Tensor:
-    """(N,): what is common with `box_4`, as a share of the smaller area."""
+    """Return each box's intersection with `box_4` as a share of the smaller area, (N,)."""
     inner_N2 = torch.minimum(boxes_N4[:, 2:], box_4[2:]) - torch.maximum(boxes_N4[:, :2], box_4[:2])
     area_N, area = (boxes_N4[:, 2] - boxes_N4[:, 0]) ** 2, (box_4[2] - box_4[0]) ** 2
     return inner_N2.clamp(min=0).prod(dim=1) / torch.minimum(area_N, area)
 
 
 def _mean_colour(image: Image.Image) -> Tensor:
-    """(3,): over what is not white."""
+    """Return the mean darkness (3,) over the foreground."""
     x_CHW = _darkness(image, 32)
     mask_HW = (x_CHW.amax(dim=0) > FOREGROUND).float()
     return (x_CHW * mask_HW).sum(dim=(1, 2)) / mask_HW.sum().clamp(min=1)

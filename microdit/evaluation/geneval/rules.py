@@ -1,7 +1,7 @@
-"""GenEval's rules (Ghosh et al. 2023, arXiv 2310.11513): does a picture, given what was detected in it, show what its prompt asks for?
+"""GenEval's rules (Ghosh et al. 2023, arXiv 2310.11513): decide from an image's detections whether it shows what its prompt asks for.
 
-- Nothing here looks at pictures: detections come in, and the colour of one is asked for only where the prompt names a colour.
-- Thresholds, the order of the checks and the rule for positions are those of the authors' program, so that scores can be compared.
+- Nothing here looks at pixels. Detections are given, and a colour is requested only where the prompt names one.
+- Thresholds, the order of the checks and the rule for positions follow the authors' program, so that scores are comparable.
 """
 
 import json
@@ -21,18 +21,18 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 
-CONFIDENCE = 0.3  # a detection counts above it
-COUNTING_CONFIDENCE = 0.9  # the same where objects are counted
-MAX_OBJECTS = 16  # of a class
-MAX_OVERLAP = 1.0  # intersection over union from which the less confident of two is dropped; the authors' 1 drops none
-POSITION_MARGIN = 0.1  # of both boxes' sizes: so far apart must centres be
+CONFIDENCE = 0.3  # detections with a higher score count
+COUNTING_CONFIDENCE = 0.9  # the same threshold for the counting task
+MAX_OBJECTS = 16  # per class
+MAX_OVERLAP = 1.0  # intersection over union at which the less confident detection is dropped; the authors' value of 1 drops none
+POSITION_MARGIN = 0.1  # minimal distance of two centres, as a fraction of the sum of both boxes' sizes
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """One object found in a picture. `mask` is true where it is, with the height and width of the picture; None if not known."""
+    """One detected object. `mask` (H, W) is true where the object is; None if the detector gives no masks."""
 
     class_name: str
     score: float
@@ -41,8 +41,8 @@ class Detection:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """So many objects of a class. `relation` says where they are, seen from the objects of an earlier entry of `include`."""
+class ObjectRequirement:
+    """A number of objects of a class. `relation` places them relative to the objects of an earlier entry of `include`."""
 
     class_name: str
     count: int
@@ -52,18 +52,18 @@ class Wanted:
 
 @dataclass(frozen=True)
 class GenEvalPrompt:
-    """A prompt, with what must be in its picture and what must not. `metadata` is the JSON it was read from."""
+    """A prompt with the objects that its image must and must not contain. `metadata` is the JSON it was read from."""
 
     tag: str
     text: str
-    include: tuple[Wanted, ...]
-    exclude: tuple[Wanted, ...]
+    include: tuple[ObjectRequirement, ...]
+    exclude: tuple[ObjectRequirement, ...]
     metadata: str
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """`reasons`: a sentence for each thing that is wrong; none if the picture is correct."""
+class Judgement:
+    """Whether an image is correct, and a sentence for each mistake if it is not."""
 
     correct: bool
     reasons: tuple[str, ...]
@@ -71,7 +71,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares of correct pictures, by task; `overall` is the mean of the six, None while a task has no pictures."""
+    """Shares of correct images by task. `overall` is the mean over the six tasks, or None if a task has no images."""
 
     tasks: dict[str, float]
     overall: float | None
@@ -79,19 +79,19 @@ class Scores:
 
 
 def read_prompts(path: Path) -> list[GenEvalPrompt]:
-    """A file like the authors' evaluation_metadata.jsonl. Raises UserError, with file and line, at whatever does not fit."""
+    """Read a file in the format of the authors' evaluation_metadata.jsonl. Raises UserError naming file and line if it is malformed."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The prompts {path} cannot be read: {error}.") from error
     prompts = [parse_prompt(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
     if not prompts:
-        raise UserError(f"There are no prompts in {path}: one line of JSON each is expected, as in GenEval's evaluation_metadata.jsonl.")
+        raise UserError(f"There are no prompts in {path}: it needs one JSON object per line, as GenEval's evaluation_metadata.jsonl.")
     return prompts
 
 
 def parse_prompt(line: str, where: str) -> GenEvalPrompt:
-    """One line of such a file. Raises UserError, which begins with `where`."""
+    """Parse one line of such a file. Raises UserError, with a message that begins with `where`."""
     try:
         entry = parse_json_object(line)
     except ValueError as error:
@@ -101,34 +101,34 @@ def parse_prompt(line: str, where: str) -> GenEvalPrompt:
         raise UserError(f"{where}: tag is {tag!r}; it must be one of {', '.join(TASKS)}.")
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: there is no prompt.")
-    include, exclude = (_wanted_list(entry.get(key, []), f"{where}: {key}") for key in ("include", "exclude"))
+    include, exclude = (_parse_requirements(entry.get(key, []), f"{where}: {key}") for key in ("include", "exclude"))
     if not include:
-        raise UserError(f"{where}: include names nothing that should be in the picture.")
+        raise UserError(f"{where}: include names no object that the image should contain.")
     return GenEvalPrompt(tag, text, include, exclude, json.dumps(entry, sort_keys=True))
 
 
-def judge(prompt: GenEvalPrompt, detections: Iterable[Detection], colour_of: Callable[[Detection], str]) -> Verdict:
-    """Whether all that is to be included is there, and nothing of what is excluded.
+def judge(prompt: GenEvalPrompt, detections: Iterable[Detection], colour_of: Callable[[Detection], str]) -> Judgement:
+    """Judge whether the image contains everything that the prompt includes and nothing that it excludes.
 
-    Colour and position are looked at in the most confident objects only, as many as the prompt asks for.
+    Colours and positions are checked for the most confident objects only, as many as the prompt asks for.
     """
     found = confident_objects(detections, prompt.tag)
     reasons: list[str] = []
     matched: list[list[Detection] | None] = []  # by entry of include; None if it was not satisfied
-    for wanted in prompt.include:
-        objects = found.get(wanted.class_name, [])[: wanted.count]
-        reason = _missing(wanted, objects) or _wrong_colour(wanted, objects, colour_of) or _wrong_place(wanted, objects, matched)
+    for required in prompt.include:
+        objects = found.get(required.class_name, [])[: required.count]
+        reason = _missing(required, objects) or _wrong_colour(required, objects, colour_of) or _wrong_place(required, objects, matched)
         matched.append(None if reason else objects)
         reasons += [reason] if reason else []
-    for unwanted in prompt.exclude:
-        number = len(found.get(unwanted.class_name, []))
-        if number >= unwanted.count:
-            reasons.append(f"Expected fewer than {unwanted.count} of {unwanted.class_name}, found {number}.")
-    return Verdict(not reasons, tuple(reasons))
+    for excluded in prompt.exclude:
+        number = len(found.get(excluded.class_name, []))
+        if number >= excluded.count:
+            reasons.append(f"Expected fewer than {excluded.count} of {excluded.class_name}, found {number}.")
+    return Judgement(not reasons, tuple(reasons))
 
 
 def confident_objects(detections: Iterable[Detection], tag: str) -> dict[str, list[Detection]]:
-    """Those that count in a task, by class, the most confident first."""
+    """Return the detections that count for the task `tag`, grouped by class, the most confident first."""
     threshold = COUNTING_CONFIDENCE if tag == "counting" else CONFIDENCE
     by_class = defaultdict(list)
     for detection in sorted(detections, key=lambda detection: -detection.score):
@@ -138,7 +138,7 @@ def confident_objects(detections: Iterable[Detection], tag: str) -> dict[str, li
 
 
 def suppress_overlapping(objects: list[Detection], max_overlap: float = MAX_OVERLAP) -> list[Detection]:
-    """Without those that overlap a more confident one too much. `objects` are sorted, the most confident first."""
+    """Drop objects that overlap a more confident one too much. `objects` are sorted, the most confident first."""
     kept: list[Detection] = []
     for candidate in objects:
         if max_overlap == 1 or all(overlap(candidate.box, other.box) < max_overlap for other in kept):
@@ -147,17 +147,17 @@ def suppress_overlapping(objects: list[Detection], max_overlap: float = MAX_OVER
 
 
 def overlap(a: Box, b: Box) -> float:
-    """Intersection over union, where a box includes its last pixels."""
+    """Return the intersection over union of two boxes, which include their last pixels."""
     both = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
     either = _area(a) + _area(b) - both
     return both / either if either else 0.0
 
 
 def relations(a: Box, b: Box) -> set[str]:
-    """Where `a` is, seen from `b`: none, one or two of the four relations.
+    """Return where `a` is relative to `b`: zero, one or two of the four relations.
 
-    A tenth of both boxes' sizes is taken off the distance of the centres, on each axis. What remains must be more than half of the whole
-    distance: a diagonal is both relations, and boxes whose centres nearly agree are in none.
+    On each axis, the distance of the centres is reduced by a tenth of both boxes' sizes. The remainder must exceed half of the whole
+    distance. A diagonal offset satisfies two relations; boxes with nearly equal centres satisfy none.
     """
     box_a, box_b = (np.array(box, dtype=float).reshape(2, 2) for box in (a, b))
     offset = box_a.mean(axis=0) - box_b.mean(axis=0)
@@ -170,23 +170,23 @@ def relations(a: Box, b: Box) -> set[str]:
     return {name for name, true in holds.items() if true}
 
 
-def score(verdicts: Iterable[tuple[str, bool]]) -> Scores:
-    """From (tag, correct) of every picture."""
+def score(judgements: Iterable[tuple[str, bool]]) -> Scores:
+    """Compute scores from the (tag, correct) pair of every image."""
     by_task = defaultdict(list)
-    for tag, correct in verdicts:
+    for tag, correct in judgements:
         by_task[tag].append(correct)
     tasks = {task: sum(by_task[task]) / len(by_task[task]) for task in TASKS if by_task[task]}
     overall = sum(tasks.values()) / len(TASKS) if len(tasks) == len(TASKS) else None
     return Scores(tasks, overall, sum(map(len, by_task.values())))
 
 
-def _wanted_list(entries: Any, where: str) -> tuple[Wanted, ...]:
+def _parse_requirements(entries: Any, where: str) -> tuple[ObjectRequirement, ...]:
     if not isinstance(entries, list):
         raise UserError(f"{where} must be a list.")
-    return tuple(_wanted(entry, n, f"{where}[{n}]") for n, entry in enumerate(entries))
+    return tuple(_parse_requirement(entry, n, f"{where}[{n}]") for n, entry in enumerate(entries))
 
 
-def _wanted(entry: Any, n: int, where: str) -> Wanted:
+def _parse_requirement(entry: Any, n: int, where: str) -> ObjectRequirement:
     if not isinstance(entry, dict) or not isinstance(entry.get("class"), str):
         raise UserError(f"{where} names no class.")
     count, colour, position = entry.get("count"), entry.get("color"), entry.get("position")
@@ -194,7 +194,7 @@ def _wanted(entry: Any, n: int, where: str) -> Wanted:
         raise UserError(f"{where}: count is {count!r}; it must be a whole number of at least 1.")
     if colour is not None and colour not in COLOURS:
         raise UserError(f"{where}: color is {colour!r}; it must be one of {', '.join(COLOURS)}.")
-    return Wanted(entry["class"], count, colour, None if position is None else _relation(position, n, where))
+    return ObjectRequirement(entry["class"], count, colour, None if position is None else _relation(position, n, where))
 
 
 def _relation(position: Any, n: int, where: str) -> tuple[str, int]:
@@ -205,35 +205,35 @@ def _relation(position: Any, n: int, where: str) -> tuple[str, int]:
     return position[0], position[1]
 
 
-def _missing(wanted: Wanted, objects: list[Detection]) -> str | None:
-    if len(objects) == wanted.count:
+def _missing(required: ObjectRequirement, objects: list[Detection]) -> str | None:
+    if len(objects) == required.count:
         return None
-    return f"Expected at least {wanted.count} of {wanted.class_name}, found {len(objects)}."
+    return f"Expected at least {required.count} of {required.class_name}, found {len(objects)}."
 
 
-def _wrong_colour(wanted: Wanted, objects: list[Detection], colour_of: Callable[[Detection], str]) -> str | None:
-    if wanted.colour is None:
+def _wrong_colour(required: ObjectRequirement, objects: list[Detection], colour_of: Callable[[Detection], str]) -> str | None:
+    if required.colour is None:
         return None
     colours = [colour_of(found) for found in objects]
-    if all(colour == wanted.colour for colour in colours):
+    if all(colour == required.colour for colour in colours):
         return None
     said = ", ".join(f"{colours.count(colour)} {colour}" for colour in dict.fromkeys(colours))
-    return f"Expected {wanted.count} {wanted.colour} of {wanted.class_name}, found {said}."
+    return f"Expected {required.count} {required.colour} of {required.class_name}, found {said}."
 
 
-def _wrong_place(wanted: Wanted, objects: list[Detection], matched: list[list[Detection] | None]) -> str | None:
-    if wanted.relation is None:
+def _wrong_place(required: ObjectRequirement, objects: list[Detection], matched: list[list[Detection] | None]) -> str | None:
+    if required.relation is None:
         return None
-    relation, target = wanted.relation
+    relation, target = required.relation
     others = matched[target]
     if others is None:
-        return f"Nothing was found for {wanted.class_name} to be {relation}."
+        return f"Nothing was found for {required.class_name} to be {relation}."
     for found in objects:
         for other in others:
             true = relations(found.box, other.box)
             if relation not in true:
                 said = " and ".join(name for name in RELATIONS if name in true) or "in no relation to"
-                return f"Expected {wanted.class_name} {relation} {other.class_name}, found it {said} it."
+                return f"Expected {required.class_name} {relation} {other.class_name}, found it {said} it."
     return None
 
 

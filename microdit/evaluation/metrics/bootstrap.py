@@ -1,4 +1,4 @@
-"""How far chance alone moves a metric: intervals from the samples themselves."""
+"""Confidence intervals of metrics by resampling: the bootstrap, and random half-samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from microdit.errors import UserError
 
-NORMAL_95 = 1.96  # standard errors
+NORMAL_95 = 1.96  # standard errors on either side of a 95% interval
 
 
 @dataclass(frozen=True)
 class Interval:
-    """The metric of all samples, and between which bounds its expectation lies."""
+    """The metric of all samples, and the interval [low, high] for its expectation."""
 
     value: float
     low: float
@@ -24,14 +24,14 @@ class Interval:
 def bootstrap_interval(
     metric: Callable[[Tensor], float], samples: Tensor, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Of `metric(samples)`, where `samples` (N, ...) are independent rows: rows are drawn anew, with repeats (Efron 1979).
+    """Return `metric(samples)` with its bootstrap interval (Efron 1979). `samples` (N, ...) are independent rows.
 
-    The interval is for the metric's expectation at this N, and the metric should be nearly a mean over rows. It is the pivotal one, from
-    the resamples' deviations from their own mean. Raises UserError for fewer than 2 samples or resamples, or a confidence outside (0, 1).
+    The interval is for the metric's expectation at this N. It is pivotal, from the resamples' deviations from their own mean, and suits
+    metrics that are nearly a mean over rows. Raises UserError for fewer than 2 samples or resamples, or a confidence outside (0, 1).
     """
     if len(samples) < 2 or resamples < 2 or not 0 < confidence < 1:
         raise UserError(
-            f"A bootstrap interval needs at least 2 samples and resamples, and a confidence between 0 and 1: not {len(samples)} samples, "
+            f"A bootstrap interval needs at least 2 samples and resamples and a confidence between 0 and 1, not {len(samples)} samples, "
             f"{resamples} resamples and a confidence of {confidence}."
         )
     generator = torch.Generator().manual_seed(seed)
@@ -44,16 +44,17 @@ def bootstrap_interval(
 
 
 def half_sample_interval(metric: Callable[[Tensor], float], samples: Tensor, resamples: int = 50, seed: int = 0) -> Interval:
-    """Return `metric(samples)` and a 95% interval of its expectation at this N, where `samples` (N, ...) are independent rows.
+    """Return `metric(samples)` and a 95% interval for its expectation at this N. `samples` (N, ...) are independent rows.
 
-    The rows are halved at random, again and again (half-samples: McCarthy 1969), and the metric is taken of both halves. Unlike a
-    bootstrap's, halves repeat no row, so this suits a metric that repeats would distort, such as a Frechet distance of fewer rows than
-    dimensions. With a mean over rows and a mean over pairs of rows in the metric, half of the halves' difference has the variance of the
-    first and twice that of the second, their mean that of the second. Raises UserError for fewer than 4 samples or 2 resamples.
+    The rows are repeatedly split into random halves (half-samples, McCarthy 1969), and the metric is computed on both. Unlike bootstrap
+    resamples, halves repeat no row, so this suits metrics that repeats would distort, such as a Frechet distance with fewer rows than
+    dimensions. For a metric that is a mean over rows plus a mean over pairs of rows, half the difference of the halves has the variance
+    of the first term plus twice that of the second, and their mean has the variance of the second. Raises UserError for fewer than 4
+    samples or 2 resamples.
     """
     count = len(samples)
     if count < 4 or resamples < 2:
-        raise UserError(f"An interval by halves needs at least 4 samples and 2 resamples: not {count} samples and {resamples} resamples.")
+        raise UserError(f"A half-sample interval needs at least 4 samples and 2 resamples, not {count} samples and {resamples} resamples.")
     generator = torch.Generator().manual_seed(seed)
     value = metric(samples)
     pairs = []
@@ -68,5 +69,5 @@ def half_sample_interval(metric: Callable[[Tensor], float], samples: Tensor, res
 
 
 def share_interval(hits_N: Tensor, resamples: int = 1000, seed: int = 0) -> Interval:
-    """Of the share of True among `hits_N`."""
+    """Return the share of True among `hits_N`, with its bootstrap interval."""
     return bootstrap_interval(lambda rows: float(rows.mean()), hits_N.double(), resamples, seed=seed)

@@ -1,10 +1,10 @@
-"""Frechet distance between Gaussians fitted to the features of two sets of pictures (FID, Heusel et al. 2017, arXiv 1706.08500).
+"""Frechet distance between Gaussians fitted to the features of two image sets (FID, Heusel et al. 2017, arXiv 1706.08500).
 
-- The trace of the matrix square root needs no inverse and no complex numbers: it is right for singular covariances too.
-- A finite sample lifts the distance: `frechet_infinity` removes that bias, and `frechet_interval` says how far chance moves it. Both take
-  the distances of many subsets, for which the samples are projected onto the root of the reference's covariance once.
+- The trace of the matrix square root is computed without inverses or complex numbers, and is exact for singular covariances too.
+- A finite sample biases the distance upwards: `frechet_infinity` removes that bias, and `frechet_interval` estimates the sampling error.
+  Both need the distances of many subsets, so the samples are projected onto the root of the reference covariance once.
 
-By numpy on the CPU: of x.T @ x it computes only one half, and its decompositions are as fast as those of torch or faster.
+The computation uses numpy on the CPU, which computes only one half of x.T @ x and decomposes matrices at least as fast as torch.
 
 Shapes: N samples, S in a subset, D features, R the rank of a covariance.
 """
@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from microdit.errors import UserError
+from microdit.evaluation.metrics import check_same_dimensions, float64_features
 from microdit.evaluation.metrics.bootstrap import Interval, half_sample_interval
-from microdit.evaluation.metrics.feature_matrix import float64_features, refuse_other_dimensions
 
 _Matrix = NDArray[np.float64]
-POINTS = 15  # of the line of `frechet_infinity`
-PRECISION = 1e-6  # the share of a distance that rounding may cost at most
+POINTS = 15  # subsets that `frechet_infinity` fits a line to
+PRECISION = 1e-6  # largest relative error of a distance due to rounding
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean (D,) and unbiased covariance (D, D), both float64 on the CPU, of `count` feature vectors."""
+    """Mean (D,) and unbiased covariance (D, D) of `count` feature vectors, both float64 on the CPU."""
 
     mean: Tensor
     covariance: Tensor
@@ -42,33 +42,36 @@ class Gaussian:
 
 
 def fit_gaussian(features_ND: Tensor) -> Gaussian:
-    """Raises UserError for fewer than 2 feature vectors, which have no covariance, or for features that are not finite."""
+    """Fit mean and covariance. Raises UserError for fewer than 2 feature vectors or for features that are not finite."""
     features_ND = float64_features(features_ND).cpu()
     if len(features_ND) < 2:
-        raise UserError(f"A covariance needs the features of at least 2 pictures, and there are {len(features_ND)}.")
+        raise UserError(f"A covariance needs the features of at least 2 images, and there are {len(features_ND)}.")
     mean_D = features_ND.mean(dim=0)
-    centred_ND = (features_ND - mean_D).numpy()  # before it is squared, so that far from the origin no digits are lost
+    centred_ND = (features_ND - mean_D).numpy()  # centred before squaring: far from the origin, digits would be lost
     return Gaussian(mean_D, torch.from_numpy(centred_ND.T @ centred_ND / (len(features_ND) - 1)), len(features_ND))
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), equation 6 of arXiv 1706.08500: squared, as FID is. Never below 0.
+    """Return |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), at least 0: equation 6 of arXiv 1706.08500, squared as in FID.
 
-    Raises UserError if a and b are of different D.
+    Raises UserError if the dimensions of a and b differ.
     """
-    refuse_other_dimensions(len(a.mean), len(b.mean))
+    check_same_dimensions(len(a.mean), len(b.mean))
     traces = float(a.covariance.trace() + b.covariance.trace())
     return _distance((a.mean - b.mean).numpy(), traces, a.root.T @ b.root)
 
 
 def sample_distance(features_ND: Tensor, reference: Gaussian) -> float:
-    """The distance of the samples' Gaussian, fast where there are fewer samples than features. Raises UserError as its parts do."""
+    """Return the distance of the samples' Gaussian to `reference`, without a (D, D) covariance of the samples.
+
+    Raises UserError for fewer than 2 samples, features that are not finite, or other dimensions than the reference's.
+    """
     return _Projected(features_ND, reference).distance(torch.arange(len(features_ND)))
 
 
 @dataclass(frozen=True)
 class ExtrapolatedDistance:
-    """`distance` for infinitely many samples, and the distances at finite `counts` through which the line was laid."""
+    """Distance extrapolated to infinitely many samples, and the distances at finite `counts` that the line was fitted to."""
 
     distance: float
     counts: tuple[int, ...]
@@ -83,17 +86,18 @@ def frechet_infinity(
     seed: int = 0,
     on_distance: Callable[[int], None] | None = None,
 ) -> ExtrapolatedDistance:
-    """FID_infinity (Chong & Forsyth 2020, arXiv 1911.07023): the bias of FID is linear in 1/N, so a line through FIDs ends at 0 bias.
+    """Extrapolate the distance to infinitely many samples: FID_infinity (Chong & Forsyth 2020, arXiv 1911.07023).
 
-    `points` random subsets of `smallest` (a tenth of N, as the paper's 5,000 of 50,000) to N samples; least squares in 1/N. The bias is
-    linear only where N is well above D. About 0 the result may be negative: it is unbiased, not a distance. The reference's own bias
-    stays. `on_distance(1)` is called for each point. Raises UserError for fewer than 2 points, or if `smallest` does not lie in [2, N).
+    The bias of FID is linear in 1/N where N is well above D, so a least-squares line in 1/N through the distances of `points` random
+    subsets, of `smallest` to N samples, ends at zero bias. `smallest` defaults to N / 10, like the paper's 5,000 of 50,000. The estimate
+    is unbiased, so near 0 it may be negative. The reference's own bias remains. `on_distance(1)` is called for each point. Raises
+    UserError for fewer than 2 points, or if `smallest` is not in [2, N).
     """
     samples, total = _Projected(features_ND, reference, on_distance), len(features_ND)
     smallest = max(2, total // 10) if smallest is None else smallest
     if points < 2 or not 2 <= smallest < total:
         raise UserError(
-            f"FID-infinity needs at least 2 subsets, of 2 to {total - 1} of the {total} samples: not {points} from {smallest} upwards."
+            f"FID-infinity needs at least 2 subsets of 2 to {total - 1} of the {total} samples, not {points} of {smallest} or more."
         )
     generator = torch.Generator().manual_seed(seed)
     counts = [round(count) for count in np.linspace(smallest, total, points)]
@@ -105,23 +109,35 @@ def frechet_infinity(
 def frechet_interval(
     features_ND: Tensor, reference: Gaussian, resamples: int = 50, seed: int = 0, on_distance: Callable[[int], None] | None = None
 ) -> Interval:
-    """The distance of the samples to `reference`, and a 95% interval of what other samples of the same number would give.
+    """Return the distance to `reference` and a 95% interval for its expectation at this number of samples.
 
-    The reference is taken as it is, and so is what a finite number of samples adds to the distance; there may be fewer samples than
-    dimensions. `on_distance(1)` is called for the distance and for each of `2 * resamples` halves. Raises UserError as
-    `half_sample_interval` does.
+    The reference is treated as exact, and the bias of the finite sample is kept. There may be fewer samples than dimensions.
+    `on_distance(1)` is called for the distance and for each of the `2 * resamples` halves. Raises UserError as `half_sample_interval`
+    does.
     """
     samples = _Projected(features_ND, reference, on_distance)
     return half_sample_interval(samples.distance, torch.arange(len(features_ND)), resamples, seed)
 
 
+def few_samples_warning(count: int, dimensions: int) -> str | None:
+    """Return a warning if so few samples make a Frechet distance depend mostly on their number, else None."""
+    if count > dimensions:
+        return None
+    return (
+        f"{count} samples are too few for {dimensions} features: the covariance is singular, so the Frechet distance is far too high and "
+        f"its extrapolation unreliable. Compare only distances of equal sample counts, use more than {dimensions} samples, or use KID."
+    )
+
+
 class _Projected:
-    """Samples, and the same projected onto the reference's root F: of centred samples X the singular values of X F are, but for a factor,
-    the eigenvalues of the square root of the two covariances' product. There is no covariance of a subset to take apart."""
+    """Centred samples X and their projection X F onto the root F of the reference covariance.
+
+    Up to a factor, the singular values of X F are the eigenvalues of (C_a C_b)^(1/2), so no covariance of a subset is decomposed.
+    """
 
     def __init__(self, features_ND: Tensor, reference: Gaussian, on_distance: Callable[[int], None] | None = None):
         features_ND = float64_features(features_ND).cpu()
-        refuse_other_dimensions(features_ND.shape[1], len(reference.mean))
+        check_same_dimensions(features_ND.shape[1], len(reference.mean))
         mean_D = features_ND.mean(dim=0)
         self._apart_D = (mean_D - reference.mean).numpy()
         self._reference_trace = float(reference.covariance.trace())
@@ -131,10 +147,10 @@ class _Projected:
         self._on_distance = on_distance
 
     def distance(self, rows_S: Tensor) -> float:
-        """As `frechet_distance` of the Gaussian of these rows. Raises UserError for fewer than 2, which have none."""
+        """Return the same as `frechet_distance` for the Gaussian of these rows. Raises UserError for fewer than 2 rows."""
         rows, count = rows_S.numpy(), len(rows_S)
         if count < 2:
-            raise UserError(f"A covariance needs the features of at least 2 pictures, and there are {count}.")
+            raise UserError(f"A covariance needs the features of at least 2 images, and there are {count}.")
         mean_D = self._centred_ND[rows].mean(axis=0)
         trace = (self._squares_N[rows].sum() - count * mean_D @ mean_D) / (count - 1)
         projected_SR = self._projected_NR[rows]
@@ -147,18 +163,18 @@ class _Projected:
 
 
 def _distance(apart_D: _Matrix, traces: float, matrix: _Matrix, rank: int | None = None) -> float:
-    """From the means' difference, the sum of the covariances' traces, and a matrix with the singular values of F_a^T F_b, where
-    F F^T = C: the eigenvalues of (C_a C_b)^(1/2), of which no more than `rank` are above 0.
+    """Compute the distance from the difference of means, the sum of covariance traces, and a matrix whose singular values are summed.
 
-    They are the roots of the eigenvalues of its smaller product with itself, which are found several times faster than singular values.
-    But the root of an eigenvalue that is 0 but for rounding keeps only half of the digits: where that matters, singular values are taken.
+    The singular values of `matrix` are those of F_a^T F_b, where F F^T = C, that is, the eigenvalues of (C_a C_b)^(1/2); at most `rank`
+    of them are positive. They are computed as roots of the eigenvalues of the smaller Gram matrix, several times faster than by an SVD.
+    The root of an eigenvalue near 0 keeps only half of the digits, so an SVD is used where that would exceed PRECISION.
     """
     rows, columns = matrix.shape
     squares = np.linalg.eigvalsh(matrix.T @ matrix if columns <= rows else matrix @ matrix.T)
     roots = np.sqrt(squares[-min(rows, columns, rank or rows) :].clip(min=0))
     without_roots = float(apart_D @ apart_D) + traces
     distance = without_roots - 2 * roots.sum()
-    rounding = roots.max(initial=0) ** 2 * np.finfo(np.float64).eps  # of each square; a root loses at most what follows
+    rounding = roots.max(initial=0) ** 2 * np.finfo(np.float64).eps  # error of each square; `lost` bounds the error of each root
     lost = rounding / np.maximum(2 * roots, rounding**0.5 or 1)
     if 2 * lost.sum() > PRECISION * distance:
         distance = without_roots - 2 * np.linalg.svd(matrix, compute_uv=False).sum()
@@ -166,7 +182,7 @@ def _distance(apart_D: _Matrix, traces: float, matrix: _Matrix, rank: int | None
 
 
 def _root(covariance_DD: Tensor) -> _Matrix:
-    """F (D, R) with F F^T = C: Cholesky's factor, or, where C is singular but for rounding, eigenvectors without those of the value 0."""
+    """Return F (D, R) with F F^T = C: the Cholesky factor, or scaled eigenvectors of nonzero eigenvalues if C is numerically singular."""
     matrix_DD = covariance_DD.numpy()
     rounding = len(matrix_DD) * np.finfo(np.float64).eps
     try:

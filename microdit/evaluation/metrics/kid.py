@@ -1,7 +1,8 @@
-"""Distances between two sets of features as the maximum mean discrepancy (MMD) of a kernel: no Gaussian is assumed.
+"""KID and CMMD: the squared maximum mean discrepancy (MMD) of a kernel between two sets of features, without a Gaussian assumption.
 
-KID (Binkowski et al. 2018, arXiv 1801.01401) is unbiased at any number of samples, and so may be compared between sets of different size.
-CMMD (Jayasumana et al. 2024, arXiv 2401.09603) is the MMD of CLIP embeddings, with a kernel that sees any difference of distributions.
+KID (Binkowski et al. 2018, arXiv 1801.01401) is unbiased at any number of samples, so sets of different sizes may be compared.
+CMMD (Jayasumana et al. 2024, arXiv 2401.09603) uses CLIP embeddings and a characteristic kernel, which detects any difference between
+distributions.
 
 Shapes: N samples of one set, M of the other, D features, S in a subset.
 """
@@ -16,21 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from microdit.errors import UserError
+from microdit.evaluation.metrics import same_space
 from microdit.evaluation.metrics.bootstrap import NORMAL_95, Interval
-from microdit.evaluation.metrics.feature_matrix import same_space
 
-SUBSETS = 100  # as its authors take
-SIGMA = 10.0  # the width of CMMD's kernel, and the factor by which its numbers are made readable
-SCALE = 1000.0
-BLOCK = 1024  # rows of a kernel matrix that are held at once
+SUBSETS = 100  # of KID, as in the paper
+SIGMA = 10.0  # width of CMMD's kernel
+SCALE = 1000.0  # factor that makes CMMD readable, as in the paper
+BLOCK = 1024  # rows of a kernel matrix held at once
 
 
 @dataclass(frozen=True)
 class KID(Interval):
-    """The mean over subsets with its 95% interval, and the standard deviation among subsets (what papers print after the ±).
+    """Mean over subsets with its 95% interval, and the standard deviation over subsets, which papers print after the ±.
 
-    The deviation says how the subsets of these samples differ, and is 0 where a subset is all of them; the interval says what other samples
-    would have given.
+    The deviation describes how subsets of these samples differ, and is 0 if a subset contains all of them. The interval describes what
+    other samples would have given.
     """
 
     subset_deviation: float
@@ -44,21 +45,22 @@ def kid(
     seed: int = 0,
     on_subset: Callable[[int], None] | None = None,
 ) -> KID:
-    """Mean of the unbiased squared MMD with the kernel (x.y / D + 1)^3 over random subsets, each without repeats. It may be below 0.
+    """Average the unbiased squared MMD with the kernel (x.y / D + 1)^3 over random subsets, drawn without replacement.
 
-    Not multiplied by 1000, as some papers do. `on_subset(1)` is called after each. Raises UserError for features that do not fit together,
-    for fewer samples than a subset takes, fewer than 4 samples in a subset, or fewer than 2 subsets.
+    The result may be negative, and is not multiplied by 1000 as in some papers. `on_subset(1)` is called after each subset. Raises
+    UserError if the dimensions differ, features are not finite, a set has fewer than `subset_size` samples, `subset_size` is below 4, or
+    `subsets` is below 2.
     """
     features_ND, others_MD = same_space(features_ND, others_MD)
     sizes = len(features_ND), len(others_MD)
     if not 4 <= subset_size <= min(sizes) or subsets < 2:
         raise UserError(
-            f"KID needs at least 2 subsets of 4 to {min(sizes)} samples, for there are {sizes[0]} and {sizes[1]} of them: "
+            f"KID of sets of {sizes[0]} and {sizes[1]} samples needs at least 2 subsets of 4 to {min(sizes)} samples, "
             f"not {subsets} subsets of {subset_size}."
         )
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for _ in range(1 if sizes == (subset_size, subset_size) else subsets):  # where a subset is all, all subsets are the same one
+    for _ in range(1 if sizes == (subset_size, subset_size) else subsets):  # subsets of all samples would be identical
         found.append(_moments(*(_subset(set_ND, subset_size, generator) for set_ND in (features_ND, others_MD))))
         if on_subset:
             on_subset(1)
@@ -68,17 +70,17 @@ def kid(
 
 
 def paired_kid(features_ND: Tensor, others_ND: Tensor) -> float:
-    """KID of sets whose rows belong together, such as pictures of the same captions: row i of one and row i of the other may be alike.
+    """Return the KID of paired sets, where row i of both may be dependent, such as images of the same caption.
 
-    The unbiased squared MMD of such pairs (equation 4 of Gretton et al. 2012) leaves out the kernel between the two of a pair, as it does
-    between a sample and itself: 0 for a set and itself, else above or below. Raises UserError for features that do not fit together, sets
-    of different size, or fewer than 2 pairs.
+    The unbiased squared MMD of pairs (equation 4 of Gretton et al. 2012) omits the kernel within a pair, as it does between a sample and
+    itself. It is 0 for a set and itself, and may be negative otherwise. Raises UserError if the dimensions or the numbers of samples
+    differ, or for fewer than 2 pairs.
     """
     features_ND, others_ND = same_space(features_ND, others_ND)
     count = len(features_ND)
     if count != len(others_ND) or count < 2:
         raise UserError(
-            f"The KID of pairs needs at least 2 of them, and not {count} pictures on one side and {len(others_ND)} on the other."
+            f"Paired KID needs at least 2 pairs and sets of equal size, not {count} images in one set and {len(others_ND)} in the other."
         )
     within_NN = _cubic_kernel(features_ND, features_ND) + _cubic_kernel(others_ND, others_ND)
     kernel_NN = within_NN - 2 * _cubic_kernel(features_ND, others_ND)
@@ -86,11 +88,11 @@ def paired_kid(features_ND: Tensor, others_ND: Tensor) -> float:
 
 
 def cmmd(embeddings_ND: Tensor, others_MD: Tensor, on_rows: Callable[[int], None] | None = None) -> float:
-    """1000 times the squared MMD of CLIP embeddings, scaled to length 1, with the kernel exp(-|x - y|^2 / (2 sigma^2)), sigma = 10.
+    """Return 1000 times the squared MMD of normalised CLIP embeddings, with the kernel exp(-|x - y|^2 / (2 sigma^2)), sigma = 10.
 
-    The estimator of least variance (equation 5 of Gretton et al. 2012, a sample's pair with itself included), as in the authors' code: 0
-    for a set and itself, never below. `on_rows(n)` is called after n more rows of the kernel matrices, of N, M and N again.
-    Raises UserError for embeddings that do not fit together.
+    As in the authors' code, this is the biased estimator of minimal variance (equation 5 of Gretton et al. 2012), which includes each
+    sample's pair with itself. It is 0 for a set and itself, and never negative. `on_rows(n)` is called after n more of the 2N + M rows of
+    the kernel matrices. Raises UserError if the dimensions differ or embeddings are not finite.
     """
     embeddings_ND, others_MD = (F.normalize(set_ND, dim=1) for set_ND in same_space(embeddings_ND, others_MD))
     on_rows = on_rows or (lambda _: None)
@@ -103,12 +105,12 @@ def _subset(features_ND: Tensor, size: int, generator: torch.Generator) -> Tenso
 
 
 class _Moments(NamedTuple):
-    """Unbiased estimates of what the squared MMD and its variance are made of: x and x' are of one distribution, y and y' of the other.
+    """Unbiased estimates of the terms of the squared MMD and its variance, with x, x' from one distribution and y, y' from the other.
 
     `mmd`: the squared MMD, equation 3 of Gretton et al. 2012 (JMLR 13).
-    `witness_x`: variance over x of the witness E k(x, x') - E k(x, y); `witness_y` likewise.
-    `pairs_xx`, `pairs_yy`, `pairs_xy`: E k~(x, x')^2 and so on, where k~ is k less its means over either argument (its degenerate part).
-    `spread_x`: E k(x, x) - E k(x, x'), by which pairs of a sample with itself would lift the MMD.
+    `witness_x`: variance over x of the witness function E k(x, x') - E k(x, y); `witness_y` likewise.
+    `pairs_xx`, `pairs_yy`, `pairs_xy`: E k~(x, x')^2 and so on, where k~ is k minus its means over either argument (the degenerate part).
+    `spread_x`: E k(x, x) - E k(x, x'), the amount by which self-pairs would increase the MMD.
     """
 
     mmd: float
@@ -129,7 +131,7 @@ def _moments(x_SD: Tensor, y_SD: Tensor) -> _Moments:
     over_y_S, over_x_S, mean = kernel_SS.mean(dim=1), kernel_SS.mean(dim=0), kernel_SS.mean()
     centred = kernel_SS.square().sum() - size * over_y_S.square().sum() - size * over_x_S.square().sum() + (size * mean) ** 2
     pairs_xy = centred.clamp(min=0) / (size - 1) ** 2
-    # Means over few samples scatter by themselves, which is taken off.
+    # Subtract the sampling noise of the row means.
     witness_x = (effect_x_S - over_y_S).var() - pairs_xx / (size - 2) - pairs_xy / size
     witness_y = (effect_y_S - over_x_S).var() - pairs_yy / (size - 2) - pairs_xy / size
     values = (mean_xx + mean_yy - 2 * mean, witness_x, witness_y, pairs_xx, pairs_yy, pairs_xy, spread_x, spread_y)
@@ -137,9 +139,9 @@ def _moments(x_SD: Tensor, y_SD: Tensor) -> _Moments:
 
 
 def _within(kernel_SS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the kernel of one set: the mean without the diagonal, E k~^2, the diagonal's mean above the former, and each sample's effect (S,).
+    """Return the off-diagonal mean of one set's kernel, E k~^2, the diagonal's mean minus the former, and each sample's effect (S,).
 
-    Unbiased as in the U-centred distances of Szekely and Rizzo 2014 (section 2 of arXiv 1310.2926).
+    The estimates are unbiased, as in the U-centred distances of Szekely and Rizzo 2014 (section 2 of arXiv 1310.2926).
     """
     size = len(kernel_SS)
     others_SS = kernel_SS.clone().fill_diagonal_(0)
@@ -150,26 +152,26 @@ def _within(kernel_SS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return mean, centred.clamp(min=0) / (size * (size - 3)), kernel_SS.diagonal().mean() - mean, effect_S
 
 
-def _bounds(found: _Moments, count_x: int, count_y: int, of_subsets: float) -> tuple[float, float]:
-    """The 95% interval: all distances d that the one found is no more than 1.96 standard errors away from, those errors taken at d.
+def _bounds(found: _Moments, count_x: int, count_y: int, subset_variance: float) -> tuple[float, float]:
+    """Return the 95% interval: all distances d within 1.96 standard errors of the estimate, with the standard error evaluated at d.
 
-    By Hoeffding's decomposition the variance has a part that is there between equal distributions too, `chance` (plus what the choice
-    of subsets adds), and one that the witness brings, which grows with d: `slope` times d. A variance that is taken where the distance
-    happened to come out would be too large above the truth and too small below it.
+    By Hoeffding's decomposition, the variance is the sum of `chance`, which is present between equal distributions too (and includes the
+    choice of subsets), and of a witness term that grows with d: `slope` times d. A variance evaluated at the estimate instead would be too
+    large where the estimate is too high, and too small where it is too low.
     """
     chance = 2 * found.pairs_xx / (count_x * (count_x - 1)) + 2 * found.pairs_yy / (count_y * (count_y - 1))
-    chance += 4 * found.pairs_xy / (count_x * count_y) + of_subsets
-    of_witness = 4 * found.witness_x / count_x + 4 * found.witness_y / count_y
+    chance += 4 * found.pairs_xy / (count_x * count_y) + subset_variance
+    witness = 4 * found.witness_x / count_x + 4 * found.witness_y / count_y
     distance = found.mmd
-    if found.mmd <= NORMAL_95 * chance**0.5:  # it may be chance: then both with what chance adds, whose ratio is steady
+    if found.mmd <= NORMAL_95 * chance**0.5:  # may be chance alone: add its terms to both, whose ratio is stable
         distance += found.spread_x / count_x + found.spread_y / count_y
-        of_witness += 4 * found.pairs_xx / count_x / (count_x - 2) + 4 * found.pairs_yy / count_y / (count_y - 2)
-        of_witness += 8 * found.pairs_xy / (count_x * count_y)
-    slope = max(0.0, of_witness / distance) if distance > 0 else 0.0
+        witness += 4 * found.pairs_xx / count_x / (count_x - 2) + 4 * found.pairs_yy / count_y / (count_y - 2)
+        witness += 8 * found.pairs_xy / (count_x * count_y)
+    slope = max(0.0, witness / distance) if distance > 0 else 0.0
 
     def bound(side: int) -> float:
         without_witness = found.mmd + side * NORMAL_95 * chance**0.5
-        if without_witness <= 0:  # no distance below 0 has a witness
+        if without_witness <= 0:  # the witness term vanishes for d <= 0
             return without_witness
         half = NORMAL_95**2 * slope / 2
         return found.mmd + half + side * max(0.0, half**2 + NORMAL_95**2 * (chance + slope * found.mmd)) ** 0.5
@@ -190,5 +192,5 @@ def _mean_kernel(x_ND: Tensor, y_MD: Tensor, on_rows: Callable[[int], None]) -> 
 
 
 def _gaussian_kernel(x_ND: Tensor, y_MD: Tensor) -> Tensor:
-    """Of vectors of length 1, whose squared distance is 2 - 2 x.y."""
+    """Evaluate CMMD's kernel for vectors of length 1, whose squared distance is 2 - 2 x.y."""
     return torch.exp((x_ND @ y_MD.T - 1) / SIGMA**2)

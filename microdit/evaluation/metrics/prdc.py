@@ -1,11 +1,9 @@
-"""Which real picture is nearest to each generated one: the nearest of all may be copies, the farthest are the odd ones out.
+"""Precision, recall, density and coverage (PRDC) of generated images, and their nearest real neighbours.
 
-Do generated pictures look like real ones, and do they show all of their variety? Two numbers each, from nearest neighbours.
-
-A set's manifold is the union of balls around its feature vectors, each reaching to the k-th nearest other vector of that set.
-Precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) and density and coverage (Naeem et al. 2020, arXiv 2002.09797), which
-one outlier cannot spoil. The border of a ball belongs to it. All four come of the same distances, which are computed once: within the
-real pictures, within the generated ones, and between the two.
+A set's manifold is the union of closed balls around its feature vectors, each reaching to the k-th nearest other vector of that set.
+Precision and recall are from Kynkaanniemi et al. 2019 (arXiv 1904.06991); density and coverage, which are robust to outliers, from Naeem
+et al. 2020 (arXiv 2002.09797). All four use the same distances, computed once: within the real set, within the generated set, and
+between the two.
 
 Shapes: N real samples, M generated, B rows of a block, D features, K neighbours. The N x M distances are never held at once.
 """
@@ -17,38 +15,20 @@ import torch
 from torch import Tensor
 
 from microdit.errors import UserError
-from microdit.evaluation.metrics.feature_matrix import same_space
+from microdit.evaluation.metrics import same_space
 
-BLOCK = 256  # rows of the distances that are held at once
-
-
-def nearest(generated_MD: Tensor, real_ND: Tensor, on_rows: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor]:
-    """(M,) Euclidean distances to the nearest real vector, and (M,) its row. Raises UserError if they are of different encoders.
-
-    `on_rows(n)`: after n more generated ones.
-    """
-    generated_MD, real_ND = same_space(generated_MD, real_ND)
-    centre_D = real_ND.mean(dim=0)  # far from the origin digits are lost
-    real_ND = real_ND - centre_D
-    found = []
-    for block in generated_MD.split(BLOCK):
-        found.append(torch.cdist(block - centre_D, real_ND).min(dim=1))
-        if on_rows:
-            on_rows(len(block))
-    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
-
-
+BLOCK = 256  # generated rows per block in `nearest`
 BLOCK_ENTRIES = 1 << 24  # distances held at once: 128 MiB of float64
-ROUNDING = 1e-12  # squared distances below this share of the squared lengths are 0
+ROUNDING = 1e-12  # squared distances below this share of the squared lengths count as 0
 
 
 @dataclass(frozen=True)
-class Manifolds:
-    """What each picture has to do with the other set.
+class PRDC:
+    """The relation of each image to the other set, from which the four metrics are averaged.
 
-    `precise_M`: which generated pictures lie in the manifold of the real ones; `recalled_N`: the other way round. Bool.
-    `density_M`: in how many real balls each generated picture lies, over k (1 is expected of equal distributions), float64;
-    `covered_N`: which real balls hold a generated picture, bool.
+    `precise_M`: whether each generated image lies in the real manifold, bool; `recalled_N`: the reverse for each real image.
+    `density_M`: the number of real balls that contain each generated image, over k, float64; 1 is expected for equal distributions.
+    `covered_N`: whether each real ball contains a generated image, bool.
     """
 
     precise_M: Tensor
@@ -73,13 +53,14 @@ class Manifolds:
         return float(self.covered_N.double().mean())
 
 
-def compare_manifolds(
+def compute_prdc(
     real_ND: Tensor, generated_MD: Tensor, k: int = 3, density_k: int = 5, on_rows: Callable[[int], None] | None = None
-) -> Manifolds:
-    """Equations 1 and 2 of arXiv 1904.06991, and section 3 of arXiv 2002.09797 with `density_k`, each with its paper's k.
+) -> PRDC:
+    """Compute precision and recall with `k` (equations 1 and 2 of arXiv 1904.06991), density and coverage with `density_k` (section 3
+    of arXiv 2002.09797). The defaults are the papers' values.
 
-    `on_rows(n)` is called after n more rows of distances, of `rows_to_compare`. Raises UserError for features that do not fit together, or
-    a k outside [1, the number of pictures).
+    `on_rows(n)` is called after n more of the `prdc_rows` rows of distances. Raises UserError if the dimensions differ, features are not
+    finite, or a k is not in [1, number of images).
     """
     on_rows = on_rows or (lambda _: None)
     real_ND, generated_MD = _centred(real_ND, generated_MD, (k, density_k))
@@ -94,29 +75,43 @@ def compare_manifolds(
         inside_BM = distances_BM <= density_radii_N[rows, None]
         balls_M += inside_BM.sum(dim=0)
         covered.append(inside_BM.any(dim=1))
-    return Manifolds(precise_M, torch.cat(recalled), balls_M / density_k, torch.cat(covered))
+    return PRDC(precise_M, torch.cat(recalled), balls_M / density_k, torch.cat(covered))
 
 
-def rows_to_compare(real_ND: Tensor, generated_MD: Tensor) -> int:
-    """How many rows of distances `compare_manifolds` computes."""
+def prdc_rows(real_ND: Tensor, generated_MD: Tensor) -> int:
+    """Return the number of rows of distances that `compute_prdc` computes."""
     return 2 * len(real_ND) + len(generated_MD)
 
 
+def nearest(generated_MD: Tensor, real_ND: Tensor, on_rows: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor]:
+    """Return the Euclidean distance (M,) from each generated image to the nearest real one, and the row (M,) of the latter.
+
+    `on_rows(n)` is called after n more generated images. Raises UserError if the dimensions differ or features are not finite.
+    """
+    generated_MD, real_ND = same_space(generated_MD, real_ND)
+    centre_D = real_ND.mean(dim=0)  # far from the origin, digits would be lost
+    real_ND = real_ND - centre_D
+    found = []
+    for block in generated_MD.split(BLOCK):
+        found.append(torch.cdist(block - centre_D, real_ND).min(dim=1))
+        if on_rows:
+            on_rows(len(block))
+    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
+
+
 def _centred(real_ND: Tensor, generated_MD: Tensor, ks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Both as float64, moved so that the real ones have mean 0: distances stay, and lose fewer digits. Raises UserError."""
+    """Return both sets as float64, shifted so that the real mean is 0, which preserves distances and loses fewer digits."""
     real_ND, generated_MD = same_space(real_ND, generated_MD)
     fewest = min(len(real_ND), len(generated_MD))
     for k in ks:
         if not 1 <= k < fewest:
-            raise UserError(
-                f"There is no neighbour number {k} among {fewest} pictures: take more pictures, or a k from 1 below their number."
-            )
+            raise UserError(f"There is no neighbour number {k} among {fewest} images: use more images, or a k from 1 to {fewest - 1}.")
     centre_D = real_ND.mean(dim=0)
     return real_ND - centre_D, generated_MD - centre_D
 
 
 def _squared_radii(points_ND: Tensor, ks: tuple[int, ...], on_rows: Callable[[int], None]) -> Tensor:
-    """(N, K): from each point to its k-th nearest other one, for each k."""
+    """Return the squared distance (N, K) from each point to its k-th nearest other point, for each k."""
     columns = torch.tensor(ks) - 1
     radii = []
     for rows, distances_BN in _squared_distances(points_ND, points_ND, on_rows):
@@ -127,7 +122,7 @@ def _squared_radii(points_ND: Tensor, ks: tuple[int, ...], on_rows: Callable[[in
 
 
 def _squared_distances(x_ND: Tensor, y_MD: Tensor, on_rows: Callable[[int], None]) -> Iterator[tuple[slice, Tensor]]:
-    """Of some rows of x to all of y, (B, M), block by block; equal points are at distance 0 in spite of rounding."""
+    """Yield blocks of rows of x with their squared distances (B, M) to all of y. Equal points are at distance 0 despite rounding."""
     lengths_N, lengths_M = x_ND.square().sum(dim=1), y_MD.square().sum(dim=1)
     block = max(1, BLOCK_ENTRIES // len(y_MD))
     for start in range(0, len(x_ND), block):

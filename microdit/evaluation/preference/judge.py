@@ -1,9 +1,9 @@
-"""A vision-language model as the judge of two pictures, behind any endpoint that speaks OpenAI's chat completions.
+"""A vision-language model as the judge of image pairs, through any endpoint with OpenAI's chat completions API.
 
-- The key comes from MICRODIT_JUDGE_KEY or OPENAI_API_KEY and goes nowhere but into the request's header.
-- What passes by itself (busy, broken or slow servers) is tried again; what does not is one sentence.
-- Every request and answer is noted (`request_log.py`), so that what may be paid twice is what was under way, and no more.
-- The standard library's client does: one small request at a time and thread.
+- The key is read from MICRODIT_JUDGE_KEY or OPENAI_API_KEY and sent in the request's header only.
+- Transient failures (busy, broken or slow servers) are retried; all others end in one sentence.
+- Every request and answer is logged (request_log.py), so only requests in flight when a process dies may be paid twice.
+- The standard library's HTTP client suffices: each thread sends one small request at a time.
 """
 
 import base64
@@ -38,10 +38,10 @@ INSTRUCTIONS = """Two pictures, A and B, were made for this prompt:
 Which picture follows the prompt better and looks better? Following the prompt counts more. The order in which they are shown \
 means nothing. If neither is better, it is a TIE. Answer with a single word: A, B or TIE."""
 REMINDER = "\n\nWrite one of these three words and nothing else."
-ASKS = 3  # times in all that a question is asked while the answer is nonsense
-LONGEST_WAIT = 600.0  # seconds that a server may ask to wait before it is given up
-LONGEST_ANSWER, LONGEST_WORDS = 1_000_000, 10_000  # bytes of an answer, and of a refusal, that are read
-TEXT_TOKENS = 150  # of the instructions with a prompt and the answer, for the estimate
+ASKS = 3  # times that a question is asked in all while answers are unreadable
+LONGEST_WAIT = 600.0  # seconds that a server may ask to wait before the judge gives up
+LONGEST_ANSWER, LONGEST_WORDS = 1_000_000, 10_000  # bytes read of an answer, and of an error
+TEXT_TOKENS = 150  # estimated tokens of the instructions, a prompt and the answer
 
 
 def judge_all(
@@ -51,16 +51,16 @@ def judge_all(
     on_verdict: Callable[[Verdict], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Preference:
-    """`ask` (such as a VisionJudge) all that is still open in `file`, `concurrency` questions at a time; say what it comes to.
+    """Put all open questions of `file` to `ask` (such as a VisionJudge), `concurrency` at a time, and return the summary.
 
-    Requests and answers are noted beside `file`; `warn` is told of what an earlier process left without an answer. After a failure no
-    question is begun, but the answers under way are awaited and kept. Raises what `ask` raises, and UserError if no pair got clear
+    Requests and answers are logged beside `file`; `warn` is called if an earlier process left requests without an answer. After a failure
+    no new question is asked, but answers in flight are awaited and kept. Raises what `ask` raises, and UserError if no pair got clear
     verdicts.
     """
     with RequestLog(file.path.with_name(REQUESTS), file.questions, file.model) as log, ThreadPoolExecutor(concurrency) as threads:
         if log.lost and warn is not None:
             requests = "1 request was" if log.lost == 1 else f"{log.lost} requests were"
-            warn(f"{requests} under way when an earlier start ended: what they asked is asked again, and may be paid twice.")
+            warn(f"{requests} in flight when an earlier process ended: the questions are asked again and may be paid twice.")
 
         def answer(question: Question) -> Verdict | None:
             return file.add(question, ask(question.pair.prompt, *question.pictures(), log.exchange(question)))
@@ -79,7 +79,7 @@ def judge_all(
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a comparison will ask for. `dollars` is None without a price."""
+    """Expected size and price of a comparison. `dollars` is None without a price."""
 
     requests: int
     images: int
@@ -88,10 +88,10 @@ class Estimate:
 
 
 def estimate(pairs: int, size: int, dollars_per_million: float | None = None) -> Estimate:
-    """Of `pairs` with pictures of `size` x `size` pixels, in both orders, each answered at once.
+    """Estimate the cost of judging `pairs` of images of `size` x `size` pixels in both orders, without repeated questions.
 
-    A picture counts 85 tokens and 170 for each tile of 512 pixels, after it is shrunk to 768, as many models count; others
-    differ by a factor of two or so.
+    An image counts 85 tokens plus 170 per tile of 512 pixels, after it is shrunk to 768, as for many models; others differ by a factor of
+    about two.
     """
     tiles = (-(-min(size, 768) // 512)) ** 2
     requests = 2 * pairs
@@ -100,20 +100,20 @@ def estimate(pairs: int, size: int, dollars_per_million: float | None = None) ->
 
 
 def key_from_environment() -> str:
-    """Empty if there is none, which is right for servers of one's own. Raises UserError for one that no header can carry."""
+    """Return the API key, or an empty string if none is set, as for local servers. Raises UserError if it cannot be sent in a header."""
     key = (os.environ.get("MICRODIT_JUDGE_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
     if not re.fullmatch(r"[!-~]*", key):
-        raise UserError("The key in MICRODIT_JUDGE_KEY or OPENAI_API_KEY has spaces or odd characters in it: copy it again.")
+        raise UserError("The key in MICRODIT_JUDGE_KEY or OPENAI_API_KEY contains spaces or odd characters: copy it again.")
     return key
 
 
 @dataclass(frozen=True)
 class VisionJudge:
-    """`judge(prompt, first, second, exchange)` says which PNG file is better, by `model` at `base_url` (the API's root, such as .../v1).
+    """Asks `model` at `base_url` (the API's root, such as .../v1) which of two PNG files is better.
 
-    `timeout` is the seconds that a server may be silent, `longest` those that it may take for one answer. A request is tried again
-    `retries` times: after `backoff` seconds, then twice as long each time, give or take a half; or after as long as the server asks.
-    Raises UserError for an address that is none.
+    A server may be silent for `timeout` seconds and take `longest` seconds for one answer. A request is retried `retries` times, with
+    exponential backoff from `backoff` seconds and 50% jitter, or after the time that the server asks for. Raises UserError if `base_url`
+    is not a valid address.
     """
 
     base_url: str
@@ -127,13 +127,14 @@ class VisionJudge:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?(/[!\"$->@-~]*)?", self.base_url, re.ASCII | re.IGNORECASE):
             raise UserError(
-                "The judge's address must look like https://api.openai.com/v1 or http://localhost:8000/v1, without password or query."
+                "The judge's address must look like https://api.openai.com/v1 or http://localhost:8000/v1, without a password or query."
             )
 
     def __call__(self, prompt: str, first: Path, second: Path, exchange: Exchange) -> Reply:
-        """An answer that is none is asked for again, twice; then the choice is "unclear". Answers of an earlier process count.
+        """Return the judge's reply. An unreadable answer is asked for again up to twice, then the choice is "unclear".
 
-        Raises UserError if the endpoint is down, the key is wrong, the model is unknown, or the request is refused.
+        Answers that an earlier process logged in `exchange` count. Raises UserError if the endpoint is down, the key is wrong, the model is
+        unknown, or the request is refused.
         """
         while (reply := reply_of(exchange.answers)) is None:
             text = INSTRUCTIONS.format(prompt=json.dumps(prompt, ensure_ascii=False)) + (REMINDER if exchange.answers else "")
@@ -141,7 +142,7 @@ class VisionJudge:
         return reply
 
     def _complete(self, text: str, first: bytes, second: bytes, exchange: Exchange) -> None:
-        """Get one more answer into the exchange."""
+        """Send one request, with retries, and add its answer to the exchange."""
         content = [_text(text), _text("Picture A:"), _image(first), _text("Picture B:"), _image(second)]
         body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": content}]}).encode()
         trouble, wait = "", 0.0
@@ -155,7 +156,7 @@ class VisionJudge:
             except _RefusedError as refused:
                 trouble, lasting = self._explain(refused), refused.status not in (408, 429) and refused.status < 500
                 wait = _retry_after(refused.retry_after, wait)
-            except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: an answer that is no completion
+            except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: not a completion
                 trouble = f"The judge at {self.base_url} cannot be reached or breaks off: {self._cut(_reason(error))}."
             else:
                 return exchange.answered(answer)
@@ -164,7 +165,7 @@ class VisionJudge:
                 raise UserError(trouble)
             if wait > LONGEST_WAIT:
                 raise UserError(f"{trouble} It asks to wait {wait:.0f} seconds: run the same command again after that.")
-        raise UserError(f"{trouble} Given up after {self.retries + 1} tries: run the same command again, it goes on where it was.")
+        raise UserError(f"{trouble} Given up after {self.retries + 1} tries: run the same command again to resume.")
 
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", "User-Agent": "microdit"}
@@ -182,7 +183,7 @@ class VisionJudge:
         return content
 
     def _read(self, content: bytes) -> Answer:
-        """Raises ValueError for what is no completion. The key, should a server repeat it, is blotted out."""
+        """Parse a completion. Raises ValueError if it is none. The key is redacted, should a server repeat it."""
         try:
             completion = parse_json(content)
             answer = completion["choices"][0]["message"]["content"] or ""
@@ -190,7 +191,7 @@ class VisionJudge:
             words = answer if isinstance(answer, str) else json.dumps(answer)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ValueError("its answer is no chat completion") from None
-        return Answer(self._blot(words), tokens if isinstance(tokens, int) else 0)
+        return Answer(self._redact(words), tokens if isinstance(tokens, int) else 0)
 
     def _explain(self, refused: "_RefusedError") -> str:
         if refused.status in (401, 403):
@@ -201,19 +202,19 @@ class VisionJudge:
         if refused.status == 404:
             return f"The judge at {self.base_url} has no model '{self.model}', or this is not its API's root (404): {words}"
         if 300 <= refused.status < 400:
-            return f"The judge at {self.base_url} has moved ({refused.status}): give its new address."
+            return f"The judge at {self.base_url} has moved ({refused.status}): use its new address."
         return f"The judge at {self.base_url} answers {refused.status}: {words}"
 
     def _cut(self, words: str) -> str:
-        words = one_line(self._blot(words)).rstrip(".")
+        words = one_line(self._redact(words)).rstrip(".")
         return words if len(words) <= 200 else words[:200] + "..."
 
-    def _blot(self, words: str) -> str:
+    def _redact(self, words: str) -> str:
         return words.replace(self._key, "***") if self._key else words
 
 
 def reply_of(answers: list[Answer]) -> Reply | None:
-    """What the answers to one question come to; None if it is to be asked again."""
+    """Return the reply that the answers to one question amount to, or None if the question must be asked again."""
     if not answers:
         return None
     choice = read_choice(answers[-1].answer)
@@ -223,7 +224,7 @@ def reply_of(answers: list[Answer]) -> Reply | None:
 
 
 def read_choice(answer: str) -> Choice | None:
-    """From a word, "Answer: A", JSON, or an answer with its reasons before or after it, on other lines. None for anything else."""
+    """Read a choice from a single word, "Answer: A", JSON, or an answer with its reasons on other lines; None for anything else."""
     answer = answer.rpartition("</think>")[2]
     for found in reversed(re.findall(r"\{[^{}]*\}", answer)):
         try:
@@ -250,7 +251,7 @@ def _choice_of_line(line: str) -> Choice | None:
 
 @dataclass
 class _RefusedError(Exception):
-    """An answer that is no completion, and why: a status other than 200, or too many bytes."""
+    """The server's answer is not a completion: its status is not 200, or it is too long."""
 
     status: int
     words: str
@@ -258,16 +259,16 @@ class _RefusedError(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The standard library would send the key along to wherever it is sent."""
+    """Refuses redirects: the standard library would forward the key to the new address."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:
-    """The result of `work`. After so many seconds TimeoutError is raised, and it is left to end by itself or with the process.
+    """Return the result of `work`, or raise TimeoutError after `seconds` and leave `work` running in a daemon thread.
 
-    A time-out of a socket alone begins anew with each byte, and a server may send one byte a minute.
+    A socket's timeout is not enough, since it restarts with each byte, and a server may send one byte a minute.
     """
     future: Future[T] = Future()
 
@@ -281,7 +282,7 @@ def _within(seconds: float, work: Callable[[], T]) -> T:
     try:
         return future.result(seconds)
     except TimeoutError:
-        if future.done():  # a time-out of its own
+        if future.done():  # `work` itself timed out
             raise
         raise TimeoutError(f"no whole answer within {seconds:g} seconds") from None
 
@@ -295,7 +296,7 @@ def _image(png: bytes) -> dict[str, Any]:
 
 
 def _retry_after(header: str | None, default: float) -> float:
-    """Seconds, from seconds or a date."""
+    """Return the seconds to wait from a Retry-After header, which holds seconds or a date."""
     if header is None:
         return default
     try:
@@ -314,12 +315,12 @@ def _reason(error: Exception) -> str:
 
 
 def _server_words(error: urllib.error.HTTPError) -> str:
-    """The message of OpenAI's error form, or the text as it is."""
+    """Return the message of an OpenAI-style error, or else the body's text."""
     try:
         body = error.read(LONGEST_WORDS).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):
-        return "no words"
+        return "no message"
     try:
         return str(parse_json(body)["error"]["message"])
     except (ValueError, LookupError, TypeError):
-        return body or "no words"
+        return body or "no message"

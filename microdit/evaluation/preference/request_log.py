@@ -1,7 +1,7 @@
-"""What a judge was asked and what it answered, request by request: requests.jsonl beside the verdicts.
+"""Log of a judge's requests and answers: requests.jsonl beside the verdicts.
 
-Each request is noted before it is sent, each answer as it comes. What was answered is never asked again. A request without a noted answer
-is sent again, and may have been paid for: those that were under way when the process was killed, and those that broke off.
+Each request is logged before it is sent, and each answer as it arrives. An answered request is never sent again. A request without a
+logged answer is sent again and may be paid twice: it was in flight when the process was killed, or its connection broke.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,12 +14,12 @@ from microdit.evaluation.preference.verdicts import LineFile, Order, Question
 from microdit.io.text import parse_json
 
 REQUESTS = "requests.jsonl"
-ENDED = "the process ended before an answer was noted"
+ENDED = "the process ended before an answer was logged"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A judge's words, and the tokens that they cost."""
+    """A judge's answer, and the tokens it cost."""
 
     answer: str
     tokens: int
@@ -30,41 +30,42 @@ class _Write(Protocol):
 
 
 class Exchange:
-    """The requests for one question: `answers` are those that came, in an earlier process too."""
+    """The requests for one question. `answers` includes those that an earlier process received."""
 
     def __init__(self, write: _Write):
         self._write = write
         self.answers: list[Answer] = []
-        self.under_way = 0
+        self.in_flight = 0
 
     def sending(self) -> None:
-        """To be called before a request is sent."""
+        """Log that a request is about to be sent."""
         self._write("sent")
-        self.under_way += 1
+        self.in_flight += 1
 
     def answered(self, answer: Answer) -> None:
+        """Log the answer to a request."""
         self._write("answered", **asdict(answer))
-        self.under_way -= 1
+        self.in_flight -= 1
         self.answers.append(answer)
 
     def failed(self, why: str) -> None:
-        """The request got no answer, or none that makes sense."""
+        """Log that a request got no answer, or an invalid one."""
         self._write("failed", why=why)
-        self.under_way -= 1
+        self.in_flight -= 1
 
     def recall(self, event: str, **more: Any) -> None:
-        """Take in what an earlier process wrote. Raises ValueError, TypeError if it makes no sense."""
+        """Replay an event that an earlier process logged. Raises ValueError or TypeError if it is invalid."""
         if event == "answered":
             self.answers.append(Answer(str(more["answer"]), int(more["tokens"])))
         elif event not in ("sent", "failed"):
             raise ValueError("there is no such event")
-        self.under_way += 1 if event == "sent" else -1
+        self.in_flight += 1 if event == "sent" else -1
 
 
 class RequestLog:
-    """The exchanges on all `questions`. `lost`: requests that were under way when an earlier process ended.
+    """The exchanges on all `questions`. `lost` counts requests that were in flight when an earlier process ended.
 
-    Raises UserError for a file of another comparison, and whatever `LineFile` raises.
+    Raises UserError if the file belongs to another comparison or cannot be opened by `LineFile`.
     """
 
     def __init__(self, path: Path, questions: list[Question], model: str):
@@ -74,9 +75,9 @@ class RequestLog:
             self._exchanges = {key: Exchange(partial(self._write, key)) for key in self._marks}
             for number, line in enumerate(self._file.lines, start=1):
                 self._recall(line, f"Line {number} of {path}")
-            self.lost = sum(max(0, exchange.under_way) for exchange in self._exchanges.values())
+            self.lost = sum(max(0, exchange.in_flight) for exchange in self._exchanges.values())
             for exchange in self._exchanges.values():
-                while exchange.under_way > 0:
+                while exchange.in_flight > 0:
                     exchange.failed(ENDED)
         except BaseException:
             self._file.close()
@@ -103,12 +104,12 @@ class RequestLog:
             if is_ours:
                 self._exchanges[key].recall(**fields)
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(f"{where} is no note of a request: remove the line.") from None
+            raise UserError(f"{where} is not a log entry of a request: remove the line.") from None
         if not is_ours:
-            raise UserError(f"{where} is of another comparison (other pictures, prompts, orders, or judge): choose another --out.")
+            raise UserError(f"{where} belongs to another comparison (other images, prompts, orders, or judge): choose another --out.")
 
 
 def _mark(question: Question, model: str) -> dict[str, Any]:
-    """What a line is about."""
+    """Return the fields that identify a question in the log."""
     pair = question.pair
     return {"pair": pair.index, "order": question.order, "prompt": pair.prompt, "model": model, "pictures": list(pair.fingerprints)}

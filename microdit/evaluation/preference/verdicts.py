@@ -1,10 +1,8 @@
-"""A file of JSON Lines that is the memory of something that costs money.
+"""Pairwise preference between two models: pairs of images of the same prompts, a judge's verdicts on them, and the win rate.
 
-Which of two models makes the better pictures? Verdicts on pairs of the same prompts, and what they come to.
-
-- Each pair is shown in both orders. A model wins a pair only if both orders say so, so that a judge who likes the
-  first place gains nothing by it: where the orders disagree, the pair is a tie.
-- Every verdict is on the disk before the next is counted: a run stopped anywhere goes on (what may be paid twice: `request_log.py`).
+- A vision model sees each pair in both orders, and a model wins a pair only if both verdicts agree; otherwise the pair is a tie. A judge
+  with a position bias therefore favours neither model.
+- Every verdict is on disk before the next one counts, so an interrupted comparison resumes (see request_log.py for what may be paid twice).
 """
 
 import errno
@@ -24,84 +22,15 @@ from microdit.errors import UserError
 from microdit.io.files import sha256_of
 from microdit.io.text import parse_json
 
-
-class LineFile:
-    """Appended to by one process at a time, from any of its threads; each line is on the disk before the next is begun.
-
-    `lines` are those that were found. A last line that was cut off is dropped. Raises UserError if another process is writing the
-    file, or if it cannot be written.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._lock = threading.Lock()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b", buffering=0)  # what could not be written is not tried again behind our back
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}.") from None
-        try:
-            self._take_hold()
-            self.lines = self._read()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def append(self, fields: dict[str, Any]) -> None:
-        """Raises UserError if the disk is full; the file is then as it was."""
-        line = json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        with self._lock:
-            size = self._file.seek(0, os.SEEK_END)
-            try:
-                if self._file.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(self._file.fileno())
-            except OSError as error:
-                self._file.truncate(size)
-                raise UserError(f"{self.path} cannot be written: {error.strerror}. Make room and run the same command again.") from None
-
-    def close(self) -> None:
-        """Let other processes have the file."""
-        self._file.close()
-
-    def _take_hold(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another process is writing to {self.path}: wait for it, or stop it.") from None
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be locked against other processes: {error.strerror}. Write it to another disk.") from None
-
-    def _read(self) -> list[bytes]:
-        self._file.seek(0)
-        content = self._file.readall()
-        whole, _, last = content.rpartition(b"\n")
-        lines = whole.splitlines()
-        if last and not _is_json(last):
-            self._file.truncate(len(content) - len(last))
-        elif last:  # all but its line's end was written
-            lines.append(last)
-            self._file.write(b"\n")
-        return lines
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        parse_json(line)
-    except ValueError:
-        return False
-    return True
-
-
-Order = Literal["AB", "BA"]  # whose picture is shown first
+Order = Literal["AB", "BA"]  # the model whose image is shown first comes first
 ORDERS: tuple[Order, Order] = ("AB", "BA")
-Choice = Literal["first", "second", "tie", "unclear"]  # what a judge says, who knows no names
+Choice = Literal["first", "second", "tie", "unclear"]  # a judge's answer, which does not know the models
 Winner = Literal["A", "B", "tie", "unclear"]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models' pictures of one prompt. `fingerprints` are those of the two files' content."""
+    """Two models' images of one prompt. `fingerprints` are the hashes of the two files."""
 
     index: int
     prompt: str
@@ -112,19 +41,19 @@ class Pair:
 
 @dataclass(frozen=True)
 class Question:
-    """A pair, in the order in which its pictures are shown."""
+    """A pair and the order in which its images are shown to the judge."""
 
     pair: Pair
     order: Order
 
     def pictures(self) -> tuple[Path, Path]:
-        """The one shown first, and the other."""
+        """Return the image shown first and the one shown second."""
         return (self.pair.a, self.pair.b) if self.order == "AB" else (self.pair.b, self.pair.a)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A judge's choice, the words it was read from, and the tokens that they cost."""
+    """A judge's choice, the text it was read from, and the tokens it cost."""
 
     choice: Choice
     answer: str
@@ -133,7 +62,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of verdicts.jsonl."""
+    """A judge's verdict on one question, as stored in a line of verdicts.jsonl."""
 
     pair: int
     prompt: str
@@ -147,10 +76,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Preference:
-    """How often A is preferred to B: (wins + ties / 2) / pairs, with the 95 % Wilson interval [low, high].
+    """Win rate of A over B, (wins + ties / 2) / pairs, with its 95% Wilson interval [low, high].
 
-    Pairs with an unclear verdict are left out of all counts but `unclear`. `disagreed` counts the pairs whose two orders got
-    different verdicts; `consistency` is the share of the others, and None if pairs were shown in one order only.
+    Pairs with an unclear verdict are counted in `unclear` only. `disagreed` counts the pairs whose two orders got different verdicts;
+    `consistency` is the share of the remaining pairs, or None if each pair was shown in one order only.
     """
 
     win_rate: float
@@ -167,18 +96,16 @@ class Preference:
 
 
 def read_pairs(a: Path, b: Path) -> list[Pair]:
-    """The pictures 0000.png, 0001.png ... of two folders, one for each line {"prompt": ...} of their prompts.jsonl.
+    """Read the images 0000.png, 0001.png ... of two folders, one for each line {"prompt": ...} of their prompts.jsonl.
 
-    Where both folders have a prompts.jsonl, it must name the same prompts. Raises UserError for folders that are no such
-    comparison: no prompts or other prompts, a picture too few or too many, a file that is no whole PNG.
+    If both folders have a prompts.jsonl, the prompts must agree. Raises UserError if prompts are missing or differ, an image is missing or
+    has no prompt, or a file is not a complete PNG.
     """
     found = [_read_prompts(path) for path in (a / "prompts.jsonl", b / "prompts.jsonl") if path.is_file()]
     if not found:
-        raise UserError(f'There is no prompts.jsonl in {a} or {b}: write one line {{"prompt": ...}} for each picture, in their order.')
+        raise UserError(f'There is no prompts.jsonl in {a} or {b}: write one line {{"prompt": ...}} per image, in order.')
     if found[0] != found[-1]:
-        raise UserError(
-            f"{a} and {b} are pictures of different prompts (see prompts.jsonl in each): only the same prompts can be compared."
-        )
+        raise UserError(f"{a} and {b} hold images of different prompts (see their prompts.jsonl), which cannot be compared.")
     prompts = found[0]
     for folder in (a, b):
         if (extra := folder / _picture_name(len(prompts))).exists():
@@ -187,12 +114,12 @@ def read_pairs(a: Path, b: Path) -> list[Pair]:
 
 
 def both_orders(pairs: list[Pair]) -> list[Question]:
-    """Each pair twice."""
+    """Return two questions per pair, one for each order."""
     return [Question(pair, order) for pair in pairs for order in ORDERS]
 
 
 def random_order(pairs: list[Pair], seed: int) -> list[Question]:
-    """Each pair once, in an order drawn from `seed`, all of them shuffled: for people, who are not asked twice."""
+    """Return one question per pair, in random order and shuffled by `seed`, for people, who should not see a pair twice."""
     generator = random.Random(seed)
     questions = [Question(pair, generator.choice(ORDERS)) for pair in pairs]
     generator.shuffle(questions)
@@ -200,9 +127,9 @@ def random_order(pairs: list[Pair], seed: int) -> list[Question]:
 
 
 class VerdictFile:
-    """The verdicts on `questions`, a `LineFile`; a question whose line was cut off is open again.
+    """The verdicts on `questions`, stored in a `LineFile`. A question whose line was truncated is open again.
 
-    Raises UserError if the file holds verdicts on other pictures, of another model or in another order, and whatever `LineFile` raises.
+    Raises UserError if the file holds verdicts on other images, of another judge or in another order, or cannot be opened by `LineFile`.
     """
 
     def __init__(self, path: Path, questions: list[Question], model: str):
@@ -217,12 +144,12 @@ class VerdictFile:
             raise
 
     def waiting(self) -> list[Question]:
-        """The questions without a verdict, in their order."""
+        """Return the questions without a verdict, in order."""
         with self._lock:
             return [question for question in self.questions if _key(question) not in self._verdicts]
 
     def add(self, question: Question, reply: Reply) -> Verdict | None:
-        """From any thread. None, and nothing written, if the question has its verdict already."""
+        """Store and return a verdict; return None and write nothing if the question already has one. Thread-safe."""
         pair = question.pair
         winner = _winner(question.order, reply.choice)
         verdict = Verdict(pair.index, pair.prompt, question.order, winner, reply.answer, self.model, reply.tokens, pair.fingerprints)
@@ -234,7 +161,7 @@ class VerdictFile:
         return verdict
 
     def preference(self) -> Preference:
-        """What the verdicts come to. Raises UserError as long as not one pair has all its verdicts, and clear ones."""
+        """Summarise the verdicts. Raises UserError until at least one pair has all its verdicts, all of them clear."""
         with self._lock:
             verdicts = dict(self._verdicts)
         asked: dict[int, list[tuple[int, Order]]] = {}
@@ -244,7 +171,7 @@ class VerdictFile:
         return _summarise(judged, sum(verdict.tokens for verdict in verdicts.values()))
 
     def close(self) -> None:
-        """Let other processes have the file."""
+        """Close the file and release its lock."""
         self._file.close()
 
     def _read(self) -> None:
@@ -253,19 +180,89 @@ class VerdictFile:
             verdict = _parse(line)
             if verdict is None:
                 raise UserError(
-                    f"Line {number} of {self.path} is no verdict: repair it, or remove the line to have its question answered anew."
+                    f"Line {number} of {self.path} is not a verdict: repair it, or remove the line to have its question asked again."
                 )
             pair = known.get((verdict.pair, verdict.order))
             if pair is None or (pair.prompt, pair.fingerprints) != (verdict.prompt, verdict.pictures) or verdict.model != self.model:
                 raise UserError(
-                    f"Line {number} of {self.path} is a verdict of another comparison (other pictures, prompts, orders, or judge than "
-                    f"'{self.model}'): write the verdicts of this one to another file."
+                    f"Line {number} of {self.path} belongs to another comparison (other images, prompts, orders, or judge than "
+                    f"'{self.model}'): write these verdicts to another file."
                 )
             self._verdicts.setdefault((verdict.pair, verdict.order), verdict)
 
 
+class LineFile:
+    """A JSON Lines file that one process appends to, from any thread. Each line is synced to disk before the next one.
+
+    `lines` holds the lines found when the file was opened, without a truncated last one. Raises UserError if another process has the file
+    open, or it cannot be written.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b", buffering=0)  # unbuffered: a failed write must not be retried later
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+        try:
+            self._take_hold()
+            self.lines = self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, fields: dict[str, Any]) -> None:
+        """Append one line. Raises UserError if the disk is full, and leaves the file unchanged then."""
+        line = json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        with self._lock:
+            size = self._file.seek(0, os.SEEK_END)
+            try:
+                if self._file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self._file.truncate(size)
+                raise UserError(
+                    f"{self.path} cannot be written: {error.strerror}. Free some space and run the same command again."
+                ) from None
+
+    def close(self) -> None:
+        """Close the file and release its lock."""
+        self._file.close()
+
+    def _take_hold(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another process is writing to {self.path}: wait for it, or stop it.") from None
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be locked: {error.strerror}. Write it to another file system.") from None
+
+    def _read(self) -> list[bytes]:
+        self._file.seek(0)
+        content = self._file.readall()
+        whole, _, last = content.rpartition(b"\n")
+        lines = whole.splitlines()
+        if last and not _is_json(last):
+            self._file.truncate(len(content) - len(last))
+        elif last:  # complete but for its newline
+            lines.append(last)
+            self._file.write(b"\n")
+        return lines
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        parse_json(line)
+    except ValueError:
+        return False
+    return True
+
+
 def wilson(successes: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The Wilson score interval of a share. Halves, from ties, are allowed; they vary less, so that it is rather too wide then."""
+    """Return the Wilson score interval of a share. Ties count as half a success; they vary less, which makes the interval conservative."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = successes / count
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
@@ -284,7 +281,7 @@ def _read_prompts(path: Path) -> list[str]:
             raise UserError(f'Line {number} of {path} must be {{"prompt": "..."}}.')
         prompts.append(prompt)
     if not prompts:
-        raise UserError(f"{path} is empty: there is nothing to compare.")
+        raise UserError(f"{path} is empty, so there is nothing to compare.")
     return prompts
 
 
@@ -295,12 +292,12 @@ def _picture_name(index: int) -> str:
 def _pair(index: int, prompt: str, a: Path, b: Path) -> Pair:
     for path in (a, b):
         if not path.is_file():
-            raise UserError(f"The picture {path} is missing: prompts.jsonl asks for it.")
+            raise UserError(f"The image {path} is missing, although prompts.jsonl has a line for it.")
         try:
             with Image.open(path, formats=["PNG"]) as image:
                 image.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            raise UserError(f"{path} is no whole PNG picture: make it again.") from None
+            raise UserError(f"{path} is not a complete PNG file: generate it again.") from None
     return Pair(index, prompt, a, b, (sha256_of(a), sha256_of(b)))
 
 
@@ -326,7 +323,7 @@ def _parse(line: bytes) -> Verdict | None:
 def _summarise(judged: list[list[Winner]], tokens: int) -> Preference:
     clear = [verdicts for verdicts in judged if "unclear" not in verdicts]
     if not clear:
-        raise UserError(f"No pair has clear verdicts yet ({len(judged) - len(clear)} unclear): there is nothing to say about A and B.")
+        raise UserError(f"No pair has clear verdicts yet ({len(judged) - len(clear)} unclear), so A and B cannot be compared.")
     outcomes = [verdicts[0] if len(set(verdicts)) == 1 else "tie" for verdicts in clear]
     a_wins, b_wins, ties = (outcomes.count(outcome) for outcome in ("A", "B", "tie"))
     disagreed = sum(len(set(verdicts)) > 1 for verdicts in clear)

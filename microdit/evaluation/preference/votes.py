@@ -1,7 +1,6 @@
-"""People as the judge of two pictures: a page on this machine that shows them without names and keeps the votes.
+"""People as judges of image pairs: a local web page that shows the images without the models' names and records votes.
 
-The page is one file with nothing from elsewhere. It keeps nothing itself: after a reload, or a restart of the server, it
-shows the next pair that has no vote.
+The page is self-contained and stateless: after a reload or a restart of the server it shows the next pair without a vote.
 """
 
 import json
@@ -25,9 +24,9 @@ MOST_CONNECTIONS = 32  # at the same time: a browser opens six
 def collect_votes(
     file: VerdictFile, port: int, on_ready: Callable[[str], None], on_vote: Callable[[Verdict], None] | None = None
 ) -> Preference:
-    """Serve the page until the last vote, or Ctrl-C, and say what the votes come to. `on_ready(url)` is called once it is served.
+    """Serve the page until the last vote or Ctrl-C, and return the summary. `on_ready(url)` is called once it is served.
 
-    Raises UserError if the port is taken, and if there is no vote.
+    Raises UserError if the port is taken, or if there are no votes.
     """
     if file.waiting():
         with vote_server(file, port, on_vote) as server, suppress(KeyboardInterrupt):
@@ -37,9 +36,9 @@ def collect_votes(
 
 
 def vote_server(file: VerdictFile, port: int = 0, on_vote: Callable[[Verdict], None] | None = None) -> ThreadingHTTPServer:
-    """A server on 127.0.0.1 for the questions of `file`; `serve_forever()` returns after the last vote.
+    """Create a server on 127.0.0.1 for the questions of `file`; its `serve_forever()` returns after the last vote.
 
-    Its address is `url_of(server)`; port 0 takes a free one. Raises UserError if the port is taken.
+    Its address is `url_of(server)`; port 0 selects a free port. Raises UserError if the port is taken.
     """
     questions, lock = file.questions, threading.Lock()
     numbers = {(question.pair.index, question.order): number for number, question in enumerate(questions)}
@@ -104,12 +103,12 @@ def vote_server(file: VerdictFile, port: int = 0, on_vote: Callable[[Verdict], N
 
 
 def url_of(server: ThreadingHTTPServer) -> str:
-    """To be opened in a browser."""
+    """Return the address to open in a browser."""
     return f"http://127.0.0.1:{server.server_address[1]}/"
 
 
 class _Server(ThreadingHTTPServer):
-    """With a bound on the connections, each of which is a thread: one more is closed at once."""
+    """A threading server with at most MOST_CONNECTIONS connections, each a thread; further ones are closed at once."""
 
     def __init__(self, *settings: Any):
         self._places = threading.BoundedSemaphore(MOST_CONNECTIONS)
@@ -128,13 +127,13 @@ class _Server(ThreadingHTTPServer):
             self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away in the middle is nothing to print."""
+        """Ignore connections that the browser closes early."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """HTTP with answers in sentences. Only pages of this server may call it: others could vote in the visitor's name."""
+    """An HTTP handler that answers errors in sentences and serves its own pages only, since others could vote in the visitor's name."""
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "microdit", ""
@@ -164,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.post(body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the standard library finds wrong: methods without a do_METHOD (501), and requests that are no HTTP."""
+        """Rephrase errors found by the standard library: methods without a do_METHOD (501) and malformed requests."""
         if code == 501:
             self.refuse(405, "Only GET and POST are answered here.")
         else:
@@ -191,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(status, sentence.encode("utf-8", "replace"), "text/plain; charset=utf-8")
 
     def log_message(self, *_: Any) -> None:
-        """The terminal is for the votes' progress."""
+        """Log nothing: the terminal shows the progress of the votes."""
 
     def _is_local(self) -> bool:
         if re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d+)?", self.headers.get("Host", ""), re.ASCII):

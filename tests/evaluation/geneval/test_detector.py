@@ -148,7 +148,7 @@ def test_real_models_judge_a_folder_end_to_end(
     assert (summary["pictures"], summary["prompts_without_pictures"], summary["overall"]) == (6, 1, None)
     assert json.loads((out / "summary.json").read_text()) == summary
     assert len(heard) == 1
-    assert "1 of 4 prompts have no picture" in heard[0]
+    assert "1 of 4 prompts have no image" in heard[0]
 
 
 def test_objects_are_those_of_the_models_own_rule(detector_folder: Path, picture: Image.Image):
@@ -252,7 +252,7 @@ def test_pictures_of_other_prompts_are_refused(tmp_path: Path, pictures: Path, p
     metadata.write_text(json.dumps(dict(reversed(json.loads(prompts[1].metadata).items()))))
     evaluate_geneval(pictures, prompts, known, Red(), out, quiet)  # in another order, but the same
     metadata.write_text(prompts[0].metadata)
-    with pytest.raises(UserError, match="drawn from other prompts"):
+    with pytest.raises(UserError, match="generated from other prompts"):
         evaluate_geneval(pictures, prompts, known, Red(), out, quiet)
     metadata.unlink()
     with pytest.raises(UserError, match="only 2, counted from 0"):
@@ -269,7 +269,7 @@ def test_empty_and_missing_folders_and_broken_pictures_are_refused(tmp_path: Pat
     with pytest.raises(UserError, match="no folder"):
         evaluate_geneval(pictures, prompts, known, Red(), out, quiet)
     pictures.mkdir()
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="There are no images"):
         evaluate_geneval(pictures, prompts, known, Red(), out, quiet)
 
 
@@ -281,7 +281,7 @@ def test_a_class_that_the_detector_does_not_know_is_refused(tmp_path: Path, pict
 
 
 def test_a_folder_with_another_model_or_half_of_one_is_refused(tmp_path: Path, detector_folder: Path, classifier_folder: Path):
-    with pytest.raises(UserError, match="model_type mask2former, where clip is needed"):
+    with pytest.raises(UserError, match="model_type mask2former, but clip is needed"):
         ClipColours(str(detector_folder))
     broken = tmp_path / "broken"
     shutil.copytree(classifier_folder, broken)
@@ -290,7 +290,7 @@ def test_a_folder_with_another_model_or_half_of_one_is_refused(tmp_path: Path, d
         ClipColours(str(broken))
     shutil.copytree(detector_folder, tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="There are no weights"):
+    with pytest.raises(UserError, match="has no weights"):
         Mask2Former(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="There is no folder"):
         Mask2Former("/nowhere/at/all")

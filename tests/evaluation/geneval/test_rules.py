@@ -214,7 +214,7 @@ def test_the_authors_format_is_read(tmp_path: Path):
     [
         ({"tag": "colour"}, "tag is 'colour'"),
         ({"prompt": ""}, "there is no prompt"),
-        ({"include": []}, "include names nothing"),
+        ({"include": []}, "include names no object"),
         ({"include": "cup"}, "include must be a list"),
         ({"include": [{"count": 1}]}, r"include\[0\] names no class"),
         ({"include": [{"class": "cup", "count": 0}]}, "count is 0"),

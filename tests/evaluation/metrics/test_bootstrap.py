@@ -49,7 +49,7 @@ def test_an_interval_of_nothing_is_refused():
         with pytest.raises(UserError, match="A bootstrap interval needs at least 2 samples and resamples"):
             bootstrap_interval(lambda s: float(s.mean()), samples, **settings)
     for samples, resamples in ((torch.ones(3), 9), (torch.ones(9), 1)):
-        with pytest.raises(UserError, match="An interval by halves needs at least 4 samples and 2 resamples"):
+        with pytest.raises(UserError, match="A half-sample interval needs at least 4 samples and 2 resamples"):
             half_sample_interval(lambda s: float(s.mean()), samples, resamples)
 
 

@@ -10,7 +10,7 @@ from microdit.errors import UserError
 from microdit.evaluation.features import ClipFeatures, resize_cleanly
 from microdit.evaluation.metrics.clip_score import ClipCaptions, clip_score, clip_scores
 from tests.encoders.tiny_models import save_clip_tokenizer
-from tests.evaluation.test_features_image_features import CLIP_DEVIATION, CLIP_MEAN, VISION
+from tests.evaluation.test_features import CLIP_DEVIATION, CLIP_MEAN, VISION
 
 
 def save_clip(folder):
@@ -58,11 +58,11 @@ def test_the_interval_of_the_mean_is_the_textbooks():
 
 
 def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(UserError, match="Each picture needs one caption"):
+    with pytest.raises(UserError, match="Each image needs one caption"):
         clip_scores(torch.ones(3, 4), torch.ones(2, 4))
-    with pytest.raises(UserError, match="Each picture needs one caption"):
+    with pytest.raises(UserError, match="Each image needs one caption"):
         clip_scores(torch.ones(3, 4), torch.ones(3, 5))
-    with pytest.raises(UserError, match="embeddings of 2 captions are 0"):
+    with pytest.raises(UserError, match="embeddings of 2 captions are zero"):
         clip_scores(torch.ones(3, 4), torch.tensor([[0.0], [1.0], [0.0]]).expand(3, 4))
     with pytest.raises(UserError, match="not finite"):
         clip_scores(torch.full((3, 4), torch.nan), torch.ones(3, 4))

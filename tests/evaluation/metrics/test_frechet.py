@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from microdit.errors import UserError
 from microdit.evaluation.metrics.bootstrap import half_sample_interval
-from microdit.evaluation.metrics.feature_matrix import few_samples_warning
 from microdit.evaluation.metrics.frechet import (
     Gaussian,
+    few_samples_warning,
     fit_gaussian,
     frechet_distance,
     frechet_infinity,
@@ -207,24 +207,24 @@ def test_infinity_finds_a_true_distance():
 def test_infinity_refuses_subsets_that_cannot_be():
     reference = fit_gaussian(normal(10, 2))
     for settings in ({"points": 1}, {"smallest": 1}, {"smallest": 10}):
-        with pytest.raises(UserError, match="FID-infinity needs at least 2 subsets, of 2 to 9 of the 10 samples"):
+        with pytest.raises(UserError, match="FID-infinity needs at least 2 subsets of 2 to 9 of the 10 samples"):
             frechet_infinity(normal(10, 2), reference, **settings)
 
 
 def test_features_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="at least 2 pictures, and there are 1"):
+    with pytest.raises(UserError, match="at least 2 images, and there are 1"):
         fit_gaussian(normal(1, 3))
-    with pytest.raises(UserError, match="Features of 3 and of 4 dimensions"):
+    with pytest.raises(UserError, match="Features of 3 and 4 dimensions"):
         frechet_distance(fit_gaussian(normal(9, 3)), fit_gaussian(normal(9, 4)))
     for metric in (frechet_infinity, frechet_interval):
-        with pytest.raises(UserError, match="Features of 3 and of 4 dimensions"):
+        with pytest.raises(UserError, match="Features of 3 and 4 dimensions"):
             metric(normal(99, 3), fit_gaussian(normal(9, 4)))
     broken = normal(5, 3)
     broken[1, 0], broken[3] = torch.nan, torch.inf
-    with pytest.raises(UserError, match="features of 2 of 5 pictures are not finite"):
+    with pytest.raises(UserError, match="features of 2 of 5 images are not finite"):
         fit_gaussian(broken)
     for shape in ((0, 3), (3,), (3, 0)):
-        with pytest.raises(UserError, match="table of pictures by dimensions"):
+        with pytest.raises(UserError, match="table of images by dimensions"):
             fit_gaussian(torch.zeros(shape))
 
 

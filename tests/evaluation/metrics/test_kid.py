@@ -70,7 +70,7 @@ def test_pairs_that_are_alike_do_not_lower_it():
     for values, expected in ((np.array(paired), True), (np.array(independent), False)):
         assert bool(abs(values.mean()) < 3 * values.std() / math.sqrt(len(values))) is expected
     assert paired_kid(x, x) == pytest.approx(0, abs=1e-12)
-    with pytest.raises(UserError, match="at least 2 of them, and not 20 pictures on one side and 19"):
+    with pytest.raises(UserError, match="sets of equal size, not 20 images in one set and 19"):
         paired_kid(x, x[1:])
 
 
@@ -180,13 +180,13 @@ def test_cmmd_of_a_set_and_itself_is_0_and_of_two_points_the_closed_form():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(UserError, match="KID needs at least 2 subsets of 4 to 500 samples, for there are 500 and 2000 of them"):
+    with pytest.raises(UserError, match="KID of sets of 500 and 2000 samples needs at least 2 subsets of 4 to 500 samples"):
         kid(normal(500, 2), normal(2000, 2))
     for settings in ({"subset_size": 3}, {"subsets": 1}):
-        with pytest.raises(UserError, match="KID needs"):
+        with pytest.raises(UserError, match="KID of sets of"):
             kid(normal(1000, 2), normal(1000, 2), **settings)
     for metric in (kid, cmmd):
-        with pytest.raises(UserError, match="Features of 2 and of 3 dimensions"):
+        with pytest.raises(UserError, match="Features of 2 and 3 dimensions"):
             metric(normal(9, 2), normal(9, 3))
     with pytest.raises(UserError, match="not finite"):
         cmmd(torch.full((2, 2), torch.nan), normal(2, 2))

@@ -23,5 +23,5 @@ def test_it_is_the_naive_search(generated, real, seed, offset):
 
 
 def test_other_encoders_are_refused():
-    with pytest.raises(UserError, match="Features of 2 and of 3 dimensions"):
+    with pytest.raises(UserError, match="Features of 2 and 3 dimensions"):
         nearest(torch.zeros(4, 2), torch.zeros(4, 3))

@@ -7,8 +7,8 @@ from microdit.errors import UserError
 from microdit.evaluation.metrics.clip_score import clip_scores
 from microdit.evaluation.metrics.frechet import fit_gaussian, frechet_distance
 from microdit.evaluation.metrics.kid import cmmd, kid
-from microdit.evaluation.metrics.prdc import compare_manifolds
-from microdit.evaluation.metrics.registry import MANIFOLD_METRICS, METRICS, Sets, choose_metrics, label, measure, steps_to_measure
+from microdit.evaluation.metrics.prdc import compute_prdc
+from microdit.evaluation.metrics.registry import METRICS, PRDC_METRICS, Sets, choose_metrics, label, measure, steps_to_measure
 
 
 def normal(count: int, dimensions: int, seed: int = 0) -> torch.Tensor:
@@ -43,9 +43,9 @@ def test_each_metric_has_its_value_and_an_interval_around_it(sets, name):
 
 
 def test_neighbours_that_were_found_are_not_searched_again(sets):
-    found = compare_manifolds(sets.real_ND, sets.generated_MD)
-    shared = replace(sets, manifolds=found)
-    for name in MANIFOLD_METRICS:
+    found = compute_prdc(sets.real_ND, sets.generated_MD)
+    shared = replace(sets, prdc=found)
+    for name in PRDC_METRICS:
         counted: list[int] = []
         assert measure(name, shared, 20, counted.append) == measure(name, sets, 20)
         assert sum(counted) == steps_to_measure(name, shared, 20) == 0

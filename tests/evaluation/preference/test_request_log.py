@@ -44,7 +44,7 @@ def test_a_line_that_makes_no_sense_is_named(questions, tmp_path, line):
     known = lines_of(path)[0]
     strange = {"an answer without its tokens": {**known, "event": "answered"}, "an event that is none": {**known, "event": "lost"}}
     path.write_text(path.read_text() + (json.dumps(strange[line]) if line in strange else line) + "\n")
-    with pytest.raises(UserError, match=r"Line 2 of .*requests\.jsonl is no note of a request: remove the line"):
+    with pytest.raises(UserError, match=r"Line 2 of .*requests\.jsonl is not a log entry of a request: remove the line"):
         RequestLog(path, questions, "eyes")
     path.write_text("")
     RequestLog(path, questions, "eyes").__exit__()  # the file was let go

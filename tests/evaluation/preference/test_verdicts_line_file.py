@@ -35,7 +35,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[0][1]))
     try:
-        with pytest.raises(UserError, match=r"lines\.jsonl cannot be written: .* Make room and run the same command again"):
+        with pytest.raises(UserError, match=r"lines\.jsonl cannot be written: .* Free some space and run the same command again"):
             file.append({"text": "x" * 1000})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before[0])

@@ -136,7 +136,7 @@ def test_a_last_line_that_lacks_only_its_end_is_not_paid_again(questions, tmp_pa
 def test_a_broken_line_in_the_middle_is_named(questions, tmp_path):
     path = tmp_path / "verdicts.jsonl"
     path.write_text("nonsense\n")
-    with pytest.raises(UserError, match=r"Line 1 of .*verdicts.jsonl is no verdict"):
+    with pytest.raises(UserError, match=r"Line 1 of .*verdicts.jsonl is not a verdict"):
         VerdictFile(path, questions, "eyes")
 
 
@@ -191,7 +191,7 @@ def test_folders_that_are_no_comparison_are_refused_in_a_sentence(tmp_path):
         read_pairs(a, b)
     (b / "0003.png").unlink()
     (b / "0001.png").write_bytes((a / "0001.png").read_bytes()[:50])
-    with pytest.raises(UserError, match=r"0001.png is no whole PNG"):
+    with pytest.raises(UserError, match=r"0001.png is not a complete PNG"):
         read_pairs(a, b)
     (b / "0001.png").unlink()
     with pytest.raises(UserError, match=r"0001.png is missing"):

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microdit.errors import UserError
-from microdit.evaluation.metrics import prdc as manifold
-from microdit.evaluation.metrics.prdc import compare_manifolds, rows_to_compare
+from microdit.evaluation.metrics import prdc as module
+from microdit.evaluation.metrics.prdc import compute_prdc, prdc_rows
 
 
 def normal(count: int, dimensions: int, seed: int = 0) -> torch.Tensor:
@@ -42,27 +42,27 @@ def naive(real: torch.Tensor, generated: torch.Tensor, k: int, density_k: int) -
 def test_all_four_are_the_naive_loops_in_blocks_of_any_size(reals, generateds, k, density_k, shift, seed, entries):
     real, generated = normal(reals, 3, seed) + 100, normal(generateds, 3, seed + 1) + 100 + shift
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifold, "BLOCK_ENTRIES", entries)
+        patch.setattr(module, "BLOCK_ENTRIES", entries)
         counted: list[int] = []
-        found = compare_manifolds(real, generated, k, density_k, counted.append)
+        found = compute_prdc(real, generated, k, density_k, counted.append)
     rows = found.precise_M, found.recalled_N, found.density_M, found.covered_N
     expected = naive(real, generated, k, density_k)
     assert tuple(row.tolist() for row in rows) == expected
     shares = found.precision, found.recall, found.density, found.coverage
     assert shares == pytest.approx(tuple(sum(row) / len(row) for row in expected))
-    assert sum(counted) == rows_to_compare(real, generated)
+    assert sum(counted) == prdc_rows(real, generated)
 
 
 def test_equal_sets_have_everything():
     """Also where features lie far from the origin, and where pictures occur twice, so that balls are points."""
     for features in (normal(60, 4), normal(60, 4) * 1e-3 + 1e4, normal(20, 4).repeat(3, 1) + 50):
         for k in (1, 2):
-            found = compare_manifolds(features, features.clone(), k, k)
+            found = compute_prdc(features, features.clone(), k, k)
             assert (found.precision, found.recall, found.coverage) == (1.0, 1.0, 1.0)
 
 
 def test_disjoint_sets_have_nothing():
-    found = compare_manifolds(normal(50, 4), normal(50, 4, 1) + 100)
+    found = compute_prdc(normal(50, 4), normal(50, 4, 1) + 100)
     assert (found.precision, found.recall, found.density, found.coverage) == (0.0, 0.0, 0.0, 0.0)
 
 
@@ -70,19 +70,19 @@ def test_a_dropped_mode_costs_recall_and_coverage_and_an_invented_one_precision_
     """Two clusters far from each other, of 300 and 100; the other set knows the large one only."""
     large, small, again = normal(300, 3), normal(100, 3, 1) + 100, normal(300, 3, 2)
     both = torch.cat([large, small])
-    dropped, invented = compare_manifolds(both, again), compare_manifolds(again, both)
+    dropped, invented = compute_prdc(both, again), compute_prdc(again, both)
     assert dropped.precision > 0.85
     assert 0.85 * 0.75 < dropped.recall <= 0.75
     assert (invented.precision, invented.recall) == (dropped.recall, dropped.precision)
     assert 0.85 * 0.75 < dropped.coverage <= 0.75
-    assert invented.density == pytest.approx(0.75 * compare_manifolds(again, large).density)
+    assert invented.density == pytest.approx(0.75 * compute_prdc(again, large).density)
 
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_of_equal_distributions_density_and_coverage_are_what_the_paper_derives(k):
     """Expectations: density 1, coverage 1 - (N - 1)...(N - k) / ((2N - 1)...(2N - k)), whatever the distribution."""
     size, runs = 100, 60
-    found = [compare_manifolds(normal(size, 4, 2 * s), normal(size, 4, 2 * s + 1), density_k=k) for s in range(runs)]
+    found = [compute_prdc(normal(size, 4, 2 * s), normal(size, 4, 2 * s + 1), density_k=k) for s in range(runs)]
     missed = 1.0
     for i in range(1, k + 1):
         missed *= (size - i) / (2 * size - i)
@@ -94,19 +94,19 @@ def test_one_outlier_spoils_precision_but_not_density():
     """A real picture far off has a ball that holds everything: noise beside the real ones counts as real, but not k times."""
     real, noise = normal(200, 4), normal(200, 4, 1) + 12
     spoilt = torch.cat([real, torch.full((1, 4), 40.0, dtype=torch.float64)])
-    assert compare_manifolds(real, noise).precision == 0
-    found = compare_manifolds(spoilt, noise)
+    assert compute_prdc(real, noise).precision == 0
+    found = compute_prdc(spoilt, noise)
     assert found.precision == 1
     assert found.density == pytest.approx(1 / 5)
 
 
 def test_what_does_not_fit_is_refused():
     for ks in ((3, 1), (1, 3)):
-        with pytest.raises(UserError, match="There is no neighbour number 3 among 3 pictures"):
-            compare_manifolds(normal(9, 2), normal(3, 2), *ks)
+        with pytest.raises(UserError, match="There is no neighbour number 3 among 3 images"):
+            compute_prdc(normal(9, 2), normal(3, 2), *ks)
         with pytest.raises(UserError, match="There is no neighbour number 0"):
-            compare_manifolds(normal(9, 2), normal(9, 2), *(k % 3 for k in ks))
-    with pytest.raises(UserError, match="Features of 2 and of 3 dimensions"):
-        compare_manifolds(normal(9, 2), normal(9, 3))
+            compute_prdc(normal(9, 2), normal(9, 2), *(k % 3 for k in ks))
+    with pytest.raises(UserError, match="Features of 2 and 3 dimensions"):
+        compute_prdc(normal(9, 2), normal(9, 3))
     with pytest.raises(UserError, match="not finite"):
-        compare_manifolds(torch.full((9, 2), torch.inf), normal(9, 2))
+        compute_prdc(torch.full((9, 2), torch.inf), normal(9, 2))

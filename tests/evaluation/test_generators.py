@@ -8,7 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from microdit.distributed import start_world, stop_world
 from microdit.errors import UserError
-from microdit.evaluation.generators import Compute, DiffusersPainter, DrawSettings, RunPainter, draw_pictures, open_painter
+from microdit.evaluation.generators import Compute, DiffusersGenerator, DrawSettings, RunGenerator, draw_pictures, open_generator
 from tests.encoders.tiny_models import save_clip_tokenizer
 
 SETTINGS = DrawSettings(num_inference_steps=2, guidance_scale=3.0)
@@ -42,40 +42,40 @@ def stable_diffusion(tmp_path_factory):
 
 
 def test_any_pipeline_of_diffusers_draws_a_picture_from_its_own_seed_whatever_its_neighbours(stable_diffusion):
-    painter = open_painter(str(stable_diffusion), SETTINGS, pytest.fail)
-    assert isinstance(painter, DiffusersPainter)
-    assert painter.about["class"] == "StableDiffusionPipeline"
+    generator = open_generator(str(stable_diffusion), SETTINGS, pytest.fail)
+    assert isinstance(generator, DiffusersGenerator)
+    assert generator.about["class"] == "StableDiffusionPipeline"
     counted: list[int] = []
     prompts = ["red", "a", "b", "red", "c", "d", "e", "f", "red", "g"]
-    images = painter(prompts, seed=5, on_step=counted.append)
+    images = generator(prompts, seed=5, on_step=counted.append)
     assert sum(counted) == 2 * len(prompts)
-    alone = painter(prompts[8:9], seed=13)[0]
+    alone = generator(prompts[8:9], seed=13)[0]
     assert images[8].mode == "RGB"
     assert np.abs(np.asarray(images[8], dtype=int) - np.asarray(alone, dtype=int)).max() <= 1
     assert np.asarray(images[0]).tolist() != np.asarray(images[3]).tolist()  # the same prompt, another seed
 
 
 def test_a_run_is_opened_with_what_it_has_cost(workplace):
-    painter = open_painter(str(workplace / "runs" / "tiny"), SETTINGS, pytest.fail)
-    assert isinstance(painter, RunPainter)
-    assert painter.about["step"] == 6
-    assert painter.about["images_seen"] == 4 * 8 + 2 * 6
-    assert painter.about["gpu_hours"] > 0
-    assert [image.size for image in painter(["red heart", "owl"], seed=0)] == [(64, 64)] * 2
+    generator = open_generator(str(workplace / "runs" / "tiny"), SETTINGS, pytest.fail)
+    assert isinstance(generator, RunGenerator)
+    assert generator.about["step"] == 6
+    assert generator.about["images_seen"] == 4 * 8 + 2 * 6
+    assert generator.about["gpu_hours"] > 0
+    assert [image.size for image in generator(["red heart", "owl"], seed=0)] == [(64, 64)] * 2
 
 
 def test_numbers_and_batches_are_the_callers_choice_and_the_numbers_are_kept(workplace, stable_diffusion, tmp_path):
     compute = Compute("cpu", torch.bfloat16, batch_size=1)
     for place in (str(workplace / "runs" / "tiny"), str(stable_diffusion)):
-        exact, rounded = open_painter(place, SETTINGS, pytest.fail), open_painter(place, SETTINGS, pytest.fail, compute)
+        exact, rounded = open_generator(place, SETTINGS, pytest.fail), open_generator(place, SETTINGS, pytest.fail, compute)
         assert (exact.about["dtype"], rounded.about["dtype"], rounded.batch) == ("float32", "bfloat16", 1)
-        pictures = [np.asarray(painter(["red heart", "owl"], seed=0), dtype=int) for painter in (exact, rounded)]
+        pictures = [np.asarray(generator(["red heart", "owl"], seed=0), dtype=int) for generator in (exact, rounded)]
         apart = np.abs(pictures[0] - pictures[1]).mean()
         assert apart > 0
         assert apart < 10 or place == str(stable_diffusion)  # whose noise in bfloat16 is another with some versions of torch
     world = start_world("cpu")
     draw_pictures(rounded, ["owl"], tmp_path, SETTINGS, world)
-    with pytest.raises(UserError, match="made with another dtype"):
+    with pytest.raises(UserError, match="generated with another dtype"):
         draw_pictures(exact, ["owl"], tmp_path, SETTINGS, world)
     stop_world()
 
@@ -83,9 +83,9 @@ def test_numbers_and_batches_are_the_callers_choice_and_the_numbers_are_kept(wor
 def test_what_is_neither_is_refused(tmp_path, stable_diffusion):
     for place in (str(tmp_path), str(tmp_path / "nowhere" / "at all"), "no such thing"):
         with pytest.raises(UserError, match=r"neither a run folder .* nor a diffusers pipeline|There is no folder"):
-            open_painter(place, SETTINGS, pytest.fail)
-    with pytest.raises(UserError, match="is a pipeline: leave it out"):
-        open_painter(str(stable_diffusion), DrawSettings(weights="ema"), pytest.fail)
+            open_generator(place, SETTINGS, pytest.fail)
+    with pytest.raises(UserError, match="is a diffusers pipeline: omit the option"):
+        open_generator(str(stable_diffusion), DrawSettings(weights="ema"), pytest.fail)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["os", "system"]}))
     with pytest.raises(UserError, match="cannot be loaded"):
-        open_painter(str(tmp_path), SETTINGS, pytest.fail)
+        open_generator(str(tmp_path), SETTINGS, pytest.fail)
