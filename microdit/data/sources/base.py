@@ -96,6 +96,10 @@ def open_source(
 
     `fraction` keeps the records whose key's SHA-256 falls into that share: the same ones in any order, and those of a smaller fraction
     are among those of a larger. `list_once` may give the listing of a folder that another process has made. Raises UserError.
+
+    >>> source = open_source("my-pictures")
+    >>> sorted(record.captions["caption"] for record in source.parts[0].records())[:2]
+    ['picture 0', 'picture 1']
     """
     if not 0 < fraction <= 1:
         raise UserError(f"The fraction of {name} is {fraction}, and must lie in (0, 1]: 0.1 keeps a tenth.")
