@@ -26,7 +26,6 @@ COPY microdit microdit
 RUN pip install -c constraints.txt --index-url "${TORCH_INDEX}" torch \
     && pip install -c constraints.txt '.[demo]'
 
-COPY recipes /work/recipes
 # Base images of Ubuntu 24.04 have a user with id 1000 already.
 RUN (id -u 1000 >/dev/null 2>&1 || useradd --create-home --uid 1000 microdit) \
     && mkdir -p /work \

@@ -69,7 +69,7 @@ def overhead(demo: list[str], place: Path, world: World, turns: int) -> tuple[st
     for turn in range(turns):
         spent = {}
         for steps in (FEW, MANY):
-            recipe = load_recipe(Path("recipes/emoji.yaml"), [*demo, ONE_PHASE.format(steps=steps, batch=64), "record.metrics_every=20"])
+            recipe = load_recipe("emoji", [*demo, ONE_PHASE.format(steps=steps, batch=64), "record.metrics_every=20"])
             trainer = Trainer(recipe, place / f"{turn}-{steps}", PlainConsole(quiet=True), world)
             spent[steps] = spent_on(trainer.train)
         step = bare_step(recipe, place / f"{turn}-bare", world)
@@ -110,7 +110,7 @@ def bare_step(recipe: Recipe, run: Path, world: World) -> Callable[[int], None]:
 
 def checkpoint(name: str, overrides: list[str], batch: int, place: Path, world: World) -> tuple[float, float, float]:
     """The wait of the loop, in steps; how much longer a step takes while the writing goes on; megabytes."""
-    recipe = load_recipe(Path("recipes/emoji.yaml"), [*overrides, ONE_PHASE.format(steps=1000, batch=batch)])
+    recipe = load_recipe("emoji", [*overrides, ONE_PHASE.format(steps=1000, batch=batch)])
     trainer = Trainer(recipe, place / name, PlainConsole(quiet=True), world)
     share, phase, state = trainer.share(0), recipe.phases[0], trainer.state
     state.optimizers.set_rate(1e-5)
@@ -136,7 +136,7 @@ def checkpoint(name: str, overrides: list[str], batch: int, place: Path, world: 
 def time_to_first_step(demo: list[str], place: Path) -> tuple[float, float]:
     """Seconds of the whole command until its first metrics, and of the imports alone."""
     run = place / "first"
-    recipe = ["recipes/emoji.yaml", *demo, ONE_PHASE.format(steps=5000, batch=64), "record.metrics_every=1", "--out", str(run)]
+    recipe = ["emoji", *demo, ONE_PHASE.format(steps=5000, batch=64), "record.metrics_every=1", "--out", str(run)]
     imports = seconds_of(lambda: subprocess.run([sys.executable, "-c", "import microdit.training.trainer"], check=True))
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "microdit", "train", *recipe], stdout=subprocess.DEVNULL)

@@ -329,7 +329,7 @@ def short_emoji_recipe(place: Place, name: str, steps: int, engine: EngineRecipe
     """The first `steps` steps of the recipe, every one recorded, without prompts."""
     from microdit.config.load import load_recipe
 
-    recipe = load_recipe(ROOT / "recipes" / name, [*overrides_for(place), "record.metrics_every=1"])
+    recipe = load_recipe(name, [*overrides_for(place), "record.metrics_every=1"])
     first = recipe.phases[0]
     phase = replace(first, steps=steps, batch_size=8 if place.smoke else first.batch_size)
     return replace(recipe, phases=[phase], engine=engine)
@@ -376,7 +376,7 @@ def demo(place: Place, results: Results) -> None:
     overrides = [*overrides_for(place), f"phases.0.steps={steps}"]
     overrides += ["phases.0.batch_size=8", "record.metrics_every=1", "record.held_out_samples=16"] if place.smoke else []
     overrides += [f"data.held_out={held_out}"] if (held_out / "card.json").is_file() else []
-    command = [sys.executable, "-m", "microdit", "train", str(ROOT / "recipes" / "emoji-fast.yaml"), *overrides, "--out", str(run)]
+    command = [sys.executable, "-m", "microdit", "train", "emoji-fast", *overrides, "--out", str(run)]
     with results.attempt("stopped"):
         started = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT)

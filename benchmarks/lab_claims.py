@@ -7,6 +7,7 @@ python benchmarks/lab_claims.py --write   # put it into docs/lab/README.md, betw
 import argparse
 from pathlib import Path
 
+from microdit.config.recipes import RECIPES
 from microdit.io.files import write_aside
 from microdit.lab.equal_cost import read_plan
 from microdit.lab.run_study import read_results
@@ -32,7 +33,7 @@ def main() -> None:
 def studies() -> list[Study]:
     """Those that were run: the one of the headline first, the others by name."""
     names = sorted((folder.parent.name for folder in LAB.glob("*/results.jsonl")), key=lambda name: (name != "masking", name))
-    recipes = [PROJECT / "recipes" / "lab" / f"{name}.yaml" for name in names]
+    recipes = [RECIPES / "lab" / f"{name}.yaml" for name in names]
     return [load_study(path)[0] for path in recipes if path.is_file()]
 
 

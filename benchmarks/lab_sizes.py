@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=PROJECT / "docs" / "lab" / "size")
     out = parser.parse_args().results
-    study, recipes = load_study(PROJECT / "recipes" / "lab" / "size.yaml")
+    study, recipes = load_study("size")
     plans, results = read_plan(out), read_results(out)
     sizes = {arm: plans[arm].flops_per_step / (recipes[arm].phases[0].batch_size * 6 * PATCHES) for arm in study.arms}
     print("| FLOPs | " + " | ".join(f"{arm}, {size / 1e6:.2f} M" for arm, size in sizes.items()) + " | best size |")

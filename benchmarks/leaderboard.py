@@ -105,7 +105,7 @@ def leaderboard(folder: Path) -> str:
         result, distances = runs[0], [run["frechet_distance"] for run in runs if run["frechet_distance"]]
         shares = {rank: [run["retrieval"][rank] for run in runs] for rank in ("top_10", "top_1")}
         cells = [
-            f"[{result['name']}](recipes/{result['name']}.yaml)",
+            f"[{result['name']}](microdit/recipes/{result['name']}.yaml)",
             f"{result['parameters'] / 1e6:.1f} M",
             count(result["images_seen"]),
             figure(result["flops"] / 1e15, 3),

@@ -1,6 +1,6 @@
 """What Muon costs on this machine: a step of ours beside PyTorch's and beside a whole training step of a recipe with AdamW, in one run.
 
-python benchmarks/muon.py recipes/emoji.yaml      # where its encoded data lies
+python benchmarks/muon.py emoji      # where its encoded data lies
 """
 
 import argparse

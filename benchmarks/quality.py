@@ -1,7 +1,7 @@
 """What measuring quality costs beside a recipe's training.
 
-    python benchmarks/quality.py recipes/emoji.yaml
-    python benchmarks/quality.py recipes/emoji.yaml record.quality_samples=256 engine.device=cpu
+    python benchmarks/quality.py emoji
+    python benchmarks/quality.py emoji record.quality_samples=256 engine.device=cpu
 
 Some steps of each phase are trained, and quality is measured three times, in one process. Times are those of the clock; of the three the
 median. Shares are of the time that all steps of the recipe would take at that speed, without checkpoints and grids.

@@ -1,6 +1,6 @@
 """What whole trainings cost beside each other: FLOPs by formula, seconds by steps timed in turns, in one run.
 
-    python benchmarks/recipes.py recipes/emoji.yaml recipes/emoji-fast.yaml      # where their encoded data lies
+    python benchmarks/recipes.py emoji emoji-fast      # where their encoded data lies
 
 Steps of each phase are timed; of twelve rounds the fastest counts: what others take from the machine only ever slows it.
 Reading, recording and checkpoints are left out.

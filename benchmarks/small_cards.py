@@ -1,4 +1,4 @@
-"""What settings that save memory do to the losses of 500 steps of `recipes/emoji.yaml`, in batches of 8, beside a plain run: one seed.
+"""What settings that save memory do to the losses of 500 steps of the recipe emoji, in batches of 8, beside a plain run: one seed.
 
     OMP_NUM_THREADS=2 python benchmarks/small_cards.py
     OMP_NUM_THREADS=2 python benchmarks/small_cards.py data.sets.emoji.path=elsewhere/emoji --ways int8
@@ -23,7 +23,7 @@ from microdit.distributed import start_world, stop_world
 from microdit.io.console import PlainConsole
 from microdit.training.trainer import Trainer
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "emoji.yaml"
+RECIPE = "emoji"
 SHORT = [
     *(f"phases.{number}.{setting}" for number in (0, 1) for setting in ("steps=250", "batch_size=8", "learning_rate=1e-3")),
     *("phases.0.warmup_steps=50", "record.metrics_every=1", "record.sample_prompts=[]", "record.checkpoint_every=500"),

@@ -78,7 +78,7 @@ def train_and_measure(folder: Path, exact: Path, steps: int, seed: int, place: P
     overrides = [f"seed={seed}", f"data.path={folder}", "data.sets={}", f"phases=[{{name: all, steps: {steps}, batch_size: 32, "]
     overrides[-1] += "learning_rate: 3e-3, warmup_steps: 50, final_learning_rate: 0.05, grad_clip: 1.0}]"
     overrides.append("record.sample_prompts=[]")
-    recipe = load_recipe(Path("recipes/emoji.yaml"), overrides)
+    recipe = load_recipe("emoji", overrides)
     trainer = Trainer(recipe, place / f"run-{folder.name}-{seed}", PlainConsole(quiet=True), start_world("cpu"))
     trainer.train()
     return exact_loss(trainer, EncodedDataset(exact))

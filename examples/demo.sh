@@ -9,7 +9,7 @@ fi
 if [ ! -d data/scenes ]; then
   "$microdit" data encode scenes:1000 --out data/scenes
 fi
-"$microdit" train recipes/emoji-fast.yaml --out runs/emoji --resume
+"$microdit" train emoji-fast --out runs/emoji --resume
 
 # Two rows of training captions, then two of colours and objects that never stood together in training.
 "$microdit" sample runs/emoji --solver dpm --steps 12 --noise-range 0.05 20 --guidance 2.5 --out runs/emoji/grid.png \

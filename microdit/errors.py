@@ -2,7 +2,15 @@
 
 
 class UserError(Exception):
-    """A mistake outside the program (recipe, data, disk). The command line prints it without a stack trace."""
+    """A mistake outside the program (recipe, data, disk). The command line prints it without a stack trace.
+
+    >>> from microdit import load_recipe
+    >>> try:
+    ...     load_recipe("emoji-fast", ["phases.0.steps=0"])
+    ... except UserError as error:
+    ...     print("phases.0.steps" in str(error))
+    True
+    """
 
 
 class DivergedError(UserError):

@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "microdit"
 LAYERS = [
     ("__main__",),
     ("cli",),
+    ("api",),
     ("serve",),
     ("lab",),
     ("training",),

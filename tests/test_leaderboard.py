@@ -44,7 +44,7 @@ def test_runs_of_different_recipes_or_of_one_seed_are_not_recorded_together(tmp_
     monkeypatch.setitem(script["record"].__globals__, "record_one", lambda run: {"name": "emoji"})  # training two runs takes minutes
     for name, override in (("a", "seed=0"), ("b", "seed=1"), ("c", "optimizer.eps=1e-6")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "recipe.yaml").write_text(load_recipe(PROJECT / "recipes" / "emoji.yaml", [override]).to_yaml())
+        (tmp_path / name / "recipe.yaml").write_text(load_recipe("emoji", [override]).to_yaml())
     assert len(script["record"]([tmp_path / "a", tmp_path / "b"])) == 2
     with pytest.raises(UserError, match="are not of one recipe"):
         script["record"]([tmp_path / "b", tmp_path / "c"])

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The four phases on SLURM, on as many nodes as --nodes says, started again by itself when it is preempted.
 #
-#   sbatch examples/launch/slurm.sh                       # recipes/microdit-xl
-#   sbatch examples/launch/slurm.sh recipes/microdit-tiny --price-per-hour 2.5
+#   sbatch examples/launch/slurm.sh                       # microdit-xl
+#   sbatch examples/launch/slurm.sh microdit-tiny --price-per-hour 2.5
 #
 # The folder of the project, data/ and runs/ must lie on a file system that all nodes share.
 #SBATCH --job-name=microdit
@@ -18,7 +18,7 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch}"
 
-recipe=${1:-recipes/microdit-xl}
+recipe=${1:-microdit-xl}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # One torchrun a node; they meet at the first node. --resume goes on from the newest whole checkpoint, or begins.

@@ -14,13 +14,13 @@ lab_app = typer.Typer(no_args_is_help=True, help="Compare ways of training at eq
 
 @lab_app.command()
 def run(
-    study: Annotated[Path, typer.Argument(help="A YAML study, such as recipes/lab/masking.yaml.")],
+    study: Annotated[Path, typer.Argument(help="A YAML study, such as lab/masking, which comes with microdit.")],
     out: Annotated[Path | None, typer.Option(help="Folder for results. [default: lab/NAME]")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the run folders of arms that are done.")] = False,
 ) -> None:
     """Train every arm of a study for every seed on equal FLOPs and on equal seconds. Goes on where it was stopped.
 
-    Example: microdit lab run recipes/lab/masking.yaml
+    Example: microdit lab run lab/masking
 
     Small models leave cores idle: start the same command several times, with OMP_NUM_THREADS=1, and the processes share the work.
     """

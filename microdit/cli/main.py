@@ -14,6 +14,7 @@ from microdit.cli.evaluate import compare, draw, evaluate, geneval, prefer
 from microdit.cli.export import export, import_official
 from microdit.cli.lab import lab_app
 from microdit.cli.plan import bench, budget
+from microdit.cli.recipes import recipes
 from microdit.cli.sample import grid, sample
 from microdit.cli.serve import app as web_page
 from microdit.cli.terminal import console, print_traceback, progress, take_logs
@@ -90,7 +91,10 @@ def train_autoencoder(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or a folder of them (phases, trained in the order of their names).")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(help="A YAML recipe, a folder of them (phases, in the order of their names), or a bundled one's name."),
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as phases.0.steps=100 seed=1")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/NAME]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, if there is one.")] = False,
@@ -104,17 +108,19 @@ def train(
     Asked to stop (a spot notice), it saves and ends with exit code 75, which means: start me again with --resume. Several GPUs or
     machines: torchrun --nproc-per-node 8 --max-restarts 3 -m microdit train ... --resume
 
-    Example: microdit train recipes/emoji.yaml phases.0.batch_size=32 --out runs/try --device cuda:1
+    Example: microdit train emoji phases.0.batch_size=32 --out runs/try --device cuda:1
 
-    Example: microdit train recipes/microdit-xl --resume --price-per-hour 2.5
+    Example: microdit train microdit-xl --resume --price-per-hour 2.5
     """
     from microdit.config.load import load_recipe
+    from microdit.config.recipes import find_recipe
     from microdit.devices import choose_dtype, device_errors_explained, in_words
     from microdit.distributed import start_world, stop_world
     from microdit.training.multi_phase import Settings, load_chain, train_chain, train_one
 
     settings = Settings(resume, accept_changes, price_per_hour)
     overrides = [*(overrides or []), *([f"engine.device={device}"] if device else []), *([f"engine.precision={dtype}"] if dtype else [])]
+    recipe = find_recipe(recipe)
     is_chain = recipe.is_dir()
     recipes = load_chain(recipe, overrides) if is_chain else {"": load_recipe(recipe, overrides)}
     first = next(iter(recipes.values()))
@@ -151,7 +157,7 @@ def runs(folder: Annotated[Path, typer.Argument(help="Where the run folders lie.
     console.print(runs_table(list_runs(folder)))
 
 
-for command in (grid, budget, bench, evaluate, draw, prefer, geneval, compare, export):
+for command in (recipes, grid, budget, bench, evaluate, draw, prefer, geneval, compare, export):
     app.command()(command)
 app.command(no_args_is_help=True)(sample)
 app.command("app")(web_page)

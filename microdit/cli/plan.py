@@ -13,7 +13,7 @@ from microdit.io.text import printable
 
 
 def budget(
-    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe, or a folder of them.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe, a folder of them, or the name of a bundled one.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as phases.0.steps=100")] = None,
     chip: Annotated[str, typer.Option(help="Such as h100, a100-80gb, rtx4090, or one of --prices.")] = "h100",
     gpus: Annotated[int, typer.Option("--count", help="How many of them.")] = 1,
@@ -43,7 +43,7 @@ def budget(
     Or the other way round: what model and schedule a sum of money buys, as recipes ready to train. Encoding the images (--images) is
     paid first, training with the rest.
 
-    Example: microdit budget recipes/microdit-xl --chip h100 --count 8 --price 2.5 --mfu 0.45
+    Example: microdit budget microdit-xl --chip h100 --count 8 --price 2.5 --mfu 0.45
 
     Example: microdit budget --dollars 500 --chip rtx4090 --out recipes/mine
     """
@@ -93,7 +93,7 @@ def bench(
 
     Example: microdit bench
 
-    Example: microdit bench --recipe recipes/microdit-xl/1-256-masked.yaml --micro-batch 64
+    Example: microdit bench --recipe microdit-xl/1-256-masked --micro-batch 64
     """
     from microdit.config.load import engine_problems
     from microdit.devices import choose_dtype, device_errors_explained, in_words

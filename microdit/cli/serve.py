@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from microdit.cli.terminal import Device, Dtype, console, warn
+from microdit.config.recipes import RECIPES
 from microdit.errors import UserError
 
 
@@ -16,7 +17,9 @@ def app(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
     queue: Annotated[int, typer.Option(min=1, max=10_000, help="How many jobs may wait; more are refused.")] = 32,
-    recipes: Annotated[Path, typer.Option(help="The folder of recipes that the page reckons budgets of.")] = Path("recipes"),
+    recipes: Annotated[
+        Path, typer.Option(help="The folder of recipes whose budgets the page estimates. [default: the bundled ones]", show_default=False)
+    ] = RECIPES,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import yaml
 
+from microdit.config.recipes import find_recipe
 from microdit.config.schema import DataRecipe, EngineRecipe, ModelRecipe, PhaseRecipe, Recipe
 from microdit.devices import KNOWN_DEVICES, is_device_name
 from microdit.errors import UserError
@@ -16,10 +17,18 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 NO_FLOAT16 = "float16 needs losses that are scaled, which microdit does not do in training: take bfloat16, or float32."
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a YAML recipe, apply `a.b=c` overrides, check types and values. Raises UserError naming file, key and fix."""
-    if not path.is_file():
-        raise UserError(f"There is no recipe at {path}. The ones that come with microdit are in the folder recipes/.")
+def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe, apply `a.b=c` overrides, check types and values. Raises UserError naming file, key and fix.
+
+    `path` is a file, or the name of a recipe that comes with microdit.
+
+    >>> recipe = load_recipe("emoji-fast", ["phases.0.steps=100", "seed=1"])
+    >>> recipe.name, recipe.seed, recipe.phases[0].steps
+    ('emoji-fast', 1, 100)
+    """
+    path = find_recipe(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name one of its recipes, such as {min(path.glob('*.yaml'))}.")
     return _checked(read_yaml(path), str(path), overrides or [])
 
 

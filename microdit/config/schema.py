@@ -180,7 +180,13 @@ class RecordRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole training run."""
+    """A whole training run.
+
+    >>> from microdit import load_recipe
+    >>> recipe = load_recipe("emoji-fast")
+    >>> recipe.model.dim, recipe.total_steps
+    (128, 800)
+    """
 
     name: Name
     seed: Seed = 0

@@ -81,7 +81,12 @@ class StoredBatch:
 
 class EncodedDataset:
     """A folder written by `encode_source`. The card and files' sizes are checked at opening, shards and rows when they are read; `verify`
-    reads everything."""
+    reads everything.
+
+    >>> data = EncodedDataset(Path("data/mine"))
+    >>> len(data), data.latent_shape(), data.verify()
+    (12, (8, 8, 8), [])
+    """
 
     def __init__(self, folder: Path, resolution: int | None = None, world: World | None = None):
         """`resolution` may be left out if the set has only one. The processes of `world` must all come here. Raises UserError."""

@@ -18,7 +18,11 @@ RECONSTRUCTION = 0.1  # weight of the reconstruction of dropped patches (2306.09
 
 @dataclass(frozen=True)
 class EDM:
-    """Settings of the diffusion process; the defaults are the paper's at 256 px (0 and 0.6 for the noise at 512 px)."""
+    """Settings of the diffusion process; the defaults are the paper's at 256 px (0 and 0.6 for the noise at 512 px).
+
+    >>> EDM(P_mean=0.0, P_std=0.6).sigma_data
+    0.9
+    """
 
     sigma_data: float = 0.9
     P_mean: float = -0.6  # of log sigma in training
@@ -78,6 +82,15 @@ def edm_loss(
     (2407.15811 section 2), or all. MaskDiT's adds 0.1 times the error of the dropped patches' reconstruction.
 
     `noise_BCHW` is standard normal. All draws are arguments, so that whoever calls decides what is random.
+
+    >>> from microdit import create_model
+    >>> model = create_model("MicroDiT_Nano_2", in_channels=8, caption_channels=384)
+    >>> latents_BCHW, text_BLE = torch.randn(4, 8, 8, 8), torch.randn(4, 12, 384)
+    >>> sigma_B = (-0.6 + 1.2 * torch.randn(4)).exp()
+    >>> loss_B = edm_loss(model, EDM(), latents_BCHW, model.embed_caption(text_BLE), sigma_B, torch.randn_like(latents_BCHW))
+    >>> loss_B.mean().backward()
+    >>> loss_B.shape
+    torch.Size([4])
     """
     noisy_BCHW = latents_BCHW + sigma_B.view(-1, 1, 1, 1) * noise_BCHW
     denoised_BTP = denoise_patches(model, edm, noisy_BCHW, sigma_B, caption, keep_ids_BK, path_kept_B)

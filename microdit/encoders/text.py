@@ -9,8 +9,6 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from microdit.devices import sent_to
 from microdit.encoders.model_files import (
@@ -27,9 +25,6 @@ from microdit.encoders.model_files import (
 from microdit.encoders.open_clip import OPEN_CLIP_CONFIG, PAD_ID, load_open_clip
 from microdit.errors import UserError
 from microdit.io.files import read_json
-
-transformers_logging.disable_progress_bar()
-transformers_logging.set_verbosity_error()  # it reports the picture half of CLIP as unused
 
 T5_TOKENS = 256  # T5 itself has no limit
 
@@ -56,6 +51,10 @@ class TextModel:
 
 def load_text_model(place: str) -> TextModel:
     """From a folder or an id of the hub. Raises UserError if it holds no text model that can be used."""
+    from transformers.utils import logging  # slow to import
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it reports the picture half of CLIP as unused
     folder = find_folder(place, _METADATA)
     if (folder / OPEN_CLIP_CONFIG).is_file():
         return _load_open_clip(place, folder)
@@ -131,6 +130,8 @@ def _class_for(model_type: str) -> Any:
 
 def _load_tokenizer(folder: Path, family: str) -> Any:
     """Checked first: without its files transformers makes up an empty one."""
+    from transformers import AutoTokenizer  # slow to import
+
     choices = _TOKENIZER_FILES[family]
     if not any(all((folder / name).is_file() for name in names) for names in choices):
         wanted = ", or ".join(" and ".join(names) for names in choices)

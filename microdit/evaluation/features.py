@@ -23,6 +23,7 @@ from torch import Tensor
 from microdit.data.pixels import to_tensor
 from microdit.encoders.model_files import (
     DOWNLOAD_AGAIN,
+    check_complete,
     find_folder,
     fingerprint_of,
     lasting_name,

@@ -117,6 +117,11 @@ class Reporter:
     def __init__(self, console: PlainConsole | None = None):
         self._console = console
 
+    @property
+    def console(self) -> PlainConsole:
+        """The console, or a silent one."""
+        return self._console or PlainConsole(quiet=True)
+
     def say(self, sentence: str | Text) -> None:
         """Print a sentence that is no warning."""
         if self._console:
@@ -133,8 +138,7 @@ class Reporter:
     def progress(self, name: str, total: int | None) -> Iterator[Advance]:
         """Show a line of progress with speed, and time left where `total` is known. Yields the function that counts work done."""
         columns = (PlainColumn(), BarColumn(), MofNCompleteColumn(), PlainColumn("note"))
-        console = self._console or PlainConsole(quiet=True)
-        with LineOfProgress(*columns, SpeedColumn(), TimeRemainingColumn(), console=console) as line:
+        with LineOfProgress(*columns, SpeedColumn(), TimeRemainingColumn(), console=self.console) as line:
             yield Advance(line, name, total)
 
 

@@ -1,4 +1,4 @@
-"""A study: arms that differ by a few lines of a recipe, each trained for several seeds on equal budgets. `recipes/lab/` holds them.
+"""A study: arms that differ by a few lines of a recipe, each trained for several seeds on equal budgets.
 
 An arm with one phase and a constant learning rate is read on its way, at every budget. One with several phases (their steps are shares
 here), a mask schedule or a falling rate is trained anew for each budget, since only its end counts.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
 from microdit.config.load import load_recipe
+from microdit.config.recipes import find_recipe
 from microdit.config.schema import Every, FilePath, Name, Prompts, Recipe, Seed, Share
 from microdit.errors import UserError
 from microdit.io.strict_yaml import read_as, read_yaml
@@ -87,8 +88,9 @@ class Study:
     notes: Sentences = ""  # what a reader should know, in the report
 
 
-def load_study(path: Path) -> tuple[Study, dict[str, Recipe]]:
-    """The study and the recipe of each arm. Raises UserError naming file, arm and fix."""
+def load_study(path: Path | str) -> tuple[Study, dict[str, Recipe]]:
+    """Load a study, from a file or by the name of a bundled one, and the recipe of each arm. Raises UserError naming file, arm and fix."""
+    path = find_recipe(path, "lab")
     study = cast(Study, read_as(Study, read_yaml(path), str(path)))
     problems = _problems(study)
     if problems:

@@ -31,7 +31,13 @@ TIME_FREQUENCIES = 512
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture, fully resolved: one `BlockShape` for each block. `sizes.py` makes it from a few numbers."""
+    """The architecture, fully resolved: one `BlockShape` for each block. `config.resolve` makes it from a few numbers.
+
+    >>> from microdit.models.config import Size, resolve
+    >>> config = resolve(Size(dim=64, depth=4, head_dim=16, mixer_dim=32, mixer_depth=1, num_experts=0), caption_channels=384)
+    >>> len(config.blocks), config.in_channels
+    (4, 4)
+    """
 
     dim: int
     head_dim: int
@@ -91,7 +97,15 @@ class ModelConfig:
 
 
 class MicroDiT(nn.Module):
-    """The denoising network F of EDM (2206.00364, eq. 7): noisy latents, noise level and caption in, patches out."""
+    """The denoising network F of EDM (2206.00364, eq. 7): noisy latents, noise level and caption in, patches out.
+
+    >>> import torch
+    >>> from microdit import create_model
+    >>> model = create_model("MicroDiT_Nano_2", in_channels=8, caption_channels=384)
+    >>> caption = model.embed_caption(torch.randn(2, 12, 384))
+    >>> model(torch.randn(2, 8, 8, 8), torch.zeros(2), caption).shape  # 16 patches of 2 x 2 x 8 values
+    torch.Size([2, 16, 32])
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()

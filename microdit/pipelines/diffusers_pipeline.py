@@ -121,6 +121,12 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
     `vae_scale_factor` is how many pixels a side of one latent spans, 1 for models of pixels, which have no autoencoder. `mask_padding`:
     padded tokens are hidden from the model. `full_captions`: captions are padded to their full length, with what the text encoder says
     at padding, as the authors' models want it. `pad_token_id`: where it is not the tokenizer's.
+
+    >>> from microdit.pipelines.load import DEMO
+    >>> pipeline = MicroDiTPipeline.from_pretrained(DEMO)
+    >>> pipeline.set_progress_bar_config(disable=True)
+    >>> pipeline("red heart", num_inference_steps=2, generator=torch.Generator().manual_seed(7)).images[0].size
+    (64, 64)
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"

@@ -72,6 +72,9 @@ class SamplerSettings:
 
     Noise levels are sigma, from 80 (noise alone) down to 0.002, or as `noise_range` says: a model that was hardly trained near those ends
     needs no steps there. `guidance_rescale` lies between 0 (none) and 1.
+
+    >>> SamplerSettings(num_inference_steps=12, solver="dpm", guidance_interval=(0.2, 5)).guidance_scale
+    2.0
     """
 
     num_inference_steps: int = 30

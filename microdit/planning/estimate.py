@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from microdit.config.load import load_recipe
+from microdit.config.recipes import find_recipe
 from microdit.config.schema import Recipe
 from microdit.data.packing import bytes_of_row
 from microdit.data.shards import CHECKSUM_BYTES
@@ -131,7 +132,8 @@ class Budget:
 
 
 def load_recipes(path: Path, overrides: list[str] | None) -> dict[str, Recipe]:
-    """By name: those of a folder, or the one of a file. Raises UserError."""
+    """Load the recipes of a folder, or the one of a file, by name. Raises UserError."""
+    path = find_recipe(path)
     return load_chain(path, overrides) if path.is_dir() else {path.stem: load_recipe(path, overrides)}
 
 

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from microdit.config.recipes import RECIPES
 from microdit.errors import UserError
 from microdit.serve.api import ServerFailedError, images_api, page_api
 from microdit.serve.budget_api import Computations
@@ -25,7 +26,6 @@ from microdit.serve.queue import OUR_MISTAKE, QueueClosedError, QueueFullError, 
 from microdit.serve.schemas import AskedWronglyError, Limits
 
 LIMITS = Limits()
-RECIPES = Path("recipes")
 RETRY_SECONDS = 2
 BACKLOG = 2048  # connections that wait to be taken: as many as uvicorn has by default
 TAKEN_AT_ONCE = 8  # before any of them is looked at

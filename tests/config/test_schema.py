@@ -1,5 +1,4 @@
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
@@ -8,16 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microdit.config.load import load_recipe, recipe_of_text, with_todays_defaults
+from microdit.config.recipes import RECIPES
 from microdit.config.schema import PhaseRecipe, Recipe
 from microdit.errors import UserError
 from microdit.lab.study import Study
 from microdit.ranges import Range
 
-RECIPES = [
+BUNDLED = [
     path
-    for path in sorted(Path(__file__).parents[2].glob("recipes/**/*.yaml"))
-    if path.parent.name != "lab" or path.name.startswith("base")
-]  # the others there are studies
+    for path in sorted(RECIPES.rglob("*.yaml"))
+    if path.parent.name != "lab" or path.name.startswith("base")  # the others there are studies
+]
 
 MINIMAL = """
 name: test
@@ -38,7 +38,7 @@ def recipe_file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.name)
 def test_every_recipe_of_ours_loads(path):
     assert load_recipe(path).total_steps > 0
 
@@ -299,16 +299,9 @@ def test_several_sets_and_their_weights(tmp_path):
 )
 def test_savings_that_cannot_be_are_refused(overrides, problem):
     with pytest.raises(UserError, match=problem):
-        load_recipe(Path(__file__).parents[2] / "recipes" / "emoji.yaml", overrides)
+        load_recipe("emoji", overrides)
 
 
 @pytest.mark.parametrize(("written", "share"), [("true", 1.0), ("false", 0.0), ("0.25", 0.25), ("1", 1.0), ("0", 0.0)])
 def test_blocks_are_recomputed_all_or_none_or_a_share(written, share):
-    assert (
-        float(
-            load_recipe(
-                Path(__file__).parents[2] / "recipes" / "emoji.yaml", [f"engine.activation_checkpointing={written}"]
-            ).engine.activation_checkpointing
-        )
-        == share
-    )
+    assert float(load_recipe("emoji", [f"engine.activation_checkpointing={written}"]).engine.activation_checkpointing) == share

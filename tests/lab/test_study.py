@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from microdit.config.recipes import RECIPES
 from microdit.config.schema import ModelRecipe, PhaseRecipe, Recipe
 from microdit.errors import UserError
 from microdit.lab.study import is_scheduled, load_study, stretched
@@ -133,7 +134,7 @@ def test_stretched_phases_keep_their_shares_to_within_a_step(steps, total):
 
 
 def test_the_studies_that_come_with_the_project_are_whole():
-    for path in sorted(Path("recipes/lab").glob("*.yaml")):
+    for path in sorted((RECIPES / "lab").glob("*.yaml")):
         if not path.name.startswith("base"):
             study, recipes = load_study(path)
             assert path.stem == study.name

@@ -8,9 +8,10 @@ import pytest
 
 from microdit.cli.plan import bench
 from microdit.config.load import load_recipe
+from microdit.config.recipes import RECIPES
 from microdit.planning.hardware import read_measurements
 from tests.planning.test_hardware_machine import MEASURED
-from tests.planning.test_workload_bill import PUBLISHED, RECIPES
+from tests.planning.test_workload_bill import PUBLISHED
 from tests.training.processes import RECIPE, start
 
 

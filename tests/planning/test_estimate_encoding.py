@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from microdit.config.load import load_recipe
+from microdit.config.recipes import RECIPES
 from microdit.planning.estimate import clip_h_text_flops, encoding, load_recipes, sdxl_encoder_flops
 from microdit.planning.hardware import named_chip
 from microdit.planning.workload import Given, shapes_of
-from tests.planning.test_workload_bill import PUBLISHED, RECIPES, machine
+from tests.planning.test_workload_bill import PUBLISHED, machine
 
 
 def counted(call) -> int:

@@ -23,7 +23,7 @@ def buy_on(chip: str, dollars: float, count: int = 1, price: float = 1.0, utilis
 
 
 def test_the_table_of_stages_is_the_published_run():
-    """Against recipes/microdit-xl, which the paper's numbers were written into by hand."""
+    """Against microdit-xl, which the paper's numbers were written into by hand."""
     for stage, recipe in zip(STAGES, load_recipes(PUBLISHED, None).values(), strict=True):
         ours = stage_recipe(stage, LARGE, stage.steps, 2048)
         assert ours.phases == recipe.phases

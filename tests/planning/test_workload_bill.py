@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from microdit.config.load import load_recipe
+from microdit.config.recipes import RECIPES
 from microdit.errors import UserError
 from microdit.models.routing import kept_tokens
 from microdit.planning.estimate import load_recipes, reckon
@@ -14,7 +15,6 @@ from microdit.planning.hardware import Machine, Price, named_chip
 from microdit.planning.workload import Given, bill, config_of, shapes_of
 from tests.models.test_flops import counted, one_hot_flops
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 PUBLISHED = RECIPES / "microdit-xl"
 
 
@@ -90,7 +90,7 @@ def test_every_recipe_of_ours_has_a_bill(path):
 def test_the_emoji_recipes_are_billed_without_data_as_the_recorded_runs_were_with_it(name, monkeypatch, tmp_path):
     """Their sets' captions have up to 14 tokens; MiniLM's are taken to have 16 before they are encoded."""
     monkeypatch.chdir(tmp_path)
-    recorded = json.loads((RECIPES.parent / "docs" / "results" / f"{name}.json").read_text())[0]["flops"]
+    recorded = json.loads((Path(__file__).parents[2] / "docs" / "results" / f"{name}.json").read_text())[0]["flops"]
     recipes = load_recipes(RECIPES / f"{name}.yaml", None)
     assert reckon(recipes, machine(count=1), Given(caption_tokens=14)).flops == recorded
     assert recorded < reckon(recipes, machine(count=1)).flops < 1.05 * recorded

@@ -1,13 +1,11 @@
 """What the budget tab answers to a recipe that somebody wrote to do harm."""
 
-from pathlib import Path
-
 import pytest
 
+from microdit.config.recipes import RECIPES
 from microdit.errors import UserError
 from microdit.serve.budget_api import bill_text
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 RECIPE = """
 name: NAME
 data: {path: nowhere, resolution: 64, autoencoder: icon, text_encoder: minilm}

@@ -14,7 +14,7 @@ from microdit.serve.budget_api import DATA
 from microdit.serve.queue import WorkQueue
 from microdit.serve.server import web_app
 from tests.serve.serving import served
-from tests.training.processes import HANG, RECIPE
+from tests.training.processes import HANG
 
 playwright = pytest.importorskip("playwright.sync_api")
 Page, expect, sync_playwright = playwright.Page, playwright.expect, playwright.sync_playwright
@@ -25,7 +25,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="module")
 def served_page(tiny, tiny_run):
     queue = WorkQueue({"tiny": tiny}, 4)
-    with served(web_app(queue, runs={"tiny": tiny_run}, recipes=RECIPE.parents[2] / "recipes"), queue) as url:
+    with served(web_app(queue, runs={"tiny": tiny_run}), queue) as url:
         yield queue, url
 
 

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from microdit.config.load import load_recipe
+from microdit.config.recipes import RECIPES
 from microdit.distributed import start_world
 from microdit.errors import UserError
 from microdit.io.console import PlainConsole
@@ -21,7 +22,6 @@ from microdit.training.multi_phase import Settings, load_chain, train_one
 from microdit.training.setup import model_config
 from tests.training.processes import RECIPE, losses, start, wait_for
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 DRY = RECIPES / "microdit-dry"
 PHASES = ["1-32-masked", "2-32-full", "3-64-masked", "4-64-full"]
 SHORT = ["phases.0.steps=8", "phases.0.warmup_steps=2", "phases.0.batch_size=8", "record.checkpoint_every=4", "record.metrics_every=1"]

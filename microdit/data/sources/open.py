@@ -32,6 +32,10 @@ def open_source(name: str, captions: Mapping[str, float] | None = None, fraction
     `captions` replaces the source's own choice of captions and of their weights. `fraction` keeps the records whose key's SHA-256 falls
     into that share: the choice does not depend on the order, and a larger fraction contains a smaller one. `list_once` may return the
     listing of a folder that another process has made.
+
+    >>> source = open_source("my-pictures")
+    >>> sorted(record.captions["caption"] for record in source.parts[0].records())[:2]
+    ['picture 0', 'picture 1']
     """
     if not 0 < fraction <= 1:
         raise UserError(f"The fraction of {name} is {fraction}, and must lie in (0, 1]: 0.1 keeps a tenth.")

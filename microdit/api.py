@@ -1,0 +1,179 @@
+"""The steps of the command line as functions, each with the defaults of its command. `import microdit` offers them all.
+
+They print nothing: hand in `Reporter(console)` to see progress. What cannot be done is raised as a `UserError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from microdit.io.console import QUIET, Reporter
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from microdit.config.schema import Recipe
+    from microdit.data.dataset import EncodedDataset
+    from microdit.data.sources.base import Source
+    from microdit.pipelines.diffusers_pipeline import MicroDiTPipeline
+    from microdit.pipelines.native import SamplerSettings
+
+
+def sample(
+    model: MicroDiTPipeline | Path | str,
+    prompts: str | Sequence[str],
+    settings: SamplerSettings | None = None,
+    *,
+    seed: int = 0,
+    negative_prompts: Sequence[str] = (),
+    size: tuple[int | None, int | None] = (None, None),
+    device: str = "auto",
+    reporter: Reporter = QUIET,
+) -> list[Image.Image]:
+    """Return one image for each prompt, as `microdit sample` makes them.
+
+    `model` is a run folder, an exported folder, a hub id, "demo" for the model that comes with microdit, or a pipeline that is loaded
+    already. Image i starts from the noise of seed + i, whatever the other prompts are. `size` is (height, width) in pixels, by default
+    that of the training data. `negative_prompts` holds one for all images, or one for each.
+
+    >>> from microdit import SamplerSettings
+    >>> heart, owl = sample("demo", ["red heart", "owl"], SamplerSettings(num_inference_steps=2), seed=7)
+    >>> heart.size
+    (64, 64)
+    """
+    from microdit.devices import choose_device, choose_dtype
+    from microdit.pipelines.convert import from_diffusers
+    from microdit.pipelines.load import DEMO, open_model
+    from microdit.pipelines.native import USUAL
+
+    if isinstance(model, Path | str):
+        where = choose_device(device)
+        place = DEMO if model == "demo" else model
+        pipeline = open_model(str(place), reporter.warn).pipeline.to(where, choose_dtype("auto", where))
+    else:
+        pipeline = from_diffusers(model)
+    return pipeline(
+        [prompts] if isinstance(prompts, str) else list(prompts),
+        settings or USUAL,
+        seed,
+        height=size[0],
+        width=size[1],
+        negative_prompts=list(negative_prompts),
+        warn=reporter.warn,
+    )
+
+
+def encode_dataset(
+    source: Source | str,
+    out: Path | str,
+    resolutions: Sequence[int] = (64,),
+    autoencoder: str = "icon",
+    text_encoder: str = "minilm",
+    *,
+    device: str = "auto",
+    reporter: Reporter = QUIET,
+) -> EncodedDataset:
+    """Encode images and captions into the folder `out`, as `microdit data encode` does, and open the result.
+
+    `source` is what `open_source` returns or takes. The encoders are named as on the command line. An encoding that was interrupted goes
+    on behind its last whole shard; images whose shorter side is below the smallest resolution are rejected.
+
+    >>> encoded = encode_dataset("my-pictures", "data/mine")
+    >>> len(encoded), encoded.latent_shape()
+    (12, (8, 8, 8))
+    """
+    from microdit.data.dataset import EncodedDataset
+    from microdit.data.encode import EncodeSettings, default_batch_size, encode_source
+    from microdit.data.sources.base import open_source
+    from microdit.devices import choose_device, choose_dtype
+    from microdit.encoders.autoencoder import load_autoencoder
+    from microdit.encoders.text import load_text_encoder
+
+    opened = open_source(source) if isinstance(source, str) else source
+    where, sides = choose_device(device), tuple(resolutions)
+    settings = EncodeSettings(
+        resolutions=sides,
+        min_side=min(sides) if opened.min_side is None else opened.min_side,
+        dtype=str(choose_dtype("auto", where)).removeprefix("torch."),
+        device=where,
+        batch_size=default_batch_size(where, sides),
+    )
+    encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
+    with reporter.progress(f"encode {opened.name}", len(opened.parts)) as advance:
+        encode_source(opened, Path(out), settings, *encoders, on_progress=lambda _, parts: advance(parts), warn=reporter.warn)
+    return EncodedDataset(Path(out), sides[0])
+
+
+def train(
+    recipe: Recipe | Path | str,
+    out: Path | str | None = None,
+    resume: bool = False,
+    reporter: Reporter = QUIET,
+    *,
+    overrides: Sequence[str] = (),
+) -> Path:
+    """Train a recipe, as `microdit train` does, and return its run folder, by default runs/NAME.
+
+    `recipe` is a `Recipe`, a YAML file, or the name of a bundled recipe; `overrides`, such as "phases.0.steps=100", are for the last two.
+    With `resume` a run that is there goes on from its newest whole checkpoint, with the same losses to the last bit.
+
+    >>> run = train("my-pictures", overrides=["phases.0.steps=2", "phases.0.batch_size=4", "phases.1.steps=2", "phases.1.batch_size=4"])
+    >>> (run / "metrics.jsonl").exists()
+    True
+    """
+    from microdit.config.load import load_recipe
+    from microdit.config.schema import Recipe
+    from microdit.distributed import start_world, stop_world
+    from microdit.training.multi_phase import Settings, train_one
+
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, list(overrides))
+    run = Path(out) if out is not None else Path("runs") / loaded.name
+    world = start_world(loaded.engine.device)
+    try:
+        train_one(loaded, run, Settings(resume), reporter.console, world)
+    finally:
+        stop_world()
+    return run
+
+
+def evaluate(
+    model: Path | str,
+    reference: Source | str,
+    count: int = 256,
+    metrics: Sequence[str] | None = None,
+    out: Path | str | None = None,
+    *,
+    device: str = "auto",
+    reporter: Reporter = QUIET,
+) -> Mapping[str, Any]:
+    """Compare images that a model generates with a reference set, as `microdit evaluate --reference` does.
+
+    The captions of `count` records of the reference are the prompts. `metrics` are names such as "fid" and "kid", by default all that
+    need no download. Returns what metrics.json in the folder `out` holds (by default MODEL/evaluation): under "metrics" each value with
+    its 95% interval and network. A report.html lies beside it.
+
+    >>> figures = evaluate("runs/my-pictures", "my-pictures", count=8, metrics=["kid"])
+    >>> sorted(figures["metrics"]["kid"])[:3]
+    ['fingerprint', 'high', 'low']
+    """
+    from microdit.data.sources.base import open_source
+    from microdit.devices import choose_dtype
+    from microdit.distributed import start_world, stop_world
+    from microdit.evaluation.evaluate import Question
+    from microdit.evaluation.evaluate import evaluate as compare_with_reference
+    from microdit.evaluation.generators import Compute, DrawSettings, open_painter
+    from microdit.evaluation.metrics.registry import choose_metrics
+    from microdit.pipelines.load import DEMO
+
+    place = DEMO if model == "demo" else model
+    settings, question = DrawSettings(), Question(choose_metrics(",".join(metrics) if metrics else None), count)
+    source = open_source(reference) if isinstance(reference, str) else reference
+    world = start_world(device)
+    try:
+        painter = open_painter(str(place), settings, reporter.warn, Compute(world.device, choose_dtype("auto", world.device)))
+        folder = Path(out) if out is not None else Path(place) / "evaluation"
+        return compare_with_reference(painter, source, question, settings, folder, world)
+    finally:
+        stop_world()
