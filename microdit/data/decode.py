@@ -1,8 +1,8 @@
 """Decode image files to RGB pixels of the requested sizes, in worker processes.
 
-Transparent images are composited on white, EXIF rotations are applied, 16 bits are reduced to 8, CMYK is converted to RGB, and the first frame
-of an animation is taken. An image that cannot be used is rejected with a reason. Workers decode in the order of the records, a few chunks
-ahead of the consumer. If a worker crashes inside a decoder, only the file that caused the crash is lost, and it is named.
+Transparent images are composited on white, EXIF rotations are applied, 16 bits are reduced to 8, CMYK is converted to RGB, and the first
+frame of an animation is taken. An image that cannot be used is rejected with a reason. Workers decode in the order of the records, a few
+chunks ahead of the consumer. If a worker crashes inside a decoder, only the file that caused the crash is lost, and it is named.
 
 This module does not import torch, so that workers start fast and stay small.
 """

@@ -230,7 +230,7 @@ def test_what_another_version_began_is_refused_and_what_was_damaged_since_is_not
     manifest.write_bytes(manifest.read_bytes().replace(b'"rows": 1', b'"rows": 3'))
     said: list[str] = []
     assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, warn=said.append)["rows"] == 2
-    assert said == ["Changed since they were encoded, so encoded anew: shard-00000.json."]
+    assert said == ["These parts have changed since they were encoded and are encoded again: shard-00000.json."]
 
 
 def test_two_encodings_of_one_folder_are_refused_with_who_is_at_it(tmp_path, text_encoder):
@@ -312,7 +312,7 @@ def test_ranks_that_come_when_all_is_done_have_nothing_to_do(tmp_path, text_enco
     assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (0, 2))["rows"] == 1
     assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (1, 2), warn=told.append) is None
     assert told == [
-        f"{tmp_path / 'set'} is whole already, of the same parts of the same source by the same settings: nothing is left to do."
+        f"{tmp_path / 'set'} is already complete, from the same parts of the same source with the same settings: nothing is left to do."
     ]
     for other, settings in ((source_of([good(1)], [good(2)]), SMALL), (source, EncodeSettings((8,)))):
         with pytest.raises(UserError, match="exists already: delete it"):
@@ -340,7 +340,9 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tmp_path, text_e
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, soft_and_hard[1]))
     try:
-        with pytest.raises(UserError, match=r"Encoding into .*\.set\.part stopped: .*File too large.*make room.*the same command to go on"):
+        with pytest.raises(
+            UserError, match=r"Encoding into .*\.set\.part stopped: .*File too large.*make room.*the same command to continue"
+        ):
             encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, soft_and_hard)

@@ -167,7 +167,7 @@ def test_a_changed_part_is_named_and_encoded_anew(tmp_path, text_encoder, monkey
     assert card["seen"] == card["rows"] + sum(card["rejected"].values()) == whole["seen"]
     listed = sorted(path.name for path in (tmp_path / "out").glob("*"))
     assert listed == sorted(path.name for path in (tmp_path / "whole").glob("*"))
-    assert told == [] if named is None else f"so encoded anew: {named}" in told[0]
+    assert told == [] if named is None else f"are encoded again: {named}" in told[0]
 
 
 @pytest.mark.parametrize("kind", FILLS)
@@ -192,7 +192,7 @@ def test_a_part_that_changes_while_the_source_is_encoded_is_named_and_the_same_c
         yield from source.parts[2].records()
 
     parts = [*source.parts[:2], replace(source.parts[2], records=late)]
-    with pytest.raises(UserError, match=r"Changed while the source was encoded: 0\.tar\. Run the same command again"):
+    with pytest.raises(UserError, match=r"These parts changed while they were encoded: 0\.tar\. Run the same command"):
         encode_source(replace(source, parts=parts), tmp_path / "out", SETTINGS, Pixels(), text_encoder)
     encode_source(open_source(name), tmp_path / "out", SETTINGS, Pixels(), text_encoder)
     assert [key for key, _ in held(tmp_path / "out")] == ["late", "0", "1", "0", "1"]

@@ -61,5 +61,5 @@ def test_sets_of_earlier_formats_are_read_as_before(encoded_emoji, copy, version
 
 def test_a_format_that_is_not_known_is_refused(copy):
     (copy / "card.json").write_text(json.dumps({"format": 5}))
-    with pytest.raises(UserError, match="is of format 5"):
+    with pytest.raises(UserError, match="has format 5"):
         EncodedDataset(copy)

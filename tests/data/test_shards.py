@@ -193,7 +193,7 @@ def test_too_few_descriptors_are_no_damage(tmp_path):
     os.close(lowest)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))  # no number below it is free
     try:
-        with pytest.raises(UserError, match=f"as many files open as it may, {lowest}. Raise that limit .ulimit -n") as raised:
+        with pytest.raises(UserError, match=f"has reached its limit of {lowest} open files. Raise that limit .ulimit -n") as raised:
             opened(path, 3, checksums)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

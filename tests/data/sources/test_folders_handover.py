@@ -74,7 +74,7 @@ def test_processes_that_see_different_folders_are_told_so(tmp_path, ranks, chang
         (folder / "1.png").unlink()
     else:
         (folder / "metadata.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"is not the same (here, on .*, as on .*, which has listed it|for all processes)"):
+    with pytest.raises(UserError, match=r"(on this host, .*, differs from what .* has listed|or differs between the processes)"):
         open_source(str(folder), list_once=ranks())
 
 
