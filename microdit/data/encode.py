@@ -144,7 +144,7 @@ def unfinished(out: Path) -> Path:
     return out.with_name(f".{out.name}.part")
 
 
-def changed_shards(folder: Path, parts: Sequence[Part]) -> dict[int, str]:
+def _changed_shards(folder: Path, parts: Sequence[Part]) -> dict[int, str]:
     """Return the shards that were made of other parts than these, or of earlier versions of them: shard numbers and names of old parts."""
     changed = {}
     for path in sorted(folder.glob("shard-*.json")):
@@ -161,9 +161,9 @@ def changed_shards(folder: Path, parts: Sequence[Part]) -> dict[int, str]:
     return changed
 
 
-def remove_changed(folder: Path, parts: Sequence[Part]) -> list[str]:
+def _remove_changed(folder: Path, parts: Sequence[Part]) -> list[str]:
     """Remove the shards of parts that have changed, and return the names of these parts."""
-    return [name for number, name in changed_shards(folder, parts).items() if remove_shard(folder, number)]
+    return [name for number, name in _changed_shards(folder, parts).items() if remove_shard(folder, number)]
 
 
 def _first_names(names: list[str]) -> str:
@@ -206,7 +206,7 @@ def _join(
         if first:
             for left in folder.glob(".*.part"):  # left by processes that were killed
                 left.unlink(missing_ok=True)
-            if changed := remove_changed(folder, parts):
+            if changed := _remove_changed(folder, parts):
                 warn(f"These parts have changed since they were encoded and are encoded again: {_first_names(changed)}.")
         held.enter_context(taken.pop_all())
 
@@ -225,7 +225,7 @@ def _encode_parts(
                     part.rejected.append((record.key, outcome))
                 else:
                     kept.append((replace(record, image=b""), outcome))  # the image file is no longer needed
-            encoded = encoder.encode([record for record, _ in kept], [picture for _, picture in kept], settings.resolutions)
+            encoded = encoder.encode([record for record, _ in kept], [image for _, image in kept], settings.resolutions)
             lengths = [len(tokens) for tokens in encoded.ids]
             cut = sum(length >= encoder.text_encoder.max_tokens for length in lengths)
             part.counts.update(captions=len(lengths), tokens=sum(lengths), captions_cut=cut)
@@ -299,7 +299,7 @@ def _complete(folder: Path, out: Path, plan: dict[str, Any], parts: list[Part]) 
     with in_turn(folder / TURN):
         if out.exists():  # another rank was faster
             return None
-        if changed := list(changed_shards(folder, parts).values()):
+        if changed := list(_changed_shards(folder, parts).values()):
             raise UserError(
                 f"These parts changed while they were encoded: {_first_names(changed)}. Run the same command to encode only them again."
             )

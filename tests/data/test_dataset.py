@@ -179,7 +179,7 @@ def test_a_want_of_descriptors_ends_a_run_that_skips_damage(of_four_shards):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
     try:
-        with pytest.raises(UserError, match="has reached its limit of .* open files"):
+        with pytest.raises(UserError, match=r"has reached its limit of \d+ open files"):
             skipping.batch(0)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
