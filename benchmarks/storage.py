@@ -86,7 +86,7 @@ def train_and_measure(folder: Path, exact: Path, steps: int, seed: int, place: P
 
 @torch.no_grad()
 def exact_loss(trainer: Trainer, data: EncodedDataset) -> float:
-    """Of all samples as they came from the encoders, with noise that is the same for all models."""
+    """Compute the loss on all samples as the encoders returned them, with the same noise for all models."""
     blobs = [data.read(0, number) for number in range(len(data))]
     latents_BCHW = data.latents([latents for latents, _ in blobs], 0)
     text_BLE, mask_BL = data.text([text for _, text in blobs])

@@ -1,4 +1,4 @@
-"""The hub, as it looks to a computer without a network that has downloaded models before."""
+"""Find models of the hub without a network, in the cache of earlier downloads."""
 
 import shutil
 
@@ -14,7 +14,7 @@ from tests.encoders.tiny_models import save_kl, save_open_clip, save_t5
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Put a folder into the hub's cache under an id."""
+    """Add a folder to the hub's cache under an id."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 

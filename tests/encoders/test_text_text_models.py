@@ -13,7 +13,7 @@ SAVE = {"clip": save_clip, "t5": save_t5, "bert": save_bert, "open_clip": save_o
 
 
 class Bomb:
-    """A pickle of this makes a file when it is read."""
+    """Creates a file when its pickle is loaded."""
 
     def __init__(self, path):
         self.path = path
