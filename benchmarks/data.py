@@ -1,13 +1,13 @@
-"""How fast is the data path? Five tables, each against its own yardstick in the same run.
+"""How fast is the data path? Prints five tables, each with a reference measured in the same run.
 
     python benchmarks/data.py
 
-1. reading: samples a second in shuffled batches of the paper's sample (4 x 32 x 32 latents, a caption of 77 x 1024, whole and cut to 25
-   tokens), beside mosaicml-streaming and webdataset, which are installed for this alone into build/peers;
-2. start-up: from nothing to the first batch, by the number of rows;
-3. memory: what reading and encoding hold (anonymous pages), by the number of rows;
-4. cold: the bytes that are fetched for rows of shards that the page cache has forgotten, for each byte that is wanted;
-5. encoding: the share of the encoders' bare forward speed that `encode_source` reaches on a CPU (encoding.py: on any device).
+1. Reading: samples per second in shuffled batches of the paper's samples (4 x 32 x 32 latents, captions of 77 x 1024, whole and cut to 25
+   tokens), compared with mosaicml-streaming and webdataset, which are installed only for this, into build/peers.
+2. Start-up: the time to the first batch, by the number of rows.
+3. Memory: the anonymous pages that reading and encoding hold, by the number of rows.
+4. Cold reads: bytes fetched per byte needed, for rows of shards that are not in the page cache.
+5. Encoding: the share of the encoders' bare forward speed that `encode_source` reaches on a CPU (encoding.py: on any device).
 """
 
 import argparse

@@ -1,11 +1,11 @@
 """How much of the encoders' bare forward speed does `data encode` reach?
 
     python benchmarks/encoding.py                                   # small encoders, a minute on a CPU
-    python benchmarks/encoding.py --shape sdxl --sides 256 512      # what the paper's pictures cost: meant for a GPU
+    python benchmarks/encoding.py --shape sdxl --sides 256 512      # the paper's images, on a GPU
 
-Pictures are JPEGs made on the spot, weights are random, nothing is downloaded. The bare speed is that of both encoders alone, in batches of
-the same size, on pixels and tokens that are ready. `data encode` is timed from the first chunk of four batches that it wrote to the last,
-so without the start of its workers. Both are the medians of --turns turns, taken alternately.
+Images are JPEGs made for the benchmark, weights are random, and nothing is downloaded. The bare speed is that of both encoders alone, in
+batches of the same size, on prepared pixels and tokens. `data encode` is timed from the first chunk of four batches that it writes to the
+last, which excludes the start of its workers. Both are medians of --turns rounds, measured alternately.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What grows with the number of pictures and of processes when encoding begins: starting together, listing a folder, reading its list.
+"""The costs of starting an encoding that grow with images and processes: a common start, listing a folder, and reading its listing.
 
 python benchmarks/scale_encoding.py
 """

@@ -1,9 +1,9 @@
-"""Reading at size: 100, 1,000 and 10,000 shards of the paper's shape, cold.
+"""Cold reads of large data sets: 100, 1,000 and 10,000 shards of the paper's shape.
 
     python benchmarks/scale_reading.py
 
-Shards are sparse: each has the length that it would have (3,700 rows, latents at 256 and 512 px, captions of about 25 tokens, all in
-8 bits: 171 MB) and its index, but only those rows that the first STEPS batches of one rank will read, and one short row to open it by.
+Shards are sparse files: each has its real length (3,700 rows, latents at 256 and 512 px, captions of about 25 tokens, all in 8 bits:
+171 MB) and its index, but only the rows that the first STEPS batches of one rank will read, and one short row for opening it.
 """
 
 import gc
