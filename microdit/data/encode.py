@@ -202,7 +202,7 @@ def _join(
             if not other.name.endswith(f"-of-{ranks}.lock"):
                 refuse_locked(other, what)
         first = not any(is_held(other) for other in others)
-        _begin(folder, plan, first)
+        _start(folder, plan, first)
         if first:
             for left in folder.glob(".*.part"):  # left by processes that were killed
                 left.unlink(missing_ok=True)
@@ -244,30 +244,30 @@ def _usable(part: Part, caption_weights: dict[str, float], work: PartInWork) -> 
             yield record
 
 
-def _begin(folder: Path, plan: dict[str, Any], first: bool) -> None:
-    """Write the plan, or check that an earlier run or another rank began with the same plan. Raises UserError otherwise."""
+def _start(folder: Path, plan: dict[str, Any], first: bool) -> None:
+    """Write the plan, or check that an earlier run or another rank started with the same plan. Raises UserError otherwise."""
     path = folder / "plan.json"
     if not path.is_file():
         write_aside(path, to_checked_json(plan))
-    begun, now = _flat(_read_begun(path, f"delete {folder}")), _flat(_as_read(plan))
-    different = [key for key in now if begun.get(key) != now[key]]
+    started, now = _flat(_read_started(path, f"delete {folder}")), _flat(_as_read(plan))
+    different = [key for key in now if started.get(key) != now[key]]
     if "format" in different:
-        raise UserError(f"{folder} was begun by another version of microdit: delete it, or let that version finish it.")
+        raise UserError(f"{folder} was started by another version of microdit: delete it, or let that version finish it.")
     if different == ["parts"] and first:  # the source has changed; the shards of unchanged parts are kept
         write_aside(path, to_checked_json(plan))
     elif different == ["parts"]:
         raise UserError(
             f"This process sees another source {plan['source']} than those that are encoding it into {folder} ({len(now['parts']):,} parts "
-            f"here, {len(begun['parts']):,} there): make sure that all see the same files, and restart all if the files have changed."
+            f"here, {len(started['parts']):,} there): make sure that all see the same files, and restart all if the files have changed."
         )
     elif different:
-        went = f" It was begun with --dtype {begun['dtype']}." if "dtype" in different else ""
+        went = f" It was started with --dtype {started['dtype']}." if "dtype" in different else ""
         raise UserError(
-            f"{folder} was begun with other settings ({', '.join(different)} differ): delete it, or continue with the same settings.{went}"
+            f"{folder} was started with other settings ({', '.join(different)} differ): delete it, or continue with the same settings.{went}"
         )
 
 
-def _read_begun(path: Path, fix: str) -> dict[str, Any]:
+def _read_started(path: Path, fix: str) -> dict[str, Any]:
     """Read the plan, or the entry of a shard. Raises UserError, with the advice `fix`, if it is damaged."""
     try:
         return from_checked_json(path.read_bytes())
@@ -303,7 +303,7 @@ def _complete(folder: Path, out: Path, plan: dict[str, Any], parts: list[Part]) 
             raise UserError(
                 f"These parts changed while they were encoded: {_first_names(changed)}. Run the same command to encode only them again."
             )
-        shards = [_read_begun(path, "delete it") for path in entries]
+        shards = [_read_started(path, "delete it") for path in entries]
         if not any(shard["rows"] for shard in shards):
             rejected = sum((Counter(shard["rejected"]) for shard in shards), Counter())
             raise UserError(f"No image of the source {plan['source']} could be kept; rejected: {dict(rejected) or 'none either'}.")

@@ -25,6 +25,7 @@ import xxhash
 
 from microdit.data.shard_index import LATENTS, ArrowStream, ShardIndex, read_at, schema
 from microdit.errors import UserError
+from microdit.io.text import one_line
 
 BATCH_ROWS = 256  # rows of a record batch, which is held in memory while writing
 CHECKSUM_BYTES = 8
@@ -254,7 +255,7 @@ def _explained(path: Path, error: Exception) -> UserError:
         return UserError(
             f"{path} cannot be opened: all processes together have reached the system's limit of open files (sysctl fs.file-max)."
         )
-    return DamagedShard(f"{path} cannot be read ({' '.join(str(error).split())})")
+    return DamagedShard(f"{path} cannot be read ({one_line(str(error))})")
 
 
 def _checksum(payload: bytes | memoryview, row: int, bucket: int) -> bytes:
