@@ -263,7 +263,7 @@ def _start(folder: Path, plan: dict[str, Any], first: bool) -> None:
     elif different:
         went = f" It was started with --dtype {started['dtype']}." if "dtype" in different else ""
         raise UserError(
-            f"{folder} was started with other settings ({', '.join(different)} differ): delete it, or continue with the same settings.{went}"
+            f"{folder} was started with other settings ({', '.join(different)} differ): delete it, or use the same settings.{went}"
         )
 
 

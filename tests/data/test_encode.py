@@ -220,7 +220,7 @@ def test_what_another_version_began_is_refused_and_what_was_damaged_since_is_not
     begun, source = tmp_path / ".set.part", source_of([good(1)], [good(2)])
     written = (begun / "plan.json").read_bytes()
     (begun / "plan.json").write_bytes(to_checked_json({**plan, "format": 2}))
-    with pytest.raises(UserError, match="was begun by another version of microdit: delete it"):
+    with pytest.raises(UserError, match="was started by another version of microdit: delete it"):
         encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)
     (begun / "plan.json").write_bytes(written.replace(b"float32", b"float33"))
     with pytest.raises(UserError, match=rf"plan\.json is damaged .*: delete {begun}, and run the same command again"):
