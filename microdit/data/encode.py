@@ -92,21 +92,7 @@ def encode_source(
     record was kept; if a part changed during the encoding; if writing fails; or if not even one image fits the GPU.
     """
     sizes = TargetSizes.of(settings.resolutions, settings.min_side, settings.buckets, autoencoder.downsampling)
-    plan = {
-        "format": FORMAT,
-        "source": source.name,
-        "license": source.license,
-        "parts": [part.name for part in source.parts],
-        "caption_weights": source.caption_weights,
-        "settings": settings.planned(),
-        "sizes": [{str(r): list(size) for r, size in bucket.items()} for bucket in sizes.buckets],
-        "latent_channels": autoencoder.channels,
-        "downsampling": autoencoder.downsampling,
-        "text_channels": text_encoder.channels,
-        "max_tokens": text_encoder.max_tokens,
-        "autoencoder": {"name": autoencoder.name, "fingerprint": autoencoder.fingerprint},
-        "text_encoder": {"name": text_encoder.name, "fingerprint": text_encoder.fingerprint},
-    }
+    plan = _plan_of(source, settings, sizes, autoencoder, text_encoder)
     folder = unfinished(out)
     try:
         with ExitStack() as held:
@@ -144,32 +130,25 @@ def unfinished(out: Path) -> Path:
     return out.with_name(f".{out.name}.part")
 
 
-def _changed_shards(folder: Path, parts: Sequence[Part]) -> dict[int, str]:
-    """Return the shards that were made of other parts than these, or of earlier versions of them: shard numbers and names of old parts."""
-    changed = {}
-    for path in sorted(folder.glob("shard-*.json")):
-        number = int(path.stem.removeprefix("shard-"))
-        try:
-            entry = from_checked_json(path.read_bytes())
-            made_of = str(entry["part"]), entry["fingerprint"]
-        except FileNotFoundError:  # another rank has removed it, or has completed the folder
-            continue
-        except (ValueError, KeyError, TypeError):  # damaged, or written by an earlier version without these fields
-            made_of = path.name, None
-        if number >= len(parts) or made_of != (parts[number].name, parts[number].fingerprint()):
-            changed[number] = made_of[0]
-    return changed
-
-
-def _remove_changed(folder: Path, parts: Sequence[Part]) -> list[str]:
-    """Remove the shards of parts that have changed, and return the names of these parts."""
-    return [name for number, name in _changed_shards(folder, parts).items() if remove_shard(folder, number)]
-
-
-def _first_names(names: list[str]) -> str:
-    """Return the first few names, and the number of the others."""
-    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+def _plan_of(
+    source: Source, settings: EncodeSettings, sizes: TargetSizes, autoencoder: Autoencoder, text_encoder: TextEncoder
+) -> dict[str, Any]:
+    """Return everything that determines an encoding, which an unfinished one must share to be continued."""
+    return {
+        "format": FORMAT,
+        "source": source.name,
+        "license": source.license,
+        "parts": [part.name for part in source.parts],
+        "caption_weights": source.caption_weights,
+        "settings": settings.planned(),
+        "sizes": [{str(r): list(size) for r, size in bucket.items()} for bucket in sizes.buckets],
+        "latent_channels": autoencoder.channels,
+        "downsampling": autoencoder.downsampling,
+        "text_channels": text_encoder.channels,
+        "max_tokens": text_encoder.max_tokens,
+        "autoencoder": {"name": autoencoder.name, "fingerprint": autoencoder.fingerprint},
+        "text_encoder": {"name": text_encoder.name, "fingerprint": text_encoder.fingerprint},
+    }
 
 
 def _is_done(out: Path, plan: dict[str, Any], share: tuple[int, int], warn: Callable[[str], None]) -> bool:
@@ -312,3 +291,31 @@ def _complete(folder: Path, out: Path, plan: dict[str, Any], parts: list[Part]) 
         for hidden in out.glob(".*"):  # locks and the listing of the source
             hidden.unlink(missing_ok=True)
     return manifest
+
+
+def _changed_shards(folder: Path, parts: Sequence[Part]) -> dict[int, str]:
+    """Return the shards that were made of other parts than these, or of earlier versions of them: shard numbers and names of old parts."""
+    changed = {}
+    for path in sorted(folder.glob("shard-*.json")):
+        number = int(path.stem.removeprefix("shard-"))
+        try:
+            entry = from_checked_json(path.read_bytes())
+            made_of = str(entry["part"]), entry["fingerprint"]
+        except FileNotFoundError:  # another rank has removed it, or has completed the folder
+            continue
+        except (ValueError, KeyError, TypeError):  # damaged, or written by an earlier version without these fields
+            made_of = path.name, None
+        if number >= len(parts) or made_of != (parts[number].name, parts[number].fingerprint()):
+            changed[number] = made_of[0]
+    return changed
+
+
+def _remove_changed(folder: Path, parts: Sequence[Part]) -> list[str]:
+    """Remove the shards of parts that have changed, and return the names of these parts."""
+    return [name for number, name in _changed_shards(folder, parts).items() if remove_shard(folder, number)]
+
+
+def _first_names(names: list[str]) -> str:
+    """Return the first few names, and the number of the others."""
+    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more

@@ -187,7 +187,7 @@ def test_what_was_begun_otherwise_or_is_there_is_not_touched(tmp_path, text_enco
     broken.parts[1] = Part("part 1", lambda: (_ for _ in ()).throw(RuntimeError("broke")))
     with pytest.raises(RuntimeError):
         encode_source(broken, tmp_path / "set", SMALL, Pixels(), text_encoder)
-    with pytest.raises(UserError, match=r"begun with other settings \(resolutions, latents, captions, sizes differ\)"):
+    with pytest.raises(UserError, match=r"started with other settings \(resolutions, latents, captions, sizes differ\)"):
         encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", EncodeSettings((8,)), Pixels(), text_encoder)
     encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", SMALL, Pixels(), text_encoder)
     with pytest.raises(UserError, match="exists already"):
