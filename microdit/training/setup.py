@@ -102,7 +102,7 @@ def find_checkpoint(
     checkpoint = newest_whole(run, world, warn)
     if checkpoint is not None:
         refuse_other_architecture(checkpoint, model_config(recipe, sets[0]))
-        refuse_other_encoders(checkpoint, sets[0].card, sets[0].folder)
+        refuse_other_encoders(checkpoint, sets[0].manifest, sets[0].folder)
         changes = _changes(checkpoint, recipe, sets)
         if changes and not accept_changes:
             raise UserError(
