@@ -1,13 +1,13 @@
-"""How fast is the data path? Five tables, each against its own yardstick in the same run.
+"""How fast is the data path? Prints five tables, each with a reference measured in the same run.
 
     python benchmarks/data.py
 
-1. reading: samples a second in shuffled batches of the paper's sample (4 x 32 x 32 latents, a caption of 77 x 1024, whole and cut to 25
-   tokens), beside mosaicml-streaming and webdataset, which are installed for this alone into build/peers;
-2. start-up: from nothing to the first batch, by the number of rows;
-3. memory: what reading and encoding hold (anonymous pages), by the number of rows;
-4. cold: the bytes that are fetched for rows of shards that the page cache has forgotten, for each byte that is wanted;
-5. encoding: the share of the encoders' bare forward speed that `encode_source` reaches on a CPU (encoding.py: on any device).
+1. Reading: samples per second in shuffled batches of the paper's samples (4 x 32 x 32 latents, captions of 77 x 1024, whole and cut to 25
+   tokens), compared with mosaicml-streaming and webdataset, which are installed only for this, into build/peers.
+2. Start-up: the time to the first batch, by the number of rows.
+3. Memory: the anonymous pages that reading and encoding hold, by the number of rows.
+4. Cold reads: bytes fetched per byte needed, for rows of shards that are not in the page cache.
+5. Encoding: the share of the encoders' bare forward speed that `encode_source` reaches on a CPU (encoding.py: on any device).
 """
 
 import argparse
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def compare_reading(place: Path, rows: int) -> None:
-    """With freed memory kept, as in the trainer, for all alike."""
+    """Keep freed memory, as the trainer does, for all loaders alike."""
     keep_freed_memory()
     import_peers()
     print(f"{'reading, samples/s':34}{'0 workers':>12}{'1 worker':>12}")
@@ -99,7 +99,7 @@ def compare_reading(place: Path, rows: int) -> None:
 
 
 def show_trainers_own(folder: Path, rows: int, tokens: int) -> None:
-    """What the trainer's reading thread does for each sample, on one thread, and what a CPU then has to do in the place of a GPU."""
+    """Time the work of the trainer's reading thread per sample, and the work that a CPU then does in place of a GPU."""
     keep_freed_memory()  # as the trainer does
     write_ours(folder, rows, tokens)
     mixture = MixedDataset([EncodedDataset(folder)], [SamplerPhase(10**6, BATCH, (1,))], seed=0)
@@ -163,7 +163,7 @@ def write_ours(folder: Path, rows: int, tokens: int, rows_a_shard: int = 500) ->
 
 
 class Ours(Dataset[Any]):
-    """Our batches by the number of their step."""
+    """Reads our batches by step number."""
 
     def __init__(self, folder: Path):
         self.data = EncodedDataset(folder)
@@ -199,7 +199,7 @@ def write_tars(folder: Path, rows: int, tokens: int) -> None:
 
 
 class Batches(IterableDataset[Any]):
-    """A peer's shuffled samples, forever, made into batches inside its workers."""
+    """Yield a peer's shuffled samples endlessly, as batches that its workers build."""
 
     def __init__(self, samples: Callable[[], Iterator[tuple[bytes, bytes]]]):
         self.samples = samples
@@ -311,7 +311,7 @@ def encode_a_while(records: int, out: Path) -> float:
 
 
 def anonymous_megabytes() -> float:
-    """Memory that is this process's own; mapped files are not counted, the kernel drops their pages when it likes."""
+    """Return this process's own memory, without mapped files, whose pages the kernel may drop at any time."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) / 1000
 
@@ -320,7 +320,7 @@ def anonymous_megabytes() -> float:
 
 
 def read_cold(place: Path, rows: int) -> None:
-    """Random rows, one after the other, and what the disk is asked for and the system is asked for."""
+    """Read random rows one after the other, and count the bytes requested from the disk and from the system."""
     print(f"\n{'cold, ' + str(COLD_ROWS) + ' rows':34}{'wanted':>12}{'from the disk':>16}{'read':>12}{'times':>8}")
     for tokens in (77, 25):
         folder = place / f"cold-{tokens}"
@@ -361,7 +361,7 @@ def compare_encoding(place: Path) -> None:
 
 
 def bare_forward(records: list[Record], autoencoder: Autoencoder, text_encoder: TextEncoder, side: int) -> float:
-    """Seconds of the encoders alone, in the same batches: pixels and sorted token numbers are ready before."""
+    """Time the encoders alone on the same batches, with pixels and sorted token ids prepared beforehand."""
     ids = sorted(text_encoder.tokenize([record.captions["caption"] for record in records]), key=len)
     pixels = np.random.default_rng(0).integers(0, 256, (64, side, side, 3), np.uint8)
     started = time.perf_counter()
@@ -373,7 +373,7 @@ def bare_forward(records: list[Record], autoencoder: Autoencoder, text_encoder: 
 
 
 def small_kl(place: Path) -> Autoencoder:
-    """The SDXL autoencoder's shape, a quarter as wide, with random weights."""
+    """Return an autoencoder of SDXL's shape, a quarter as wide, with random weights."""
     from diffusers import AutoencoderKL
 
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}

@@ -1,11 +1,11 @@
 """How much of the encoders' bare forward speed does `data encode` reach?
 
     python benchmarks/encoding.py                                   # small encoders, a minute on a CPU
-    python benchmarks/encoding.py --shape sdxl --sides 256 512      # what the paper's pictures cost: meant for a GPU
+    python benchmarks/encoding.py --shape sdxl --sides 256 512      # the paper's images, on a GPU
 
-Pictures are JPEGs made on the spot, weights are random, nothing is downloaded. The bare speed is that of both encoders alone, in batches of
-the same size, on pixels and tokens that are ready. `data encode` is timed from the first chunk of four batches that it wrote to the last,
-so without the start of its workers. Both are the medians of --turns turns, taken alternately.
+Images are JPEGs made for the benchmark, weights are random, and nothing is downloaded. The bare speed is that of both encoders alone, in
+batches of the same size, on prepared pixels and tokens. `data encode` is timed from the first chunk of four batches that it writes to the
+last, which excludes the start of its workers. Both are medians of --turns rounds, measured alternately.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
 def measure(
     settings: EncodeSettings, source: Source, count: int, turns: int, autoencoder: Autoencoder, text_encoder: TextEncoder
 ) -> dict[str, float]:
-    """Pictures a second. A first turn of each, which is not counted, warms the device up."""
+    """Measure images per second. An uncounted first round of each warms up the device."""
     bare, whole = [], []
     with tempfile.TemporaryDirectory() as place:
         for turn in range(turns + 1):
@@ -101,7 +101,7 @@ def measure(
 
 
 def bare_seconds(settings: EncodeSettings, source: Source, count: int, autoencoder: Autoencoder, text_encoder: TextEncoder) -> float:
-    """Of the encoders alone on `count` pictures and captions."""
+    """Time the encoders alone on `count` images and captions."""
     captions = [f"{record.captions['caption']}" for part in source.parts for record in part.records()][:count]
     ids = sorted(text_encoder.tokenize(captions), key=len)
     size, generator = settings.batch_size, np.random.default_rng(0)
@@ -121,7 +121,7 @@ def bare_seconds(settings: EncodeSettings, source: Source, count: int, autoencod
 
 
 def make_encoders(shape: str) -> tuple[Autoencoder, TextEncoder]:
-    """SDXL's autoencoder and the text tower of CLIP-H with random weights, or small ones of the same kinds."""
+    """Return SDXL's autoencoder and CLIP-H's text encoder with random weights, or small ones of the same kinds."""
     torch.manual_seed(0)
     widths, width, layers = ((128, 256, 512, 512), 1024, 24) if shape == "sdxl" else ((32, 64, 128, 128), 128, 4)
     blocks: dict[str, Any] = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
@@ -145,7 +145,7 @@ def make_encoders(shape: str) -> tuple[Autoencoder, TextEncoder]:
 
 
 def make_tokenizer() -> Any:
-    """A token a letter, between CLIP's marks of start and end."""
+    """Tokenize letter by letter, between CLIP's start and end tokens."""
     vocab = {piece: number for number, piece in enumerate(["<|startoftext|>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz"])}
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder()
@@ -157,7 +157,7 @@ def make_tokenizer() -> Any:
 
 
 def make_source(count: int, side: int) -> Source:
-    """64 different JPEGs over and over, in parts, with captions of about 25 tokens."""
+    """Return a source that repeats 64 different JPEGs, with captions of about 25 tokens."""
     files = [jpeg(seed, side) for seed in range(64)]
 
     def records(first: int) -> Iterator[Record]:
@@ -169,7 +169,7 @@ def make_source(count: int, side: int) -> Source:
 
 
 def jpeg(seed: int, side: int) -> bytes:
-    """A photograph's mixture: large shapes with fine grain."""
+    """Return an image with the statistics of a photograph: large shapes with fine grain."""
     generator = np.random.default_rng(seed)
     shapes = Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     grain = generator.normal(0, 8, (side, side, 1))

@@ -1,4 +1,4 @@
-"""What the card of an encoded set says beside its shards, for sets of random numbers."""
+"""Make up the plan of an encoding, for data sets of random numbers."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from microdit.data.packing import CaptionPacking, LatentPacking
 
 
 def plan_of(sides: dict[int, int], latents: LatentPacking, captions: CaptionPacking, caption: tuple[int, int]) -> dict[str, Any]:
-    """`sides`: of the square pictures, and of their latents, which have 4 channels; `caption`: tokens and channels."""
+    """Return a plan. `sides` maps the sides of square images to those of their latents; `caption` is (tokens, channels)."""
     return {
         "format": FORMAT,
         "source": "random numbers",

@@ -1,4 +1,4 @@
-"""What grows with the number of pictures and of processes when encoding begins: starting together, listing a folder, reading its list.
+"""The costs of starting an encoding that grow with images and processes: a common start, listing a folder, and reading its listing.
 
 python benchmarks/scale_encoding.py
 """
@@ -46,7 +46,7 @@ def rows(place: Path) -> list[Row]:
 
 
 def _starts(place: Path) -> Row:
-    """Processes that begin one encoding at the same moment: few parts, so that most come to a folder that others complete meanwhile."""
+    """Start processes on one encoding at the same moment. It has few parts, so that most find a folder that others are completing."""
     records, encoder = [*scenes_source(8).parts[0].records()], MiniLM()
     source = Source("scenes", [Part(record.key, partial(iter, [record])) for record in records])
     dead = {}
@@ -59,7 +59,7 @@ def _starts(place: Path) -> Row:
 
 
 def _dead_of_trial(out: Path, source: Source, encoder: TextEncoder, ranks: int) -> int:
-    """How many processes do not end well. All, if there is no whole set then."""
+    """Count the processes that fail; all of them, if the data set is not complete in the end."""
     barrier = FORK.Barrier(ranks)
 
     def encode(rank: int) -> None:
@@ -77,7 +77,7 @@ def _dead_of_trial(out: Path, source: Source, encoder: TextEncoder, ranks: int) 
 
 
 class Listed(NamedTuple):
-    """What it takes to list a folder, and to take its listing over from the process that did: seconds, and bytes of memory at the peak."""
+    """The costs of listing a folder, and of taking over a listing: seconds, and bytes of memory at the peak."""
 
     seconds: float
     bytes: int
@@ -86,7 +86,7 @@ class Listed(NamedTuple):
 
 
 def _listings(place: Path) -> list[Row]:
-    """Of FEW files, and of a tenth of the paper's or as many as can be made in FILL_SECONDS."""
+    """Measure listings of FEW files, and of a tenth of the paper's, or of as many as can be created in FILL_SECONDS."""
     plain, with_list = {}, {}
     counts = [FEW, int(PICTURES * SIZES["10 x"])]
     for number in range(2):
@@ -103,7 +103,7 @@ def _listings(place: Path) -> list[Row]:
 
 
 def _rows_of(what: str, listed: dict[int, Listed]) -> list[Row]:
-    """Reckoned: seconds as the larger listing's, memory as what it needs beyond the smaller one's, for each file."""
+    """Extrapolate: seconds per file of the larger listing, and memory per file from the difference of both."""
     (few, small), (many, large) = listed.items()
     seconds, others = large.seconds / many, large.seconds_taken_over / many
     grown, grown_others = (
@@ -131,7 +131,7 @@ def _reckoned(seconds: float, grown: float) -> str:
 
 
 def _fill(folder: Path, count: int) -> None:
-    """Empty files: of a picture that is listed nothing but its name is read."""
+    """Create empty files: listing an image reads only its name."""
     for first in range(0, count, FOLDER):
         inside = folder / f"{first // FOLDER:08d}"
         inside.mkdir(parents=True)
@@ -147,7 +147,7 @@ def _write_list(folder: Path, count: int) -> None:
 
 
 def _list(folder: Path, out: Path) -> Listed:
-    """As the first process, which is at work while the other comes."""
+    """Act as the first process, which is at work when the other one starts."""
     with listed_once(out, unfinished(out), 64) as list_once:
         seconds, grown = _measured(lambda: open_source(str(folder), list_once=list_once))
         taken_over = _in_a_process(partial(_take_over, folder, out))
@@ -161,14 +161,14 @@ def _take_over(folder: Path, out: Path) -> tuple[float, int]:
 
 
 def _measured(work: Callable[[], object]) -> tuple[float, int]:
-    """Seconds, and bytes by which this process grew at most."""
+    """Return the seconds, and the largest growth of this process in bytes."""
     before, started = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(), time.perf_counter()
     work()
     return time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 def _in_a_process(work: Callable[[], Any]) -> Any:
-    """What `work` returns in a process of its own, whose memory is as it was before."""
+    """Return the result of `work` in a new process, whose memory is as it was before."""
     receive, send = FORK.Pipe(duplex=False)
     process = FORK.Process(target=lambda: send.send(work()))
     process.start()

@@ -1,9 +1,9 @@
-"""Reading at size: 100, 1,000 and 10,000 shards of the paper's shape, cold.
+"""Cold reads of large data sets: 100, 1,000 and 10,000 shards of the paper's shape.
 
     python benchmarks/scale_reading.py
 
-Shards are sparse: each has the length that it would have (3,700 rows, latents at 256 and 512 px, captions of about 25 tokens, all in
-8 bits: 171 MB) and its index, but only those rows that the first STEPS batches of one rank will read, and one short row to open it by.
+Shards are sparse files: each has its real length (3,700 rows, latents at 256 and 512 px, captions of about 25 tokens, all in 8 bits:
+171 MB) and its index, but only the rows that the first STEPS batches of one rank will read, and one short row for opening it.
 """
 
 import gc
@@ -38,7 +38,7 @@ MOST_TIMES, MOST_SECONDS, MOST_MEMORY = 4, 20, 100_000  # times the wanted bytes
 
 
 def rows(place: Path) -> list[Row]:
-    """All of the table's rows that are about reading."""
+    """Return the table's rows about reading."""
     measured = {name: measure(place / name.replace(" ", ""), int(SHARDS * share)) for name, share in SIZES.items()}
     each = list(measured.values())
 
@@ -66,9 +66,9 @@ def rows(place: Path) -> list[Row]:
         ),
         row(
             "opening the set: its card, and the sizes of its shards",
-            lambda m: f"{m.card_seconds:.2f} s",
+            lambda m: f"{m.manifest_seconds:.2f} s",
             "under 5 s",
-            lambda m: m.card_seconds < 5,
+            lambda m: m.manifest_seconds < 5,
         ),
         row(
             f"from nothing to the first batch, {RANKS} ranks at {BANDWIDTH / 1e9} GB/s together (bytes reckoned, the rest measured)",
@@ -87,7 +87,7 @@ def rows(place: Path) -> list[Row]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes, seconds and counts of one size."""
+    """The bytes, seconds and counts measured at one size."""
 
     opening: int
     one_row: int
@@ -95,14 +95,14 @@ class Measured:
     first_wanted: int
     all_read: int
     all_wanted: int
-    card_seconds: float
+    manifest_seconds: float
     first_seconds: float
     descriptors: int
     memory: int
 
     @property
     def start_seconds(self) -> float:
-        return self.card_seconds + self.first_seconds + RANKS * self.first_read / BANDWIDTH
+        return self.manifest_seconds + self.first_seconds + RANKS * self.first_read / BANDWIDTH
 
 
 def measure(folder: Path, shards: int) -> Measured:
@@ -140,7 +140,7 @@ def measure(folder: Path, shards: int) -> Measured:
     descriptors, memory = open_descriptors() - descriptors, own_memory() - memory
     del encoded
     shutil.rmtree(folder)
-    seconds = {"card_seconds": opened - started, "first_seconds": first - opened}
+    seconds = {"manifest_seconds": opened - started, "first_seconds": first - opened}
     return Measured(opening, one_row, first_read, wanted[0], all_read, sum(wanted), **seconds, descriptors=descriptors, memory=memory)
 
 
@@ -152,13 +152,13 @@ def phase() -> SamplerPhase:
 
 
 def wanted_places(shards: int) -> list[list[SampleRef]]:
-    """What rank 0 reads, step by step."""
+    """Return the samples that rank 0 reads, step by step."""
     order = BatchSampler(((shards * SHARD_ROWS,),), 0, (phase(),))
     return [order.batch(step)[0::RANKS] for step in range(STEPS)]
 
 
 def lay_out() -> ShardIndex:
-    """Where each shard's rows lie: as `ShardWriter` puts them, column by column in each record batch. Row 0's caption is short."""
+    """Return the index of a shard, laid out as by `ShardWriter`: column by column in each record batch. Row 0's caption is short."""
     tokens = np.random.default_rng(0).normal(25, 8, SHARD_ROWS).round().clip(5, 77).astype(np.int64)
     tokens[0] = 1
     lengths = {"text": tokens * bytes_of_row(CHANNELS, "int8") + CHECKSUM_BYTES}
@@ -177,7 +177,7 @@ def lay_out() -> ShardIndex:
 
 
 def fabricate(folder: Path, shards: int, index: ShardIndex, numbers: set[int]) -> None:
-    """A set of sparse shards, in which the rows of these numbers can be read, and the first one of each shard."""
+    """Write a data set of sparse shards, in which these rows and the first row of each shard can be read."""
     folder.mkdir()
     last = max(int(blobs.positions[-1] + blobs.lengths[-1]) for blobs in index.blobs.values())
     content = index.to_bytes()
@@ -209,7 +209,7 @@ def open_descriptors() -> int:
 
 
 def own_memory() -> int:
-    """Bytes of anonymous memory."""
+    """Return the bytes of anonymous memory of this process."""
     gc.collect()
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
 

@@ -1,4 +1,4 @@
-"""What a start costs as runs grow: resuming the last of four phases, the weights of `init_from`, opening a set of many shards, sockets.
+"""The costs of a start as runs grow: resuming the last of four phases, loading `init_from`, opening a data set of many shards, sockets.
 
     python benchmarks/scale_starts.py
 
@@ -113,10 +113,10 @@ def _opening(place: Path) -> Row:
     figures, holds = {}, True
     for size, share in SIZES.items():
         shards = round(SHARDS * share)
-        counted = _together(PROCESSES, opening, _write_card(place / str(shards), shards))
+        counted = _together(PROCESSES, opening, _write_manifest(place / str(shards), shards))
         looks = sum(looks for looks, _ in counted)
         figures[size] = f"{looks:,} looks at {shards:,} shards, {max(seconds for _, seconds in counted):.2f} s"
-        holds &= looks <= shards + 10 * PROCESSES  # and some at the folder and its card
+        holds &= looks <= shards + 10 * PROCESSES  # and some at the folder and its manifest
         shutil.rmtree(place)
     return Row("opening a set: looks at its shards, all ranks", figures, "one rank looks", holds)
 
@@ -284,8 +284,8 @@ def _write_weights(run: Path, width: int) -> None:
     (folder / "state.json").write_bytes(to_checked_json({"step": STEPS, "files": files, **_description(recipe, config)}))
 
 
-def _write_card(folder: Path, shards: int) -> Path:
-    """The card of a set of so many shards, and files of their names and sizes."""
+def _write_manifest(folder: Path, shards: int) -> Path:
+    """Write the manifest of a data set of `shards` shards, and files with their names and sizes."""
     folder.mkdir(parents=True)
     names = [f"shard-{number:05d}.arrow" for number in range(shards)]
     for name in names:

@@ -1,11 +1,11 @@
-"""What does a stored sample weigh, and what does storing it in less cost in loss?
+"""How large is a stored sample, and what does a smaller packing cost in loss?
 
     python benchmarks/storage.py
 
-1. bytes a sample at 256 and 512 px (4-channel latents of an 8x autoencoder, captions of 1,024 channels), terabytes for the paper's
-   37 million, and up to which mean caption length that stays below a third and a fifth of the authors' 7.3 TB;
-2. the demo's model trained for a few hundred steps on the emoji stored in each form, same seeds and draws, and its loss on the exact
-   latents and captions afterwards, with the same noise.
+1. Bytes per sample at 256 and 512 px (4-channel latents of an 8x autoencoder, captions of 1,024 channels), terabytes for the paper's
+   37 million, and the mean caption length up to which that stays below a third and a fifth of the authors' 7.3 TB.
+2. The loss of the demo's model on the exact latents and captions, after a few hundred steps on the emoji stored in each packing, with the
+   same seeds and noise.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def train_and_measure(folder: Path, exact: Path, steps: int, seed: int, place: P
 
 @torch.no_grad()
 def exact_loss(trainer: Trainer, data: EncodedDataset) -> float:
-    """Of all samples as they came from the encoders, with noise that is the same for all models."""
+    """Compute the loss on all samples as the encoders returned them, with the same noise for all models."""
     blobs = [data.read(0, number) for number in range(len(data))]
     latents_BCHW = data.latents([latents for latents, _ in blobs], 0)
     text_BLE, mask_BL = data.text([text for _, text in blobs])

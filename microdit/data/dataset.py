@@ -1,7 +1,7 @@
-"""Read encoded sets: rows by number, and the batches of a training run, mixed from several sets.
+"""Read encoded data sets: rows by number, and the batches of a training run, mixed from several data sets.
 
-Which samples a batch holds is decided in `order.py` from the step's number alone. A row that is not what was written is never used:
-training stops and names it, or, if the recipe allows, takes another one in its place and counts.
+The samples of a batch are chosen by `sampler.py` from the step number alone. A damaged row is never used: training stops and names it, or,
+if the recipe allows it, replaces the row by another one and counts the replacement.
 """
 
 import math
@@ -25,12 +25,12 @@ from microdit.encoders.text import TextEncoder, load_text_encoder
 from microdit.errors import UserError
 from microdit.io.files import sha256_of
 
-MAX_REPLACED = 0.01  # of the samples read: with more damage than this, and more than 100 rows, a run stops
+MAX_REPLACED = 0.01  # a run stops if more than this share of the samples, and more than 100, had to be replaced
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Float32 latents, (B, C, H, W); caption tokens, (B, L, E), zero where the mask (B, L) is False."""
+    """Latents (B, C, H, W) and caption vectors (B, L, E) in float32. Captions are zero where the mask (B, L) is False."""
 
     latents_BCHW: Tensor
     text_BLE: Tensor
@@ -39,9 +39,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class StoredBatch:
-    """A batch in the 8 or 16 bits in which it is stored: a quarter of the bytes to copy to a GPU, which `expand` then does there.
+    """A batch in the 8 or 16 bits in which it is stored, as little as a quarter of the bytes of float32 to copy to a GPU.
 
-    `latents` (B, C, H * W); `text` (B, L, E), of which the first `text_lengths_B` tokens are the caption's; `sides` H and W.
+    `latents` is (B, C, H * W) with `sides` (H, W); those of `flipped_B` are to be mirrored. `text` is (B, L, E), of which the first
+    `text_lengths_B` tokens belong to the caption. `expand` makes a `Batch` of it, on the device where it is.
     """
 
     latents: StoredRows
@@ -54,19 +55,19 @@ class StoredBatch:
         return len(self.text_lengths_B)
 
     def to(self, device: torch.device) -> "StoredBatch":
-        """Without waiting, if it is pinned."""
+        """Copy the batch to a device, asynchronously if it is pinned."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "StoredBatch":
-        """A copy in memory from which a GPU reads by itself."""
+        """Copy the batch to pinned memory."""
         return self._each(Tensor.pin_memory)
 
     def split(self, size: int) -> "list[StoredBatch]":
-        """Into micro-batches of `size`."""
+        """Split the batch into micro-batches of `size`."""
         return [self._each(lambda tensor, at=start: tensor[at : at + size]) for start in range(0, len(self), size)]  # type: ignore[misc]
 
     def expand(self) -> Batch:
-        """As float32, on the device where it is."""
+        """Return the batch in float32, on its device."""
         latents_BCHW = self.latents.expand().unflatten(2, self.sides)
         if self.flipped_B is not None:
             latents_BCHW = torch.where(self.flipped_B.view(-1, 1, 1, 1), latents_BCHW.flip(-1), latents_BCHW)
@@ -80,23 +81,32 @@ class StoredBatch:
 
 
 class EncodedDataset:
+<<<<<<< HEAD
     """A folder written by `encode_source`. The card and files' sizes are checked at opening, shards and rows when they are read; `verify`
     reads everything.
 
     >>> data = EncodedDataset(Path("data/mine"))
     >>> len(data), data.latent_shape(), data.verify()
     (12, (8, 8, 8), [])
+=======
+    """A folder written by `encode_source`.
+
+    The manifest and the sizes of the files are checked when it is opened, shards and rows when they are read. `verify` checks everything.
+>>>>>>> data
     """
 
     def __init__(self, folder: Path, resolution: int | None = None, world: World | None = None):
-        """`resolution` may be left out if the set has only one. The processes of `world` must all come here. Raises UserError."""
+        """Open the data set at one of its resolutions, which may be omitted if there is only one.
+
+        All processes of `world` must call this together. Raises UserError.
+        """
         self.folder = folder
         self.manifest = open_manifest(folder, world)
         resolutions = self.manifest["settings"]["resolutions"]
         if resolution not in resolutions and (resolution is not None or len(resolutions) > 1):
             raise UserError(f"{folder} holds the resolutions {', '.join(map(str, resolutions))}: name one of them (data.resolution).")
         self.resolution: int = resolution or resolutions[0]
-        self.most_open = most_open()  # shards, of which the least recently used is closed
+        self.most_open = most_open()  # open shards; beyond, the least recently used one is closed
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._damaged: dict[int, str] = {}
 
@@ -105,23 +115,23 @@ class EncodedDataset:
 
     @property
     def bucket_sizes(self) -> list[int]:
-        """Rows in each bucket."""
+        """The number of rows in each bucket."""
         return [int(ends[-1]) for ends in self._ends]
 
     @property
     def largest_bucket(self) -> int:
-        """The one with the most rows."""
+        """The bucket with the most rows."""
         sizes = self.bucket_sizes
         return max(range(len(sizes)), key=lambda bucket: sizes[bucket])
 
     def latent_shape(self, bucket: int = 0) -> tuple[int, int, int]:
-        """(C, H, W) of the latents in a bucket."""
+        """Return the shape (C, H, W) of the latents in a bucket."""
         height, width = self.manifest["sizes"][bucket][str(self.resolution)]
         down = self.manifest["downsampling"]
         return self.manifest["latent_channels"], height // down, width // down
 
     def summary(self) -> dict[str, Any]:
-        """What a model trained on this must know to draw pictures."""
+        """Return what a model trained on this data set needs to generate images: encoders, latent shape, resolution, source."""
         keep = ("source", "autoencoder", "text_encoder", "text_channels")
         sizes = [size[str(self.resolution)] for size in self.manifest["sizes"]]
         squarest = min(range(len(sizes)), key=lambda bucket: abs(math.log(sizes[bucket][0] / sizes[bucket][1])))
@@ -133,7 +143,7 @@ class EncodedDataset:
         return {**{key: self.manifest[key] for key in keep}, **shape}
 
     def read(self, bucket: int, number: int, draw: float = 0.0) -> tuple[memoryview, memoryview]:
-        """The stored latents and one of the captions, by `draw`, of row `number` of a bucket. Raises DamagedShard."""
+        """Return the stored latents of row `number` of a bucket, and one of its captions, chosen by `draw`. Raises DamagedShard."""
         ends = self._ends[bucket]
         which = int(np.searchsorted(ends, number, side="right"))
         row = number - (int(ends[which - 1]) if which else 0)
@@ -143,55 +153,58 @@ class EncodedDataset:
         return shard.latents(row, self.resolution, bucket), shard.text(row, draw, bucket)
 
     def latents(self, blobs: list[memoryview], bucket: int) -> Tensor:
-        """(B, C, H, W) float32 of stored latents."""
+        """Unpack stored latents to float32, (B, C, H, W)."""
         channels, height, width = self.latent_shape(bucket)
         return unpack(blobs, height * width, self.manifest["settings"]["latents"])[0].view(-1, channels, height, width)
 
     def text(self, blobs: list[memoryview]) -> tuple[Tensor, Tensor]:
-        """Of stored captions: (B, L, E) float32, zeros where the mask (B, L) is False."""
+        """Unpack stored captions to float32, (B, L, E), with zeros where the mask (B, L), also returned, is False."""
         stored, lengths_B = self.stored_text(blobs)
         text_BLE = stored.expand()
         return text_BLE, torch.arange(text_BLE.shape[1]) < lengths_B[:, None]
 
     def stored_latents(self, blobs: list[memoryview], bucket: int) -> StoredRows:
-        """(B, C, H * W)."""
+        """Combine stored latents into a batch, (B, C, H * W)."""
         _, height, width = self.latent_shape(bucket)
         return stack(blobs, height * width, self.manifest["settings"]["latents"])[0]
 
     def stored_text(self, blobs: list[memoryview], multiple: int = 1) -> tuple[StoredRows, Tensor]:
-        """(B, L, E), L a `multiple`, and how many tokens each caption has, (B,). Token numbers are embedded."""
-        form = self.manifest["settings"]["captions"]
-        if form != "ids":
-            return stack(blobs, self.manifest["text_channels"], form, multiple)
+        """Combine stored captions into a batch, (B, L, E), with L a multiple of `multiple`. Token ids are embedded.
+
+        Also returns the number of tokens of each caption, (B,).
+        """
+        packing = self.manifest["settings"]["captions"]
+        if packing != "ids":
+            return stack(blobs, self.manifest["text_channels"], packing, multiple)
         with torch.no_grad():
             text_BLE, mask_BL = self._text_encoder.embed([unpack_ids(blob) for blob in blobs])
         missing = -text_BLE.shape[1] % multiple
         return StoredRows(torch.nn.functional.pad(text_BLE, (0, 0, 0, missing)), None), mask_BL.sum(dim=1)
 
     def column(self, name: str) -> list[Any]:
-        """`key`, `captions` or `weights` of all rows, shard by shard."""
+        """Return the column `key`, `captions` or `weights` of all rows, shard by shard."""
         return [value for number in range(len(self.manifest["shards"])) for value in self._shard(number).column(name)]
 
     def verify(self) -> list[str]:
-        """The names of the shards whose content is not what was written (their checksums differ)."""
+        """Return the names of damaged shards, whose checksums differ."""
         return [shard["name"] for shard in self.manifest["shards"] if sha256_of(self.folder / shard["name"]) != shard["sha256"]]
 
     @cached_property
     def _ends(self) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-        """Return, for each bucket, the number of its rows up to the end of each shard."""
+        """For each bucket, the number of its rows up to the end of each shard."""
         buckets = range(len(self.manifest["sizes"]))
         return [np.cumsum([shard["buckets"].get(str(bucket), 0) for shard in self.manifest["shards"]]) for bucket in buckets]
 
     def _shard(self, number: int) -> Shard:
-        """Opened at its first use, so that a set of thousands starts at once."""
+        """Return a shard. Shards are opened at their first use, so that data sets of thousands of shards start at once."""
         shard = self._shards.pop(number, None)
-        self._shards[number] = shard = self._open(number) if shard is None else shard  # now the last one that was used
+        self._shards[number] = shard = self._open(number) if shard is None else shard  # now the most recently used one
         while len(self._shards) > self.most_open:
             self._shards.popitem(last=False)
         return shard
 
     def _open(self, number: int) -> Shard:
-        if number in self._damaged:  # whoever looks for a row near a damaged one asks again and again
+        if number in self._damaged:  # the search for a replacement tries the same shard again and again
             raise DamagedShard(self._damaged[number])
         entry = self.manifest["shards"][number]
         checksums = Checksums(**entry["checksums"]) if self.manifest["format"] > 2 else None
@@ -203,16 +216,16 @@ class EncodedDataset:
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:
-        """Needed where only token numbers are stored."""
-        wanted = self.manifest["text_encoder"]
-        encoder = load_text_encoder(wanted["name"])
-        if encoder.fingerprint != wanted["fingerprint"]:
-            raise UserError(f"The text encoder {wanted['name']} is not the one that {self.folder} was encoded for: encode it again.")
+        """The text encoder that embeds captions of which only token ids are stored."""
+        expected = self.manifest["text_encoder"]
+        encoder = load_text_encoder(expected["name"])
+        if encoder.fingerprint != expected["fingerprint"]:
+            raise UserError(f"The text encoder {expected['name']} is not the one that {self.folder} was encoded for: encode it again.")
         return encoder
 
 
 class MixedDataset:
-    """The batches of a training run, from one set or several."""
+    """The batches of a training run, from one or several encoded data sets."""
 
     def __init__(
         self,
@@ -223,65 +236,71 @@ class MixedDataset:
         on_damage: Literal["stop", "skip"] = "stop",
         warn: Callable[[str], None] = print,
     ):
-        """Raises UserError if the sets do not fit together."""
+        """Combine `sets` for training `phases`. Raises UserError if the data sets are incompatible.
+
+        `flip` mirrors half of the samples. Damaged rows stop the run, or are replaced with a warning if `on_damage` is "skip".
+        """
         check_compatible(sets)
         for encoded in sets:
             encoded.most_open = most_open(len(sets))
         self.sets, self.flip, self.on_damage, self.warn = sets, flip, on_damage, warn
-        self.replaced = 0  # damaged rows in whose place another was taken
+        self.replaced = 0  # number of damaged rows replaced so far
         self._read = 0
-        self._place: SampleRef | None = None  # what is being read now
+        self._current: SampleRef | None = None  # the sample that is being read
         self._seed = seed
-        self._order = BatchSampler(tuple(tuple(s.bucket_sizes) for s in sets), seed, tuple(phases))
+        self._sampler = BatchSampler(tuple(tuple(s.bucket_sizes) for s in sets), seed, tuple(phases))
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The samples of a step, or a rank's share: every `world`-th. Raises UserError for a damaged row, unless it may be skipped."""
+        """Return the samples of a step, or the share of one of `world` ranks: every `world`-th sample, from number `rank` on.
+
+        Raises UserError for a damaged row, unless `on_damage` is "skip".
+        """
         return self.stored(step, rank, world).expand()
 
     def stored(self, step: int, rank: int = 0, world: int = 1, caption_multiple: int = 1) -> StoredBatch:
-        """`batch`, as it is stored. Captions are padded to a multiple of `caption_multiple` tokens."""
-        places = self._order.batch(step)[rank::world]
+        """Return the samples of `batch` as they are stored. Captions are padded to a multiple of `caption_multiple` tokens."""
+        chosen = self._sampler.batch(step)[rank::world]
         samples = []
-        self._read += len(places)
-        for place in places:
-            self._place = place
+        self._read += len(chosen)
+        for sample in chosen:
+            self._current = sample
             try:
-                samples.append(self.sets[place.set].read(place.bucket, place.row, place.draw))
+                samples.append(self.sets[sample.set].read(sample.bucket, sample.row, sample.draw))
             except DamagedShard as damage:
-                samples.append(self._replacement(self.sets[place.set], place, damage))
-        latents = self.sets[0].stored_latents([latents for latents, _ in samples], places[0].bucket)
-        _, *sides = self.sets[0].latent_shape(places[0].bucket)
+                samples.append(self._replacement(self.sets[sample.set], sample, damage))
+        latents = self.sets[0].stored_latents([latents for latents, _ in samples], chosen[0].bucket)
+        _, *sides = self.sets[0].latent_shape(chosen[0].bucket)
         flipped_B = None
         if self.flip:
             generator = np.random.default_rng([self._seed, step, 1])
-            flipped_B = torch.from_numpy(generator.random(len(places) * world) < 0.5)[rank::world]
+            flipped_B = torch.from_numpy(generator.random(len(chosen) * world) < 0.5)[rank::world]
         text, lengths_B = self.sets[0].stored_text([text for _, text in samples], caption_multiple)
         return StoredBatch(latents, (sides[0], sides[1]), flipped_B, text, lengths_B)
 
     def where(self) -> str:
-        """What is being read now, in words, for whoever waits for it."""
-        place = self._place
-        return "nothing yet" if place is None else f"row {place.row} of {self.sets[place.set].folder}"
+        """Describe the sample that is being read, for a message about a slow read."""
+        sample = self._current
+        return "nothing yet" if sample is None else f"row {sample.row} of {self.sets[sample.set].folder}"
 
-    def _replacement(self, encoded: EncodedDataset, place: SampleRef, damage: DamagedShard) -> tuple[memoryview, memoryview]:
-        """The next whole row of the same set and bucket."""
+    def _replacement(self, encoded: EncodedDataset, sample: SampleRef, damage: DamagedShard) -> tuple[memoryview, memoryview]:
+        """Read the next intact row of the same data set and bucket."""
         if self.on_damage == "stop":
-            raise UserError(f"{damage}. Encode that part again, or go on without it: data.on_damage=skip.") from damage
+            raise UserError(f"{damage}. Encode that part again, or continue without it: data.on_damage=skip.") from damage
         self.replaced += 1
         if self.replaced > max(100, MAX_REPLACED * self._read):
             raise UserError(f"{self.replaced} of {self._read} samples were damaged, last: {damage}. Encode the data again.") from damage
         self.warn(f"{damage}; another sample takes its place ({self.replaced} so far).")
-        size = encoded.bucket_sizes[place.bucket]
+        size = encoded.bucket_sizes[sample.bucket]
         for distance in range(1, min(size, 100_000)):
             try:
-                return encoded.read(place.bucket, (place.row + distance) % size)
+                return encoded.read(sample.bucket, (sample.row + distance) % size)
             except DamagedShard:
                 continue
-        raise UserError(f"{encoded.folder} has no whole row near a damaged one ({damage}): encode it again.") from damage
+        raise UserError(f"{encoded.folder} has no intact row near a damaged one ({damage}): encode it again.") from damage
 
 
 def check_compatible(sets: list[EncodedDataset]) -> None:
-    """Raises UserError if sets are not of the same encoders, shapes and forms."""
+    """Check that data sets have the same encoders, shapes and packing. Raises UserError."""
     first = sets[0]
     for other in sets[1:]:
         for key in ("autoencoder", "text_encoder", "sizes", "latent_channels", "text_channels"):
@@ -289,6 +308,6 @@ def check_compatible(sets: list[EncodedDataset]) -> None:
                 values = f"{key} is {first.manifest[key]} in one and {other.manifest[key]} in the other"
                 raise UserError(f"{first.folder} and {other.folder} cannot be mixed: {values}.")
         for key in ("latents", "captions"):
-            forms = [s.manifest["settings"][key] for s in (first, other)]
-            if forms[0] != forms[1]:
-                raise UserError(f"{first.folder} and {other.folder} cannot be mixed: {key} are stored as {forms[0]} and {forms[1]}.")
+            one, two = (s.manifest["settings"][key] for s in (first, other))
+            if one != two:
+                raise UserError(f"{first.folder} and {other.folder} cannot be mixed: {key} are stored as {one} and {two}.")

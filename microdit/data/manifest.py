@@ -1,4 +1,4 @@
-"""The card of an encoded set: what is in it, made by which encoders, file by file with size and checksum."""
+"""The manifest of an encoded data set, `card.json`: its content, the encoders that made it, and every shard with size and checksum."""
 
 import json
 from collections import Counter
@@ -14,40 +14,65 @@ from microdit.io.files import from_checked_json, sha256_of, to_checked_json, wri
 
 MANIFEST = "card.json"
 FORMAT = 4
-READ_FORMATS = (2, 3, 4)  # 3 has no index in its shards; 2 has checksums of blobs and files only
+READ_FORMATS = (2, 3, 4)  # shards of format 3 have no index; format 2 has checksums of blobs and files only
+
+Manifest = dict[str, Any]
 
 
-def write_manifest(folder: Path, plan: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """The plan and the shards' manifests, added up. Beside it go the two files that let HF `datasets.load_from_disk` open the folder."""
-    card = {key: value for key, value in plan.items() if key != "parts"}
+def write_manifest(folder: Path, plan: dict[str, Any], shards: list[dict[str, Any]]) -> Manifest:
+    """Write the manifest: the plan of the encoding, the shards' entries, and the sums of their counts.
+
+    Also writes the two files that let `datasets.load_from_disk` open the folder.
+    """
+    manifest: Manifest = {key: value for key, value in plan.items() if key != "parts"}
     for key in ("rows", "seen", "captions", "tokens", "captions_cut"):
-        card[key] = sum(shard[key] for shard in shards)
-    card["rejected"] = dict(sum((Counter(shard["rejected"]) for shard in shards), Counter()))
-    card["shards"] = shards
+        manifest[key] = sum(shard[key] for shard in shards)
+    manifest["rejected"] = dict(sum((Counter(shard["rejected"]) for shard in shards), Counter()))
+    manifest["shards"] = shards
     _write_datasets_files(folder, schema(plan["settings"]["resolutions"]), [shard["name"] for shard in shards], shards[0]["sha256"])
-    write_aside(folder / MANIFEST, to_checked_json(card))
-    return card
+    write_aside(folder / MANIFEST, to_checked_json(manifest))
+    return manifest
 
 
-def open_manifest(folder: Path, world: World | None = None) -> dict[str, Any]:
-    """The card of a set whose shards are there, in their sizes. The processes of `world` must all call this: each reads the card, and the
-    first one alone looks at the shards.
+def open_manifest(folder: Path, world: World | None = None) -> Manifest:
+    """Read the manifest and check that all shards exist with the sizes it states.
 
-    Raises UserError as `read_manifest` does, if a shard is not what the card says, or if the folder is not the same one to all processes.
+    All processes of `world` must call this: each reads the manifest, and the first one alone checks the shards. Raises UserError like
+    `read_manifest`, if a shard is missing or has another size, or if the processes see different folders.
     """
     if world is None:
-        card = read_manifest(folder)
-        _refuse_other_shards(folder, card)
-        return card
+        manifest = read_manifest(folder)
+        _check_shards(folder, manifest)
+        return manifest
     with world.together():
-        card, seen = read_manifest(folder), sha256_of(folder / MANIFEST)
+        manifest, seen = read_manifest(folder), sha256_of(folder / MANIFEST)
     world.refuse_difference(seen, str(folder))
-    world.look(lambda: _refuse_other_shards(folder, card))
-    return card
+    world.look(lambda: _check_shards(folder, manifest))
+    return manifest
 
 
-def _refuse_other_shards(folder: Path, card: dict[str, Any]) -> None:
-    for shard in card["shards"]:
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest. Raises UserError if there is none, if it is damaged, or if its format is not supported."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        unfinished = folder.with_name(f".{folder.name}.part")
+        how = f"finishes the one in {unfinished}: run the same command again" if unfinished.exists() else "writes one"
+        raise UserError(f"There is no encoded data set in {folder} (no {MANIFEST}): 'microdit data encode' {how}.")
+    try:
+        manifest = from_checked_json(path.read_bytes())
+        if manifest["format"] not in READ_FORMATS:
+            formats = ", ".join(map(str, READ_FORMATS))
+            raise UserError(f"{path} has format {manifest['format']}, but this version reads {formats}: encode the data again.")
+        missing = {"rows", "shards", "sizes", "settings", "autoencoder", "text_encoder", "text_channels", "downsampling"} - set(manifest)
+        if missing:
+            raise KeyError(", ".join(sorted(missing)))
+        return manifest
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): encode the data again.") from error
+
+
+def _check_shards(folder: Path, manifest: Manifest) -> None:
+    for shard in manifest["shards"]:
         path = folder / shard["name"]
         try:
             size: int | None = path.stat().st_size
@@ -56,25 +81,6 @@ def _refuse_other_shards(folder: Path, card: dict[str, Any]) -> None:
         if size != shard["bytes"]:
             what = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
             raise UserError(f"{path} {what}: the data set is damaged; encode it again.")
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises UserError if there is none, if it is not what was written, or if this program cannot read it."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        unfinished = folder.with_name(f".{folder.name}.part")
-        hint = f"it was begun in {unfinished}: run the same command again to finish it" if unfinished.exists() else "make one with it"
-        raise UserError(f"There is no encoded data set in {folder} (no {MANIFEST}). 'microdit data encode' writes it; {hint}.")
-    try:
-        card = from_checked_json(path.read_bytes())
-        if card["format"] not in READ_FORMATS:
-            raise UserError(f"{path} is of format {card['format']}, this program reads {READ_FORMATS}: encode the data again.")
-        missing = {"rows", "shards", "sizes", "settings", "autoencoder", "text_encoder", "text_channels", "downsampling"} - set(card)
-        if missing:
-            raise KeyError(", ".join(sorted(missing)))
-        return card
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): encode the data again.") from error
 
 
 def _write_datasets_files(folder: Path, columns: pa.Schema, names: list[str], fingerprint: str) -> None:

@@ -1,10 +1,11 @@
-"""Which sample comes when: a function of (seed, step) alone.
+"""Choose the samples of every batch, as a function of (seed, step) alone.
 
-Nothing is remembered, so a run's place in its data is the number of its step, exact on any number of ranks and workers.
+The sampler has no state, so the step number is a run's exact position in its data, on any number of ranks and workers.
 
-- `permuted` walks through n rows in a random order without ever holding that order: memory does not grow with the data;
-- `StreamSchedule` deals items out to several streams by weight, evenly at every point, and knows how many each got before;
-- `BatchSampler` puts both together: phases with their own mix of sets, buckets of one shape a batch, each sample once an epoch.
+Notable:
+- `permuted` evaluates a random permutation without storing it, so memory does not grow with the data;
+- `StreamSchedule` distributes items over several streams by weight, evenly at every point, and counts how many each stream got before;
+- `BatchSampler` combines both: phases with their own mix of data sets, batches of one bucket (image shape), every sample once per epoch.
 """
 
 from dataclasses import dataclass
@@ -18,16 +19,162 @@ from numpy.typing import NDArray
 from microdit.splitmix import splitmix64
 
 Ints = NDArray[np.int64]
-Members = tuple[tuple[int, int], ...]  # (set, repeat) of the sets that make one stream
+Members = tuple[tuple[int, int], ...]  # (data set, repeat) for each data set of a stream
 
 ROUNDS = 6
-BLOCK = 1024  # items that `StreamSchedule` deals out at a time
+BLOCK = 1024  # items that `StreamSchedule` distributes at a time
+
+
+class SampleRef(NamedTuple):
+    """A sample: row number `row` among those of its data set and bucket. `draw` in [0, 1) chooses one of its captions."""
+
+    set: int
+    bucket: int
+    row: int
+    draw: float
+
+
+@dataclass(frozen=True)
+class SamplerPhase:
+    """The steps, batch size and mix of data sets of a training phase.
+
+    With `weights`, each data set has its share of the samples. Without, the data sets are concatenated, each as often as `repeats` says.
+    """
+
+    steps: int
+    batch_size: int
+    repeats: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def streams(self) -> tuple[Members, ...]:
+        """The data sets of each stream: one stream of all, or one stream per data set."""
+        if self.weights is None:
+            return (tuple((number, repeat) for number, repeat in enumerate(self.repeats) if repeat),)
+        return tuple(((number, 1),) for number in range(len(self.weights)))
+
+    @property
+    def members(self) -> Members:
+        """The data sets that this phase uses."""
+        if self.weights is None:
+            return self.streams[0]
+        return tuple((number, 1) for number, weight in enumerate(self.weights) if weight)
+
+
+@dataclass(frozen=True)
+class BatchSampler:
+    """The batches of all phases, numbered consecutively. `sizes[set][bucket]` is the number of rows."""
+
+    sizes: tuple[tuple[int, ...], ...]
+    seed: int
+    phases: tuple[SamplerPhase, ...]
+
+    def batch(self, step: int) -> list[SampleRef]:
+        """Return the samples of a step, counted from 0. All are from one bucket."""
+        number, step_in_phase = self._phase_at(step)
+        phase = self.phases[number]
+        buckets = self._bucket_schedule(phase)
+        bucket = int(buckets.streams(step_in_phase, 1)[0])
+        first = int(buckets.counts_before(step_in_phase)[bucket]) * phase.batch_size
+        schedule = self._stream_schedule(phase, bucket)
+        before, streams = schedule.counts_before(first), schedule.streams(first, phase.batch_size)
+        draws = np.random.default_rng([self.seed, step]).random(phase.batch_size)
+        samples: list[SampleRef] = [SampleRef(0, bucket, 0, 0.0)] * phase.batch_size
+        for stream, members in enumerate(phase.streams):
+            mine = np.flatnonzero(streams == stream)
+            start = self._earlier[number].get((members, bucket), 0) + int(before[stream])
+            sets, rows = self._rows(members, bucket, start + np.arange(len(mine)))
+            for slot, in_set, row in zip(mine, sets, rows, strict=True):
+                samples[slot] = SampleRef(int(in_set), bucket, int(row), float(draws[slot]))
+        return samples
+
+    def _rows(self, members: Members, bucket: int, positions: Ints) -> tuple[Ints, Ints]:
+        """Return the data sets and rows at some positions of a stream, counted over all epochs."""
+        numbers = np.asarray([number for number, _ in members])
+        sizes = np.asarray([self.sizes[number][bucket] for number in numbers])
+        ends = np.cumsum(sizes * [repeat for _, repeat in members])
+        epochs, inside = np.divmod(positions, max(ends[-1], 1))
+        for epoch in np.unique(epochs):
+            this = epochs == epoch
+            inside[this] = permuted(inside[this], int(ends[-1]), _hash(self.seed, bucket, int(epoch), *numbers))
+        member = np.searchsorted(ends, inside, side="right")
+        starts = np.concatenate([[0], ends[:-1]])
+        return numbers[member], (inside - starts[member]) % sizes[member]
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _bucket_schedule(self, phase: SamplerPhase) -> "StreamSchedule":
+        """Distribute batches over buckets by their numbers of rows."""
+        rows = np.asarray([[self.sizes[n][b] * repeat for n, repeat in phase.members] for b in range(len(self.sizes[0]))]).sum(axis=1)
+        return StreamSchedule(tuple(rows / rows.sum()), self.seed + 1)
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _stream_schedule(self, phase: SamplerPhase, bucket: int) -> "StreamSchedule":
+        """Distribute samples over the streams that have rows in the bucket, by weight."""
+        weights = np.asarray(phase.weights or [1.0])
+        filled = np.asarray([any(self.sizes[number][bucket] for number, _ in members) for members in phase.streams])
+        weights = weights * filled if filled.any() else weights
+        return StreamSchedule(tuple(weights / weights.sum()), self.seed)
+
+    @cached_property
+    def _earlier(self) -> list[dict[tuple[Members, int], int]]:
+        """For each phase, the number of samples of each (stream, bucket) that earlier phases used."""
+        taken: dict[tuple[Members, int], int] = {}
+        earlier = []
+        for phase in self.phases:
+            earlier.append(dict(taken))
+            for bucket, batches in enumerate(self._bucket_schedule(phase).counts_before(phase.steps)):
+                counts = self._stream_schedule(phase, bucket).counts_before(int(batches) * phase.batch_size)
+                for members, count in zip(phase.streams, counts, strict=True):
+                    taken[members, bucket] = taken.get((members, bucket), 0) + int(count)
+        return earlier
+
+    def _phase_at(self, step: int) -> tuple[int, int]:
+        for number, phase in enumerate(self.phases):
+            if step < phase.steps:
+                return number, step
+            step -= phase.steps
+        raise IndexError("the step lies after the last phase")
+
+
+@dataclass(frozen=True)
+class StreamSchedule:
+    """Distributes items 0, 1, 2, ... over streams by `weights`, which add up to 1. Every block of 1,024 items holds each stream's share."""
+
+    weights: tuple[float, ...]
+    seed: int
+
+    def counts_before(self, item: int) -> Ints:
+        """Return how many of the items before `item` went to each stream."""
+        block, inside = divmod(item, BLOCK)
+        counts = self._counts(block)
+        if inside:
+            counts = counts + np.bincount(self._block(block)[:inside], minlength=len(self.weights))
+        return counts
+
+    def streams(self, start: int, count: int) -> Ints:
+        """Return the streams of items `start` to `start + count - 1`."""
+        blocks = range(start // BLOCK, (start + count - 1) // BLOCK + 1)
+        streams = np.concatenate([self._block(block) for block in blocks])
+        return streams[start % BLOCK :][:count]
+
+    @lru_cache(maxsize=64)  # noqa: B019 - a few numbers each; neighbouring steps need the same blocks
+    def _counts(self, blocks: int) -> Ints:
+        """Return the counts after whole blocks: each share rounded down, and the remainder for the largest stream."""
+        counts = np.floor(blocks * BLOCK * np.asarray(self.weights)).astype(np.int64)
+        largest = int(np.argmax(self.weights))
+        counts[largest] += blocks * BLOCK - counts.sum()
+        return counts
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _block(self, block: int) -> Ints:
+        counts = self._counts(block + 1) - self._counts(block)
+        return np.random.default_rng([self.seed, block]).permutation(np.repeat(np.arange(len(counts)), counts))
 
 
 def permuted(index: Ints, n: int, key: int) -> Ints:
-    """A random permutation of range(n), evaluated at `index` only: a Feistel network on the next even number of bits.
+    """Evaluate a random permutation of range(n) at `index`, with a Feistel network on the next even number of bits.
 
-    What falls outside of range(n) is sent through again until it falls inside (cycle walking): still a permutation.
+    Results outside range(n) are permuted again until they fall inside (cycle walking), which keeps it a permutation.
     """
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -48,151 +195,8 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return splitmix64(torch.from_numpy(x.view(np.int64))).numpy().view(np.uint64)
 
 
-@dataclass(frozen=True)
-class StreamSchedule:
-    """Deals items 0, 1, 2, ... out to streams by `weights` (which add up to 1): every block of 1,024 items holds each stream's share."""
-
-    weights: tuple[float, ...]
-    seed: int
-
-    def counts_before(self, item: int) -> Ints:
-        """How many of the items before this one each stream got."""
-        block, inside = divmod(item, BLOCK)
-        counts = self._counts(block)
-        if inside:
-            counts = counts + np.bincount(self._block(block)[:inside], minlength=len(self.weights))
-        return counts
-
-    def streams(self, start: int, count: int) -> Ints:
-        """The streams that items start .. start + count - 1 go to."""
-        blocks = range(start // BLOCK, (start + count - 1) // BLOCK + 1)
-        dealt = np.concatenate([self._block(block) for block in blocks])
-        return dealt[start % BLOCK :][:count]
-
-    @lru_cache(maxsize=64)  # noqa: B019 - a few numbers each; neighbouring steps ask for the same blocks
-    def _counts(self, blocks: int) -> Ints:
-        """After whole blocks: each share rounded down, the largest stream takes what is left."""
-        counts = np.floor(blocks * BLOCK * np.asarray(self.weights)).astype(np.int64)
-        largest = int(np.argmax(self.weights))
-        counts[largest] += blocks * BLOCK - counts.sum()
-        return counts
-
-    @lru_cache(maxsize=64)  # noqa: B019
-    def _block(self, block: int) -> Ints:
-        counts = self._counts(block + 1) - self._counts(block)
-        return np.random.default_rng([self.seed, block]).permutation(np.repeat(np.arange(len(counts)), counts))
-
-
-class SampleRef(NamedTuple):
-    """A sample: number `row` among those of its set and bucket. `draw` in [0, 1) chooses one of its captions."""
-
-    set: int
-    bucket: int
-    row: int
-    draw: float
-
-
-@dataclass(frozen=True)
-class SamplerPhase:
-    """What a phase asks for. Without `weights` the sets are one, each repeated as often as it says; with them, each set has its share."""
-
-    steps: int
-    batch_size: int
-    repeats: tuple[int, ...]
-    weights: tuple[float, ...] | None = None
-
-    @property
-    def streams(self) -> tuple[Members, ...]:
-        """Each stream's sets: one of all, or one a set."""
-        if self.weights is None:
-            return (tuple((number, repeat) for number, repeat in enumerate(self.repeats) if repeat),)
-        return tuple(((number, 1),) for number in range(len(self.weights)))
-
-    @property
-    def members(self) -> Members:
-        """The sets that this phase draws from."""
-        if self.weights is None:
-            return self.streams[0]
-        return tuple((number, 1) for number, weight in enumerate(self.weights) if weight)
-
-
-@dataclass(frozen=True)
-class BatchSampler:
-    """`sizes[set][bucket]` rows; the batches of all phases, numbered through."""
-
-    sizes: tuple[tuple[int, ...], ...]
-    seed: int
-    phases: tuple[SamplerPhase, ...]
-
-    def batch(self, step: int) -> list[SampleRef]:
-        """The samples of step number `step` (from 0). A batch is of one bucket."""
-        number, step_in_phase = self._phase_at(step)
-        phase = self.phases[number]
-        buckets = self._bucket_shares(phase)
-        bucket = int(buckets.streams(step_in_phase, 1)[0])
-        first = int(buckets.counts_before(step_in_phase)[bucket]) * phase.batch_size
-        shares = self._stream_shares(phase, bucket)
-        before, dealt = shares.counts_before(first), shares.streams(first, phase.batch_size)
-        draws = np.random.default_rng([self.seed, step]).random(phase.batch_size)
-        places: list[SampleRef] = [SampleRef(0, bucket, 0, 0.0)] * phase.batch_size
-        for stream, members in enumerate(phase.streams):
-            mine = np.flatnonzero(dealt == stream)
-            start = self._earlier[number].get((members, bucket), 0) + int(before[stream])
-            sets, rows = self._rows(members, bucket, start + np.arange(len(mine)))
-            for slot, in_set, row in zip(mine, sets, rows, strict=True):
-                places[slot] = SampleRef(int(in_set), bucket, int(row), float(draws[slot]))
-        return places
-
-    def _rows(self, members: Members, bucket: int, positions: Ints) -> tuple[Ints, Ints]:
-        """The sets and rows at some positions of a stream's endless epochs."""
-        numbers = np.asarray([number for number, _ in members])
-        sizes = np.asarray([self.sizes[number][bucket] for number in numbers])
-        ends = np.cumsum(sizes * [repeat for _, repeat in members])
-        epochs, inside = np.divmod(positions, max(ends[-1], 1))
-        for epoch in np.unique(epochs):
-            this = epochs == epoch
-            inside[this] = permuted(inside[this], int(ends[-1]), _hash(self.seed, bucket, int(epoch), *numbers))
-        member = np.searchsorted(ends, inside, side="right")
-        starts = np.concatenate([[0], ends[:-1]])
-        return numbers[member], (inside - starts[member]) % sizes[member]
-
-    @lru_cache(maxsize=64)  # noqa: B019
-    def _bucket_shares(self, phase: SamplerPhase) -> StreamSchedule:
-        """Batches go to buckets by the rows in them."""
-        rows = np.asarray([[self.sizes[n][b] * repeat for n, repeat in phase.members] for b in range(len(self.sizes[0]))]).sum(axis=1)
-        return StreamSchedule(tuple(rows / rows.sum()), self.seed + 1)
-
-    @lru_cache(maxsize=64)  # noqa: B019
-    def _stream_shares(self, phase: SamplerPhase, bucket: int) -> StreamSchedule:
-        """Samples of a batch go to streams by their weights, where they have any row in the bucket."""
-        weights = np.asarray(phase.weights or [1.0])
-        filled = np.asarray([any(self.sizes[number][bucket] for number, _ in members) for members in phase.streams])
-        weights = weights * filled if filled.any() else weights
-        return StreamSchedule(tuple(weights / weights.sum()), self.seed)
-
-    @cached_property
-    def _earlier(self) -> list[dict[tuple[Members, int], int]]:
-        """For each phase: how many samples of each (stream, bucket) the phases before it took."""
-        taken: dict[tuple[Members, int], int] = {}
-        earlier = []
-        for phase in self.phases:
-            earlier.append(dict(taken))
-            for bucket, batches in enumerate(self._bucket_shares(phase).counts_before(phase.steps)):
-                counts = self._stream_shares(phase, bucket).counts_before(int(batches) * phase.batch_size)
-                for members, count in zip(phase.streams, counts, strict=True):
-                    taken[members, bucket] = taken.get((members, bucket), 0) + int(count)
-        return earlier
-
-    def _phase_at(self, step: int) -> tuple[int, int]:
-        for number, phase in enumerate(self.phases):
-            if step < phase.steps:
-                return number, step
-            step -= phase.steps
-        raise IndexError("the step lies behind the last phase")
-
-
 def _hash(*numbers: int) -> int:
-    """One number of 64 bits for several."""
+    """Hash several numbers into one of 64 bits."""
     value = np.zeros(1, np.uint64)
     for number in numbers:
         value = _mix(value + np.uint64(int(number) % (1 << 63)) + np.uint64(0x9E3779B97F4A7C15))

@@ -1,18 +1,17 @@
-"""The Arrow stream of a shard, read without its blobs: the messages, and of each column what is asked for.
+"""The index of a shard, and the Arrow stream from which it is built.
 
-Arrow's own readers take all of a stream into memory, or map the file: then they have the system fetch all of it, and a file that shrinks
-while it is mapped kills the process (SIGBUS). Here the content of a record batch is memory that costs nothing until something is put into
-it, and only the buffers that are asked for are read from the file.
-
-Where everything that training reads of a shard lies in its file: some kilobytes for thousands of rows, read at once and kept in memory.
-
-The index follows a shard's Arrow stream, column by column, compressed with zlib. All numbers are little-endian:
+The index holds the position of everything that training reads of a shard: some kilobytes for thousands of rows, read at once and kept in
+memory. It follows the Arrow stream of the shard, column by column, compressed with zlib. All numbers are little-endian:
 
     rows                        one uint32
-    buckets                     an int16 a row
-    captions                    how many, an int32 a row
-    weights                     a float32 a caption
-    text, latents_256, ...      an int64 a blob: bytes between the one before and this one; then an int32 a blob: its length
+    buckets                     an int16 per row
+    captions                    an int32 per row: their number
+    weights                     a float32 per caption
+    text, latents_256, ...      an int64 per blob: bytes between the previous blob and this one; then an int32 per blob: its length
+
+`ArrowStream` reads the columns of a stream without its blobs. Arrow's own readers load a whole stream, or map its file, but then the system
+fetches all of it, and a file that shrinks while it is mapped kills the process (SIGBUS). Here a record batch is backed by memory that costs
+nothing until it is written to, and only the requested buffers are read from the file.
 """
 
 import mmap
@@ -28,11 +27,13 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-LATENTS = "latents_"  # and the resolution, the name of a column
+LATENTS = "latents_"  # prefix of a column's name, before the resolution
+
+Numbers = NDArray[Any]
 
 
 def schema(resolutions: list[int]) -> pa.Schema:
-    """Columns of a shard; `latents_256` and so on, one column a resolution."""
+    """Return the columns of a shard. Latents have one column per resolution, such as `latents_256`."""
     columns = [
         ("key", pa.string()),
         ("bucket", pa.int16()),
@@ -44,13 +45,14 @@ def schema(resolutions: list[int]) -> pa.Schema:
 
 
 def holds_blobs(column: str) -> bool:
+    """Return whether a column holds the bytes of latents or caption vectors."""
     return column == "text" or column.startswith(LATENTS)
 
 
 def read_at(file: int, position: int, size: int) -> bytes:
     """Read exactly `size` bytes of an open file. Raises EOFError if it ends before."""
     content = os.pread(file, size, position)
-    while len(content) < size:  # the system may return less than it has
+    while len(content) < size:  # the system may return fewer bytes than there are
         more = os.pread(file, size - len(content), position + len(content))
         if not more:
             raise EOFError(f"it ends at byte {os.fstat(file).st_size}, where more was written")
@@ -58,10 +60,77 @@ def read_at(file: int, position: int, size: int) -> bytes:
     return content
 
 
-class ArrowStream:
-    """The stream at the start of an open file. Raises OSError, EOFError or pa.ArrowException if it is none.
+@dataclass(frozen=True)
+class Blobs:
+    """The positions and lengths of the blobs of a column."""
 
-    `checksum` (XXH3) covers its messages, `end` is the position behind it. Nothing of its columns is touched before `load`.
+    positions: Numbers
+    lengths: Numbers
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The bucket and first caption of each row, the weight of each caption, and the blobs of each column.
+
+    `first_captions` has one number more than there are rows: the total number of captions.
+    """
+
+    buckets: Numbers
+    first_captions: Numbers
+    weights: Numbers
+    blobs: dict[str, Blobs]
+
+    def __len__(self) -> int:
+        return len(self.buckets)
+
+    @classmethod
+    def of(cls, stream: "ArrowStream") -> "ShardIndex":
+        """Build the index of a stream. Raises the errors of ArrowStream."""
+        table = stream.load(stream.number_columns())
+        counts = [np.diff(batch.column("text").offsets.to_numpy()) for batch in stream.batches]
+        weights = [batch.column("weights").values.to_numpy() for batch in stream.batches]
+        return cls(
+            _compact(table.column("bucket").to_numpy()),
+            _compact(np.cumsum(_joined([np.zeros(1, np.int64), *counts], np.int64))),
+            _compact(_joined(weights, np.float32)),
+            {name: _blobs_of(stream, name) for name in table.column_names if holds_blobs(name)},
+        )
+
+    def to_bytes(self) -> bytes:
+        """Serialise the index as described at the top of this module."""
+        columns = [np.asarray([len(self)], "<u4"), self.buckets.astype("<i2"), np.diff(self.first_captions.astype("<i4"))]
+        columns.append(self.weights.astype("<f4"))
+        for blobs in self.blobs.values():
+            starts, lengths = blobs.positions.astype("<i8"), blobs.lengths.astype("<i4")
+            columns += [starts - np.concatenate([[0], (starts + lengths)[:-1]])[: len(starts)], lengths]
+        return zlib.compress(b"".join(column.tobytes() for column in columns))
+
+    @classmethod
+    def from_bytes(cls, content: bytes, resolutions: list[int]) -> "ShardIndex":
+        """Read a serialised index. Raises ValueError or zlib.error if it is damaged, or has other columns."""
+        source = _Reader(zlib.decompress(content))
+        rows = int(source.take(1, "<u4")[0])
+        buckets, counts = source.take(rows, "<i2"), source.take(rows, "<i4")
+        captions = int(counts.sum())
+        weights, blobs = source.take(captions, "<f4"), {}
+        for name, count in [("text", captions), *((f"{LATENTS}{resolution}", rows) for resolution in resolutions)]:
+            gaps, lengths = source.take(count, "<i8"), source.take(count, "<i4")
+            blobs[name] = Blobs(_compact(np.cumsum(gaps + lengths) - lengths), _compact(lengths))
+        if source.left:
+            raise ValueError("the index has other columns")
+        firsts = np.concatenate([[0], np.cumsum(counts)])
+        return cls(_compact(buckets), _compact(firsts), _compact(weights), blobs)
+
+    @cached_property
+    def rows_by_bucket(self) -> dict[int, Numbers]:
+        """The numbers of the rows in each bucket."""
+        return {int(bucket): _compact(np.flatnonzero(self.buckets == bucket)) for bucket in np.unique(self.buckets)}
+
+
+class ArrowStream:
+    """The Arrow stream at the start of an open file. Raises OSError, EOFError or pa.ArrowException if there is none.
+
+    `checksum` (XXH3) covers its messages; `end` is the position behind it. The columns are not read before `load`.
     """
 
     def __init__(self, file: int):
@@ -84,11 +153,11 @@ class ArrowStream:
 
     @cached_property
     def batches(self) -> list[pa.RecordBatch]:
-        """The record batches. What has not been loaded of them is zero."""
+        """The record batches. Columns that have not been loaded are zero."""
         return [pa.ipc.read_record_batch(message, self.schema) for message in self._messages[1:]]
 
     def load(self, columns: Iterable[str]) -> pa.Table:
-        """Read these columns, but no blobs."""
+        """Read these columns without their blobs."""
         names = list(columns)
         for name in names:
             if name not in self._loaded:
@@ -100,7 +169,7 @@ class ArrowStream:
         return pa.Table.from_batches(self.batches, self.schema).select(names)
 
     def columns_checksum(self, columns: Iterable[str]) -> str:
-        """XXH3 of all buffers of these columns, without the blobs."""
+        """Return the XXH3 of all buffers of these columns, without the blobs."""
         names, digest = list(columns), xxhash.xxh3_128()
         self.load(names)
         for name in names:
@@ -110,17 +179,22 @@ class ArrowStream:
         return digest.hexdigest()
 
     def number_columns(self) -> list[str]:
-        """All columns but keys and captions: of blobs their offsets."""
+        """Return all columns but `key` and `captions`. Columns of blobs count with their offsets."""
         return [name for name in self.schema.names if name not in ("key", "captions")]
 
     def position(self, batch: int, buffer: pa.Buffer | None) -> int:
-        """Where a record batch's buffer lies in the file."""
+        """Return the position in the file of a buffer of a record batch."""
         body = self._bodies[batch]
         return body.position + (buffer.address - body.address if buffer else 0)
 
 
+def _buffers(batch: pa.RecordBatch, column: str) -> list[pa.Buffer]:
+    buffers = batch.column(column).buffers()
+    return [buffer for buffer in (buffers[:-1] if holds_blobs(column) else buffers) if buffer]  # an empty buffer has no defined address
+
+
 class _Body(NamedTuple):
-    """The content of a record batch: where it lies in the file, and the memory that stands for it."""
+    """The content of a record batch: its position in the file, and the memory that represents it."""
 
     position: int
     memory: mmap.mmap
@@ -128,14 +202,17 @@ class _Body(NamedTuple):
 
 
 class _WithoutBodies:
-    """A file as Arrow reads a stream from it: for each message 4 bytes that never differ, 4 for its length, the message, then its body."""
+    """A file from which Arrow reads a stream without the bodies of its messages, which become empty memory.
+
+    Each message consists of 4 constant bytes, 4 bytes of length, the message itself, and its body.
+    """
 
     closed = False
 
     def __init__(self, file: int):
         self.position, self.bodies = 0, list[_Body]()
         self._file, self._size = file, os.fstat(file).st_size
-        self._message = 0  # bytes of the message that comes next
+        self._message = 0  # size of the next message in bytes
 
     def read(self, size: int) -> Any:
         start, self.position = self.position, self.position + size
@@ -150,78 +227,8 @@ class _WithoutBodies:
         return memory
 
 
-def _buffers(batch: pa.RecordBatch, column: str) -> list[pa.Buffer]:
-    buffers = batch.column(column).buffers()
-    return [buffer for buffer in (buffers[:-1] if holds_blobs(column) else buffers) if buffer]  # an empty one lies anywhere
-
-
-Numbers = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Blobs:
-    """The position and the length of each blob of a column."""
-
-    positions: Numbers
-    lengths: Numbers
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """Each row's bucket and first caption (with the end of the last one's, one number more), each caption's weight, each column's blobs."""
-
-    buckets: Numbers
-    first_captions: Numbers
-    weights: Numbers
-    blobs: dict[str, Blobs]
-
-    def __len__(self) -> int:
-        return len(self.buckets)
-
-    @classmethod
-    def of(cls, stream: ArrowStream) -> "ShardIndex":
-        """Look everything up in a stream. Raises what it raises."""
-        table = stream.load(stream.number_columns())
-        counts = [np.diff(batch.column("text").offsets.to_numpy()) for batch in stream.batches]
-        weights = [batch.column("weights").values.to_numpy() for batch in stream.batches]
-        return cls(
-            _compact(table.column("bucket").to_numpy()),
-            _compact(np.cumsum(_joined([np.zeros(1, np.int64), *counts], np.int64))),
-            _compact(_joined(weights, np.float32)),
-            {name: _blobs_of(stream, name) for name in table.column_names if holds_blobs(name)},
-        )
-
-    def to_bytes(self) -> bytes:
-        columns = [np.asarray([len(self)], "<u4"), self.buckets.astype("<i2"), np.diff(self.first_captions.astype("<i4"))]
-        columns.append(self.weights.astype("<f4"))
-        for blobs in self.blobs.values():
-            starts, lengths = blobs.positions.astype("<i8"), blobs.lengths.astype("<i4")
-            columns += [starts - np.concatenate([[0], (starts + lengths)[:-1]])[: len(starts)], lengths]
-        return zlib.compress(b"".join(column.tobytes() for column in columns))
-
-    @classmethod
-    def from_bytes(cls, content: bytes, resolutions: list[int]) -> "ShardIndex":
-        """Raises ValueError or zlib.error if it is none, or one of other columns."""
-        source = _Source(zlib.decompress(content))
-        rows = int(source.take(1, "<u4")[0])
-        buckets, counts = source.take(rows, "<i2"), source.take(rows, "<i4")
-        captions = int(counts.sum())
-        weights, blobs = source.take(captions, "<f4"), {}
-        for name, count in [("text", captions), *((f"{LATENTS}{resolution}", rows) for resolution in resolutions)]:
-            gaps, lengths = source.take(count, "<i8"), source.take(count, "<i4")
-            blobs[name] = Blobs(_compact(np.cumsum(gaps + lengths) - lengths), _compact(lengths))
-        if source.left:
-            raise ValueError("it is one of other columns")
-        firsts = np.concatenate([[0], np.cumsum(counts)])
-        return cls(_compact(buckets), _compact(firsts), _compact(weights), blobs)
-
-    @cached_property
-    def rows_by_bucket(self) -> dict[int, Numbers]:
-        return {int(bucket): _compact(np.flatnonzero(self.buckets == bucket)) for bucket in np.unique(self.buckets)}
-
-
-class _Source:
-    """Bytes, taken from the front."""
+class _Reader:
+    """Reads arrays from bytes, one after the other."""
 
     def __init__(self, content: bytes):
         self._content, self._at = content, 0
@@ -253,7 +260,10 @@ def _joined(arrays: list[Numbers], dtype: type) -> Numbers:
 
 
 def _compact(numbers: Numbers) -> Numbers:
-    """The same in less memory: thousands of shards are open at once. Numbers that are all equal take the room of one."""
+    """Return equal numbers that take less memory, because thousands of shards are open at once.
+
+    Numbers that are all equal take the memory of one.
+    """
     if len(numbers) and (numbers == numbers[0]).all():
         return np.broadcast_to(numbers[:1].copy(), numbers.shape)
     if numbers.dtype.kind == "f" or not len(numbers) or numbers.min() < 0:

@@ -1,9 +1,8 @@
-"""The frozen encoders at work on one chunk of records after the other, on any device.
+"""Encode chunks of records with the frozen encoders, and write the results to shards in a thread of its own.
 
-On a GPU nothing here waits for it: pixels cross as bytes from pinned memory and become numbers there, results come back into pinned memory
-while the next chunk is queued, and `EncodedChunk.wait` is for whoever needs them. A batch that does not fit the GPU's memory is halved.
-
-Encoded chunks to shards, in a thread of its own: encoding goes on while numbers are packed, written and checked.
+`BatchEncoder` never waits for a GPU: pixels are copied as bytes from pinned memory and converted there, and results are copied back to
+pinned memory while the next chunk is queued. Only `EncodedChunk.wait`, which the writing thread calls, waits. A batch that does not fit the
+GPU's memory is halved. Encoding continues while `ShardsThread` packs, writes and checksums earlier chunks.
 """
 
 import json
@@ -29,15 +28,17 @@ from microdit.encoders.text import TextEncoder
 from microdit.errors import UserError
 from microdit.io.files import aside_of, sha256_of, to_checked_json, write_aside
 
+AHEAD = 2  # chunks that may wait to be written before encoding waits for them
+
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """Records with what the encoders made of them, batch by batch: complete on the CPU only after `wait`.
+    """Records with their encoded images and captions, batch by batch, which are complete on the CPU only after `wait`.
 
-    `ids` are all captions' tokens, in the order of the records. `text` and `latents` hold float32 batches with the numbers of the captions,
-    or of the records, that are in them; those of `latents` have their resolution too. Without vectors (form `ids`) `text` is empty.
+    `ids` holds the token ids of all captions, in the order of the records. `text` holds float32 batches with the numbers of their captions,
+    and `latents` float32 batches with the numbers of their records and their resolution. With the packing `ids`, `text` is empty.
     """
 
     records: list[Record]
@@ -48,14 +49,15 @@ class EncodedChunk:
     arrived: torch.cuda.Event | None
 
     def wait(self) -> None:
+        """Wait until all results have been copied from the GPU."""
         if self.arrived is not None:
             self.arrived.synchronize()
 
 
 class BatchEncoder:
-    """Both encoders and their batches: `batch_size` pictures, or captions, at a time, as long as they fit.
+    """Encodes images and captions in batches of `batch_size`, or of fewer once that many do not fit, which `warn` reports.
 
-    `warn` is told when fewer do. The encoders are on `device` already.
+    The encoders must already be on `device`.
     """
 
     def __init__(
@@ -68,21 +70,21 @@ class BatchEncoder:
         warn: Callable[[str], None],
     ):
         self.autoencoder, self.text_encoder, self.device, self.captions, self.warn = autoencoder, text_encoder, device, captions, warn
-        self._sizes = {"pictures": batch_size, "captions": batch_size}
+        self._sizes = {"images": batch_size, "captions": batch_size}
 
-    def encode(self, records: list[Record], pictures: list[DecodedImage], resolutions: tuple[int, ...]) -> EncodedChunk:
-        """`pictures` holds each record's bucket and its pixels at every resolution, (H, W, 3)."""
+    def encode(self, records: list[Record], images: list[DecodedImage], resolutions: tuple[int, ...]) -> EncodedChunk:
+        """Encode records. `images` holds each record's bucket and its pixels at every resolution, (H, W, 3)."""
         ids = self.text_encoder.tokenize([caption for record in records for caption in record.captions.values()])
         text = [] if self.captions == "ids" else list(self._text(ids))
-        latents = list(self._latents(pictures, resolutions))
+        latents = list(self._latents(images, resolutions))
         arrived = None
         if self.device.type == "cuda":
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(self.device))
-        return EncodedChunk(records, [bucket for bucket, _ in pictures], ids, text, latents, arrived)
+        return EncodedChunk(records, [bucket for bucket, _ in images], ids, text, latents, arrived)
 
     def _text(self, ids: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
-        """Batches hold captions of about one length."""
+        """Embed the captions, in batches of similar length."""
         by_length = sorted(range(len(ids)), key=lambda number: len(ids[number]))
         return self._batches("captions", by_length, lambda batch: self._back(self._embed([ids[number] for number in batch])))
 
@@ -90,18 +92,18 @@ class BatchEncoder:
     def _embed(self, ids: list[list[int]]) -> Tensor:
         return self.text_encoder.embed_full(ids) if self.captions == "full" else self.text_encoder.embed(ids)[0]
 
-    def _latents(self, pictures: list[DecodedImage], resolutions: tuple[int, ...]) -> Iterator[tuple[list[int], int, Tensor]]:
-        """Batches hold pictures of one bucket."""
+    def _latents(self, images: list[DecodedImage], resolutions: tuple[int, ...]) -> Iterator[tuple[list[int], int, Tensor]]:
+        """Encode the images, in batches of one bucket."""
         by_bucket: dict[int, list[int]] = {}
-        for number, (bucket, _) in enumerate(pictures):
+        for number, (bucket, _) in enumerate(images):
             by_bucket.setdefault(bucket, []).append(number)
 
         def encode(batch: list[int]) -> list[Tensor]:
-            pixels = ([pictures[number][1][which] for number in batch] for which in range(len(resolutions)))
+            pixels = ([images[number][1][which] for number in batch] for which in range(len(resolutions)))
             return [self._back(self.autoencoder.encode(self._pixels(stack))) for stack in pixels]
 
         for numbers in by_bucket.values():
-            for batch, latents in self._batches("pictures", numbers, encode):
+            for batch, latents in self._batches("images", numbers, encode):
                 for resolution, latents_BCHW in zip(resolutions, latents, strict=True):
                     yield batch, resolution, latents_BCHW
 
@@ -114,9 +116,9 @@ class BatchEncoder:
         return tensor.float().to("cpu", non_blocking=self.device.type == "cuda")  # into pinned memory
 
     def _batches(self, what: str, numbers: list[int], encode: Callable[[list[int]], R]) -> Iterator[tuple[list[int], R]]:
-        """Each batch with what `encode` makes of it, the batch halved until it fits.
+        """Yield batches of numbers with the results of `encode`, halving the batch size until they fit.
 
-        Raises UserError when one alone does not.
+        Raises UserError if not even a single item fits.
         """
         first, refused = 0, False
         while first < len(numbers):
@@ -134,24 +136,21 @@ class BatchEncoder:
                 yield batch, result
                 first += len(batch)
                 continue
-            torch.cuda.empty_cache()  # outside of `except`, whose error keeps the tensors alive
+            torch.cuda.empty_cache()  # outside of `except`, because the exception keeps the tensors alive
 
     def _too_small(self, what: str, error: torch.OutOfMemoryError) -> str:
-        dtype = str(self.autoencoder.dtype if what == "pictures" else self.text_encoder.dtype).removeprefix("torch.")
+        dtype = str(self.autoencoder.dtype if what == "images" else self.text_encoder.dtype).removeprefix("torch.")
         return (
-            f"The GPU's memory does not hold the encoders with one of the {what} in {dtype} ({str(error).splitlines()[0][:160]}): take "
+            f"The GPU's memory does not hold the encoders with one of the {what} in {dtype} ({str(error).splitlines()[0][:160]}): use "
             "--dtype bfloat16 (half of float32), smaller --resolutions, or --device cpu."
         )
 
 
-AHEAD = 2  # chunks that wait to be packed before encoding waits for them
-
-
 @dataclass
 class PartInWork:
-    """A part of the source that becomes shard `number`: what was rejected of it so far, and its counts of captions and tokens.
+    """A part of the source that becomes shard `number`: its rejected records, and its counts of captions and tokens.
 
-    `fingerprint` is the part's when its reading began.
+    `fingerprint` is that of the part when reading began.
     """
 
     number: int
@@ -163,7 +162,7 @@ class PartInWork:
 
 @dataclass(frozen=True)
 class Packer:
-    """Turns an encoded chunk into rows: numbers as bytes."""
+    """Packs encoded chunks into rows of a shard."""
 
     resolutions: tuple[int, ...]
     latents: LatentPacking
@@ -171,7 +170,7 @@ class Packer:
     caption_weights: dict[str, float]
 
     def rows(self, chunk: EncodedChunk) -> Iterator[EncodedRow]:
-        """Raises UserError for numbers that are not finite."""
+        """Yield the rows of a chunk. Raises UserError if any number is not finite."""
         chunk.wait()
         texts, latents = iter(self._pack_text(chunk)), self._pack_latents(chunk)
         for record, bucket, blobs in zip(chunk.records, chunk.buckets, latents, strict=True):
@@ -199,15 +198,15 @@ class Packer:
 
 def _finite(numbers: NDArray[np.float32], what: str) -> NDArray[np.float32]:
     if not np.isfinite(numbers).all():
-        raise UserError(f"Encoding gave {what} that are no finite numbers: the encoder overflows in this dtype, take --dtype float32.")
+        raise UserError(f"Encoding gave {what} that are not finite: the encoder overflows in this dtype; use --dtype float32.")
     return numbers
 
 
 class ShardsThread:
-    """Packs chunks and writes them in the order in which they are `put`; a shard is whole once its manifest is there.
+    """Packs and writes chunks in a thread, in the order in which they are `put`. A shard is complete once its entry is written.
 
-    Errors of the thread are raised by a later `put`, or at the end of the `with` block; shards behind them are not written.
-    `on_written` is told, by that thread, how many records and parts more are done.
+    Errors of the thread are raised by a later `put`, or at the end of the `with` block; later shards are not written. The thread calls
+    `on_written` with the numbers of records and parts that it has completed.
     """
 
     def __init__(self, folder: Path, packer: Packer, on_written: Callable[[int, int], None]):
@@ -221,7 +220,7 @@ class ShardsThread:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """What was put is finished in any case: only the shard that lacks its end is given up."""
+        """Finish what was put before, unless there was an error, and remove an incomplete shard."""
         try:
             while kind is None and self._waiting:
                 self._waiting.popleft().result()
@@ -231,7 +230,7 @@ class ShardsThread:
                 self._writer.abandon()
 
     def put(self, part: PartInWork, chunk: EncodedChunk, seen: int, last: bool) -> None:
-        """`seen`: how many of the part's records the chunk stands for. `last`: the part ends with it."""
+        """Hand over a chunk, which accounts for `seen` records of its part. `last` is True for the last chunk of the part."""
         self._waiting.append(self._thread.submit(self._write, part, chunk, seen, last))
         while len(self._waiting) > AHEAD:
             self._waiting.popleft().result()
@@ -241,7 +240,7 @@ class ShardsThread:
             return
         try:
             if self._writer is None:
-                path = aside_of(self.folder / _shard(part.number))
+                path = aside_of(self.folder / _shard_name(part.number))
                 self._writer = ShardWriter(path, list(self.packer.resolutions))
             for row in self.packer.rows(chunk):
                 self._writer.write(row)
@@ -255,9 +254,9 @@ class ShardsThread:
             raise
 
     def _publish(self, writer: ShardWriter, part: PartInWork) -> None:
-        """The shard gets its name, then its manifest."""
-        path = self.folder / f"{_shard(part.number)}.arrow"
-        manifest = {
+        """Give the shard its final name, then write its entry."""
+        path = self.folder / f"{_shard_name(part.number)}.arrow"
+        entry = {
             "name": path.name,
             "part": part.name,
             "fingerprint": part.fingerprint,
@@ -273,24 +272,28 @@ class ShardsThread:
         writer.path.replace(path)
         if part.rejected:
             lines = "".join(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in part.rejected)
-            write_aside(self.folder / f"{_shard(part.number)}.rejected.jsonl", lines.encode())
-        write_aside(shard_entry_path(self.folder, part.number), to_checked_json(manifest))
+            write_aside(self.folder / f"{_shard_name(part.number)}.rejected.jsonl", lines.encode())
+        write_aside(shard_entry_path(self.folder, part.number), to_checked_json(entry))
 
 
 def shard_entry_path(folder: Path, number: int) -> Path:
-    return folder / f"{_shard(number)}.json"
+    """Return the file with a shard's entry for the manifest."""
+    return folder / f"{_shard_name(number)}.json"
 
 
 def remove_shard(folder: Path, number: int) -> bool:
-    """Whether there was one: of several ranks that remove it, one is told so. The manifest goes first, for without it there is no shard."""
+    """Remove a shard. Returns whether it existed; of several ranks that remove it, only one is told so.
+
+    The entry is removed first, because a shard without an entry does not count.
+    """
     try:
         shard_entry_path(folder, number).unlink()
     except FileNotFoundError:
         return False
     for suffix in (".arrow", ".rejected.jsonl"):
-        (folder / f"{_shard(number)}{suffix}").unlink(missing_ok=True)
+        (folder / f"{_shard_name(number)}{suffix}").unlink(missing_ok=True)
     return True
 
 
-def _shard(number: int) -> str:
+def _shard_name(number: int) -> str:
     return f"shard-{number:05d}"

@@ -1,13 +1,14 @@
-"""One shard of an encoded set: an Arrow stream written row by row, and behind it an index by which training reads single rows.
+"""Shards of an encoded data set: Arrow streams written row by row, each followed by an index through which training reads single rows.
 
-Arrow notices a file that was cut off, not one in which a block was changed. So whatever is read is compared with a checksum (XXH3):
+Arrow notices a truncated file, but not a changed block. So everything that is read is compared with a checksum (XXH3):
 
-- every blob of latents or text ends in one of its content, its row and its bucket, compared whenever the blob is read;
-- `Checksums`, which lie in the set's card, cover the rest: the index is compared when the shard is opened, what only Arrow reads (keys and
-  captions) when it is read.
+- Every blob of latents or text ends with a checksum of its content, its row and its bucket, which is compared whenever the blob is read.
+- `Checksums`, which are stored in the manifest, cover the rest: the index is compared when the shard is opened; keys and captions, which
+  only Arrow reads, are compared when they are read.
 
-Opening reads the index, some kilobytes, and a row its own blobs, by their positions: no file is mapped, so one that shrinks or vanishes
-while it is open is named, and does not kill the process. And every file has a SHA-256, which `microdit data verify` compares.
+Opening a shard reads the index, some kilobytes; reading a row reads only its blobs, by position. No file is mapped, so a file that shrinks
+or vanishes while it is open raises an error that names it, and does not kill the process. Every file also has a SHA-256, which
+`microdit data verify` compares.
 """
 
 import errno
@@ -24,21 +25,25 @@ import xxhash
 
 from microdit.data.shard_index import LATENTS, ArrowStream, ShardIndex, read_at, schema
 from microdit.errors import UserError
+from microdit.io.text import one_line
 
-BATCH_ROWS = 256  # of a record batch: what is held in memory while writing
+BATCH_ROWS = 256  # rows of a record batch, which is held in memory while writing
 CHECKSUM_BYTES = 8
-MOST_OPEN = 16_000  # shards at once, each with a descriptor and about 50 kB of index
+MOST_OPEN = 16_000  # shards open at once, each with a file descriptor and about 50 kB of index
+
+
+_READ_ERRORS = (OSError, EOFError, MemoryError, ValueError, zlib.error, pa.ArrowException)
 
 
 class DamagedShard(UserError):  # noqa: N818
-    """A shard, or a row of it, is not what was written. The message names the file."""
+    """Raised when a shard, or a row of it, is not what was written. The message names the file."""
 
 
 class Checksums(NamedTuple):
-    """What covers a shard beside its blobs' own checksums: the messages of the Arrow stream (columns, lengths, positions), the numbers
-    beside the blobs (their offsets, buckets and weights), keys, captions, and the index, the last `row_index_bytes` of the file.
+    """The checksums of everything in a shard but its blobs, which have their own.
 
-    Format 3 has no index: it is looked up in the stream at opening.
+    `messages` covers the messages of the Arrow stream (columns, lengths, positions), `numbers` the offsets of blobs, buckets and weights,
+    and `row_index` the index, the last `row_index_bytes` of the file. Shards of format 3 have no index: it is built when they are opened.
     """
 
     messages: str
@@ -50,7 +55,7 @@ class Checksums(NamedTuple):
 
 
 def checksums_of(path: Path) -> Checksums:
-    """Of a shard that has just been written."""
+    """Compute the checksums of a shard that has just been written."""
     with path.open("rb", buffering=0) as file:
         stream = ArrowStream(file.fileno())
         numbers, key, captions = (stream.columns_checksum(names) for names in (stream.number_columns(), ["key"], ["captions"]))
@@ -60,7 +65,7 @@ def checksums_of(path: Path) -> Checksums:
 
 
 def most_open(sets: int = 1) -> int:
-    """How many shards each of several sets may have open: half of the files that this process may open, together."""
+    """Return how many shards each of several data sets may have open. Together they use half of this process's file descriptors."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MOST_OPEN if soft == resource.RLIM_INFINITY else min(MOST_OPEN, soft // 2)
     return max(1, most // sets)
@@ -68,7 +73,7 @@ def most_open(sets: int = 1) -> int:
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """An encoded sample. `latents` has one blob a resolution, `text` one a caption, in the order of `captions` and their `weights`."""
+    """An encoded sample. `latents` has one blob per resolution; `text` has one per caption, in the order of `captions` and `weights`."""
 
     key: str
     bucket: int
@@ -80,7 +85,7 @@ class EncodedRow:
 
 @dataclass
 class ShardWriter:
-    """Writes rows to `path`; no more than BATCH_ROWS of them are in memory. `close` adds the index."""
+    """Writes rows to `path` and keeps no more than BATCH_ROWS of them in memory. `close` adds the index."""
 
     path: Path
     resolutions: list[int]
@@ -93,6 +98,7 @@ class ShardWriter:
         self._stream = pa.ipc.new_stream(self._file, schema(self.resolutions))
 
     def write(self, row: EncodedRow) -> None:
+        """Append a row."""
         latents = {f"{LATENTS}{resolution}": seal(row.latents[resolution], self.rows, row.bucket) for resolution in self.resolutions}
         text = [seal(blob, self.rows, row.bucket) for blob in row.text]
         self._waiting.append(
@@ -104,7 +110,7 @@ class ShardWriter:
             self._flush()
 
     def close(self) -> None:
-        """To the disk, all of it."""
+        """Write the remaining rows and the index, and flush the file to the disk."""
         self._flush()
         self._stream.close()
         self._file.flush()
@@ -114,7 +120,7 @@ class ShardWriter:
         self._file.close()
 
     def abandon(self) -> None:
-        """Leave nothing behind."""
+        """Close and remove the unfinished file."""
         self._file.close()
         self.path.unlink(missing_ok=True)
 
@@ -125,17 +131,19 @@ class ShardWriter:
 
 
 class Shard:
-    """A shard open for reading. Raises DamagedShard whenever something is not as it was written, another UserError for want of memory or
-    descriptors."""
+    """A shard that is open for reading.
+
+    Every method raises DamagedShard if anything is not as it was written, and another UserError if memory or file descriptors run out.
+    """
 
     def __init__(self, path: Path, expected_bytes: int, expected_rows: int, resolutions: list[int], checksums: Checksums | None):
-        """`checksums` are None for what format 2 encoded: then Arrow's own validation is all that covers more than the blobs."""
+        """Open a shard. `checksums` is None for format 2: then only Arrow's own validation covers anything but the blobs."""
         self.path, self._checksums, self._resolutions = path, checksums, resolutions
         try:
             self._file = path.open("rb", buffering=0)
-            if hasattr(os, "posix_fadvise"):  # not on macOS
-                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # rows lie anywhere: nothing is to be read ahead
-            self._index = self._find_all(expected_bytes)
+            if hasattr(os, "posix_fadvise"):  # missing on macOS
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # rows are read in random order
+            self._index = self._read_index(expected_bytes)
         except _READ_ERRORS as error:
             raise _explained(path, error) from error
         if len(self._index) != expected_rows:
@@ -149,11 +157,11 @@ class Shard:
         return len(self._index)
 
     def latents(self, row: int, resolution: int, bucket: int = 0) -> memoryview:
-        """Of a row that is known to be in `bucket`."""
+        """Return the latents of a row, which must be in `bucket`."""
         return self._blob(f"{LATENTS}{resolution}", row, row, bucket)
 
     def text(self, row: int, draw: float, bucket: int = 0) -> memoryview:
-        """One of the row's captions: `draw` in [0, 1) falls on it by its weight."""
+        """Return one of the row's captions, chosen by weight with `draw` in [0, 1)."""
         first, last = self._index.first_captions[row : row + 2].tolist()
         if last - first > 1:
             ends = np.cumsum(self._index.weights[first:last])
@@ -161,7 +169,7 @@ class Shard:
         return self._blob("text", first, row, bucket)
 
     def column(self, name: str) -> list[Any]:
-        """`key`, `bucket`, `captions` or `weights` of all rows."""
+        """Return the column `key`, `bucket`, `captions` or `weights` of all rows."""
         try:
             stream = ArrowStream(self._file.fileno())
             if self._checksums is None:
@@ -176,14 +184,14 @@ class Shard:
             raise _explained(self.path, error) from error
 
     def row_in_bucket(self, bucket: int, number: int) -> int:
-        """The row that is number `number` among those of a bucket."""
+        """Return the row that is number `number` among the rows of a bucket."""
         rows = self._index.rows_by_bucket.get(bucket, ())
         if number >= len(rows):
             raise DamagedShard(f"{self.path} has {len(rows)} rows in bucket {bucket}, not the {number + 1} or more that were written")
         return int(rows[number])
 
-    def _find_all(self, expected_bytes: int) -> ShardIndex:
-        """The index, or what it would be for a shard that has none."""
+    def _read_index(self, expected_bytes: int) -> ShardIndex:
+        """Read the index, or build it from the stream of a shard that has none."""
         file, size = self._file.fileno(), os.fstat(self._file.fileno()).st_size
         if size != expected_bytes:
             raise DamagedShard(f"{self.path} has {size} bytes, not the {expected_bytes} that were written")
@@ -198,11 +206,11 @@ class Shard:
         if stream.schema != schema(self._resolutions):
             raise DamagedShard(f"{self.path} has other columns than were written")
         if self._checksums is None:
-            stream.load(stream.schema.names).validate(full=True)  # a changed offset would make a read go anywhere
+            stream.load(stream.schema.names).validate(full=True)  # a changed offset could point anywhere
         return ShardIndex.of(stream)
 
     def _compare(self, stream: ArrowStream, column: str) -> None:
-        """A stream's messages and what covers one of its columns, with the checksums."""
+        """Compare the messages of a stream and one of its columns with the checksums."""
         assert self._checksums is not None
         if stream.checksum != self._checksums.messages:
             raise self._differs("its Arrow messages")
@@ -227,30 +235,27 @@ class Shard:
         return payload
 
 
-_READ_ERRORS = (OSError, EOFError, MemoryError, ValueError, zlib.error, pa.ArrowException)
+def seal(payload: bytes, row: int, bucket: int) -> bytes:
+    """Return a blob as it is stored: its content, followed by the checksum of the content, the row and the bucket."""
+    return payload + _checksum(payload, row, bucket)
 
 
 def _explained(path: Path, error: Exception) -> UserError:
-    """Damage, or a limit of the system, which says nothing of the shard: that is never to be counted as damage."""
+    """Return DamagedShard, or another UserError for a limit of the system, which must not count as damage."""
     code = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or code == errno.ENOMEM:
-        return UserError(f"There is no memory left to read {path}: give the process more, or let fewer run on this machine.")
+        return UserError(f"There is no memory left to read {path}: give the process more memory, or run fewer processes on this machine.")
     if code == errno.EMFILE:
         limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         return UserError(
-            f"{path} cannot be opened: this process has as many files open as it may, {limit}. Raise that limit (ulimit -n; "
+            f"{path} cannot be opened: this process has reached its limit of {limit} open files. Raise that limit (ulimit -n; "
             f"up to {'any number' if most == resource.RLIM_INFINITY else most} without an administrator)."
         )
     if code == errno.ENFILE:
         return UserError(
-            f"{path} cannot be opened: all processes together have as many files open as this system allows (sysctl fs.file-max)."
+            f"{path} cannot be opened: all processes together have reached the system's limit of open files (sysctl fs.file-max)."
         )
-    return DamagedShard(f"{path} cannot be read ({' '.join(str(error).split())})")
-
-
-def seal(payload: bytes, row: int, bucket: int) -> bytes:
-    """A blob as it is stored: its content and the checksum of it, its row and its bucket."""
-    return payload + _checksum(payload, row, bucket)
+    return DamagedShard(f"{path} cannot be read ({one_line(str(error))})")
 
 
 def _checksum(payload: bytes | memoryview, row: int, bucket: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Frozen autoencoders: pictures (B, 3, H, W) in [-1, 1] <-> scaled latents (B, C, H/f, W/f)."""
+"""Frozen autoencoders between images (B, 3, H, W) in [-1, 1] and scaled latents (B, C, H/f, W/f)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +26,10 @@ RECORD = "record.json"  # beside the weights that `microdit train-autoencoder` w
 BUNDLED_ICON = Path(__file__).parent / "icon_autoencoder"
 ALIASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0:vae", "16ch": "ostris/vae-kl-f8-d16"}
 
-_KNOWN = f"pixels, icon, {', '.join(ALIASES)}, a folder, or an id of the hub (owner/name)"
+_KNOWN = f"pixels, icon, {', '.join(ALIASES)}, a folder, or a hub id (owner/name)"
 _STEM = "diffusion_pytorch_model"
 _FILES = ["config.json", *weight_patterns(_STEM, ".safetensors")]
-_LATENTS: dict[str, Callable[[Any], Tensor]] = {  # how each diffusers class hands them out
+_LATENTS: dict[str, Callable[[Any], Tensor]] = {  # how each diffusers class returns its latents
     "AutoencoderKL": lambda encoded: encoded.latent_dist.mean,
     "AutoencoderTiny": lambda encoded: encoded.latents,
     "AutoencoderDC": lambda encoded: encoded.latent,
@@ -37,9 +37,10 @@ _LATENTS: dict[str, Callable[[Any], Tensor]] = {  # how each diffusers class han
 
 
 class Autoencoder(Protocol):
-    """`name` finds it again through `load_autoencoder`; `fingerprint` tells whether its weights are the same.
+    """A frozen autoencoder.
 
-    `channels` of the latents; `downsampling` is how many pixels a side of one latent spans.
+    `load_autoencoder(name)` loads it again, and equal weights have equal fingerprints. Latents have `channels` channels, and one latent
+    spans `downsampling` x `downsampling` pixels.
     """
 
     name: str
@@ -49,21 +50,27 @@ class Autoencoder(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in. Pictures and latents are float32 all the same."""
+        """The precision of the computation. Images and latents are always float32."""
         ...
 
-    def encode(self, images_BCHW: Tensor) -> Tensor: ...
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) in [-1, 1] to latents (B, C, H/f, W/f)."""
+        ...
 
-    def decode(self, latents_BCHW: Tensor) -> Tensor: ...
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Decode latents to images (B, 3, H, W) in [-1, 1], approximately."""
+        ...
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self: ...
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """Move the model to a device and a precision, and return it."""
+        ...
 
 
 def load_autoencoder(name: str) -> Autoencoder:
-    """`pixels`, `icon` (bundled, 64 px -> 8 x 8 x 8), `sdxl`, `16ch`, or any diffusers AutoencoderKL, AutoencoderTiny or AutoencoderDC.
+    """Load `pixels`, `icon` (bundled, 64 px -> 8 x 8 x 8), `sdxl`, `16ch`, or any AutoencoderKL, AutoencoderTiny or AutoencoderDC.
 
-    The last are named by their folder, a folder with `vae/` in it, or an id of the hub: `owner/name` or `owner/name:subfolder`.
-    Raises UserError where there is none, or one that cannot be used.
+    The last three, classes of diffusers, are named by their folder, by a folder that contains `vae/`, or by a hub id: `owner/name` or
+    `owner/name:subfolder`. Raises UserError if there is no such autoencoder, or if it cannot be used.
     """
     if name == "pixels":
         return Pixels()
@@ -98,10 +105,10 @@ class Pixels:
 
 
 class DiffusersAutoencoder:
-    """An autoencoder of diffusers: `model`, which is frozen. Latents are (z - shift_factor) * scaling_factor, by its config.
+    """A frozen autoencoder of diffusers. Latents are (z - shift_factor) * scaling_factor, with the factors of the model's config.
 
-    Of an AutoencoderKL z is the distribution's mean, so that encoding twice gives the same; the authors of 2407.15811 draw from the
-    distribution. Pictures and latents may be on any device and come back on the model's, in float32.
+    For an AutoencoderKL, z is the mean of the distribution, so that encoding is deterministic; the authors of 2407.15811 sample from the
+    distribution. Inputs may be on any device; results are on the model's device, in float32.
     """
 
     def __init__(self, name: str, model: Any, fingerprint: str):
@@ -125,14 +132,17 @@ class DiffusersAutoencoder:
         return decode_latents(self.model, latents_BCHW)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Move the model. In the place of float16 it takes float32, unless its configuration says that it does not overflow there."""
+        """Move the model. float16 becomes float32, unless the model's config says that it does not overflow in float16."""
         self.model.to(device=device, dtype=torch.float32 if dtype == torch.float16 and overflows(self.model) else dtype)
         return self
 
 
 @torch.no_grad()
 def decode_latents(model: Any, latents_BCHW: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] by an autoencoder of diffusers, in float32 on its device. One that overflows is made float32."""
+    """Decode latents with an autoencoder of diffusers to images (B, 3, H, W) in [-1, 1], in float32 on its device.
+
+    A float16 model that may overflow is converted to float32 first.
+    """
     if model.dtype == torch.float16 and overflows(model):
         model.to(torch.float32)
     scale, shift = _scale_and_shift(model)
@@ -140,12 +150,12 @@ def decode_latents(model: Any, latents_BCHW: Tensor) -> Tensor:
 
 
 def overflows(model: Any) -> bool:
-    """Whether an autoencoder of diffusers is not to be used in float16: SDXL's, and all that do not say they may (`force_upcast`)."""
+    """Return whether a diffusers autoencoder may overflow in float16, as SDXL's does: yes, unless its config denies it (`force_upcast`)."""
     return bool(model.config.get("force_upcast", True))
 
 
 def pixels_per_latent(model: Any) -> int:
-    """How many pixels a side of one latent spans, in an autoencoder of diffusers."""
+    """Return how many pixels one latent of a diffusers autoencoder spans along each side."""
     return 2 ** (len(model.config.get("encoder_block_out_channels") or model.config.block_out_channels) - 1)
 
 
@@ -158,9 +168,9 @@ def _fit(tensor: Tensor, model: Any) -> Tensor:
 
 
 def _load(name: str, folder: Path) -> DiffusersAutoencoder:
-    """Raises UserError if the folder holds no autoencoder that can be used."""
+    """Load an autoencoder of diffusers from a folder. Raises UserError if there is none that can be used."""
     files = _safe_weights(folder)
-    _refuse_damage(folder)
+    _check_record(folder)
     class_name = read_json(folder / "config.json", DOWNLOAD_AGAIN).get("_class_name")
     if class_name not in _LATENTS:
         raise UserError(f"{folder / 'config.json'} says _class_name {class_name}; only {', '.join(_LATENTS)} can be used.")
@@ -174,28 +184,30 @@ def _load(name: str, folder: Path) -> DiffusersAutoencoder:
     return DiffusersAutoencoder(name, model, fingerprint_of(files))
 
 
-def _refuse_damage(folder: Path) -> None:
-    """Raises UserError if `microdit train-autoencoder` wrote this folder, and its files are not what was written."""
+def _check_record(folder: Path) -> None:
+    """Check the files of a folder that `microdit train-autoencoder` wrote. Raises UserError if they are not what was written."""
     if not (folder / RECORD).is_file():
         return
     try:
         written = from_checked_json((folder / RECORD).read_bytes()).get("files") or {}
         damaged = [name for name, checksum in written.items() if sha256_of(folder / name) != checksum]
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / RECORD} does not fit what lies beside it ({error}): copy the folder again, or train anew.") from error
+        raise UserError(
+            f"{folder / RECORD} does not match the files beside it ({error}): copy the folder again, or train again."
+        ) from error
     if damaged:
-        raise UserError(f"{folder} is damaged ({', '.join(damaged)}: not what was written): copy it again, or train anew.")
+        raise UserError(f"{folder} is damaged ({', '.join(damaged)}: not what was written): copy it again, or train again.")
 
 
 def _safe_weights(folder: Path) -> list[Path]:
-    """Raises UserError if there is no autoencoder here, or one whose weights are only there as a pickle."""
+    """Return the weight files. Raises UserError if there is no autoencoder, or if its weights exist only as a pickle."""
     files = weight_files(folder, _STEM, ".safetensors")
     if files and (folder / "config.json").is_file():
         return files
     if not files and weight_files(folder, _STEM, ".bin"):
         raise UserError(
-            f"{folder} holds its weights as {_STEM}.bin only, a pickle that can run code: use a version of it with {_STEM}.safetensors, "
-            "or convert it where you trust it, with diffusers: from_pretrained(folder), then save_pretrained(new_folder)."
+            f"{folder} holds its weights only as {_STEM}.bin, a pickle that can run code: use a version of it with {_STEM}.safetensors, "
+            "or, if you trust it, convert it with diffusers: from_pretrained(folder), then save_pretrained(new_folder)."
         )
-    lacking = f"{_STEM}.safetensors" if not files else "config.json"
-    raise UserError(f"There is no autoencoder in {folder} (no {lacking}). Known names: {_KNOWN}; or train one.")
+    missing = f"{_STEM}.safetensors" if not files else "config.json"
+    raise UserError(f"There is no autoencoder in {folder} (no {missing}). Known names: {_KNOWN}; or train one.")

@@ -1,7 +1,7 @@
-"""The files of a frozen model: in a local folder, or on the Hugging Face hub, from where they are downloaded once.
+"""Find and check the files of a frozen model, in a local folder or on the Hugging Face hub, from which they are downloaded once.
 
-Weights are safetensors wherever they can be. A `.bin` is a pickle, which can run code while it is read: it is only ever read as bare
-tensors, and refused if it holds more.
+Weights are read from safetensors where possible. A `.bin` file is a pickle, which can run code when it is loaded: it is loaded as plain
+tensors only, and refused if it holds anything else.
 """
 
 import errno
@@ -19,24 +19,24 @@ from huggingface_hub import snapshot_download
 from microdit.errors import UserError
 from microdit.io.files import read_json
 
-DOWNLOAD_AGAIN = "Download it again."  # for a file of a model that makes no sense
+DOWNLOAD_AGAIN = "Download it again."  # the advice for a damaged file of a model
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w-][\w./-]*))?")  # owner/name, or owner/name:subfolder
 
 
 def is_place(name: str) -> bool:
-    """Whether `name` is a folder, or could be an id of the hub."""
+    """Return whether `name` is a folder, or has the form of a hub id."""
     return Path(name).is_dir() or _HUB_ID.fullmatch(name) is not None
 
 
 def lasting_name(name: str) -> str:
-    """`name`, so that it is found again from any working directory."""
+    """Return a name that is valid in any working directory: the absolute path of a folder, or the hub id unchanged."""
     return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 def find_folder(place: str, patterns: list[str]) -> Path:
-    """The folder `place`, or a copy of what the hub has under that id: those of its files that match the patterns.
+    """Return the folder `place`, or a local copy of the hub's files under that id that match the patterns.
 
-    Raises UserError if there is no such folder and the hub does not give it.
+    Raises UserError if there is no such folder and the download fails.
     """
     if Path(place).is_dir():
         return Path(place)
@@ -47,30 +47,30 @@ def find_folder(place: str, patterns: list[str]) -> Path:
     inside = f"{subfolder.rstrip('/')}/" if subfolder else ""
     try:
         return Path(snapshot_download(repository, allow_patterns=[inside + pattern for pattern in patterns])) / subfolder
-    except Exception as error:  # the network, the hub and the disk each have their own
+    except Exception as error:  # the network, the hub and the disk raise errors of many types
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENOSPC):
             raise UserError(
-                f"The files of {repository} cannot be kept ({_first_line(error)}): set HF_HOME to a writable folder with room."
+                f"The files of {repository} cannot be stored ({_first_line(error)}): set HF_HOME to a writable folder with enough space."
             ) from error
         raise UserError(
-            f"There is no folder {place}, and the hub did not give the model {repository} ({_first_line(error)}). Check the spelling and "
+            f"There is no folder {place}, and the model {repository} could not be downloaded ({_first_line(error)}). Check the name and "
             "the network; or download the model's folder on another computer, and give the path of that folder."
         ) from error
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The argument by which `from_pretrained` of diffusers takes a dtype: `dtype`, which releases before 0.40 call `torch_dtype`."""
+    """Return the dtype argument of diffusers' `from_pretrained`: `dtype`, or `torch_dtype` for releases before 0.40."""
     major, minor = version("diffusers").split(".")[:2]
     return {"dtype" if (int(major), int(minor)) >= (0, 40) else "torch_dtype": dtype}
 
 
 def weight_patterns(stem: str, ending: str) -> list[str]:
-    """What the files with a model's weights are called: one file, or many with an index."""
+    """Return the patterns of the names of weight files: a single file, or several with an index."""
     return [f"{stem}{ending}", f"{stem}{ending}.index.json", f"{stem}-*{ending}"]
 
 
 def weight_files(folder: Path, stem: str, ending: str) -> list[Path]:
-    """The files with a model's weights, in the order of their names; none if there are none. Raises UserError if a part is missing."""
+    """Return a model's weight files in the order of their names; empty if there are none. Raises UserError if some are missing."""
     single, index = folder / f"{stem}{ending}", folder / f"{stem}{ending}.index.json"
     if single.is_file():
         return [single]
@@ -87,7 +87,7 @@ def weight_files(folder: Path, stem: str, ending: str) -> list[Path]:
 
 
 def fingerprint_of(files: list[Path]) -> str:
-    """16 hexadecimal digits of the files' content."""
+    """Return a fingerprint of the files' content: the first 16 hexadecimal digits of their SHA-256."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -97,7 +97,7 @@ def fingerprint_of(files: list[Path]) -> str:
 
 @contextmanager
 def loading(what: Path) -> Iterator[None]:
-    """Turns whatever the libraries raise at a file that does not fit into a UserError that names it."""
+    """Turn whatever the libraries raise while loading a file into a UserError that names the file."""
     try:
         yield
     except UserError:
@@ -106,19 +106,19 @@ def loading(what: Path) -> Iterator[None]:
         raise UserError(
             f"{what} is refused: its .bin is damaged, or holds more than tensors, and could then run code. Use a safetensors version of it."
         ) from error
-    except Exception as error:  # what a strange file leads to is not foreseeable
+    except Exception as error:  # a damaged or unsuitable file can cause any error
         raise UserError(f"{what} cannot be loaded: {_first_line(error)}. Download it again, or choose another.") from error
 
 
 def check_complete(what: Path, missing: list[str]) -> None:
-    """Raises UserError if weights are missing or misshapen: the libraries would go on with random ones."""
+    """Check that no weights are missing. Raises UserError, where the libraries would continue with random weights."""
     if missing:
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         names = ", ".join(sorted(missing)[:8])
-        raise UserError(f"{what} lacks the weights {names}{more}, or has them in other shapes than its settings say: download it again.")
+        raise UserError(f"{what} lacks the weights {names}{more}, or has them in other shapes than its config states: download it again.")
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error says at first: its first line, with the second if that is only a heading."""
+    """Return the first line of an error, with the second one if the first is only a heading."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".!")

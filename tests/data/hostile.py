@@ -1,4 +1,4 @@
-"""Sources made to do harm, record by record: each kind below puts one record in place, and says whether it is a usable one."""
+"""Write hostile sources, record by record: each kind below writes one record and returns whether it can be used."""
 
 import gzip
 import io
@@ -28,7 +28,7 @@ def good_picture(number: int) -> bytes:
 
 
 def png_bomb() -> bytes:
-    """A PNG of a few bytes that says it is 60,000 x 60,000."""
+    """Return a PNG of a few bytes that claims to be 60,000 x 60,000 pixels."""
     small = bytearray(picture(0, "PNG"))
     small[16:24] = (60_000).to_bytes(4, "big") * 2
     small[29:33] = zlib.crc32(small[12:29]).to_bytes(4, "big")
@@ -39,7 +39,7 @@ BAD_FILES = {"empty": b"", "eps": EPS, "bomb": png_bomb(), "cut": good_picture(0
 
 
 def fill_folder(folder: Path, count: int, generator: random.Random) -> int:
-    """Pictures with texts beside them. Returns how many can be used."""
+    """Write images with text files beside them. Returns how many can be used."""
     outside = folder.with_name(f"{folder.name}-outside")
     for place in (folder, outside):
         place.mkdir(parents=True)
@@ -95,14 +95,14 @@ def fill_folder(folder: Path, count: int, generator: random.Random) -> int:
 
 
 def member(name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, size: int | None = None) -> bytes:
-    """Of a tar: a header and its data. `size` is a lie."""
+    """Return a tar header and its data. `size` is what the header falsely claims."""
     info = tarfile.TarInfo(name)
     info.type, info.size = kind, len(content) if size is None else size
     return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
 
 def extended(fields: dict[bytes, bytes]) -> bytes:
-    """A pax header."""
+    """Return a pax header."""
     lines = b""
     for name, value in fields.items():
         rest = b" " + name + b"=" + value + b"\n"
@@ -114,7 +114,7 @@ def extended(fields: dict[bytes, bytes]) -> bytes:
 
 
 def old_sparse(name: str, content: bytes) -> bytes:
-    """An old GNU header with a map that goes on, and is no map."""
+    """Return an old GNU header whose map of holes continues with garbage."""
     block = bytearray(member(name, content, tarfile.GNUTYPE_SPARSE))
     block[386:482], block[482], block[483:495] = b"nonsense" * 12, 1, b"nonsense 123"
     block[148:156] = b" " * 8
@@ -211,7 +211,7 @@ def fill_zip(path: Path, count: int, generator: random.Random) -> int:
 
 
 def fill_list(folder: Path, count: int, generator: random.Random, kind: str) -> int:
-    """A folder with metadata.jsonl or metadata.csv; each line is a record."""
+    """Write a folder with metadata.jsonl or metadata.csv, each line of which is a record."""
     folder.mkdir(parents=True)
     of_json: list[Callable[[str], bytes]] = [
         lambda name: DEEP,
@@ -270,7 +270,7 @@ def fill_table(path: Path, count: int, generator: random.Random) -> int:
 
 
 def header_bomb(path: Path, kind: bytes = tarfile.XHDTYPE, gigabytes: int = 3) -> Path:
-    """A gzipped tar of a few megabytes whose first header has gigabytes."""
+    """Write a gzipped tar of a few megabytes whose first header expands to gigabytes."""
     hundredth = gzip.compress(bytes(10_000_000), 1)
     buffer = io.BytesIO()
     buffer.write(gzip.compress(member("0.png", good_picture(0)) + member("0.txt", b"words")))
@@ -281,7 +281,7 @@ def header_bomb(path: Path, kind: bytes = tarfile.XHDTYPE, gigabytes: int = 3) -
 
 
 def lying_zip(path: Path, says: int, holds: int) -> Path:
-    """A picture that says it has `says` bytes and unpacks to `holds` of them."""
+    """Write a zip archive with an image that claims to have `says` bytes and expands to `holds` bytes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("0.png", bytes(holds))
     content = path.read_bytes()

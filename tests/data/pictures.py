@@ -1,4 +1,4 @@
-"""Small real files that the tests of the readers put in place."""
+"""Write small real image files, tables and archives for the tests of the readers."""
 
 import io
 import json
@@ -11,14 +11,14 @@ from microdit.data.sources.base import Part, Record, Source
 
 
 def picture(number: int = 0, form: str = "JPEG", size: tuple[int, int] = (12, 8)) -> bytes:
-    """A picture's file; another for each number."""
+    """Return the content of an image file, a different image for each number."""
     file = io.BytesIO()
     Image.new("RGB", size, (number * 37 % 256, number * 91 % 256, number % 256)).save(file, form)
     return file.getvalue()
 
 
 def write_tar(path: Path, files: list[tuple[str, bytes]], mode: str = "w") -> Path:
-    """Names may come twice. The parent folders are made."""
+    """Write a tar archive, in which names may repeat. Parent folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as tar:
         for name, content in files:
@@ -41,7 +41,7 @@ def write_file(path: Path, content: bytes) -> Path:
 
 
 def records_of(source: Source) -> list[Record]:
-    """All of them, read twice: a part must give the same each time, under keys that it uses once."""
+    """Return all records. Reads them twice: a part must yield the same records each time, with unique keys."""
     first, second = ([record for part in source.parts for record in part.records()] for _ in range(2))
     assert first == second
     for part in source.parts:

@@ -17,7 +17,7 @@ def record(width: int, height: int = 20) -> Record:
 
 
 class Deadly(TargetSizes):
-    """Ends the process that meets a picture 13 pixels wide, as a crash inside a decoder would."""
+    """Exit the process at an image of 13 pixels width, as a crash inside a decoder would."""
 
     def bucket_of(self, height: int, width: int) -> int:
         if width == 13:

@@ -22,7 +22,7 @@ def file_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def half_red(mode: str = "RGB", size: tuple[int, int] = (40, 20)) -> Image.Image:
-    """The left half red, the right half blue."""
+    """Return an image whose left half is red and whose right half is blue."""
     image = Image.new("RGB", size, "blue")
     image.paste("red", (0, 0, size[0] // 2, size[1]))
     return image.convert(mode)
@@ -153,7 +153,7 @@ def test_damage_gives_a_picture_or_a_reason_and_nothing_else(kind):
 
 
 def test_an_eps_under_another_name_starts_no_program(tmp_path, monkeypatch):
-    """A Ghostscript that leaves a trace when it is started."""
+    """Install a fake Ghostscript that leaves a trace when it is started."""
     ghostscript = tmp_path / "gs"
     ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     ghostscript.chmod(0o755)
@@ -175,7 +175,7 @@ def test_the_content_says_what_is_opened_and_only_the_listed_formats_are(kind):
 
 
 def test_every_picture_is_opened_with_a_list_of_formats():
-    """In all of our programs: without a list Pillow takes whatever the content says it is, EPS too."""
+    """Check all of the package: without a list of formats, Pillow accepts any format that the content announces, even EPS."""
     root = Path(__file__).parents[2]
     without, found = [], 0
     for path in (path for room in ("microdit", "benchmarks", "examples") for path in (root / room).rglob("*.py")):

@@ -78,8 +78,8 @@ def test_one_rank_and_four_write_the_same(tmp_path, text_encoder, workers):
     source = source_of(*[[good(10 * n + i) for i in range(7)] for n in range(6)])
     encode_source(source, tmp_path / "one", SMALL, Pixels(), text_encoder)
     settings = EncodeSettings((16,), "fp16", "fp16", batch_size=8, workers=workers)
-    cards = [encode_source(source, tmp_path / "four", settings, Pixels(), text_encoder, (rank, 4)) for rank in (3, 0, 2, 1)]
-    assert [card is not None for card in cards] == [False, False, False, True]
+    manifests = [encode_source(source, tmp_path / "four", settings, Pixels(), text_encoder, (rank, 4)) for rank in (3, 0, 2, 1)]
+    assert [manifest is not None for manifest in manifests] == [False, False, False, True]
     assert sums(tmp_path / "one") == sums(tmp_path / "four")
     keys = EncodedDataset(tmp_path / "four").column("key")
     assert len(keys) == len(set(keys)) == 42
@@ -97,9 +97,9 @@ def test_every_record_is_kept_or_rejected_by_name(tmp_path, text_encoder):
         good(1, "word " * 5000),
     ]
     settings = EncodeSettings((8,), min_side=8)
-    card = encode_source(source_of(records, [good(0)]), tmp_path / "set", settings, Pixels(), text_encoder)
-    assert (card["rows"], card["seen"]) == (3, 9)  # the key of another part is another record
-    assert card["captions_cut"] == 1
+    manifest = encode_source(source_of(records, [good(0)]), tmp_path / "set", settings, Pixels(), text_encoder)
+    assert (manifest["rows"], manifest["seen"]) == (3, 9)  # the key of another part is another record
+    assert manifest["captions_cut"] == 1
     rejected = [json.loads(line) for line in (tmp_path / "set" / "shard-00000.rejected.jsonl").read_text().splitlines()]
     assert {item["key"]: item["reason"] for item in rejected} == {
         "empty": "file is empty",
@@ -109,7 +109,7 @@ def test_every_record_is_kept_or_rejected_by_name(tmp_path, text_encoder):
         "tiny": "a side is shorter than 8 pixels",
         "k0": "duplicate key",
     }
-    assert card["rejected"] == Counter(item["reason"] for item in rejected)
+    assert manifest["rejected"] == Counter(item["reason"] for item in rejected)
 
 
 def test_several_captions_are_kept_with_their_weights(tmp_path, text_encoder):
@@ -187,7 +187,7 @@ def test_what_was_begun_otherwise_or_is_there_is_not_touched(tmp_path, text_enco
     broken.parts[1] = Part("part 1", lambda: (_ for _ in ()).throw(RuntimeError("broke")))
     with pytest.raises(RuntimeError):
         encode_source(broken, tmp_path / "set", SMALL, Pixels(), text_encoder)
-    with pytest.raises(UserError, match=r"begun with other settings \(resolutions, latents, captions, sizes differ\)"):
+    with pytest.raises(UserError, match=r"started with other settings \(resolutions, latents, captions, sizes differ\)"):
         encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", EncodeSettings((8,)), Pixels(), text_encoder)
     encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", SMALL, Pixels(), text_encoder)
     with pytest.raises(UserError, match="exists already"):
@@ -195,7 +195,7 @@ def test_what_was_begun_otherwise_or_is_there_is_not_touched(tmp_path, text_enco
 
 
 def begin(out: Path, text_encoder) -> dict:
-    """An encoding that stops behind its first part, and its plan."""
+    """Start an encoding that stops after its first part, and return its plan."""
     broken = source_of([good(1)], [good(2)])
     broken.parts[1] = Part("part 1", lambda: (_ for _ in ()).throw(RuntimeError("broke")))
     with pytest.raises(RuntimeError):
@@ -220,7 +220,7 @@ def test_what_another_version_began_is_refused_and_what_was_damaged_since_is_not
     begun, source = tmp_path / ".set.part", source_of([good(1)], [good(2)])
     written = (begun / "plan.json").read_bytes()
     (begun / "plan.json").write_bytes(to_checked_json({**plan, "format": 2}))
-    with pytest.raises(UserError, match="was begun by another version of microdit: delete it"):
+    with pytest.raises(UserError, match="was started by another version of microdit: delete it"):
         encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)
     (begun / "plan.json").write_bytes(written.replace(b"float32", b"float33"))
     with pytest.raises(UserError, match=rf"plan\.json is damaged .*: delete {begun}, and run the same command again"):
@@ -230,7 +230,7 @@ def test_what_another_version_began_is_refused_and_what_was_damaged_since_is_not
     manifest.write_bytes(manifest.read_bytes().replace(b'"rows": 1', b'"rows": 3'))
     said: list[str] = []
     assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, warn=said.append)["rows"] == 2
-    assert said == ["Changed since they were encoded, so encoded anew: shard-00000.json."]
+    assert said == ["These parts have changed since they were encoded and are encoded again: shard-00000.json."]
 
 
 def test_two_encodings_of_one_folder_are_refused_with_who_is_at_it(tmp_path, text_encoder):
@@ -253,20 +253,20 @@ def test_two_encodings_of_one_folder_are_refused_with_who_is_at_it(tmp_path, tex
 
 
 def test_the_ranks_of_one_encoding_are_let_in(tmp_path, text_encoder):
-    cards = []
+    manifests = []
 
     def meanwhile():
-        cards.append(encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (1, 2)))
+        manifests.append(encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (1, 2)))
         yield good(1)
 
     source = source_of([], [good(2)])
     source.parts[0] = Part("part 0", meanwhile)
     assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (0, 2))["rows"] == 2
-    assert cards == [None]
+    assert manifests == [None]
 
 
 def encode_together(shares: list[tuple[int, int]], source: Source, out: Path, text_encoder) -> list[int | None]:
-    """The exit codes of processes that begin at the same moment. Forked, which costs no imports."""
+    """Return the exit codes of processes that start at the same moment. They are forked, which saves the imports."""
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(len(shares))
 
@@ -312,7 +312,7 @@ def test_ranks_that_come_when_all_is_done_have_nothing_to_do(tmp_path, text_enco
     assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (0, 2))["rows"] == 1
     assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, (1, 2), warn=told.append) is None
     assert told == [
-        f"{tmp_path / 'set'} is whole already, of the same parts of the same source by the same settings: nothing is left to do."
+        f"{tmp_path / 'set'} is already complete, from the same parts of the same source with the same settings: nothing is left to do."
     ]
     for other, settings in ((source_of([good(1)], [good(2)]), SMALL), (source, EncodeSettings((8,)))):
         with pytest.raises(UserError, match="exists already: delete it"):
@@ -335,12 +335,14 @@ def test_a_rank_that_sees_another_source_is_told_so(tmp_path, text_encoder):
 
 
 def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tmp_path, text_encoder):
-    """A limit on the size of files stands for the disk: the system refuses in the same way, in the middle of a write."""
+    """A limit on the size of files stands for a full disk: the system fails in the same way, in the middle of a write."""
     source, soft_and_hard = source_of([good(n) for n in range(40)]), resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, soft_and_hard[1]))
     try:
-        with pytest.raises(UserError, match=r"Encoding into .*\.set\.part stopped: .*File too large.*make room.*the same command to go on"):
+        with pytest.raises(
+            UserError, match=r"Encoding into .*\.set\.part stopped: .*File too large.*make room.*the same command to continue"
+        ):
             encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, soft_and_hard)
@@ -356,7 +358,7 @@ def test_what_a_killed_process_left_half_written_is_not_in_the_finished_folder(t
 
 
 class SmallGPU(DiffusersAutoencoder):
-    """Memory for `room` pictures."""
+    """An autoencoder whose memory holds `room` images."""
 
     room = 3
 
@@ -392,7 +394,7 @@ def test_where_not_even_one_picture_fits_a_sentence_says_what_would(tmp_path, te
 
 
 class Overflowing(Pixels):
-    """Infinite from its second batch on."""
+    """An autoencoder whose results are infinite from the second batch on."""
 
     calls = 0
 
@@ -412,8 +414,8 @@ def test_bfloat16_is_near_float32_and_the_card_says_which(tmp_path):
     sets = []
     for dtype in ("float32", "bfloat16"):
         settings = dataclasses.replace(SMALL, captions="ids", dtype=dtype)
-        card = encode_source(source_of([good(1)]), tmp_path / dtype, settings, load_autoencoder(str(tmp_path / "kl")), MiniLM())
-        assert card["settings"]["dtype"] == dtype
+        manifest = encode_source(source_of([good(1)]), tmp_path / dtype, settings, load_autoencoder(str(tmp_path / "kl")), MiniLM())
+        assert manifest["settings"]["dtype"] == dtype
         sets.append(EncodedDataset(tmp_path / dtype))
     difference = (latents_of(sets[0], 0) - latents_of(sets[1], 0)).abs().max()
     assert 0 < difference < 0.05
@@ -427,7 +429,7 @@ def test_batches_on_a_gpu_take_about_the_same_memory_at_any_resolution():
 
 
 def test_a_source_that_gives_nothing_says_why(tmp_path, text_encoder):
-    with pytest.raises(UserError, match=r"no picture that could be kept; rejected: \{'file is empty': 1\}"):
+    with pytest.raises(UserError, match=r"No image of the source test could be kept; rejected: \{'file is empty': 1\}"):
         encode_source(source_of([Record("k", {"caption": "c"}, b"")]), tmp_path / "set", SMALL, Pixels(), text_encoder)
 
 
@@ -447,20 +449,20 @@ def test_a_thousand_corruptions_lose_nothing_silently(tmp_path, text_encoder):
         )
         records.append(Record(f"{n}", {"caption": caption} if generator.random() < 0.95 else {}, bytes(content)))
     settings = EncodeSettings((8,), min_side=8)
-    card = encode_source(source_of(records[:600], records[600:]), tmp_path / "set", settings, Pixels(), text_encoder)
+    manifest = encode_source(source_of(records[:600], records[600:]), tmp_path / "set", settings, Pixels(), text_encoder)
     rejected = [json.loads(line) for path in (tmp_path / "set").glob("*.rejected.jsonl") for line in path.read_text().splitlines()]
-    assert card["seen"] == card["rows"] + sum(card["rejected"].values()) == 1000
+    assert manifest["seen"] == manifest["rows"] + sum(manifest["rejected"].values()) == 1000
     assert sorted(EncodedDataset(tmp_path / "set").column("key") + [item["key"] for item in rejected], key=int) == [
         str(n) for n in range(1000)
     ]
-    assert 100 < card["rows"] < 900
-    assert all(reason and len(reason) < 80 for reason in card["rejected"])
-    assert len(card["rejected"]) >= 3
+    assert 100 < manifest["rows"] < 900
+    assert all(reason and len(reason) < 80 for reason in manifest["rejected"])
+    assert len(manifest["rejected"]) >= 3
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_at_any_moment_nothing_is_missing_and_nothing_twice(tmp_path, ranks, text_encoder):
-    """kill -9 at random moments, then once to the end: the same files as without."""
+    """Killing the process (SIGKILL) at random moments and then finishing gives the same files as an undisturbed run."""
     for tar in range(6):
         files = [(f"{tar}{n:03d}.{form}", content) for n in range(150) for form, content in sample_files(tar * 1000 + n)]
         write_tar(tmp_path / "tars" / f"{tar}.tar", files)

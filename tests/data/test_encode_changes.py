@@ -1,4 +1,4 @@
-"""An encoding that was stopped, a source that changed, and the same command again: as if the source had always been so."""
+"""After an interrupted encoding and a change of the source, the same command gives what an encoding of the changed source gives."""
 
 import json
 import shutil
@@ -160,14 +160,14 @@ def test_a_changed_part_is_named_and_encoded_anew(tmp_path, text_encoder, monkey
     name = FILLS[kind](folder)
     stop_before_the_last_part(open_source(name), tmp_path / "out", text_encoder)
     change(folder)
-    card = encode_source(open_source(name), tmp_path / "out", SETTINGS, Pixels(), text_encoder, warn=told.append)
+    manifest = encode_source(open_source(name), tmp_path / "out", SETTINGS, Pixels(), text_encoder, warn=told.append)
     whole = encode_source(open_source(name), tmp_path / "whole", SETTINGS, Pixels(), text_encoder)
     assert held(tmp_path / "out") == held(tmp_path / "whole")
-    assert [shard["sha256"] for shard in card["shards"]] == [shard["sha256"] for shard in whole["shards"]]
-    assert card["seen"] == card["rows"] + sum(card["rejected"].values()) == whole["seen"]
+    assert [shard["sha256"] for shard in manifest["shards"]] == [shard["sha256"] for shard in whole["shards"]]
+    assert manifest["seen"] == manifest["rows"] + sum(manifest["rejected"].values()) == whole["seen"]
     listed = sorted(path.name for path in (tmp_path / "out").glob("*"))
     assert listed == sorted(path.name for path in (tmp_path / "whole").glob("*"))
-    assert told == [] if named is None else f"so encoded anew: {named}" in told[0]
+    assert told == [] if named is None else f"are encoded again: {named}" in told[0]
 
 
 @pytest.mark.parametrize("kind", FILLS)
@@ -192,7 +192,7 @@ def test_a_part_that_changes_while_the_source_is_encoded_is_named_and_the_same_c
         yield from source.parts[2].records()
 
     parts = [*source.parts[:2], replace(source.parts[2], records=late)]
-    with pytest.raises(UserError, match=r"Changed while the source was encoded: 0\.tar\. Run the same command again"):
+    with pytest.raises(UserError, match=r"These parts changed while they were encoded: 0\.tar\. Run the same command"):
         encode_source(replace(source, parts=parts), tmp_path / "out", SETTINGS, Pixels(), text_encoder)
     encode_source(open_source(name), tmp_path / "out", SETTINGS, Pixels(), text_encoder)
     assert [key for key, _ in held(tmp_path / "out")] == ["late", "0", "1", "0", "1"]
@@ -201,9 +201,9 @@ def test_a_part_that_changes_while_the_source_is_encoded_is_named_and_the_same_c
 def test_another_choice_of_records_is_a_change(tmp_path, text_encoder):
     name, told = fill_tars(tmp_path / "set"), []
     stop_before_the_last_part(open_source(name), tmp_path / "out", text_encoder)
-    card = encode_source(open_source(name, None, 0.4), tmp_path / "out", SETTINGS, Pixels(), text_encoder, warn=told.append)
+    manifest = encode_source(open_source(name, None, 0.4), tmp_path / "out", SETTINGS, Pixels(), text_encoder, warn=told.append)
     assert "0.tar, 1.tar" in told[0]
-    assert card["seen"] == sum(1 for part in open_source(name, None, 0.4).parts for _ in part.records()) < 6
+    assert manifest["seen"] == sum(1 for part in open_source(name, None, 0.4).parts for _ in part.records()) < 6
 
 
 def test_another_source_of_the_same_name_is_a_change(tmp_path, text_encoder):

@@ -1,4 +1,4 @@
-"""Records made to do harm: each one costs itself, with a reason, and never the rest, the memory or the time."""
+"""Hostile records: each is rejected with a reason, and none affects other records, memory or speed."""
 
 import random
 import tracemalloc
@@ -18,7 +18,7 @@ from tests.data.pictures import problems_of, records_of, write_tar
 
 @contextmanager
 def at_most(megabytes: int) -> Iterator[None]:
-    """Of memory that Python knows of, at any moment."""
+    """Check that Python never holds more than this much memory within the block."""
     tracemalloc.start()
     try:
         yield
@@ -79,7 +79,7 @@ def test_a_zip_that_lies_about_a_size_takes_no_more_than_it_said(tmp_path):
 
 
 def test_large_files_are_not_held_together(tmp_path, monkeypatch, text_encoder):
-    """The twelve files of 190 MB in a zip, a hundredth as large with bounds a hundredth as wide."""
+    """Twelve files of 190 MB in a zip archive, at a hundredth of the size with a hundredth of the limits."""
     monkeypatch.setattr("microdit.data.decode.MOST_BYTES", 2_560_000)
     files = [(f"{n:02}.{suffix}", content) for n in range(12) for suffix, content in (("png", bytes(1_900_000)), ("txt", b"words"))]
     path = write_tar(tmp_path / "a.tar", [*files, ("z.png", hostile.good_picture(0)), ("z.txt", b"words")])

@@ -18,15 +18,15 @@ def copy(encoded_emoji, tmp_path):
 
 @pytest.mark.parametrize("bits", [None, pytest.param(ALL_BITS, marks=pytest.mark.slow)])
 def test_a_flipped_bit_of_the_card_is_noticed_at_opening(copy, bits):
-    card = read_manifest(copy)
+    manifest = read_manifest(copy)
     for _ in flips(copy / "card.json", bits=bits):
         with pytest.raises(UserError, match=r"card\.json is damaged .*: encode the data again"):
             EncodedDataset(copy)
-    assert read_manifest(copy) == card
+    assert read_manifest(copy) == manifest
 
 
-def test_the_manifests_of_shards_are_covered_too(copy):
-    """An encoding that goes on adds them up to a card."""
+def test_the_entries_of_shards_are_covered_too(copy):
+    """A continued encoding combines the shards' entries into the manifest."""
     assert from_checked_json((copy / "shard-00000.json").read_bytes()) == read_manifest(copy)["shards"][0]
     for _ in flips(copy / "shard-00000.json"):
         with pytest.raises(ValueError):  # noqa: PT011
@@ -34,9 +34,9 @@ def test_the_manifests_of_shards_are_covered_too(copy):
 
 
 def as_format(folder, version):
-    """Leave card and shards as an earlier version wrote them."""
-    card = from_checked_json((folder / "card.json").read_bytes())
-    for shard in card["shards"]:
+    """Rewrite the manifest and the shards as an earlier version wrote them."""
+    manifest = from_checked_json((folder / "card.json").read_bytes())
+    for shard in manifest["shards"]:
         checksums = shard["checksums"]
         del checksums["row_index"]
         shard["bytes"] -= checksums.pop("row_index_bytes")
@@ -44,7 +44,7 @@ def as_format(folder, version):
         shard["sha256"] = sha256_of(folder / shard["name"])
         if version == 2:
             del shard["checksums"]
-    content = {**card, "format": version}
+    content = {**manifest, "format": version}
     (folder / "card.json").write_bytes(json.dumps(content, indent=1).encode() if version == 2 else to_checked_json(content))
 
 
@@ -61,5 +61,5 @@ def test_sets_of_earlier_formats_are_read_as_before(encoded_emoji, copy, version
 
 def test_a_format_that_is_not_known_is_refused(copy):
     (copy / "card.json").write_text(json.dumps({"format": 5}))
-    with pytest.raises(UserError, match="is of format 5"):
+    with pytest.raises(UserError, match="has format 5"):
         EncodedDataset(copy)

@@ -28,7 +28,7 @@ def opened(path, rows, checksums=None):
 
 
 def everything(shard):
-    """All that can be read of a shard of `write`."""
+    """Read everything from a shard that `write` has written."""
     columns = [shard.column(name) for name in ("key", "bucket", "captions", "weights")]
     blobs = [
         [bytes(shard.latents(row, side, row % 3)) for side in (8, 16)] + [bytes(shard.text(row, draw, row % 3)) for draw in (0.1, 0.9)]
@@ -52,14 +52,14 @@ def test_rows_come_back_over_several_record_batches(tmp_path):
 
 
 def as_format_3(path):
-    """Cut the index off. Returns the checksums of what is left."""
+    """Remove the index from a shard. Returns the checksums of the rest."""
     checksums = checksums_of(path)
     os.truncate(path, path.stat().st_size - checksums.row_index_bytes)
     return checksums._replace(row_index="", row_index_bytes=0)
 
 
 def sweep(path: Path, rows: int, **chosen) -> int:
-    """Flip bits of a shard: how many are noticed. All others must leave everything as it is."""
+    """Flip bits of a shard and return how many flips are noticed. All others must not change anything that is read."""
     checksums = checksums_of(path)
     checksums = checksums if checksums.row_index_bytes else checksums._replace(row_index="")
     before, noticed = everything(opened(path, rows, checksums)), 0
@@ -74,7 +74,7 @@ def sweep(path: Path, rows: int, **chosen) -> int:
 
 
 def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
-    """One bit of every byte: blobs, keys, captions, weights, what Arrow finds them by, and the index."""
+    """Flip one bit of every byte: blobs, keys, captions, weights, Arrow's metadata, and the index."""
     path = tmp_path / "a.arrow"
     write(path, 6)
     size = path.stat().st_size
@@ -128,7 +128,7 @@ def test_what_was_damaged_is_said(tmp_path, written, said):
 
 
 def test_opening_reads_no_blob_and_no_caption(tmp_path):
-    """They are compared when they are read: a set of terabytes opens at once."""
+    """Blobs are compared when they are read, so that terabytes of data open at once."""
     path = tmp_path / "a.arrow"
     rows, _ = write(path, 6)
     checksums, content = checksums_of(path), path.read_bytes()
@@ -157,7 +157,7 @@ def test_a_cut_file_is_named(tmp_path):
 
 
 def test_a_shard_that_shrinks_while_it_is_open_is_named(tmp_path):
-    """Read from a map, it would kill the process (SIGBUS)."""
+    """A mapped file that shrinks would kill the process (SIGBUS)."""
     path = tmp_path / "a.arrow"
     rows, _ = write(path, 600)
     shard, size = opened(path, 600), path.stat().st_size
@@ -193,7 +193,7 @@ def test_too_few_descriptors_are_no_damage(tmp_path):
     os.close(lowest)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))  # no number below it is free
     try:
-        with pytest.raises(UserError, match=f"as many files open as it may, {lowest}. Raise that limit .ulimit -n") as raised:
+        with pytest.raises(UserError, match=f"has reached its limit of {lowest} open files. Raise that limit .ulimit -n") as raised:
             opened(path, 3, checksums)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -210,7 +210,7 @@ def test_too_little_memory_is_no_damage(tmp_path):
 
 
 def test_opening_and_reading_touch_what_they_need(tmp_path):
-    """Bytes that were asked of the system, whichever of them its cache had."""
+    """Return the number of bytes requested from the system, whether they were cached or not."""
     path = tmp_path / "a.arrow"
     writer = ShardWriter(path, [8])
     for row in range(500):

@@ -18,7 +18,7 @@ def images():
 
 
 def check_latents(autoencoder, images, z, scale, shift, decode):
-    """Against the raw model: latents by the formula, and back."""
+    """Compare with the raw model: latents by the formula, and back."""
     latents = autoencoder.encode(images)
     assert torch.allclose(latents, (z - shift) * scale, atol=1e-5)
     assert torch.equal(latents, autoencoder.encode(images))

@@ -67,7 +67,7 @@ def test_other_networks_and_missing_files_are_refused(tmp_path):
     config = json.loads(path.read_text())
     config["model_cfg"]["text_cfg"]["hf_model_name"] = "roberta-base"
     path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"no plain CLIP \(text_cfg\.hf_model_name\)"):
+    with pytest.raises(UserError, match=r"not a plain CLIP model \(text_cfg\.hf_model_name\)"):
         load_text_encoder(str(tmp_path))
     path.write_text("{}")
     with pytest.raises(UserError, match=r"model_cfg\.text_cfg"):

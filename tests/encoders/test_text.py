@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from microdit.encoders.text import MAX_TOKENS, load_text_encoder
+from microdit.encoders.text import MINILM_TOKENS, load_text_encoder
 from microdit.errors import UserError
 
 
@@ -23,7 +23,7 @@ def test_meaning_is_in_the_vectors(text_encoder):
 
 def test_long_and_empty_captions_are_fine(text_encoder):
     text, mask = text_encoder.encode(["word " * 500, ""])
-    assert text.shape == (2, MAX_TOKENS, 384)
+    assert text.shape == (2, MINILM_TOKENS, 384)
     assert mask[1].sum() == 2  # the start and the end
     assert text.isfinite().all()
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig
 
-from microdit.encoders.text import MAX_TOKENS, T5_TOKENS, load_text_encoder
+from microdit.encoders.text import MINILM_TOKENS, T5_TOKENS, load_text_encoder
 from microdit.errors import UserError
 from tests.encoders.tiny_models import CONTEXT, save_bert, save_clip, save_open_clip, save_t5
 
@@ -13,7 +13,7 @@ SAVE = {"clip": save_clip, "t5": save_t5, "bert": save_bert, "open_clip": save_o
 
 
 class Bomb:
-    """A pickle of this makes a file when it is read."""
+    """Creates a file when its pickle is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -98,10 +98,10 @@ def test_t5_is_what_transformers_gives_and_long(tmp_path):
 
 
 def test_minilm_stays_short(text_encoder):
-    assert text_encoder.max_tokens == MAX_TOKENS
+    assert text_encoder.max_tokens == MINILM_TOKENS
     ids = text_encoder.tokenize(["red heart " * 50])
-    assert len(ids[0]) == MAX_TOKENS
-    assert text_encoder.embed_full(text_encoder.tokenize(["red heart"])).shape == (1, MAX_TOKENS, 384)
+    assert len(ids[0]) == MINILM_TOKENS
+    assert text_encoder.embed_full(text_encoder.tokenize(["red heart"])).shape == (1, MINILM_TOKENS, 384)
 
 
 def test_a_relative_name_finds_it_from_anywhere(tmp_path, monkeypatch):

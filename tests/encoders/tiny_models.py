@@ -1,4 +1,4 @@
-"""Tiny models with random weights, saved as the real ones are."""
+"""Tiny models with random weights, saved in the formats of the real ones."""
 
 import json
 from pathlib import Path
@@ -94,7 +94,7 @@ def save_clip(folder: Path) -> CLIPTextModel:
 
 
 def save_clip_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's byte pairs: every letter, inside and at the end of a word, and the word "red"."""
+    """Write a vocabulary for CLIP's tokenizer: every letter, inside and at the end of a word, and the word "red"."""
     pieces = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
     vocab = {piece: number for number, piece in enumerate(pieces)}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=[("r", "e"), ("re", "d</w>")], model_max_length=77)
@@ -129,7 +129,7 @@ def save_bert(folder: Path) -> BertModel:
 
 
 class OpenClipText(nn.Module):
-    """The text half of open_clip in plain torch, down to the names of the weights."""
+    """The text encoder of open_clip in plain torch, with the same names of weights."""
 
     def __init__(self, vocab: int, width: int, heads: int, layers: int, quick_gelu: bool):
         super().__init__()
@@ -151,7 +151,7 @@ class OpenClipText(nn.Module):
 
 
 class OpenClipBlock(nn.Module):
-    """Attention, then a feed-forward of 4 times the width, both behind a norm."""
+    """Attention and a feed-forward network of 4 times the width, both with a preceding norm."""
 
     def __init__(self, width: int, heads: int, quick_gelu: bool):
         super().__init__()
@@ -170,7 +170,7 @@ class OpenClipBlock(nn.Module):
 
 
 def save_open_clip(folder: Path, quick_gelu: bool = False, prefix: str = "", as_bin: bool = False) -> OpenClipText:
-    """`prefix` is "text." in newer checkpoints. Beside the text half there is a bit of the picture half."""
+    """Save a checkpoint of open_clip. `prefix` is "text." in newer ones. It also holds a few weights of the image encoder."""
     vocab = len(save_clip_tokenizer(folder))
     torch.manual_seed(0)
     model = OpenClipText(vocab, 16, 4, 3, quick_gelu).eval()
@@ -189,7 +189,7 @@ def save_open_clip(folder: Path, quick_gelu: bool = False, prefix: str = "", as_
 
 
 def make_busy(model: nn.Module) -> None:
-    """No weight is zero or one, so that each one counts."""
+    """Give all weights random values other than zero and one, so that each one matters."""
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn(weight.shape) * 0.3)

@@ -14,6 +14,7 @@ from microdit.data.sources.base import END, Part, Record, Source, relative_names
 from microdit.data.sources.files import LARGEST_FILE, TOO_LARGE, Refused, Roots, open_file, read_file, roots_of
 from microdit.data.sources.metadata import CAPTION_NAMES, from_fields
 from microdit.errors import UserError
+from microdit.io.text import one_line
 
 IMAGE_NAMES = ("image", "jpg", "png", "bytes")
 DAMAGED = "table is damaged from here on"
@@ -58,7 +59,7 @@ def hub_source(name: str, split: str, captions: dict[str, float] | None = None) 
     try:
         loaded = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"datasets.load_dataset could not load {name}, split {split}: {_one_line(error)}") from error
+        raise UserError(f"datasets.load_dataset could not load {name}, split {split}: {one_line(str(error))}") from error
     roots = [*((Path(name),) if Path(name).is_dir() else ()), Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
     return _dataset_source(f"hf:{name}:{split}", split, loaded, captions, tuple(real for root in roots for real in roots_of(root)))
 
@@ -68,7 +69,7 @@ def saved_source(folder: Path, captions: dict[str, float] | None = None) -> Sour
     try:
         loaded = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise UserError(f"{folder} looks like a data set saved by save_to_disk, but is damaged: {_one_line(error)}") from error
+        raise UserError(f"{folder} looks like a data set saved by save_to_disk, but is damaged: {one_line(str(error))}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if "train" not in loaded:
             raise UserError(f"{folder} holds the splits {', '.join(loaded)}: name the folder of one of them.")
@@ -198,7 +199,3 @@ def _check_columns(columns: list[str], wanted: dict[str, float], where: str) -> 
     missing = sorted(set(wanted) - set(columns))
     if missing:
         raise UserError(f"{where} has no column {', '.join(missing)}; it has {', '.join(columns)}.")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

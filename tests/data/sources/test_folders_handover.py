@@ -28,7 +28,7 @@ def fill(folder, with_list):
 
 @pytest.fixture
 def ranks(tmp_path):
-    """Enters one more process's `listed_once` a call."""
+    """Return a function that enters `listed_once` for one more process per call."""
     with ExitStack() as stack:
         out = tmp_path / "set"
         yield lambda: stack.enter_context(listed_once(out, unfinished(out), 2))
@@ -36,7 +36,7 @@ def ranks(tmp_path):
 
 @pytest.fixture
 def listed(monkeypatch):
-    """How often a folder was listed."""
+    """Return a list that grows each time a folder is listed."""
     times = []
     monkeypatch.setattr("microdit.data.sources.folders.list_folder", lambda *arguments: times.append(1) or list_folder(*arguments))
     return times
@@ -74,7 +74,7 @@ def test_processes_that_see_different_folders_are_told_so(tmp_path, ranks, chang
         (folder / "1.png").unlink()
     else:
         (folder / "metadata.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"is not the same (here, on .*, as on .*, which has listed it|for all processes)"):
+    with pytest.raises(UserError, match=r"(on this host, .*, differs from what .* has listed|or differs between the processes)"):
         open_source(str(folder), list_once=ranks())
 
 

@@ -13,7 +13,7 @@ WANTED = ("text",)
 
 
 def write_list(folder, kind, bom=b""):
-    """Lines of all kinds, which take one, several or no bytes more than characters."""
+    """Return lines of all kinds, whose sizes in bytes exceed their numbers of characters by different amounts."""
     texts = ["words", "f\u00fcr \u65e5\u672c", "\U0001f600", 'said "so", and', "", "two\nlines", "w" * 300]
     rows = [(f"{number % 11}.png" if number % 5 else "", texts[number % len(texts)]) for number in range(60)]
     if kind == "jsonl":
@@ -51,7 +51,7 @@ def test_what_is_listed_twice_is_found_among_all(tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_parts_of_a_list_are_the_same_whatever_their_size(tmp_path, monkeypatch, kind):
-    """Also where a part holds the last lines and the first pictures that no line names."""
+    """Includes a part that holds the last lines and the first images that no line names."""
     for number in range(20):
         write_file(tmp_path / f"{number}.png", picture(number))
     write_list(tmp_path, kind)

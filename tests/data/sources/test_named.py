@@ -1,4 +1,4 @@
-"""Each set on a few pictures in its real layout."""
+"""Read each named data set from a few images in its real layout."""
 
 import json
 import zipfile
