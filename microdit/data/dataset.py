@@ -81,18 +81,13 @@ class StoredBatch:
 
 
 class EncodedDataset:
-<<<<<<< HEAD
-    """A folder written by `encode_source`. The card and files' sizes are checked at opening, shards and rows when they are read; `verify`
-    reads everything.
+    """A folder written by `encode_source`.
+
+    The manifest and the sizes of the files are checked when it is opened, shards and rows when they are read. `verify` checks everything.
 
     >>> data = EncodedDataset(Path("data/mine"))
     >>> len(data), data.latent_shape(), data.verify()
     (12, (8, 8, 8), [])
-=======
-    """A folder written by `encode_source`.
-
-    The manifest and the sizes of the files are checked when it is opened, shards and rows when they are read. `verify` checks everything.
->>>>>>> data
     """
 
     def __init__(self, folder: Path, resolution: int | None = None, world: World | None = None):

@@ -26,13 +26,7 @@ from microdit.encoders.open_clip import OPEN_CLIP_CONFIG, PAD_ID, load_open_clip
 from microdit.errors import UserError
 from microdit.io.files import read_json
 
-<<<<<<< HEAD
-=======
-transformers_logging.disable_progress_bar()
-transformers_logging.set_verbosity_error()  # it would report CLIP's image encoder as unused
-
 MINILM_TOKENS = 32
->>>>>>> data
 T5_TOKENS = 256  # T5 itself has no limit
 ALIASES = {"dfn-clip-h": "apple/DFN5B-CLIP-ViT-H-14-378"}  # the choice of the authors of 2407.15811: 77 tokens, 1024 channels
 
@@ -176,15 +170,12 @@ class MiniLM(FrozenTextEncoder):
 
 
 def load_text_model(place: str) -> TextModel:
-<<<<<<< HEAD
-    """From a folder or an id of the hub. Raises UserError if it holds no text model that can be used."""
+    """Load a text model from a folder or a hub id. Raises UserError if there is none that can be used."""
     from transformers.utils import logging  # slow to import
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it reports the picture half of CLIP as unused
-=======
-    """Load a text model from a folder or a hub id. Raises UserError if there is none that can be used."""
->>>>>>> data
+    logging.set_verbosity_error()  # it would report CLIP's image encoder as unused
+
     folder = find_folder(place, _METADATA)
     if (folder / OPEN_CLIP_CONFIG).is_file():
         return _load_open_clip(place, folder)
@@ -259,13 +250,9 @@ def _class_for(model_type: str) -> Any:
 
 
 def _load_tokenizer(folder: Path, family: str) -> Any:
-<<<<<<< HEAD
-    """Checked first: without its files transformers makes up an empty one."""
+    """Load the tokenizer. Raises UserError if its files are missing, where transformers would create an empty tokenizer."""
     from transformers import AutoTokenizer  # slow to import
 
-=======
-    """Load the tokenizer. Raises UserError if its files are missing, where transformers would create an empty tokenizer."""
->>>>>>> data
     choices = _TOKENIZER_FILES[family]
     if not any(all((folder / name).is_file() for name in names) for names in choices):
         wanted = ", or ".join(" and ".join(names) for names in choices)
