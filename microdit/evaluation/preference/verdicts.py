@@ -22,7 +22,6 @@ from microdit.errors import UserError
 from microdit.io.files import sha256_of
 from microdit.io.text import parse_json
 
-
 Order = Literal["AB", "BA"]  # the model whose image is shown first comes first
 ORDERS: tuple[Order, Order] = ("AB", "BA")
 Choice = Literal["first", "second", "tie", "unclear"]  # a judge's answer, which does not know the models
