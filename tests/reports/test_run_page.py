@@ -131,8 +131,8 @@ def test_every_series_has_its_curve_in_colours_of_the_page(tmp_path):
     page = Page(path)
     assert titles <= set(page.titles)
     assert page.tags.count("svg") == len(titles)
-    assert "lower is better" in page.words
-    assert "higher is better" in page.words
+    assert "Lower is better" in page.words
+    assert "Higher is better" in page.words
     text = path.read_text()
     for variable in ("ink", "grid", "curve", "second", *(f"noise-{level + 1}" for level in range(len(NOISE)))):
         assert f"var(--{variable})" in text[text.index("</style>") :]
