@@ -212,6 +212,7 @@ def at_budget(results: list[dict[str, Any]], arm: str, step: int, measure: str) 
 
 
 def diverged(results: Iterable[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    """Return the results of an arm that record a divergence."""
     return [line for line in results if line["arm"] == arm and line.get("diverged")]
 
 
