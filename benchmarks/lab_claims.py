@@ -12,7 +12,7 @@ from microdit.io.files import write_aside
 from microdit.lab.equal_cost import read_plan
 from microdit.lab.run_study import read_results
 from microdit.lab.study import Study, load_study
-from microdit.lab.study_report import claim_cells, judge
+from microdit.lab.study_report import check_claims, claim_cells
 
 PROJECT = Path(__file__).parents[1]
 LAB = PROJECT / "docs" / "lab"
@@ -41,8 +41,8 @@ def claims(asked: list[Study]) -> str:
     """One row a claim; then the arms that are one training under several names."""
     rows = ["| study | claim | measured here | holds? |", "|---|---|---|---|"]
     for study in asked:
-        verdicts = judge(study, read_plan(LAB / study.name), read_results(LAB / study.name))
-        rows += [f"| [{study.name}]({study.name}/README.md) | {' | '.join(claim_cells(verdict))} |" for verdict in verdicts]
+        outcomes = check_claims(study, read_plan(LAB / study.name), read_results(LAB / study.name))
+        rows += [f"| [{study.name}]({study.name}/README.md) | {' | '.join(claim_cells(outcome))} |" for outcome in outcomes]
     same = [" = ".join(arms) for arms in shared_arms(asked)]
     lines = [f"One training under several names, so no independent evidence: {'; '.join(same)}."] if same else []
     return "\n".join([*rows, "", *lines])

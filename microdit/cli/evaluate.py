@@ -272,7 +272,7 @@ def compare(
 
     Example: microdit compare runs/xl --table geneval --geneval geneval
     """
-    from microdit.evaluation.compare import comparison_table, comparison_words
+    from microdit.evaluation.compare import comparison_lines, comparison_table
     from microdit.evaluation.published import load_published
     from microdit.evaluation.run_results import read_run
 
@@ -282,6 +282,6 @@ def compare(
     results = [read_run(run, geneval[number] if geneval else None) for number, run in enumerate(runs)]
     console.print(comparison_table(published, table, results))
     for result in results:
-        for line in comparison_words(published, table, result):
+        for line in comparison_lines(published, table, result):
             console.print(line, soft_wrap=True)
     console.print("How each figure was measured, and who says so: python -m microdit.evaluation.published")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from microdit.cli.terminal import console
+from microdit.cli.terminal import console, reporter
 from microdit.errors import UserError
 from microdit.io.console import joined, styled
 
@@ -30,7 +30,7 @@ def run(
 
     loaded, recipes = load_study(study)
     folder = out or Path("lab") / loaded.name
-    run_study(loaded, recipes, folder, start_world(recipes[loaded.reference.arm].engine.device), keep)
+    run_study(loaded, recipes, folder, start_world(recipes[loaded.reference.arm].engine.device), keep, reporter)
     place = "" if out is None else f" --out {out}"
     console.print(joined("Results in ", styled(folder), f"; a report: microdit lab report {study}{place}"))
 
@@ -49,7 +49,7 @@ def report(
 
     loaded, recipes = load_study(study)
     folder = out or Path("lab") / loaded.name
-    results = read_results(folder)
+    results = read_results(folder, reporter)
     if not results:
         raise UserError(f"There are no results in {folder}: run the study first, microdit lab run {study}.")
     plans = read_plan(folder)

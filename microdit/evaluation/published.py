@@ -1,6 +1,6 @@
-"""Figures that others have published, each with its source: published.yaml, read.
+"""Published results of other models, each with its source, from published.yaml.
 
-`python -m microdit.evaluation.published` prints docs/reference-results.md, which is made of nothing else.
+`python -m microdit.evaluation.published` prints docs/reference-results.md, which is generated from that file alone.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from microdit.reports.formats import MISSING, count, figure
 DATA = Path(__file__).with_name("published.yaml")
 TITLES = {"main": "Quality and cost", "geneval": "GenEval by task", "ablations": "Ablations"}
 TASKS = ("overall", *GENEVAL_TASKS)
-METRICS = {  # all that rows may have, in the order of columns
+METRICS = {  # in the order of columns
     "fid": "FID", "clip-fid": "CLIP FID", "clip-score": "CLIP score", "preferred": "preferred", "speed-up": "speed-up",
     "overall": "overall", "single_object": "one object", "two_object": "two objects", "counting": "counting", "colors": "colours",
     "position": "position", "color_attr": "colour of each",
@@ -27,10 +27,10 @@ METRICS = {  # all that rows may have, in the order of columns
 
 @dataclass(frozen=True)
 class Protocol:
-    """How figures were measured; None is what the source does not say.
+    """How figures were measured. None means that the source does not say.
 
-    `reference`: the pictures that were compared with. `pictures`: how many were drawn. `side`: their pixels when compared.
-    `networks`: by metric, the family of the network that saw them.
+    `reference` is the reference set, `pictures` the number of generated images, `side` their size in pixels when compared, and `networks`
+    the family of the feature network of each metric.
     """
 
     what: str
@@ -42,9 +42,9 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a model is and what its training took; None is what nobody says.
+    """A model's size and training cost. None means unknown.
 
-    `images` are different ones, `seen` counts each as often as it was shown. `gpu_days` are days of one `gpu`.
+    `images` counts distinct images, `seen` counts each as often as it was seen. `gpu_days` are days of one `gpu`.
     """
 
     parameters: int | None = None
@@ -55,7 +55,7 @@ class Training:
     dollars: float | None = None
 
     def cells(self) -> list[str]:
-        """As people read it, under TRAINING_COLUMNS: 1.16 B, 37 M, 686 M, 20.8 H100, $1,890."""
+        """Format the values for TRAINING_COLUMNS: 1.16 B, 37 M, 686 M, 20.8 H100, $1,890."""
         days = figure(self.gpu_days, 3) + (f" {self.gpu}" if self.gpu and self.gpu_days is not None else "")
         dollars = MISSING if self.dollars is None else f"${figure(self.dollars, 2)}"
         return [_rounded(self.parameters), _rounded(self.images), _rounded(self.seen), days, dollars]
@@ -65,51 +65,51 @@ TRAINING_COLUMNS = ("params", "images", "seen", "GPU-days", "cost")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row(Training):
-    """One model's figures. `source`: who says so; `through`: where we read it, if not there."""
+class PublishedResult(Training):
+    """One model's published figures. `source` reports them; `through` is where they were read, if not in the source itself."""
 
     name: str
     metrics: dict[str, float]
     source: str
-    protocol: str | None = None  # a key of Published.protocols; none where nothing was measured
-    study: str | None = None  # what the ablation is about
+    protocol: str | None = None  # a key of Published.protocols; None if nothing was measured
+    study: str | None = None  # the subject of an ablation
     through: str | None = None
     note: str | None = None
 
 
 @dataclass(frozen=True)
 class Published:
-    """`tables`: rows by the keys of TITLES. `missing`: sentences on what could not be found."""
+    """All published results. `tables` has the keys of TITLES; `missing` holds sentences on figures that could not be found."""
 
     protocols: dict[str, Protocol]
-    tables: dict[str, tuple[Row, ...]]
+    tables: dict[str, tuple[PublishedResult, ...]]
     missing: tuple[str, ...]
 
 
 @cache
 def load_published() -> Published:
-    """The package's own file; a mistake in it is ours, and raises whatever comes first."""
+    """Load published.yaml."""
     content: dict[str, Any] = yaml.safe_load(DATA.read_text(encoding="utf-8"))
     return Published(
         protocols={name: Protocol(**entry) for name, entry in content["protocols"].items()},
-        tables={table: tuple(Row(**entry) for entry in content[table]) for table in TITLES},
+        tables={table: tuple(PublishedResult(**entry) for entry in content[table]) for table in TITLES},
         missing=tuple(content["missing"]),
     )
 
 
-def metrics_of(rows: Iterable[Row]) -> list[str]:
-    """Those that any of the rows has, in the order of columns."""
+def metrics_of(rows: Iterable[PublishedResult]) -> list[str]:
+    """Return the metrics that any of the rows has, in the order of columns."""
     found = {name for row in rows for name in row.metrics}
     return [name for name in METRICS if name in found]
 
 
 def metric_cell(metric: str, value: float | None) -> str:
-    """GenEval's shares to two digits, as they are published."""
+    """Format a value for the metric's column. GenEval's shares have two digits, as published."""
     return figure(value) if value is None or metric not in TASKS else f"{value:.2f}"
 
 
 def page(published: Published) -> str:
-    """All tables as Markdown."""
+    """Return the content of docs/reference-results.md."""
     parts = [_INTRODUCTION]
     for table, title in TITLES.items():
         parts += [f"## {title}\n", _markdown_table(table, published.tables[table])]
@@ -121,13 +121,13 @@ def page(published: Published) -> str:
 
 _INTRODUCTION = """# Reference results
 
-What others have published, to lay a run beside: `microdit compare RUN`. Printed from `microdit/evaluation/published.yaml` by
-`python -m microdit.evaluation.published`; change figures there. We measured none of them. A dash is what the source does not say.
-*Read in* names where a figure was found that we could not read in its source: trust it less.
+Published results of other models, which `microdit compare RUN` shows next to a run. This page is generated from
+`microdit/evaluation/published.yaml` by `python -m microdit.evaluation.published`; change figures there. None of them was measured by this
+project. A dash means that the source does not say. *Read in* marks figures that were read in a secondary source and are less certain.
 """
 
 
-def _markdown_table(table: str, rows: tuple[Row, ...]) -> str:
+def _markdown_table(table: str, rows: tuple[PublishedResult, ...]) -> str:
     metrics = metrics_of(rows)
     study, training = ["study"] * (table == "ablations"), TRAINING_COLUMNS if table == "main" else ()
     header = [*study, "model", *training, *(METRICS[name] for name in metrics), "measured", "source"]
@@ -139,14 +139,14 @@ def _markdown_table(table: str, rows: tuple[Row, ...]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _origin(row: Row) -> str:
+def _origin(row: PublishedResult) -> str:
     return (
         row.source + (f". *Read in:* {row.through}" if row.through else "") + (f". {row.note[0].upper()}{row.note[1:]}" if row.note else "")
     )
 
 
 def _rounded(value: float | None) -> str:
-    """1.16 B, 37 M"""
+    """Format a large number: 1.16 B, 37 M."""
     if value is None:
         return MISSING
     for size, unit in ((1e9, " B"), (1e6, " M")):

@@ -1,7 +1,7 @@
-"""What a run has been found to be: its measured figures, its size and what it cost, from the files in its folder.
+"""A run's metrics, size and training cost, read from its folder.
 
-evaluation/metrics.json  metrics.json (emoji)  checkpoints/*/state.json  status.json  run.json, and GenEval's summary.json wherever it lies.
-What is missing is None; what is there and makes no sense raises UserError with the file and the key.
+The files are evaluation/metrics.json, metrics.json (emoji), checkpoints/*/state.json, status.json and run.json; GenEval's summary.json is
+in a folder of its own. Missing values are None; invalid ones raise UserError naming the file and the key.
 """
 
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ from microdit.reports.run_folder import RunFolder, is_run
 
 @dataclass(frozen=True)
 class Measured:
-    """One figure and how it came about. `reference` names the pictures that were compared with, `side` is their pixels."""
+    """The value of a metric and how it was measured, against images of the set `reference` at `side` pixels."""
 
     value: float
     network: str | None = None
     reference: str | None = None
     reference_pictures: int | None = None
-    pictures: int | None = None  # drawn
+    pictures: int | None = None  # number of generated images
     side: int | None = None
 
 
 @dataclass(frozen=True)
 class GenEvalResult:
-    """Shares of right pictures by task, and `overall`; pictures by task; how many prompts there were, and how many had no picture."""
+    """Shares of correct images by task and `overall`, numbers of images by task, of prompts, and of prompts without images."""
 
     shares: dict[str, float]
     pictures: dict[str, int]
@@ -45,19 +45,26 @@ class GenEvalResult:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult(Training):
-    """`metrics` by name."""
+    """A run's training cost and metrics, by name."""
 
     path: Path
     metrics: dict[str, Measured]
     geneval: GenEvalResult | None = None
-    recognised: float | None = None  # share of captions whose picture is among the ten nearest, on emoji
+    recognised: float | None = None  # top-10 retrieval on emoji, see evaluation/recognition.py
 
 
 def read_run(path: Path, geneval: Path | None = None) -> RunResult:
-    """Of a run folder; `geneval` is the folder that `microdit geneval --out` wrote. Raises UserError."""
+    """Read a run folder, and GenEval's results from the folder `geneval` of `microdit geneval --out` if given.
+
+    Raises UserError if `path` is not a run folder, or a file is invalid.
+    """
     if not is_run(path):
-        raise UserError(f"{path} is no run folder: it holds no recipe.yaml. Name one that microdit train has made.")
-    run, evaluation, emoji = RunFolder(path), _Entry.of(path / "evaluation" / "metrics.json"), _Entry.of(path / "metrics.json")
+        raise UserError(f"{path} is not a run folder: it has no recipe.yaml. Name one that microdit train has written.")
+    run, evaluation, emoji = (
+        RunFolder(path),
+        _JsonObject.read(path / "evaluation" / "metrics.json"),
+        _JsonObject.read(path / "metrics.json"),
+    )
     parameters, state = _checkpoint(path)
     hours = finite(run.status.get("gpu_hours"))
     starts = run.starts
@@ -65,9 +72,9 @@ def read_run(path: Path, geneval: Path | None = None) -> RunResult:
         path=path,
         metrics=_metrics(evaluation),
         geneval=None if geneval is None else _geneval(geneval / "summary.json"),
-        recognised=emoji.below("retrieval").number("top_10"),
+        recognised=emoji.child("retrieval").number("top_10"),
         parameters=parameters,
-        images=_images(state.below("sets")),
+        images=_images(state.child("sets")),
         seen=evaluation.count("images_seen") or state.count("images_seen"),
         gpu_days=None if hours is None else hours / 24,
         gpu=starts[-1].get("device") if starts else None,
@@ -75,11 +82,11 @@ def read_run(path: Path, geneval: Path | None = None) -> RunResult:
     )
 
 
-def _metrics(evaluation: "_Entry") -> dict[str, Measured]:
-    reference, pictures, found = evaluation.below("reference"), evaluation.count("pictures"), {}
+def _metrics(evaluation: "_JsonObject") -> dict[str, Measured]:
+    reference, pictures, found = evaluation.child("reference"), evaluation.count("pictures"), {}
     source = reference.text("source")
-    for name in evaluation.below("metrics").values:
-        entry = evaluation.below("metrics").below(name)
+    for name in evaluation.child("metrics").values:
+        entry = evaluation.child("metrics").child(name)
         value = entry.number("value")
         if value is not None:
             found[name] = Measured(
@@ -95,9 +102,9 @@ def _metrics(evaluation: "_Entry") -> dict[str, Measured]:
 
 def _geneval(path: Path) -> GenEvalResult:
     if not path.is_file():
-        raise UserError(f"There is no {path}: name the folder that microdit geneval --out has written.")
-    summary = _Entry.of(path)
-    tasks, pictures = summary.below("tasks"), summary.below("pictures_of_tasks")
+        raise UserError(f"There is no {path}: name the folder that microdit geneval --out wrote.")
+    summary = _JsonObject.read(path)
+    tasks, pictures = summary.child("tasks"), summary.child("pictures_of_tasks")
     shares = {"overall": summary.number("overall"), **{task: tasks.number(task) for task in TASKS}}
     return GenEvalResult(
         shares={name: share for name, share in shares.items() if share is not None},
@@ -108,41 +115,41 @@ def _geneval(path: Path) -> GenEvalResult:
     )
 
 
-def _checkpoint(path: Path) -> "tuple[int | None, _Entry]":
-    """(parameters, state) of the newest checkpoint."""
+def _checkpoint(path: Path) -> "tuple[int | None, _JsonObject]":
+    """Return the number of parameters and the state of the newest checkpoint."""
     folders = checkpoint_folders(path)
     if not folders:
-        return None, _Entry(path, {})
+        return None, _JsonObject(path, {})
     checkpoint = open_checkpoint(folders[0])
     with torch.device("meta"):
         model = MicroDiT(checkpoint.model_config)
-    return sum(weight.numel() for weight in model.parameters()), _Entry(checkpoint.folder / "state.json", checkpoint.state)
+    return sum(weight.numel() for weight in model.parameters()), _JsonObject(checkpoint.folder / "state.json", checkpoint.state)
 
 
-def _images(sets: "_Entry") -> int | None:
-    return sum(sets.below(name).count("rows") or 0 for name in sets.values) or None
+def _images(sets: "_JsonObject") -> int | None:
+    return sum(sets.child(name).count("rows") or 0 for name in sets.values) or None
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """An object of a JSON file; what is missing or null is None, what is of the wrong kind raises UserError."""
+class _JsonObject:
+    """An object of a JSON file. Missing and null values are None; values of the wrong type raise UserError."""
 
     path: Path
     values: dict[str, Any]
     prefix: str = ""
 
     @classmethod
-    def of(cls, path: Path) -> "_Entry":
-        """Empty if there is no such file."""
+    def read(cls, path: Path) -> "_JsonObject":
+        """Read a file; a missing one is an empty object."""
         if not path.is_file():
             return cls(path, {})
         return cls(path, read_json(path, "Evaluate again."))
 
-    def below(self, key: str) -> "_Entry":
+    def child(self, key: str) -> "_JsonObject":
         value = self.values.get(key)
         if value is not None and not isinstance(value, dict):
             raise self._wrong(key, "an object")
-        return _Entry(self.path, value or {}, f"{self.prefix}{key}.")
+        return _JsonObject(self.path, value or {}, f"{self.prefix}{key}.")
 
     def number(self, key: str) -> float | None:
         value = self.values.get(key)
@@ -153,14 +160,14 @@ class _Entry:
     def count(self, key: str) -> int | None:
         value = self.values.get(key)
         if value is not None and (type(value) is not int or value < 0):
-            raise self._wrong(key, "a whole number from 0")
+            raise self._wrong(key, "an integer of at least 0")
         return value
 
     def text(self, key: str) -> str | None:
         value = self.values.get(key)
         if value is not None and not isinstance(value, str):
-            raise self._wrong(key, "a text")
+            raise self._wrong(key, "a string")
         return value
 
-    def _wrong(self, key: str, wanted: str) -> UserError:
-        return UserError(f"{self.path}: {self.prefix}{key} is {self.values[key]!r}, and {wanted} is expected. Evaluate again.")
+    def _wrong(self, key: str, expected: str) -> UserError:
+        return UserError(f"{self.path}: {self.prefix}{key} is {self.values[key]!r}, but should be {expected}. Evaluate again.")

@@ -1,9 +1,7 @@
-"""What a training step costs: FLOPs by formula, seconds by the clock.
+"""Equal budgets for the arms of a study: the cost of a training step of each arm, and the number of steps that each budget buys.
 
-Equal budgets: what a step of each arm costs, and so how many steps each may take.
-
-FLOPs are counted by formula; images are what the reference arm sees, since all arms have its batch. Seconds are measured once, all arms in
-turns; from then on an arm's seconds are its steps times its seconds a step.
+FLOPs are computed by formula. Seconds are measured once, with all arms timed in turns; from then on an arm's seconds are its steps times
+its seconds per step. Equal images means equal steps, since all arms have the same batch size.
 """
 
 import json
@@ -16,33 +14,32 @@ from typing import Any
 
 import yaml
 
-from microdit.cli.terminal import progress
 from microdit.config.load import with_todays_defaults
 from microdit.config.schema import Recipe
 from microdit.data.manifest import read_manifest
 from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.io.console import PlainConsole
+from microdit.io.console import QUIET, PlainConsole, Reporter
 from microdit.io.files import write_aside
 from microdit.io.text import parse_json_object
 from microdit.lab.study import Budget, Study, measurement
 from microdit.training.trainer import Trainer
 
-ROUNDS = 12  # of which the fastest counts: what others take from the machine only ever slows it
-MOMENTS = 4  # steps that are timed for a whole training, or more where it has more phases
+ROUNDS = 12  # of timing, of which the fastest counts: other load can only slow a step down
+MOMENTS = 4  # steps that are timed per training, more if it has more phases
 
 
 def flops_of_a_step(trainer: Trainer) -> float:
-    """Forward and backward, of the whole batch, on average over the training."""
+    """Return the FLOPs of forward and backward for a whole batch, averaged over the training."""
     share = trainer.share(0)
     return trainer.work.after(0, share.tokens, share.caption_tokens) / trainer.recipe.total_steps
 
 
-def seconds_of_a_step(trainers: dict[str, Trainer]) -> dict[str, float]:
-    """On average over each training, by the trainers' names; all are timed in turns."""
+def seconds_of_a_step(trainers: dict[str, Trainer], reporter: Reporter = QUIET) -> dict[str, float]:
+    """Return the seconds per step, averaged over each training, by the trainers' names. All are timed in turns."""
     steps = {name: [(share, stepper(trainer, step)) for step, share in moments(trainer.recipe)] for name, trainer in trainers.items()}
     times: dict[str, list[float]] = {name: [] for name in trainers}
-    with progress("time a step of each arm", ROUNDS * len(trainers)) as advance:
+    with reporter.progress("time a step of each arm", ROUNDS * len(trainers)) as advance:
         for _ in range(ROUNDS):
             for name, timed in steps.items():
                 times[name].append(sum(share * _seconds(step) for share, step in timed))
@@ -51,7 +48,7 @@ def seconds_of_a_step(trainers: dict[str, Trainer]) -> dict[str, float]:
 
 
 def moments(recipe: Recipe) -> list[tuple[int, float]]:
-    """Steps that stand for a whole training and the shares of it that they stand for: evenly spread over each phase, at least one."""
+    """Return representative steps, at least one per phase and evenly spread over each, with the share of the training each represents."""
     found, start = [], 0
     for phase in recipe.phases:
         count = min(phase.steps, max(1, round(MOMENTS * phase.steps / recipe.total_steps)))
@@ -62,7 +59,7 @@ def moments(recipe: Recipe) -> list[tuple[int, float]]:
 
 
 def stepper(trainer: Trainer, step: int = 0) -> Callable[[], None]:
-    """What the trainer does in step number `step`, without reading and recording."""
+    """Return a function that does the trainer's step number `step`, without loading data and logging."""
     phase, state, share = trainer.recipe.phase_at(step)[0], trainer.state, trainer.share(step)
 
     def take() -> None:
@@ -80,25 +77,26 @@ def _seconds(step: Callable[[], None]) -> float:
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """What a step costs, on average over the phases, and the `steps` that each budget buys."""
+    """The cost of a step, averaged over the phases, and the number of `steps` that each budget buys."""
 
     flops_per_step: float
     seconds_per_step: float
     steps: dict[Budget, int]
 
-    def legs(self, readings: list[float]) -> list[int]:
-        """The steps at which quality is measured: shares of each budget, in order. For a scheduled arm `readings` is [1.0]."""
-        return sorted({max(1, round(share * steps)) for share in readings for steps in self.steps.values()})
+    def measured_steps(self, shares: list[float]) -> list[int]:
+        """Return the steps at which quality is measured, in order: these shares of each budget."""
+        return sorted({max(1, round(share * steps)) for share in shares for steps in self.steps.values()})
 
     def cost(self, budget: Budget, step: int) -> float:
-        """FLOPs, seconds or batches."""
+        """Return the cost of training to `step` in FLOPs, seconds or batches."""
         return step * {"flops": self.flops_per_step, "seconds": self.seconds_per_step, "images": 1.0}[budget]
 
 
-def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World) -> dict[str, ArmPlan]:
-    """The plan in `out`/plan.json, with what arms it does not know cost, or a new one; either is written there.
+def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World, reporter: Reporter = QUIET) -> dict[str, ArmPlan]:
+    """Return the plan of all arms: those in `out`/plan.json, if it exists, and newly timed ones, which are added to the file.
 
-    Raises UserError if the known arms, the budgets or what is measured have changed.
+    Raises UserError if arms in the file, the budgets, or the way quality is measured have changed since, or if arms train on different
+    images.
     """
     reference = study.reference.arm
     asked = {
@@ -113,19 +111,19 @@ def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World)
     _check_same_pictures(recipes)
     new = [arm for arm in recipes if arm not in plans]
     if new:
-        timed = _time(study, {arm: recipes[arm] for arm in dict.fromkeys([reference, *new])}, plans.get(reference), world)
+        timed = _time(study, {arm: recipes[arm] for arm in dict.fromkeys([reference, *new])}, plans.get(reference), world, reporter)
         plans |= {arm: timed[arm] for arm in new}
     content = {"asked": asked, "arms": {arm: asdict(plan) for arm, plan in plans.items()}}
     write_aside(out / "plan.json", json.dumps(content, indent=1).encode())
     return plans
 
 
-def _time(study: Study, recipes: dict[str, Recipe], known: ArmPlan | None, world: World) -> dict[str, ArmPlan]:
-    """Of these arms, the reference arm among them. `known`: as that was timed at first; the machine may be faster or slower today."""
+def _time(study: Study, recipes: dict[str, Recipe], known: ArmPlan | None, world: World, reporter: Reporter) -> dict[str, ArmPlan]:
+    """Time these arms, which include the reference arm. If that is already `known`, seconds are scaled to its original timing."""
     with TemporaryDirectory() as place:
         trainers = {arm: Trainer(recipe, Path(place) / arm, PlainConsole(quiet=True), world) for arm, recipe in recipes.items()}
         flops = {arm: flops_of_a_step(trainer) for arm, trainer in trainers.items()}
-        seconds = seconds_of_a_step(trainers)
+        seconds = seconds_of_a_step(trainers, reporter)
     reference = study.reference.arm
     first = seconds[reference] if known is None else known.seconds_per_step
     scaled = {arm: value * first / seconds[reference] for arm, value in seconds.items()}
@@ -134,25 +132,28 @@ def _time(study: Study, recipes: dict[str, Recipe], known: ArmPlan | None, world
 
 
 def check_unchanged(study: Study, recipes: dict[str, Recipe], out: Path) -> None:
-    """Of budgets, of what is measured, or of arms that have results; there may be further arms. Raises UserError naming what changed."""
+    """Check that the study still matches the results in `out`: budgets, measurement, and all arms there. Further arms are fine.
+
+    Raises UserError naming what changed.
+    """
     before = _content(out)
     asked, budgets = before["asked"], set(before["arms"][before["asked"]["reference"]["arm"]]["steps"])
     changed = [arm for arm, recipe in asked["arms"].items() if not _same_recipe(recipe, recipes.get(arm))]
     if asked["reference"] != asdict(study.reference) or budgets != set(study.budgets):
         changed.append("the budget")
     now = measurement(study)
-    changed += [key for key, value in asked.get("measurement", now).items() if value != now[key]]  # plans of before hold none
+    changed += [key for key, value in asked.get("measurement", now).items() if value != now[key]]  # older plans lack the key
     if changed:
-        raise UserError(f"{out} holds results of this study as it was before {', '.join(changed)} changed: choose another --out.")
+        raise UserError(f"{out} holds results from before {', '.join(changed)} changed: choose another --out.")
 
 
 def _same_recipe(before: str, now: Recipe | None) -> bool:
-    """But for the name, which changes nothing."""
+    """Return whether two recipes are equal apart from their names."""
     return now is not None and with_todays_defaults(yaml.safe_load(before)) | {"name": now.name} == yaml.safe_load(now.to_yaml())
 
 
 def _check_same_pictures(recipes: dict[str, Recipe]) -> None:
-    """Arms may have encoders of their own, but learn from the same pictures, in the same order and size."""
+    """Raise UserError if arms train on different images, or in another order or size. Encoders may differ."""
     seen: dict[str, str] = {}
     for arm, recipe in recipes.items():
         if recipe.data.path is not None:
@@ -161,7 +162,7 @@ def _check_same_pictures(recipes: dict[str, Recipe]) -> None:
             pictures = f"{card['rows']:,} rows of {card.get('source')} at {sides} px"
             seen.setdefault(pictures, f"{arm} from {recipe.data.path}, {pictures}")
     if len(seen) > 1:
-        raise UserError(f"Arms of one study must learn from the same pictures: {'; '.join(seen.values())}.")
+        raise UserError(f"All arms of a study must train on the same images: {'; '.join(seen.values())}.")
 
 
 def _plan(budgets: list[Budget], steps: int, reference_flops: float, reference_seconds: float, flops: float, seconds: float) -> ArmPlan:
@@ -174,18 +175,18 @@ def _plan(budgets: list[Budget], steps: int, reference_flops: float, reference_s
 
 
 def read_plan(out: Path) -> dict[str, ArmPlan]:
-    """The plan that results in `out` were made by. Raises UserError if there is none, or it is damaged."""
+    """Return the plan of the results in `out`. Raises UserError if it is missing or damaged."""
     return {arm: ArmPlan(**values) for arm, values in _content(out)["arms"].items()}
 
 
 def _content(out: Path) -> dict[str, Any]:
     path = out / "plan.json"
     if not path.is_file():
-        raise UserError(f"There is no {path}: run the study first.")
+        raise UserError(f"There is no {path}: run the study first, with microdit lab run.")
     try:
         content = parse_json_object(path.read_bytes())
         if not {"asked", "arms"} <= content.keys():
             raise ValueError("asked or arms are missing")
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): results without their plan cannot be gone on with; choose another --out.") from error
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}), and the study cannot continue without it: choose another --out.") from error
     return dict(content)

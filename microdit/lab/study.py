@@ -1,7 +1,7 @@
-"""A study: arms that differ by a few lines of a recipe, each trained for several seeds on equal budgets.
+"""A study: arms that differ in a few lines of a recipe, each trained for several seeds on equal budgets.
 
-An arm with one phase and a constant learning rate is read on its way, at every budget. One with several phases (their steps are shares
-here), a mask schedule or a falling rate is trained anew for each budget, since only its end counts.
+An arm with one phase and a constant learning rate is measured during a single training at every budget. An arm with several phases (whose
+steps are shares of the training here), a mask schedule or a decaying rate is trained separately for each budget, since only its end counts.
 """
 
 import re
@@ -17,7 +17,7 @@ from microdit.errors import UserError
 from microdit.io.strict_yaml import read_as, read_yaml
 from microdit.ranges import Range
 
-# What the study decides itself, so that budgets are equal and results can be compared.
+# Keys that arms may not set, so that budgets stay equal and results comparable.
 OURS = (
     "seed",
     "name",
@@ -29,7 +29,7 @@ OURS = (
     "phases.0.steps",
     "phases.0.final_learning_rate",
 )
-# But the same pictures may be encoded by other encoders (checked when the study is run); the loss on them is then another loss.
+# Exceptions: arms may use other encoders of the same images (checked when the study is run), although losses then do not compare.
 FREE = ("data.path", "data.held_out")
 HIGHER_IS_BETTER = ("recognised",)
 
@@ -45,7 +45,7 @@ Override = Annotated[str, Range(0, 10_000)]
 
 @dataclass(frozen=True)
 class ReferenceArm:
-    """Budgets are what this arm takes for so many steps: its FLOPs, its seconds, its images."""
+    """The arm that defines the budgets: the FLOPs, seconds and images that it takes for `steps` steps."""
 
     arm: Name
     steps: Every
@@ -53,7 +53,7 @@ class ReferenceArm:
 
 @dataclass(frozen=True)
 class Claim:
-    """What others report: that arm `better` is better than arm `worse` by `measure`, at equal `budget`."""
+    """A claim from the literature: arm `better` beats arm `worse` by `measure` at equal `budget`."""
 
     says: Sentences
     better: Name
@@ -64,7 +64,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    """`arms`: overrides of the base recipe by name. `base` lies beside the study's file."""
+    """The settings of a study. `arms` holds overrides of the recipe `base`, whose path is relative to the study's file, by name."""
 
     name: Name
     question: Sentences
@@ -74,18 +74,18 @@ class Study:
     seeds: Annotated[list[Seed], Range(1, 1000)] = field(default_factory=lambda: [0, 1, 2])
     budgets: list[Budget] = field(default_factory=lambda: list(BUDGETS))  # a scheduled arm is trained once for each
     claims: Annotated[list[Claim], Range(0, 1000)] = field(default_factory=list)
-    measures: list[Measure] = field(default_factory=lambda: list(MEASURES))  # that the report shows
+    measures: list[Measure] = field(default_factory=lambda: list(MEASURES))  # shown in the report
     readings: Annotated[list[Share], Range(1, 1000)] = field(
         default_factory=lambda: [0.25, 0.5, 1.0]
     )  # shares of each budget at which quality is measured
-    source: FilePath = "emoji"  # what the data was encoded from: its pictures are what drawn ones are compared with
-    pictures: Annotated[int, Range(2, 10**6)] = 256  # that are drawn for each reading
+    source: FilePath = "emoji"  # the source of the encoded data, whose images are the reference set
+    pictures: Annotated[int, Range(2, 10**6)] = 256  # generated for each measurement
     num_inference_steps: Annotated[int, Range(2, 1000)] = 10
     guidance_scale: Annotated[float, Range(-100, 100)] = 2.0
     prompts: Prompts = field(
         default_factory=lambda: ["red heart", "cat face", "green apple", "pizza", "owl", "fire engine"]
-    )  # of the strips
-    notes: Sentences = ""  # what a reader should know, in the report
+    )  # of the sample strips
+    notes: Sentences = ""  # remarks for the report
 
 
 def load_study(path: Path | str) -> tuple[Study, dict[str, Recipe]]:
@@ -94,24 +94,24 @@ def load_study(path: Path | str) -> tuple[Study, dict[str, Recipe]]:
     study = cast(Study, read_as(Study, read_yaml(path), str(path)))
     problems = _problems(study)
     if problems:
-        raise UserError(f"{path} asks for what cannot be:\n  - " + "\n  - ".join(problems))
+        raise UserError(f"{path} is not a valid study:\n  - " + "\n  - ".join(problems))
     return study, {arm: _recipe_of(path, study, arm) for arm in study.arms}
 
 
 def measurement(study: Study) -> dict[str, Any]:
-    """How quality is measured: readings compare only where all of it is the same."""
+    """Return the settings of quality measurement. Results are comparable only if all of them agree."""
     keys = ("source", "pictures", "num_inference_steps", "guidance_scale", "prompts")
     return {key: getattr(study, key) for key in keys}
 
 
 def is_scheduled(recipe: Recipe) -> bool:
-    """Whether the end is told beforehand: then quality on the way would mislead, and each budget needs a training of its own."""
+    """Return whether training depends on its length: then intermediate quality misleads, and each budget needs its own training."""
     first = recipe.phases[0]
     return len(recipe.phases) > 1 or first.mask_schedule is not None or first.final_learning_rate != 1
 
 
 def stretched(recipe: Recipe, steps: int) -> Recipe:
-    """So that all phases together take `steps`, each its share, and at least one; `steps` is at least their number."""
+    """Scale the phases to `steps` in total. Each keeps its share and at least one step; `steps` is at least the number of phases."""
     phases, before, start = [], 0, 0
     for left, phase in zip(range(len(recipe.phases) - 1, -1, -1), recipe.phases, strict=True):
         before += phase.steps
@@ -124,47 +124,47 @@ def stretched(recipe: Recipe, steps: int) -> Recipe:
 def _problems(study: Study) -> list[str]:
     problems = _measuring_problems(study)
     odd = [name for name in (study.name, *study.arms) if not FILE_NAME.fullmatch(name)]
-    problems += [f"{name!r} names a folder: letters, digits, dots, - and _ alone, a letter or digit first." for name in odd]
+    problems += [f"{name!r} names a folder: use letters, digits, dots, - and _, beginning with a letter or digit." for name in odd]
     if study.reference.arm not in study.arms:
-        problems.append(f"reference.arm {study.reference.arm} is none of the arms: {', '.join(study.arms)}.")
+        problems.append(f"reference.arm {study.reference.arm} is not one of the arms: {', '.join(study.arms)}.")
     for claim in study.claims:
         problems += [
-            f"the claim '{claim.says}' is about {arm}, which is no arm." for arm in (claim.better, claim.worse) if arm not in study.arms
+            f"the claim '{claim.says}' names {arm}, which is not an arm." for arm in (claim.better, claim.worse) if arm not in study.arms
         ]
         if claim.better == claim.worse:
             problems.append(f"the claim '{claim.says}' compares {claim.better} with itself.")
     if not study.budgets or len(set(study.budgets)) < len(study.budgets):
-        problems.append(f"budgets {study.budgets} must be different ones, at least one of {', '.join(BUDGETS)}.")
+        problems.append(f"budgets {study.budgets} must be distinct, and at least one of {', '.join(BUDGETS)}.")
     problems += [
-        f"the claim '{claim.says}' is about equal {claim.budget}, which is none of its budgets: {', '.join(study.budgets)}."
+        f"the claim '{claim.says}' is about equal {claim.budget}, which is not one of the study's budgets: {', '.join(study.budgets)}."
         for claim in study.claims
         if claim.budget not in study.budgets
     ]
     if len(set(study.seeds)) < len(study.seeds):
-        problems.append(f"seeds {study.seeds} must be different ones.")
+        problems.append(f"seeds {study.seeds} must be distinct.")
     rising = all(low < high for low, high in pairwise([0.0, *study.readings]))
     if not rising or study.readings[-1] != 1:
-        problems.append(f"readings {study.readings} must rise, from above 0 to 1.0, the whole budget.")
+        problems.append(f"readings {study.readings} must increase from above 0 to 1.0, the whole budget.")
     for arm, overrides in study.arms.items():
         for override in overrides:
             key = override.partition("=")[0]
             if key not in FREE and any(key == ours or key.startswith(f"{ours}.") for ours in OURS):
                 problems.append(
-                    f"the arm {arm} sets {key}: the budgets would not be equal, or the results not comparable. Set it in the base."
+                    f"the arm {arm} sets {key}, which would make budgets unequal or results incomparable: set it in the base recipe."
                 )
     return problems
 
 
 def _measuring_problems(study: Study) -> list[str]:
     checks = [
-        (bool(study.prompts), "prompts is empty: the strips need at least one."),
-        (len(set(study.measures)) == len(study.measures) > 0, f"measures must be different ones of {', '.join(MEASURES)}."),
+        (bool(study.prompts), "prompts is empty: the sample strips need at least one."),
+        (len(set(study.measures)) == len(study.measures) > 0, f"measures must be distinct, and at least one of {', '.join(MEASURES)}."),
     ]
     return [sentence for fine, sentence in checks if not fine]
 
 
 def _recipe_of(path: Path, study: Study, arm: str) -> Recipe:
-    """For as many steps as the reference arm takes."""
+    """Load an arm's recipe, with as many steps as the reference arm takes."""
     base = load_recipe(path.parent / study.base)
     try:
         recipe = load_recipe(path.parent / study.base, [*study.arms[arm], f"name={study.name}-{arm}"])
@@ -172,13 +172,13 @@ def _recipe_of(path: Path, study: Study, arm: str) -> Recipe:
         raise UserError(f"{path}: the arm {arm}: {error}") from error
     if "images" in study.budgets and any(phase.batch_size != base.phases[0].batch_size for phase in recipe.phases):
         raise UserError(
-            f"{path}: phases of the arm {arm} have another batch_size than {study.base}: budgets of images would not be equal. Without "
-            "them, `budgets: [flops, seconds]`, it may."
+            f"{path}: phases of the arm {arm} have another batch_size than {study.base}, so image budgets would not be equal: use "
+            "`budgets: [flops, seconds]`."
         )
     if recipe.data.held_out is None:
-        raise UserError(f"{path.parent / study.base} needs data.held_out, an encoded set that is never learnt from.")
+        raise UserError(f"{path.parent / study.base} needs data.held_out, an encoded set that is not trained on.")
     if not recipe.ema:
-        raise UserError(f"{path.parent / study.base} needs an ema: without, a constant learning rate leaves noise in the weights.")
+        raise UserError(f"{path.parent / study.base} needs an ema: without one, a constant learning rate leaves noise in the weights.")
     if study.reference.steps < len(recipe.phases):
         raise UserError(f"{path}: reference.steps is {study.reference.steps}, and the arm {arm} has {len(recipe.phases)} phases.")
     return stretched(recipe, study.reference.steps)

@@ -1,11 +1,7 @@
-"""What a study's results say: means and spreads at equal budgets, and whether claims hold.
+"""`microdit lab report`: a study's results as Markdown with figures: means and spreads at equal budgets, and whether claims hold.
 
-A claim holds if the arms' means differ over seeds with p < 0.05 (Welch's t-test, which minds how few the seeds are) and as claimed. It
-does not hold if they differ as clearly the other way. Else it is open.
-
-Figures of a study for its report, with the spread over seeds: quality against cost if measured on the way, else arm beside arm.
-
-`microdit lab report`: a study's results as Markdown with figures, for docs/lab/.
+A claim holds if the means of its arms over seeds differ as claimed with p < 0.05 (Welch's t-test, which accounts for small numbers of
+seeds). It does not hold if they differ as clearly the other way. Otherwise it is open.
 """
 
 import io
@@ -32,99 +28,15 @@ from microdit.lab.study import HIGHER_IS_BETTER, Budget, Claim, Study
 from microdit.reports.formats import figure
 from microdit.reports.grids import save_png
 
-CLEAR = 0.05  # two-sided
-JUMPED = 1.15  # times the lowest held-out loss of an arm's seeds: seeds spread by a few hundredths where none jumped
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Over seeds; `deviation` is NaN for one seed."""
-
-    mean: float
-    deviation: float
-    seeds: int
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Spread":
-        return cls(mean(values), stdev(values) if len(values) > 1 else math.nan, len(values))
-
-    def chance(self, other: "Spread") -> float:
-        """The p-value of Welch's test: how often means of equal arms would differ as much. Both have two seeds or more."""
-        if self.deviation == other.deviation == 0:
-            return float(self.mean == other.mean)
-        ours, theirs = ((spread.mean, spread.deviation, spread.seeds) for spread in (self, other))
-        return float(ttest_ind_from_stats(*ours, *theirs, equal_var=False).pvalue)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """`holds` is None where it is open: `why` says so."""
-
-    claim: Claim
-    holds: bool | None
-    better: Spread | None
-    worse: Spread | None
-    why: str
-
-
-def at_budget(results: list[dict[str, Any]], arm: str, step: int, measure: str) -> Spread | None:
-    """Of the seeds that got there; None if none did."""
-    values = [line[measure] for line in results if line["arm"] == arm and line["step"] == step and not line.get("diverged")]
-    return Spread.of(values) if values else None
-
-
-def diverged(results: Iterable[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
-    return [line for line in results if line["arm"] == arm and line.get("diverged")]
-
-
-def judge(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]]) -> list[Verdict]:
-    """Of each claim of the study."""
-    return [_judge(claim, plans, results) for claim in study.claims]
-
-
-def _judge(claim: Claim, plans: dict[str, ArmPlan], results: list[dict[str, Any]]) -> Verdict:
-    better, worse = _both(claim, plans, results)
-    lost = {arm: len(diverged(results, arm)) for arm in (claim.better, claim.worse)}
-    if any(lost.values()):
-        return Verdict(claim, None, better, worse, ", ".join(f"{count} seeds of {arm} diverged" for arm, count in lost.items() if count))
-    if better is None or worse is None:
-        return Verdict(claim, None, better, worse, "not run yet")
-    if min(better.seeds, worse.seeds) < 2:
-        return Verdict(claim, None, better, worse, "one seed tells nothing of chance")
-    ahead = (better.mean - worse.mean) * (1 if claim.measure in HIGHER_IS_BETTER else -1)
-    chance = better.chance(worse)
-    why = f"p = {chance:.2g}, {better.seeds} and {worse.seeds} seeds"
-    return Verdict(claim, None if chance >= CLEAR else ahead > 0, better, worse, why + _without_jumps(claim, plans, results))
-
-
-def _both(claim: Claim, plans: dict[str, ArmPlan], results: list[dict[str, Any]]) -> tuple[Spread | None, Spread | None]:
-    better, worse = (at_budget(results, arm, plans[arm].steps[claim.budget], claim.measure) for arm in (claim.better, claim.worse))
-    return better, worse
-
-
-def _without_jumps(claim: Claim, plans: dict[str, ArmPlan], results: list[dict[str, Any]]) -> str:
-    """What the claim's arms come to without readings whose loss had jumped, if there are any."""
-    steps = {arm: plans[arm].steps[claim.budget] for arm in (claim.better, claim.worse)}
-    out = [line for line in jumped(results) if steps.get(line["arm"]) == line["step"]]
-    if not out:
-        return ""
-    arms = " and ".join(f"{line['arm']}, seed {line['seed']}" for line in out)
-    better, worse = _both(claim, plans, [line for line in results if line not in out])
-    if better is None or worse is None or min(better.seeds, worse.seeds) < 2:
-        return f"; the loss of {arms} had jumped, and without it there are too few seeds"
-    return f"; without {arms}, whose loss had jumped: {better.mean:.3g} and {worse.mean:.3g}, p = {better.chance(worse):.2g}"
-
-
-def jumped(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Readings whose held-out loss is far above that of the same arm's best seed at the same step."""
-    lines = [line for line in results if not line.get("diverged")]
-    lowest: dict[tuple[str, int], float] = {}
-    for line in lines:
-        place = (line["arm"], line["step"])
-        lowest[place] = min(line["held_out_loss"], lowest.get(place, math.inf))
-    return [line for line in lines if line["held_out_loss"] > JUMPED * lowest[line["arm"], line["step"]]]
-
-
+CLEAR = 0.05  # two-sided significance level
+JUMPED = 1.15  # ratio to the lowest held-out loss of an arm's seeds above which a loss has jumped; seeds usually differ by a few percent
+TITLES = {
+    "held_out_loss": "Held-out loss",
+    "frechet_distance": "Frechet distance, EfficientNet-Lite0",
+    "kid": "KID, EfficientNet-Lite0",
+    "recognised": "Recognised among the 10 nearest",
+}
+ANSWERS = {True: "holds", False: "does not hold", None: "open"}
 COLOURS = ("#1f5fbf", "#c2500a", "#14713a", "#7a3fb0", "#b3261e", "#5d6675", "#008b8b", "#b8860b", "#d6338a", "#3b3b3b")
 MARKERS = "osD^vPX*<>"
 AXES: dict[Budget, tuple[str, float]] = {
@@ -135,112 +47,60 @@ AXES: dict[Budget, tuple[str, float]] = {
 EQUAL: dict[Budget, str] = {"flops": "equal FLOPs", "seconds": "equal seconds", "images": "equal images"}
 
 
-def draw_study(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], measure: str, title: str, path: Path) -> None:
-    """A panel for each budget. A bar is one standard deviation over seeds."""
-    label = f"{title} ({'higher' if measure in HIGHER_IS_BETTER else 'lower'} is better)"
-    if all(line["step"] in plans[line["arm"]].steps.values() for line in results):
-        figure = _draw_ends(study, plans, results, measure, label)
-    else:
-        figure = _draw_curves(study, plans, results, measure, label)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_aside(path, buffer.getvalue())
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation over seeds. The deviation is NaN for one seed."""
+
+    mean: float
+    deviation: float
+    seeds: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        return cls(mean(values), stdev(values) if len(values) > 1 else math.nan, len(values))
+
+    def chance(self, other: "Spread") -> float:
+        """Return the p-value of Welch's t-test for equal means. Both spreads need at least two seeds."""
+        if self.deviation == other.deviation == 0:
+            return float(self.mean == other.mean)
+        ours, theirs = ((spread.mean, spread.deviation, spread.seeds) for spread in (self, other))
+        return float(ttest_ind_from_stats(*ours, *theirs, equal_var=False).pvalue)
 
 
-def _draw_ends(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], measure: str, label: str) -> Figure:
-    """All arms at the end of each budget, one under the other; small dots are seeds."""
-    figure = Figure((1.5 + 4.5 * len(study.budgets), 1.2 + 0.35 * len(study.arms)), layout="constrained")
-    panels = figure.subplots(1, len(study.budgets), sharex=True, sharey=True, squeeze=False)[0]
-    arms = list(study.arms)
-    for budget, axes in zip(study.budgets, panels, strict=True):
-        for place, arm in enumerate(arms):
-            step, colour = plans[arm].steps[budget], COLOURS[place % len(COLOURS)]
-            spread = at_budget(results, arm, step, measure)
-            if spread is None:
-                continue
-            seeds = [line[measure] for line in results if (line["arm"], line["step"]) == (arm, step) and not line.get("diverged")]
-            axes.plot(seeds, [place] * len(seeds), ".", color=colour, alpha=0.5, markersize=5)
-            bar = spread.deviation if spread.seeds > 1 else 0.0
-            axes.errorbar([spread.mean], [place], xerr=[bar], color=colour, marker="o", markersize=6, capsize=3)
-        axes.set_title(EQUAL[budget], fontsize=10)
-        _dress(axes)
-    panels[0].set_yticks(range(len(arms)), arms)
-    panels[0].set_ylim(len(arms) - 0.4, -0.6)  # the first on top, and no marker at the frame
-    figure.supxlabel(label, fontsize=10)
-    return figure
+@dataclass(frozen=True)
+class ClaimResult:
+    """The outcome of a claim. `holds` is None if it is open; `why` gives the p-value or the reason."""
 
-
-def _draw_curves(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], measure: str, label: str) -> Figure:
-    """By each budget, up to its end, one line an arm."""
-    figure = Figure((2 + 4.5 * len(study.budgets), 4.2), layout="constrained")
-    for budget, axes in zip(study.budgets, figure.subplots(1, len(study.budgets), squeeze=False)[0], strict=True):
-        for number, arm in enumerate(study.arms):
-            _draw_arm(axes, budget, plans[arm], results, arm, measure, number)
-        axes.set_xlabel(AXES[budget][0])
-        axes.set_ylabel(label)
-        _dress(axes)
-    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return figure
-
-
-def _draw_arm(axes: Axes, budget: Budget, plan: ArmPlan, results: list[dict[str, Any]], arm: str, measure: str, number: int) -> None:
-    """Only readings within the budget: behind it no other arm would be there to compare with."""
-    steps = sorted(
-        {
-            line["step"]
-            for line in results
-            if line["arm"] == arm and line["step"] <= plan.steps.get(budget, math.inf) and not line.get("diverged")
-        }
-    )
-    spreads = [(step, spread) for step in steps if (spread := at_budget(results, arm, step, measure))]
-    if not spreads:
-        return
-    x = [plan.cost(budget, step) / AXES[budget][1] for step, _ in spreads]
-    y = [spread.mean for _, spread in spreads]
-    bars = [spread.deviation if spread.seeds > 1 else 0.0 for _, spread in spreads]
-    colour = COLOURS[number % len(COLOURS)]
-    # Arms with an end alone lie above each other: hollow, so that each is seen.
-    look = {"markersize": 5} if len(x) > 1 else {"markersize": 8, "markerfacecolor": "none"}
-    axes.errorbar(x, y, bars, color=colour, marker=MARKERS[number % len(MARKERS)], capsize=3, linewidth=1.4, label=arm, **look)
-
-
-def _dress(axes: Axes) -> None:
-    axes.grid(linewidth=0.5, alpha=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-TITLES = {
-    "held_out_loss": "Held-out loss",
-    "frechet_distance": "Frechet distance, EfficientNet-Lite0",
-    "kid": "KID, EfficientNet-Lite0",
-    "recognised": "Recognised among the 10 nearest",
-}
-ANSWERS = {True: "holds", False: "does not hold", None: "open"}
+    claim: Claim
+    holds: bool | None
+    better: Spread | None
+    worse: Spread | None
+    why: str
 
 
 def write_report(
     study: Study, recipes: dict[str, Recipe], plans: dict[str, ArmPlan], results: list[dict[str, Any]], out: Path, folder: Path
 ) -> Path:
-    """`folder`/README.md, its figures, and the results themselves. `out` is where the study was run. Returns the page.
+    """Write `folder`/README.md with figures and a copy of the results, and return the page. `out` is where the study was run.
 
-    Raises UserError if the folder cannot be written to.
+    Raises UserError if `folder` cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be the report's folder: {error.strerror}. Choose another --to.") from error
+        raise UserError(f"The report's folder {folder} cannot be created: {error.strerror}. Choose another --to.") from error
     for measure in study.measures:
         draw_study(study, plans, results, measure, TITLES[measure], folder / f"{measure}.png")
     strips = _join_strips(study, plans, out, folder / "strips.png")
     for name in ("plan.json", "results.jsonl"):
         if out.resolve() != folder.resolve():
             shutil.copyfile(out / name, folder / name)
-    parts = [_head(study, recipes, plans, results, folder), _claims(judge(study, plans, results))]
+    parts = [_head(study, recipes, plans, results, folder), _claims(check_claims(study, plans, results))]
     parts += [_table(study, plans, results, budget) for budget in study.budgets]
     parts += [f"![{TITLES[measure]} against cost]({measure}.png)" for measure in study.measures]
     if strips:
         equal = EQUAL[study.budgets[0]]
-        parts.append(f"The same prompts from the same noise, seed {study.seeds[0]}, at {equal}:\n\n![samples of each arm](strips.png)")
+        parts.append(f"Samples for the same prompts and noise, seed {study.seeds[0]}, at {equal}:\n\n![samples of each arm](strips.png)")
     page = folder / "README.md"
     page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return page
@@ -264,53 +124,54 @@ def _head(study: Study, recipes: dict[str, Recipe], plans: dict[str, ArmPlan], r
     budgets = ", ".join(words[budget] for budget in study.budgets)
     file = shlex.quote(f"recipes/lab/{study.name}.yaml")
     run, report = f"microdit lab run {file}", f"microdit lab report {file} --out {shlex.quote(folder.as_posix())}"
-    sampler = f"{study.pictures} pictures, {study.num_inference_steps} steps, guidance {figure(study.guidance_scale)}"
+    sampler = f"{study.pictures} images, {study.num_inference_steps} steps, guidance {figure(study.guidance_scale)}"
     lines = [
         f"# {plain(study.name)}: {plain(study.question)}",
-        f"Each arm is read at equal cost, {budgets} that {code(study.reference.arm)} takes for {steps:,} steps. {seeds}; "
-        f"{_same_luck(recipes)}. Averaged weights; {sampler}; nothing is masked when quality is measured. "
+        f"Arms are compared at equal cost: {budgets} that {code(study.reference.arm)} takes for {steps:,} steps. {seeds}, with "
+        f"{_shared_randomness(recipes)}. Quality is measured on EMA weights without masking, with {sampler}. "
         "± is one standard deviation over seeds.",
-        f"Made by {code(run)} and {code(report)}.",
+        f"Generated by {code(run)} and {code(report)}.",
         study.notes,
     ]
     return "\n\n".join([*(line for line in lines if line), *(f"**{one}.**" for one in lost), *_jumps(results)])
 
 
-def _same_luck(recipes: dict[str, Recipe]) -> str:
-    """What one seed gives all arms alike: draws depend on the seed, the step and the sample's place in the batch."""
+def _shared_randomness(recipes: dict[str, Recipe]) -> str:
+    """Describe what a seed fixes for all arms. Noise depends on the seed, the step and the sample's place in the batch."""
     if len({phase.batch_size for recipe in recipes.values() for phase in recipe.phases}) > 1:
-        return "samples in the same order for every arm; arms with another batch draw other noise"
+        return "samples in the same order for every arm, and other noise for arms with another batch size"
     if len({(*recipe.data.sets, *sorted({str(phase.weights) for phase in recipe.phases})) for recipe in recipes.values()}) > 1:
-        return "the same noise for every arm, the data being what differs"
+        return "the same noise for every arm and different data"
     return "the same samples, noise and captions for every arm"
 
 
 def _jumps(results: list[dict[str, Any]]) -> list[str]:
-    """Such runs are in the means: an arm that is easily lost is worse for it. But who reads the means should know."""
+    """List runs whose loss had jumped. They are part of the means, since an arm that is easily lost is a worse arm."""
     lines = [
         f"{plain(line['arm'])}, seed {line['seed']}, at step {line['step']:,}: {line['held_out_loss']:.3f}" for line in jumped(results)
     ]
-    return [f"**Their held-out loss had jumped, and is far above that of the arm's other seeds:** {'; '.join(lines)}."] if lines else []
+    return [f"**The held-out loss had jumped far above that of the arm's other seeds:** {'; '.join(lines)}."] if lines else []
 
 
-def _claims(verdicts: list[Verdict]) -> str:
-    """The table that people look for first."""
-    rows = [f"| {' | '.join(claim_cells(verdict))} |" for verdict in verdicts]
+def _claims(outcomes: list[ClaimResult]) -> str:
+    """Return the table of claims and their outcomes."""
+    rows = [f"| {' | '.join(claim_cells(outcome))} |" for outcome in outcomes]
     return "\n".join(["| claim | measured here | holds? |", "|---|---|---|", *rows]) if rows else ""
 
 
-def claim_cells(verdict: Verdict) -> list[str]:
-    """The claim, what was measured, and whether it holds."""
-    claim, found = verdict.claim, verdict.why
-    if verdict.better and verdict.worse:
-        found = f"{TITLES[claim.measure]}: {claim.better} {_words(verdict.better)}, {claim.worse} {_words(verdict.worse)}; {verdict.why}"
-    return [plain(claim.says), plain(found), f"**{ANSWERS[verdict.holds]}** ({EQUAL[claim.budget]})"]
+def claim_cells(outcome: ClaimResult) -> list[str]:
+    """Return a table row: the claim, what was measured, and whether it holds."""
+    claim, found = outcome.claim, outcome.why
+    if outcome.better and outcome.worse:
+        arms = f"{claim.better} {_spread_text(outcome.better)}, {claim.worse} {_spread_text(outcome.worse)}"
+        found = f"{TITLES[claim.measure]}: {arms}; {outcome.why}"
+    return [plain(claim.says), plain(found), f"**{ANSWERS[outcome.holds]}** ({EQUAL[claim.budget]})"]
 
 
 def _table(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], budget: Budget) -> str:
     rows = [f"### {EQUAL[budget].replace('equal', 'Equal')}", ""]
     timed = "seconds" in study.budgets
-    heads = ["arm", "steps", "GFLOPs a step", *(["ms a step"] if timed else []), *(TITLES[measure] for measure in study.measures)]
+    heads = ["arm", "steps", "GFLOPs per step", *(["ms per step"] if timed else []), *(TITLES[measure] for measure in study.measures)]
     rows += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     found = {arm: [at_budget(results, arm, plan.steps[budget], measure) for measure in study.measures] for arm, plan in plans.items()}
     for arm in study.arms:
@@ -318,19 +179,19 @@ def _table(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]
         for column, spread in enumerate(found[arm]):
             others = [values[column].mean for values in found.values() if values[column]]  # type: ignore[union-attr]
             best = (max if study.measures[column] in HIGHER_IS_BETTER else min)(others) if others else None
-            words = "–" if spread is None else _words(spread)
+            words = "–" if spread is None else _spread_text(spread)
             cells.append(f"**{words}**" if spread is not None and spread.mean == best else words)
         costs = [f"{plan.steps[budget]:,}", f"{plan.flops_per_step / 1e9:.1f}", *([f"{plan.seconds_per_step * 1e3:.1f}"] if timed else [])]
         rows.append(f"| {' | '.join([plain(arm), *costs, *cells])} |")
     return "\n".join(rows)
 
 
-def _words(spread: Spread) -> str:
+def _spread_text(spread: Spread) -> str:
     return figure(spread.mean, 3) + (f" ± {figure(spread.deviation, 2)}" if spread.seeds > 1 else " (one seed)")
 
 
 def _join_strips(study: Study, plans: dict[str, ArmPlan], out: Path, path: Path) -> bool:
-    """The strips of the first seed at the end of the first budget, one under the other. Without them, a picture made earlier stays."""
+    """Stack the strips of the first seed at the end of the first budget. Without any, an existing image is kept."""
     names = [out / "strips" / f"{arm}-{study.seeds[0]}-{plans[arm].steps[study.budgets[0]]}.png" for arm in study.arms]
     strips = [Image.open(name, formats=["PNG"]) for name in names if name.is_file()]
     if not strips:
@@ -342,3 +203,141 @@ def _join_strips(study: Study, plans: dict[str, ArmPlan], out: Path, path: Path)
         top += strip.height
     save_png(joined, path)
     return True
+
+
+def at_budget(results: list[dict[str, Any]], arm: str, step: int, measure: str) -> Spread | None:
+    """Return the spread over the seeds that reached `step`, or None if none did."""
+    values = [line[measure] for line in results if line["arm"] == arm and line["step"] == step and not line.get("diverged")]
+    return Spread.of(values) if values else None
+
+
+def diverged(results: Iterable[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    """Return the results of an arm that record a divergence."""
+    return [line for line in results if line["arm"] == arm and line.get("diverged")]
+
+
+def check_claims(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]]) -> list[ClaimResult]:
+    """Return the outcome of each claim of the study."""
+    return [_check_claim(claim, plans, results) for claim in study.claims]
+
+
+def _check_claim(claim: Claim, plans: dict[str, ArmPlan], results: list[dict[str, Any]]) -> ClaimResult:
+    better, worse = _both(claim, plans, results)
+    lost = {arm: len(diverged(results, arm)) for arm in (claim.better, claim.worse)}
+    if any(lost.values()):
+        return ClaimResult(
+            claim, None, better, worse, ", ".join(f"{count} seeds of {arm} diverged" for arm, count in lost.items() if count)
+        )
+    if better is None or worse is None:
+        return ClaimResult(claim, None, better, worse, "not run yet")
+    if min(better.seeds, worse.seeds) < 2:
+        return ClaimResult(claim, None, better, worse, "a single seed allows no test")
+    ahead = (better.mean - worse.mean) * (1 if claim.measure in HIGHER_IS_BETTER else -1)
+    chance = better.chance(worse)
+    why = f"p = {chance:.2g}, {better.seeds} and {worse.seeds} seeds"
+    return ClaimResult(claim, None if chance >= CLEAR else ahead > 0, better, worse, why + _without_jumps(claim, plans, results))
+
+
+def _both(claim: Claim, plans: dict[str, ArmPlan], results: list[dict[str, Any]]) -> tuple[Spread | None, Spread | None]:
+    better, worse = (at_budget(results, arm, plans[arm].steps[claim.budget], claim.measure) for arm in (claim.better, claim.worse))
+    return better, worse
+
+
+def _without_jumps(claim: Claim, plans: dict[str, ArmPlan], results: list[dict[str, Any]]) -> str:
+    """Return the claim's result without runs whose loss had jumped, as text; empty if there are none."""
+    steps = {arm: plans[arm].steps[claim.budget] for arm in (claim.better, claim.worse)}
+    out = [line for line in jumped(results) if steps.get(line["arm"]) == line["step"]]
+    if not out:
+        return ""
+    arms = " and ".join(f"{line['arm']}, seed {line['seed']}" for line in out)
+    better, worse = _both(claim, plans, [line for line in results if line not in out])
+    if better is None or worse is None or min(better.seeds, worse.seeds) < 2:
+        return f"; the loss of {arms} had jumped, and too few seeds remain without it"
+    return f"; without {arms}, whose loss had jumped: {better.mean:.3g} and {worse.mean:.3g}, p = {better.chance(worse):.2g}"
+
+
+def jumped(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the results whose held-out loss is far above that of the same arm's best seed at the same step."""
+    lines = [line for line in results if not line.get("diverged")]
+    lowest: dict[tuple[str, int], float] = {}
+    for line in lines:
+        place = (line["arm"], line["step"])
+        lowest[place] = min(line["held_out_loss"], lowest.get(place, math.inf))
+    return [line for line in lines if line["held_out_loss"] > JUMPED * lowest[line["arm"], line["step"]]]
+
+
+def draw_study(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], measure: str, title: str, path: Path) -> None:
+    """Draw a panel for each budget: quality against cost if it was measured on the way, else arm beside arm.
+
+    An error bar is one standard deviation over seeds.
+    """
+    label = f"{title} ({'higher' if measure in HIGHER_IS_BETTER else 'lower'} is better)"
+    if all(line["step"] in plans[line["arm"]].steps.values() for line in results):
+        figure = _draw_ends(study, plans, results, measure, label)
+    else:
+        figure = _draw_curves(study, plans, results, measure, label)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_aside(path, buffer.getvalue())
+
+
+def _draw_ends(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], measure: str, label: str) -> Figure:
+    """Draw all arms at the end of each budget, one below the other. Small dots are single seeds."""
+    figure = Figure((1.5 + 4.5 * len(study.budgets), 1.2 + 0.35 * len(study.arms)), layout="constrained")
+    panels = figure.subplots(1, len(study.budgets), sharex=True, sharey=True, squeeze=False)[0]
+    arms = list(study.arms)
+    for budget, axes in zip(study.budgets, panels, strict=True):
+        for place, arm in enumerate(arms):
+            step, colour = plans[arm].steps[budget], COLOURS[place % len(COLOURS)]
+            spread = at_budget(results, arm, step, measure)
+            if spread is None:
+                continue
+            seeds = [line[measure] for line in results if (line["arm"], line["step"]) == (arm, step) and not line.get("diverged")]
+            axes.plot(seeds, [place] * len(seeds), ".", color=colour, alpha=0.5, markersize=5)
+            bar = spread.deviation if spread.seeds > 1 else 0.0
+            axes.errorbar([spread.mean], [place], xerr=[bar], color=colour, marker="o", markersize=6, capsize=3)
+        axes.set_title(EQUAL[budget], fontsize=10)
+        _dress(axes)
+    panels[0].set_yticks(range(len(arms)), arms)
+    panels[0].set_ylim(len(arms) - 0.4, -0.6)  # the first arm on top, and no marker on the frame
+    figure.supxlabel(label, fontsize=10)
+    return figure
+
+
+def _draw_curves(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], measure: str, label: str) -> Figure:
+    """Draw quality against each budget, with a line per arm."""
+    figure = Figure((2 + 4.5 * len(study.budgets), 4.2), layout="constrained")
+    for budget, axes in zip(study.budgets, figure.subplots(1, len(study.budgets), squeeze=False)[0], strict=True):
+        for number, arm in enumerate(study.arms):
+            _draw_arm(axes, budget, plans[arm], results, arm, measure, number)
+        axes.set_xlabel(AXES[budget][0])
+        axes.set_ylabel(label)
+        _dress(axes)
+    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
+
+
+def _draw_arm(axes: Axes, budget: Budget, plan: ArmPlan, results: list[dict[str, Any]], arm: str, measure: str, number: int) -> None:
+    """Draw an arm's results within the budget; beyond it there is no other arm to compare with."""
+    steps = sorted(
+        {
+            line["step"]
+            for line in results
+            if line["arm"] == arm and line["step"] <= plan.steps.get(budget, math.inf) and not line.get("diverged")
+        }
+    )
+    spreads = [(step, spread) for step in steps if (spread := at_budget(results, arm, step, measure))]
+    if not spreads:
+        return
+    x = [plan.cost(budget, step) / AXES[budget][1] for step, _ in spreads]
+    y = [spread.mean for _, spread in spreads]
+    bars = [spread.deviation if spread.seeds > 1 else 0.0 for _, spread in spreads]
+    colour = COLOURS[number % len(COLOURS)]
+    # Single points of several arms may coincide, so they are hollow.
+    look = {"markersize": 5} if len(x) > 1 else {"markersize": 8, "markerfacecolor": "none"}
+    axes.errorbar(x, y, bars, color=colour, marker=MARKERS[number % len(MARKERS)], capsize=3, linewidth=1.4, label=arm, **look)
+
+
+def _dress(axes: Axes) -> None:
+    axes.grid(linewidth=0.5, alpha=0.5)
+    axes.spines[["top", "right"]].set_visible(False)

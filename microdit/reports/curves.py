@@ -1,4 +1,4 @@
-"""The curves of a run, each a small SVG that takes its colours from the page around it (and so follows its light or dark mode)."""
+"""Curves for HTML pages: small SVG figures whose colours are CSS variables of the page, so that they follow its light or dark mode."""
 
 import io
 import re
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
 
-# Colours in the drawing that stand for variables of the page's style sheet: --ink, --grid, --curve, --second, --noise-1 ... --noise-8.
+# Placeholder colours that become variables of the page's style sheet: --ink, --grid, --curve, --second, --noise-1 ... --noise-8.
 INK, GRID, CURVE, SECOND = "#010101", "#020202", "#030303", "#040404"
 NOISE = [f"#0501{level:02d}" for level in range(1, 9)]
 VARIABLES = {INK: "ink", GRID: "grid", CURVE: "curve", SECOND: "second"} | {c: f"noise-{n}" for n, c in enumerate(NOISE, 1)}
 
-SIZE = (4.8, 2.8)  # inches: as drawn, letters are legible on a phone
+SIZE = (4.8, 2.8)  # inches: keeps text legible on a phone
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
@@ -39,15 +39,15 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
-SMOOTH = 20  # a smooth curve is a mean over 1/20 of the points around each, near ones weighing more
-STEPS = [1, 2, 2.5, 5, 10]  # that ticks are apart
-POINTS = 1200  # of a curve at most: more than a screen is wide
-LOG_FROM = 6  # a logarithmic axis where the largest is that many times the smallest
+SMOOTH = 20  # the smoothing window covers 1/20 of the points
+STEPS = [1, 2, 2.5, 5, 10]  # allowed tick distances
+POINTS = 1200  # at most per curve, more than a screen is wide
+LOG_FROM = 6  # ratio of largest to smallest value from which an axis is logarithmic
 
 
 @dataclass(frozen=True)
 class Curve:
-    """`note` says what is seen, in a sentence; may be empty."""
+    """A finished figure. `note` is a sentence on what it shows, or empty."""
 
     title: str
     svg: str
@@ -55,9 +55,9 @@ class Curve:
 
 
 def draw_curves(metrics: list[dict[str, Any]], check: Callable[[], None] = lambda: None) -> list[Curve]:
-    """What the lines of metrics.jsonl, in the order of their steps, have finite numbers for. Dotted lines: a new phase begins.
+    """Draw a curve for each metric with finite values. Dotted lines mark the start of a phase.
 
-    `check` is called before each curve is drawn.
+    `metrics` are the lines of metrics.jsonl by increasing step. `check` is called before each curve, and may raise to cancel.
     """
     curves = []
     with matplotlib.rc_context(STYLE):
@@ -77,7 +77,7 @@ def draw_points(
     high: list[float | None] | None = None,
     note: str = "",
 ) -> Curve:
-    """Points joined by lines, with bars from `low` to `high` where both are known."""
+    """Draw points joined by lines, with error bars from `low` to `high` where both are known."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _blank(y_label)
         axes.set_xlabel(x_label)
@@ -101,20 +101,20 @@ def _drawings(metrics: list[dict[str, Any]]) -> Iterator[_Drawing | None]:
     yield _loss(x, _column(metrics, "loss"), _column(metrics, "held_out_loss"))
     yield _by_noise(x, metrics, "loss_by_noise", "Loss by noise level", noisy=True)
     yield _by_noise(x, metrics, "held_out_by_noise", "Held-out loss by noise level", noisy=False)
-    kid_note = "KID of pictures of always the same captions, against the decoded latents of their rows: lower is better."
-    yield _single(x, _column(metrics, "quality_kid"), "Distance from real pictures", "KID", note=kid_note)
-    found_note = "Drawn pictures whose own is among the ten nearest of those looked at: higher is better."
+    kid_note = "KID between images generated for a fixed set of captions and their own decoded latents. Lower is better."
+    yield _single(x, _column(metrics, "quality_kid"), "Distance from real images", _Axis("KID"), kid_note)
+    recognised_note = "Share of generated images whose own real image is among the ten nearest. Higher is better."
     recognised = _column(metrics, "quality_retrieval") * 100
-    yield _single(x, recognised, "Recognised pictures", "% of drawn pictures", from_zero=True, note=found_note)
-    yield _single(x, _column(metrics, "learning_rate"), "Learning rate", "learning rate", from_zero=True, scientific=True)
+    yield _single(x, recognised, "Recognised images", _Axis("% of generated images", from_zero=True), recognised_note)
+    yield _single(x, _column(metrics, "learning_rate"), "Learning rate", _Axis("learning rate", from_zero=True, scientific=True))
     mask_ratio = _column(metrics, "mask_ratio") * 100
     if np.unique(mask_ratio[np.isfinite(mask_ratio)]).size > 1:
-        yield _single(x, mask_ratio, "Mask ratio", "% of patches masked", from_zero=True)
-    yield _single(x, _column(metrics, "grad_norm"), "Gradient norm", "norm", noisy=True, log=True)
-    yield _single(x, _column(metrics, "images_per_second"), "Speed", "images per second", noisy=True, from_zero=True)
-    yield _single(x, _column(metrics, "mfu") * 100, "Model FLOP utilisation", "% of the device's peak", noisy=True, from_zero=True)
-    yield _single(x, _column(metrics, "data_wait") * 100, "Waiting for data", "% of the time", noisy=True, from_zero=True)
-    yield _single(x, _column(metrics, "memory_gb"), "Memory, peak", "GB", from_zero=True)
+        yield _single(x, mask_ratio, "Mask ratio", _Axis("% of patches masked", from_zero=True))
+    yield _single(x, _column(metrics, "grad_norm"), "Gradient norm", _Axis("norm", noisy=True, log=True))
+    yield _single(x, _column(metrics, "images_per_second"), "Speed", _Axis("images per second", noisy=True, from_zero=True))
+    yield _single(x, _column(metrics, "mfu") * 100, "Model FLOP utilisation", _Axis("% of the device's peak", noisy=True, from_zero=True))
+    yield _single(x, _column(metrics, "data_wait") * 100, "Waiting for data", _Axis("% of the time", noisy=True, from_zero=True))
+    yield _single(x, _column(metrics, "memory_gb"), "Peak memory", _Axis("GB", from_zero=True))
 
 
 def _loss(x: Numbers, loss: Numbers, held_out: Numbers) -> _Drawing | None:
@@ -128,12 +128,12 @@ def _loss(x: Numbers, loss: Numbers, held_out: Numbers) -> _Drawing | None:
         axes.legend(loc="upper right")
     _scale(axes, np.concatenate([_smooth(loss), held_out]), loss, log=True)
     infinite = int(np.sum(~np.isfinite(loss)))
-    note = f" Without {infinite:,} of {len(loss):,} points, which have no finite loss." if infinite else ""
-    return _Drawing("Loss", figure, "Faint: as measured; strong: smoothed." + note)
+    note = f" {infinite:,} of {len(loss):,} points without a finite loss are omitted." if infinite else ""
+    return _Drawing("Loss", figure, "Faint: as measured. Strong: smoothed." + note)
 
 
 def _by_noise(x: Numbers, metrics: list[dict[str, Any]], key: str, title: str, noisy: bool) -> _Drawing | None:
-    """One line a level. Steps without any are left out first: held-out losses come seldom."""
+    """Draw one line per noise level, over the steps that have values: held-out losses are measured rarely."""
     losses = np.array([_levels(line.get(key)) for line in metrics], dtype=np.float64).reshape(-1, len(NOISE))
     known = np.isfinite(losses).any(axis=1)
     if not known.any():
@@ -146,28 +146,29 @@ def _by_noise(x: Numbers, metrics: list[dict[str, Any]], key: str, title: str, n
     _scale(axes, shown, shown, log=True)
     beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
     axes.legend(title="noise", title_fontsize=9, handlelength=1.2, labelspacing=0.3, borderpad=0.2, **beside)
-    return _Drawing(title, figure, "Eight levels, from the least noise to the most" + ("; smoothed." if noisy else "."))
+    return _Drawing(title, figure, "Eight levels, from the least noise to the most" + (", smoothed." if noisy else "."))
 
 
-def _single(
-    x: Numbers,
-    y: Numbers,
-    title: str,
-    label: str,
-    noisy: bool = False,
-    log: bool = False,
-    from_zero: bool = False,
-    scientific: bool = False,
-    note: str = "",
-) -> _Drawing | None:
+@dataclass(frozen=True)
+class _Axis:
+    """The y axis of a curve: its label and scale, and whether the values are noisy and so shown smoothed too."""
+
+    label: str
+    noisy: bool = False
+    log: bool = False
+    from_zero: bool = False
+    scientific: bool = False
+
+
+def _single(x: Numbers, y: Numbers, title: str, axis: _Axis, note: str = "") -> _Drawing | None:
     if not np.isfinite(y).any():
         return None
-    figure, axes = _blank(label)
-    _line(axes, x, y, CURVE, noisy)
-    _scale(axes, _smooth(y) if noisy else y, y, log)
-    if from_zero:
+    figure, axes = _blank(axis.label)
+    _line(axes, x, y, CURVE, axis.noisy)
+    _scale(axes, _smooth(y) if axis.noisy else y, y, axis.log)
+    if axis.from_zero:
         axes.set_ylim(bottom=0)
-    if scientific:
+    if axis.scientific:
         axes.yaxis.set_major_formatter(FuncFormatter(_scientific))
     return _Drawing(title, figure, note)
 
@@ -187,20 +188,20 @@ def _blank(label: str) -> tuple[Figure, Axes]:
 
 
 def _line(axes: Axes, x: Numbers, y: Numbers, colour: str, noisy: bool, label: str = "") -> None:
-    """A noisy curve is drawn twice: as it is, faint, and smoothed."""
+    """Draw a curve; draw a noisy one twice, faint as measured and strong after smoothing."""
     if noisy:
         _plot(axes, x, y, colour, linewidth=0.7, alpha=0.3)
     _plot(axes, x, _smooth(y) if noisy else y, colour, label=label or None)
 
 
 def _plot(axes: Axes, x: Numbers, y: Numbers, colour: str, **settings: Any) -> None:
-    """The finite points, joined; with dots while they are few."""
+    """Draw the finite points joined by lines, with markers if they are few."""
     known = np.isfinite(y)
     axes.plot(*_thin(x[known], y[known]), color=colour, marker="o" if known.sum() <= 20 else None, markersize=2.5, **settings)
 
 
 def _scale(axes: Axes, shown: Numbers, raw: Numbers, log: bool) -> None:
-    """All of `shown` fits on the axis, and of `raw` all but the rare spikes, which would flatten the rest."""
+    """Fit the axis to all of `shown`, and to `raw` without rare spikes, which would flatten the rest."""
     shown, raw = shown[np.isfinite(shown)], raw[np.isfinite(raw)]
     ends = np.concatenate([shown, np.percentile(raw, [0.5, 99.5]) if raw.size else raw])
     low, high = float(ends.min()), float(ends.max())
@@ -218,7 +219,7 @@ def _scale(axes: Axes, shown: Numbers, raw: Numbers, log: bool) -> None:
 
 
 def _svg(figure: Figure, salt: str, marks: list[int]) -> str:
-    """For the middle of a page: no prologue, no names of groups (which would be there once for each figure), colours by variable."""
+    """Render for embedding in a page: without a prologue, without group ids (which would repeat across figures), with CSS colours."""
     for step in marks:
         figure.axes[0].axvline(step, color=INK, linestyle=":", linewidth=1, alpha=0.6)
     buffer = io.StringIO()
@@ -246,12 +247,12 @@ def _levels(value: Any) -> list[float]:
 
 
 def _number(value: Any) -> float:
-    """Infinities too are NaN, which matplotlib leaves out; as is what would not fit a drawing."""
+    """Convert to a float; anything but a number below 1e30 becomes NaN, which matplotlib omits."""
     return float(value) if isinstance(value, int | float) and abs(value) < 1e30 else np.nan
 
 
 def _smooth(y: Numbers) -> Numbers:
-    """A weighted mean of the finite values around each; NaN where the value itself is not finite."""
+    """Return a weighted moving average of the finite values; NaN where the value itself is not finite."""
     known = np.isfinite(y)
     width = min(max(3, len(y) // SMOOTH), 1001)
     window = np.hanning(width + 2 | 1)[1:-1][: max(1, len(y))]
@@ -261,7 +262,7 @@ def _smooth(y: Numbers) -> Numbers:
 
 
 def _thin(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
-    """Of each stretch the lowest and the highest point, so that spikes stay."""
+    """Keep the lowest and the highest point of each stretch, so that spikes remain."""
     if len(x) <= POINTS:
         return x, y
     kept: list[int] = []
@@ -271,7 +272,7 @@ def _thin(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
 
 
 def _short(value: float, _: int | None = None) -> str:
-    """1500 -> 1.5k"""
+    """Format a tick: 1500 -> 1.5k."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"
@@ -279,5 +280,5 @@ def _short(value: float, _: int | None = None) -> str:
 
 
 def _scientific(value: float, _: int | None = None) -> str:
-    """0.00024 -> 2.4e-4"""
+    """Format a tick: 0.00024 -> 2.4e-4."""
     return np.format_float_scientific(value, precision=3, trim="-", exp_digits=1) if value else "0"

@@ -1,4 +1,4 @@
-"""Numbers as people read them. What is missing is a dash."""
+"""Numbers formatted for people. Missing values become a dash."""
 
 import math
 from datetime import UTC, datetime
@@ -8,7 +8,7 @@ MISSING = "–"
 
 
 def finite(value: Any) -> float | None:
-    """`value` if it is a number one can count with; a truth value is none, nor is a whole number beyond all floats."""
+    """Return `value` as a float, or None if it is not a finite number. Booleans and integers too large for a float are None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -19,7 +19,7 @@ def finite(value: Any) -> float | None:
 
 
 def figure(value: Any, digits: int = 4) -> str:
-    """To so many significant digits: 0.1235, 12,350. What is no finite number is said to be so (the loss of a run that diverged)."""
+    """Format to `digits` significant digits: 0.1235, 12,350. Infinity and NaN (the loss of a diverged run) become "not finite"."""
     if isinstance(value, float) and not math.isfinite(value):
         return "not finite"
     number = finite(value)
@@ -31,19 +31,19 @@ def figure(value: Any, digits: int = 4) -> str:
 
 
 def count(value: Any) -> str:
-    """1,234,567"""
+    """Format an integer: 1,234,567."""
     number = finite(value)
     return MISSING if number is None else f"{number:,.0f}"
 
 
 def share(part: Any, whole: Any) -> float:
-    """In percent, from 0 to 100; 0 if one of them is missing."""
+    """Return `part` of `whole` in percent, from 0 to 100; 0 if either is missing."""
     above, below = finite(part), finite(whole)
     return min(100.0, max(0.0, 100 * above / below)) if above and below else 0.0
 
 
 def hours(value: Any) -> str:
-    """Hundredths of an hour while they matter: 0.25, 12.40, 1,234."""
+    """Format hours, with two decimals below 1,000: 0.25, 12.40, 1,234."""
     number = finite(value)
     if number is None:
         return MISSING
@@ -51,13 +51,13 @@ def hours(value: Any) -> str:
 
 
 def money(value: Any) -> str:
-    """$1,890.00"""
+    """Format dollars: $1,890.00."""
     number = finite(value)
     return MISSING if number is None else f"${number:,.2f}"
 
 
 def duration(seconds: Any) -> str:
-    """The two largest units: 3 d 4 h, 2 h 05 min, 7 min, 12 s."""
+    """Format seconds in their two largest units: 3 d 4 h, 2 h 05 min, 7 min, 12 s."""
     number = finite(seconds)
     if number is None or number < 0:
         return MISSING
@@ -72,7 +72,7 @@ def duration(seconds: Any) -> str:
 
 
 def moment(unix: Any) -> str:
-    """2026-01-31 14:05, in universal time."""
+    """Format a Unix time in UTC: 2026-01-31 14:05."""
     number = finite(unix)
     if number is None or not 0 <= number < 2**40:
         return MISSING
@@ -80,7 +80,7 @@ def moment(unix: Any) -> str:
 
 
 def age(seconds: Any) -> str:
-    """The largest unit: 12 s ago, 5 min ago, 3 h ago, 4 d ago."""
+    """Format seconds in their largest unit: 12 s ago, 5 min ago, 3 h ago, 4 d ago."""
     number = finite(seconds)
     if number is None:
         return MISSING

@@ -1,6 +1,4 @@
-"""Pictures for people: a grid of images with their captions under them, a labelled sheet of rows and columns, a film.
-
-How pictures come about: what the denoiser takes them for after each step, as a filmstrip or a film.
+"""Image grids for people: captioned grids, labelled sheets, and denoising trajectories as filmstrips (PNG) or animations (GIF).
 
 Shape legend: B batch, C channels, H W height and width.
 """
@@ -21,16 +19,17 @@ from microdit.errors import UserError
 from microdit.io.files import write_aside
 from microdit.io.text import one_line
 
-CELL = 128  # pixels of a picture in a grid
-LINES = 3  # of a caption
+CELL = 128  # side of an image in a grid, in pixels
+LINES = 3  # per caption
 LINE_HEIGHT = 15
-LONGEST = 1000  # characters of a caption or title, of which few are seen
+LONGEST = 1000  # characters of a caption or title that are considered at all
 GAP = 8
-FRAME_MS, LAST_FRAME_MS = 120, 2000  # how long a film shows them
+FRAME_MS, LAST_FRAME_MS = 120, 2000  # duration of an animation's frames
+STRIP, FILM = 10, 60  # largest number of frames of a filmstrip and an animation, spread evenly over the steps
 
 
 def draw_grid(images: list[Image.Image], captions: list[str], columns: int = 8, title: str | None = None) -> Image.Image:
-    """`images` row by row with `captions` under them, on white. Small pictures are enlarged, pixels kept."""
+    """Draw `images` row by row on white with `captions` below them. Small images are enlarged without smoothing."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     top = GAP + (LINE_HEIGHT + GAP if title else 0)
@@ -49,7 +48,7 @@ def draw_grid(images: list[Image.Image], captions: list[str], columns: int = 8, 
 
 
 def draw_sheet(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str], title: str | None = None) -> Image.Image:
-    """A table of images: labels of columns above, of rows to the left, if there are any."""
+    """Draw a table of images with column labels above and row labels, if any, to the left."""
     left = GAP + (CELL if any(row_labels) else 0)
     top = GAP + (LINE_HEIGHT + GAP if title else 0) + LINES * LINE_HEIGHT
     step = CELL + GAP
@@ -67,32 +66,32 @@ def draw_sheet(rows: list[list[Image.Image]], row_labels: list[str], column_labe
 
 
 def _paste(canvas: Image.Image, image: Image.Image, left: int, top: int) -> None:
-    """In the middle of the cell that begins there."""
+    """Paste the image into the centre of the cell at (left, top)."""
     cell = _to_cell(image)
     canvas.paste(cell, (left + (CELL - cell.width) // 2, top + (CELL - cell.height) // 2))
 
 
 def _write(draw: ImageDraw.ImageDraw, text: str, left: int, top: int) -> None:
-    """As many lines as there is room for."""
+    """Write as many lines as fit into a cell."""
     for number, line in enumerate(textwrap.wrap(_drawable(text), 20)[:LINES]):
         draw.text((left, top + number * LINE_HEIGHT), line, "black", ImageFont.load_default(12))
 
 
 def _to_cell(image: Image.Image) -> Image.Image:
-    """As large as a cell allows. Enlarged without smoothing, so that people see the model's own pixels."""
+    """Resize to fit a cell. Images are enlarged without smoothing, so that people see the model's own pixels."""
     scale = CELL / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
 
 
 def _drawable(caption: str) -> str:
-    """Pillow's built-in font has no accented letters: draw the plain ones, and a question mark where there is none."""
+    """Replace characters that Pillow's built-in font lacks: accented letters by plain ones, others by question marks."""
     plain = unicodedata.normalize("NFKD", one_line(caption, LONGEST).replace("\u2019", "'"))
     return "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace").decode()
 
 
 def png_bytes(image: Image.Image, about: dict[str, str] | None = None) -> bytes:
-    """A PNG file. `about` becomes text in it (iTXt), which `Image.info` shows."""
+    """Encode as PNG. The entries of `about` become iTXt chunks, which `Image.info` returns."""
     buffer, text = io.BytesIO(), PngInfo()
     for key, value in (about or {}).items():
         text.add_itxt(key, value)
@@ -101,23 +100,20 @@ def png_bytes(image: Image.Image, about: dict[str, str] | None = None) -> bytes:
 
 
 def save_png(image: Image.Image, path: Path, about: dict[str, str] | None = None) -> None:
-    """Whole or not at all. For `about` see `png_bytes`."""
+    """Write a PNG file atomically, with text entries `about` as in `png_bytes`."""
     write_aside(path, png_bytes(image, about))
 
 
 def save_gif(frames: list[Image.Image], path: Path) -> None:
-    """A film that begins anew after a while. Whole or not at all."""
+    """Write a looping animation atomically."""
     buffer = io.BytesIO()
     durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
     write_aside(path, buffer.getvalue())
 
 
-STRIP, FILM = 10, 60  # frames at most, spread evenly over the steps
-
-
 class Trajectory:
-    """`add` is for `on_denoised` of a pipeline. Pictures of several batches are put together."""
+    """Collects the denoised estimates D(x; sigma) of all steps. Pass `add` as the pipeline's `on_denoised`; batches are concatenated."""
 
     def __init__(self) -> None:
         self._latents: dict[int, list[Tensor]] = {}
@@ -128,7 +124,7 @@ class Trajectory:
         self._sigmas[step.index] = step.sigma
 
     def save(self, path: Path, prompts: list[str], decode: Callable[[Tensor], list[Image.Image]], about: dict[str, str]) -> None:
-        """A row of frames for each prompt, or, if the name ends in .gif, one picture of all that moves. `about` is for the PNG's text."""
+        """Write a filmstrip with a row per prompt, or an animated grid if `path` ends in .gif. `about` becomes the PNG's text."""
         film = path.suffix.lower() == ".gif"
         shown = _spread(len(self._latents), FILM if film else STRIP)
         frames = [decode(torch.cat(self._latents[index])) for index in shown]
@@ -140,13 +136,13 @@ class Trajectory:
 
 
 def check_trajectory_path(path: Path | None) -> None:
-    """Before anything is drawn. Raises UserError."""
+    """Raise UserError, before any image is generated, if the path's suffix is neither .png nor .gif."""
     if path is not None and path.suffix.lower() not in (".png", ".gif"):
-        raise UserError(f"--trajectory {path} must end in .png, for a filmstrip, or in .gif, for a film.")
+        raise UserError(f"--trajectory {path} must end in .png for a filmstrip, or in .gif for an animation.")
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """At most `most` of the numbers from 0 to count - 1, the first and the last among them."""
+    """Return at most `most` numbers spread evenly from 0 to count - 1, including both ends."""
     if count <= most:
         return list(range(count))
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]

@@ -1,4 +1,4 @@
-"""A run folder as others read it, while it is written or long after. What is missing or half written is empty, never an exception.
+"""Reader of run folders, during training or long after. Missing and half-written files read as empty and never raise.
 
 recipe.yaml  run.json  status.json  metrics.jsonl  samples/step-00000500.png
 """
@@ -16,15 +16,15 @@ from microdit.io.files import from_checked_json
 from microdit.io.text import parse_json_object
 from microdit.reports.formats import finite
 
-RECIPE = "recipe.yaml"  # what makes a folder a run
+RECIPE = "recipe.yaml"  # its presence makes a folder a run folder
 RUN, METRICS = "run.json", "metrics.jsonl"
-LARGEST_STEP = 2**53  # what is larger is no step, but a damaged number
-SILENCE = 15 * 60  # seconds without a word after which a run on another host counts as killed
+LARGEST_STEP = 2**53  # larger numbers are damage
+SILENCE = 15 * 60  # seconds without an update after which a run on another host counts as killed
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`path`, which holds a recipe. Each property reads its file anew."""
+    """The run folder `path`. Each property reads its file again."""
 
     path: Path
 
@@ -34,7 +34,7 @@ class RunFolder:
 
     @property
     def record(self) -> dict[str, Any]:
-        """run.json: name, data, starts. Empty if it is not what was written."""
+        """The content of run.json: name, data, starts. Empty if its checksum differs."""
         try:
             return from_checked_json((self.path / RUN).read_bytes())
         except (OSError, ValueError):
@@ -42,25 +42,25 @@ class RunFolder:
 
     @property
     def has_damaged_record(self) -> bool:
-        """Whether there is a run.json that is not what was written."""
+        """Whether there is a run.json whose checksum differs."""
         return not self.record and (self.path / RUN).is_file()
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """Those that run.json holds, the oldest first."""
+        """The starts recorded in run.json, oldest first."""
         starts = self.record.get("starts")
         return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
     @property
     def status(self) -> dict[str, Any]:
-        """status.json: how far the run is."""
+        """The content of status.json: the run's progress."""
         return _read_object(self.path / "status.json")
 
     def read_metrics(self, check: Callable[[], None] = lambda: None) -> tuple[list[dict[str, Any]], int]:
-        """The lines of metrics.jsonl by step, and how many could not be read (a killed process leaves half a line).
+        """Return the lines of metrics.jsonl by step, and the number of unreadable ones (a killed process leaves half a line).
 
-        Steps that were trained twice, after a rollback or from an older checkpoint, are there as they were last. `check` is called once
-        a line.
+        Of steps that were trained twice, after a rollback or from an older checkpoint, the last line counts. `check` is called once per
+        line, and may raise to cancel.
         """
         try:
             lines, damaged = parse_metrics((self.path / METRICS).read_bytes(), check)
@@ -75,13 +75,13 @@ class RunFolder:
 
     @property
     def samples(self) -> list[tuple[int, Path]]:
-        """Steps and their pictures, in order."""
+        """The sample grids, as (step, file) by step."""
         found = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in (self.path / "samples").glob("step-*.png"))
         return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def parse_metrics(content: bytes, check: Callable[[], None] = lambda: None) -> tuple[list[dict[str, Any]], list[int]]:
-    """The lines of metrics.jsonl, each with its step, and the numbers (from 1) of those that cannot be read. `check` as `read_metrics`."""
+    """Return the valid lines of metrics.jsonl, and the numbers (from 1) of invalid ones. `check` is called once per line."""
     lines: list[dict[str, Any]] = []
     damaged: list[int] = []
     for number, raw in enumerate(content.split(b"\n"), start=1):
@@ -96,12 +96,12 @@ def parse_metrics(content: bytes, check: Callable[[], None] = lambda: None) -> t
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a trainer wrote it."""
+    """Return whether a trainer wrote the folder."""
     return (folder / RECIPE).is_file()
 
 
 def state_of(status: dict[str, Any]) -> str:
-    """As written in status.json; "killed" if it says running and no process can be alive, "unknown" if it says nothing."""
+    """Return the state in status.json; "killed" if that is "running" but the process is gone, "unknown" if it has none."""
     state = str(status.get("state") or "unknown")
     return "killed" if state == "running" and not _may_be_alive(status) else state
 

@@ -1,4 +1,4 @@
-"""A run as one page of HTML that needs nothing else: for a browser without a network, today or in ten years."""
+"""`microdit report`: a training run as a single self-contained HTML page."""
 
 import io
 import re
@@ -19,14 +19,14 @@ from microdit.reports.html import image_data_url, load_template
 from microdit.reports.run_folder import RECIPE, RunFolder, is_run, state_of
 
 TEMPLATE = "report.html.jinja"
-PICTURES = 24  # of a run at most; they are chosen evenly, the first and the newest among them
-NEWEST_BYTES = 2_000_000  # a larger newest picture is re-encoded
+PICTURES = 24  # at most per run, spread evenly, including the first and the newest
+NEWEST_BYTES = 2_000_000  # size above which the newest image is re-encoded
 NEWEST_SIDE, THUMBNAIL_SIDE = 2048, 640  # pixels
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A sample grid, as the address of an <img>."""
+    """A sample grid as a data URL."""
 
     step: int
     address: str
@@ -34,29 +34,29 @@ class Picture:
 
 @dataclass(frozen=True)
 class RunPart:
-    """What the page says of one run."""
+    """The content of the page for one run."""
 
     folder: str
     name: str
     state: str
-    facts: dict[str, Any]  # how things stand: the status, and from the metrics the last known of each key that it has not
+    facts: dict[str, Any]  # the status, and the last known value of each metric that it lacks
     starts: list[dict[str, Any]]
     data: dict[str, Any]
     measured: int  # lines of metrics
     damaged_lines: int
     has_damaged_record: bool
-    phases: list[tuple[int, str]]  # the step from which each was trained, and its name
+    phases: list[tuple[int, str]]  # first step and name of each
     curves: list[Curve]
-    pictures: list[Picture]  # the newest first
-    samples: int  # pictures on the disk
-    unreadable: int  # of those that were to be shown
+    pictures: list[Picture]  # newest first
+    samples: int  # images on disk
+    unreadable: int  # of the images chosen for the page
     recipe: str
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """One HTML page of a run folder, or of a folder of several (the phases of one training, by name); `run`/report.html without `out`.
+    """Write the page of a run folder, or of a folder of several (the phases of one training), to `out` or `run`/report.html.
 
-    Raises UserError if `run` is neither, or if the page cannot be written.
+    Returns the page's path. Raises UserError if `run` holds no run, or the page cannot be written.
     """
     page = report_page(run)
     target = out or run / "report.html"
@@ -68,12 +68,12 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 
 def report_page(run: Path, check: Callable[[], None] = lambda: None) -> bytes:
-    """The page of `write_report`. `check` is called again and again, and ends it by raising. Raises UserError if `run` is no run."""
+    """Return the HTML of `write_report`. `check` is called repeatedly, and may raise to cancel. Raises UserError if `run` holds no run."""
     runs = [run] if is_run(run) else _phase_folders(run)
     if not runs:
         raise UserError(
-            f"{run} is no run folder: there is no {RECIPE} in it, nor in a folder directly below it. "
-            "Name the folder that `microdit train` wrote, such as runs/emoji."
+            f"{run} is not a run folder: there is no {RECIPE} in it or in a folder directly below it. "
+            "Name a folder that `microdit train` wrote, such as runs/emoji."
         )
     parts = [_read(RunFolder(path), check) for path in runs]
     title = parts[0].name if is_run(run) else run.resolve().name
@@ -82,7 +82,7 @@ def report_page(run: Path, check: Callable[[], None] = lambda: None) -> bytes:
 
 
 def _phase_folders(folder: Path) -> list[Path]:
-    """Runs directly below, by name: 2-full before 10-long."""
+    """Return the runs directly below `folder` in natural order: 2-full before 10-long."""
     found = [path for path in folder.iterdir() if is_run(path)] if folder.is_dir() else []
     return sorted(found, key=lambda path: [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", path.name)])
 
@@ -120,14 +120,14 @@ def _read(run: RunFolder, check: Callable[[], None]) -> RunPart:
 
 
 def _evenly(items: list[tuple[int, Path]], most: int) -> list[tuple[int, Path]]:
-    """All if there are no more than `most`; else so many, at even distances, with the first and the last."""
+    """Return at most `most` of the items, evenly spaced, including the first and the last."""
     if len(items) <= most:
         return items
     return [items[round(number * (len(items) - 1) / (most - 1))] for number in range(most)]
 
 
 def _picture(step: int, path: Path, newest: bool) -> Picture | None:
-    """None if the file is damaged: it may be just being written."""
+    """Encode a sample grid; None if the file is damaged, since it may be incomplete yet."""
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
@@ -135,7 +135,7 @@ def _picture(step: int, path: Path, newest: bool) -> Picture | None:
             if newest and len(content) <= NEWEST_BYTES:
                 return Picture(step, image_data_url("png", content))
             small = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # SyntaxError is how Pillow says that a PNG is broken
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow raises SyntaxError for a broken PNG
         return None
     side = NEWEST_SIDE if newest else THUMBNAIL_SIDE
     small.thumbnail((side, side))
@@ -145,7 +145,7 @@ def _picture(step: int, path: Path, newest: bool) -> Picture | None:
 
 
 def _totals(parts: list[RunPart]) -> dict[str, float | None]:
-    """Of what is known; None where nothing is."""
+    """Sum each cost over the runs that know it; None if none does."""
     totals: dict[str, float | None] = {}
     for key in ("images_seen", "gpu_hours", "dollars"):
         known = [number for part in parts if (number := formats.finite(part.facts.get(key))) is not None]

@@ -1,4 +1,4 @@
-"""All runs below a folder, at a glance."""
+"""`microdit runs`: a table of all runs below a folder."""
 
 import time
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from microdit.io.text import one_line
 from microdit.reports.formats import age, count, duration, figure, finite, hours, money, share
 from microdit.reports.run_folder import RECIPE, RunFolder, is_run, state_of
 
-DEPTH = 3  # folders below the one that is searched
+DEPTH = 3  # levels of folders that are searched
 STYLES = {"running": "green", "finished": "blue", "stopped": "yellow", "failed": "bold red", "killed": "bold red"}
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How far a run is. `path` is relative to the folder that was searched; None is what the run has not said."""
+    """A run's progress. `path` is relative to the searched folder. None means unknown."""
 
     name: str
     path: Path
@@ -30,12 +30,12 @@ class RunSummary:
     images_per_second: float | None
     gpu_hours: float | None
     dollars: float | None  # None without a price
-    seconds_left: float | None  # of a run that is running
-    updated: float  # unix time
+    seconds_left: float | None  # only while it is running
+    updated: float  # Unix time
 
 
 def list_runs(folder: Path) -> list[RunSummary]:
-    """The runs in `folder` and up to three folders down, the last updated first.
+    """Return the runs in `folder` and up to DEPTH levels below it, most recently updated first.
 
     Raises UserError if there is no such folder.
     """
@@ -46,7 +46,7 @@ def list_runs(folder: Path) -> list[RunSummary]:
 
 
 def runs_table(runs: list[RunSummary]) -> Table:
-    """One row a run, in the order given."""
+    """Return a table with a row per run, in the given order."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("run", overflow="fold", min_width=10)
     table.add_column("state", no_wrap=True)
@@ -61,7 +61,7 @@ def runs_table(runs: list[RunSummary]) -> Table:
 
 
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
-    """A run's own folders are not searched."""
+    """Yield run folders, without searching inside them."""
     if is_run(folder):
         yield folder
     elif depth > 0:

@@ -18,7 +18,7 @@ def test_mistakes_end_in_a_sentence(tmp_path: Path):
     trained(tmp_path / "run")
     nowhere = microdit("compare", "nowhere", cwd=tmp_path)
     assert nowhere.returncode == 1
-    assert "nowhere is no run folder" in nowhere.output
+    assert "nowhere is not a run folder" in nowhere.output
     uneven = microdit("compare", "run", "run", "--geneval", "geneval", cwd=tmp_path)
     assert uneven.returncode == 1
     assert "--geneval was given 1 times for 2 runs" in uneven.output

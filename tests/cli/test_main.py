@@ -126,7 +126,7 @@ def test_evaluation_measures_retrieval(workplace):
         (["sample", "runs/tiny", "x", "--steps", 1000000], "from 2 to 1000 steps"),
         (["sample", "runs/tiny", "x", "--guidance", "nan"], "guidance_scale must be a number"),
         (["train", "nowhere.yaml"], "There is no recipe at nowhere.yaml"),
-        (["report", "[/b]\x1b[2J\u202e"], r"[/b]\u001b[2J\u202e is no run folder"),
+        (["report", "[/b]\x1b[2J\u202e"], r"[/b]\u001b[2J\u202e is not a run folder"),
         (["train", RECIPE, "--dtype", "float16"], "float16 needs losses that are scaled"),
         (["train", RECIPE, "--device", "mps"], "PyTorch sees no Apple GPU here"),
         (["bench", "--dtype", "float16", "--device", "cpu"], "take bfloat16, or float32"),

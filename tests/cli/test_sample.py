@@ -67,7 +67,7 @@ def test_grid_draws_a_labelled_sheet_from_one_seed(workplace):
         (["sample", "runs/tiny", "x", "--guidance-kind", "path-drop"], "use a model trained with model.routing sprint"),
         (["sample", "runs/tiny", "x", "--guidance-kind", "path-drop", "--autoguide", "runs/tiny"], "leave one of the two out"),
         (["sample", "runs/tiny", "x", "--autoguide-weights", "ema"], "name its run with --autoguide"),
-        (["sample", "runs/tiny", "x", "--trajectory", "way.mp4"], "must end in .png, for a filmstrip, or in .gif"),
+        (["sample", "runs/tiny", "x", "--trajectory", "way.mp4"], "must end in .png for a filmstrip, or in .gif"),
         (["sample", "runs/tiny", "x", "--device", "gpu"], "There is no device 'gpu'. Known: auto, cpu, cuda, cuda:N"),
         (["sample", "runs/tiny", "x", "--device", "mps"], "PyTorch sees no Apple GPU here: take auto, or cpu."),
         (["sample", "runs/tiny", "x", "--device", "cpu", "--dtype", "float16"], "float16 is slow and narrow on a CPU"),

@@ -17,24 +17,24 @@ OFFICIAL = GenEvalResult(
 
 
 def test_the_same_protocol_is_comparable():
-    verdict = metric_comparability("fid", AS_PUBLISHED, COCO)
-    assert verdict.comparable
-    assert verdict.unknown == ()
+    found = metric_comparability("fid", AS_PUBLISHED, COCO)
+    assert found.comparable
+    assert found.unknown == ()
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"network": "efficientnet-lite0"}, "features of efficientnet-lite0, not of Inception"),
-        ({"network": None}, "the run's file does not say which network saw the pictures"),
+        ({"network": None}, "the run's file does not state the feature network"),
         ({"reference": "emoji"}, "compared with emoji, not with coco2014"),
-        ({"reference": None}, "the run's file does not say which pictures it compared with"),
-        ({"reference_pictures": 2000}, "compared with 2,000 pictures of coco2014, a part of it"),
-        ({"pictures": 512}, "512 pictures, not 30,000: the Frechet distance is biased upwards"),
-        ({"pictures": 50000}, "50,000 pictures, not 30,000: the Frechet distance is biased downwards"),
-        ({"pictures": None}, "the run's file does not say how many pictures were drawn"),
-        ({"side": 512}, "pictures of 256 px there, 512 px here"),
-        ({"side": None}, "pictures of 256 px there, not told here"),
+        ({"reference": None}, "the run's file does not state the reference set"),
+        ({"reference_pictures": 2000}, "compared with only 2,000 images of coco2014"),
+        ({"pictures": 512}, "512 images, not 30,000: the Frechet distance is biased upwards"),
+        ({"pictures": 50000}, "50,000 images, not 30,000: the Frechet distance is biased downwards"),
+        ({"pictures": None}, "the run's file does not state the number of generated images"),
+        ({"side": 512}, "images of 256 px there, 512 px here"),
+        ({"side": None}, "images of 256 px there, unknown here"),
     ],
 )
 def test_each_difference_is_a_reason_of_its_own(change, reason: str):
@@ -44,9 +44,9 @@ def test_each_difference_is_a_reason_of_its_own(change, reason: str):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"networks": {"fid": None}}, "the source does not say which network saw the pictures"),
-        ({"reference": None}, "the source does not say which pictures it compared with"),
-        ({"pictures": None}, "the source does not say how many pictures were drawn"),
+        ({"networks": {"fid": None}}, "the source does not state the feature network"),
+        ({"reference": None}, "the source does not state the reference set"),
+        ({"pictures": None}, "the source does not state the number of generated images"),
     ],
 )
 def test_what_the_source_keeps_to_itself_is_a_reason(change, reason: str):
@@ -54,15 +54,15 @@ def test_what_the_source_keeps_to_itself_is_a_reason(change, reason: str):
 
 
 def test_a_size_that_the_source_does_not_tell_is_said_but_no_reason():
-    verdict = metric_comparability("fid", AS_PUBLISHED, replace(COCO, side=None))
-    assert verdict.comparable
-    assert verdict.unknown == ("the size at which pictures were compared is not told there (256 px here)",)
+    found = metric_comparability("fid", AS_PUBLISHED, replace(COCO, side=None))
+    assert found.comparable
+    assert found.unknown == ("the source does not state the image size (256 px here)",)
 
 
 def test_the_number_of_pictures_biases_no_mean():
     protocol = replace(COCO, networks={"clip-score": "clip"})
     reasons = metric_comparability("clip-score", replace(AS_PUBLISHED, network="clip-vit-large", pictures=512), protocol).reasons
-    assert reasons == ("512 pictures, not 30,000",)
+    assert reasons == ("512 images, not 30,000",)
 
 
 def test_all_reasons_are_told_at_once():
@@ -71,17 +71,17 @@ def test_all_reasons_are_told_at_once():
 
 def test_the_authors_553_prompts_are_comparable_but_for_the_detector():
     assert sum(GENEVAL_PROMPTS.values()) == 553
-    verdict = geneval_comparability(OFFICIAL)
-    assert verdict.comparable
-    assert "mmdetection" in verdict.unknown[0]
+    found = geneval_comparability(OFFICIAL)
+    assert found.comparable
+    assert "mmdetection" in found.unknown[0]
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"prompts": 552}, "552 prompts, not 553"),
-        ({"without_pictures": 3}, "3 prompts have no picture"),
-        ({"pictures": {**OFFICIAL.pictures, "colors": 94}}, "1,930 pictures, not 4 of each of the authors' prompts"),
+        ({"without_pictures": 3}, "3 prompts have no image"),
+        ({"pictures": {**OFFICIAL.pictures, "colors": 94}}, "1,930 images, not 4 of each of the authors' prompts"),
         ({"judges": f"{EmojiDetector.fingerprint} {EmojiColours().fingerprint}"}, "prompts about emoji, judged by matching Twemoji, "
          "not GenEval's prompts and detector"),
     ],

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from microdit.evaluation.compare import comparison_table, comparison_words
+from microdit.evaluation.compare import comparison_lines, comparison_table
 from microdit.evaluation.published import TITLES, load_published
 from microdit.evaluation.run_results import GenEvalResult, Measured, RunResult
 from microdit.io.console import PlainConsole
@@ -53,15 +53,13 @@ def test_the_main_table_says_what_things_took():
 
 
 def test_a_comparable_figure_is_set_against_every_published_one():
-    lines = list(comparison_words(PUBLISHED, "main", RUN))
-    assert lines[0] == (
-        "runs/xl: FID 13.66 is comparable with coco-30k, but the size at which pictures were compared is not told there (512 px here)."
-    )
+    lines = list(comparison_lines(PUBLISHED, "main", RUN))
+    assert lines[0] == ("runs/xl: FID 13.66 is comparable with coco-30k, but the source does not state the image size (512 px here).")
     assert "  MicroDiT, 37 M images, 15 M of them synthetic: 12.66, the run is 1 above." in lines
     assert "  MicroDiT's recipe, trained again by others: 12.37, the run is 1.29 above." in lines
     assert len(lines) == 1 + sum("fid" in row.metrics for row in PUBLISHED.tables["main"])
     below = replace(RUN, metrics={"fid": replace(RUN.metrics["fid"], value=12.66)})
-    told = list(comparison_words(PUBLISHED, "main", below))
+    told = list(comparison_lines(PUBLISHED, "main", below))
     assert any(line.endswith("12.66, the run is equal.") for line in told)
     assert any(line.endswith("13.04, the run is 0.38 below.") for line in told)
 
@@ -69,39 +67,39 @@ def test_a_comparable_figure_is_set_against_every_published_one():
 @pytest.mark.parametrize("table", TITLES)
 def test_no_difference_is_told_between_what_is_not_comparable(table: str):
     emoji = replace(EMOJI, geneval=replace(OFFICIAL, judges="emoji 8"))
-    lines = list(comparison_words(PUBLISHED, table, emoji))
+    lines = list(comparison_lines(PUBLISHED, table, emoji))
     assert any("is not comparable with" in line for line in lines)
     assert not any(" above" in line or " below" in line or "equal" in line for line in lines)
 
 
 def test_reasons_and_what_stands_alone_are_named():
-    lines = list(comparison_words(PUBLISHED, "main", EMOJI))
+    lines = list(comparison_lines(PUBLISHED, "main", EMOJI))
     assert lines == [
         "runs/emoji: FID 143.6 is not comparable with coco-30k: features of efficientnet-lite0, not of Inception; compared with emoji, not "
-        "with coco2014; 512 pictures, not 30,000: the Frechet distance is biased upwards.",
-        "runs/emoji: the table has nothing to set beside kid 0.118 of 512 pictures, 44.9% of emoji recognised.",
+        "with coco2014; 512 images, not 30,000: the Frechet distance is biased upwards.",
+        "runs/emoji: the table has no counterpart for kid 0.118 for 512 images, 44.9% of emoji recognised.",
     ]
-    assert list(comparison_words(PUBLISHED, "main", RunResult(path=Path("new"), metrics={}))) == [
-        "new: nothing is measured yet; see microdit evaluate."
+    assert list(comparison_lines(PUBLISHED, "main", RunResult(path=Path("new"), metrics={}))) == [
+        "new has no metrics yet: run microdit evaluate."
     ]
 
 
 def test_geneval_is_compared_by_its_overall():
     run = replace(RUN, geneval=OFFICIAL)
-    lines = list(comparison_words(PUBLISHED, "geneval", run))
-    assert "but objects were found by the Mask2Former of transformers here" in lines[0]
+    lines = list(comparison_lines(PUBLISHED, "geneval", run))
+    assert "but objects were detected by the Mask2Former of transformers here" in lines[0]
     assert "  Stable Diffusion 1.5: 0.43, the run is 0.07 above." in lines
     assert "  MicroDiT, 490 M synthetic images: 0.52, the run is 0.02 below." in lines
-    assert list(comparison_words(PUBLISHED, "geneval", RUN)) == ["runs/xl: no GenEval here; name its folder with --geneval."]
-    (unfinished,) = comparison_words(PUBLISHED, "geneval", replace(RUN, geneval=replace(OFFICIAL, shares={"counting": 0.5})))
-    assert "a task has no pictures" in unfinished
+    assert list(comparison_lines(PUBLISHED, "geneval", RUN)) == ["runs/xl has no GenEval result: name its folder with --geneval."]
+    (unfinished,) = comparison_lines(PUBLISHED, "geneval", replace(RUN, geneval=replace(OFFICIAL, shares={"counting": 0.5})))
+    assert "a task has no images" in unfinished
 
 
 def test_a_coco_figure_meets_the_ablations_that_are_of_coco_alone():
-    lines = list(comparison_words(PUBLISHED, "ablations", RUN))
+    lines = list(comparison_lines(PUBLISHED, "ablations", RUN))
     against = [line for line in lines if "the run is" in line]
     assert len(against) == 4  # with and without experts, with and without synthetic pictures
-    assert any("is not comparable with paper-ablation: the source does not say which pictures" in line for line in lines)
+    assert any("is not comparable with paper-ablation: the source does not state the reference set" in line for line in lines)
     assert any("is not comparable with imagenet-256: compared with coco2014, not with imagenet" in line for line in lines)
 
 

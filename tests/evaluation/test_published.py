@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from microdit.evaluation.geneval.rules import TASKS
-from microdit.evaluation.published import METRICS, TITLES, Row, Training, load_published, metric_cell
+from microdit.evaluation.published import METRICS, TITLES, PublishedResult, Training, load_published, metric_cell
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference-results.md"
 ROWS = [pytest.param(row, id=f"{table}: {row.name}") for table in TITLES for row in load_published().tables[table]]
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_a_row_has_a_source_and_possible_figures(row: Row):
+def test_a_row_has_a_source_and_possible_figures(row: PublishedResult):
     assert row.name
     assert row.source
     for field in fields(Training):
@@ -48,7 +48,7 @@ def test_ablations_alone_are_of_studies_that_stand_together():
 
 
 @pytest.mark.parametrize("row", [row for row in load_published().tables["geneval"] if len(row.metrics) == 7], ids=lambda row: row.name)
-def test_the_overall_of_geneval_is_the_mean_of_its_six_tasks(row: Row):
+def test_the_overall_of_geneval_is_the_mean_of_its_six_tasks(row: PublishedResult):
     """But for rounding; the row whose mean is further off says so itself."""
     mean = sum(row.metrics[task] for task in TASKS) / len(TASKS)
     if abs(mean - row.metrics["overall"]) > 0.0101:

@@ -40,13 +40,13 @@ def test_what_is_missing_is_none(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"metrics": {"fid": {"value": "12.3"}}}, "metrics.fid.value is '12.3', and a finite number"),
+        ({"metrics": {"fid": {"value": "12.3"}}}, "metrics.fid.value is '12.3', but should be a finite number"),
         ({"metrics": {"fid": {"value": float("nan")}}}, "metrics.fid.value is nan"),
-        ({"metrics": {"fid": 12.3}}, "metrics.fid is 12.3, and an object"),
-        ({**MEASURED, "pictures": -1}, "pictures is -1, and a whole number from 0"),
+        ({"metrics": {"fid": 12.3}}, "metrics.fid is 12.3, but should be an object"),
+        ({**MEASURED, "pictures": -1}, "pictures is -1, but should be an integer of at least 0"),
         ({**MEASURED, "pictures": True}, "pictures is True"),
-        ({**MEASURED, "reference": {"source": 3}}, "reference.source is 3, and a text"),
-        ([], "it is not a JSON object. Evaluate again"),
+        ({**MEASURED, "reference": {"source": 3}}, "reference.source is 3, but should be a string"),
+        ([], "is not a JSON object"),
     ],
 )
 def test_nonsense_is_refused_with_file_and_key(tmp_path: Path, content, said: str):
@@ -60,7 +60,7 @@ def test_half_a_file_and_other_folders_are_refused(tmp_path: Path):
     run = evaluated(trained(tmp_path / "run"))
     with pytest.raises(UserError, match="microdit geneval --out"):
         read_run(run, tmp_path)
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         read_run(tmp_path)
     (run / "evaluation" / "metrics.json").write_text('{"metrics": ')
     with pytest.raises(UserError, match="cannot be read"):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from microdit.io.console import PlainConsole, Reporter
 from microdit.lab.run_study import drop_damaged, read_results
 from tests.commands import microdit
 from tests.training.processes import start, wait_for
@@ -123,13 +124,13 @@ def test_a_study_that_changed_is_not_mixed_with_its_old_results(laboratory):
     (laboratory / "small.yaml").write_text(LONGER.replace("mask_ratio=0.75", "mask_ratio=0.25"))
     refused = microdit("lab", "run", "small.yaml", cwd=laboratory)
     assert refused.returncode == 1
-    assert "holds results of this study as it was before deferred changed: choose another --out" in refused.output
+    assert "holds results from before deferred changed: choose another --out" in refused.output
     for key, value in (("pictures: 6", "pictures: 13"), ("readings:", "budgets: [flops]\nreadings:")):
         (laboratory / "small.yaml").write_text(LONGER.replace(key, value))
         for command in ("run", "report"):
             otherwise = microdit("lab", command, "small.yaml", cwd=laboratory)
             assert otherwise.returncode == 1
-            assert f"as it was before {'pictures' if '13' in value else 'the budget'} changed" in otherwise.output
+            assert f"from before {'pictures' if '13' in value else 'the budget'} changed" in otherwise.output
     nothing = microdit("lab", "report", "small.yaml", "--out", "nowhere", cwd=laboratory)
     assert nothing.returncode == 1
     assert "There are no results in nowhere: run the study first" in nothing.output
@@ -139,13 +140,14 @@ def test_damaged_results_are_left_out_and_dropped_once_with_a_copy_kept(tmp_path
     good = {"arm": "none", "seed": 0, "step": 4, "flops": 1.0, "seconds": 2.0, "kid": 0.5}
     content = json.dumps(good) + '\nnot JSON\n{"arm": "none"}\n[1]\n' + json.dumps(good | {"seed": 1}) + '\n\xff\n{"arm": "no'
     (tmp_path / "results.jsonl").write_bytes(content.encode("latin-1"))
-    assert read_results(tmp_path) == [good, good | {"seed": 1}]
-    assert "lines 2, 3, 4, 6 are damaged, and left out" in " ".join(capsys.readouterr().out.split())
-    drop_damaged(tmp_path)
-    assert "are damaged, and dropped" in " ".join(capsys.readouterr().out.split())
+    reporter = Reporter(PlainConsole())
+    assert read_results(tmp_path, reporter) == [good, good | {"seed": 1}]
+    assert "lines 2, 3, 4, 6 are damaged and skipped" in " ".join(capsys.readouterr().out.split())
+    drop_damaged(tmp_path, reporter)
+    assert "are damaged and dropped" in " ".join(capsys.readouterr().out.split())
     assert (tmp_path / "results.jsonl.damaged-1").read_bytes() == content.encode("latin-1")
-    assert read_results(tmp_path) == [good, good | {"seed": 1}]
-    drop_damaged(tmp_path)
+    assert read_results(tmp_path, reporter) == [good, good | {"seed": 1}]
+    drop_damaged(tmp_path, reporter)
     assert capsys.readouterr().out == ""
 
 
@@ -157,7 +159,7 @@ def test_a_damaged_plan_is_named(laboratory):
     refused = microdit("lab", "run", "small.yaml", "--out", "damaged", cwd=laboratory)
     assert (refused.returncode, "plan.json is damaged" in refused.output) == (1, True), refused.output
     elsewhere = microdit("lab", "report", "small.yaml", "--to", "base.yaml", cwd=laboratory)
-    assert (elsewhere.returncode, "base.yaml cannot be the report's folder" in elsewhere.output) == (1, True), elsewhere.output
+    assert (elsewhere.returncode, "The report's folder base.yaml cannot be created" in elsewhere.output) == (1, True), elsewhere.output
 
 
 def test_what_is_wrong_with_the_machine_is_no_divergence(laboratory):
@@ -187,6 +189,6 @@ def test_arms_may_have_their_own_encoders_but_not_their_own_pictures(laboratory)
     refused = microdit("lab", "run", "own.yaml", cwd=laboratory)
     assert refused.returncode == 1
     assert (
-        "Arms of one study must learn from the same pictures: none from data/emoji, 106 rows of emoji:held_out at [64] px; pixels from"
+        "All arms of a study must train on the same images: none from data/emoji, 106 rows of emoji:held_out at [64] px; pixels from"
         in " ".join(refused.output.split())
     )

@@ -78,7 +78,7 @@ def test_an_export_is_compared_with_a_set_as_a_run_is(workplace, exported):
     assert metrics["class"] == "MicroDiTPipeline"
 
 
-def test_what_was_exported_is_drawn_by_the_painter_of_runs(workplace, exported):
+def test_what_was_exported_is_drawn_by_the_generator_of_runs(workplace, exported):
     generator = open_generator(str(workplace / exported), DrawSettings(num_inference_steps=2), pytest.fail)
     assert isinstance(generator, RunGenerator)
     run = open_generator(str(workplace / "runs" / "tiny"), DrawSettings(num_inference_steps=2), pytest.fail)

@@ -126,13 +126,13 @@ def test_every_series_has_its_curve_in_colours_of_the_page(tmp_path):
     path = write_report(write_run(tmp_path / "run"))
     titles = {
         "Loss", "Loss by noise level", "Held-out loss by noise level", "Learning rate", "Mask ratio", "Gradient norm", "Speed",
-        "Model FLOP utilisation", "Waiting for data", "Memory, peak", "Distance from real pictures", "Recognised pictures",
+        "Model FLOP utilisation", "Waiting for data", "Peak memory", "Distance from real images", "Recognised images",
     }  # fmt: skip
     page = Page(path)
     assert titles <= set(page.titles)
     assert page.tags.count("svg") == len(titles)
-    assert "lower is better" in page.words
-    assert "higher is better" in page.words
+    assert "Lower is better" in page.words
+    assert "Higher is better" in page.words
     text = path.read_text()
     for variable in ("ink", "grid", "curve", "second", *(f"noise-{level + 1}" for level in range(len(NOISE)))):
         assert f"var(--{variable})" in text[text.index("</style>") :]
@@ -201,7 +201,7 @@ def test_a_run_that_diverged_shows_its_loss_as_not_finite(tmp_path):
 def test_a_run_that_has_just_begun_has_a_page_too(tmp_path):
     (tmp_path / "recipe.yaml").write_text("name: new\n")
     words = Page(write_report(tmp_path)).words
-    for said in ("unknown", "No metrics have been written yet.", "No pictures have been drawn yet.", "No start of the run is on record."):
+    for said in ("unknown", "No metrics have been written yet.", "No samples have been generated yet.", "No start of the run is recorded."):
         assert said in words
 
 
@@ -211,7 +211,7 @@ def test_of_many_samples_some_are_shown_and_the_page_says_so(tmp_path):
         write_sample(run, step, side=1000)
     page = Page(write_report(run))
     assert len(page.pictures) == PICTURES
-    assert f"{PICTURES} of 102 pictures" in page.words
+    assert f"{PICTURES} of 102 images" in page.words
     assert "Step 2,099, the newest" in page.words
     assert "Step 500" in page.words
     assert decoded(page.pictures[0]).size == (1000, 1000)
@@ -224,7 +224,7 @@ def test_a_damaged_picture_is_counted(tmp_path):
     (run / "samples" / "step-00001500.png").write_bytes(whole[: len(whole) // 2])
     page = Page(write_report(run))
     assert len(page.pictures) == 2
-    assert "could not be read: 1." in page.words
+    assert "Unreadable images: 1." in page.words
 
 
 def test_phases_in_folders_of_their_own_share_a_page_in_order(tmp_path):

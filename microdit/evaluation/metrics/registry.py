@@ -53,9 +53,8 @@ def choose_metrics(names: str | None) -> list[str]:
     chosen = list(DEFAULT) if names is None else [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in chosen if name not in METRICS]
     if unknown or not chosen:
-        raise UserError(
-            f"--metrics: there is no metric {', '.join(unknown) or 'named'}; choose from {', '.join(METRICS)}, separated by commas."
-        )
+        problem = f"there is no {', '.join(unknown)}" if unknown else "the list is empty"
+        raise UserError(f"--metrics: {problem}; choose from {', '.join(METRICS)}, separated by commas.")
     return list(dict.fromkeys(chosen))
 
 

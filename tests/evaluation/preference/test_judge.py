@@ -218,7 +218,7 @@ def test_answers_of_an_earlier_start_are_not_asked_for_again(questions, tmp_path
     verdicts = {(line["pair"], line["order"]): line for line in lines_of(file.path)}
     assert [verdicts[question.pair.index, question.order]["tokens"] for question in questions[:4]] == [100, 300, 300, 300]
     assert verdicts[0, "AB"]["verdict"] == "A"
-    assert told == ["2 requests were under way when an earlier start ended: what they asked is asked again, and may be paid twice."]
+    assert told == ["2 requests were in flight when an earlier process ended: the questions are asked again and may be paid twice."]
 
 
 def test_an_answer_without_an_end_is_not_read_to_its_end(pictures):
@@ -410,7 +410,7 @@ def test_killed_again_and_again_it_goes_on_and_pays_only_for_what_was_under_way(
     assert 3 <= events["failed"] <= 3 * 3  # three kills, with one to three requests under way
     assert (events["sent"], events["answered"]) == (24 + events["failed"], 24)
     assert 24 + 3 <= sum(server.asked.values()) <= events["sent"]  # a request may be noted and not be sent any more
-    told = re.findall(r"(\d+) requests? w\w+ under way when an earlier start ended: .* may be paid twice", seen)
+    told = re.findall(r"(\d+) requests? w\w+ in flight when an earlier process ended: .* may be paid twice", seen)
     assert 1 <= sum(map(int, told)) <= events["failed"]  # a process that was killed may have had no time to tell
     assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
     assert KEY not in seen
