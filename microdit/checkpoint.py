@@ -60,7 +60,7 @@ class Checkpoint:
             whole = load_file(self.folder / f"{name}.safetensors") if self._whole else assembled(files, name)
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"The weights {name} of {self.folder} cannot be read: {error}.") from error
-        refuse_infinite(whole, f"The weights {name} of {self.folder}")
+        check_finite(whole, f"The weights {name} of {self.folder}")
         return whole
 
     @property
@@ -193,7 +193,7 @@ def _open_with_names(folder: Path) -> tuple[Checkpoint, list[str]]:
     return checkpoint, checkpoint.weights
 
 
-def refuse_infinite(weights: Mapping[str, Tensor], what: str, fix: str = "take another checkpoint, or train anew") -> None:
+def check_finite(weights: Mapping[str, Tensor], what: str, fix: str = "take another checkpoint, or train anew") -> None:
     """Raises UserError if any weight is infinite or no number: every picture of such a model would be spoilt."""
     bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
     if bad:
@@ -215,7 +215,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def refuse_other_architecture(checkpoint: Checkpoint, config: ModelConfig, except_for: frozenset[str] = frozenset()) -> None:
+def check_architecture(checkpoint: Checkpoint, config: ModelConfig, except_for: frozenset[str] = frozenset()) -> None:
     """Raises UserError naming what differs between the checkpoint's model and the recipe's."""
     saved, wanted = asdict(checkpoint.model_config), asdict(config)
     different = [
@@ -231,7 +231,7 @@ def refuse_other_architecture(checkpoint: Checkpoint, config: ModelConfig, excep
         )
 
 
-def refuse_other_encoders(checkpoint: Checkpoint, card: dict[str, Any], data: Path) -> None:
+def check_encoders(checkpoint: Checkpoint, card: dict[str, Any], data: Path) -> None:
     """Raises UserError if the checkpoint's model was trained on what other encoders made. `card` is that of the encoded set in `data`."""
     for key in ("autoencoder", "text_encoder"):
         then, now = checkpoint.state["data"][key], card[key]

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from microdit.devices import choose_device
 from microdit.errors import StoppedError, UserError
-from microdit.io.process_limits import refuse_low_limit
+from microdit.process_limits import check_file_limit
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=20)  # in training
@@ -99,7 +99,7 @@ class World:
             where = "" if len(ranks) == self.size else f"{self._names(ranks)}: "
             raise UserError(f"{where}{problems[ranks[0]]}")
 
-    def refuse_difference(self, seen: str, what: str) -> None:
+    def check_same_folder(self, seen: str, what: str) -> None:
         """Raises UserError, on all, if what the processes have `seen` of the folder `what` is not the same. It names the first three."""
         everywhere = self.gather(seen)
         others = [rank for rank, found in enumerate(everywhere) if found != everywhere[0]]
@@ -162,7 +162,7 @@ def start_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
     chosen = _device(device)
     store: Store | None = None
     if size > 1:
-        refuse_low_limit((GLOO_GROUPS + 1) * (size - 1) + SPARE_FILES, f"{size} processes")
+        check_file_limit((GLOO_GROUPS + 1) * (size - 1) + SPARE_FILES, f"{size} processes")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         store = _meeting_place(size)

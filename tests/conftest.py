@@ -15,10 +15,10 @@ from microdit.data.sources.base import Part, Source
 from microdit.data.sources.builtin import emoji_source
 from microdit.encoders.autoencoder import Pixels
 from microdit.encoders.text import MiniLM
-from microdit.io.process_limits import keep_freed_memory
 from microdit.models.config import Size, resolve
 from microdit.models.microdit import MicroDiT
 from microdit.models.routing import METHODS
+from microdit.process_limits import keep_freed_memory
 from tests.commands import microdit
 from tests.training.processes import RECIPE
 

@@ -19,7 +19,7 @@ LAYERS = [
     ("encoders", "models"),
     ("io",),
     ("distributed",),
-    ("devices",),
+    ("devices", "process_limits"),
     ("errors", "ranges"),
 ]
 FRIENDS: set[tuple[str, str]] = set()

@@ -42,7 +42,7 @@ def open_card(folder: Path, world: World | None = None) -> dict[str, Any]:
         return card
     with world.together():
         card, seen = read_card(folder), sha256_of(folder / CARD)
-    world.refuse_difference(seen, str(folder))
+    world.check_same_folder(seen, str(folder))
     world.look(lambda: _refuse_other_shards(folder, card))
     return card
 

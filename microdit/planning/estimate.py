@@ -1,21 +1,18 @@
 """What comes before training: how much room an encoded set takes, and how long the frozen encoders work on it.
 
-A whole recipe, or a folder of them, reckoned through: each phase's bill and memory, the data, the totals.
+A whole recipe, or a folder of them, estimated through: each phase's bill and memory, the data, the totals.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from microdit.config.load import load_recipe
 from microdit.config.schema import Recipe
 from microdit.data.packing import bytes_of_row
 from microdit.data.shards import CHECKSUM_BYTES
 from microdit.planning.hardware import Chip, Machine
-from microdit.planning.memory import Footprint, Load, Way, usable
-from microdit.planning.workload import Given, PhaseBill, Shapes, bill, shapes_of
-from microdit.training.multi_phase import load_chain
+from microdit.planning.memory import Footprint, MemoryPlan, PhaseMemory, usable
+from microdit.planning.workload import KnownShapes, PhaseCost, Shapes, bill, shapes_of
 
 STORED_TOKENS = 25  # of a caption, on average: padding is not stored (docs/storage.md)
 UTILISATION = 0.25  # of the chip's peak in the dtype, by the encoders: assumed, not measured
@@ -94,7 +91,7 @@ SMALL_CARD_GB = 24  # what a good card for games has
 
 
 @dataclass(frozen=True)
-class PhaseBudget:
+class PhaseEstimate:
     """A phase of the recipe `recipe`.
 
     `asked`: memory as its engine settings say, in `parts`. `divides`: whether its micro-batch divides a GPU's share of the batch, without
@@ -103,21 +100,21 @@ class PhaseBudget:
     """
 
     recipe: str
-    bill: PhaseBill
-    asked: Way
+    bill: PhaseCost
+    asked: MemoryPlan
     parts: Footprint
     fits: bool
     divides: bool
-    advice: Way
-    small: Way | None
-    small_alone: Way | None
+    advice: MemoryPlan
+    small: MemoryPlan | None
+    small_alone: MemoryPlan | None
 
 
 @dataclass(frozen=True)
-class Budget:
+class Estimate:
     machine: Machine
     parameters: int
-    phases: list[PhaseBudget]
+    phases: list[PhaseEstimate]
     encoding: Encoding
     assumed: tuple[str, ...]
     flops: float
@@ -130,18 +127,13 @@ class Budget:
         return asdict(self)
 
 
-def load_recipes(path: Path, overrides: list[str] | None) -> dict[str, Recipe]:
-    """By name: those of a folder, or the one of a file. Raises UserError."""
-    return load_chain(path, overrides) if path.is_dir() else {path.stem: load_recipe(path, overrides)}
-
-
-def reckon(
+def estimate(
     recipes: dict[str, Recipe],
     machine: Machine,
-    given: Given = Given(),  # noqa: B008 (frozen)
+    given: KnownShapes = KnownShapes(),  # noqa: B008 (frozen)
     images: int | None = None,
     check: Callable[[], None] = lambda: None,
-) -> Budget:
+) -> Estimate:
     """`images`: how many to encode. `check` is called before each piece of work that takes a while, and may raise.
 
     Raises UserError for what cannot be trained on that machine.
@@ -150,9 +142,9 @@ def reckon(
     phases = [phase for name, recipe in recipes.items() for phase in _phases(name, recipe, shapes[name], machine, check)]
     bills = [phase.bill for phase in phases]
     last = list(recipes)[-1]
-    return Budget(
+    return Estimate(
         machine,
-        Load(recipes[last], recipes[last].phases[-1], shapes[last], machine.count, check).parameters,
+        PhaseMemory(recipes[last], recipes[last].phases[-1], shapes[last], machine.count, check).parameters,
         phases,
         encoding(list(shapes.values()), machine, images),
         tuple(dict.fromkeys(sentence for item in shapes.values() for sentence in item.assumed)),
@@ -163,16 +155,16 @@ def reckon(
     )
 
 
-def _phases(name: str, recipe: Recipe, shapes: Shapes, machine: Machine, check: Callable[[], None]) -> list[PhaseBudget]:
+def _phases(name: str, recipe: Recipe, shapes: Shapes, machine: Machine, check: Callable[[], None]) -> list[PhaseEstimate]:
     found = []
     for phase, its_bill in zip(recipe.phases, bill(recipe, shapes, machine), strict=True):
-        load, alone = Load(recipe, phase, shapes, machine.count, check), Load(recipe, phase, shapes, 1, check)
-        advice = load.best_way(machine.chip.memory_gb)
+        load, alone = PhaseMemory(recipe, phase, shapes, machine.count, check), PhaseMemory(recipe, phase, shapes, 1, check)
+        advice = load.best_plan(machine.chip.memory_gb)
         if advice is None:
-            raise load.refuse(machine.chip.memory_gb, machine.chip.name)
-        asked, parts = load.as_asked(recipe, machine.chip.memory_gb)
+            raise load.no_fit_error(machine.chip.memory_gb, machine.chip.name)
+        asked, parts = load.as_configured(recipe, machine.chip.memory_gb)
         fits = parts.total <= usable(machine.chip.memory_gb)
         divides = load.share % (recipe.engine.micro_batch or load.share) == 0
-        small = load.best_way(SMALL_CARD_GB), alone.best_way(SMALL_CARD_GB)
-        found.append(PhaseBudget(name, its_bill, asked, parts, fits, divides, advice, *small))
+        small = load.best_plan(SMALL_CARD_GB), alone.best_plan(SMALL_CARD_GB)
+        found.append(PhaseEstimate(name, its_bill, asked, parts, fits, divides, advice, *small))
     return found

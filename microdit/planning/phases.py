@@ -25,12 +25,12 @@ from microdit.planning.workload import Shapes, assumed_shapes, phase_flops
 
 SMALL, LARGE = SIZES["MicroDiT_Tiny_2"], SIZES["MicroDiT_XL_2"]
 WIDTHS = (256, 384, 512, 640, 768, 896, 1024, 1280, 1536)
-PATCHES = 256  # of 256 px, which equivalent sizes are reckoned at
+PATCHES = 256  # of 256 px, which equivalent sizes are estimated at
 FITTED = (1e17, 6e18)  # FLOPs of the runs that 2410.08184 fits
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SizeTarget:
     """Equivalent sizes that two rules ask for. `middle` is their geometric mean."""
 
     by_fit: float
@@ -41,7 +41,7 @@ class Wanted:
         return (self.by_fit * self.by_paper) ** 0.5
 
 
-def wanted_size(flops: float, paper_flops: float, paper_size: float) -> Wanted:
+def target_size(flops: float, paper_flops: float, paper_size: float) -> SizeTarget:
     """For training with `flops`; the published run did `paper_flops` on an equivalent size of `paper_size`.
 
     By the fit of Liang et al. (2410.08184) to diffusion transformers trained on text and images: N = 0.0009 C^0.5681. (The exponent and
@@ -49,7 +49,7 @@ def wanted_size(flops: float, paper_flops: float, paper_size: float) -> Wanted:
     By the published run (2407.15811) as one good point, and N growing as the square root of C from there, as it does for language
     models (Hoffmann et al. 2022, 2203.15556).
     """
-    return Wanted(0.0009 * flops**0.5681, paper_size * (flops / paper_flops) ** 0.5)
+    return SizeTarget(0.0009 * flops**0.5681, paper_size * (flops / paper_flops) ** 0.5)
 
 
 def size_of_width(dim: int) -> Size:

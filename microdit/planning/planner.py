@@ -17,7 +17,7 @@ from microdit.io.files import write_aside
 from microdit.models.config import Size
 from microdit.planning.estimate import Encoding, encoding
 from microdit.planning.hardware import Machine
-from microdit.planning.memory import Load, Way
+from microdit.planning.memory import MemoryPlan, PhaseMemory
 from microdit.planning.phases import (
     AT_256,
     FITTED,
@@ -25,17 +25,17 @@ from microdit.planning.phases import (
     SMALL,
     STAGES,
     WIDTHS,
+    SizeTarget,
     Stage,
-    Wanted,
     equivalent_size,
     file_stem,
     paper_flops,
     size_of_width,
     stage_flops,
     stage_recipe,
-    wanted_size,
+    target_size,
 )
-from microdit.planning.workload import Given, Shapes, shapes_of
+from microdit.planning.workload import KnownShapes, Shapes, shapes_of
 from microdit.reports.formats import money
 
 UNCERTAINTY = 2  # a factor, on the size: our judgement of rules that were found on other models
@@ -58,7 +58,7 @@ class Plan:
     encoding: Encoding
     flops: float
     gpu_hours: float
-    wanted: Wanted
+    wanted: SizeTarget
     width: int
     widths: tuple[int, int]
     equivalent: float
@@ -106,7 +106,7 @@ class _Purse:
     flops: float
 
 
-def buy(dollars: float, machine: Machine, given: Given, data: str, images: int | None = None) -> Plan:
+def plan_for_dollars(dollars: float, machine: Machine, given: KnownShapes, data: str, images: int | None = None) -> Plan:
     """`images`: how many to encode, else a million; none where the set `data` is on the disk.
 
     Raises UserError if the sum is too little for any model or more than is planned with, or if no model fits the machine.
@@ -142,7 +142,7 @@ def buy(dollars: float, machine: Machine, given: Given, data: str, images: int |
     raise UserError(f"Not even the smallest of our sizes fits {machine.count} x {machine.chip.name} of {machine.chip.memory_gb:g} GB.")
 
 
-def _shapes(given: Given, data: str) -> dict[str, Shapes]:
+def _shapes(given: KnownShapes, data: str) -> dict[str, Shapes]:
     """By the stage's name; read from the set `data`, if it is there."""
     try:
         return {stage.name: shapes_of(stage_recipe(stage, SMALL, 1, 1, data), given) for stage in STAGES}
@@ -220,9 +220,9 @@ def _batch(images: float, gpus: int) -> int:
     return -(-batch // gpus) * gpus
 
 
-def _way(stage: Stage, size: Size, batch: int, shapes: Shapes, machine: Machine, last: bool) -> Way | None:
+def _way(stage: Stage, size: Size, batch: int, shapes: Shapes, machine: Machine, last: bool) -> MemoryPlan | None:
     recipe = stage_recipe(stage, size, steps=1, batch_size=batch, last=last)
-    return Load(recipe, recipe.phases[0], shapes, machine.count).best_way(machine.chip.memory_gb)
+    return PhaseMemory(recipe, recipe.phases[0], shapes, machine.count).best_plan(machine.chip.memory_gb)
 
 
 def _mean_flops(stages: Sequence[Stage], size: Size, shapes: dict[str, Shapes], factors: Sequence[float] = (1.0,) * len(STAGES)) -> float:
@@ -239,8 +239,8 @@ def _shares(stages: Sequence[Stage]) -> list[float]:
     return [stage.steps / total for stage in stages]
 
 
-def _wanted(flops: float) -> Wanted:
-    return wanted_size(flops, paper_flops(LARGE), equivalent_size(LARGE))
+def _wanted(flops: float) -> SizeTarget:
+    return target_size(flops, paper_flops(LARGE), equivalent_size(LARGE))
 
 
 def _nearest(equivalent: float) -> int:

@@ -8,15 +8,15 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from microdit.io.console import PlainConsole, joined, styled
-from microdit.planning.estimate import MILLION, SMALL_CARD_GB, STORED_TOKENS, UTILISATION, Budget, Encoding, PhaseBudget
-from microdit.planning.memory import HEADROOM, Way
+from microdit.planning.estimate import MILLION, SMALL_CARD_GB, STORED_TOKENS, UTILISATION, Encoding, Estimate, PhaseEstimate
+from microdit.planning.memory import HEADROOM, MemoryPlan
 from microdit.planning.planner import Plan
 from microdit.reports.formats import count, duration, figure, hours, money
 
 WIDE = 1000  # characters, more than any table takes
 
 
-def show(budget: Budget, console: PlainConsole) -> None:
+def show(budget: Estimate, console: PlainConsole) -> None:
     machine = budget.machine
     console.print(
         joined(
@@ -40,7 +40,7 @@ def show(budget: Budget, console: PlainConsole) -> None:
         console.print(line, soft_wrap=True)
 
 
-def show_plan(plan: Plan, budget: Budget, console: PlainConsole) -> None:
+def show_plan(plan: Plan, budget: Estimate, console: PlainConsole) -> None:
     """`budget`: of the plan's recipes."""
     for line in plan.in_words():
         console.print(line, soft_wrap=True)
@@ -53,7 +53,7 @@ def show_plan(plan: Plan, budget: Budget, console: PlainConsole) -> None:
             console.print(f"Only {_short(budget.images)} images are seen: encode no more of them (--images).")
 
 
-def _costs(budget: Budget) -> Table:
+def _costs(budget: Estimate) -> Table:
     table = _table("What it costs", "px", "drop", "steps", "batch", "images", "GFLOPs/\nsample", "EFLOPs", "hours", "dollars")
     for phase in budget.phases:
         b = phase.bill
@@ -66,7 +66,7 @@ def _costs(budget: Budget) -> Table:
     return table
 
 
-def _memory(budget: Budget) -> Table:
+def _memory(budget: Estimate) -> Table:
     """`gathered` are low-precision copies of weights. The total is less than the sum where gradients come as activations go."""
     table = _table("GB on each GPU, as the recipe says", "weights", "grads", "moments", "averages", "activations", "copies", "total")
     for phase in budget.phases:
@@ -76,7 +76,7 @@ def _memory(budget: Budget) -> Table:
     return table
 
 
-def _ways(budget: Budget) -> Table:
+def _ways(budget: Estimate) -> Table:
     columns = _places(budget)
     table = _table("Does it fit? Micro-batch, sharding, GB in use", "as the recipe says", *columns, justify="left")
     for phase in budget.phases:
@@ -85,7 +85,7 @@ def _ways(budget: Budget) -> Table:
     return table
 
 
-def _verdict(budget: Budget) -> Text:
+def _verdict(budget: Estimate) -> Text:
     """The table in a sentence."""
     fits = {"As it is": [phase.bill.name for phase in budget.phases if not (phase.fits and phase.divides)]}
     for place, choose in _places(budget).items():
@@ -97,7 +97,7 @@ def _verdict(budget: Budget) -> Text:
     return joined(styled("Fits?"), *said)
 
 
-def _settings(budget: Budget) -> list[Text]:
+def _settings(budget: Estimate) -> list[Text]:
     """What each phase has to say that does not fit as it is, and what that costs."""
     lines = []
     for phase in budget.phases:
@@ -109,10 +109,10 @@ def _settings(budget: Budget) -> list[Text]:
     return lines
 
 
-def _places(budget: Budget) -> dict[str, Callable[[PhaseBudget], Way | None]]:
+def _places(budget: Estimate) -> dict[str, Callable[[PhaseEstimate], MemoryPlan | None]]:
     """The machine, as many cards of 24 GB, and one of them; those that are the same only once."""
     gpus, memory = budget.machine.count, budget.machine.chip.memory_gb
-    places: dict[str, Callable[[PhaseBudget], Way | None]] = {f"on {gpus} x {memory:g} GB": lambda phase: phase.advice}
+    places: dict[str, Callable[[PhaseEstimate], MemoryPlan | None]] = {f"on {gpus} x {memory:g} GB": lambda phase: phase.advice}
     places.setdefault(f"on {gpus} x {SMALL_CARD_GB} GB", lambda phase: phase.small)
     places.setdefault(f"on 1 x {SMALL_CARD_GB} GB", lambda phase: phase.small_alone)
     return places
@@ -130,7 +130,7 @@ def _data(data: Encoding) -> list[Text]:
     if data.assumed:
         taken.append(" Say how many with --images.")
     if data.gpu_hours is None or data.flops_per_sample is None:
-        return [taken, joined("What these encoders cost is not known here: only the SDXL autoencoder and DFN5B-CLIP-H are reckoned.")]
+        return [taken, joined("What these encoders cost is not known here: only the SDXL autoencoder and DFN5B-CLIP-H are estimated.")]
     dtype, *others = data.hours_by_dtype
     rate = (
         f"{data.flops_per_sample / 1e12:.3g} TFLOPs a sample, {UTILISATION:.0%} of the peak assumed, reading and decoding files not counted"
@@ -149,16 +149,16 @@ def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right
     return table
 
 
-def _asked(phase: PhaseBudget) -> Text:
+def _asked(phase: PhaseEstimate) -> Text:
     if not phase.divides:
         return styled("micro_batch does not divide a GPU's share of the batch", "red")
     return _way(phase.asked) if phase.fits else styled(f"{_way(phase.asked)}: too much", "red")
 
 
-def _way(way: Way | None) -> Text:
+def _way(way: MemoryPlan | None) -> Text:
     if way is None:
         return styled("does not fit", "red")
-    return joined(way.in_words())
+    return joined(way.summary())
 
 
 def _dropped(ratios: tuple[float, float]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from microdit.config.schema import PhaseRecipe, Recipe
+from microdit.config.schema import PhaseRecipe, Recipe, architecture
 from microdit.data.dataset import EncodedDataset
 from microdit.data.manifest import CARD
 from microdit.data.packing import bytes_of_row
@@ -19,12 +19,11 @@ from microdit.models.flops import recomputed_flops, training_flops
 from microdit.models.microdit import ModelConfig
 from microdit.models.routing import kept_tokens
 from microdit.planning.hardware import Machine
-from microdit.training.setup import architecture
 
 SAMPLES = 32  # points at which a mask schedule is looked at, to sum a phase up
 
 
-class Work:
+class FlopCounter:
     """Of a recipe's steps on one shape of latents."""
 
     def __init__(self, recipe: Recipe, config: ModelConfig):
@@ -36,7 +35,7 @@ class Work:
         kept = kept_tokens(tokens, phase.mask_ratio_at(step_in_phase))
         return phase.batch_size * self._flops(self._config, tokens, kept, caption_tokens)
 
-    def after(self, step: int, tokens: int, caption_tokens: int) -> float:
+    def remaining(self, step: int, tokens: int, caption_tokens: int) -> float:
         """FLOPs of all steps from number `step` to the end."""
         total = 0.0
         for phase in self._recipe.phases:
@@ -56,7 +55,7 @@ TEXT_ENCODERS = {"dfn-clip-h": (77, 1024), "minilm": (16, 384)}  # tokens, chann
 
 
 @dataclass(frozen=True)
-class Given:
+class KnownShapes:
     """What is known better than our assumptions."""
 
     latent_channels: int | None = None
@@ -84,7 +83,7 @@ class Shapes:
     assumed: tuple[str, ...]
 
 
-def shapes_of(recipe: Recipe, given: Given = Given()) -> Shapes:
+def shapes_of(recipe: Recipe, given: KnownShapes = KnownShapes()) -> Shapes:
     """Raises UserError if a set is damaged, or if the model's patches do not fit."""
     folders = [Path(item.path) for item in recipe.data.named_sets.values()]
     found = [EncodedDataset(folder, recipe.data.resolution) for folder in folders if (folder / CARD).is_file()]
@@ -96,7 +95,7 @@ def shapes_of(recipe: Recipe, given: Given = Given()) -> Shapes:
     return shapes
 
 
-def assumed_shapes(recipe: Recipe, given: Given = Given()) -> Shapes:
+def assumed_shapes(recipe: Recipe, given: KnownShapes = KnownShapes()) -> Shapes:
     """From what the recipe says of its data alone, whatever lies on the disk."""
     data = recipe.data
     autoencoder, text_encoder = data.autoencoder or "sdxl", data.text_encoder or "dfn-clip-h"
@@ -143,7 +142,7 @@ def _longest_caption(encoded: EncodedDataset) -> int:
 
 
 @dataclass(frozen=True)
-class PhaseBill:
+class PhaseCost:
     """`flops_per_sample`: forward and backward, the mean over the phase. Of them come `flops`; recomputed blocks only take time."""
 
     name: str
@@ -158,16 +157,16 @@ class PhaseBill:
     dollars: float
 
 
-def bill(recipe: Recipe, shapes: Shapes, machine: Machine) -> list[PhaseBill]:
+def bill(recipe: Recipe, shapes: Shapes, machine: Machine) -> list[PhaseCost]:
     """One for each phase of the recipe."""
     return [_phase_bill(recipe, phase, shapes, machine) for phase in recipe.phases]
 
 
 def phase_flops(recipe: Recipe, phase: PhaseRecipe, shapes: Shapes) -> float:
     """Of all steps of the phase."""
-    work = Work(replace(recipe, phases=[phase]), config_of(recipe, shapes))
+    work = FlopCounter(replace(recipe, phases=[phase]), config_of(recipe, shapes))
     p = recipe.model.patch_size
-    return sum(share * work.after(0, (height // p) * (width // p), shapes.caption_tokens) for share, height, width in shapes.sides)
+    return sum(share * work.remaining(0, (height // p) * (width // p), shapes.caption_tokens) for share, height, width in shapes.sides)
 
 
 def config_of(recipe: Recipe, shapes: Shapes) -> ModelConfig:
@@ -184,12 +183,12 @@ def time_factor(recipe: Recipe, phase: PhaseRecipe, shapes: Shapes) -> float:
     return 1 + again / sum(share * training_flops(*kind) for share, kind in kinds)
 
 
-def _phase_bill(recipe: Recipe, phase: PhaseRecipe, shapes: Shapes, machine: Machine) -> PhaseBill:
+def _phase_bill(recipe: Recipe, phase: PhaseRecipe, shapes: Shapes, machine: Machine) -> PhaseCost:
     flops = phase_flops(recipe, phase, shapes)
     images = phase.steps * phase.batch_size
     hours = machine.hours(flops * time_factor(recipe, phase, shapes))
     ratios = phase.mask_ratio_at(0), phase.mask_ratio_at(phase.steps - 1)
-    return PhaseBill(
+    return PhaseCost(
         phase.name,
         shapes.resolution,
         ratios,

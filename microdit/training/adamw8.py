@@ -12,17 +12,15 @@ Notable:
 Shape legend: N blocks, B numbers of a block.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-BLOCK = 256
-LEAST_BLOCK = 16  # rows that only smaller blocks divide, and vectors, keep moments in float32
+from microdit.planning.memory import block_size
+
 TOP, SIGNED_TOP = 255, 127  # the codes of a block's largest numbers
 DROPPED = 20  # of a float32's 23 bits of mantissa
 ONE = 127 << 3  # the exponent of 1.0 in a float32, and three bits of mantissa
@@ -40,23 +38,6 @@ class _Settings(NamedTuple):
     beta2: float
     eps: float
     taken: Tensor
-
-
-@cache
-def block_size(shape: torch.Size) -> int | None:
-    """How many numbers share a scale: the largest part of a row up to `BLOCK`. None: the moments of such a weight stay float32.
-
-    A block lies in one row of the first dimension, since that is what FSDP deals out.
-    """
-    row = math.prod(shape[1:])
-    size = next(size for size in range(min(BLOCK, row), 0, -1) if row % size == 0)
-    return size if len(shape) >= 2 and size >= LEAST_BLOCK else None
-
-
-def moment_bytes(rows: int, shape: torch.Size) -> int:
-    """Bytes of both moments of `rows` rows of a weight of that shape."""
-    numbers, block = rows * math.prod(shape[1:]), block_size(shape)
-    return 8 * numbers if block is None else 2 * numbers + 8 * (numbers // block)
 
 
 class AdamW8(Optimizer):

@@ -45,7 +45,7 @@ class _SaveFailedError(Exception):
     """On whatever process; the message says why."""
 
 
-class Saver:
+class CheckpointWriter:
     """Saves one checkpoint at a time; a second save waits for the first."""
 
     def __init__(self, run: Path, world: World, keep: int, keep_every: int | None, warn: Callable[[str], None]):
@@ -165,7 +165,7 @@ class Saver:
                 _delete(old)
 
 
-def newest_whole(run: Path, world: World, warn: Callable[[str], None], skip: int = 0) -> Checkpoint | None:
+def newest_intact(run: Path, world: World, warn: Callable[[str], None], skip: int = 0) -> Checkpoint | None:
     """The newest checkpoint of which every byte is what was written, or the one `skip` before it; None if there are none at all.
 
     The first process looks, and all share the reading. Damaged ones are passed over, each with a sentence to `warn`. Raises UserError if

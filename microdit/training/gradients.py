@@ -17,8 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from microdit.config.schema import EngineRecipe
 from microdit.distributed import World
+from microdit.planning.memory import Sharding
 from microdit.training.noise import TrainingBatch
-from microdit.training.parallel import DenoisingLoss, Sharding, spare
+from microdit.training.parallel import DenoisingLoss, spare
 
 WARM_UP = 3  # micro-batches of a shape before it is recorded: kernels are chosen and compiled by then
 MOST_GRAPHS = 8  # each keeps its memory; a mask that falls step by step has more shapes than that, and stays eager

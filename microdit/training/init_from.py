@@ -11,11 +11,11 @@ from torch import nn
 from microdit.checkpoint import (
     STATE,
     Checkpoint,
+    check_architecture,
+    check_encoders,
+    check_finite,
     find_weights,
     open_checkpoint,
-    refuse_infinite,
-    refuse_other_architecture,
-    refuse_other_encoders,
 )
 from microdit.config.schema import Recipe
 from microdit.data.dataset import EncodedDataset
@@ -27,7 +27,7 @@ from microdit.training.parallel import Shard, shards_of
 
 
 @dataclass(frozen=True)
-class Origin:
+class InitialWeights:
     """The weights called `name` (`model`, `ema` ...) of a checkpoint that is whole."""
 
     checkpoint: Checkpoint
@@ -44,10 +44,10 @@ class Origin:
                 load_into(self.checkpoint, {f"{self.name}/{shard.name}": shard.weight.detach() for shard in shards}, world)
             else:
                 _read(path, shards, what)
-            refuse_infinite({shard.name: shard.leaf for shard in shards}, what)
+            check_finite({shard.name: shard.leaf for shard in shards}, what)
 
 
-def find_origin(
+def find_initial_weights(
     recipe: Recipe,
     run: Path,
     config: ModelConfig,
@@ -55,7 +55,7 @@ def find_origin(
     world: World,
     warn: Callable[[str], None],
     known: Checkpoint | None,
-) -> Origin | None:
+) -> InitialWeights | None:
     """The weights that `init_from` names, those called `init_weights`; None if it names none. All processes must call this.
 
     `known`: that run's newest checkpoint, if it was found whole already: it is not read again. Damaged checkpoints are passed over, and
@@ -71,9 +71,9 @@ def find_origin(
         raise UserError(f"{checkpoint.folder} holds no weights named {recipe.init_weights}, only {', '.join(names)}.")
     if damaged := checkpoint.damage_of(recipe.init_weights, world):
         raise UserError(f"{checkpoint.folder} is damaged ({', '.join(damaged)}: not what was written, or gone).")
-    refuse_other_architecture(checkpoint, config, except_for=frozenset({"position_scale"}))
-    refuse_other_encoders(checkpoint, data.card, data.folder)
-    return Origin(checkpoint, recipe.init_weights)
+    check_architecture(checkpoint, config, except_for=frozenset({"position_scale"}))
+    check_encoders(checkpoint, data.card, data.folder)
+    return InitialWeights(checkpoint, recipe.init_weights)
 
 
 def _found(places: list[Path], weights: str, world: World, warn: Callable[[str], None]) -> Checkpoint:

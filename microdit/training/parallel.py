@@ -22,7 +22,6 @@ Notable:
 import os
 import tempfile
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.models.blocks import compiled
 from microdit.models.microdit import MicroDiT
+from microdit.planning.memory import LARGE, SPARE, STATE_BYTES, WHOLE, Sharding
 from microdit.training.noise import TrainingBatch
 
 
@@ -51,7 +51,7 @@ class DenoisingLoss(nn.Module):
         mask_BL = batch.text_mask_BL if self.mask_padding else None
         text_BLE = batch.text_BLE * batch.caption_kept_B.view(-1, 1, 1)
         caption = self.model.embed_caption(text_BLE.to(self.model.patch_embed.weight.dtype), mask_BL)
-        draws = batch.sigma_B, batch.noise_BCHW, batch.keep_ids_BK, batch.path_kept_B
+        draws = batch.sigma_B, batch.noise_BCHW, batch.keep_ids_BK, batch.path_keep_mask_B
         return edm_loss(self.model, self.edm, batch.latents_BCHW, caption, *draws)
 
 
@@ -141,12 +141,7 @@ def foreach_works(device: torch.device) -> bool:
     return device.type != "meta"
 
 
-Sharding = Literal["none", "ddp", "fsdp", "hybrid"]
-LARGE = 500_000_000  # parameters from which "auto" shards where memory is not known to suffice
-STATE_BYTES = 20  # a parameter of a model that is held whole: weights, gradients, two moments in float32, weights and gradients in bfloat16
-WHOLE = 0.4  # of a GPU's memory, which these may take before "auto" shards them
-ROOM = 1 << 20  # bytes, for which there must be room where compiled code is kept
-SPARE = 0.1  # of a device's memory, which may be spent on speed
+ROOM = 1 << 20  # bytes that must be free where compiled code is kept
 
 
 def sharding_of(engine: EngineRecipe, world: World, parameters: int) -> Sharding:

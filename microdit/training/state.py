@@ -22,11 +22,11 @@ from microdit.models.microdit import MicroDiT, ModelConfig
 from microdit.pipelines.native import model_of
 from microdit.training.checkpointing import Tensors, load_into, whole
 from microdit.training.gradients import gradients_of
-from microdit.training.meters import SUMS, Reading, StepSums, Tally
+from microdit.training.meters import SUMS, LossStats, PendingStep, StepResult
 from microdit.training.noise import MicroBatch
 from microdit.training.optim import Optimizers
 from microdit.training.parallel import DenoisingLoss, compute_dtype, local, mesh_of, prepare_blocks, shard_the_rest, sharding_of, total_norm
-from microdit.training.stability import Guard, Verdict
+from microdit.training.stability import SpikeDecision, SpikeGuard
 
 
 class EMA:
@@ -120,38 +120,50 @@ class TrainingState:
         on_cpu = recipe.engine.averages_on_cpu
         self.averages = dict(zip(names_of(recipe.ema), (EMA(self.model, ema, on_cpu) for ema in recipe.ema), strict=True))
 
-    def learn(
-        self, parts: Sequence[MicroBatch], step: int, grad_clip: float, guard: Guard, stops: tuple[bool, bool] = (False, False)
-    ) -> Reading:
-        """Queue step number `step` (from 0): gradients of the mean loss over the global batch, clipped; the optimizers; the averages.
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        step: int,
+        learning_rate: float,
+        grad_clip: float,
+        guard: SpikeGuard,
+        stops: tuple[bool, bool] = (False, False),
+    ) -> PendingStep:
+        """Queue training step number `step` (from 0) on the device, without waiting for it.
 
-        `parts` is this process's share, in micro-batches; `stops` what it was asked (`Tally.add_stops`). Nothing here waits for the device.
-        `what_happened` makes sense of the numbers to come. All processes must call this.
+        Computes the gradients of the mean loss over the global batch, clips their norm to `grad_clip`, lets `guard` decide on the device
+        whether to apply them, and updates weights and averages.
+
+        `micro_batches` are this process's part of the global batch; `stops` are the stop requests that it received (by the machine, by
+        the user), which travel to all processes along with the losses. Pass the returned numbers to `read_step` once they are needed.
+        All processes must call this.
         """
-        device, samples = self._world.device, sum(len(part) for part in parts)
-        tally = Tally(device)
+        device, samples = self._world.device, sum(len(part) for part in micro_batches)
+        stats = LossStats(device)
+        self.optimizers.set_rate(learning_rate)
         self.gradients.begin()
-        for number, part in enumerate(parts, start=1):
+        for number, part in enumerate(micro_batches, start=1):
             batch = part.to(device)
-            loss_B = self.gradients.add(batch, samples, last=number == len(parts))
-            tally.add(loss_B, batch.sigma_B, self.edm)
-        tally.add_stops(*stops)
-        self._world.sum(tally.sums)
-        loss, grad_norm = tally.loss, self.clip(grad_clip)
+            loss_B = self.gradients.add(batch, samples, last=number == len(micro_batches))
+            stats.add(loss_B, batch.sigma_B, self.edm)
+        stats.add_stops(*stops)
+        self._world.sum(stats.sums)
+        loss, grad_norm = stats.loss, self.clip(grad_clip)
         taken, usual = guard.judge(loss, grad_norm)
-        self.take_step(step, taken)
+        self.apply_gradients(step, taken)
         self.optimizers.zero_grad()
-        return Reading(torch.cat([tally.sums, torch.stack([loss, grad_norm.to(loss.dtype), taken.to(loss.dtype), usual.to(loss.dtype)])]))
+        decision = torch.stack([loss, grad_norm.to(loss.dtype), taken.to(loss.dtype), usual.to(loss.dtype)])
+        return PendingStep(torch.cat([stats.sums, decision]))
 
-    def clip(self, largest_norm: float) -> Tensor:
-        """Scale the gradients down to the norm `largest_norm`, if theirs is larger. Returns theirs, over all processes, on the device."""
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip the gradients to `max_norm`. Returns their norm before clipping, over all processes, as a scalar on the device."""
         gradients = self.optimizers.take_gradients(self.gradients.held)
         norm = total_norm(gradients, self.mesh)
-        self.optimizers.clip(largest_norm, norm)
+        self.optimizers.clip(max_norm, norm)
         return norm
 
-    def take_step(self, step: int, taken: Tensor) -> None:
-        """Step number `step` (from 0), on gradients that `clip` has seen; nothing changes if `taken`, a scalar on the device, is 0."""
+    def apply_gradients(self, step: int, taken: Tensor) -> None:
+        """Update weights and averages from the clipped gradients. If `taken`, a scalar on the device, is 0, nothing changes."""
         for average in self.averages.values():
             average.let_weights_change()
         self.optimizers.step(taken)
@@ -172,7 +184,7 @@ class TrainingState:
         }
         return {f"{part}/{name}": tensor for part, content in parts.items() for name, tensor in content.items()}
 
-    def drawing_model(self) -> MicroDiT:
+    def ema_model(self) -> MicroDiT:
         """A model with the first average (the weights, where there is none), whole on each process. All processes must call this."""
         averages = next(iter(self.averages.values()), None)
         source = averages.averages if averages else {name: weight.detach() for name, weight in self.model.named_parameters()}
@@ -194,7 +206,7 @@ def _build(config: ModelConfig, recipe: Recipe, drawn: bool, device: torch.devic
     return model.train().to(device)
 
 
-def what_happened(values: list[float]) -> tuple[StepSums, Verdict]:
-    """The numbers of a step that `TrainingState.learn` has queued, once they are read."""
+def read_step(values: list[float]) -> tuple[StepResult, SpikeDecision]:
+    """Parse the numbers of a step that `TrainingState.train_step` queued, from `PendingStep.values`."""
     loss, grad_norm, taken, usual = values[SUMS:]
-    return StepSums.of(values[:SUMS]), Verdict(loss, grad_norm, taken > 0, usual)
+    return StepResult.of(values[:SUMS]), SpikeDecision(loss, grad_norm, taken > 0, usual)

@@ -32,7 +32,7 @@ from microdit.evaluation.recognition import retrieval, spread_ids
 from microdit.models.microdit import MicroDiT
 from microdit.pipelines.native import Pipeline, SamplerSettings, draw_latents, first_noise, unchanged
 from microdit.reports.grids import draw_grid
-from microdit.training.meters import StepSums, Tally, by_noise
+from microdit.training.meters import LossStats, StepResult, by_noise
 from microdit.training.noise import TrainingBatch
 
 MICRO_BATCH = 32
@@ -66,14 +66,14 @@ class HeldOut:
 
         `compiled` functions are called as in training, as if gradients were wanted: without, they would be compiled once more.
         """
-        tally = Tally(self._world.device)
+        tally = LossStats(self._world.device)
         mine = range(self._world.rank, self.count, self._world.size)
         for start in range(0, len(mine), MICRO_BATCH):
             batch = self._batch(mine[start : start + MICRO_BATCH]).to(self._world.device)
             with torch.set_grad_enabled(compiled):
                 tally.add(loss(batch), batch.sigma_B, self._edm)
         self._world.sum(tally.sums)
-        sums = StepSums.of(tally.sums.tolist())
+        sums = StepResult.of(tally.sums.tolist())
         return {"held_out_loss": sums.loss, "held_out_by_noise": by_noise(sums.losses, sums.counts)}
 
     def _batch(self, numbers: range) -> TrainingBatch:

@@ -9,10 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from microdit.config.load import load_recipe
-from microdit.planning.estimate import clip_h_text_flops, encoding, load_recipes, sdxl_encoder_flops
+from microdit.config.load import load_recipe, load_recipes
+from microdit.planning.estimate import clip_h_text_flops, encoding, sdxl_encoder_flops
 from microdit.planning.hardware import named_chip
-from microdit.planning.workload import Given, shapes_of
+from microdit.planning.workload import KnownShapes, shapes_of
 from tests.planning.test_workload_bill import PUBLISHED, RECIPES, machine
 
 
@@ -70,6 +70,6 @@ def test_float32_costs_what_it_costs_on_the_chip():
 
 def test_other_encoders_are_not_guessed():
     recipe = load_recipe(RECIPES / "microdit-tiny" / "1-256-masked.yaml", ["data.autoencoder=16ch"])
-    shapes = shapes_of(recipe, Given(caption_tokens=100))
+    shapes = shapes_of(recipe, KnownShapes(caption_tokens=100))
     assert (shapes.latent_channels, shapes.caption_tokens) == (16, 100)
     assert encoding([shapes], machine(), None).gpu_hours is None

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from microdit.config.load import load_recipe
+from microdit.config.load import load_recipe, load_recipes
 from microdit.errors import UserError
 from microdit.models.routing import kept_tokens
-from microdit.planning.estimate import load_recipes, reckon
+from microdit.planning.estimate import estimate
 from microdit.planning.hardware import Machine, Price, named_chip
-from microdit.planning.workload import Given, bill, config_of, shapes_of
+from microdit.planning.workload import KnownShapes, bill, config_of, shapes_of
 from tests.models.test_flops import counted, one_hot_flops
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -24,7 +24,7 @@ def machine(count: int = 8, price: float = 2.5, utilisation: float = 0.45, chip:
 
 @pytest.fixture(scope="module")
 def published():
-    return reckon(load_recipes(PUBLISHED, None), machine())
+    return estimate(load_recipes(PUBLISHED, None), machine())
 
 
 def test_the_four_phases_cost_what_the_formula_says_and_the_authors_code_a_little_more(published):
@@ -78,7 +78,7 @@ def test_a_falling_mask_costs_between_its_ends():
 
 @pytest.mark.parametrize("path", sorted(path for path in RECIPES.iterdir() if path.name != "lab"), ids=lambda path: path.name)
 def test_every_recipe_of_ours_has_a_bill(path):
-    found = reckon(load_recipes(path, None), machine(count=1))
+    found = estimate(load_recipes(path, None), machine(count=1))
     assert found.dollars > 0
     assert all(phase.advice is not None for phase in found.phases)
 
@@ -89,8 +89,8 @@ def test_the_emoji_recipes_are_billed_without_data_as_the_recorded_runs_were_wit
     monkeypatch.chdir(tmp_path)
     recorded = json.loads((RECIPES.parent / "docs" / "results" / f"{name}.json").read_text())[0]["flops"]
     recipes = load_recipes(RECIPES / f"{name}.yaml", None)
-    assert reckon(recipes, machine(count=1), Given(caption_tokens=14)).flops == recorded
-    assert recorded < reckon(recipes, machine(count=1)).flops < 1.05 * recorded
+    assert estimate(recipes, machine(count=1), KnownShapes(caption_tokens=14)).flops == recorded
+    assert recorded < estimate(recipes, machine(count=1)).flops < 1.05 * recorded
 
 
 def test_the_dry_run_is_billed_for_the_latents_of_its_encoder(monkeypatch, tmp_path):
@@ -101,5 +101,5 @@ def test_the_dry_run_is_billed_for_the_latents_of_its_encoder(monkeypatch, tmp_p
 
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused():
-    with pytest.raises(UserError, match="the batch of 2048 cannot be dealt out to 3 GPUs: take a multiple of 3"):
-        reckon(load_recipes(PUBLISHED, None), machine(count=3))
+    with pytest.raises(UserError, match="the batch of 2048 cannot be split evenly over 3 GPUs: use a multiple of 3"):
+        estimate(load_recipes(PUBLISHED, None), machine(count=3))

@@ -27,7 +27,7 @@ def raise_limit(wanted: int = ENOUGH) -> int:
     return allowed
 
 
-def refuse_low_limit(more: int, what: str) -> None:
+def check_file_limit(more: int, what: str) -> None:
     """Raises UserError if this process cannot open so many `more` files, which `what` needs, by raising its limit either."""
     needed = open_files() + more
     limit = raise_limit(max(needed, ENOUGH))
