@@ -1,7 +1,4 @@
-"""What comes before training: how much room an encoded set takes, and how long the frozen encoders work on it.
-
-A whole recipe, or a folder of them, estimated through: each phase's bill and memory, the data, the totals.
-"""
+"""Estimate what recipes cost: FLOPs, hours and dollars of each phase, its memory, and the encoding and storage of the data."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -23,9 +20,12 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class Encoding:
-    """Of `images` pictures at all of the recipe's resolutions; `assumed`: nobody said how many. Hours and dollars are those of the dtype
-    that `data encode` takes by itself, the first of `hours_by_dtype`. They are None for encoders that we have no FLOPs of, and for sets
-    that are encoded already, whose `bytes_per_sample` is what they take on the disk."""
+    """Cost of encoding `images` pictures at all of the recipe's resolutions.
+
+    `assumed` says that the number of images is a guess. `bytes_per_sample` is by storage format; for a set that is encoded already it is what
+    the set takes on disk. Hours and dollars are those of the dtype that `data encode` chooses by default, the first of `hours_by_dtype`; they
+    are None for encoded sets and for encoders whose FLOPs are not known.
+    """
 
     images: int
     assumed: bool
@@ -38,7 +38,10 @@ class Encoding:
 
 
 def encoding(shapes: list[Shapes], machine: Machine, images: int | None) -> Encoding:
-    """`shapes` of the recipes' phases; each resolution is stored once. `images`: else those of the sets, else a million."""
+    """Estimate the encoding for the `shapes` of the recipes' phases; each resolution is stored once.
+
+    `images` defaults to the number of encoded samples, else to a million.
+    """
     by_resolution = list({item.resolution: item for item in shapes}.values())
     first = by_resolution[0]
     if first.samples is not None and first.bytes is not None:
@@ -56,9 +59,9 @@ def encoding(shapes: list[Shapes], machine: Machine, images: int | None) -> Enco
 
 
 def encoding_teraflops(chip: Chip) -> dict[str, float]:
-    """The chip's peak in each dtype that encoding may use, first the one that `data encode` takes by itself.
+    """Return the chip's peak in each dtype that encoding may use, first the default of `data encode`.
 
-    float32 is an upper bound where it is TF32: PyTorch takes that for convolutions, not for the text tower's products.
+    float32 is an upper bound where it means TF32: PyTorch uses TF32 for convolutions, not for the text tower's products.
     """
     if chip.name in FLOAT32_TERAFLOPS:
         return {"float32": FLOAT32_TERAFLOPS[chip.name]}
@@ -66,14 +69,16 @@ def encoding_teraflops(chip: Chip) -> dict[str, float]:
 
 
 def sdxl_encoder_flops(height: int, width: int) -> int:
-    """Of the encoder of SDXL's autoencoder, for latents of that size (in tests counted on diffusers' own): convolutions, and the
-    self-attention over all latents in its middle."""
+    """Return the FLOPs of the encoder of SDXL's autoencoder for latents of that size (tests count them on diffusers' own).
+
+    They are those of its convolutions and of the self-attention over all latents in its middle block.
+    """
     latents = height * width
     return latents * (264_233_088 + 4 * 512 * latents)
 
 
 def clip_h_text_flops(tokens: int) -> int:
-    """Of CLIP-H's text tower, 24 layers of width 1024 with a feed-forward of four times that."""
+    """Return the FLOPs of CLIP-H's text tower: 24 layers of width 1024, with a feed-forward width of 4096."""
     return 24 * (24 * tokens * 1024**2 + 4 * tokens**2 * 1024)
 
 
@@ -92,11 +97,11 @@ SMALL_CARD_GB = 24  # what a good card for games has
 
 @dataclass(frozen=True)
 class PhaseEstimate:
-    """A phase of the recipe `recipe`.
+    """The estimate for one phase of the recipe called `recipe`.
 
-    `asked`: memory as its engine settings say, in `parts`. `divides`: whether its micro-batch divides a GPU's share of the batch, without
-    which `microdit train` refuses. `advice`: the way that suits the chip; `small`, that suits as many cards of 24 GB, and
-    `small_alone`, one of them. None: it does not fit.
+    `asked` and `parts` are the memory with the recipe's own engine settings. `divides` says whether its micro-batch divides a GPU's part of the
+    batch, which `microdit train` requires. `advice` is the best plan for the chip, `small` the best for as many cards of 24 GB, and
+    `small_alone` for one such card; None means that nothing fits.
     """
 
     recipe: str
@@ -123,7 +128,7 @@ class Estimate:
     dollars: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the estimate as JSON values."""
         return asdict(self)
 
 
@@ -134,8 +139,9 @@ def estimate(
     images: int | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Estimate:
-    """`images`: how many to encode. `check` is called before each piece of work that takes a while, and may raise.
+    """Estimate a series of recipes on `machine`.
 
+    `images` is how many to encode. `check` is called before each slow computation and may raise to cancel it.
     Raises UserError for what cannot be trained on that machine.
     """
     shapes = {name: shapes_of(recipe, given) for name, recipe in recipes.items()}

@@ -1,6 +1,6 @@
-"""What a sum buys: encoded pictures, a model by the rules of scaling.py that fits the card, the paper's phases as far as the money goes.
+"""Plan what a sum of money buys: encoded images, a model size that suits the compute and fits the card, and the paper's phases as recipes.
 
-A plan's recipes as YAML files that people read and change: only what differs from the defaults.
+The recipes are written as YAML files that people read and change, so they hold only what differs from the defaults.
 """
 
 import math
@@ -48,10 +48,10 @@ BATCHES = (2048, 1024, 512, 256, 128, 64)
 
 @dataclass(frozen=True)
 class Plan:
-    """Of `dollars`, `encoding` is paid first, and the rest buys `gpu_hours` and `flops` of training.
+    """What `dollars` buy: `encoding` is paid first, and the rest pays for `gpu_hours` and `flops` of training.
 
-    `width` is nearest to what the two rules want, in the middle, and `widths` to half and to twice that. `equivalent`: its equivalent
-    size (scaling.py). `smaller_for_memory`: a wider one was wanted, and does not fit.
+    `width` is the size nearest to the middle of the two recommendations in `wanted`; `widths` are those nearest to half and to twice that.
+    `equivalent` is its equivalent size (see phases.py). `smaller_for_memory` says that a wider model was recommended and does not fit.
     """
 
     dollars: float
@@ -99,7 +99,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Purse:
-    """What a sum leaves for training in `stages` when their pictures are encoded. `flops` are below 0 where it does not pay for that."""
+    """The compute that is left for training in `stages` after encoding. `flops` is negative where the sum does not pay for encoding."""
 
     stages: Sequence[Stage]
     encoding: Encoding
@@ -107,9 +107,9 @@ class _Purse:
 
 
 def plan_for_dollars(dollars: float, machine: Machine, given: KnownShapes, data: str, images: int | None = None) -> Plan:
-    """`images`: how many to encode, else a million; none where the set `data` is on the disk.
+    """Return the plan for a sum. `images` is how many to encode, by default a million, or none if the set `data` is encoded already.
 
-    Raises UserError if the sum is too little for any model or more than is planned with, or if no model fits the machine.
+    Raises UserError if the sum is too small for any model or beyond what is planned for, or if no model fits the machine.
     """
     if not dollars > 0 or dollars == float("inf"):
         raise UserError(f"--dollars is {dollars}, and must be a sum above 0.")
@@ -143,7 +143,7 @@ def plan_for_dollars(dollars: float, machine: Machine, given: KnownShapes, data:
 
 
 def _shapes(given: KnownShapes, data: str) -> dict[str, Shapes]:
-    """By the stage's name; read from the set `data`, if it is there."""
+    """Return the shapes by the stage's name, read from the set `data` if it exists."""
     try:
         return {stage.name: shapes_of(stage_recipe(stage, SMALL, 1, 1, data), given) for stage in STAGES}
     except UserError as error:
@@ -191,7 +191,7 @@ def _refuse_too_much(dollars: float, purse: _Purse, machine: Machine) -> None:
 
 
 def _reaches_512(purse: _Purse, shapes: dict[str, Shapes]) -> bool:
-    """Whether enough images can be seen masked at 512 px, by the size that the rules want."""
+    """Return whether the recommended size can see enough masked images at 512 px."""
     if purse.flops <= 0:
         return False
     size = size_of_width(_nearest(_wanted(purse.flops).middle))
@@ -199,7 +199,7 @@ def _reaches_512(purse: _Purse, shapes: dict[str, Shapes]) -> bool:
 
 
 def _recipes(size: Size, purse: _Purse, shapes: dict[str, Shapes], machine: Machine, data: str) -> dict[str, Recipe] | None:
-    """The phases that use up the purse, with engine settings that fit. None if there are none."""
+    """Return the phases that spend the funds, with engine settings that fit; None if there are none."""
     stages = purse.stages
     batch = _batch(purse.flops / _mean_flops(stages, size, shapes), machine.count)
     found = [_way(stage, size, batch, shapes[stage.name], machine, stage is stages[-1]) for stage in stages]
@@ -226,7 +226,7 @@ def _way(stage: Stage, size: Size, batch: int, shapes: Shapes, machine: Machine,
 
 
 def _mean_flops(stages: Sequence[Stage], size: Size, shapes: dict[str, Shapes], factors: Sequence[float] = (1.0,) * len(STAGES)) -> float:
-    """Of an image, over all phases; each phase's counted `factors` times."""
+    """Return the mean FLOPs of an image over all phases, each phase's weighted by `factors`."""
     return sum(
         share * factor * stage_flops(stage, size, shapes[stage.name])
         for share, factor, stage in zip(_shares(stages), factors, stages, strict=False)
@@ -234,7 +234,7 @@ def _mean_flops(stages: Sequence[Stage], size: Size, shapes: dict[str, Shapes], 
 
 
 def _shares(stages: Sequence[Stage]) -> list[float]:
-    """Each phase's part of the images: the paper's."""
+    """Return each phase's share of the images, as in the paper."""
     total = sum(stage.steps for stage in stages)
     return [stage.steps / total for stage in stages]
 
@@ -244,12 +244,12 @@ def _wanted(flops: float) -> SizeTarget:
 
 
 def _nearest(equivalent: float) -> int:
-    """The width of the size that costs most nearly that."""
+    """Return the width of the size whose equivalent size is nearest."""
     return min(WIDTHS, key=lambda width: abs(math.log(equivalent_size(size_of_width(width)) / equivalent)))
 
 
 def write_recipes(plan: Plan, folder: Path) -> None:
-    """One file a phase, for `microdit train FOLDER`. Raises UserError if the folder holds something already."""
+    """Write one file a phase, for `microdit train FOLDER`. Raises UserError if the folder is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: choose another --out.")
     for name, text in recipe_files(plan).items():
@@ -257,7 +257,7 @@ def write_recipes(plan: Plan, folder: Path) -> None:
 
 
 def recipe_files(plan: Plan) -> dict[str, str]:
-    """Their text by the file's name."""
+    """Return the text of each recipe by its file name."""
     bought = f"what {money(plan.dollars)} buy on {plan.machine.count} x {plan.machine.chip.name} (microdit budget --dollars)"
     return {
         f"{stem}.yaml": f"# Phase {number} of {len(plan.recipes)} of {bought}.\n{recipe_text(recipe)}"
@@ -270,7 +270,7 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def _sparse(item: Any) -> dict[str, Any]:
-    """What a dataclass says beyond its defaults."""
+    """Return the fields of a dataclass that differ from their defaults."""
     found: dict[str, Any] = {}
     for field in fields(item):
         value = getattr(item, field.name)

@@ -1,4 +1,4 @@
-"""A budget as tables that a person understands at once."""
+"""Print an estimate and a plan as tables."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -86,7 +86,7 @@ def _ways(budget: Estimate) -> Table:
 
 
 def _verdict(budget: Estimate) -> Text:
-    """The table in a sentence."""
+    """Return a sentence that says on which cards each phase fits."""
     fits = {"As it is": [phase.bill.name for phase in budget.phases if not (phase.fits and phase.divides)]}
     for place, choose in _places(budget).items():
         fits[place.replace("on", "On", 1)] = [phase.bill.name for phase in budget.phases if choose(phase) is None]
@@ -98,7 +98,7 @@ def _verdict(budget: Estimate) -> Text:
 
 
 def _settings(budget: Estimate) -> list[Text]:
-    """What each phase has to say that does not fit as it is, and what that costs."""
+    """Return for each phase that does not fit as it is which overrides make it fit, and what they cost."""
     lines = []
     for phase in budget.phases:
         if phase.fits and phase.divides:
@@ -110,7 +110,7 @@ def _settings(budget: Estimate) -> list[Text]:
 
 
 def _places(budget: Estimate) -> dict[str, Callable[[PhaseEstimate], MemoryPlan | None]]:
-    """The machine, as many cards of 24 GB, and one of them; those that are the same only once."""
+    """Return the machine, as many cards of 24 GB, and one such card, without duplicates, each with its plan of a phase."""
     gpus, memory = budget.machine.count, budget.machine.chip.memory_gb
     places: dict[str, Callable[[PhaseEstimate], MemoryPlan | None]] = {f"on {gpus} x {memory:g} GB": lambda phase: phase.advice}
     places.setdefault(f"on {gpus} x {SMALL_CARD_GB} GB", lambda phase: phase.small)
