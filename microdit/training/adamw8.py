@@ -29,7 +29,7 @@ CHUNK = {"cuda": 1 << 22, "cpu": 1 << 16}  # numbers at a time: of a CPU as many
 
 
 class _Settings(NamedTuple):
-    """Of one update. `rate` and `root` have the moments' bias corrections in them; what changes from step to step is a tensor."""
+    """Settings of one update. `rate` and `root` include the bias corrections. What changes from step to step is a tensor."""
 
     rate: Tensor
     root: Tensor
@@ -113,7 +113,7 @@ def _quantised_update(
 
 
 def _plain_update(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, settings: _Settings) -> None:
-    """In place."""
+    """Update weight and moments in place."""
     rate, root, decay, beta1, beta2, eps, taken = settings
     new_mean, new_square = mean.lerp(gradient, 1 - beta1), square.lerp(gradient.square(), 1 - beta2)
     moved = weight * decay - rate * new_mean / (new_square.sqrt() / root + eps)
@@ -145,7 +145,7 @@ def unpack_signed(codes_NB: Tensor, scale_N1: Tensor) -> Tensor:
 
 
 def _scale(x_NB: Tensor) -> Tensor:
-    """The power of two from the largest number on, (N, 1); 0 where all are 0."""
+    """Return the least power of two that is not below the largest number, (N, 1); 0 where all are 0."""
     most_N1 = x_NB.abs().amax(dim=1, keepdim=True)
     return ((most_N1.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 

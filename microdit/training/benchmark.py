@@ -1,4 +1,4 @@
-"""How much of this machine a real training step uses: the trainer's own parts on random latents and captions, for some seconds."""
+"""Measure how much of this machine real training steps use, on random latents and captions."""
 
 import time
 from collections.abc import Callable
@@ -28,7 +28,10 @@ WARM_UP = 2  # steps that are not timed: kernels are chosen, blocks compiled
 
 
 def bench_recipe(path: Path | None, micro_batch: int | None, device: torch.device, precision: str = "auto") -> Recipe:
-    """The recipe at `path` (of a folder the first), or the paper's first phase of Tiny_2; one micro-batch a step. Raises UserError."""
+    """Return the recipe at `path` (the first of a folder), or the paper's first phase of Tiny_2, with one micro-batch a step.
+
+    Raises UserError if it cannot be read.
+    """
     if path is None:
         size = micro_batch or (256 if device.type == "cuda" else 8)
         recipe = stage_recipe(STAGES[0], SIZES[TINY], 1, size, engine=EngineRecipe(compile=device.type == "cuda", precision=precision))
@@ -41,9 +44,9 @@ def bench_recipe(path: Path | None, micro_batch: int | None, device: torch.devic
 
 
 def measure(recipe: Recipe, shapes: Shapes, world: World, seconds: float, advance: Callable[[float, str], None]) -> Measurement:
-    """Batches of the recipe's first phase, each a whole step: forward, backward, clipping, optimizer, averages.
+    """Time whole training steps of the recipe's first phase: forward, backward, clipping, optimizer, averages.
 
-    `advance` is told of the seconds that have passed. Recomputed blocks count as work: it is the chip's use that is measured.
+    `advance` is called with the seconds that have passed. Recomputed blocks count as work, since it is the chip's use that is measured.
     """
     keep_freed_memory()
     phase, device = recipe.phases[0], world.device
@@ -89,7 +92,7 @@ def measure(recipe: Recipe, shapes: Shapes, world: World, seconds: float, advanc
 
 
 def chip_name(device: torch.device) -> str:
-    """As in the table of chips, else as the driver says."""
+    """Return the chip's name in our table, else the driver's name."""
     name = device_name(device)
     chip = find_chip(name)
     return chip.name if chip is not None else name

@@ -29,7 +29,7 @@ class Prefetcher(Generic[T]):
         self._thread.start()
 
     def next(self) -> T:
-        """The next step's batch. Raises what the reading raised, or UserError if it hangs."""
+        """Return the next step's batch. Raises what reading raised, or UserError if it hangs."""
         try:
             item = self._queue.get(timeout=self._timeout)
         except queue.Empty:

@@ -1,4 +1,4 @@
-"""What happens before the first step: data sets are opened, and checked against the recipe, the processes and the run's checkpoint."""
+"""Preparation of a training: open the data sets, and check them against recipe, processes and checkpoint."""
 
 import hashlib
 import re
@@ -198,7 +198,7 @@ def _recipe_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
 
 
 def _used_data(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What recipes may say of their sets, as the checkpoint's were."""
+    """Return the resolution and encoders of the checkpoint's data, which a recipe may name."""
     data = checkpoint.state["data"]
     return {"resolution": data["resolution"], "autoencoder": data["autoencoder"]["name"], "text_encoder": data["text_encoder"]["name"]}
 
@@ -216,7 +216,7 @@ def _differences(then: Any, now: Any, key: str = "") -> list[str]:
 
 
 def describe(recipe: Recipe, config: ModelConfig, data: EncodedDataset, sets: list[EncodedDataset]) -> dict[str, Any]:
-    """What a checkpoint says of itself beside its tensors and position: enough to draw pictures, and to know what it was made with."""
+    """Return what a checkpoint records besides tensors and position: enough to generate images, and to know what it was trained with."""
     diffusion = recipe.diffusion
     return {
         "model": asdict(config),
