@@ -30,8 +30,8 @@ ANSWER = 15.0  # seconds in which a process that lives answers once a message ha
 class World:
     """This process among `size`.
 
-    Small messages go over gloo: those of the training loop in the default group, which no other thread may use, and those of the thread that
-    saves checkpoints in the group `saving`.
+    Small messages go over gloo: those of the training loop in the default group, which no other thread may use, and those of the thread
+    that saves checkpoints in the group `saving`.
     """
 
     rank: int
@@ -71,7 +71,7 @@ class World:
         return values
 
     def look(self, look: Callable[[], T]) -> T:
-        """Return what the first process finds on all processes; if it raises UserError, all do. So a file is read once, and all act alike."""
+        """Return on all processes what the first one finds, or raise its UserError on all. So a file is read once and all act alike."""
         found: tuple[T | None, str | None] = None, None
         if self.is_main:
             try:
@@ -102,7 +102,10 @@ class World:
             raise UserError(f"{where}{problems[ranks[0]]}")
 
     def check_same_folder(self, seen: str, what: str) -> None:
-        """Raises UserError on all processes if they have `seen` different contents of the folder `what`. It names the first three that differ."""
+        """Raises UserError on all processes if they have `seen` different contents of the folder `what`.
+
+        It names the first three that differ.
+        """
         everywhere = self.gather(seen)
         others = [rank for rank, found in enumerate(everywhere) if found != everywhere[0]]
         if others:
@@ -157,8 +160,8 @@ class World:
 def start_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone.
 
-    `device` is a name that `choose_device` knows; auto and cuda give each process a GPU of its own. After `timeout`, a silent process counts as
-    dead. Raises UserError for a device that does not exist, and if so many processes need more open files than are allowed.
+    `device` is a name that `choose_device` knows; auto and cuda give each process a GPU of its own. After `timeout`, a silent process
+    counts as dead. Raises UserError for a device that does not exist, and if so many processes need more open files than are allowed.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device)
@@ -193,8 +196,8 @@ def stop_world() -> None:
 def _meeting_place(size: int) -> Store:
     """Return the store through which processes find each other.
 
-    torchrun keeps one store over restarts, in which addresses of dead processes would be found again, so each start gets a prefix of its own.
-    With several machines the number of starts differs between them, so there it needs a new store for each start (examples/launch).
+    torchrun keeps one store over restarts, in which addresses of dead processes would be found again, so each start gets a prefix of its
+    own. With several machines the number of starts differs between them, so there it needs a new store for each start (examples/launch).
     """
     if size == 1:
         return HashStore()

@@ -22,9 +22,9 @@ MILLION = 1_000_000
 class Encoding:
     """Cost of encoding `images` pictures at all of the recipe's resolutions.
 
-    `assumed` says that the number of images is a guess. `bytes_per_sample` is by storage format; for a set that is encoded already it is what
-    the set takes on disk. Hours and dollars are those of the dtype that `data encode` chooses by default, the first of `hours_by_dtype`; they
-    are None for encoded sets and for encoders whose FLOPs are not known.
+    `assumed` says that the number of images is a guess. `bytes_per_sample` is by storage format; for a set that is encoded already it is
+    what the set takes on disk. Hours and dollars are those of the dtype that `data encode` chooses by default, the first of
+    `hours_by_dtype`; they are None for encoded sets and for encoders whose FLOPs are not known.
     """
 
     images: int
@@ -99,8 +99,8 @@ SMALL_CARD_GB = 24  # what a good card for games has
 class PhaseEstimate:
     """The estimate for one phase of the recipe called `recipe`.
 
-    `asked` and `parts` are the memory with the recipe's own engine settings. `divides` says whether its micro-batch divides a GPU's part of the
-    batch, which `microdit train` requires. `advice` is the best plan for the chip, `small` the best for as many cards of 24 GB, and
+    `asked` and `parts` are the memory with the recipe's own engine settings. `divides` says whether its micro-batch divides a GPU's part of
+    the batch, which `microdit train` requires. `advice` is the best plan for the chip, `small` the best for as many cards of 24 GB, and
     `small_alone` for one such card; None means that nothing fits.
     """
 

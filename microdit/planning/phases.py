@@ -42,10 +42,10 @@ class SizeTarget:
 def target_size(flops: float, paper_flops: float, paper_size: float) -> SizeTarget:
     """Return the equivalent sizes for training with `flops`; the published run used `paper_flops` on an equivalent size of `paper_size`.
 
-    `by_fit` is the fit of Liang et al. (2410.08184) to diffusion transformers trained on text and images: N = 0.0009 C^0.5681. (Exponent and
-    factor are from memory, as the paper was not at hand; tests compare them with the abstract's point of 1 B at about 1e21.) `by_paper` takes
-    the published run (2407.15811) as one good point, from which N grows as the square root of C, as it does for language models (Hoffmann et
-    al. 2022, 2203.15556).
+    `by_fit` is the fit of Liang et al. (2410.08184) to diffusion transformers trained on text and images: N = 0.0009 C^0.5681. (Exponent
+    and factor are from memory, as the paper was not at hand; tests compare them with the abstract's point of 1 B at about 1e21.) `by_paper`
+    takes the published run (2407.15811) as one good point, from which N grows as the square root of C, as it does for language models
+    (Hoffmann et al. 2022, 2203.15556).
     """
     return SizeTarget(0.0009 * flops**0.5681, paper_size * (flops / paper_flops) ** 0.5)
 

@@ -66,8 +66,8 @@ class KnownShapes:
 class Shapes:
     """Shapes of the data that a recipe is trained on.
 
-    `sides` holds (share of the samples, height, width) of the latents for each aspect ratio. `samples` and `bytes` on disk are None where a set
-    is missing. `autoencoder` and `text_encoder` are names. `assumed` lists, as sentences, what was not read from data.
+    `sides` holds (share of the samples, height, width) of the latents for each aspect ratio. `samples` and `bytes` on disk are None where a
+    set is missing. `autoencoder` and `text_encoder` are names. `assumed` lists, as sentences, what was not read from data.
     """
 
     resolution: int

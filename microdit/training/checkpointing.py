@@ -168,8 +168,8 @@ class CheckpointWriter:
 def newest_intact(run: Path, world: World, warn: Callable[[str], None], skip: int = 0) -> Checkpoint | None:
     """Return the newest checkpoint whose every byte matches its checksum, or the one `skip` before it; None if there are none at all.
 
-    The processes share the reading. Damaged ones are skipped with a warning. Raises UserError if all of them are damaged, because starting anew
-    silently would lose a run.
+    The processes share the reading. Damaged ones are skipped with a warning. Raises UserError if all of them are damaged, because starting
+    anew silently would lose a run.
     """
     folders = world.look(lambda: checkpoint_folders(run))
     whole = 0
@@ -254,7 +254,10 @@ def _refuse_others(tensors: Tensors, found: list[Pieces]) -> None:
 
 
 def _delete(checkpoint: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so that others see it whole or not at all; a killed deletion is completed at the next start."""
+    """Delete a checkpoint.
+
+    It is renamed first, so that others see it whole or not at all; a killed deletion is completed at the next start.
+    """
     aside = checkpoint.with_name(f".{checkpoint.name}.old.part")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)

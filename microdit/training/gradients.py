@@ -57,8 +57,8 @@ def gradients_of(loss: DenoisingLoss, sharding: Sharding, dtype: torch.dtype, en
 class AutogradGradients(Gradients):
     """Gradients as autograd or FSDP compute them.
 
-    FSDP reduces over processes once a step, unless there is no room for unreduced gradients until then: in that case those of a machine reduce
-    at each micro-batch, and machines at the last one.
+    FSDP reduces over processes once a step, unless there is no room for unreduced gradients until then: in that case those of a machine
+    reduce at each micro-batch, and machines at the last one.
     """
 
     def __init__(self, loss: nn.Module):
@@ -93,9 +93,9 @@ class Recorded:
 class WholeModelGradients(Gradients):
     """Gradients of an unsharded model, computed by a copy in `dtype` that is refreshed from the float32 weights in each step.
 
-    They are accumulated in float32 and reduced over processes once a step. With `release`, which is for one process, none is kept longer than
-    needed: with several micro-batches each is added to its sum as soon as autograd has computed it; with one there are no sums, and gradients
-    stay in `held` until the optimizer consumes them.
+    They are accumulated in float32 and reduced over processes once a step. With `release`, which is for one process, none is kept longer
+    than needed: with several micro-batches each is added to its sum as soon as autograd has computed it; with one there are no sums, and
+    gradients stay in `held` until the optimizer consumes them.
     """
 
     def __init__(self, loss: DenoisingLoss, dtype: torch.dtype, replay: bool, world: World, release: bool = False):

@@ -59,8 +59,8 @@ def find_initial_weights(
     """Return the weights `init_weights` of the run `init_from`; None if the recipe names none. All processes must call this.
 
     `known` is that run's newest checkpoint if it was verified already, and is not read again. Warns about damaged checkpoints, which are
-    skipped, and about a run that was not trained to its end. The position scale may differ, since positions are not weights. Raises UserError
-    if there is no checkpoint, or if its architecture or encoders differ.
+    skipped, and about a run that was not trained to its end. The position scale may differ, since positions are not weights. Raises
+    UserError if there is no checkpoint, or if its architecture or encoders differ.
     """
     if recipe.init_from is None:
         return None

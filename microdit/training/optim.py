@@ -83,9 +83,9 @@ BUNDLE = 64_000_000  # numbers, of which gradients are brought into float32 at a
 class Optimizers:
     """AdamW; with `method` muon, Muon for the matrices of the caption embedder and of all blocks.
 
-    Muon leaves out adaLN's matrices, which are tall, so expensive, and gain nothing, and the first and the last layer. Parameter groups carry
-    `rate`, their multiple of the learning rate: 1, or the experts' own (2407.15811, appendix). Weight decay is on matrices only, or, where
-    `decay` is all as in the released code, on norms and biases too.
+    Muon leaves out adaLN's matrices, which are tall, so expensive, and gain nothing, and the first and the last layer. Parameter groups
+    carry `rate`, their multiple of the learning rate: 1, or the experts' own (2407.15811, appendix). Weight decay is on matrices only, or,
+    where `decay` is all as in the released code, on norms and biases too.
     """
 
     def __init__(self, model: MicroDiT, recipe: OptimizerRecipe, compile: bool = False):

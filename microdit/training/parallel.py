@@ -5,8 +5,8 @@ work on this process's part of each weight as a plain tensor (`Shard`): on a DTe
 which at 470 weights is more than a GPU's whole step may take.
 
 Notable:
-- hybrid sharding keeps the frequent messages inside a machine: weights are gathered and gradients reduced there, block by block, and machines
-  only add up their shards of the gradients, once a step;
+- hybrid sharding keeps the frequent messages inside a machine: weights are gathered and gradients reduced there, block by block, and
+  machines only add up their shards of the gradients, once a step;
 - FSDP shards float32 weights block by block, computes in bfloat16 and reduces gradients in float32; only the root module casts no inputs,
   because noise levels must arrive in float32;
 - where memory allows, FSDP keeps its bfloat16 copies from the forward to the backward pass, and reduces gradients once a step instead of
@@ -140,7 +140,8 @@ ROOM = 1 << 20  # bytes that must be free where compiled code is kept
 
 
 def sharding_of(engine: EngineRecipe, world: World, parameters: int) -> Sharding:
-    """Return how to hold the model: "none" with one process, "ddp" whole on each process, "fsdp" sharded over all, "hybrid" over each machine's.
+    """Return how to hold the model: "none" with one process, "ddp" whole on each process, "fsdp" sharded over all, "hybrid" over each
+    machine's.
 
     An unsharded model can be replayed as a CUDA graph (`gradients.py`). FSDP works with one process too, but gains nothing.
     Raises UserError if hybrid sharding is requested without several machines of equally many processes.

@@ -28,9 +28,9 @@ from microdit.training.stability import SpikeDecision, SpikeGuard
 class EMA:
     """One exponential moving average of the weights, sharded like the model.
 
-    With `start` 0, its length grows from short to `decay`, so that the initial weights are forgotten. With a later `start` it begins there as a
-    copy of the weights, at full length. With `on_cpu`, averages live in the machine's memory: a CUDA stream of their own brings one weight's
-    average at a time to the GPU, updates it and takes it back, while the next step computes.
+    With `start` 0, its length grows from short to `decay`, so that the initial weights are forgotten. With a later `start` it begins there
+    as a copy of the weights, at full length. With `on_cpu`, averages live in the machine's memory: a CUDA stream of their own brings one
+    weight's average at a time to the GPU, updates it and takes it back, while the next step computes.
     """
 
     def __init__(self, model: nn.Module, recipe: EMARecipe, on_cpu: bool = False):
@@ -90,8 +90,8 @@ class TrainingState:
     """The model, the loss that calls it, gradients, optimizers and averages."""
 
     def __init__(self, recipe: Recipe, config: ModelConfig, world: World, fill: Callable[[MicroDiT], None] | None, fresh: bool):
-        """Build and shard the model. `fill` loads initial weights into it afterwards; without it they are random (by the recipe's seed) if `fresh`,
-        and otherwise undefined until `load` is called.
+        """Build and shard the model. `fill` loads initial weights into it afterwards; without it they are random (by the recipe's seed) if
+        `fresh`, and otherwise undefined until `load` is called.
         """
         diffusion = recipe.diffusion
         self.edm = EDM(diffusion.sigma_data, diffusion.P_mean, diffusion.P_std)

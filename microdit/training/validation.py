@@ -2,8 +2,8 @@
 
 The held-out loss uses the same samples, noise levels and noise every time, so its curve is comparable across steps and runs. Quality
 compares images generated from fixed captions and noise with the decoded latents of their rows, so that the autoencoder's own error does not
-count against the model. Images are made in fixed groups that are divided among the processes, so the numbers do not depend on how many there
-are.
+count against the model. Images are made in fixed groups that are divided among the processes, so the numbers do not depend on how many
+there are.
 """
 
 import time
@@ -100,7 +100,10 @@ class Quality:
     """Rows of a set's largest bucket, evenly spread. The captions of some are generated; features of the references are computed once."""
 
     def __init__(self, data: EncodedDataset, recipe: Recipe, edm: EDM, world: World):
-        """Raises UserError if the set has too few rows or a damaged one, or if the feature network is missing. All processes must call this."""
+        """Raises UserError if the set has too few rows or a damaged one, or if the feature network is missing.
+
+        All processes must call this.
+        """
         self._data, self._record, self._edm, self._world = data, recipe.record, edm, world
         self._bucket, count = data.largest_bucket, recipe.record.quality_samples
         rows = data.bucket_sizes[self._bucket]
@@ -141,8 +144,8 @@ class Quality:
     def compare(self, draw: Callable[[slice], Tensor]) -> dict[str, float]:
         """Compare latents, which `draw` makes for a slice of `rows`, with the references.
 
-        `quality_kid` is the KID between generated images and the references of the same rows; `quality_retrieval` is the share of generated images
-        that have their reference among the ten nearest of all; `quality_seconds` is the time taken.
+        `quality_kid` is the KID between generated images and the references of the same rows; `quality_retrieval` is the share of generated
+        images that have their reference among the ten nearest of all; `quality_seconds` is the time taken.
         """
         started = time.monotonic()
         drawn_ND = self._features(len(self._drawn_N), draw)
