@@ -51,7 +51,7 @@ def budget(
     from microdit.planning.estimate import estimate
     from microdit.planning.hardware import find_machine, measurements_file
     from microdit.planning.planner import plan_for_dollars, write_recipes
-    from microdit.planning.tables import show, show_plan
+    from microdit.planning.tables import print_estimate, print_plan
     from microdit.planning.workload import KnownShapes
 
     if (recipe is None) == (dollars is None):
@@ -70,9 +70,9 @@ def budget(
         print(printable(json.dumps(found, indent=1)))
         return
     if plan is None:
-        show(estimated, console)
+        print_estimate(estimated, console)
     else:
-        show_plan(plan, estimated, console)
+        print_plan(plan, estimated, console)
         console.print(f"Written: microdit train {out}" if out else "Write it with --out FOLDER.")
 
 

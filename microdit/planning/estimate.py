@@ -9,7 +9,7 @@ from microdit.data.packing import bytes_of_row
 from microdit.data.shards import CHECKSUM_BYTES
 from microdit.planning.hardware import Chip, Machine
 from microdit.planning.memory import Footprint, MemoryPlan, PhaseMemory, usable
-from microdit.planning.workload import KnownShapes, PhaseCost, Shapes, bill, shapes_of
+from microdit.planning.workload import KnownShapes, PhaseCost, Shapes, phase_costs, shapes_of
 
 STORED_TOKENS = 25  # of a caption, on average: padding is not stored (docs/storage.md)
 UTILISATION = 0.25  # of the chip's peak in the dtype, by the encoders: assumed, not measured
@@ -19,7 +19,7 @@ MILLION = 1_000_000
 
 
 @dataclass(frozen=True)
-class Encoding:
+class EncodingCost:
     """Cost of encoding `images` pictures at all of the recipe's resolutions.
 
     `assumed` says that the number of images is a guess. `bytes_per_sample` is by storage format; for a set that is encoded already it is
@@ -37,7 +37,7 @@ class Encoding:
     hours_by_dtype: dict[str, float] = field(default_factory=dict)
 
 
-def encoding(shapes: list[Shapes], machine: Machine, images: int | None) -> Encoding:
+def encoding_cost(shapes: list[Shapes], machine: Machine, images: int | None) -> EncodingCost:
     """Estimate the encoding for the `shapes` of the recipes' phases; each resolution is stored once.
 
     `images` defaults to the number of encoded samples, else to a million.
@@ -45,17 +45,17 @@ def encoding(shapes: list[Shapes], machine: Machine, images: int | None) -> Enco
     by_resolution = list({item.resolution: item for item in shapes}.values())
     first = by_resolution[0]
     if first.samples is not None and first.bytes is not None:
-        return Encoding(images or first.samples, False, True, {"as encoded": first.bytes / first.samples}, None, None, None)
+        return EncodingCost(images or first.samples, False, True, {"as encoded": first.bytes / first.samples}, None, None, None)
     stored = {form: _stored(by_resolution, form) for form in ("fp16", "int8")}
     count = images or MILLION
     if (first.autoencoder, first.text_encoder) != ("sdxl", "dfn-clip-h"):
-        return Encoding(count, images is None, False, stored, None, None, None)
+        return EncodingCost(count, images is None, False, stored, None, None, None)
     flops = clip_h_text_flops(first.caption_tokens) + sum(
         share * sdxl_encoder_flops(h, w) for item in by_resolution for share, h, w in item.sides
     )
     hours = {dtype: count * flops / (peak * 1e12 * UTILISATION) / 3600 for dtype, peak in encoding_teraflops(machine.chip).items()}
     first_hours = next(iter(hours.values()))
-    return Encoding(count, images is None, False, stored, flops, first_hours, first_hours * machine.price.dollars, hours)
+    return EncodingCost(count, images is None, False, stored, flops, first_hours, first_hours * machine.price.dollars, hours)
 
 
 def encoding_teraflops(chip: Chip) -> dict[str, float]:
@@ -120,7 +120,7 @@ class Estimate:
     machine: Machine
     parameters: int
     phases: list[PhaseEstimate]
-    encoding: Encoding
+    encoding: EncodingCost
     assumed: tuple[str, ...]
     flops: float
     images: int
@@ -152,7 +152,7 @@ def estimate(
         machine,
         PhaseMemory(recipes[last], recipes[last].phases[-1], shapes[last], machine.count, check).parameters,
         phases,
-        encoding(list(shapes.values()), machine, images),
+        encoding_cost(list(shapes.values()), machine, images),
         tuple(dict.fromkeys(sentence for item in shapes.values() for sentence in item.assumed)),
         sum(item.flops for item in bills),
         sum(item.images for item in bills),
@@ -163,7 +163,7 @@ def estimate(
 
 def _phases(name: str, recipe: Recipe, shapes: Shapes, machine: Machine, check: Callable[[], None]) -> list[PhaseEstimate]:
     found = []
-    for phase, its_bill in zip(recipe.phases, bill(recipe, shapes, machine), strict=True):
+    for phase, cost in zip(recipe.phases, phase_costs(recipe, shapes, machine), strict=True):
         load, alone = PhaseMemory(recipe, phase, shapes, machine.count, check), PhaseMemory(recipe, phase, shapes, 1, check)
         advice = load.best_plan(machine.chip.memory_gb)
         if advice is None:
@@ -172,5 +172,5 @@ def _phases(name: str, recipe: Recipe, shapes: Shapes, machine: Machine, check: 
         fits = parts.total <= usable(machine.chip.memory_gb)
         divides = load.share % (recipe.engine.micro_batch or load.share) == 0
         small = load.best_plan(SMALL_CARD_GB), alone.best_plan(SMALL_CARD_GB)
-        found.append(PhaseEstimate(name, its_bill, asked, parts, fits, divides, advice, *small))
+        found.append(PhaseEstimate(name, cost, asked, parts, fits, divides, advice, *small))
     return found

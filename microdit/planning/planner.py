@@ -15,7 +15,7 @@ from microdit.config.schema import EngineRecipe, OptimizerRecipe, Recipe
 from microdit.errors import UserError
 from microdit.io.files import write_aside
 from microdit.models.config import Size
-from microdit.planning.estimate import Encoding, encoding
+from microdit.planning.estimate import EncodingCost, encoding_cost
 from microdit.planning.hardware import Machine
 from microdit.planning.memory import MemoryPlan, PhaseMemory
 from microdit.planning.phases import (
@@ -55,7 +55,7 @@ class Plan:
     """
 
     dollars: float
-    encoding: Encoding
+    encoding: EncodingCost
     flops: float
     gpu_hours: float
     wanted: SizeTarget
@@ -98,11 +98,11 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Purse:
+class _Funds:
     """The compute that is left for training in `stages` after encoding. `flops` is negative where the sum does not pay for encoding."""
 
     stages: Sequence[Stage]
-    encoding: Encoding
+    encoding: EncodingCost
     flops: float
 
 
@@ -116,21 +116,21 @@ def plan_for_dollars(dollars: float, machine: Machine, given: KnownShapes, data:
     if machine.price.dollars == 0:
         raise UserError("--dollars needs a --price above 0: for nothing, any number of GPU-hours can be had.")
     shapes = _shapes(given, data)
-    full, low = (_purse(dollars, stages, shapes, machine, images) for stages in (STAGES, AT_256))
-    _refuse_too_little(dollars, low, shapes, machine)
-    _refuse_too_much(dollars, full, machine)
-    purse = full if _reaches_512(full, shapes) else low
-    wanted = _wanted(purse.flops)
+    full, low = (_funds(dollars, stages, shapes, machine, images) for stages in (STAGES, AT_256))
+    _check_enough(dollars, low, shapes, machine)
+    _check_not_too_much(dollars, full, machine)
+    funds = full if _reaches_512(full, shapes) else low
+    wanted = _wanted(funds.flops)
     best = _nearest(wanted.middle)
     for width in reversed(WIDTHS[: WIDTHS.index(best) + 1]):
-        recipes = _recipes(size_of_width(width), purse, shapes, machine, data)
+        recipes = _recipes(size_of_width(width), funds, shapes, machine, data)
         if recipes is not None:
             widths = _nearest(wanted.middle / UNCERTAINTY), _nearest(wanted.middle * UNCERTAINTY)
             return Plan(
                 dollars=dollars,
-                encoding=purse.encoding,
-                flops=purse.flops,
-                gpu_hours=purse.flops / _flops_per_dollar(machine) / machine.price.dollars,
+                encoding=funds.encoding,
+                flops=funds.flops,
+                gpu_hours=funds.flops / _flops_per_dollar(machine) / machine.price.dollars,
                 wanted=wanted,
                 width=width,
                 widths=widths,
@@ -150,25 +150,25 @@ def _shapes(given: KnownShapes, data: str) -> dict[str, Shapes]:
         raise UserError(f"{error} The plan's phases need 256 and 512 px: encode {data} at both, or name another --data.") from error
 
 
-def _purse(dollars: float, stages: Sequence[Stage], shapes: dict[str, Shapes], machine: Machine, images: int | None) -> _Purse:
-    paid = encoding([shapes[stage.name] for stage in stages], machine, images)
-    return _Purse(stages, paid, (dollars - (paid.dollars or 0.0)) * _flops_per_dollar(machine))
+def _funds(dollars: float, stages: Sequence[Stage], shapes: dict[str, Shapes], machine: Machine, images: int | None) -> _Funds:
+    paid = encoding_cost([shapes[stage.name] for stage in stages], machine, images)
+    return _Funds(stages, paid, (dollars - (paid.dollars or 0.0)) * _flops_per_dollar(machine))
 
 
 def _flops_per_dollar(machine: Machine) -> float:
     return 3600 * machine.flops_per_second / machine.count / machine.price.dollars
 
 
-def _refuse_too_little(dollars: float, purse: _Purse, shapes: dict[str, Shapes], machine: Machine) -> None:
-    """`purse`: at 256 px."""
+def _check_enough(dollars: float, funds: _Funds, shapes: dict[str, Shapes], machine: Machine) -> None:
+    """Raises UserError if the funds for 256 px do not pay for any model."""
     of_an_image = _mean_flops(AT_256, size_of_width(WIDTHS[0]), shapes)
-    images = purse.flops / of_an_image
+    images = funds.flops / of_an_image
     if images >= LEAST_IMAGES:
         return
-    paid = purse.encoding.dollars or 0.0
+    paid = funds.encoding.dollars or 0.0
     enough = money(paid + LEAST_IMAGES * of_an_image / _flops_per_dollar(machine) + 0.005)  # to the next cent
     too_little = f"{money(dollars)} are too little: on {machine.chip.name}"
-    encoded = f"encoding {purse.encoding.images:,} images"
+    encoded = f"encoding {funds.encoding.images:,} images"
     if images <= 0:
         raise UserError(
             f"{too_little}, {encoded} alone takes {money(paid)}: say how many there are with --images. "
@@ -181,32 +181,32 @@ def _refuse_too_little(dollars: float, purse: _Purse, shapes: dict[str, Shapes],
     )
 
 
-def _refuse_too_much(dollars: float, purse: _Purse, machine: Machine) -> None:
-    if purse.flops > MOST_FLOPS:
-        most = (purse.encoding.dollars or 0.0) + MOST_FLOPS / _flops_per_dollar(machine)
+def _check_not_too_much(dollars: float, funds: _Funds, machine: Machine) -> None:
+    if funds.flops > MOST_FLOPS:
+        most = (funds.encoding.dollars or 0.0) + MOST_FLOPS / _flops_per_dollar(machine)
         raise UserError(
             f"--dollars is {dollars:g}, and more than we plan with: on {machine.chip.name} that ends at {money(most)}, "
             f"{MOST_FLOPS:.0e} FLOPs of training."
         )
 
 
-def _reaches_512(purse: _Purse, shapes: dict[str, Shapes]) -> bool:
+def _reaches_512(funds: _Funds, shapes: dict[str, Shapes]) -> bool:
     """Return whether the recommended size can see enough masked images at 512 px."""
-    if purse.flops <= 0:
+    if funds.flops <= 0:
         return False
-    size = size_of_width(_nearest(_wanted(purse.flops).middle))
-    return purse.flops / _mean_flops(STAGES, size, shapes) * _shares(STAGES)[2] >= LEAST_AT_512
+    size = size_of_width(_nearest(_wanted(funds.flops).middle))
+    return funds.flops / _mean_flops(STAGES, size, shapes) * _shares(STAGES)[2] >= LEAST_AT_512
 
 
-def _recipes(size: Size, purse: _Purse, shapes: dict[str, Shapes], machine: Machine, data: str) -> dict[str, Recipe] | None:
+def _recipes(size: Size, funds: _Funds, shapes: dict[str, Shapes], machine: Machine, data: str) -> dict[str, Recipe] | None:
     """Return the phases that spend the funds, with engine settings that fit; None if there are none."""
-    stages = purse.stages
-    batch = _batch(purse.flops / _mean_flops(stages, size, shapes), machine.count)
+    stages = funds.stages
+    batch = _batch(funds.flops / _mean_flops(stages, size, shapes), machine.count)
     found = [_way(stage, size, batch, shapes[stage.name], machine, stage is stages[-1]) for stage in stages]
     ways = [way for way in found if way is not None]
     if len(ways) < len(found):
         return None
-    images = purse.flops / _mean_flops(stages, size, shapes, [way.time for way in ways])
+    images = funds.flops / _mean_flops(stages, size, shapes, [way.time for way in ways])
     recipes = {}
     for stage, share, way in zip(stages, _shares(stages), ways, strict=True):
         engine, optimizer = way.engine(EngineRecipe(compile=True)), way.optimizer(OptimizerRecipe())

@@ -8,7 +8,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from microdit.io.console import PlainConsole, joined, styled
-from microdit.planning.estimate import MILLION, SMALL_CARD_GB, STORED_TOKENS, UTILISATION, Encoding, Estimate, PhaseEstimate
+from microdit.planning.estimate import MILLION, SMALL_CARD_GB, STORED_TOKENS, UTILISATION, EncodingCost, Estimate, PhaseEstimate
 from microdit.planning.memory import HEADROOM, MemoryPlan
 from microdit.planning.planner import Plan
 from microdit.reports.formats import count, duration, figure, hours, money
@@ -16,7 +16,7 @@ from microdit.reports.formats import count, duration, figure, hours, money
 WIDE = 1000  # characters, more than any table takes
 
 
-def show(budget: Estimate, console: PlainConsole) -> None:
+def print_estimate(budget: Estimate, console: PlainConsole) -> None:
     machine = budget.machine
     console.print(
         joined(
@@ -36,15 +36,15 @@ def show(budget: Estimate, console: PlainConsole) -> None:
         costs.padding = 0  # large sums: closer together rather than cut
     for table in (costs, _memory(budget), _ways(budget)):
         console.print(table)
-    for line in [_verdict(budget), *_settings(budget), *_data(budget.encoding)]:
+    for line in [_fit_sentence(budget), *_settings(budget), *_data(budget.encoding)]:
         console.print(line, soft_wrap=True)
 
 
-def show_plan(plan: Plan, budget: Estimate, console: PlainConsole) -> None:
+def print_plan(plan: Plan, budget: Estimate, console: PlainConsole) -> None:
     """`budget`: of the plan's recipes."""
     for line in plan.in_words():
         console.print(line, soft_wrap=True)
-    show(budget, console)
+    print_estimate(budget, console)
     if plan.encoding.dollars is not None:
         parts = f"Training {money(budget.dollars)} and encoding {money(plan.encoding.dollars)}"
         spent = money(budget.dollars + plan.encoding.dollars)
@@ -80,12 +80,12 @@ def _ways(budget: Estimate) -> Table:
     columns = _places(budget)
     table = _table("Does it fit? Micro-batch, sharding, GB in use", "as the recipe says", *columns, justify="left")
     for phase in budget.phases:
-        table.add_row(phase.bill.name, _asked(phase), *(_way(choose(phase)) for choose in columns.values()))
+        table.add_row(phase.bill.name, _asked(phase), *(_plan_cell(choose(phase)) for choose in columns.values()))
     table.caption = f"{HEADROOM:.0%} of a card is left free. recomputed: a second forward pass of the blocks or of the first of them."
     return table
 
 
-def _verdict(budget: Estimate) -> Text:
+def _fit_sentence(budget: Estimate) -> Text:
     """Return a sentence that says on which cards each phase fits."""
     fits = {"As it is": [phase.bill.name for phase in budget.phases if not (phase.fits and phase.divides)]}
     for place, choose in _places(budget).items():
@@ -118,7 +118,7 @@ def _places(budget: Estimate) -> dict[str, Callable[[PhaseEstimate], MemoryPlan 
     return places
 
 
-def _data(data: Encoding) -> list[Text]:
+def _data(data: EncodingCost) -> list[Text]:
     images = f"{_short(data.images)} images"
     size = ", ".join(
         f"{value * data.images / 1e9:,.4g} GB ({form}, {value:,.0f} bytes each)" for form, value in data.bytes_per_sample.items()
@@ -152,10 +152,10 @@ def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right
 def _asked(phase: PhaseEstimate) -> Text:
     if not phase.divides:
         return styled("micro_batch does not divide a GPU's share of the batch", "red")
-    return _way(phase.asked) if phase.fits else styled(f"{_way(phase.asked)}: too much", "red")
+    return _plan_cell(phase.asked) if phase.fits else styled(f"{_plan_cell(phase.asked)}: too much", "red")
 
 
-def _way(way: MemoryPlan | None) -> Text:
+def _plan_cell(way: MemoryPlan | None) -> Text:
     if way is None:
         return styled("does not fit", "red")
     return joined(way.summary())

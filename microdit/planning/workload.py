@@ -159,7 +159,7 @@ class PhaseCost:
     dollars: float
 
 
-def bill(recipe: Recipe, shapes: Shapes, machine: Machine) -> list[PhaseCost]:
+def phase_costs(recipe: Recipe, shapes: Shapes, machine: Machine) -> list[PhaseCost]:
     """Return the cost of each phase of the recipe."""
     return [_phase_bill(recipe, phase, shapes, machine) for phase in recipe.phases]
 

@@ -204,7 +204,7 @@ def load_into(checkpoint: Checkpoint, tensors: Tensors, world: World) -> None:
     spans = np.array([rows_of(tensor) for tensor in tensors.values()])
     try:
         found = _of_all(world, lambda: _read_headers(files, range(world.rank, len(files), world.size), tensors))
-        _refuse_others(tensors, found)
+        _check_rows(tensors, found)
         own = [Rows(first, local(tensor)) for tensor, (first, _) in zip(tensors.values(), spans.tolist(), strict=True)]
         _of_all(world, lambda: fill(own, np.concatenate([within(pieces, spans) for pieces in found]), files))
     except ValueError as error:
@@ -241,7 +241,7 @@ def _read_headers(files: list[Path], numbers: range, tensors: Tensors) -> Pieces
     return np.concatenate(found)
 
 
-def _refuse_others(tensors: Tensors, found: list[Pieces]) -> None:
+def _check_rows(tensors: Tensors, found: list[Pieces]) -> None:
     """Raises ValueError if any tensor has more or fewer rows there."""
     lengths = np.zeros(len(tensors), np.int64)
     for pieces in found:

@@ -147,7 +147,7 @@ def sharding_of(engine: EngineRecipe, world: World, parameters: int) -> Sharding
     Raises UserError if hybrid sharding is requested without several machines of equally many processes.
     """
     if engine.sharding == "hybrid":
-        _refuse_unlike_machines(world)
+        _check_machines(world)
     if engine.sharding in ("fsdp", "hybrid"):
         return engine.sharding
     if world.size == 1:
@@ -176,7 +176,7 @@ def mesh_of(sharding: Sharding, world: World) -> DeviceMesh | None:
     return init_device_mesh(world.device.type, (world.size,)) if sharding == "fsdp" else None
 
 
-def _refuse_unlike_machines(world: World) -> None:
+def _check_machines(world: World) -> None:
     fix = "take engine.sharding fsdp, or have torchrun start equally many processes, two or more, on each of several machines"
     if world.local_size == world.size:
         raise UserError(f"engine.sharding is hybrid, and there is one machine, with all {world.size} processes: {fix}.")

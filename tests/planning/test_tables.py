@@ -11,7 +11,7 @@ from microdit.io.console import PlainConsole
 from microdit.planning.estimate import Estimate, estimate
 from microdit.planning.hardware import find_machine
 from microdit.planning.planner import plan_for_dollars
-from microdit.planning.tables import show
+from microdit.planning.tables import print_estimate
 from microdit.planning.workload import KnownShapes
 from tests.planning.test_workload_bill import PUBLISHED, machine
 
@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "budget.md"
 
 def printed(budget: Estimate, width: int = 80) -> str:
     console = PlainConsole(file=io.StringIO(), width=width, no_color=True, record=True)
-    show(budget, console)
+    print_estimate(budget, console)
     return "".join(f"{line.rstrip()}\n" for line in console.export_text().splitlines())
 
 

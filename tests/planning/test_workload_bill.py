@@ -11,7 +11,7 @@ from microdit.errors import UserError
 from microdit.models.routing import kept_tokens
 from microdit.planning.estimate import estimate
 from microdit.planning.hardware import Machine, Price, named_chip
-from microdit.planning.workload import KnownShapes, bill, config_of, shapes_of
+from microdit.planning.workload import KnownShapes, config_of, phase_costs, shapes_of
 from tests.models.test_flops import counted, one_hot_flops
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -62,7 +62,7 @@ def test_totals_are_sums_and_money_is_hours_times_gpus_times_price(published):
 def test_recomputed_blocks_take_a_third_more_time_and_no_more_of_the_methods_flops():
     plain = load_recipe(PUBLISHED / "1-256-masked.yaml")
     again = replace(plain, engine=replace(plain.engine, activation_checkpointing=True))
-    (a,), (b,) = (bill(recipe, shapes_of(recipe), machine()) for recipe in (plain, again))
+    (a,), (b,) = (phase_costs(recipe, shapes_of(recipe), machine()) for recipe in (plain, again))
     assert a.flops == b.flops
     assert b.hours == pytest.approx(4 / 3 * a.hours, rel=0.03)  # all but the little that is not in blocks
 
@@ -70,7 +70,7 @@ def test_recomputed_blocks_take_a_third_more_time_and_no_more_of_the_methods_flo
 def test_a_falling_mask_costs_between_its_ends():
     recipe = load_recipe(PUBLISHED / "1-256-masked.yaml")
     masked, full, falling = (
-        bill(load_recipe(PUBLISHED / "1-256-masked.yaml", overrides), shapes_of(recipe), machine())[0].flops_per_sample
+        phase_costs(load_recipe(PUBLISHED / "1-256-masked.yaml", overrides), shapes_of(recipe), machine())[0].flops_per_sample
         for overrides in ([], ["phases.0.mask_ratio=0"], ["phases.0.mask_ratio=0", "phases.0.mask_schedule=[[0, 0.75], [1, 0]]"])
     )
     assert masked < falling < full

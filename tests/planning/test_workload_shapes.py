@@ -9,7 +9,7 @@ from microdit.config.load import load_recipe
 from microdit.config.schema import DataRecipe, SetRecipe
 from microdit.data.dataset import EncodedDataset
 from microdit.errors import UserError
-from microdit.planning.estimate import encoding
+from microdit.planning.estimate import encoding_cost
 from microdit.planning.workload import KnownShapes, shapes_of
 from tests.planning.test_workload_bill import machine
 from tests.training.processes import RECIPE
@@ -28,7 +28,7 @@ def test_an_encoded_set_is_read(encoded_emoji):
     longest = encoded.text([encoded.read(0, number)[1] for number in range(40)])[0].shape[1]
     assert found.caption_tokens == longest
     assert found.bytes == sum((encoded_emoji / shard["name"]).stat().st_size for shard in encoded.card["shards"])
-    stored = encoding([found], machine(), None)
+    stored = encoding_cost([found], machine(), None)
     assert stored.encoded
     assert stored.images == 40
     assert stored.bytes_per_sample == {"as encoded": found.bytes / 40}
