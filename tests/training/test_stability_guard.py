@@ -51,7 +51,7 @@ def test_a_jump_is_refused_once_enough_is_known():
     assert judged(guard_that_saw(*[0.5] * (ENOUGH - 1)), 6.0)[0].objection is None
     guard = guard_that_saw(*[0.5] * ENOUGH)
     assert judged(guard, 4.9)[0].objection is None
-    assert judged(guard, 5.1)[0].objection == "the loss is 5.1, usual were 0.5"
+    assert judged(guard, 5.1)[0].objection == "the loss is 5.1, and its recent median 0.5"
 
 
 def test_after_several_in_a_row_it_is_time_to_go_back_and_one_good_step_starts_the_count_anew():
