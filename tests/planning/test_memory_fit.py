@@ -66,7 +66,7 @@ def test_what_fits_no_card_is_refused_with_what_it_needs():
     twelve = machine(count=1, chip="v100")
     twelve = replace(twelve, chip=replace(twelve.chip, memory_gb=12))
     with pytest.raises(
-        UserError, match=r"256-masked does not fit: one sample at a time, .* needs 12\.\d GB of each of 1 V100, and 10\.8 of its 12"
+        UserError, match=r"256-masked does not fit: one sample at a time, .* needs 12\.\d GB on each of 1 V100, and 10\.8 of its 12"
     ):
         estimate(load_recipes(PUBLISHED, None), twelve)
     assert usable(16) == pytest.approx(14.4e9)
