@@ -44,8 +44,8 @@ from microdit.data.sources.builtin import emoji_source
 from microdit.diffusion.edm import EDM
 from microdit.encoders.autoencoder import Autoencoder, Pixels, load_autoencoder
 from microdit.encoders.text import MiniLM, TextEncoder
-from microdit.io.process_limits import keep_freed_memory
-from microdit.training.noise import add_draws
+from microdit.process_limits import keep_freed_memory
+from microdit.training.noise import NoiseSettings, sample_noise
 
 PEERS = Path("build/peers")
 # With --no-deps: their whole list would bring torchvision, which does not import beside a CPU torch.
@@ -106,7 +106,7 @@ def show_trainers_own(folder: Path, rows: int, tokens: int) -> None:
     torch.set_num_threads(1)
 
     def drawn(step: int) -> None:
-        add_draws(mixture.stored(step).expand(), EDM(), 0, step, range(BATCH), (16, 16), 0.75, 0.1)
+        sample_noise(mixture.stored(step).expand(), NoiseSettings(EDM(), 0.75, 0.1), 0, step, range(BATCH), (16, 16))
 
     ways: dict[str, Callable[[int], object]] = {"read, checked and put together": mixture.stored, "and expanded and drawn by a CPU": drawn}
     for name, make in ways.items():

@@ -26,7 +26,7 @@ from microdit.distributed import World, start_world
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.text import load_text_encoder
 from microdit.io.console import PlainConsole
-from microdit.io.process_limits import keep_freed_memory
+from microdit.process_limits import keep_freed_memory
 from microdit.training.trainer import Trainer
 
 FEW, MANY = 10, 70  # steps
@@ -95,7 +95,7 @@ def spent_on(work: Callable[[], object]) -> tuple[float, float]:
 def bare_step(recipe: Recipe, run: Path, world: World) -> Callable[[int], None]:
     trainer = Trainer(recipe, run, PlainConsole(quiet=True), world)
     phase, state = recipe.phases[0], trainer.state
-    batches = [trainer.share(number).parts[0].to(world.device) for number in range(MANY)]
+    batches = [trainer.step_batch(number).micro_batches[0].to(world.device) for number in range(MANY)]
     weights = list(state.model.parameters())
     state.optimizers.set_rate(1e-3)
 
@@ -112,11 +112,10 @@ def checkpoint(name: str, overrides: list[str], batch: int, place: Path, world: 
     """The wait of the loop, in steps; how much longer a step takes while the writing goes on; megabytes."""
     recipe = load_recipe("emoji", [*overrides, ONE_PHASE.format(steps=1000, batch=batch)])
     trainer = Trainer(recipe, place / name, PlainConsole(quiet=True), world)
-    share, phase, state = trainer.share(0), recipe.phases[0], trainer.state
-    state.optimizers.set_rate(1e-5)
+    batch, phase, state = trainer.step_batch(0), recipe.phases[0], trainer.state
 
     def step() -> None:
-        state.learn(share.parts, 0, phase.grad_clip, trainer.guard).values()
+        state.train_step(batch.micro_batches, 0, 1e-5, phase.grad_clip, trainer.guard).values()
 
     for _ in range(2):
         step()
@@ -124,9 +123,9 @@ def checkpoint(name: str, overrides: list[str], batch: int, place: Path, world: 
     for _ in range(3):
         alone += [seconds_of(step) for _ in range(3)]
         waits.append(seconds_of(trainer._save))
-        while trainer.saver._thread is not None and trainer.saver._thread.is_alive():
+        while trainer.checkpoints._thread is not None and trainer.checkpoints._thread.is_alive():
             beside.append(seconds_of(step))
-        trainer.saver.finish()
+        trainer.checkpoints.finish()
         trainer.step += 1
     size = sum(path.stat().st_size for path in next((place / name / "checkpoints").iterdir()).rglob("*") if path.is_file())
     usual = median(alone)

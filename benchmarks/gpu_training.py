@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from gpu_measure import Place, costliest_kernels, free_memory, measured_ceiling, synchronize, time_of
 
-from microdit.config.schema import EngineRecipe, Recipe
+from microdit.config.schema import EngineRecipe, Recipe, architecture
 from microdit.data.dataset import Batch, StoredBatch
 from microdit.data.manifest import FORMAT, write_manifest
 from microdit.data.packing import StoredRows, pack_latents, pack_text
@@ -22,15 +22,14 @@ from microdit.models.config import Size
 from microdit.models.microdit import MicroDiT
 from microdit.models.routing import kept_tokens
 from microdit.planning.hardware import peak_flops
-from microdit.planning.memory import Layout, footprint
+from microdit.planning.memory import SPARE, Layout, Sharding, footprint
 from microdit.planning.phases import Stage, stage_recipe
-from microdit.planning.workload import Work
+from microdit.planning.workload import FlopCounter
 from microdit.training.gradients import WholeModelGradients
-from microdit.training.meters import Reading
-from microdit.training.noise import MicroBatch, TrainingBatch, UndrawnBatch, add_draws
-from microdit.training.parallel import SPARE, Sharding, compute_dtype, shards_of
-from microdit.training.setup import architecture
-from microdit.training.stability import Guard
+from microdit.training.meters import PendingStep
+from microdit.training.noise import MicroBatch, NoiseSettings, StoredMicroBatch, TrainingBatch, sample_noise
+from microdit.training.parallel import compute_dtype, shards_of
+from microdit.training.stability import SpikeGuard
 from microdit.training.state import TrainingState
 
 CHANNELS, DOWNSAMPLING = 4, 8  # of the SDXL autoencoder
@@ -45,8 +44,7 @@ class Training:
         self.recipe: Recipe = replace(recipe, model=replace(recipe.model, mask_padding=mask_padding))
         self.config = architecture(self.recipe.model, CHANNELS, place.caption[1])
         self.state = TrainingState(self.recipe, self.config, world, self._draw, fresh=True)
-        self.state.optimizers.set_rate(1e-5)
-        self.guard = Guard(self.recipe.guard, world.device)
+        self.guard = SpikeGuard(self.recipe.guard, world.device)
         self.steps = 0
 
     @torch.no_grad()
@@ -58,16 +56,16 @@ class Training:
         for shard in shards_of(model):
             shard.leaf.copy_(shard.own(drawn[shard.name]))
 
-    def step(self, batch: MicroBatch) -> Reading:
+    def step(self, batch: MicroBatch) -> PendingStep:
         """A whole step, as the trainer gives it to the device."""
         self.steps += 1
-        return self.state.learn([batch], self.steps, self.recipe.phases[0].grad_clip, self.guard)
+        return self.state.train_step([batch], self.steps, 1e-5, self.recipe.phases[0].grad_clip, self.guard)
 
     def batch(self, samples: int) -> TrainingBatch:
         """Random numbers, on the device."""
         return self.host_batch(samples).to(self.world.device)
 
-    def host_batch(self, samples: int) -> UndrawnBatch:
+    def host_batch(self, samples: int) -> StoredMicroBatch:
         """As the reader's thread makes it."""
         phase, side = self.recipe.phases[0], self.side
         stored = StoredBatch(
@@ -78,12 +76,12 @@ class Training:
             torch.full((samples,), self.place.caption[0]),
         )
         grid = (side // self.recipe.model.patch_size,) * 2
-        chances = (phase.mask_ratio, self.recipe.diffusion.caption_dropout)
+        settings = NoiseSettings(self.state.edm, phase.mask_ratio, self.recipe.diffusion.caption_dropout)
 
-        def draw(batch: Batch) -> TrainingBatch:
-            return add_draws(batch, self.state.edm, 0, 0, range(samples), (grid[0], grid[1]), *chances)
+        def add_noise(batch: Batch) -> TrainingBatch:
+            return sample_noise(batch, settings, 0, 0, range(samples), (grid[0], grid[1]))
 
-        return UndrawnBatch(stored.pin() if self.world.device.type == "cuda" else stored, draw)
+        return StoredMicroBatch(stored.pin() if self.world.device.type == "cuda" else stored, add_noise)
 
     @property
     def side(self) -> int:
@@ -100,7 +98,7 @@ class Training:
         one, spread = time_of(lambda: self.step(batch), seconds, 6)  # recorded by then
         phase = replace(self.recipe.phases[0], batch_size=samples)
         tokens = (self.side // self.recipe.model.patch_size) ** 2
-        flops = Work(self.recipe, self.config).of_step(phase, 0, tokens, self.place.caption[0])
+        flops = FlopCounter(self.recipe, self.config).of_step(phase, 0, tokens, self.place.caption[0])
         peak, _ = peak_flops(self.world.device, compute_dtype(self.recipe.engine, self.world.device))
         ceiling = measured_ceiling(self.place)
         with torch.device("meta"):
@@ -109,7 +107,7 @@ class Training:
         sharding: Sharding = "fsdp" if self.recipe.engine.sharding == "fsdp" else "none"
         spare = SPARE * torch.cuda.get_device_properties(self.world.device).total_memory if on_gpu else 0.0
         layout = Layout(sharding, accumulates=False, spare=spare)
-        reckoned = footprint(model, samples, tokens, kept, self.place.caption[0], layout, len(self.recipe.ema))
+        estimated = footprint(model, samples, tokens, kept, self.place.caption[0], layout, len(self.recipe.ema))
         return {
             "samples": samples,
             "milliseconds": 1000 * one,
@@ -118,7 +116,7 @@ class Training:
             "share_of_peak": flops / one / peak,
             "share_of_product": flops / one / ceiling if ceiling else None,
             "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
-            "reckoned_gb": reckoned.total / 1e9,
+            "reckoned_gb": estimated.total / 1e9,
         }
 
     def dispatch(self, samples: int) -> dict[str, float]:

@@ -19,7 +19,7 @@ import numpy as np
 from microdit.lab.equal_cost import ArmPlan, read_plan
 from microdit.lab.run_study import read_results
 from microdit.lab.study import load_study
-from microdit.planning.phases import LARGE, equivalent_size, paper_flops, wanted_size
+from microdit.planning.phases import LARGE, equivalent_size, paper_flops, target_size
 
 PROJECT = Path(__file__).parents[1]
 PATCHES = 64  # of the studies' 8 x 8 latents
@@ -78,7 +78,7 @@ def compare(found: list[tuple[float, float]]) -> None:
     print(f"Best size = {factor:.3g} x FLOPs^{exponent:.2f}, through {len(found)} budgets.")
     paper = (paper_flops(LARGE), equivalent_size(LARGE))
     for flops, size in found:
-        rules = wanted_size(flops, *paper)
+        rules = target_size(flops, *paper)
         by_rules = (
             f"{rules.by_fit / 1e6:.2f} M by the fit of 2410.08184, {rules.by_paper / 1e6:.2f} M from the published run by the square root"
         )

@@ -4,7 +4,7 @@
     python benchmarks/memory.py --size xl --resolution 512 --mask 0 --micro-batch 8 --checkpointing
 
 The model is sharded by FSDP2 over 1 and 8 pretended processes, in bfloat16 over float32 weights, and runs a forward and a backward pass and
-a step of AdamW on tensors that have shapes and no memory. Averages, and FSDP's gathered copies, are not counted there, only reckoned.
+a step of AdamW on tensors that have shapes and no memory. Averages, and FSDP's gathered copies, are not counted there, only estimated.
 Neither knows of what kernels need for a moment, nor of fragments: leave a tenth of the card free.
 """
 
@@ -50,23 +50,23 @@ def main() -> None:
         with torch.device("meta"):
             model = MicroDiT(resolve(SIZES[NAMES[args.size]]))
         layout = Layout("fsdp", ranks, recomputed=float(args.checkpointing))
-        reckoned = footprint(model, args.micro_batch, tokens, kept, CAPTION[0], layout, emas=1)
-        both = counted_and_reckoned(counted, reckoned)
+        estimated = footprint(model, args.micro_batch, tokens, kept, CAPTION[0], layout, emas=1)
+        both = counted_and_reckoned(counted, estimated)
         for name, values in both.items():
             print(
                 f"{ranks:<6}{name:14}" + "".join(f"{text:>{width}}" for text, width in zip(values, (9, 11, 9, 9, 13, 10, 8), strict=True))
             )
 
 
-def counted_and_reckoned(counted: dict[str, int], reckoned: Footprint) -> dict[str, list[str]]:
+def counted_and_reckoned(counted: dict[str, int], estimated: Footprint) -> dict[str, list[str]]:
     parts = ("parameters", "gradients", "moments", "averages", "activations", "gathered", "total")
-    numbers = {part: getattr(reckoned, part) for part in parts}
+    numbers = {part: getattr(estimated, part) for part in parts}
     # What the counted one lacks is taken from the other, so that the totals are of the same things.
     filled = {**{part: numbers[part] for part in parts[:-1]}, **counted}
     filled["total"] = sum(filled.values())
     return {
         "counted": [f"{filled[part] / 1e9:.2f}" if part in counted or part == "total" else "" for part in parts],
-        "reckoned": [f"{numbers[part] / 1e9:.2f}" for part in parts],
+        "estimated": [f"{numbers[part] / 1e9:.2f}" for part in parts],
         "difference": [f"{numbers[part] / filled[part] - 1:+.1%}" if part in counted or part == "total" else "" for part in parts],
     }
 

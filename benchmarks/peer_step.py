@@ -29,10 +29,10 @@ from train_step import CAPTION, LATENTS, NAMES, median, training_step
 
 from microdit.diffusion.edm import EDM
 from microdit.diffusion.guidance import guided_denoiser
-from microdit.io.process_limits import keep_freed_memory
 from microdit.models.config import SIZES, resolve
 from microdit.models.microdit import MicroDiT
 from microdit.models.official import load_official
+from microdit.process_limits import keep_freed_memory
 
 WORKS = {"step": "training step", "guided": "guided forward pass"}
 GUIDANCE = 5.0

@@ -60,7 +60,7 @@ def cost(trainer: Trainer, recipe: Recipe, world: World) -> tuple[float, float]:
     started = time.monotonic()
     quality = Quality(data, recipe, trainer.state.edm, world)
     start = time.monotonic() - started
-    return start, sorted(quality.measure(trainer.state.drawing_model())["quality_seconds"] for _ in range(3))[1]
+    return start, sorted(quality.measure(trainer.state.ema_model())["quality_seconds"] for _ in range(3))[1]
 
 
 if __name__ == "__main__":

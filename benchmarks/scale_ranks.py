@@ -39,7 +39,7 @@ from microdit.io.tensor_files import Rows, pieces_of, write_rows
 from microdit.models.config import SIZES as MODELS
 from microdit.models.config import Size, resolve
 from microdit.models.microdit import MicroDiT
-from microdit.training.checkpointing import Saver, Tensors, Written, load_into, shard_name
+from microdit.training.checkpointing import CheckpointWriter, Tensors, Written, load_into, shard_name
 from microdit.training.parallel import local, mesh_of, prepare_blocks
 
 RANKS = dict(zip(SIZES, (8, 64, 1024), strict=True))
@@ -128,7 +128,7 @@ def simulated(place: Path, ranks: int) -> Cost:
     with first_of(ranks) as (process, sharded):
         aside = run / FOLDER / ".step-00000001.part" / SHARDS
         world = Pretended(**process, told=told[:3], files=others, target=aside)
-        saver = Saver(run, world, 1, None, print)
+        saver = CheckpointWriter(run, world, 1, None, print)
         tensors = sharded(whole)
         started = time.process_time()
         saver.save(1, tensors, {}, ["model", "ema"])
@@ -217,7 +217,7 @@ def one_of_four(place: Path) -> None:
     model, mesh = small_model(), mesh_of("hybrid", world)
     prepare_blocks(model, EngineRecipe(), mesh, world.device)
     tensors: dict[str, Tensor] = {f"model/{name}": weight.detach() for name, weight in model.named_parameters()}
-    saver = Saver(place, world, 1, None, print)
+    saver = CheckpointWriter(place, world, 1, None, print)
     started = time.monotonic()
     saver.save(1, tensors, {}, ["model"])
     waited = time.monotonic() - started

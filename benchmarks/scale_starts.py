@@ -26,16 +26,16 @@ from safetensors.torch import save_file
 from scale_row import RANKS, SHARDS, SIZES, Row
 
 from microdit.checkpoint import deal, find_weights
-from microdit.config.schema import DataRecipe, EMARecipe, EngineRecipe, ModelRecipe, PhaseRecipe, Recipe
+from microdit.config.schema import DataRecipe, EMARecipe, EngineRecipe, ModelRecipe, PhaseRecipe, Recipe, architecture
 from microdit.data.manifest import MANIFEST, open_manifest
 from microdit.distributed import World, start_world, stop_world
 from microdit.errors import UserError
 from microdit.io.files import sha256_of, to_checked_json
-from microdit.io.process_limits import open_files
 from microdit.models.microdit import MicroDiT, ModelConfig
-from microdit.training.checkpointing import Saver, newest_whole
-from microdit.training.init_from import Origin
-from microdit.training.setup import architecture, finished_checkpoint
+from microdit.process_limits import open_files
+from microdit.training.checkpointing import CheckpointWriter, newest_intact
+from microdit.training.init_from import InitialWeights
+from microdit.training.setup import finished_checkpoint
 from microdit.training.state import TrainingState
 
 WEIGHTS, PAPER = 4.66e9, "paper"  # bytes of MicroDiT_XL_2's weights
@@ -150,7 +150,7 @@ def resume(world: World, place: Path, width: int) -> dict[str, Any]:
     before = _counted()
     for name in PHASES[:-1]:
         assert finished_checkpoint(place / name, recipes[name], world), name
-    checkpoint = newest_whole(place / PHASES[-1], world, print)
+    checkpoint = newest_intact(place / PHASES[-1], world, print)
     assert checkpoint is not None
     asked = _counted()
     TrainingState(recipes["4"], config, world, None, fresh=False).load(checkpoint)
@@ -176,7 +176,7 @@ def begin(world: World, place: Path, width: int) -> int:
         grown = [0]
 
         def fill(model: MicroDiT) -> None:
-            Origin(checkpoint, "model").fill(model, world)
+            InitialWeights(checkpoint, "model").fill(model, world)
             grown[0] = memory.grown()
 
         TrainingState(recipe, checkpoint.model_config, world, fill, fresh=True)
@@ -262,7 +262,7 @@ def _recipe(width: int, ema: bool) -> Recipe:
 
 
 def _save(world: World, recipe: Recipe, config: ModelConfig, run: Path, step: int) -> None:
-    saver = Saver(run, world, keep=1, keep_every=None, warn=print)
+    saver = CheckpointWriter(run, world, keep=1, keep_every=None, warn=print)
     state = TrainingState(recipe, config, world, None, fresh=True)
     saver.save(step, state.tensors(), _description(recipe, config), ["model", *state.averages])
     assert saver.finish()

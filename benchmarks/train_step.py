@@ -16,11 +16,11 @@ from torch import Tensor
 
 from microdit.config.schema import OptimizerRecipe
 from microdit.diffusion.edm import EDM, draw_sigma, edm_loss
-from microdit.io.process_limits import keep_freed_memory
 from microdit.models.config import SIZES, resolve
 from microdit.models.flops import training_flops
 from microdit.models.microdit import MicroDiT
 from microdit.models.routing import choose_kept, kept_tokens
+from microdit.process_limits import keep_freed_memory
 from microdit.training.optim import Optimizers
 
 NAMES = {"tiny": "MicroDiT_Tiny_2", "xl": "MicroDiT_XL_2"}

@@ -49,9 +49,9 @@ class Checkpoint:
     _compared: set[str] = field(default_factory=set, compare=False, repr=False)  # files found whole: they can be too large to do it twice
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The weights called `name`, from NAME.safetensors or put together from the shards.
+        """Return the weights called `name`, from NAME.safetensors or assembled from the shards.
 
-        Raises UserError if they are not what was written, cannot be read (a training deletes old checkpoints), or are not finite.
+        Raises UserError if they do not match their checksum, cannot be read (training deletes old checkpoints), or are not finite.
         """
         if damaged := self.damage_of(name):
             raise UserError(f"{self.folder} is damaged ({', '.join(damaged)}: not what was written, or gone).")
@@ -60,12 +60,12 @@ class Checkpoint:
             whole = load_file(self.folder / f"{name}.safetensors") if self._whole else assembled(files, name)
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"The weights {name} of {self.folder} cannot be read: {error}.") from error
-        refuse_infinite(whole, f"The weights {name} of {self.folder}")
+        check_finite(whole, f"The weights {name} of {self.folder}")
         return whole
 
     @property
     def weights(self) -> list[str]:
-        """The names of the weights here: model, and one for each average. Raises UserError if they are in shards, and these damaged."""
+        """The names of the weights: model, and one for each average. Raises UserError if they are in shards that are damaged."""
         if self._whole:
             return sorted(name.removesuffix(".safetensors") for name in self._whole)
         try:
@@ -75,16 +75,16 @@ class Checkpoint:
         return sorted(parts - {"optimizer"})
 
     def damage_of(self, name: str, world: World | None = None) -> list[str]:
-        """Which of the files that hold the weights called `name` (one, or where none are whole all shards) are not what was written.
+        """Return which files of the weights called `name` (one file, or all shards where none are whole) do not match their checksums.
 
-        `world`: whose processes share the reading, as in `damage`.
+        The processes of `world` share the reading, as in `damage`.
         """
         if self._whole:
             return self.damage([file for file in self._whole if file == f"{name}.safetensors"], world)
         return self.damage(self.shards, world) + first_looks(world, lambda: self.strange_shards)
 
     def path_of(self, name: str) -> Path | None:
-        """The file that holds the weights called `name` whole; None if they are in the shards."""
+        """Return the file that holds the weights called `name` whole; None if they are in shards."""
         return self.folder / f"{name}.safetensors" if self._whole else None
 
     @property
@@ -96,9 +96,9 @@ class Checkpoint:
         return [name for name in self.state["files"] if _SHARD.fullmatch(name)]
 
     def damage(self, names: list[str], world: World | None = None) -> list[str]:
-        """Which of these files are not what was written, or cannot be read. A file that was found whole before is not read again.
+        """Return which of these files do not match their checksums or cannot be read. A file that matched before is not read again.
 
-        The processes of `world`, which must all call this, share the reading: each file is read by one of them, on whatever machine.
+        The processes of `world`, which must all call this, share the reading: each file is read by one of them.
         """
         unread = [name for name in names if name not in self._compared]
         mine = unread if world is None else world.look(lambda: deal(self._sizes(unread), world.size))[world.rank]
@@ -114,7 +114,7 @@ class Checkpoint:
 
     @property
     def strange_shards(self) -> list[str]:
-        """Shards that state.json does not name, as of another checkpoint that was copied over this one: they would be read too."""
+        """Shards that state.json does not name, as when another checkpoint was copied over this one: they would be read too."""
         found = (f"{SHARDS}/{path.name}" for path in (self.folder / SHARDS).glob("*.safetensors"))
         return sorted(name for name in found if name not in self.state["files"])
 
@@ -124,7 +124,7 @@ class Checkpoint:
 
 
 def deal(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
-    """Names for each of `ranks`, of about as many bytes: the largest first, each to whoever has fewest."""
+    """Divide names among `ranks` by size: the largest first, each to whoever has the fewest bytes."""
     hands: list[list[str]] = [[] for _ in range(ranks)]
     heap = [(0, rank) for rank in range(ranks)]
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -135,12 +135,12 @@ def deal(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
 
 
 def first_looks(world: World | None, look: Callable[[], T]) -> T:
-    """What `look` finds; of several processes the first one looks and tells the others."""
+    """Return `look()`, called by the first process if there are several."""
     return look() if world is None else world.look(look)
 
 
 def config_of_fields(saved: Mapping[str, Any]) -> ModelConfig:
-    """The architecture, as it is stored in JSON. Raises TypeError or ValueError if these fields are none."""
+    """Return the architecture from its JSON fields. Raises TypeError or ValueError if they are invalid."""
     fields = dict(saved)
     for stack in ("blocks", "mixer", "decoder"):
         fields[stack] = tuple(BlockShape(**shape) for shape in fields.get(stack, ()))
@@ -150,7 +150,7 @@ def config_of_fields(saved: Mapping[str, Any]) -> ModelConfig:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read its state; the files are not looked at. Raises UserError if it is damaged, or of another step than the folder's name says."""
+    """Read a checkpoint's state, not its files. Raises UserError if it is damaged or of another step than its folder's name."""
     try:
         state = from_checked_json((folder / STATE).read_bytes())
         if not isinstance(state["files"], dict):
@@ -163,10 +163,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def find_weights(run: Path, warn: Callable[[str], None], weights: str | None = None, world: World | None = None) -> Checkpoint | None:
-    """The newest checkpoint whose `weights` (by default the first average, else the model) are whole; None if there is none at all.
+    """Return the newest checkpoint whose `weights` (by default the first average, else the model) are intact; None if there is none at all.
 
-    Damaged ones are passed over, each with a sentence to `warn`. The processes of `world` share the reading. Raises UserError if none is
-    left, or if the newest one holds other weights than those asked for.
+    Damaged ones are skipped with a warning. The processes of `world` share the reading. Raises UserError if none is left, or if the newest
+    one lacks these weights.
     """
     folders = first_looks(world, lambda: checkpoint_folders(run))
     for folder in folders:
@@ -193,8 +193,8 @@ def _open_with_names(folder: Path) -> tuple[Checkpoint, list[str]]:
     return checkpoint, checkpoint.weights
 
 
-def refuse_infinite(weights: Mapping[str, Tensor], what: str, fix: str = "take another checkpoint, or train anew") -> None:
-    """Raises UserError if any weight is infinite or no number: every picture of such a model would be spoilt."""
+def check_finite(weights: Mapping[str, Tensor], what: str, fix: str = "take another checkpoint, or train anew") -> None:
+    """Raises UserError if any weight is infinite or NaN, which would spoil every image."""
     bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
     if bad:
         raise UserError(f"{what} are not finite in {len(bad)} of {len(weights)} tensors ({_short(', '.join(bad))}): {fix}.")
@@ -205,7 +205,7 @@ def default_weights(checkpoint: Checkpoint) -> str:
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
-    """Newest first."""
+    """Return the run's checkpoint folders, newest first."""
     folder = run / FOLDER
     found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, reverse=True)
@@ -215,7 +215,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def refuse_other_architecture(checkpoint: Checkpoint, config: ModelConfig, except_for: frozenset[str] = frozenset()) -> None:
+def check_architecture(checkpoint: Checkpoint, config: ModelConfig, except_for: frozenset[str] = frozenset()) -> None:
     """Raises UserError naming what differs between the checkpoint's model and the recipe's."""
     saved, wanted = asdict(checkpoint.model_config), asdict(config)
     different = [
@@ -231,7 +231,7 @@ def refuse_other_architecture(checkpoint: Checkpoint, config: ModelConfig, excep
         )
 
 
-def refuse_other_encoders(checkpoint: Checkpoint, card: dict[str, Any], data: Path) -> None:
+def check_encoders(checkpoint: Checkpoint, card: dict[str, Any], data: Path) -> None:
     """Raises UserError if the checkpoint's model was trained on what other encoders made. `card` is that of the encoded set in `data`."""
     for key in ("autoencoder", "text_encoder"):
         then, now = checkpoint.state["data"][key], card[key]
@@ -243,7 +243,7 @@ def refuse_other_encoders(checkpoint: Checkpoint, card: dict[str, Any], data: Pa
 
 
 def _checksum(path: Path) -> str | None:
-    """None if the file cannot be read, or is no more there."""
+    """Return the checksum, None if the file cannot be read or does not exist."""
     try:
         return sha256_of(path)
     except OSError:

@@ -1,6 +1,6 @@
-"""Where a command computes, and in what numbers: one way to choose both, for all commands.
+"""Devices and dtypes: one way to choose both, for all commands.
 
-`auto` takes the GPU where there is one (NVIDIA's or AMD's as cuda, Apple's as mps), and bfloat16 products on a GPU that has them.
+`auto` takes a GPU if there is one (cuda for NVIDIA and AMD, mps for Apple), and bfloat16 on a GPU that supports it.
 """
 
 import os
@@ -21,12 +21,12 @@ _OUT_OF_MEMORY = ("out of memory", "alloc_failed")  # of CUDA, of cuBLAS and cuD
 
 
 def is_device_name(name: str) -> bool:
-    """Whether `choose_device` knows the name; the device itself may not be there."""
+    """Return whether `choose_device` knows the name; the device itself may not exist."""
     return re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name) is not None
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device that `name` means on this machine. Raises UserError for a name that is none, and for a device that is not there."""
+    """Return the device that `name` means on this machine. Raises UserError for an unknown name or a device that does not exist."""
     if not is_device_name(name):
         raise UserError(f"There is no device '{name[:40]}'. Known: {KNOWN_DEVICES}.")
     if name == "auto":
@@ -45,7 +45,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_own_device(name: str = "auto") -> torch.device:
-    """As `choose_device`, for processes that share no work: under torchrun those of one machine are dealt out to its GPUs in turn."""
+    """Choose a device for a process that shares no work: under torchrun, the GPUs of a machine are assigned in turn."""
     device = choose_device(name)
     if device.type != "cuda" or name not in ("auto", "cuda") or "LOCAL_RANK" not in os.environ:
         return device
@@ -53,7 +53,7 @@ def choose_own_device(name: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What matrix products compute in. Raises UserError for a name that is none, and for numbers that the device does not have."""
+    """Return the dtype of matrix products. Raises UserError for an unknown name, and for a dtype that the device lacks."""
     bfloat16 = device.type in ("cpu", "meta") or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     if name == "auto":
         return torch.bfloat16 if bfloat16 and device.type == "cuda" else torch.float32
@@ -70,19 +70,19 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def device_name(device: torch.device) -> str:
-    """As people know it: "NVIDIA H100 80GB HBM3", "Apple GPU", "CPU, 2 threads"."""
+    """Return the name as people know it: "NVIDIA H100 80GB HBM3", "Apple GPU", "CPU, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return "Apple GPU" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def in_words(device: torch.device, dtype: torch.dtype) -> str:
-    """The one line that says what was chosen: "on NVIDIA H100 80GB HBM3, bfloat16"."""
+    """Return the line that says what was chosen: "on NVIDIA H100 80GB HBM3, bfloat16"."""
     return f"on {device_name(device)}, {str(dtype).removeprefix('torch.')}"
 
 
 def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """The tensor on `device`. A GPU fetches it when its turn comes, and nobody waits for what is queued there before."""
+    """Copy a tensor to `device` without waiting for what is queued there."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
@@ -90,9 +90,9 @@ def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def device_errors_explained(fix: str) -> Iterator[None]:
-    """Turn what a device cannot do into one sentence. `fix` says what needs less memory, such as "take a smaller --batch-size".
+    """Turn a device error into one sentence. `fix` says what needs less memory, such as "take a smaller --batch-size".
 
-    Raises UserError for memory that does not suffice, and for an operation that Apple's GPUs lack. Other errors pass.
+    Raises UserError if memory does not suffice, and for an operation that Apple's GPUs lack. Other errors pass.
     """
     try:
         yield

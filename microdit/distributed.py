@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that torchrun started, on one machine or many."""
+"""The processes of a run: one alone, or those that torchrun started, on one machine or several."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from microdit.devices import choose_device
 from microdit.errors import StoppedError, UserError
-from microdit.io.process_limits import refuse_low_limit
+from microdit.process_limits import check_file_limit
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=20)  # in training
@@ -28,8 +28,10 @@ ANSWER = 15.0  # seconds in which a process that lives answers once a message ha
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`. Small messages go by gloo: those of the loop in the group of all, in which no other thread may speak, and
-    those of the thread that saves in `saving`.
+    """This process among `size`.
+
+    Small messages go over gloo: those of the training loop in the default group, which no other thread may use, and those of the thread
+    that saves checkpoints in the group `saving`.
     """
 
     rank: int
@@ -45,23 +47,23 @@ class World:
 
     @property
     def local_size(self) -> int:
-        """How many of them run on this machine, as torchrun says; without it all."""
+        """Number of processes on this machine, as torchrun says; without torchrun, all."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
 
     def sum(self, tensor: Tensor) -> None:
-        """In place, over all processes."""
+        """Add up a tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
 
     def share(self, value: T, group: dist.ProcessGroup | None = None) -> T:
-        """The first process's value, on all."""
+        """Return the first process's value on all processes."""
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, group=group)
         return box[0]
 
     def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-        """Every process's value, on all, by rank."""
+        """Return every process's value on all processes, by rank."""
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
@@ -69,7 +71,7 @@ class World:
         return values
 
     def look(self, look: Callable[[], T]) -> T:
-        """What the first process finds, on all; if it raises UserError, all do. So that a file is read once, and all go the same way."""
+        """Return on all processes what the first one finds, or raise its UserError on all. So a file is read once and all act alike."""
         found: tuple[T | None, str | None] = None, None
         if self.is_main:
             try:
@@ -85,7 +87,7 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Have all raise UserError where one does in this block, and say which one it was. All processes must come here."""
+        """Raise UserError on all processes where one raises it in this block, naming that process. All processes must enter it."""
         problem: str | None = None
         try:
             yield
@@ -99,8 +101,11 @@ class World:
             where = "" if len(ranks) == self.size else f"{self._names(ranks)}: "
             raise UserError(f"{where}{problems[ranks[0]]}")
 
-    def refuse_difference(self, seen: str, what: str) -> None:
-        """Raises UserError, on all, if what the processes have `seen` of the folder `what` is not the same. It names the first three."""
+    def check_same_folder(self, seen: str, what: str) -> None:
+        """Raises UserError on all processes if they have `seen` different contents of the folder `what`.
+
+        It names the first three that differ.
+        """
         everywhere = self.gather(seen)
         others = [rank for rank, found in enumerate(everywhere) if found != everywhere[0]]
         if others:
@@ -115,7 +120,7 @@ class World:
 
     @contextmanager
     def naming_the_lost(self) -> Iterator[None]:
-        """Turn a message that failed, since a process died or hung for longer than the time-out, into a UserError that names it."""
+        """Turn a message that failed because a process died or hung into a UserError that names the process."""
         try:
             yield
         except RuntimeError as error:
@@ -129,7 +134,7 @@ class World:
             ) from error
 
     def lost(self, patience: float) -> list[str]:
-        """Those of `processes` that do not call this too within `patience` seconds. For a time when no other message arrives."""
+        """Return those of `processes` that do not call this too within `patience` seconds. For use when no other message arrives."""
         answered: set[int] = {self.rank}
         asking = threading.Thread(target=self._ask, args=(answered, time.monotonic() + patience), daemon=True)
         asking.start()
@@ -137,7 +142,7 @@ class World:
         return [name for rank, name in enumerate(self.processes) if rank not in answered]
 
     def _ask(self, answered: set[int], deadline: float) -> None:
-        """Add to `answered` whoever does."""
+        """Add to `answered` the ranks of processes that answer."""
         if self.store is None:  # alone
             return
         for rank in range(self.size):
@@ -155,14 +160,14 @@ class World:
 def start_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone.
 
-    `device`: a name that `choose_device` knows; auto and cuda give each process a GPU of its own. `timeout`: after which a process takes
-    the others for dead. Raises UserError for a device that is not there, and if so many processes need more open files than are allowed.
+    `device` is a name that `choose_device` knows; auto and cuda give each process a GPU of its own. After `timeout`, a silent process
+    counts as dead. Raises UserError for a device that does not exist, and if so many processes need more open files than are allowed.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device)
     store: Store | None = None
     if size > 1:
-        refuse_low_limit((GLOO_GROUPS + 1) * (size - 1) + SPARE_FILES, f"{size} processes")
+        check_file_limit((GLOO_GROUPS + 1) * (size - 1) + SPARE_FILES, f"{size} processes")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         store = _meeting_place(size)
@@ -172,27 +177,27 @@ def start_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
 
 
 def _introduced(world: World) -> World:
-    """With a name for each process, so that one that falls silent can be named."""
+    """Return the world with a name for each process, so that one that falls silent can be named."""
     name = f"process {world.rank} on {socket.gethostname()} (process id {os.getpid()})"
     return replace(world, processes=tuple(world.gather(name)))
 
 
 def _is_failed_message(error: RuntimeError) -> bool:
-    """gloo says in words alone that a message failed."""
+    """Return whether the error is a failed message; gloo says so only in its text."""
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in ("/gloo/", "pair closure", "Connection closed by peer"))
 
 
 def stop_world() -> None:
-    """Leave in good order. Not called after an error: other processes may never answer."""
+    """Leave the process group. Not called after an error, since other processes may never answer."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _meeting_place(size: int) -> Store:
-    """Where processes find each other.
+    """Return the store through which processes find each other.
 
-    torchrun keeps one store over restarts, in which addresses of processes that died would be found again: each start gets a place of
-    its own. With several machines the number of starts is not the same on all, so there it needs a store a start (examples/launch).
+    torchrun keeps one store over restarts, in which addresses of dead processes would be found again, so each start gets a prefix of its
+    own. With several machines the number of starts differs between them, so there it needs a new store for each start (examples/launch).
     """
     if size == 1:
         return HashStore()
@@ -203,7 +208,7 @@ def _meeting_place(size: int) -> Store:
 
 
 def _device(name: str) -> torch.device:
-    """The device that `name` means to this process: under torchrun, auto and cuda are the GPU of its LOCAL_RANK."""
+    """Return the device that `name` means to this process: under torchrun, auto and cuda are the GPU of its LOCAL_RANK."""
     together, local_rank = int(os.environ.get("WORLD_SIZE", "1")) > 1, int(os.environ.get("LOCAL_RANK", "0"))
     if together and name == "auto" and not torch.cuda.is_available():
         name = "cpu"  # Apple's GPU serves one process

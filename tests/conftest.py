@@ -11,10 +11,10 @@ import torch
 from hypothesis import settings
 
 from microdit.data.sources.base import Part, Source
-from microdit.io.process_limits import keep_freed_memory
 from microdit.models.config import Size, resolve
 from microdit.models.microdit import MicroDiT
 from microdit.models.routing import METHODS
+from microdit.process_limits import keep_freed_memory
 from tests.commands import microdit
 from tests.training.processes import RECIPE
 

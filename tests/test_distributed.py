@@ -139,9 +139,9 @@ def look_and_refuse(world: World) -> list[object]:
         world.look(lambda: _refuse("The first one says no."))
     except UserError as error:
         said.append(str(error))
-    world.refuse_difference("the same", "it")
+    world.check_same_folder("the same", "it")
     try:
-        world.refuse_difference("mine" if world.rank == 2 else "ours", "it")
+        world.check_same_folder("mine" if world.rank == 2 else "ours", "it")
     except UserError as error:
         said.append(str(error))
     return said

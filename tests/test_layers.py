@@ -20,7 +20,7 @@ LAYERS = [
     ("encoders", "models"),
     ("io",),
     ("distributed",),
-    ("devices",),
+    ("devices", "process_limits"),
     ("errors", "ranges", "splitmix"),
 ]
 FRIENDS: set[tuple[str, str]] = set()

@@ -20,7 +20,7 @@ from microdit.cli.serve import app as web_page
 from microdit.cli.terminal import console, print_traceback, progress, take_logs
 from microdit.errors import StoppedError, UserError
 from microdit.io.console import PlainConsole, joined, styled
-from microdit.io.process_limits import raise_limit
+from microdit.process_limits import raise_limit
 
 OLDEST_TORCH = (2, 9)  # as pyproject.toml says
 
@@ -112,17 +112,17 @@ def train(
 
     Example: microdit train microdit-xl --resume --price-per-hour 2.5
     """
-    from microdit.config.load import load_recipe
+    from microdit.config.load import load_recipe, load_recipe_folder
     from microdit.config.recipes import find_recipe
     from microdit.devices import choose_dtype, device_errors_explained, in_words
     from microdit.distributed import start_world, stop_world
-    from microdit.training.multi_phase import Settings, load_chain, train_chain, train_one
+    from microdit.training.multi_phase import RunSettings, train_one, train_phases
 
-    settings = Settings(resume, accept_changes, price_per_hour)
+    settings = RunSettings(resume, accept_changes, price_per_hour)
     overrides = [*(overrides or []), *([f"engine.device={device}"] if device else []), *([f"engine.precision={dtype}"] if dtype else [])]
     recipe = find_recipe(recipe)
     is_chain = recipe.is_dir()
-    recipes = load_chain(recipe, overrides) if is_chain else {"": load_recipe(recipe, overrides)}
+    recipes = load_recipe_folder(recipe, overrides) if is_chain else {"": load_recipe(recipe, overrides)}
     first = next(iter(recipes.values()))
     run = out or Path("runs") / (recipe.resolve().name if is_chain else first.name)
     world = start_world(first.engine.device)
@@ -130,7 +130,7 @@ def train(
     console.print(in_words(world.device, choose_dtype(first.engine.precision, world.device)))
     with device_errors_explained("take a smaller engine.micro_batch, or engine.activation_checkpointing=true"):
         if is_chain:
-            train_chain(recipes, run, settings, console, world)
+            train_phases(recipes, run, settings, console, world)
             run /= list(recipes)[-1]
         else:
             train_one(first, run, settings, console, world)

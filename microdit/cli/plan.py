@@ -47,31 +47,32 @@ def budget(
 
     Example: microdit budget --dollars 500 --chip rtx4090 --out recipes/mine
     """
-    from microdit.planning.estimate import load_recipes, reckon
+    from microdit.config.load import load_recipes
+    from microdit.planning.estimate import estimate
     from microdit.planning.hardware import find_machine, measurements_file
-    from microdit.planning.planner import buy, write_recipes
-    from microdit.planning.tables import show, show_plan
-    from microdit.planning.workload import Given
+    from microdit.planning.planner import plan_for_dollars, write_recipes
+    from microdit.planning.tables import print_estimate, print_plan
+    from microdit.planning.workload import KnownShapes
 
     if (recipe is None) == (dollars is None):
         raise UserError("Name a recipe, to see what it costs, or --dollars, to see what they buy: one of the two.")
     if dollars is None and out is not None:
         raise UserError("--out goes with --dollars: it is where the recipes that they buy are written.")
     machine = find_machine(chip, gpus, price, mfu, prices, bench or measurements_file())
-    given = Given(latent_channels, downsampling, caption_tokens, caption_channels)
-    plan = buy(dollars, machine, given, data, images) if dollars is not None else None
+    given = KnownShapes(latent_channels, downsampling, caption_tokens, caption_channels)
+    plan = plan_for_dollars(dollars, machine, given, data, images) if dollars is not None else None
     recipes = plan.recipes if plan is not None else load_recipes(recipe, overrides) if recipe is not None else {}
-    reckoned = reckon(recipes, machine, given, images)
+    estimated = estimate(recipes, machine, given, images)
     if out is not None and plan is not None:
         write_recipes(plan, out)
     if as_json:
-        found = {**reckoned.as_dict(), **({"plan": plan.as_dict()} if plan is not None else {})}
+        found = {**estimated.as_dict(), **({"plan": plan.as_dict()} if plan is not None else {})}
         print(printable(json.dumps(found, indent=1)))
         return
     if plan is None:
-        show(reckoned, console)
+        print_estimate(estimated, console)
     else:
-        show_plan(plan, reckoned, console)
+        print_plan(plan, estimated, console)
         console.print(f"Written: microdit train {out}" if out else "Write it with --out FOLDER.")
 
 

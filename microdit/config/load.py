@@ -37,6 +37,27 @@ def recipe_of_text(text: str, where: str) -> Recipe:
     return _checked(parse_yaml(text, where), where, [])
 
 
+def load_recipes(path: Path, overrides: list[str] | None = None) -> dict[str, Recipe]:
+    """Load the recipes of a folder, or the one of a file, by the stem of their file names. Raises UserError."""
+    path = find_recipe(path)
+    return load_recipe_folder(path, overrides) if path.is_dir() else {path.stem: load_recipe(path, overrides)}
+
+
+def load_recipe_folder(folder: Path, overrides: list[str] | None = None) -> dict[str, Recipe]:
+    """Load a folder of recipes, which are trained in the order of their names, by the stem of their file names.
+
+    Overrides apply to all of them. Raises UserError if there is none, or if one starts from weights of a later one (`init_from`).
+    """
+    paths = sorted(folder.glob("*.yaml"))
+    if not paths:
+        raise UserError(f"There is no recipe (*.yaml) in {folder}.")
+    recipes = {path.stem: load_recipe(path, overrides) for path in paths}
+    for index, (name, recipe) in enumerate(recipes.items()):
+        if recipe.init_from in recipes and recipe.init_from not in list(recipes)[:index]:
+            raise UserError(f"{folder}/{name}.yaml starts from {recipe.init_from}, which is trained after it: rename the files.")
+    return recipes
+
+
 def with_todays_defaults(kept: dict[str, Any]) -> dict[str, Any]:
     """A recipe that an earlier version wrote, with the keys that are new since then at their defaults: a default is what was done before.
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from microdit.models.config import Size
+from microdit.models.config import Size, resolve
+from microdit.models.microdit import ModelConfig
 from microdit.models.routing import Pattern
 from microdit.ranges import Range
 
@@ -70,6 +71,19 @@ class ModelRecipe(Size):
     init_scale: Factor = 1.0  # times the paper's initial weights, which are for widths of about 1,000; 3 suits 128
     # Captions' padding is attended by nobody. False suits captions stored in full (--store-captions full), as the authors' are.
     mask_padding: bool = True
+
+
+def architecture(model: ModelRecipe, in_channels: int, caption_channels: int) -> ModelConfig:
+    """Return the architecture of a recipe's model for latents of `in_channels` channels and caption tokens of width `caption_channels`."""
+    return resolve(
+        model,
+        patch_size=model.patch_size,
+        in_channels=in_channels,
+        caption_channels=caption_channels,
+        expert_capacity=model.expert_capacity,
+        bias=model.bias,
+        position_scale=model.position_scale,
+    )
 
 
 @dataclass(frozen=True)

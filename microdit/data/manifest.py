@@ -46,7 +46,7 @@ def open_manifest(folder: Path, world: World | None = None) -> Manifest:
         return manifest
     with world.together():
         manifest, seen = read_manifest(folder), sha256_of(folder / MANIFEST)
-    world.refuse_difference(seen, str(folder))
+    world.check_same_folder(seen, str(folder))
     world.look(lambda: _check_shards(folder, manifest))
     return manifest
 

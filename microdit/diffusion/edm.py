@@ -45,11 +45,11 @@ def denoise_patches(
     sigma_B: Tensor,
     caption: Caption,
     keep_ids_BK: Tensor | None = None,
-    path_kept_B: Tensor | None = None,
+    path_keep_mask_B: Tensor | None = None,
 ) -> Tensor:
     """D of 2206.00364, eq. 7, as patches: those that `MicroDiT.forward` returns, all (B, T, P) or the kept ones (B, K, P)."""
     c_skip, c_out, c_in, c_noise = (c.view(-1, 1, 1) for c in preconditioning(edm, sigma_B))
-    F_BTP = model(c_in.unsqueeze(-1) * noisy_BCHW, c_noise.flatten(), caption, keep_ids_BK, path_kept_B)
+    F_BTP = model(c_in.unsqueeze(-1) * noisy_BCHW, c_noise.flatten(), caption, keep_ids_BK, path_keep_mask_B)
     noisy_BTP = patchify(noisy_BCHW, model.config.patch_size)
     if keep_ids_BK is not None and METHODS[model.config.routing].restore == "nothing":
         noisy_BTP = take_tokens(noisy_BTP, keep_ids_BK)
@@ -76,7 +76,7 @@ def edm_loss(
     sigma_B: Tensor,
     noise_BCHW: Tensor,
     keep_ids_BK: Tensor | None = None,
-    path_kept_B: Tensor | None = None,
+    path_keep_mask_B: Tensor | None = None,
 ) -> Tensor:
     """Weighted squared error of each sample, (B,) (2206.00364 eq. 8), over the patches that the model's routing says: the kept ones
     (2407.15811 section 2), or all. MaskDiT's adds 0.1 times the error of the dropped patches' reconstruction.
@@ -93,7 +93,7 @@ def edm_loss(
     torch.Size([4])
     """
     noisy_BCHW = latents_BCHW + sigma_B.view(-1, 1, 1, 1) * noise_BCHW
-    denoised_BTP = denoise_patches(model, edm, noisy_BCHW, sigma_B, caption, keep_ids_BK, path_kept_B)
+    denoised_BTP = denoise_patches(model, edm, noisy_BCHW, sigma_B, caption, keep_ids_BK, path_keep_mask_B)
     target_BTP = patchify(latents_BCHW, model.config.patch_size)
     method = METHODS[model.config.routing]
     if keep_ids_BK is None or method.loss == "all":

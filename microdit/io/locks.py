@@ -113,7 +113,7 @@ def _refuse_others(folder: Path, world: World) -> None:
     written, deadline = world.share(_holder(folder)), time.monotonic() + VISIBLE
     while (seen := _holder(folder)) != written and time.monotonic() < deadline:
         time.sleep(0.5)
-    world.refuse_difference(seen, str(folder))
+    world.check_same_folder(seen, str(folder))
 
 
 def _holder(folder: Path) -> str:

@@ -31,8 +31,8 @@ MOMENTS = 4  # steps that are timed per training, more if it has more phases
 
 def flops_of_a_step(trainer: Trainer) -> float:
     """Return the FLOPs of forward and backward for a whole batch, averaged over the training."""
-    share = trainer.share(0)
-    return trainer.work.after(0, share.tokens, share.caption_tokens) / trainer.recipe.total_steps
+    batch = trainer.step_batch(0)
+    return trainer.flops.remaining(0, batch.tokens, batch.caption_tokens) / trainer.recipe.total_steps
 
 
 def seconds_of_a_step(trainers: dict[str, Trainer], reporter: Reporter = QUIET) -> dict[str, float]:
@@ -60,11 +60,10 @@ def moments(recipe: Recipe) -> list[tuple[int, float]]:
 
 def stepper(trainer: Trainer, step: int = 0) -> Callable[[], None]:
     """Return a function that does the trainer's step number `step`, without loading data and logging."""
-    phase, state, share = trainer.recipe.phase_at(step)[0], trainer.state, trainer.share(step)
+    phase, state, batch = trainer.recipe.phase_at(step)[0], trainer.state, trainer.step_batch(step)
 
     def take() -> None:
-        state.optimizers.set_rate(phase.learning_rate)
-        state.learn(share.parts, 1, phase.grad_clip, trainer.guard).values()
+        state.train_step(batch.micro_batches, 1, phase.learning_rate, phase.grad_clip, trainer.guard).values()
 
     return take
 

@@ -148,12 +148,12 @@ class MicroDiT(nn.Module):
         c_noise_B: Tensor,
         caption: Caption,
         keep_ids_BK: Tensor | None = None,
-        path_kept_B: Tensor | None = None,
+        path_keep_mask_B: Tensor | None = None,
     ) -> Tensor:
         """Returns F on all patches, (B, T, P), in their own order, where nothing is dropped or the routing restores what was;
         else, with naive and deferred, on the kept ones, (B, K, P), in the order of `keep_ids_BK`.
 
-        With routing sprint, the sparse blocks count for nothing where `path_kept_B` is 0, and are left out altogether if K is 0.
+        With routing sprint, the sparse blocks count for nothing where `path_keep_mask_B` is 0, and are left out altogether if K is 0.
         """
         dtype = self.patch_embed.weight.dtype  # latents and noise levels come in float32, whatever the weights compute in
         patches_BTP = patchify(latents_BCHW, self.config.patch_size).to(dtype)
@@ -166,7 +166,7 @@ class MicroDiT(nn.Module):
                 x_BTD = self._run(block, x_BTD, caption.answers.get(block, tokens_BLD), caption.mask_BL, condition_BD)
             return x_BTD
 
-        route = make_route(self.config.routing, patches_BTP.shape[1], keep_ids_BK, path_kept_B)
+        route = make_route(self.config.routing, patches_BTP.shape[1], keep_ids_BK, path_keep_mask_B)
         first, last = self.config.dense_blocks
         blocks = list(self.blocks)
         dense, sparse, dense_again = blocks[:first], blocks[first : len(blocks) - last], blocks[len(blocks) - last :]

@@ -64,13 +64,13 @@ class Route:
     """One forward pass's way through the diagram.
 
     `keep_ids_BK`: the tokens that the sparse blocks see; with K = 0, only where they are fused, these blocks are left out.
-    `path_kept_B`: 0 where the sparse blocks shall count for nothing.
+    `path_keep_mask_B`: 0 where the sparse blocks shall count for nothing.
     """
 
     method: Method
     tokens: int
     keep_ids_BK: Tensor | None
-    path_kept_B: Tensor | None
+    path_keep_mask_B: Tensor | None
 
     def drop(self, place: Place, x_BTD: Tensor) -> Tensor:
         """The tokens that go on from `place`: (B, T, D) -> (B, K, D) where this row drops here."""
@@ -83,15 +83,15 @@ class Route:
         return x_BKD if self.keep_ids_BK is None else put_tokens(x_BKD, self.keep_ids_BK, onto_BTD)
 
 
-def make_route(routing: Routing, tokens: int, keep_ids_BK: Tensor | None, path_kept_B: Tensor | None = None) -> Route:
+def make_route(routing: Routing, tokens: int, keep_ids_BK: Tensor | None, path_keep_mask_B: Tensor | None = None) -> Route:
     """Raises ValueError for what this row cannot do: drop at all, keep no token, or leave out its sparse blocks."""
     method = METHODS[routing]
     if method.drop is None and keep_ids_BK is not None:
         raise ValueError("routing 'none' drops no tokens: use mask_ratio 0, or another routing, such as 'deferred'")
-    leaves_out = path_kept_B is not None or (keep_ids_BK is not None and keep_ids_BK.shape[1] == 0)
+    leaves_out = path_keep_mask_B is not None or (keep_ids_BK is not None and keep_ids_BK.shape[1] == 0)
     if leaves_out and method.restore != "fused":
         raise ValueError(f"only routing 'sprint' can leave out its sparse blocks, not '{routing}': keep at least one token")
-    return Route(method, tokens, keep_ids_BK, path_kept_B)
+    return Route(method, tokens, keep_ids_BK, path_keep_mask_B)
 
 
 class Restore(nn.Module):
@@ -118,8 +118,8 @@ class Restore(nn.Module):
         x_BTD = route.put_back(x_BKD, mask_BTD) + 0 * mask_D
         if kind == "mask":
             return x_BTD
-        if route.path_kept_B is not None:
-            x_BTD = torch.where(route.path_kept_B.view(-1, 1, 1) > 0, x_BTD, mask_BTD)
+        if route.path_keep_mask_B is not None:
+            x_BTD = torch.where(route.path_keep_mask_B.view(-1, 1, 1) > 0, x_BTD, mask_BTD)
         return self.fuse(torch.cat([x_BTD, earlier_BTD], dim=-1))
 
     def init_weights(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from microdit.checkpoint import refuse_infinite
+from microdit.checkpoint import check_finite
 from microdit.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, Pixels
 from microdit.encoders.text import FrozenTextEncoder, MiniLM
 from microdit.errors import UserError
@@ -100,13 +100,13 @@ def refuse_infinite_parts(pipeline: MicroDiTPipeline, what: str, fix: str) -> No
     """Raises UserError if a part has weights that are not finite, as those too large for 16 bits are there. `what` begins the sentence."""
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
-            refuse_infinite(dict(part.named_parameters()), f"{what} ({name})", fix)
+            check_finite(dict(part.named_parameters()), f"{what} ({name})", fix)
 
 
 def from_diffusers(pipeline: MicroDiTPipeline) -> Pipeline:
     """The same parts; nothing is copied. Raises UserError if the denoiser's weights are not finite."""
     transformer, config = pipeline.transformer, pipeline.config
-    refuse_infinite(dict(transformer.named_parameters()), "The denoiser's weights", "export or download it again")
+    check_finite(dict(transformer.named_parameters()), "The denoiser's weights", "export or download it again")
     height, width = transformer.config.sample_size
     return Pipeline(
         transformer.denoiser.eval().requires_grad_(False),

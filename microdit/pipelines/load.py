@@ -15,11 +15,11 @@ from microdit.checkpoint import Checkpoint, default_weights
 from microdit.encoders.model_files import DOWNLOAD_AGAIN, find_folder, is_place, lasting_name, loading
 from microdit.errors import UserError
 from microdit.io.files import read_json
-from microdit.io.process_limits import keep_freed_memory
 from microdit.pipelines.components import PIPELINE
 from microdit.pipelines.convert import from_diffusers, read_record
 from microdit.pipelines.diffusers_pipeline import MicroDiTPipeline
 from microdit.pipelines.native import Pipeline
+from microdit.process_limits import keep_freed_memory
 from microdit.reports.run_folder import is_run
 
 DEMO = Path(__file__).parents[1] / "demo_model"  # put there by: microdit export runs/emoji microdit/demo_model --dtype float16

@@ -1,22 +1,15 @@
-"""What comes before training: how much room an encoded set takes, and how long the frozen encoders work on it.
-
-A whole recipe, or a folder of them, reckoned through: each phase's bill and memory, the data, the totals.
-"""
+"""Estimate what recipes cost: FLOPs, hours and dollars of each phase, its memory, and the encoding and storage of the data."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from microdit.config.load import load_recipe
-from microdit.config.recipes import find_recipe
 from microdit.config.schema import Recipe
 from microdit.data.packing import bytes_of_row
 from microdit.data.shards import CHECKSUM_BYTES
 from microdit.planning.hardware import Chip, Machine
-from microdit.planning.memory import Footprint, Load, Way, usable
-from microdit.planning.workload import Given, PhaseBill, Shapes, bill, shapes_of
-from microdit.training.multi_phase import load_chain
+from microdit.planning.memory import Footprint, MemoryPlan, PhaseMemory, usable
+from microdit.planning.workload import KnownShapes, PhaseCost, Shapes, phase_costs, shapes_of
 
 STORED_TOKENS = 25  # of a caption, on average: padding is not stored (docs/storage.md)
 UTILISATION = 0.25  # of the chip's peak in the dtype, by the encoders: assumed, not measured
@@ -26,10 +19,13 @@ MILLION = 1_000_000
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """Of `images` pictures at all of the recipe's resolutions; `assumed`: nobody said how many. Hours and dollars are those of the dtype
-    that `data encode` takes by itself, the first of `hours_by_dtype`. They are None for encoders that we have no FLOPs of, and for sets
-    that are encoded already, whose `bytes_per_sample` is what they take on the disk."""
+class EncodingCost:
+    """Cost of encoding `images` pictures at all of the recipe's resolutions.
+
+    `assumed` says that the number of images is a guess. `bytes_per_sample` is by storage format; for a set that is encoded already it is
+    what the set takes on disk. Hours and dollars are those of the dtype that `data encode` chooses by default, the first of
+    `hours_by_dtype`; they are None for encoded sets and for encoders whose FLOPs are not known.
+    """
 
     images: int
     assumed: bool
@@ -41,28 +37,31 @@ class Encoding:
     hours_by_dtype: dict[str, float] = field(default_factory=dict)
 
 
-def encoding(shapes: list[Shapes], machine: Machine, images: int | None) -> Encoding:
-    """`shapes` of the recipes' phases; each resolution is stored once. `images`: else those of the sets, else a million."""
+def encoding_cost(shapes: list[Shapes], machine: Machine, images: int | None) -> EncodingCost:
+    """Estimate the encoding for the `shapes` of the recipes' phases; each resolution is stored once.
+
+    `images` defaults to the number of encoded samples, else to a million.
+    """
     by_resolution = list({item.resolution: item for item in shapes}.values())
     first = by_resolution[0]
     if first.samples is not None and first.bytes is not None:
-        return Encoding(images or first.samples, False, True, {"as encoded": first.bytes / first.samples}, None, None, None)
+        return EncodingCost(images or first.samples, False, True, {"as encoded": first.bytes / first.samples}, None, None, None)
     stored = {form: _stored(by_resolution, form) for form in ("fp16", "int8")}
     count = images or MILLION
     if (first.autoencoder, first.text_encoder) != ("sdxl", "dfn-clip-h"):
-        return Encoding(count, images is None, False, stored, None, None, None)
+        return EncodingCost(count, images is None, False, stored, None, None, None)
     flops = clip_h_text_flops(first.caption_tokens) + sum(
         share * sdxl_encoder_flops(h, w) for item in by_resolution for share, h, w in item.sides
     )
     hours = {dtype: count * flops / (peak * 1e12 * UTILISATION) / 3600 for dtype, peak in encoding_teraflops(machine.chip).items()}
     first_hours = next(iter(hours.values()))
-    return Encoding(count, images is None, False, stored, flops, first_hours, first_hours * machine.price.dollars, hours)
+    return EncodingCost(count, images is None, False, stored, flops, first_hours, first_hours * machine.price.dollars, hours)
 
 
 def encoding_teraflops(chip: Chip) -> dict[str, float]:
-    """The chip's peak in each dtype that encoding may use, first the one that `data encode` takes by itself.
+    """Return the chip's peak in each dtype that encoding may use, first the default of `data encode`.
 
-    float32 is an upper bound where it is TF32: PyTorch takes that for convolutions, not for the text tower's products.
+    float32 is an upper bound where it means TF32: PyTorch uses TF32 for convolutions, not for the text tower's products.
     """
     if chip.name in FLOAT32_TERAFLOPS:
         return {"float32": FLOAT32_TERAFLOPS[chip.name]}
@@ -70,14 +69,16 @@ def encoding_teraflops(chip: Chip) -> dict[str, float]:
 
 
 def sdxl_encoder_flops(height: int, width: int) -> int:
-    """Of the encoder of SDXL's autoencoder, for latents of that size (in tests counted on diffusers' own): convolutions, and the
-    self-attention over all latents in its middle."""
+    """Return the FLOPs of the encoder of SDXL's autoencoder for latents of that size (tests count them on diffusers' own).
+
+    They are those of its convolutions and of the self-attention over all latents in its middle block.
+    """
     latents = height * width
     return latents * (264_233_088 + 4 * 512 * latents)
 
 
 def clip_h_text_flops(tokens: int) -> int:
-    """Of CLIP-H's text tower, 24 layers of width 1024 with a feed-forward of four times that."""
+    """Return the FLOPs of CLIP-H's text tower: 24 layers of width 1024, with a feed-forward width of 4096."""
     return 24 * (24 * tokens * 1024**2 + 4 * tokens**2 * 1024)
 
 
@@ -95,31 +96,31 @@ SMALL_CARD_GB = 24  # what a good card for games has
 
 
 @dataclass(frozen=True)
-class PhaseBudget:
-    """A phase of the recipe `recipe`.
+class PhaseEstimate:
+    """The estimate for one phase of the recipe called `recipe`.
 
-    `asked`: memory as its engine settings say, in `parts`. `divides`: whether its micro-batch divides a GPU's share of the batch, without
-    which `microdit train` refuses. `advice`: the way that suits the chip; `small`, that suits as many cards of 24 GB, and
-    `small_alone`, one of them. None: it does not fit.
+    `asked` and `parts` are the memory with the recipe's own engine settings. `divides` says whether its micro-batch divides a GPU's part of
+    the batch, which `microdit train` requires. `advice` is the best plan for the chip, `small` the best for as many cards of 24 GB, and
+    `small_alone` for one such card; None means that nothing fits.
     """
 
     recipe: str
-    bill: PhaseBill
-    asked: Way
+    bill: PhaseCost
+    asked: MemoryPlan
     parts: Footprint
     fits: bool
     divides: bool
-    advice: Way
-    small: Way | None
-    small_alone: Way | None
+    advice: MemoryPlan
+    small: MemoryPlan | None
+    small_alone: MemoryPlan | None
 
 
 @dataclass(frozen=True)
-class Budget:
+class Estimate:
     machine: Machine
     parameters: int
-    phases: list[PhaseBudget]
-    encoding: Encoding
+    phases: list[PhaseEstimate]
+    encoding: EncodingCost
     assumed: tuple[str, ...]
     flops: float
     images: int
@@ -127,36 +128,31 @@ class Budget:
     dollars: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the estimate as JSON values."""
         return asdict(self)
 
 
-def load_recipes(path: Path, overrides: list[str] | None) -> dict[str, Recipe]:
-    """Load the recipes of a folder, or the one of a file, by name. Raises UserError."""
-    path = find_recipe(path)
-    return load_chain(path, overrides) if path.is_dir() else {path.stem: load_recipe(path, overrides)}
-
-
-def reckon(
+def estimate(
     recipes: dict[str, Recipe],
     machine: Machine,
-    given: Given = Given(),  # noqa: B008 (frozen)
+    given: KnownShapes = KnownShapes(),  # noqa: B008 (frozen)
     images: int | None = None,
     check: Callable[[], None] = lambda: None,
-) -> Budget:
-    """`images`: how many to encode. `check` is called before each piece of work that takes a while, and may raise.
+) -> Estimate:
+    """Estimate a series of recipes on `machine`.
 
+    `images` is how many to encode. `check` is called before each slow computation and may raise to cancel it.
     Raises UserError for what cannot be trained on that machine.
     """
     shapes = {name: shapes_of(recipe, given) for name, recipe in recipes.items()}
     phases = [phase for name, recipe in recipes.items() for phase in _phases(name, recipe, shapes[name], machine, check)]
     bills = [phase.bill for phase in phases]
     last = list(recipes)[-1]
-    return Budget(
+    return Estimate(
         machine,
-        Load(recipes[last], recipes[last].phases[-1], shapes[last], machine.count, check).parameters,
+        PhaseMemory(recipes[last], recipes[last].phases[-1], shapes[last], machine.count, check).parameters,
         phases,
-        encoding(list(shapes.values()), machine, images),
+        encoding_cost(list(shapes.values()), machine, images),
         tuple(dict.fromkeys(sentence for item in shapes.values() for sentence in item.assumed)),
         sum(item.flops for item in bills),
         sum(item.images for item in bills),
@@ -165,16 +161,16 @@ def reckon(
     )
 
 
-def _phases(name: str, recipe: Recipe, shapes: Shapes, machine: Machine, check: Callable[[], None]) -> list[PhaseBudget]:
+def _phases(name: str, recipe: Recipe, shapes: Shapes, machine: Machine, check: Callable[[], None]) -> list[PhaseEstimate]:
     found = []
-    for phase, its_bill in zip(recipe.phases, bill(recipe, shapes, machine), strict=True):
-        load, alone = Load(recipe, phase, shapes, machine.count, check), Load(recipe, phase, shapes, 1, check)
-        advice = load.best_way(machine.chip.memory_gb)
+    for phase, cost in zip(recipe.phases, phase_costs(recipe, shapes, machine), strict=True):
+        load, alone = PhaseMemory(recipe, phase, shapes, machine.count, check), PhaseMemory(recipe, phase, shapes, 1, check)
+        advice = load.best_plan(machine.chip.memory_gb)
         if advice is None:
-            raise load.refuse(machine.chip.memory_gb, machine.chip.name)
-        asked, parts = load.as_asked(recipe, machine.chip.memory_gb)
+            raise load.no_fit_error(machine.chip.memory_gb, machine.chip.name)
+        asked, parts = load.as_configured(recipe, machine.chip.memory_gb)
         fits = parts.total <= usable(machine.chip.memory_gb)
         divides = load.share % (recipe.engine.micro_batch or load.share) == 0
-        small = load.best_way(SMALL_CARD_GB), alone.best_way(SMALL_CARD_GB)
-        found.append(PhaseBudget(name, its_bill, asked, parts, fits, divides, advice, *small))
+        small = load.best_plan(SMALL_CARD_GB), alone.best_plan(SMALL_CARD_GB)
+        found.append(PhaseEstimate(name, cost, asked, parts, fits, divides, advice, *small))
     return found

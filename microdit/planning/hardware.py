@@ -1,16 +1,12 @@
-"""What the chips that people rent can do, to tell how much of it is used.
+"""The hardware that a run would use: chips, prices, measured speeds, and the machine that they make up.
 
-What a GPU-hour costs: a small table with its date and sources, for a first idea. Your own price always wins.
+`CHIPS` holds the vendors' figures and `PRICES` dated prices of a GPU-hour. Users override both by a YAML file:
 
-A user's own list of chips and prices: what is missing in our tables, or otherwise there.
+    h100: 2.2                                               # dollars of a GPU-hour
+    rtx4090: {teraflops: 160}                               # one figure of a known chip
+    rtx5080: {teraflops: 112.6, memory_gb: 16, price: 0.3}  # another chip
 
-h100: 2.2                                               # dollars of a GPU-hour
-rtx4090: {teraflops: 160}                               # one figure of a known chip
-rtx5080: {teraflops: 112.6, memory_gb: 16, price: 0.3}   # a chip of one's own
-
-What `microdit bench` measured on this user's machines, kept in a file of the user's for `microdit budget`.
-
-What a run would be done on: which chip, how many, what an hour costs, and how much of their peak is used.
+Speeds measured by `microdit bench` are kept in a file of the user's, from which `microdit budget` takes the utilisation.
 """
 
 import json
@@ -75,7 +71,7 @@ SECONDS = 1.0  # that they may take in all: many CPUs only emulate 16 bits, and 
 
 
 def find_chip(device_name: str) -> Chip | None:
-    """By the name that `torch.cuda.get_device_name` gives, such as "NVIDIA H100 80GB HBM3"."""
+    """Find a chip by the name that `torch.cuda.get_device_name` gives, such as "NVIDIA H100 80GB HBM3"."""
     words = device_name.replace("-", " ")
     if any(_has(words, mark) for mark in OTHERS):
         return None
@@ -83,7 +79,7 @@ def find_chip(device_name: str) -> Chip | None:
 
 
 def named_chip(name: str) -> Chip | None:
-    """By a name as people write it: h100, rtx4090, 4090, "A100 80GB", in any case."""
+    """Find a chip by a name as people write it, in any case: h100, rtx4090, 4090, "A100 80GB"."""
     wanted = _plain(name)
     exact = next((chip for chip in CHIPS if _plain(chip.name) == wanted), None)
     if exact is not None or not wanted:
@@ -94,7 +90,7 @@ def named_chip(name: str) -> Chip | None:
 
 
 def same_name(one: str, other: str) -> bool:
-    """Whether people mean the same by both: rtx5080, "RTX 5080"."""
+    """Return whether two names mean the same chip, such as rtx5080 and "RTX 5080"."""
     return _plain(one) == _plain(other)
 
 
@@ -140,7 +136,7 @@ def _plain(name: str) -> str:
 
 
 def _has(words: str, mark: str) -> bool:
-    """As whole words: A10 is not in A100. `words` has spaces for dashes: A100-SXM4-80GB."""
+    """Return whether `words`, in which spaces replace dashes, contains whole words: A10 is not in "A100 SXM4 80GB"."""
     return f" {mark} " in f" {words} "
 
 
@@ -187,7 +183,7 @@ PRICES = {
 
 
 def checked_price(dollars: object, where: str) -> float:
-    """Raises UserError, which begins with `where`, for what is no price."""
+    """Return a price in dollars. Raises UserError, which begins with `where`, if it is not a number of 0 or more."""
     number = finite(dollars)
     if number is None or number < 0:
         raise UserError(f"{where} is {dollars}, and must be the dollars of a GPU-hour, 0 or more.")
@@ -276,7 +272,7 @@ def measurements_file() -> Path:
 
 
 def read_measurements(file: Path) -> dict[str, Measurement]:
-    """The last one of each chip, by its name. None yet: empty. Raises UserError if the file is damaged."""
+    """Return the last measurement of each chip, by its name; empty if there is no file. Raises UserError if it is damaged."""
     if not file.is_file():
         return {}
     try:
@@ -289,7 +285,7 @@ def read_measurements(file: Path) -> dict[str, Measurement]:
 
 
 def keep_measurement(measurement: Measurement, file: Path) -> None:
-    """In place of the chip's earlier one. Raises UserError where the file cannot be written."""
+    """Write a measurement to the file, in place of the chip's earlier one. Raises UserError if the file cannot be written."""
     kept = {**read_measurements(file), measurement.chip: measurement}
     try:
         write_aside(file, json.dumps({name: asdict(item) for name, item in kept.items()}, indent=1).encode())
@@ -314,7 +310,7 @@ class Machine:
 
     @property
     def flops_per_second(self) -> float:
-        """That are put to use, of all GPUs."""
+        """Useful FLOP/s of all GPUs together."""
         return self.count * self.chip.teraflops * 1e12 * self.utilisation
 
     def hours(self, flops: float) -> float:
@@ -325,10 +321,10 @@ class Machine:
 
 
 def find_machine(chip: str, count: int, price: float | None, utilisation: float | None, prices: Path | None, measurements: Path) -> Machine:
-    """What is not given is looked up: chip and price in `prices` (own_chips.py), then in our tables, the utilisation in what
-    `microdit bench` measured.
+    """Return the machine for the options of `microdit budget`.
 
-    Raises UserError for an unknown chip, and for numbers that cannot be.
+    The chip and its price are looked up in the file `prices` first, then in our tables; the utilisation in the file `measurements`.
+    Raises UserError for an unknown chip and for numbers out of range.
     """
     found = _find_chip(chip, prices)
     if count < 1:
@@ -358,7 +354,7 @@ def _find_chip(name: str, prices: Path | None) -> OwnChip:
 
 
 def _utilisation(chip: Chip, given: float | None, measurements: Path) -> tuple[float, str]:
-    """The share, and where it is from. A speed that was measured stays the same where the user's own list says another peak."""
+    """Return the utilisation and its source. Rescales a measured utilisation when the user overrides the chip's peak."""
     if given is not None:
         return given, "--mfu"
     measured = read_measurements(measurements).get(chip.name)

@@ -1,10 +1,12 @@
-"""What a process holds in memory while it trains, by arithmetic. `benchmarks/memory.py` compares it with tensors that are counted.
+"""The memory that a training process needs, by arithmetic, and the engine settings with which a phase fits a card.
+
+`footprint` adds up weights, gradients, optimizer moments, weight averages, activations and FSDP's gathered copies for a `Layout`.
+`benchmarks/memory.py` compares the sums with tensors that are counted. `PhaseMemory` searches layouts for one phase of a recipe.
 
 Shape legend: n tokens of a block, D its width, A attention width, F feed-forward width, L caption tokens, C tokens that experts take.
-
-Does a phase fit a card, and with which micro-batch, sharding and savings? By the arithmetic of `planning/memory.py`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,22 +21,32 @@ from microdit.models.flops import recomputed_flops, training_flops
 from microdit.models.microdit import MicroDiT, ModelConfig
 from microdit.models.routing import METHODS, kept_tokens
 from microdit.planning.workload import Shapes, config_of
-from microdit.training.adamw8 import moment_bytes
-from microdit.training.parallel import LARGE, SPARE, STATE_BYTES, WHOLE, Sharding
 
-FLOAT = 4  # bytes: weights, sums of gradients, moments and averages are float32, but where a layout says otherwise
+Sharding = Literal["none", "ddp", "fsdp", "hybrid"]
+FLOAT = 4  # bytes: weights, accumulated gradients, moments and averages are float32 unless a layout says otherwise
+LARGE = 500_000_000  # parameters from which sharding "auto" shards a model, unless it is known to fit whole
+STATE_BYTES = 20  # per parameter of an unsharded model: float32 weights, gradients and two moments; bfloat16 weights and gradients
+WHOLE = 0.4  # of a GPU's memory: sharding "auto" keeps a model whole as long as these bytes take less
+SPARE = 0.1  # of a device's memory, which may be traded for speed
+HEADROOM = 0.1  # of a card, left free for kernels' workspaces and for fragmentation
+ENOUGH = 4096  # patches in a micro-batch from which a GPU is taken to be busy (a judgement, not measured)
+RECOMPUTED = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the blocks for which activation checkpointing is considered
+MACHINE = 8  # GPUs of one machine, where there are several
+BLOCK = 256  # numbers that share a scale in 8-bit moments, at most
+LEAST_BLOCK = 16  # vectors, and weights whose rows only smaller blocks divide, keep float32 moments
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one of `ranks` processes holds a training: by FSDP its share of the model, by hybrid sharding that of one of the `machine`
-    processes of its machine, else all of it.
+    """How one of `ranks` processes holds the training state.
 
-    `element`: bytes of what products compute in, 2 in bfloat16 and 4 in float32. `recomputed`: the share of blocks that compute twice.
-    `accumulates`: whether a step has several micro-batches. `spare`: bytes that the device may spend on speed (parallel.py).
+    With sharding "fsdp" it holds its part of the model, with "hybrid" the part of one of the `machine` processes on its machine, else all
+    of it. `element` is the size in bytes of the dtype of matrix products: 2 for bfloat16, 4 for float32. `recomputed` is the share of
+    blocks under activation checkpointing. `accumulates` says whether a step has several micro-batches. `spare` is how many bytes of the
+    device may be traded for speed.
     """
 
-    sharding: Literal["none", "ddp", "fsdp", "hybrid"] = "none"
+    sharding: Sharding = "none"
     ranks: int = 1
     machine: int = 8
     element: int = 2
@@ -47,15 +59,17 @@ class Layout:
 
     @property
     def owners(self) -> int | None:
-        """How many processes share one model out; None where each holds all of it."""
+        """Number of processes that share one copy of the model; None if each process holds all of it."""
         return {"fsdp": self.ranks, "hybrid": self.machine}.get(self.sharding)
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes. `activations`: what the forward pass keeps for the backward pass, at its end. `gathered`: low-precision copies of weights.
-    `gradients`: sums that stay there through a step, and `passing`, that come while activations go and are freed behind the optimizer.
-    `averages`: on the CPU, the one that is being updated.
+    """Bytes of one process, by purpose.
+
+    `gradients` stay allocated throughout a step; `passing` gradients appear while activations are freed, and go after the optimizer step.
+    `averages` that live on the CPU count with the one that is being updated. `activations` are what the forward pass keeps for the
+    backward pass, at its peak. `gathered` are low-precision copies of weights.
     """
 
     parameters: int
@@ -72,16 +86,18 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """At the worst moment. While all passing gradients come, at least half of the activations have gone: the later half of the blocks
-        has most of the weights."""
+        """Peak memory.
+
+        By the time all passing gradients exist, at least half of the activations are freed, because most weights lie in later blocks.
+        """
         return self.lasting + max(self.activations, self.passing + self.activations // 2)
 
     def samples_in(self, room: float) -> int:
-        """How many samples at a time fit there, if this is of one."""
+        """Return the largest micro-batch that fits into `room` bytes, if this is the footprint of one sample."""
         return int(min(room - self.lasting, 2 * (room - self.lasting - self.passing)) // self.activations)
 
     def of(self, micro_batch: int) -> "Footprint":
-        """For so many samples at a time, if this is of one."""
+        """Return the footprint of `micro_batch` samples, if this is the footprint of one."""
         return replace(self, activations=micro_batch * self.activations)
 
 
@@ -94,7 +110,7 @@ def footprint(
     layout: Layout = Layout(),
     emas: int = 1,
 ) -> Footprint:
-    """`model` may be on the meta device. With DDP, autocast keeps norms in float32: these are not reckoned, so activations come out low."""
+    """`model` may be on the meta device. With DDP, autocast keeps norms in float32: these are not counted, so activations come out low."""
     owners = layout.owners or 1
     # FSDP deals out rows of the first dimension, rounded up: the weights of 8 experts are never cut into more than 8.
     rows = [(-(-len(weight) // owners), weight.shape) for weight in model.parameters()]
@@ -110,9 +126,12 @@ def footprint(
 
 
 def _gradients(layout: Layout, mine: int, everything: int) -> tuple[int, int]:
-    """Bytes of those that last, and of those that pass. `mine`: bytes of the process's weights; `everything`: numbers of the model's."""
+    """Return the bytes of lasting and of passing gradients.
+
+    `mine` are the bytes of this process's weights; `everything` is the number of parameters of the model.
+    """
     if layout.sharding == "ddp":
-        return mine, 0  # its buckets
+        return mine, 0  # they are views of its buckets
     if layout.owners:
         if not layout.accumulates:
             return 0, mine
@@ -122,8 +141,25 @@ def _gradients(layout: Layout, mine: int, everything: int) -> tuple[int, int]:
     return mine, layout.element * everything
 
 
+@cache
+def block_size(shape: torch.Size) -> int | None:
+    """Return how many numbers share a scale in 8-bit moments of a weight: the largest divisor of a row up to `BLOCK`.
+
+    None means that the moments stay float32. A block lies within one row of the first dimension, the unit in which FSDP shards.
+    """
+    row = math.prod(shape[1:])
+    size = next(size for size in range(min(BLOCK, row), 0, -1) if row % size == 0)
+    return size if len(shape) >= 2 and size >= LEAST_BLOCK else None
+
+
+def moment_bytes(rows: int, shape: torch.Size) -> int:
+    """Return the bytes of both 8-bit moments of `rows` rows of a weight of that shape."""
+    numbers, block = rows * math.prod(shape[1:]), block_size(shape)
+    return 8 * numbers if block is None else 2 * numbers + 8 * (numbers // block)
+
+
 def _gathered(model: MicroDiT, layout: Layout, everything: int) -> int:
-    """Of all weights, if there is room with FSDP; else of the two largest blocks and of what lies outside of blocks."""
+    """Return the bytes of low-precision copies: of all weights if there is room, else of two blocks and what lies outside of blocks."""
     if layout.element == FLOAT and layout.owners in (None, 1):
         return 0
     if layout.owners is None or layout.element * everything < layout.spare:
@@ -138,8 +174,10 @@ def _gathered(model: MicroDiT, layout: Layout, everything: int) -> int:
 
 
 def activations(config: ModelConfig, tokens: int, kept: int, caption_tokens: int, recomputed: float) -> int:
-    """Elements that autograd keeps for one sample. Of blocks that are recomputed, the first ones, it keeps their input; one of them at a
-    time has all, when the later blocks' have gone.
+    """Return how many numbers autograd keeps for one sample.
+
+    The first blocks may be recomputed: of these it keeps the inputs, plus all activations of one block at a time, at a moment when those of
+    the later blocks are freed.
     """
     by_block = config.tokens_by_block(tokens, kept)
     blocks = [_block(shape, width, n, caption_tokens, config.expert_capacity) for shape, width, n in by_block]
@@ -178,15 +216,9 @@ def _outside(config: ModelConfig, tokens: int, kept: int, caption_tokens: int) -
     return caption + projections + fused + tokens * P + config.last_tokens(tokens, kept) * (3 * config.last_dim + 4 * P)
 
 
-HEADROOM = 0.1  # of the card that is left free, for what kernels need for a moment and for fragments
-ENOUGH = 4096  # patches that the backbone computes at a time, for a GPU to have enough to do (a judgement, not measured)
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks that may be recomputed
-MACHINE = 8  # GPUs of one, where there are several machines
-
-
 @dataclass(frozen=True)
-class Way:
-    """How a GPU may hold its share of the training. `gigabytes`: in use, of 10^9 bytes. `time`: of a step, 1 if nothing is recomputed."""
+class MemoryPlan:
+    """A micro-batch and a layout, with the memory they take in GB (10^9 bytes) and the time of a step relative to no recomputation."""
 
     micro_batch: int
     layout: Layout
@@ -194,7 +226,7 @@ class Way:
     time: float
 
     def engine(self, engine: EngineRecipe) -> EngineRecipe:
-        """Those settings, changed to this way."""
+        """Return `engine` with the settings of this plan."""
         layout = self.layout
         share: bool | float = layout.recomputed == 1 or layout.recomputed
         return replace(
@@ -207,17 +239,19 @@ class Way:
         )
 
     def optimizer(self, optimizer: OptimizerRecipe) -> OptimizerRecipe:
+        """Return `optimizer` with the settings of this plan."""
         return replace(optimizer, moments=self.layout.moments)
 
     def overrides(self) -> list[str]:
-        """As they are written behind `microdit train`."""
+        """Return the overrides for `microdit train` that apply this plan."""
         engine, plain = self.engine(EngineRecipe()), EngineRecipe()
         names = ("micro_batch", "sharding", "release_gradients", "averages_on_cpu", "activation_checkpointing")
-        said = [(name, getattr(engine, name)) for name in names if getattr(engine, name) != getattr(plain, name)]
+        changed = [(name, getattr(engine, name)) for name in names if getattr(engine, name) != getattr(plain, name)]
         moments = [] if self.layout.moments == "float32" else [f"optimizer.moments={self.layout.moments}"]
-        return [f"engine.{name}={str(value).lower()}" for name, value in said] + moments
+        return [f"engine.{name}={str(value).lower()}" for name, value in changed] + moments
 
-    def in_words(self) -> str:
+    def summary(self) -> str:
+        """Return the plan as table cell text."""
         layout = self.layout
         savings = [
             "gradients released" if layout.release_gradients else "",
@@ -229,19 +263,19 @@ class Way:
         return ", ".join([str(self.micro_batch), way, *filter(None, savings), f"{self.gigabytes:.1f}"])
 
 
-class Load:
-    """What a GPU has to hold of a phase: the model, and samples of its largest shape at its least masked step."""
+class PhaseMemory:
+    """Memory of one phase on each GPU, for samples of its largest shape at its least masked step."""
 
     def __init__(self, recipe: Recipe, phase: PhaseRecipe, shapes: Shapes, ranks: int, check: Callable[[], None] = lambda: None):
-        """`check` is called before each piece of work that takes a while, and may raise.
+        """Build the phase's model on the meta device. `check` is called before each slow computation and may raise to cancel it.
 
-        Raises UserError if the batch cannot be dealt out.
+        Raises UserError if the batch size is not a multiple of `ranks`.
         """
         check()
         self._check = check
         if phase.batch_size % ranks:
             raise UserError(
-                f"{recipe.name}: the batch of {phase.batch_size} cannot be dealt out to {ranks} GPUs: take a multiple of {ranks}."
+                f"{recipe.name}: the batch of {phase.batch_size} cannot be split evenly over {ranks} GPUs: use a multiple of {ranks}."
             )
         self.name, self.ranks, self.share = f"{recipe.name}, {phase.name}", ranks, phase.batch_size // ranks
         p = recipe.model.patch_size
@@ -258,10 +292,11 @@ class Load:
         self._of_one = cache(self._footprint_of_one)
 
     def footprint(self, micro_batch: int, layout: Layout) -> Footprint:
+        """Return the bytes of one process."""
         return self._of_one(layout).of(micro_batch)
 
-    def as_asked(self, recipe: Recipe, card_gb: float) -> tuple[Way, Footprint]:
-        """As the recipe says. Raises UserError for hybrid sharding without several whole machines."""
+    def as_configured(self, recipe: Recipe, card_gb: float) -> tuple[MemoryPlan, Footprint]:
+        """Return the plan and footprint of the recipe's own settings. Raises UserError for hybrid sharding without several machines."""
         engine = recipe.engine
         micro_batch = min(engine.micro_batch or self.share, self.share)
         layout = Layout(
@@ -277,51 +312,53 @@ class Load:
             SPARE * card_gb * 1e9,
         )
         parts = self.footprint(micro_batch, layout)
-        return Way(micro_batch, layout, parts.total / 1e9, self.time_of(layout)), parts
+        return MemoryPlan(micro_batch, layout, parts.total / 1e9, self.time_of(layout)), parts
 
-    def best_way(self, card_gb: float) -> Way | None:
-        """Prefer what costs no time and changes nothing: whole weights, then sharded ones; then gradients released, averages on the CPU,
-        moments in 8 bits; then recomputing, as few blocks as need be. The first of these that leaves samples of at least `ENOUGH` patches
-        at a time.
+    def best_plan(self, card_gb: float) -> MemoryPlan | None:
+        """Return the first of `layouts` whose micro-batch fits the card and holds at least `ENOUGH` patches (or the whole batch).
 
-        Else the most samples that any way allows. None: not even one sample fits.
+        If none does, return the layout with the largest micro-batch, or None if not even one sample fits.
         """
-        most: Way | None = None
+        most: MemoryPlan | None = None
         for layout in self.layouts(card_gb):
-            way = self._largest(card_gb, layout)
-            if way is None:
+            plan = self._largest(card_gb, layout)
+            if plan is None:
                 continue
-            if way.micro_batch == self.share or way.micro_batch * self._kept >= ENOUGH:
-                return way
-            if most is None or way.micro_batch > most.micro_batch:
-                most = way
+            if plan.micro_batch == self.share or plan.micro_batch * self._kept >= ENOUGH:
+                return plan
+            if most is None or plan.micro_batch > most.micro_batch:
+                most = plan
         return most
 
     def layouts(self, card_gb: float) -> Iterator[Layout]:
-        """All that there are to choose from, the dearest last."""
+        """Yield the layouts in order of preference.
+
+        First those that cost no time and change no result: unsharded, then sharded weights. Then released gradients, averages on the CPU
+        and 8-bit moments. Last the same with activation checkpointing of more and more blocks.
+        """
         whole = Layout("ddp" if self.ranks > 1 else "none", self.ranks, MACHINE, self._element, spare=SPARE * card_gb * 1e9)
         sharded = replace(whole, sharding="fsdp")
         near = [replace(whole, sharding="hybrid")] if self._has_machines else []
         released = replace(whole, release_gradients=True) if self.ranks == 1 else whole
-        ways = [whole, *near, sharded, released]
+        layouts = [whole, *near, sharded, released]
         if self._emas:
-            ways += [replace(way, averages_on_cpu=True) for way in (released, sharded)]
+            layouts += [replace(layout, averages_on_cpu=True) for layout in (released, sharded)]
         if not self._muon:
-            ways += [replace(way, averages_on_cpu=bool(self._emas), moments="int8") for way in (released, sharded)]
-        for share in SHARES:
-            yield from (replace(way, recomputed=share) for way in dict.fromkeys(ways))
+            layouts += [replace(layout, averages_on_cpu=bool(self._emas), moments="int8") for layout in (released, sharded)]
+        for share in RECOMPUTED:
+            yield from (replace(layout, recomputed=share) for layout in dict.fromkeys(layouts))
 
     @property
     def _has_machines(self) -> bool:
-        """Whether several machines are full of GPUs."""
+        """Whether the GPUs fill several machines."""
         return self.ranks > MACHINE and self.ranks % MACHINE == 0
 
     def _sharding(self, engine: EngineRecipe, card_gb: float) -> Sharding:
-        """As `sharding_of` has it, but that large models are always sharded."""
+        """Return what `training.parallel.sharding_of` would choose on such cards."""
         if engine.sharding == "hybrid" and not self._has_machines:
             raise UserError(
                 f"{self.name}: engine.sharding is hybrid, and {self.ranks} GPUs are not several machines of {MACHINE}: "
-                "take fsdp, or more GPUs."
+                "use fsdp, or more GPUs."
             )
         if engine.sharding in ("fsdp", "hybrid"):
             return engine.sharding
@@ -332,21 +369,21 @@ class Load:
         return "hybrid" if self._has_machines and STATE_BYTES * self.parameters / MACHINE < WHOLE * card_gb * 1e9 else "fsdp"
 
     def time_of(self, layout: Layout) -> float:
-        """Of a step, 1 if nothing is recomputed."""
+        """Return the time of a step relative to one without recomputation."""
         shape = self._config, self._tokens, self._kept, self._caption_tokens
         return 1 + recomputed_flops(*shape, layout.recomputed) / training_flops(*shape)
 
-    def refuse(self, card_gb: float, card: str) -> UserError:
-        """The sentence for a card that has no way."""
+    def no_fit_error(self, card_gb: float, card: str) -> UserError:
+        """Return the error for a card that no layout fits."""
         least = min(self.footprint(1, layout).total for layout in self.layouts(card_gb)) / 1e9
         return UserError(
-            f"{self.name} does not fit: one sample at a time, with all that saves memory, needs {least:.1f} GB "
-            f"of each of {self.ranks} {card}, and {usable(card_gb) / 1e9:.1f} of its {card_gb:g} GB can be used: "
-            "take more GPUs, a larger card or a smaller model."
+            f"{self.name} does not fit: one sample at a time, with all memory savings, needs {least:.1f} GB "
+            f"on each of {self.ranks} {card}, and {usable(card_gb) / 1e9:.1f} of its {card_gb:g} GB can be used: "
+            "use more GPUs, a larger card or a smaller model."
         )
 
-    def _largest(self, card_gb: float, layout: Layout) -> Way | None:
-        """The largest micro-batch that fits and divides the share. As large as that, nothing is accumulated."""
+    def _largest(self, card_gb: float, layout: Layout) -> MemoryPlan | None:
+        """Return the plan with the largest micro-batch that fits and divides a GPU's part of the batch, None if none fits."""
         self._check()
         room = usable(card_gb)
         at_once = replace(layout, accumulates=False)
@@ -357,17 +394,17 @@ class Load:
             if most < 1:
                 return None
             micro_batch = next(size for size in range(most, 0, -1) if self.share % size == 0)
-        return Way(micro_batch, layout, self.footprint(micro_batch, layout).total / 1e9, self.time_of(layout))
+        return MemoryPlan(micro_batch, layout, self.footprint(micro_batch, layout).total / 1e9, self.time_of(layout))
 
     def _footprint_of_one(self, layout: Layout) -> Footprint:
         self._check()
         shape = self._tokens, self._kept, self._caption_tokens
-        if layout.recomputed:  # which changes nothing but activations
+        if layout.recomputed:  # changes activations only
             kept = self._element * activations(self._config, *shape, layout.recomputed)
             return replace(self._of_one(replace(layout, recomputed=0.0)), activations=kept)
         return footprint(self._model, 1, *shape, layout, self._emas)
 
 
 def usable(card_gb: float) -> float:
-    """Bytes."""
+    """Return how many bytes of a card a training may use."""
     return card_gb * 1e9 * (1 - HEADROOM)

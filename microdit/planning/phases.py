@@ -1,10 +1,8 @@
-"""How large a model a given amount of compute asks for, by two published findings, and the ladder of sizes to choose from.
+"""The published training as a table of four phases, and the model sizes and scaling rules from which the planner chooses.
 
-Sizes are compared by what they cost, since experts and width scaling make the number of parameters say little: the *equivalent size* is
-that of a dense transformer with the same FLOPs, N = FLOPs / (6 x patches) for a whole 256 px picture. XL_2 has 1,165 M parameters and an
+Models are compared by cost, because with experts and width scaling the number of parameters says little. The *equivalent size* is that of a
+dense transformer with the same FLOPs: N = FLOPs / (6 x patches) for an unmasked 256 px image. XL_2 has 1,165 M parameters and an
 equivalent size of 465 M.
-
-The paper's four phases as a table, and a recipe of each for any size, batch and number of steps.
 """
 
 from dataclasses import asdict, dataclass
@@ -25,13 +23,13 @@ from microdit.planning.workload import Shapes, assumed_shapes, phase_flops
 
 SMALL, LARGE = SIZES["MicroDiT_Tiny_2"], SIZES["MicroDiT_XL_2"]
 WIDTHS = (256, 384, 512, 640, 768, 896, 1024, 1280, 1536)
-PATCHES = 256  # of 256 px, which equivalent sizes are reckoned at
+PATCHES = 256  # of 256 px, which equivalent sizes are estimated at
 FITTED = (1e17, 6e18)  # FLOPs of the runs that 2410.08184 fits
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Equivalent sizes that two rules ask for. `middle` is their geometric mean."""
+class SizeTarget:
+    """Equivalent sizes that two scaling rules recommend. `middle` is their geometric mean."""
 
     by_fit: float
     by_paper: float
@@ -41,19 +39,19 @@ class Wanted:
         return (self.by_fit * self.by_paper) ** 0.5
 
 
-def wanted_size(flops: float, paper_flops: float, paper_size: float) -> Wanted:
-    """For training with `flops`; the published run did `paper_flops` on an equivalent size of `paper_size`.
+def target_size(flops: float, paper_flops: float, paper_size: float) -> SizeTarget:
+    """Return the equivalent sizes for training with `flops`; the published run used `paper_flops` on an equivalent size of `paper_size`.
 
-    By the fit of Liang et al. (2410.08184) to diffusion transformers trained on text and images: N = 0.0009 C^0.5681. (The exponent and
-    the factor are as we know them, the paper's text was not at hand; tests compare them with the abstract's point of 1 B at about 1e21.)
-    By the published run (2407.15811) as one good point, and N growing as the square root of C from there, as it does for language
-    models (Hoffmann et al. 2022, 2203.15556).
+    `by_fit` is the fit of Liang et al. (2410.08184) to diffusion transformers trained on text and images: N = 0.0009 C^0.5681. (Exponent
+    and factor are from memory, as the paper was not at hand; tests compare them with the abstract's point of 1 B at about 1e21.) `by_paper`
+    takes the published run (2407.15811) as one good point, from which N grows as the square root of C, as it does for language models
+    (Hoffmann et al. 2022, 2203.15556).
     """
-    return Wanted(0.0009 * flops**0.5681, paper_size * (flops / paper_flops) ** 0.5)
+    return SizeTarget(0.0009 * flops**0.5681, paper_size * (flops / paper_flops) ** 0.5)
 
 
 def size_of_width(dim: int) -> Size:
-    """The paper's two sizes at 512 and 1,024; between and beyond them on the straight line; below, Tiny_2 made smaller in proportion."""
+    """Return the paper's sizes at 512 and 1,024; linear interpolations of them in between and beyond; scaled-down Tiny_2 below."""
     for known in (SMALL, LARGE):
         if dim == known.dim:
             return known
@@ -75,7 +73,7 @@ PROMPTS = ["a red apple on a table", "a cat on a sofa", "a mountain lake", "a st
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` and `ema_start` are the paper's (2407.15811); warm-up is a hundredth of the steps, as there."""
+    """A phase of the paper (2407.15811), with its `steps` and `ema_start`. Warm-up is a hundredth of the steps, as there."""
 
     name: str
     resolution: int
@@ -109,7 +107,7 @@ def stage_recipe(
     last: bool = False,
     optimizer: OptimizerRecipe = OptimizerRecipe(),  # noqa: B008 (frozen)
 ) -> Recipe:
-    """`last`: of its run, which has an average in any case."""
+    """Return a recipe of one phase. `last` says that it is the last of its run, which always has an average of the weights."""
     number = STAGES.index(stage)
     decay, start = (stage.ema_decay, steps * stage.ema_start // stage.steps) if stage.ema_decay else (0.999, steps // 5)
     phase = PhaseRecipe(
@@ -142,21 +140,21 @@ def file_stem(stage: Stage) -> str:
 
 
 def stage_flops(stage: Stage, size: Size, shapes: Shapes) -> float:
-    """Of one sample."""
+    """Return the FLOPs of one sample."""
     recipe = stage_recipe(stage, size, steps=1, batch_size=1)
     return phase_flops(recipe, recipe.phases[0], shapes)
 
 
 def equivalent_size(size: Size) -> float:
-    """Parameters of a dense transformer that costs as much (see scaling.py)."""
+    """Return the parameters of a dense transformer of the same cost (see above)."""
     return _published_flops(STAGES[1], size) / (6 * PATCHES)
 
 
 def paper_flops(size: Size) -> float:
-    """Of the published run, were it done with `size`."""
+    """Return the FLOPs of the published run if it were done with `size`."""
     return sum(stage.steps * BATCH * _published_flops(stage, size) for stage in STAGES)
 
 
 def _published_flops(stage: Stage, size: Size) -> float:
-    """Of one sample of the paper's latents and captions."""
+    """Return the FLOPs of one sample of the paper's latents and captions."""
     return stage_flops(stage, size, assumed_shapes(stage_recipe(stage, size, steps=1, batch_size=1)))

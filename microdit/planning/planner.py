@@ -1,6 +1,6 @@
-"""What a sum buys: encoded pictures, a model by the rules of scaling.py that fits the card, the paper's phases as far as the money goes.
+"""Plan what a sum of money buys: encoded images, a model size that suits the compute and fits the card, and the paper's phases as recipes.
 
-A plan's recipes as YAML files that people read and change: only what differs from the defaults.
+The recipes are written as YAML files that people read and change, so they hold only what differs from the defaults.
 """
 
 import math
@@ -15,9 +15,9 @@ from microdit.config.schema import EngineRecipe, OptimizerRecipe, Recipe
 from microdit.errors import UserError
 from microdit.io.files import write_aside
 from microdit.models.config import Size
-from microdit.planning.estimate import Encoding, encoding
+from microdit.planning.estimate import EncodingCost, encoding_cost
 from microdit.planning.hardware import Machine
-from microdit.planning.memory import Load, Way
+from microdit.planning.memory import MemoryPlan, PhaseMemory
 from microdit.planning.phases import (
     AT_256,
     FITTED,
@@ -25,17 +25,17 @@ from microdit.planning.phases import (
     SMALL,
     STAGES,
     WIDTHS,
+    SizeTarget,
     Stage,
-    Wanted,
     equivalent_size,
     file_stem,
     paper_flops,
     size_of_width,
     stage_flops,
     stage_recipe,
-    wanted_size,
+    target_size,
 )
-from microdit.planning.workload import Given, Shapes, shapes_of
+from microdit.planning.workload import KnownShapes, Shapes, shapes_of
 from microdit.reports.formats import money
 
 UNCERTAINTY = 2  # a factor, on the size: our judgement of rules that were found on other models
@@ -48,17 +48,17 @@ BATCHES = (2048, 1024, 512, 256, 128, 64)
 
 @dataclass(frozen=True)
 class Plan:
-    """Of `dollars`, `encoding` is paid first, and the rest buys `gpu_hours` and `flops` of training.
+    """What `dollars` buy: `encoding` is paid first, and the rest pays for `gpu_hours` and `flops` of training.
 
-    `width` is nearest to what the two rules want, in the middle, and `widths` to half and to twice that. `equivalent`: its equivalent
-    size (scaling.py). `smaller_for_memory`: a wider one was wanted, and does not fit.
+    `width` is the size nearest to the middle of the two recommendations in `wanted`; `widths` are those nearest to half and to twice that.
+    `equivalent` is its equivalent size (see phases.py). `smaller_for_memory` says that a wider model was recommended and does not fit.
     """
 
     dollars: float
-    encoding: Encoding
+    encoding: EncodingCost
     flops: float
     gpu_hours: float
-    wanted: Wanted
+    wanted: SizeTarget
     width: int
     widths: tuple[int, int]
     equivalent: float
@@ -98,39 +98,39 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Purse:
-    """What a sum leaves for training in `stages` when their pictures are encoded. `flops` are below 0 where it does not pay for that."""
+class _Funds:
+    """The compute that is left for training in `stages` after encoding. `flops` is negative where the sum does not pay for encoding."""
 
     stages: Sequence[Stage]
-    encoding: Encoding
+    encoding: EncodingCost
     flops: float
 
 
-def buy(dollars: float, machine: Machine, given: Given, data: str, images: int | None = None) -> Plan:
-    """`images`: how many to encode, else a million; none where the set `data` is on the disk.
+def plan_for_dollars(dollars: float, machine: Machine, given: KnownShapes, data: str, images: int | None = None) -> Plan:
+    """Return the plan for a sum. `images` is how many to encode, by default a million, or none if the set `data` is encoded already.
 
-    Raises UserError if the sum is too little for any model or more than is planned with, or if no model fits the machine.
+    Raises UserError if the sum is too small for any model or beyond what is planned for, or if no model fits the machine.
     """
     if not dollars > 0 or dollars == float("inf"):
         raise UserError(f"--dollars is {dollars}, and must be a sum above 0.")
     if machine.price.dollars == 0:
         raise UserError("--dollars needs a --price above 0: for nothing, any number of GPU-hours can be had.")
     shapes = _shapes(given, data)
-    full, low = (_purse(dollars, stages, shapes, machine, images) for stages in (STAGES, AT_256))
-    _refuse_too_little(dollars, low, shapes, machine)
-    _refuse_too_much(dollars, full, machine)
-    purse = full if _reaches_512(full, shapes) else low
-    wanted = _wanted(purse.flops)
+    full, low = (_funds(dollars, stages, shapes, machine, images) for stages in (STAGES, AT_256))
+    _check_enough(dollars, low, shapes, machine)
+    _check_not_too_much(dollars, full, machine)
+    funds = full if _reaches_512(full, shapes) else low
+    wanted = _wanted(funds.flops)
     best = _nearest(wanted.middle)
     for width in reversed(WIDTHS[: WIDTHS.index(best) + 1]):
-        recipes = _recipes(size_of_width(width), purse, shapes, machine, data)
+        recipes = _recipes(size_of_width(width), funds, shapes, machine, data)
         if recipes is not None:
             widths = _nearest(wanted.middle / UNCERTAINTY), _nearest(wanted.middle * UNCERTAINTY)
             return Plan(
                 dollars=dollars,
-                encoding=purse.encoding,
-                flops=purse.flops,
-                gpu_hours=purse.flops / _flops_per_dollar(machine) / machine.price.dollars,
+                encoding=funds.encoding,
+                flops=funds.flops,
+                gpu_hours=funds.flops / _flops_per_dollar(machine) / machine.price.dollars,
                 wanted=wanted,
                 width=width,
                 widths=widths,
@@ -142,33 +142,33 @@ def buy(dollars: float, machine: Machine, given: Given, data: str, images: int |
     raise UserError(f"Not even the smallest of our sizes fits {machine.count} x {machine.chip.name} of {machine.chip.memory_gb:g} GB.")
 
 
-def _shapes(given: Given, data: str) -> dict[str, Shapes]:
-    """By the stage's name; read from the set `data`, if it is there."""
+def _shapes(given: KnownShapes, data: str) -> dict[str, Shapes]:
+    """Return the shapes by the stage's name, read from the set `data` if it exists."""
     try:
         return {stage.name: shapes_of(stage_recipe(stage, SMALL, 1, 1, data), given) for stage in STAGES}
     except UserError as error:
         raise UserError(f"{error} The plan's phases need 256 and 512 px: encode {data} at both, or name another --data.") from error
 
 
-def _purse(dollars: float, stages: Sequence[Stage], shapes: dict[str, Shapes], machine: Machine, images: int | None) -> _Purse:
-    paid = encoding([shapes[stage.name] for stage in stages], machine, images)
-    return _Purse(stages, paid, (dollars - (paid.dollars or 0.0)) * _flops_per_dollar(machine))
+def _funds(dollars: float, stages: Sequence[Stage], shapes: dict[str, Shapes], machine: Machine, images: int | None) -> _Funds:
+    paid = encoding_cost([shapes[stage.name] for stage in stages], machine, images)
+    return _Funds(stages, paid, (dollars - (paid.dollars or 0.0)) * _flops_per_dollar(machine))
 
 
 def _flops_per_dollar(machine: Machine) -> float:
     return 3600 * machine.flops_per_second / machine.count / machine.price.dollars
 
 
-def _refuse_too_little(dollars: float, purse: _Purse, shapes: dict[str, Shapes], machine: Machine) -> None:
-    """`purse`: at 256 px."""
+def _check_enough(dollars: float, funds: _Funds, shapes: dict[str, Shapes], machine: Machine) -> None:
+    """Raises UserError if the funds for 256 px do not pay for any model."""
     of_an_image = _mean_flops(AT_256, size_of_width(WIDTHS[0]), shapes)
-    images = purse.flops / of_an_image
+    images = funds.flops / of_an_image
     if images >= LEAST_IMAGES:
         return
-    paid = purse.encoding.dollars or 0.0
+    paid = funds.encoding.dollars or 0.0
     enough = money(paid + LEAST_IMAGES * of_an_image / _flops_per_dollar(machine) + 0.005)  # to the next cent
     too_little = f"{money(dollars)} are too little: on {machine.chip.name}"
-    encoded = f"encoding {purse.encoding.images:,} images"
+    encoded = f"encoding {funds.encoding.images:,} images"
     if images <= 0:
         raise UserError(
             f"{too_little}, {encoded} alone takes {money(paid)}: say how many there are with --images. "
@@ -181,32 +181,32 @@ def _refuse_too_little(dollars: float, purse: _Purse, shapes: dict[str, Shapes],
     )
 
 
-def _refuse_too_much(dollars: float, purse: _Purse, machine: Machine) -> None:
-    if purse.flops > MOST_FLOPS:
-        most = (purse.encoding.dollars or 0.0) + MOST_FLOPS / _flops_per_dollar(machine)
+def _check_not_too_much(dollars: float, funds: _Funds, machine: Machine) -> None:
+    if funds.flops > MOST_FLOPS:
+        most = (funds.encoding.dollars or 0.0) + MOST_FLOPS / _flops_per_dollar(machine)
         raise UserError(
             f"--dollars is {dollars:g}, and more than we plan with: on {machine.chip.name} that ends at {money(most)}, "
             f"{MOST_FLOPS:.0e} FLOPs of training."
         )
 
 
-def _reaches_512(purse: _Purse, shapes: dict[str, Shapes]) -> bool:
-    """Whether enough images can be seen masked at 512 px, by the size that the rules want."""
-    if purse.flops <= 0:
+def _reaches_512(funds: _Funds, shapes: dict[str, Shapes]) -> bool:
+    """Return whether the recommended size can see enough masked images at 512 px."""
+    if funds.flops <= 0:
         return False
-    size = size_of_width(_nearest(_wanted(purse.flops).middle))
-    return purse.flops / _mean_flops(STAGES, size, shapes) * _shares(STAGES)[2] >= LEAST_AT_512
+    size = size_of_width(_nearest(_wanted(funds.flops).middle))
+    return funds.flops / _mean_flops(STAGES, size, shapes) * _shares(STAGES)[2] >= LEAST_AT_512
 
 
-def _recipes(size: Size, purse: _Purse, shapes: dict[str, Shapes], machine: Machine, data: str) -> dict[str, Recipe] | None:
-    """The phases that use up the purse, with engine settings that fit. None if there are none."""
-    stages = purse.stages
-    batch = _batch(purse.flops / _mean_flops(stages, size, shapes), machine.count)
+def _recipes(size: Size, funds: _Funds, shapes: dict[str, Shapes], machine: Machine, data: str) -> dict[str, Recipe] | None:
+    """Return the phases that spend the funds, with engine settings that fit; None if there are none."""
+    stages = funds.stages
+    batch = _batch(funds.flops / _mean_flops(stages, size, shapes), machine.count)
     found = [_way(stage, size, batch, shapes[stage.name], machine, stage is stages[-1]) for stage in stages]
     ways = [way for way in found if way is not None]
     if len(ways) < len(found):
         return None
-    images = purse.flops / _mean_flops(stages, size, shapes, [way.time for way in ways])
+    images = funds.flops / _mean_flops(stages, size, shapes, [way.time for way in ways])
     recipes = {}
     for stage, share, way in zip(stages, _shares(stages), ways, strict=True):
         engine, optimizer = way.engine(EngineRecipe(compile=True)), way.optimizer(OptimizerRecipe())
@@ -220,13 +220,13 @@ def _batch(images: float, gpus: int) -> int:
     return -(-batch // gpus) * gpus
 
 
-def _way(stage: Stage, size: Size, batch: int, shapes: Shapes, machine: Machine, last: bool) -> Way | None:
+def _way(stage: Stage, size: Size, batch: int, shapes: Shapes, machine: Machine, last: bool) -> MemoryPlan | None:
     recipe = stage_recipe(stage, size, steps=1, batch_size=batch, last=last)
-    return Load(recipe, recipe.phases[0], shapes, machine.count).best_way(machine.chip.memory_gb)
+    return PhaseMemory(recipe, recipe.phases[0], shapes, machine.count).best_plan(machine.chip.memory_gb)
 
 
 def _mean_flops(stages: Sequence[Stage], size: Size, shapes: dict[str, Shapes], factors: Sequence[float] = (1.0,) * len(STAGES)) -> float:
-    """Of an image, over all phases; each phase's counted `factors` times."""
+    """Return the mean FLOPs of an image over all phases, each phase's weighted by `factors`."""
     return sum(
         share * factor * stage_flops(stage, size, shapes[stage.name])
         for share, factor, stage in zip(_shares(stages), factors, stages, strict=False)
@@ -234,22 +234,22 @@ def _mean_flops(stages: Sequence[Stage], size: Size, shapes: dict[str, Shapes], 
 
 
 def _shares(stages: Sequence[Stage]) -> list[float]:
-    """Each phase's part of the images: the paper's."""
+    """Return each phase's share of the images, as in the paper."""
     total = sum(stage.steps for stage in stages)
     return [stage.steps / total for stage in stages]
 
 
-def _wanted(flops: float) -> Wanted:
-    return wanted_size(flops, paper_flops(LARGE), equivalent_size(LARGE))
+def _wanted(flops: float) -> SizeTarget:
+    return target_size(flops, paper_flops(LARGE), equivalent_size(LARGE))
 
 
 def _nearest(equivalent: float) -> int:
-    """The width of the size that costs most nearly that."""
+    """Return the width of the size whose equivalent size is nearest."""
     return min(WIDTHS, key=lambda width: abs(math.log(equivalent_size(size_of_width(width)) / equivalent)))
 
 
 def write_recipes(plan: Plan, folder: Path) -> None:
-    """One file a phase, for `microdit train FOLDER`. Raises UserError if the folder holds something already."""
+    """Write one file a phase, for `microdit train FOLDER`. Raises UserError if the folder is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: choose another --out.")
     for name, text in recipe_files(plan).items():
@@ -257,7 +257,7 @@ def write_recipes(plan: Plan, folder: Path) -> None:
 
 
 def recipe_files(plan: Plan) -> dict[str, str]:
-    """Their text by the file's name."""
+    """Return the text of each recipe by its file name."""
     bought = f"what {money(plan.dollars)} buy on {plan.machine.count} x {plan.machine.chip.name} (microdit budget --dollars)"
     return {
         f"{stem}.yaml": f"# Phase {number} of {len(plan.recipes)} of {bought}.\n{recipe_text(recipe)}"
@@ -270,7 +270,7 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def _sparse(item: Any) -> dict[str, Any]:
-    """What a dataclass says beyond its defaults."""
+    """Return the fields of a dataclass that differ from their defaults."""
     found: dict[str, Any] = {}
     for field in fields(item):
         value = getattr(item, field.name)

@@ -1,4 +1,4 @@
-"""A budget as tables that a person understands at once."""
+"""Print an estimate and a plan as tables."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -8,15 +8,15 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from microdit.io.console import PlainConsole, joined, styled
-from microdit.planning.estimate import MILLION, SMALL_CARD_GB, STORED_TOKENS, UTILISATION, Budget, Encoding, PhaseBudget
-from microdit.planning.memory import HEADROOM, Way
+from microdit.planning.estimate import MILLION, SMALL_CARD_GB, STORED_TOKENS, UTILISATION, EncodingCost, Estimate, PhaseEstimate
+from microdit.planning.memory import HEADROOM, MemoryPlan
 from microdit.planning.planner import Plan
 from microdit.reports.formats import count, duration, figure, hours, money
 
 WIDE = 1000  # characters, more than any table takes
 
 
-def show(budget: Budget, console: PlainConsole) -> None:
+def print_estimate(budget: Estimate, console: PlainConsole) -> None:
     machine = budget.machine
     console.print(
         joined(
@@ -36,15 +36,15 @@ def show(budget: Budget, console: PlainConsole) -> None:
         costs.padding = 0  # large sums: closer together rather than cut
     for table in (costs, _memory(budget), _ways(budget)):
         console.print(table)
-    for line in [_verdict(budget), *_settings(budget), *_data(budget.encoding)]:
+    for line in [_fit_sentence(budget), *_settings(budget), *_data(budget.encoding)]:
         console.print(line, soft_wrap=True)
 
 
-def show_plan(plan: Plan, budget: Budget, console: PlainConsole) -> None:
+def print_plan(plan: Plan, budget: Estimate, console: PlainConsole) -> None:
     """`budget`: of the plan's recipes."""
     for line in plan.in_words():
         console.print(line, soft_wrap=True)
-    show(budget, console)
+    print_estimate(budget, console)
     if plan.encoding.dollars is not None:
         parts = f"Training {money(budget.dollars)} and encoding {money(plan.encoding.dollars)}"
         spent = money(budget.dollars + plan.encoding.dollars)
@@ -53,7 +53,7 @@ def show_plan(plan: Plan, budget: Budget, console: PlainConsole) -> None:
             console.print(f"Only {_short(budget.images)} images are seen: encode no more of them (--images).")
 
 
-def _costs(budget: Budget) -> Table:
+def _costs(budget: Estimate) -> Table:
     table = _table("What it costs", "px", "drop", "steps", "batch", "images", "GFLOPs/\nsample", "EFLOPs", "hours", "dollars")
     for phase in budget.phases:
         b = phase.bill
@@ -66,7 +66,7 @@ def _costs(budget: Budget) -> Table:
     return table
 
 
-def _memory(budget: Budget) -> Table:
+def _memory(budget: Estimate) -> Table:
     """`gathered` are low-precision copies of weights. The total is less than the sum where gradients come as activations go."""
     table = _table("GB on each GPU, as the recipe says", "weights", "grads", "moments", "averages", "activations", "copies", "total")
     for phase in budget.phases:
@@ -76,17 +76,17 @@ def _memory(budget: Budget) -> Table:
     return table
 
 
-def _ways(budget: Budget) -> Table:
+def _ways(budget: Estimate) -> Table:
     columns = _places(budget)
     table = _table("Does it fit? Micro-batch, sharding, GB in use", "as the recipe says", *columns, justify="left")
     for phase in budget.phases:
-        table.add_row(phase.bill.name, _asked(phase), *(_way(choose(phase)) for choose in columns.values()))
+        table.add_row(phase.bill.name, _asked(phase), *(_plan_cell(choose(phase)) for choose in columns.values()))
     table.caption = f"{HEADROOM:.0%} of a card is left free. recomputed: a second forward pass of the blocks or of the first of them."
     return table
 
 
-def _verdict(budget: Budget) -> Text:
-    """The table in a sentence."""
+def _fit_sentence(budget: Estimate) -> Text:
+    """Return a sentence that says on which cards each phase fits."""
     fits = {"As it is": [phase.bill.name for phase in budget.phases if not (phase.fits and phase.divides)]}
     for place, choose in _places(budget).items():
         fits[place.replace("on", "On", 1)] = [phase.bill.name for phase in budget.phases if choose(phase) is None]
@@ -97,8 +97,8 @@ def _verdict(budget: Budget) -> Text:
     return joined(styled("Fits?"), *said)
 
 
-def _settings(budget: Budget) -> list[Text]:
-    """What each phase has to say that does not fit as it is, and what that costs."""
+def _settings(budget: Estimate) -> list[Text]:
+    """Return for each phase that does not fit as it is which overrides make it fit, and what they cost."""
     lines = []
     for phase in budget.phases:
         if phase.fits and phase.divides:
@@ -109,16 +109,16 @@ def _settings(budget: Budget) -> list[Text]:
     return lines
 
 
-def _places(budget: Budget) -> dict[str, Callable[[PhaseBudget], Way | None]]:
-    """The machine, as many cards of 24 GB, and one of them; those that are the same only once."""
+def _places(budget: Estimate) -> dict[str, Callable[[PhaseEstimate], MemoryPlan | None]]:
+    """Return the machine, as many cards of 24 GB, and one such card, without duplicates, each with its plan of a phase."""
     gpus, memory = budget.machine.count, budget.machine.chip.memory_gb
-    places: dict[str, Callable[[PhaseBudget], Way | None]] = {f"on {gpus} x {memory:g} GB": lambda phase: phase.advice}
+    places: dict[str, Callable[[PhaseEstimate], MemoryPlan | None]] = {f"on {gpus} x {memory:g} GB": lambda phase: phase.advice}
     places.setdefault(f"on {gpus} x {SMALL_CARD_GB} GB", lambda phase: phase.small)
     places.setdefault(f"on 1 x {SMALL_CARD_GB} GB", lambda phase: phase.small_alone)
     return places
 
 
-def _data(data: Encoding) -> list[Text]:
+def _data(data: EncodingCost) -> list[Text]:
     images = f"{_short(data.images)} images"
     size = ", ".join(
         f"{value * data.images / 1e9:,.4g} GB ({form}, {value:,.0f} bytes each)" for form, value in data.bytes_per_sample.items()
@@ -130,7 +130,7 @@ def _data(data: Encoding) -> list[Text]:
     if data.assumed:
         taken.append(" Say how many with --images.")
     if data.gpu_hours is None or data.flops_per_sample is None:
-        return [taken, joined("What these encoders cost is not known here: only the SDXL autoencoder and DFN5B-CLIP-H are reckoned.")]
+        return [taken, joined("What these encoders cost is not known here: only the SDXL autoencoder and DFN5B-CLIP-H are estimated.")]
     dtype, *others = data.hours_by_dtype
     rate = (
         f"{data.flops_per_sample / 1e12:.3g} TFLOPs a sample, {UTILISATION:.0%} of the peak assumed, reading and decoding files not counted"
@@ -149,16 +149,16 @@ def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right
     return table
 
 
-def _asked(phase: PhaseBudget) -> Text:
+def _asked(phase: PhaseEstimate) -> Text:
     if not phase.divides:
         return styled("micro_batch does not divide a GPU's share of the batch", "red")
-    return _way(phase.asked) if phase.fits else styled(f"{_way(phase.asked)}: too much", "red")
+    return _plan_cell(phase.asked) if phase.fits else styled(f"{_plan_cell(phase.asked)}: too much", "red")
 
 
-def _way(way: Way | None) -> Text:
+def _plan_cell(way: MemoryPlan | None) -> Text:
     if way is None:
         return styled("does not fit", "red")
-    return joined(way.in_words())
+    return joined(way.summary())
 
 
 def _dropped(ratios: tuple[float, float]) -> str:

@@ -1,15 +1,13 @@
-"""How much work a step and the rest of a recipe are, in FLOPs: for utilisation and the time left.
+"""The workload of a recipe: shapes of its latents and captions, FLOPs of its steps, and the hours and dollars of its phases.
 
-What a recipe learns on, in numbers: read from its encoded sets where they are on the disk, else assumed, and said so.
-
-What the phases of a recipe cost: FLOPs by the project's own formula, then hours and dollars on a machine.
+Shapes are read from encoded sets where they exist, and otherwise assumed; the assumptions are printed with the estimate.
 """
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from microdit.config.schema import PhaseRecipe, Recipe
+from microdit.config.schema import PhaseRecipe, Recipe, architecture
 from microdit.data.dataset import EncodedDataset
 from microdit.data.manifest import MANIFEST
 from microdit.data.packing import bytes_of_row
@@ -19,25 +17,24 @@ from microdit.models.flops import recomputed_flops, training_flops
 from microdit.models.microdit import ModelConfig
 from microdit.models.routing import kept_tokens
 from microdit.planning.hardware import Machine
-from microdit.training.setup import architecture
 
 SAMPLES = 32  # points at which a mask schedule is looked at, to sum a phase up
 
 
-class Work:
-    """Of a recipe's steps on one shape of latents."""
+class FlopCounter:
+    """FLOPs of a recipe's steps on one shape of latents, by the formula of models/flops.py."""
 
     def __init__(self, recipe: Recipe, config: ModelConfig):
         self._recipe, self._config = recipe, config
         self._flops = lru_cache(maxsize=4096)(training_flops)
 
     def of_step(self, phase: PhaseRecipe, step_in_phase: int, tokens: int, caption_tokens: int) -> float:
-        """FLOPs of the whole batch, forward and backward."""
+        """Return the FLOPs of one step on the whole batch, forward and backward."""
         kept = kept_tokens(tokens, phase.mask_ratio_at(step_in_phase))
         return phase.batch_size * self._flops(self._config, tokens, kept, caption_tokens)
 
-    def after(self, step: int, tokens: int, caption_tokens: int) -> float:
-        """FLOPs of all steps from number `step` to the end."""
+    def remaining(self, step: int, tokens: int, caption_tokens: int) -> float:
+        """Return the FLOPs of all steps from number `step` to the end."""
         total = 0.0
         for phase in self._recipe.phases:
             first = min(step, phase.steps)
@@ -56,8 +53,8 @@ TEXT_ENCODERS = {"dfn-clip-h": (77, 1024), "minilm": (16, 384)}  # tokens, chann
 
 
 @dataclass(frozen=True)
-class Given:
-    """What is known better than our assumptions."""
+class KnownShapes:
+    """Shapes that the user states, in place of assumptions about data that is not encoded yet."""
 
     latent_channels: int | None = None
     downsampling: int | None = None
@@ -67,9 +64,10 @@ class Given:
 
 @dataclass(frozen=True)
 class Shapes:
-    """`sides`: (share of the samples, height, width) of latents, one for each aspect ratio. `assumed`: in words, what was not read.
+    """Shapes of the data that a recipe is trained on.
 
-    `samples` and `bytes`, on the disk, are None where a set is missing. `autoencoder` and `text_encoder` by name.
+    `sides` holds (share of the samples, height, width) of the latents for each aspect ratio. `samples` and `bytes` on disk are None where a
+    set is missing. `autoencoder` and `text_encoder` are names. `assumed` lists, as sentences, what was not read from data.
     """
 
     resolution: int
@@ -84,8 +82,8 @@ class Shapes:
     assumed: tuple[str, ...]
 
 
-def shapes_of(recipe: Recipe, given: Given = Given()) -> Shapes:
-    """Raises UserError if a set is damaged, or if the model's patches do not fit."""
+def shapes_of(recipe: Recipe, given: KnownShapes = KnownShapes()) -> Shapes:
+    """Return the shapes of a recipe's data. Raises UserError if a set is damaged, or if the patch size does not divide the latents."""
     folders = [Path(item.path) for item in recipe.data.named_sets.values()]
     found = [EncodedDataset(folder, recipe.data.resolution) for folder in folders if (folder / MANIFEST).is_file()]
     shapes = _read(found, len(found) == len(folders)) if found else assumed_shapes(recipe, given)
@@ -96,8 +94,8 @@ def shapes_of(recipe: Recipe, given: Given = Given()) -> Shapes:
     return shapes
 
 
-def assumed_shapes(recipe: Recipe, given: Given = Given()) -> Shapes:
-    """From what the recipe says of its data alone, whatever lies on the disk."""
+def assumed_shapes(recipe: Recipe, given: KnownShapes = KnownShapes()) -> Shapes:
+    """Return the shapes that follow from the recipe alone, without looking at the disk."""
     data = recipe.data
     autoencoder, text_encoder = data.autoencoder or "sdxl", data.text_encoder or "dfn-clip-h"
     channels, downsampling = AUTOENCODERS.get(autoencoder, AUTOENCODERS["sdxl"])
@@ -133,7 +131,7 @@ def _read(sets: list[EncodedDataset], complete: bool) -> Shapes:
 
 
 def _longest_caption(encoded: EncodedDataset) -> int:
-    """Tokens, in the first captions: a batch is as long as its longest one."""
+    """Return the longest of the first captions in tokens: a batch is as long as its longest caption."""
     bucket = max(range(len(encoded.bucket_sizes)), key=encoded.bucket_sizes.__getitem__)
     row = bytes_of_row(encoded.manifest["text_channels"], encoded.manifest["settings"]["captions"])
     try:
@@ -143,8 +141,11 @@ def _longest_caption(encoded: EncodedDataset) -> int:
 
 
 @dataclass(frozen=True)
-class PhaseBill:
-    """`flops_per_sample`: forward and backward, the mean over the phase. Of them come `flops`; recomputed blocks only take time."""
+class PhaseCost:
+    """Cost of one phase. `flops_per_sample` is the mean over the phase, forward and backward.
+
+    `flops` follow from it; recomputed blocks add to the hours only.
+    """
 
     name: str
     resolution: int
@@ -158,16 +159,16 @@ class PhaseBill:
     dollars: float
 
 
-def bill(recipe: Recipe, shapes: Shapes, machine: Machine) -> list[PhaseBill]:
-    """One for each phase of the recipe."""
+def phase_costs(recipe: Recipe, shapes: Shapes, machine: Machine) -> list[PhaseCost]:
+    """Return the cost of each phase of the recipe."""
     return [_phase_bill(recipe, phase, shapes, machine) for phase in recipe.phases]
 
 
 def phase_flops(recipe: Recipe, phase: PhaseRecipe, shapes: Shapes) -> float:
-    """Of all steps of the phase."""
-    work = Work(replace(recipe, phases=[phase]), config_of(recipe, shapes))
+    """Return the FLOPs of all steps of the phase."""
+    work = FlopCounter(replace(recipe, phases=[phase]), config_of(recipe, shapes))
     p = recipe.model.patch_size
-    return sum(share * work.after(0, (height // p) * (width // p), shapes.caption_tokens) for share, height, width in shapes.sides)
+    return sum(share * work.remaining(0, (height // p) * (width // p), shapes.caption_tokens) for share, height, width in shapes.sides)
 
 
 def config_of(recipe: Recipe, shapes: Shapes) -> ModelConfig:
@@ -175,7 +176,7 @@ def config_of(recipe: Recipe, shapes: Shapes) -> ModelConfig:
 
 
 def time_factor(recipe: Recipe, phase: PhaseRecipe, shapes: Shapes) -> float:
-    """How much longer a step takes than its FLOPs say: blocks that are recomputed compute forward twice."""
+    """Return the time of a step relative to its FLOPs: recomputed blocks run their forward pass twice."""
     config, p, kinds = config_of(recipe, shapes), recipe.model.patch_size, []
     for share, height, width in shapes.sides:
         tokens = (height // p) * (width // p)
@@ -184,12 +185,12 @@ def time_factor(recipe: Recipe, phase: PhaseRecipe, shapes: Shapes) -> float:
     return 1 + again / sum(share * training_flops(*kind) for share, kind in kinds)
 
 
-def _phase_bill(recipe: Recipe, phase: PhaseRecipe, shapes: Shapes, machine: Machine) -> PhaseBill:
+def _phase_bill(recipe: Recipe, phase: PhaseRecipe, shapes: Shapes, machine: Machine) -> PhaseCost:
     flops = phase_flops(recipe, phase, shapes)
     images = phase.steps * phase.batch_size
     hours = machine.hours(flops * time_factor(recipe, phase, shapes))
     ratios = phase.mask_ratio_at(0), phase.mask_ratio_at(phase.steps - 1)
-    return PhaseBill(
+    return PhaseCost(
         phase.name,
         shapes.resolution,
         ratios,

@@ -15,15 +15,15 @@ from typing import Any, TypeVar
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from microdit.config.load import recipe_of_text
+from microdit.config.load import load_recipes, recipe_of_text
 from microdit.config.schema import Recipe
 from microdit.errors import UserError
 from microdit.io.console import PlainConsole
-from microdit.planning.estimate import load_recipes, reckon
+from microdit.planning.estimate import estimate
 from microdit.planning.hardware import Machine, find_machine, measurements_file
-from microdit.planning.planner import buy, recipe_files
-from microdit.planning.tables import show, show_plan
-from microdit.planning.workload import Given
+from microdit.planning.planner import plan_for_dollars, recipe_files
+from microdit.planning.tables import print_estimate, print_plan
+from microdit.planning.workload import KnownShapes
 from microdit.reports.formats import finite
 from microdit.serve.queue import QueueClosedError
 from microdit.serve.schemas import AskedWronglyError, Limits
@@ -115,7 +115,7 @@ def bill_text(fields: dict[str, Any], recipes: Path, check: Callable[[], None]) 
     machine = find_machine(str(fields.get("chip", "h100")), count, fields.get("price"), fields.get("mfu"), None, measurements_file())
     console = PlainConsole(file=io.StringIO(), width=100, no_color=True, record=True)
     if fields.get("dollars") is None:
-        show(reckon(_asked(fields, recipes), machine, images=images, check=check), console)
+        print_estimate(estimate(_asked(fields, recipes), machine, images=images, check=check), console)
         return console.export_text()
     if fields.get("text") is not None:
         raise UserError("Give a file, to see what it costs, or dollars, to see what they buy: one of the two.")
@@ -124,8 +124,8 @@ def bill_text(fields: dict[str, Any], recipes: Path, check: Callable[[], None]) 
 
 def _bought(dollars: float, machine: Machine, images: int | None, console: PlainConsole) -> str:
     """With the recipes' text."""
-    plan = buy(dollars, machine, Given(), DATA, images)
-    show_plan(plan, reckon(plan.recipes, machine, images=images), console)
+    plan = plan_for_dollars(dollars, machine, KnownShapes(), DATA, images)
+    print_plan(plan, estimate(plan.recipes, machine, images=images), console)
     return console.export_text() + "".join(f"\n--- {name}\n{text}" for name, text in recipe_files(plan).items())
 
 

@@ -12,17 +12,15 @@ Notable:
 Shape legend: N blocks, B numbers of a block.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-BLOCK = 256
-LEAST_BLOCK = 16  # rows that only smaller blocks divide, and vectors, keep moments in float32
+from microdit.planning.memory import block_size
+
 TOP, SIGNED_TOP = 255, 127  # the codes of a block's largest numbers
 DROPPED = 20  # of a float32's 23 bits of mantissa
 ONE = 127 << 3  # the exponent of 1.0 in a float32, and three bits of mantissa
@@ -31,7 +29,7 @@ CHUNK = {"cuda": 1 << 22, "cpu": 1 << 16}  # numbers at a time: of a CPU as many
 
 
 class _Settings(NamedTuple):
-    """Of one update. `rate` and `root` have the moments' bias corrections in them; what changes from step to step is a tensor."""
+    """Settings of one update. `rate` and `root` include the bias corrections. What changes from step to step is a tensor."""
 
     rate: Tensor
     root: Tensor
@@ -40,23 +38,6 @@ class _Settings(NamedTuple):
     beta2: float
     eps: float
     taken: Tensor
-
-
-@cache
-def block_size(shape: torch.Size) -> int | None:
-    """How many numbers share a scale: the largest part of a row up to `BLOCK`. None: the moments of such a weight stay float32.
-
-    A block lies in one row of the first dimension, since that is what FSDP deals out.
-    """
-    row = math.prod(shape[1:])
-    size = next(size for size in range(min(BLOCK, row), 0, -1) if row % size == 0)
-    return size if len(shape) >= 2 and size >= LEAST_BLOCK else None
-
-
-def moment_bytes(rows: int, shape: torch.Size) -> int:
-    """Bytes of both moments of `rows` rows of a weight of that shape."""
-    numbers, block = rows * math.prod(shape[1:]), block_size(shape)
-    return 8 * numbers if block is None else 2 * numbers + 8 * (numbers // block)
 
 
 class AdamW8(Optimizer):
@@ -132,7 +113,7 @@ def _quantised_update(
 
 
 def _plain_update(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, settings: _Settings) -> None:
-    """In place."""
+    """Update weight and moments in place."""
     rate, root, decay, beta1, beta2, eps, taken = settings
     new_mean, new_square = mean.lerp(gradient, 1 - beta1), square.lerp(gradient.square(), 1 - beta2)
     moved = weight * decay - rate * new_mean / (new_square.sqrt() / root + eps)
@@ -164,7 +145,7 @@ def unpack_signed(codes_NB: Tensor, scale_N1: Tensor) -> Tensor:
 
 
 def _scale(x_NB: Tensor) -> Tensor:
-    """The power of two from the largest number on, (N, 1); 0 where all are 0."""
+    """Return the least power of two that is not below the largest number, (N, 1); 0 where all are 0."""
     most_N1 = x_NB.abs().amax(dim=1, keepdim=True)
     return ((most_N1.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 

@@ -1,4 +1,4 @@
-"""How much of this machine a real training step uses: the trainer's own parts on random latents and captions, for some seconds."""
+"""Measure how much of this machine real training steps use, on random latents and captions."""
 
 import time
 from collections.abc import Callable
@@ -8,20 +8,19 @@ from pathlib import Path
 
 import torch
 
+from microdit.config.load import load_recipes
 from microdit.config.schema import EngineRecipe, Recipe
 from microdit.data.dataset import Batch
 from microdit.devices import device_name
 from microdit.distributed import World
-from microdit.io.process_limits import keep_freed_memory
 from microdit.models.config import SIZES
-from microdit.models.routing import METHODS
-from microdit.planning.estimate import load_recipes
 from microdit.planning.hardware import Measurement, find_chip, peak_flops
 from microdit.planning.phases import STAGES, stage_recipe
-from microdit.planning.workload import Shapes, Work, config_of, time_factor
-from microdit.training.noise import TrainingBatch, add_draws
+from microdit.planning.workload import FlopCounter, Shapes, config_of, time_factor
+from microdit.process_limits import keep_freed_memory
+from microdit.training.noise import TrainingBatch, noise_settings, sample_noise
 from microdit.training.parallel import compute_dtype
-from microdit.training.stability import Guard
+from microdit.training.stability import SpikeGuard
 from microdit.training.state import TrainingState
 
 TINY = "MicroDiT_Tiny_2"
@@ -29,7 +28,10 @@ WARM_UP = 2  # steps that are not timed: kernels are chosen, blocks compiled
 
 
 def bench_recipe(path: Path | None, micro_batch: int | None, device: torch.device, precision: str = "auto") -> Recipe:
-    """The recipe at `path` (of a folder the first), or the paper's first phase of Tiny_2; one micro-batch a step. Raises UserError."""
+    """Return the recipe at `path` (the first of a folder), or the paper's first phase of Tiny_2, with one micro-batch a step.
+
+    Raises UserError if it cannot be read.
+    """
     if path is None:
         size = micro_batch or (256 if device.type == "cuda" else 8)
         recipe = stage_recipe(STAGES[0], SIZES[TINY], 1, size, engine=EngineRecipe(compile=device.type == "cuda", precision=precision))
@@ -42,23 +44,22 @@ def bench_recipe(path: Path | None, micro_batch: int | None, device: torch.devic
 
 
 def measure(recipe: Recipe, shapes: Shapes, world: World, seconds: float, advance: Callable[[float, str], None]) -> Measurement:
-    """Batches of the recipe's first phase, each a whole step: forward, backward, clipping, optimizer, averages.
+    """Time whole training steps of the recipe's first phase: forward, backward, clipping, optimizer, averages.
 
-    `advance` is told of the seconds that have passed. Recomputed blocks count as work: it is the chip's use that is measured.
+    `advance` is called with the seconds that have passed. Recomputed blocks count as work, since it is the chip's use that is measured.
     """
     keep_freed_memory()
     phase, device = recipe.phases[0], world.device
     micro_batch = phase.batch_size
     config = config_of(recipe, shapes)
     state = TrainingState(recipe, config, world, None, fresh=True)
-    state.optimizers.set_rate(phase.learning_rate)
-    guard = Guard(recipe.guard, device)
+    guard = SpikeGuard(recipe.guard, device)
     batch = _random_batch(recipe, shapes, state, micro_batch).to(device)
     dtype = compute_dtype(recipe.engine, device)
     peak, peak_source = peak_flops(device, dtype)
 
     def step(number: int) -> None:
-        state.learn([batch], number, phase.grad_clip, guard).values()
+        state.train_step([batch], number, phase.learning_rate, phase.grad_clip, guard).values()
 
     for number in range(WARM_UP):
         step(number)
@@ -73,7 +74,7 @@ def measure(recipe: Recipe, shapes: Shapes, world: World, seconds: float, advanc
     images_per_second = steps * micro_batch / passed
     _, height, width = shapes.sides[0]
     tokens = (height // config.patch_size) * (width // config.patch_size)
-    flops = Work(recipe, config).of_step(replace(phase, batch_size=1), 0, tokens, shapes.caption_tokens) * time_factor(
+    flops = FlopCounter(recipe, config).of_step(replace(phase, batch_size=1), 0, tokens, shapes.caption_tokens) * time_factor(
         recipe, phase, shapes
     )
     return Measurement(
@@ -91,7 +92,7 @@ def measure(recipe: Recipe, shapes: Shapes, world: World, seconds: float, advanc
 
 
 def chip_name(device: torch.device) -> str:
-    """As in the table of chips, else as the driver says."""
+    """Return the chip's name in our table, else the driver's name."""
     name = device_name(device)
     chip = find_chip(name)
     return chip.name if chip is not None else name
@@ -102,5 +103,5 @@ def _random_batch(recipe: Recipe, shapes: Shapes, state: TrainingState, size: in
     _, height, width = shapes.sides[0]
     text = torch.randn(size, shapes.caption_tokens, shapes.caption_channels)
     samples = Batch(torch.randn(size, shapes.latent_channels, height, width), text, torch.ones(text.shape[:2], dtype=torch.bool))
-    shares = (phase.mask_ratio_at(0), recipe.diffusion.caption_dropout, METHODS[recipe.model.routing].path_drop)
-    return add_draws(samples, state.edm, recipe.seed, 0, range(size), (height // p, width // p), *shares, phase.mask_pattern)
+    settings = noise_settings(recipe, state.edm, phase, 0)
+    return sample_noise(samples, settings, recipe.seed, 0, range(size), (height // p, width // p))

@@ -1,10 +1,10 @@
-"""Writing checkpoints while training goes on, and reading them back on any number of processes.
+"""Write checkpoints while training goes on, and read them back on any number of processes.
 
-A save copies the tensors (that is all the loop waits for); a thread of each process then writes its share to a file, and the first process
-puts whole weights, checksums and the state beside them, and renames the folder once everything is on the disk.
+The loop waits only until the tensors are copied. Then a thread of each process writes its part to a shard; the first process adds whole
+weights, checksums and the state, and renames the folder once everything is on disk.
 
-Each process knows its share by itself: the rows that it holds, and of what several hold alike the part that falls to it. What a save costs
-the loop's process does not grow with the number of processes, but for what they tell each other at its end, which is arrays.
+Each process works out its part alone: the rows that it holds, and of rows that several processes hold, those assigned to it. So a save does
+not cost the loop more with more processes, except for the arrays of metadata that they exchange at the end.
 """
 
 import heapq
@@ -35,17 +35,17 @@ Tensors = dict[str, Tensor]
 
 
 class Written(NamedTuple):
-    """What a process wrote of a checkpoint: checksums by file, and where the rows lie of the parts that shall be there whole too."""
+    """What one process wrote: checksums by file, and where the rows of the parts lie that are exported whole."""
 
     checksums: dict[str, str]
     pieces: dict[str, Pieces]
 
 
 class _SaveFailedError(Exception):
-    """On whatever process; the message says why."""
+    """A save failed on some process; the message says why."""
 
 
-class Saver:
+class CheckpointWriter:
     """Saves one checkpoint at a time; a second save waits for the first."""
 
     def __init__(self, run: Path, world: World, keep: int, keep_every: int | None, warn: Callable[[str], None]):
@@ -60,7 +60,7 @@ class Saver:
                 shutil.rmtree(stale)
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any], exports: list[str]) -> None:
-        """Begin to save. `exports`: the parts that shall also lie there whole, such as `model` and `ema`."""
+        """Start to save. `exports` are the parts that are also written whole, such as `model` and `ema`."""
         self.finish()
         aside = self.run / FOLDER / f".step-{step:08d}.part"
         self._problem, self._step = self._prepare(aside), step
@@ -70,7 +70,7 @@ class Saver:
             self._thread.start()
 
     def finish(self) -> bool:
-        """Wait for the save that is under way. False, after a warning, if it failed; older checkpoints are intact then."""
+        """Wait for a running save. Returns False, after a warning, if it failed; older checkpoints are intact then."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -85,12 +85,12 @@ class Saver:
         return False
 
     def check(self) -> None:
-        """Tell of a failed save as soon as it is known, without waiting for one that is under way."""
+        """Warn about a failed save as soon as it is known, without waiting for one that is running."""
         if self._thread is None or not self._thread.is_alive():
             self.finish()
 
     def _prepare(self, aside: Path) -> str | None:
-        """An empty folder to write to; what is wrong, if there can be none."""
+        """Create an empty folder to write to. Returns what went wrong, or None."""
         problem = None
         if self.world.is_main:
             try:
@@ -101,7 +101,7 @@ class Saver:
         return self.world.share(problem)
 
     def _complete(self, aside: Path, step: int, share: dict[str, Rows], state: dict[str, Any], exported: dict[str, Tensors]) -> None:
-        """`share`: what this process writes. `exported`: the parts that shall also lie there whole, as meta tensors."""
+        """Write and publish. `share` is this process's part; `exported` are the parts that are written whole, as meta tensors."""
         try:
             written = self._of_all(lambda: self._write(aside / SHARDS, share, exported))
             share.clear()  # its memory is as much as all that this process trains
@@ -117,7 +117,7 @@ class Saver:
             self._problem = f"the processes lost each other ({error})"
 
     def _of_all(self, work: Callable[[], T]) -> list[T]:
-        """What each process's `work` comes to. Raises _SaveFailedError on all of them if it cannot be done on one, whatever it raises."""
+        """Return the results of all processes' `work`. Raises _SaveFailedError on all of them if it fails on one, whatever it raises."""
         done: list[T] = []
         problem = None
         try:
@@ -139,7 +139,7 @@ class Saver:
         return Written({f"{SHARDS}/{path.name}": _flushed_checksum(path)} if share else {}, pieces)
 
     def _export(self, aside: Path, exported: dict[str, Tensors], written: list[Written]) -> dict[str, str]:
-        """Whole weights, each part put together by one of the processes: checksums by file."""
+        """Write whole weights, each part by one of the processes. Returns checksums by file."""
         files = [aside / SHARDS / shard_name(rank) for rank in range(self.world.size)]
         checksums = {}
         for part, tensors in list(exported.items())[self.world.rank :: self.world.size]:
@@ -151,7 +151,7 @@ class Saver:
         return checksums
 
     def _publish(self, aside: Path, step: int, state: dict[str, Any], checksums: dict[str, str]) -> None:
-        """Checksums and state; then the name. Older checkpoints go."""
+        """Write checksums and state, rename the folder, and delete checkpoints that are no longer kept."""
         write_aside(aside / STATE, to_checked_json({"step": step, "files": dict(sorted(checksums.items())), **state}))
         target = self.run / FOLDER / f"step-{step:08d}"
         if target.is_dir():
@@ -165,11 +165,11 @@ class Saver:
                 _delete(old)
 
 
-def newest_whole(run: Path, world: World, warn: Callable[[str], None], skip: int = 0) -> Checkpoint | None:
-    """The newest checkpoint of which every byte is what was written, or the one `skip` before it; None if there are none at all.
+def newest_intact(run: Path, world: World, warn: Callable[[str], None], skip: int = 0) -> Checkpoint | None:
+    """Return the newest checkpoint whose every byte matches its checksum, or the one `skip` before it; None if there are none at all.
 
-    The first process looks, and all share the reading. Damaged ones are passed over, each with a sentence to `warn`. Raises UserError if
-    there are checkpoints and all are damaged: starting anew silently would lose a run.
+    The processes share the reading. Damaged ones are skipped with a warning. Raises UserError if all of them are damaged, because starting
+    anew silently would lose a run.
     """
     folders = world.look(lambda: checkpoint_folders(run))
     whole = 0
@@ -196,15 +196,15 @@ def _open_with_strangers(folder: Path) -> tuple[Checkpoint, list[str]]:
 
 
 def load_into(checkpoint: Checkpoint, tensors: Tensors, world: World) -> None:
-    """Fill `tensors` in place, each process its share. Raises UserError if the checkpoint holds others. All processes must call this.
+    """Fill `tensors` in place, each process its part. All processes must call this.
 
-    Each header is read by one process, which tells the others where what lies.
+    Each header is read by one process, which tells the others where rows lie. Raises UserError if the checkpoint holds other tensors.
     """
     files = [checkpoint.folder / name for name in checkpoint.shards]
     spans = np.array([rows_of(tensor) for tensor in tensors.values()])
     try:
         found = _of_all(world, lambda: _read_headers(files, range(world.rank, len(files), world.size), tensors))
-        _refuse_others(tensors, found)
+        _check_rows(tensors, found)
         own = [Rows(first, local(tensor)) for tensor, (first, _) in zip(tensors.values(), spans.tolist(), strict=True)]
         _of_all(world, lambda: fill(own, np.concatenate([within(pieces, spans) for pieces in found]), files))
     except ValueError as error:
@@ -212,7 +212,7 @@ def load_into(checkpoint: Checkpoint, tensors: Tensors, world: World) -> None:
 
 
 def _of_all(world: World, work: Callable[[], T]) -> list[T]:
-    """What each process's `work` comes to. Raises ValueError on all of them if it cannot be done on one."""
+    """Return the results of all processes' `work`. Raises ValueError on all of them if it fails on one."""
     done: list[T] = []
     problem = None
     try:
@@ -227,7 +227,7 @@ def _of_all(world: World, work: Callable[[], T]) -> list[T]:
 
 
 def _read_headers(files: list[Path], numbers: range, tensors: Tensors) -> Pieces:
-    """Where these files have rows of the tensors. Raises ValueError if they are of another kind."""
+    """Return where these files hold rows of the tensors. Raises ValueError if dtypes or shapes differ."""
     by_name = {name: number for number, name in enumerate(tensors)}
     found = [NO_PIECES]
     for number in numbers:
@@ -241,8 +241,8 @@ def _read_headers(files: list[Path], numbers: range, tensors: Tensors) -> Pieces
     return np.concatenate(found)
 
 
-def _refuse_others(tensors: Tensors, found: list[Pieces]) -> None:
-    """Raises ValueError if there are more or fewer rows of any tensor than it has."""
+def _check_rows(tensors: Tensors, found: list[Pieces]) -> None:
+    """Raises ValueError if any tensor has more or fewer rows there."""
     lengths = np.zeros(len(tensors), np.int64)
     for pieces in found:
         np.maximum.at(lengths, pieces["tensor"], pieces["first"].astype(np.int64) + pieces["rows"])
@@ -254,7 +254,10 @@ def _refuse_others(tensors: Tensors, found: list[Pieces]) -> None:
 
 
 def _delete(checkpoint: Path) -> None:
-    """Take the name away first: others see the checkpoint whole or not at all, and what a kill leaves is cleared away at the next start."""
+    """Delete a checkpoint.
+
+    It is renamed first, so that others see it whole or not at all; a killed deletion is completed at the next start.
+    """
     aside = checkpoint.with_name(f".{checkpoint.name}.old.part")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
@@ -262,7 +265,7 @@ def _delete(checkpoint: Path) -> None:
 
 
 def share_of(tensors: Tensors, world: World) -> dict[str, Rows]:
-    """Copies of what this process writes: the rows that it holds. What several hold alike is dealt out, always to who has the least yet."""
+    """Return copies of the rows that this process writes. Rows that several hold are assigned to whoever has the least so far."""
     share: dict[str, Rows] = {}
     loads: dict[int, list[tuple[int, int]]] = {}
     for name, tensor in tensors.items():
@@ -279,7 +282,7 @@ def share_of(tensors: Tensors, world: World) -> dict[str, Rows]:
 
 
 def _parts(tensors: Tensors, part: str) -> Tensors:
-    """Of one part those by their own names, without numbers, on the meta device."""
+    """Return the tensors of one part by their own names, on the meta device."""
     own = {name.removeprefix(f"{part}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{part}/")}
     return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in own.items()}
 
@@ -289,17 +292,17 @@ def shard_name(rank: int) -> str:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded. Every process must call this."""
+    """Return the full tensor of one that may be sharded. All processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _flushed_checksum(path: Path) -> str:
-    """Once the file is on the disk."""
+    """Flush the file to disk and return its checksum."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return sha256_of(path)
 
 
 def _in_words(error: Exception) -> str:
-    """Never empty, as some exceptions are."""
+    """Return the error's message, or its type if that is empty."""
     return str(error) or type(error).__name__

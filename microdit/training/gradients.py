@@ -1,8 +1,8 @@
-"""The gradients of a step, added up over its micro-batches in the weights' own `grad`.
+"""Gradients of a step, accumulated over its micro-batches into the weights' `grad`.
 
-Where processes share the model out, FSDP brings the weights into the numbers that products compute in, and sums gradients. Where each holds
-it whole, `WholeModelGradients` does that, and has a GPU replay a micro-batch's thousands of kernels by one call (a CUDA graph): giving them
-one by one takes the CPU longer than a GPU needs to compute them (docs/gpu).
+Where the model is sharded, FSDP casts the weights to the dtype of matrix products and reduces the gradients. Where each process holds it
+whole, `WholeModelGradients` does, and lets a GPU replay the thousands of kernels of a micro-batch as one CUDA graph: launching them one by
+one takes the CPU longer than the GPU needs to compute them (docs/gpu).
 """
 
 from abc import ABC, abstractmethod
@@ -17,15 +17,16 @@ from torch.distributed.fsdp import FSDPModule
 
 from microdit.config.schema import EngineRecipe
 from microdit.distributed import World
+from microdit.planning.memory import Sharding
 from microdit.training.noise import TrainingBatch
-from microdit.training.parallel import DenoisingLoss, Sharding, spare
+from microdit.training.parallel import DenoisingLoss, spare
 
 WARM_UP = 3  # micro-batches of a shape before it is recorded: kernels are chosen and compiled by then
 MOST_GRAPHS = 8  # each keeps its memory; a mask that falls step by step has more shapes than that, and stays eager
 
 
 class Gradients(ABC):
-    """How a micro-batch's gradients come about. `held`: one for each weight, in whatever precision, where they are not in `grad`."""
+    """A way to compute gradients. `held` has one for each weight, in any dtype, where they are not in `grad`."""
 
     held: list[Tensor] | None = None
 
@@ -42,11 +43,11 @@ class Gradients(ABC):
 
     @abstractmethod
     def current_loss(self) -> nn.Module:
-        """The loss with the weights as they are now."""
+        """Return the loss module with the current weights."""
 
 
 def gradients_of(loss: DenoisingLoss, sharding: Sharding, dtype: torch.dtype, engine: EngineRecipe, world: World) -> Gradients:
-    """The way that suits the sharding, products of `dtype`, and the device."""
+    """Choose the implementation for the sharding, the dtype of matrix products, and the device."""
     replay = engine.cuda_graphs and world.device.type == "cuda" and torch.version.hip is None
     if sharding == "ddp" or (sharding == "none" and (replay or dtype != torch.float32)):
         return WholeModelGradients(loss, dtype, replay, world, engine.release_gradients)
@@ -54,8 +55,11 @@ def gradients_of(loss: DenoisingLoss, sharding: Sharding, dtype: torch.dtype, en
 
 
 class AutogradGradients(Gradients):
-    """As autograd or FSDP make them. FSDP sums over processes once a step, unless it has no room for whole gradients until then: those of a
-    machine do at each micro-batch then, and machines in the last one."""
+    """Gradients as autograd or FSDP compute them.
+
+    FSDP reduces over processes once a step, unless there is no room for unreduced gradients until then: in that case those of a machine
+    reduce at each micro-batch, and machines at the last one.
+    """
 
     def __init__(self, loss: nn.Module):
         self._loss = loss
@@ -78,7 +82,7 @@ class AutogradGradients(Gradients):
 
 @dataclass(frozen=True)
 class Recorded:
-    """A micro-batch's kernels, what they read and what they write."""
+    """A CUDA graph of one micro-batch, with its input and output tensors."""
 
     graph: torch.cuda.CUDAGraph
     batch: TrainingBatch
@@ -87,12 +91,11 @@ class Recorded:
 
 
 class WholeModelGradients(Gradients):
-    """Products in `dtype` by a copy of the model in it, made anew from the float32 weights in each step; gradients summed in float32, over
-    the processes that hold the model too once a step.
+    """Gradients of an unsharded model, computed by a copy in `dtype` that is refreshed from the float32 weights in each step.
 
-    With `release`, which is for one process, none is kept longer than it is needed. Of a step of several micro-batches, each is added to
-    its sum as soon as autograd has made it. Of a step of one there are no sums: the gradients stay as they are, `held`, until the optimizer
-    takes them.
+    They are accumulated in float32 and reduced over processes once a step. With `release`, which is for one process, none is kept longer
+    than needed: with several micro-batches each is added to its sum as soon as autograd has computed it; with one there are no sums, and
+    gradients stay in `held` until the optimizer consumes them.
     """
 
     def __init__(self, loss: DenoisingLoss, dtype: torch.dtype, replay: bool, world: World, release: bool = False):
@@ -141,7 +144,7 @@ class WholeModelGradients(Gradients):
         return loss_B
 
     def _take_memory_for_sums(self) -> None:
-        """In one piece, so that one message adds up all processes."""
+        """Allocate the sums as one tensor, so that one all-reduce adds up all processes."""
         self._flat = torch.zeros(sum(weight.numel() for weight in self._weights), device=self._world.device)
         pieces = self._flat.split([weight.numel() for weight in self._weights])
         self._sums = [piece.view_as(weight) for piece, weight in zip(pieces, self._weights, strict=True)]
@@ -171,7 +174,7 @@ class WholeModelGradients(Gradients):
             leaf.grad = None
 
     def _is_recorded(self, batch: TrainingBatch, samples: int) -> bool:
-        """Record the shape, once it was met often enough."""
+        """Return whether the shape has a graph; record one once the shape was met often enough."""
         key = (self._adds, *_shape(batch, samples))
         if not self._replay or key in self._recorded:
             return self._replay

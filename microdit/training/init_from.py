@@ -1,4 +1,4 @@
-"""The weights of another run that a run begins with (`init_from`): found, compared, given to each process as its share."""
+"""Initial weights from another run (`init_from`): find them, check them, and load them into a model that may be sharded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from torch import nn
 from microdit.checkpoint import (
     STATE,
     Checkpoint,
+    check_architecture,
+    check_encoders,
+    check_finite,
     find_weights,
     open_checkpoint,
-    refuse_infinite,
-    refuse_other_architecture,
-    refuse_other_encoders,
 )
 from microdit.config.schema import Recipe
 from microdit.data.dataset import EncodedDataset
@@ -27,16 +27,16 @@ from microdit.training.parallel import Shard, shards_of
 
 
 @dataclass(frozen=True)
-class Origin:
-    """The weights called `name` (`model`, `ema` ...) of a checkpoint that is whole."""
+class InitialWeights:
+    """The weights called `name` (`model`, `ema`, ...) of an intact checkpoint."""
 
     checkpoint: Checkpoint
     name: str
 
     def fill(self, model: nn.Module, world: World) -> None:
-        """Give the model's parameters these values, in place, one after the other; where they are sharded, each process reads its share.
+        """Load the weights into the model in place, one parameter at a time; where it is sharded, each process reads its part.
 
-        All processes must call this. Raises UserError if the weights cannot be read, are of other shapes, or are not finite.
+        All processes must call this. Raises UserError if the weights cannot be read, have other shapes, or are not finite.
         """
         what, shards, path = f"The weights {self.name} of {self.checkpoint.folder}", shards_of(model), self.checkpoint.path_of(self.name)
         with world.together():
@@ -44,10 +44,10 @@ class Origin:
                 load_into(self.checkpoint, {f"{self.name}/{shard.name}": shard.weight.detach() for shard in shards}, world)
             else:
                 _read(path, shards, what)
-            refuse_infinite({shard.name: shard.leaf for shard in shards}, what)
+            check_finite({shard.name: shard.leaf for shard in shards}, what)
 
 
-def find_origin(
+def find_initial_weights(
     recipe: Recipe,
     run: Path,
     config: ModelConfig,
@@ -55,12 +55,12 @@ def find_origin(
     world: World,
     warn: Callable[[str], None],
     known: Checkpoint | None,
-) -> Origin | None:
-    """The weights that `init_from` names, those called `init_weights`; None if it names none. All processes must call this.
+) -> InitialWeights | None:
+    """Return the weights `init_weights` of the run `init_from`; None if the recipe names none. All processes must call this.
 
-    `known`: that run's newest checkpoint, if it was found whole already: it is not read again. Damaged checkpoints are passed over, and
-    `warn` is told; as it is if the run was not trained to its end. Position scale may differ: positions are no weights. Raises UserError if
-    there are none, or if they are of another architecture or other encoders.
+    `known` is that run's newest checkpoint if it was verified already, and is not read again. Warns about damaged checkpoints, which are
+    skipped, and about a run that was not trained to its end. The position scale may differ, since positions are not weights. Raises
+    UserError if there is no checkpoint, or if its architecture or encoders differ.
     """
     if recipe.init_from is None:
         return None
@@ -71,9 +71,9 @@ def find_origin(
         raise UserError(f"{checkpoint.folder} holds no weights named {recipe.init_weights}, only {', '.join(names)}.")
     if damaged := checkpoint.damage_of(recipe.init_weights, world):
         raise UserError(f"{checkpoint.folder} is damaged ({', '.join(damaged)}: not what was written, or gone).")
-    refuse_other_architecture(checkpoint, config, except_for=frozenset({"position_scale"}))
-    refuse_other_encoders(checkpoint, data.manifest, data.folder)
-    return Origin(checkpoint, recipe.init_weights)
+    check_architecture(checkpoint, config, except_for=frozenset({"position_scale"}))
+    check_encoders(checkpoint, data.manifest, data.folder)
+    return InitialWeights(checkpoint, recipe.init_weights)
 
 
 def _found(places: list[Path], weights: str, world: World, warn: Callable[[str], None]) -> Checkpoint:
@@ -90,7 +90,7 @@ def _found(places: list[Path], weights: str, world: World, warn: Callable[[str],
 
 
 def _own_folder(place: Path) -> Checkpoint | None:
-    """The checkpoint whose own folder this is."""
+    """Return the checkpoint if `place` is itself the folder of one."""
     return open_checkpoint(place) if (place / STATE).is_file() else None
 
 
@@ -105,7 +105,7 @@ def _warn_if_unfinished(checkpoint: Checkpoint, warn: Callable[[str], None]) -> 
 
 @torch.no_grad()
 def _read(path: Path, shards: list[Shard], what: str) -> None:
-    """A tensor that is taken out of a mapped file is read where it is looked at: a share of it costs that share."""
+    """Load a file into the shards. The file is mapped, so that a process reads no more than its part."""
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (it is no dict)

@@ -1,8 +1,6 @@
-"""What a run has cost, and what is left of it to pay.
+"""The record of a run in its folder: recipe, versions, data, metrics, status, cost. Only the first process writes it.
 
-The run folder is the record: recipe, versions, data, metrics, state. Written by the first process alone.
-
-A disk that is full does not stop training: what could not be written is kept and tried again, and said once.
+A full disk does not stop training: what could not be written is kept and retried, with one warning.
 """
 
 import json
@@ -47,13 +45,13 @@ class Cost:
         return self.earlier_hours + self._hours()
 
     def dollars(self) -> float | None:
-        """None if no price was ever given."""
+        """Return the dollars so far, None if no price was ever given."""
         if self.price_per_hour is None:
             return self.earlier_dollars or None
         return self.earlier_dollars + self._hours() * self.price_per_hour
 
     def so_far(self) -> dict[str, float | None]:
-        """As it goes into records."""
+        """Return the cost as fields of a record."""
         return {"gpu_hours": self.gpu_hours(), "dollars": self.dollars()}
 
     def to_go(self, seconds: float) -> float | None:
@@ -93,7 +91,7 @@ class RunRecord:
             write_aside(self.run / "recipe.yaml", self.recipe.to_yaml().encode())
 
     def metrics(self, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and the numbers in it to TensorBoard and, if asked for, W&B."""
+        """Append a line to metrics.jsonl, and send its numbers to TensorBoard and, if the recipe says so, to W&B."""
         self._pending.append(json.dumps(values) + "\n")
         self._try(self._write_pending)
         step = values["step"]
@@ -143,7 +141,7 @@ class RunRecord:
 
 
 def last_cost(run: Path) -> tuple[float, float]:
-    """GPU-hours and dollars that the run had cost when it last said so, work that was lost since its checkpoint included."""
+    """Return the GPU-hours and dollars that the run last recorded, including work that was lost since its checkpoint."""
     hours = dollars = 0.0
     for line in parse_metrics((run / METRICS).read_bytes())[0] if (run / METRICS).is_file() else []:
         hours, dollars = max(hours, finite(line.get("gpu_hours")) or 0.0), max(dollars, finite(line.get("dollars")) or 0.0)
@@ -179,7 +177,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    """Of the code that runs; `+` if it was changed since."""
+    """Return the git commit of the running code, with a `+` if it was changed since; None without git."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -1,6 +1,7 @@
-"""What one step adds up, over micro-batches and processes: losses, also by noise level, and requests to stop.
+"""What is measured about training steps: losses by noise level, speed, utilisation, time left, and the progress line.
 
-Numbers of the stretch since the last record, and the line of progress.
+`LossStats` adds up losses on the device over micro-batches and processes; `PendingStep` brings them to the program without waiting;
+`StepResult` holds them there; `Meters` averages them between two lines of the record.
 """
 
 import math
@@ -15,18 +16,21 @@ from microdit.diffusion.edm import EDM
 from microdit.io.console import LineOfProgress, PlainColumn, PlainConsole
 
 BINS = 8
-SUMS = 2 * BINS + 2  # losses, their numbers, requests to stop
+SUMS = 2 * BINS + 2  # sums of losses, numbers of samples, two kinds of stop requests
+SMOOTHING = 0.3  # weight of the newest speed in the average that predicts the time left
 
 
 def noise_bins(sigma_B: Tensor, edm: EDM) -> Tensor:
-    """Number 0 to 7 of each noise level, from little to much. A bin holds an eighth of the levels drawn in training."""
+    """Return the bin of each noise level, 0 to 7 from low to high. Each bin holds an eighth of the training distribution."""
     quantile_B = torch.special.ndtr((sigma_B.log() - edm.P_mean) / edm.P_std)
     return (quantile_B * BINS).long().clamp(0, BINS - 1)
 
 
-class Tally:
-    """Sums of the losses and their number, by noise level. One tensor, so that one message adds up all processes; nothing here waits for
-    the device."""
+class LossStats:
+    """Sums of losses and numbers of samples in each noise bin, and stop requests, as one tensor on the device.
+
+    One tensor takes one all-reduce to add up over processes. Nothing here waits for the device.
+    """
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(SUMS, dtype=exact_dtype(device), device=device)
@@ -42,13 +46,13 @@ class Tally:
 
     @property
     def loss(self) -> Tensor:
-        """The mean over all samples, a scalar on the device."""
+        """Mean over all samples, a scalar on the device."""
         return self.sums[:BINS].sum() / self.sums[BINS : 2 * BINS].sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
-class StepSums:
-    """Sums of losses and numbers of samples in each noise bin; whether any process was asked to stop, and by whom."""
+class StepResult:
+    """Sums of losses and numbers of samples in each noise bin of one step, and whether any process was asked to stop, and by whom."""
 
     losses: list[float]
     counts: list[float]
@@ -56,8 +60,8 @@ class StepSums:
     stop_by_user: bool = False
 
     @classmethod
-    def of(cls, values: list[float]) -> "StepSums":
-        """From a `Tally`'s sums, read from the device."""
+    def of(cls, values: list[float]) -> "StepResult":
+        """Parse the values of `LossStats.sums`."""
         return cls(values[:BINS], values[BINS : 2 * BINS], values[2 * BINS] > 0, values[2 * BINS + 1] > 0)
 
     @property
@@ -66,12 +70,12 @@ class StepSums:
 
     @property
     def loss(self) -> float:
-        """The mean over all samples."""
+        """Mean over all samples."""
         return sum(self.losses) / max(1.0, sum(self.counts))
 
 
-class Reading:
-    """Numbers on their way from the device to the program. Creating one does not wait for them; `values` does."""
+class PendingStep:
+    """Numbers being copied from the device. Creating one does not wait for the device; `values` does."""
 
     def __init__(self, numbers_N: Tensor):
         self._event: torch.cuda.Event | None = None
@@ -90,22 +94,19 @@ class Reading:
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """float64, which Apple's GPUs do not have."""
+    """Return the dtype for sums: float64, or float32 on Apple's GPUs, which lack it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def by_noise(losses: list[float], counts: list[float]) -> list[float | None]:
-    """The mean in each bin; None where there was no sample, or where it is not a number."""
+    """Return the mean of each bin, None where there was no sample or the mean is not finite."""
     means = [loss / count if count else None for loss, count in zip(losses, counts, strict=True)]
     return [mean if mean is not None and math.isfinite(mean) else None for mean in means]
 
 
-SMOOTHING = 0.3  # of the speed that the time left is reckoned with
-
-
 @dataclass
 class Window:
-    """Sums since the last record."""
+    """Sums since the last line of the record."""
 
     started: float = field(default_factory=time.monotonic)
     losses: list[float] = field(default_factory=lambda: [0.0] * BINS)
@@ -117,14 +118,14 @@ class Window:
 
 
 class Meters:
-    """Adds up steps. `peak` is the FLOP/s of one process's device; the work is that of all `processes`."""
+    """Averages over steps, and shows progress. `peak` is the FLOP/s of one process's device; FLOPs are those of all `processes`."""
 
     def __init__(self, first_step: int, total_steps: int, peak: float, processes: int, device: torch.device, console: PlainConsole):
         self._peak, self._processes, self._device = peak, processes, device
         self._window = Window()
         self._flops_per_second: float | None = None
         columns = (PlainColumn(), BarColumn(bar_width=20), MofNCompleteColumn(), PlainColumn("numbers"))
-        self._progress = LineOfProgress(*columns, console=console, refresh_per_second=2)  # drawing takes milliseconds of a core
+        self._progress = LineOfProgress(*columns, console=console, refresh_per_second=2)  # each refresh takes milliseconds of a core
         self._task: TaskID = self._progress.add_task("start", completed=first_step, total=total_steps, numbers="")
 
     def __enter__(self) -> "Meters":
@@ -134,22 +135,22 @@ class Meters:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def step(self, phase: str, step: int, sums: StepSums, flops: float, waited: float, accepted: bool) -> None:
-        """After step number `step` (from 1). `waited`: seconds for data. Steps that were not taken count as work only."""
+    def step(self, phase: str, step: int, result: StepResult, flops: float, waited: float, accepted: bool) -> None:
+        """Add step number `step` (from 1), which waited `waited` seconds for data. Skipped steps count for speed, not for the loss."""
         window = self._window
-        window.images += round(sum(sums.counts))
+        window.images += round(sum(result.counts))
         window.flops += flops
         window.waited += waited
         if accepted:
-            window.step_losses.append(sums.loss)
-            window.losses = [a + b for a, b in zip(window.losses, sums.losses, strict=True)]
-            window.counts = [a + b for a, b in zip(window.counts, sums.counts, strict=True)]
+            window.step_losses.append(result.loss)
+            window.losses = [a + b for a, b in zip(window.losses, result.losses, strict=True)]
+            window.counts = [a + b for a, b in zip(window.counts, result.counts, strict=True)]
         self._progress.update(self._task, description=phase, completed=step)
 
     def read(self) -> dict[str, object]:
-        """Means and speeds since the last reading (time for pictures and checkpoints included), and a new start.
+        """Return means and speeds since the last call, and start a new window. Time for samples and checkpoints is included.
 
-        `loss` is the mean of the steps' losses, null if none was taken; `memory_gb` the most this process held on the device.
+        `loss` is the mean over steps, None if all were skipped; `memory_gb` is the peak memory of this process on the device.
         """
         window, now = self._window, time.monotonic()
         seconds = now - window.started
@@ -167,7 +168,7 @@ class Meters:
         }
 
     def seconds_left(self, flops: float) -> float:
-        """For `flops` more, at the speed of late; call after `read`."""
+        """Predict the seconds for `flops` more at the recent speed. Call it after `read`."""
         return flops / self._flops_per_second if self._flops_per_second else 0.0
 
     def show(self, numbers: str) -> None:
@@ -177,7 +178,7 @@ class Meters:
 def in_words(
     loss: float | None, images_per_second: float, mfu: float, seconds_left: float, dollars: float | None, to_go: float | None
 ) -> str:
-    """The end of the progress line."""
+    """Return the numbers at the end of the progress line."""
     parts = ["no loss" if loss is None else f"loss {loss:.4f}", f"{images_per_second:.0f} images/s", f"{mfu:.0%} MFU", _clock(seconds_left)]
     if dollars is not None:
         parts.append(f"${dollars:.2f}" + ("" if to_go is None else f", ${to_go:.2f} to go"))
@@ -192,9 +193,9 @@ def _clock(seconds: float) -> str:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or the process's largest resident size."""
+    """Return the peak memory in bytes: of the GPU's allocator, or without a GPU the peak resident set size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on every system that has no GPU; training on CPU is for Linux and macOS
+    import resource  # exists on Linux and macOS only, where training on a CPU is supported
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,9 +1,10 @@
-"""All that is random in a training step, from (seed, step, number in the batch) alone.
+"""The random numbers of a training step: noise levels, noise, masks, dropped captions.
 
-A sample's noise is the same however the batch is cut into ranks and micro-batches, and on every device, and nothing about chance needs to
-be saved. The generator is SplitMix64 (Steele et al. 2014): number i of a sample is a hash of both, so that a GPU computes all at once.
+All of them are a function of (seed, step, index of the sample in the global batch). So a sample gets the same noise however the batch is
+split over processes and micro-batches, on every device, and a checkpoint needs no generator state. The generator is SplitMix64 (Steele,
+Lea and Flood, 2014) in counter mode: word i of a sample is a hash of its key and i, which a GPU computes in parallel.
 
-Shape legend: B samples of this rank, C channels, H W height and width, N numbers, K kept tokens, L caption tokens, E their width.
+Shape legend: B samples of this process, C channels, H W height and width, N numbers, K kept tokens, L caption tokens, E their width.
 """
 
 import math
@@ -13,16 +14,20 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from microdit.config.schema import PhaseRecipe, Recipe
 from microdit.data.dataset import Batch, StoredBatch
 from microdit.diffusion.edm import EDM
-from microdit.models.routing import Pattern, choose_kept
+from microdit.models.routing import METHODS, Pattern, choose_kept
 from microdit.splitmix import as_int64, shift_right, splitmix64
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """Samples with their draws. `caption_kept_B` is 0 where the caption is replaced by zeros, for guidance; `path_kept_B`, for the same
-    end, where the sparse blocks count for nothing (routing sprint)."""
+    """Samples with everything that is random about them in one step.
+
+    `caption_kept_B` is 0 where the caption is replaced by zeros (for classifier-free guidance); `path_keep_mask_B` is 0 where the sparse
+    path is dropped (routing sprint, for path-drop guidance).
+    """
 
     latents_BCHW: Tensor
     text_BLE: Tensor
@@ -31,7 +36,7 @@ class TrainingBatch:
     noise_BCHW: Tensor
     caption_kept_B: Tensor
     keep_ids_BK: Tensor | None
-    path_kept_B: Tensor | None = None
+    path_keep_mask_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sigma_B)
@@ -40,55 +45,63 @@ class TrainingBatch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def split(self, size: int) -> "list[TrainingBatch]":
-        """Into micro-batches of `size`."""
+        """Split into micro-batches of `size` samples."""
         return [self.map(lambda tensor, at=start: tensor[at : at + size]) for start in range(0, len(self), size)]  # type: ignore[misc]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
+        """Return a batch with `change` applied to each tensor."""
         values = [getattr(self, field.name) for field in fields(self)]
         return TrainingBatch(*(None if value is None else change(value) for value in values))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class UndrawnBatch:
-    """A micro-batch as it is stored. `draw` makes a `TrainingBatch` of it, on the device that it is brought to."""
+class StoredMicroBatch:
+    """A micro-batch as it is stored on disk. `to` expands it on the device and calls `add_noise` there."""
 
     stored: StoredBatch
-    draw: Callable[[Batch], TrainingBatch]
+    add_noise: Callable[[Batch], TrainingBatch]
 
     def __len__(self) -> int:
         return len(self.stored)
 
     def to(self, device: torch.device) -> TrainingBatch:
-        if device.type == "mps":  # it has no float64, which the draws need
-            return self.draw(self.stored.expand()).to(device)
-        return self.draw(self.stored.to(device).expand())
+        if device.type == "mps":  # lacks float64, in which normal numbers are computed
+            return self.add_noise(self.stored.expand()).to(device)
+        return self.add_noise(self.stored.to(device).expand())
 
 
-MicroBatch = TrainingBatch | UndrawnBatch
+MicroBatch = TrainingBatch | StoredMicroBatch
 
 
-def add_draws(
-    batch: Batch,
-    edm: EDM,
-    seed: int,
-    step: int,
-    numbers: range,
-    grid: tuple[int, int],
-    mask_ratio: float,
-    caption_dropout: float,
-    path_drop: float = 0.0,
-    mask_pattern: Pattern = "random",
-) -> TrainingBatch:
-    """Draw on the device where the samples are.
+@dataclass(frozen=True)
+class NoiseSettings:
+    """Distributions of a step's random numbers: the noise levels of `edm`, and the probabilities of dropping tokens, captions and paths."""
 
-    `numbers`: the places of these samples in the global batch. `grid`: rows and columns of patches of a picture.
+    edm: EDM
+    mask_ratio: float
+    caption_dropout: float
+    path_drop: float = 0.0
+    mask_pattern: Pattern = "random"
+
+
+def noise_settings(recipe: Recipe, edm: EDM, phase: PhaseRecipe, step_in_phase: int) -> NoiseSettings:
+    """Return the settings of step number `step_in_phase` (from 0) of a phase."""
+    path_drop = METHODS[recipe.model.routing].path_drop
+    return NoiseSettings(edm, phase.mask_ratio_at(step_in_phase), recipe.diffusion.caption_dropout, path_drop, phase.mask_pattern)
+
+
+def sample_noise(batch: Batch, settings: NoiseSettings, seed: int, step: int, numbers: range, grid: tuple[int, int]) -> TrainingBatch:
+    """Sample all random numbers of one step, on the device of `batch`.
+
+    `numbers` are the indices of these samples in the global batch; `grid` is the number of (rows, columns) of patches in an image.
     """
+    edm = settings.edm
     latents_BCHW = batch.latents_BCHW
     size, (rows, columns) = latents_BCHW[0].numel(), grid
     key_B = _keys(seed, step, numbers, latents_BCHW.device)
-    # Each use has words of its own, so that no draw depends on whether another is made.
+    # Each use has its own range of words, so that no number depends on whether another one is needed.
     chances_B2, normal_BN = _words(key_B, 0, 2), normals(_words(key_B, 2, size // 2 + 1))
-    scores_BT = _words(key_B, 3 + size // 2, rows * columns) if mask_ratio else chances_B2
+    scores_BT = _words(key_B, 3 + size // 2, rows * columns) if settings.mask_ratio else chances_B2
     caption_B, path_B = uniforms(chances_B2).unbind(1)
     return TrainingBatch(
         latents_BCHW,
@@ -96,30 +109,33 @@ def add_draws(
         batch.text_mask_BL,
         sigma_B=(normal_BN[:, size] * edm.P_std + edm.P_mean).exp(),
         noise_BCHW=normal_BN[:, :size].reshape(latents_BCHW.shape),
-        caption_kept_B=(caption_B >= caption_dropout).float(),
-        keep_ids_BK=choose_kept(scores_BT, mask_ratio, mask_pattern, columns),
-        path_kept_B=(path_B >= path_drop).float() if path_drop else None,
+        caption_kept_B=(caption_B >= settings.caption_dropout).float(),
+        keep_ids_BK=choose_kept(scores_BT, settings.mask_ratio, settings.mask_pattern, columns),
+        path_keep_mask_B=(path_B >= settings.path_drop).float() if settings.path_drop else None,
     )
 
 
 def uniforms(words: Tensor) -> Tensor:
-    """In [0, 1), float64, of the upper 53 bits of each word."""
+    """Return uniform numbers in [0, 1), float64, made from the upper 53 bits of each word."""
     return shift_right(words, 11).double() * 2.0**-53
 
 
 def normals(words_BN: Tensor) -> Tensor:
-    """Two of each word, (B, 2 N), float32, by Box and Muller (1958), in float64 so that all devices round to the same numbers."""
+    """Return two normal numbers for each word, (B, 2 N), float32.
+
+    The transform is Box and Muller's (1958), in float64, so that all devices round to the same float32 numbers.
+    """
     radius_BN = (((shift_right(words_BN, 32) + 1).double() * 2.0**-32).log() * -2).sqrt()
     angle_BN = (words_BN & 0xFFFFFFFF).double() * (2 * math.pi * 2.0**-32)
     return torch.cat([radius_BN * angle_BN.cos(), radius_BN * angle_BN.sin()], dim=1).float()
 
 
 def _keys(seed: int, step: int, numbers: range, device: torch.device) -> Tensor:
-    """Where each sample's words begin in the generator's cycle of 2**64, (B,): hashes, so that they do not meet."""
+    """Return where each sample's words start in the generator's cycle of 2**64, (B,), hashed so that ranges do not overlap."""
     first = as_int64(seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 1)
     return splitmix64(torch.arange(numbers.start, numbers.stop, numbers.step, device=device) + first)
 
 
 def _words(key_B: Tensor, start: int, count: int) -> Tensor:
-    """Words `start` to `start + count` of each sample, 64 random bits each, (B, count)."""
+    """Return words `start` to `start + count` of each sample, 64 random bits each, (B, count)."""
     return splitmix64(key_B[:, None] + torch.arange(start + 1, start + count + 1, device=key_B.device) * as_int64(0x9E3779B97F4A7C15))

@@ -1,9 +1,7 @@
-"""Muon (arXiv 2502.16982) for matrices that may be sharded, in steps that the device can decide not to take.
+"""The optimizers: AdamW, and Muon (arXiv 2502.16982) for matrices that may be sharded, in steps that the device can decide to skip.
 
-PyTorch's own decides nothing on the device, and works one matrix at a time, in bfloat16, which most CPUs only emulate: there one of its
+PyTorch's own Muon cannot skip on the device, and works on one matrix at a time in bfloat16, which most CPUs only emulate: there one of its
 steps takes longer than ten training steps of a small model (`python benchmarks/muon.py`).
-
-The optimizers' parameter groups, their state by name, and the learning rate at a step.
 """
 
 import math
@@ -25,8 +23,10 @@ STEPS = 5
 
 
 class Muon(Optimizer):
-    """What torch.optim.Muon does with Nesterov's momentum and `adjust_lr_fn="match_rms_adamw"`: the same state and, but for rounding, the
-    same steps. Products are in float32 on a CPU and in bfloat16 elsewhere."""
+    """torch.optim.Muon with Nesterov momentum and `adjust_lr_fn="match_rms_adamw"`: the same state and, up to rounding, the same steps.
+
+    Products are in float32 on a CPU and in bfloat16 elsewhere.
+    """
 
     def __init__(self, shards: list[Shard], weight_decay: float, rate: float = 1.0):
         self._shards = shards
@@ -59,12 +59,12 @@ class Muon(Optimizer):
 
 
 def _set(tensor: Tensor, value: Tensor, taken: Tensor | None) -> None:
-    """`value` may be no number where the step is not taken."""
+    """Copy `value`, which may be NaN if the step is skipped, to `tensor` unless it is."""
     tensor.copy_(value if taken is None else torch.where(taken > 0, value, tensor))
 
 
 def orthogonalized(matrices_NIO: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float = 1e-7) -> Tensor:
-    """Newton-Schulz: all singular values brought near 1 (arXiv 2502.16982, section 2.1)."""
+    """Bring all singular values near 1 by Newton-Schulz iterations (arXiv 2502.16982, section 2.1)."""
     a, b, c = coefficients
     tall = matrices_NIO.shape[1] > matrices_NIO.shape[2]
     x = matrices_NIO.mT if tall else matrices_NIO
@@ -81,15 +81,15 @@ BUNDLE = 64_000_000  # numbers, of which gradients are brought into float32 at a
 
 
 class Optimizers:
-    """AdamW; with `method` muon, the matrices of the caption embedder and of all blocks learn by Muon instead. Not those of adaLN, which
-    are tall, so dear, and learn no better by it, nor the first and the last layer.
+    """AdamW; with `method` muon, Muon for the matrices of the caption embedder and of all blocks.
 
-    Groups carry `rate`, their share of the phase's learning rate: 1, or the experts' own (2407.15811, appendix).
-    Weight decay is on matrices only, norms and biases have none; or on all weights, as in the released code, where `decay` is all.
+    Muon leaves out adaLN's matrices, which are tall, so expensive, and gain nothing, and the first and the last layer. Parameter groups
+    carry `rate`, their multiple of the learning rate: 1, or the experts' own (2407.15811, appendix). Weight decay is on matrices only, or,
+    where `decay` is all as in the released code, on norms and biases too.
     """
 
     def __init__(self, model: MicroDiT, recipe: OptimizerRecipe, compile: bool = False):
-        """The model's parameters as they will be trained, so after sharding. `compile`: the update of moments in 8 bits."""
+        """Group the model's parameters, after sharding. `compile` compiles the update of 8-bit moments."""
         self.shards = shards_of(model)
         self._held: list[Tensor] | None = None  # gradients of whatever precision, and what to multiply them by
         self._scale: Tensor | None = None
@@ -129,7 +129,7 @@ class Optimizers:
                 group["lr"] = learning_rate * group["rate"]
 
     def take_gradients(self, held: list[Tensor] | None = None) -> list[Tensor]:
-        """This process's part of each gradient. Call it once they are there: in the weights' `grad`, or one for each weight, `held`."""
+        """Take this process's part of each gradient from the weights' `grad`, or from `held`, one for each weight. Returns them."""
         self._held = held
         if held is not None:
             return held
@@ -138,7 +138,7 @@ class Optimizers:
         return [shard.leaf.grad for shard in self.shards if shard.leaf.grad is not None]
 
     def clip(self, largest_norm: float, norm: Tensor) -> None:
-        """Scale the gradients, of that norm, down to `largest_norm`, if theirs is larger."""
+        """Scale the gradients, whose norm is `norm`, down to `largest_norm` if it is larger."""
         if self._held is not None:
             self._scale = (largest_norm / (norm + 1e-6)).clamp(max=1.0)
             return
@@ -146,7 +146,7 @@ class Optimizers:
         torch.nn.utils.clip_grads_with_norm_(leaves, largest_norm, norm, foreach=foreach_works(norm.device))
 
     def step(self, taken: Tensor | None = None) -> None:
-        """`taken`: 0.0 leaves everything as it is, without the program having to know; a scalar on the weights' device."""
+        """Update the weights. If `taken`, a scalar on their device, is 0.0, nothing changes, and the program need not know."""
         if self._held is None:
             self._step(taken)
             return
@@ -159,7 +159,7 @@ class Optimizers:
                 shard.leaf.grad = None
 
     def _step(self, taken: Tensor | None) -> None:
-        """On those weights that have a gradient."""
+        """Update the weights that have a gradient."""
         if isinstance(self.adamw, AdamW8):
             self.adamw.step(taken=taken)
         else:
@@ -175,7 +175,7 @@ class Optimizers:
             shard.drop_gradient()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as {parameter's name}/{key} -> tensor, sharded as the weights, made of zeros where no step was taken yet."""
+        """Return the state as {parameter}/{key} -> tensor, sharded like the weights, zeros where no step was taken yet."""
         if any(not optimizer.state for optimizer in self.all):
             self._make_state()
         of = {id(shard.leaf): shard for shard in self.shards}
@@ -187,7 +187,7 @@ class Optimizers:
         }
 
     def _make_state(self) -> None:
-        """Take a step that changes nothing: no gradient, no rate."""
+        """Create the state by a step that changes nothing: no gradient, no rate."""
         for shard in self.shards:
             shard.leaf.grad = torch.zeros_like(shard.leaf)
         self.set_rate(0.0)
@@ -200,7 +200,7 @@ class Optimizers:
 
 
 def _bundles(sizes: list[int]) -> list[tuple[int, int]]:
-    """Runs of neighbours, (first, end), of up to `BUNDLE` together, or of one that is larger."""
+    """Return runs of neighbours as (first, end), each of up to `BUNDLE` numbers, or of one weight that is larger."""
     bundles, first, total = [], 0, 0
     for number, size in enumerate(sizes):
         if total + size > BUNDLE and number > first:
@@ -211,9 +211,9 @@ def _bundles(sizes: list[int]) -> list[tuple[int, int]]:
 
 
 def learning_rate(phase: PhaseRecipe, step: int) -> float:
-    """At step number `step` (from 0) of the phase: linear warm-up from 0, then a cosine down to `final_learning_rate`.
+    """Return the learning rate at step number `step` (from 0) of a phase: linear warm-up from 0, then a cosine to `final_learning_rate`.
 
-    As Composer's schedules, which the released code uses: the first step of a warm-up has no rate, and moves moments only.
+    As in Composer's schedules, which the released code uses, the first step of a warm-up has rate 0 and updates moments only.
     """
     if step < phase.warmup_steps:
         return phase.learning_rate * step / phase.warmup_steps

@@ -1,28 +1,22 @@
-"""The model and its loss as one module: the one thing that FSDP needs to wrap.
+"""How the model is spread over processes, compiled and recomputed.
 
-This process's own part of each weight, where the model is sharded: what is done number by number needs no other part.
-
-Optimizers work on these parts as plain tensors. On sharded ones (DTensor) each of their operations costs the CPU several times as much, at
-470 weights more than a GPU's whole step may take.
-
-How the model is spread over processes: sharded (FSDP2) over all or over those of a machine, or whole on each (`gradients.py`);
-compiled; recomputed.
+It is sharded by FSDP2 over all processes or over those of each machine ("hybrid"), or whole on each of them (`gradients.py`). Optimizers
+work on this process's part of each weight as a plain tensor (`Shard`): on a DTensor each operation costs the CPU several times as much,
+which at 470 weights is more than a GPU's whole step may take.
 
 Notable:
-- "hybrid" keeps what FSDP says most often inside a machine: weights are gathered and gradients dealt out there, block by block, and
+- hybrid sharding keeps the frequent messages inside a machine: weights are gathered and gradients reduced there, block by block, and
   machines only add up their shards of the gradients, once a step;
-- FSDP shards the float32 weights block by block, computes in bfloat16 and sums gradients in float32; only the first module casts
-  nothing, because noise levels must arrive in float32;
-- where memory allows, FSDP keeps its bfloat16 copies from the forward to the backward pass, and sums gradients over processes once a
-  step, not once a micro-batch;
-- what is compiled are the functions between matrix products, with the number of tokens left open, so that another mask ratio compiles
-  nothing again.
+- FSDP shards float32 weights block by block, computes in bfloat16 and reduces gradients in float32; only the root module casts no inputs,
+  because noise levels must arrive in float32;
+- where memory allows, FSDP keeps its bfloat16 copies from the forward to the backward pass, and reduces gradients once a step instead of
+  once a micro-batch;
+- compiled are the functions between matrix products, with a dynamic number of tokens, so that another mask ratio compiles nothing again.
 """
 
 import os
 import tempfile
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +31,12 @@ from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.models.blocks import compiled
 from microdit.models.microdit import MicroDiT
+from microdit.planning.memory import LARGE, SPARE, STATE_BYTES, WHOLE, Sharding
 from microdit.training.noise import TrainingBatch
 
 
 class DenoisingLoss(nn.Module):
-    """forward(batch) -> the loss of each sample, (B,), float32."""
+    """The model and its loss as one module, which FSDP can wrap: forward(batch) -> the loss of each sample, (B,), float32."""
 
     def __init__(self, model: MicroDiT, edm: EDM, mask_padding: bool):
         super().__init__()
@@ -51,17 +46,17 @@ class DenoisingLoss(nn.Module):
         mask_BL = batch.text_mask_BL if self.mask_padding else None
         text_BLE = batch.text_BLE * batch.caption_kept_B.view(-1, 1, 1)
         caption = self.model.embed_caption(text_BLE.to(self.model.patch_embed.weight.dtype), mask_BL)
-        draws = batch.sigma_B, batch.noise_BCHW, batch.keep_ids_BK, batch.path_kept_B
-        return edm_loss(self.model, self.edm, batch.latents_BCHW, caption, *draws)
+        noise = batch.sigma_B, batch.noise_BCHW, batch.keep_ids_BK, batch.path_keep_mask_B
+        return edm_loss(self.model, self.edm, batch.latents_BCHW, caption, *noise)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor; all of it, if it is not sharded."""
+    """Return this process's part of a tensor: all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def rows_of(tensor: Tensor) -> tuple[int, int]:
-    """From which row to which one this process holds it. FSDP deals out rows in equal numbers, the last processes get fewer or none."""
+    """Return the range of rows that this process holds. FSDP deals out equal numbers of rows; the last processes get fewer or none."""
     rows = len(tensor) if tensor.dim() else 1
     if not isinstance(tensor, DTensor):
         return 0, rows
@@ -72,7 +67,7 @@ def rows_of(tensor: Tensor) -> tuple[int, int]:
 
 
 def copies_of(tensor: Tensor, world: World) -> tuple[int, int]:
-    """How many processes hold the same rows as this one, and as which of them it does: (number, copies)."""
+    """Return (index, copies): how many processes hold the same rows as this one, and which of them it is."""
     if not isinstance(tensor, DTensor):
         return world.rank, world.size
     mesh = tensor.device_mesh
@@ -80,14 +75,14 @@ def copies_of(tensor: Tensor, world: World) -> tuple[int, int]:
 
 
 class Shard:
-    """A weight, and as `leaf` this process's part of it, which an optimizer can change. They share their memory."""
+    """A weight, and this process's part of it as `leaf`, a plain tensor that optimizers change. They share memory."""
 
     def __init__(self, name: str, weight: nn.Parameter):
         self.name, self.weight = name, weight
         self.leaf = nn.Parameter(local(weight.detach())) if isinstance(weight, DTensor) else weight
 
     def take_gradient(self) -> None:
-        """Give the leaf its part of the weight's gradient."""
+        """Set the leaf's gradient to its part of the weight's."""
         if self.leaf is not self.weight:
             self.leaf.data = local(self.weight.detach())  # FSDP may have moved it since
             self.leaf.grad = None if self.weight.grad is None else local(self.weight.grad)
@@ -96,7 +91,7 @@ class Shard:
         self.leaf.grad = self.weight.grad = None
 
     def sharded(self, part: Tensor) -> Tensor:
-        """A tensor sharded as the weight is, of which `part` is this process's own: with as many rows, of whatever shape."""
+        """Return a tensor sharded like the weight, with as many rows and any other shape, from this process's `part`."""
         weight = self.weight
         if not isinstance(weight, DTensor) or part.dim() == 0:
             return part
@@ -105,12 +100,12 @@ class Shard:
         return DTensor.from_local(part, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=stride)
 
     def whole(self, part: Tensor) -> Tensor:
-        """All of the tensor of which `part` is this process's own. All processes must call this."""
+        """Return the full tensor from this process's `part`. All processes must call this."""
         sharded = self.sharded(part)
         return sharded.full_tensor() if isinstance(sharded, DTensor) else sharded
 
     def own(self, whole: Tensor) -> Tensor:
-        """This process's own part of a whole tensor."""
+        """Return this process's part of a full tensor."""
         if not isinstance(self.weight, DTensor):
             return whole
         first, end = rows_of(self.weight)
@@ -118,12 +113,12 @@ class Shard:
 
 
 def shards_of(model: nn.Module) -> list[Shard]:
-    """Of the model's parameters as they will be trained, so after sharding."""
+    """Return a `Shard` for each of the model's parameters, after sharding."""
     return [Shard(name, weight) for name, weight in model.named_parameters()]
 
 
 def total_norm(gradients: list[Tensor], mesh: DeviceMesh | None) -> Tensor:
-    """The norm of all gradients together, a scalar on their device. All processes of a `mesh` over which they are spread must call this."""
+    """Return the norm of all gradients, a scalar on their device. All processes of a `mesh` over which they are spread must call this."""
     if gradients[0].dtype == torch.float32:
         norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach_works(gradients[0].device))
     else:  # whose norm is not to be rounded to their few digits
@@ -137,27 +132,22 @@ def total_norm(gradients: list[Tensor], mesh: DeviceMesh | None) -> Tensor:
 
 
 def foreach_works(device: torch.device) -> bool:
-    """Whether PyTorch does many tensors in one operation there. It refuses to on the meta device, on which tests run steps."""
+    """Return whether PyTorch has multi-tensor operations on the device. It has none on the meta device, on which tests run steps."""
     return device.type != "meta"
 
 
-Sharding = Literal["none", "ddp", "fsdp", "hybrid"]
-LARGE = 500_000_000  # parameters from which "auto" shards where memory is not known to suffice
-STATE_BYTES = 20  # a parameter of a model that is held whole: weights, gradients, two moments in float32, weights and gradients in bfloat16
-WHOLE = 0.4  # of a GPU's memory, which these may take before "auto" shards them
-ROOM = 1 << 20  # bytes, for which there must be room where compiled code is kept
-SPARE = 0.1  # of a device's memory, which may be spent on speed
+ROOM = 1 << 20  # bytes that must be free where compiled code is kept
 
 
 def sharding_of(engine: EngineRecipe, world: World, parameters: int) -> Sharding:
-    """What `engine.sharding` comes to in this world: "none" alone, "ddp" where each of several processes holds the model whole, "fsdp"
-    where they share it, or "hybrid" where those of each machine do.
+    """Return how to hold the model: "none" with one process, "ddp" whole on each process, "fsdp" sharded over all, "hybrid" over each
+    machine's.
 
-    A model that is held whole can be replayed (`gradients.py`). FSDP works with one process too, but brings it nothing.
-    Raises UserError if there are no several machines of as many processes each to be hybrid over.
+    An unsharded model can be replayed as a CUDA graph (`gradients.py`). FSDP works with one process too, but gains nothing.
+    Raises UserError if hybrid sharding is requested without several machines of equally many processes.
     """
     if engine.sharding == "hybrid":
-        _refuse_unlike_machines(world)
+        _check_machines(world)
     if engine.sharding in ("fsdp", "hybrid"):
         return engine.sharding
     if world.size == 1:
@@ -170,9 +160,9 @@ def sharding_of(engine: EngineRecipe, world: World, parameters: int) -> Sharding
 
 
 def mesh_of(sharding: Sharding, world: World) -> DeviceMesh | None:
-    """The processes as `fully_shard` takes them: all in a row, or one row for each machine. None where nothing is sharded.
+    """Return the device mesh for `fully_shard`: one row of all processes, or one row for each machine. None if nothing is sharded.
 
-    Raises UserError if machines of other sizes are to be hybrid. All processes must call this.
+    Raises UserError if machines run different numbers of processes in hybrid sharding. All processes must call this.
     """
     if sharding == "hybrid":
         sizes = sorted(set(world.gather(world.local_size)))
@@ -186,7 +176,7 @@ def mesh_of(sharding: Sharding, world: World) -> DeviceMesh | None:
     return init_device_mesh(world.device.type, (world.size,)) if sharding == "fsdp" else None
 
 
-def _refuse_unlike_machines(world: World) -> None:
+def _check_machines(world: World) -> None:
     fix = "take engine.sharding fsdp, or have torchrun start equally many processes, two or more, on each of several machines"
     if world.local_size == world.size:
         raise UserError(f"engine.sharding is hybrid, and there is one machine, with all {world.size} processes: {fix}.")
@@ -195,7 +185,7 @@ def _refuse_unlike_machines(world: World) -> None:
 
 
 def compute_dtype(engine: EngineRecipe, device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs that have it and float32 on the CPU, where it is faster, unless the recipe says which."""
+    """Return the dtype of matrix products: bfloat16 on GPUs that have it, float32 on the CPU, unless the recipe says which."""
     return choose_dtype(engine.precision, device)
 
 
@@ -221,7 +211,7 @@ def shard_the_rest(loss: DenoisingLoss, engine: EngineRecipe, mesh: DeviceMesh, 
 
 
 def spare(wanted: int, device: torch.device, share: float = SPARE) -> bool:
-    """Whether so many bytes are less than a `share` of the device's memory (of the machine's, without a GPU)."""
+    """Return whether `wanted` bytes are less than a `share` of the device's memory (the machine's, without a GPU)."""
     if device.type == "cuda":
         return wanted < share * torch.cuda.get_device_properties(device).total_memory
     return wanted < share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

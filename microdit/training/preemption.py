@@ -1,4 +1,4 @@
-"""Being asked to stop, by a person or by the machine that is about to vanish."""
+"""Stop requests: Ctrl-C, and the SIGTERM that announces the end of a spot machine."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from microdit.errors import EXIT_RESTART
 
 
 class StopRequests:
-    """What Ctrl-C (SIGINT) and spot notices (SIGTERM) ask for. A second Ctrl-C ends the program at once."""
+    """Flags set by SIGINT (Ctrl-C) and SIGTERM (preemption). A second Ctrl-C ends the program at once."""
 
     def __init__(self) -> None:
         self.by_machine = self.by_user = False
@@ -37,6 +37,7 @@ def restart_when_asked() -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequests]:
+    """Catch SIGINT and SIGTERM in this block, and restore their handlers afterwards."""
     requests = StopRequests()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:

@@ -17,7 +17,7 @@ T = TypeVar("T")
 NAME = "data-reader"
 
 
-class Loader(Generic[T]):
+class Prefetcher(Generic[T]):
     """Calls `make(step)` for each of `steps`, at most `ahead` batches before they are asked for."""
 
     def __init__(self, make: Callable[[int], T], steps: range, ahead: int, timeout: float, where: Callable[[], str]):
@@ -29,7 +29,7 @@ class Loader(Generic[T]):
         self._thread.start()
 
     def next(self) -> T:
-        """The next step's batch. Raises what the reading raised, or UserError if it hangs."""
+        """Return the next step's batch. Raises what reading raised, or UserError if it hangs."""
         try:
             item = self._queue.get(timeout=self._timeout)
         except queue.Empty:
@@ -45,7 +45,7 @@ class Loader(Generic[T]):
         """End the thread; what it has read is dropped."""
         self._closed.set()
 
-    def __enter__(self) -> "Loader[T]":
+    def __enter__(self) -> "Prefetcher[T]":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,4 @@
-"""The recipe's data sets, opened and mixed as its phases say.
-
-What is looked at before the first step: do recipe, data, processes and earlier runs fit together?
-"""
+"""Preparation of a training: open the data sets, and check them against recipe, processes and checkpoint."""
 
 import hashlib
 import re
@@ -15,29 +12,28 @@ from rich.text import Text
 
 from microdit.checkpoint import (
     Checkpoint,
+    check_architecture,
+    check_encoders,
     checkpoint_folders,
     open_checkpoint,
-    refuse_other_architecture,
-    refuse_other_encoders,
 )
 from microdit.config.load import with_todays_defaults
-from microdit.config.schema import ModelRecipe, PhaseRecipe, Recipe
+from microdit.config.schema import ModelRecipe, PhaseRecipe, Recipe, architecture
 from microdit.data.dataset import EncodedDataset, MixedDataset
 from microdit.data.sampler import SamplerPhase
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.console import joined, styled
 from microdit.io.locks import LOCK
-from microdit.models.config import resolve
 from microdit.models.microdit import ModelConfig
-from microdit.training.checkpointing import newest_whole
+from microdit.training.checkpointing import newest_intact
 from microdit.training.state import TrainingState
 
 
-def open_mixture(recipe: Recipe, warn: Callable[[str], None], world: World | None = None) -> MixedDataset:
-    """Raises UserError if a set is missing, damaged, encoded by other encoders than the recipe or the other sets say, or empty.
+def open_dataset(recipe: Recipe, warn: Callable[[str], None], world: World | None = None) -> MixedDataset:
+    """Open the recipe's encoded sets, mixed as its phases say. All processes of `world` must call this.
 
-    The processes of `world` must all call this.
+    Raises UserError if a set is missing, damaged or empty, or if its encoders differ from those of the recipe or of the other sets.
     """
     data = recipe.data
     sets = {name: EncodedDataset(Path(item.path), data.resolution, world) for name, item in data.named_sets.items()}
@@ -49,21 +45,23 @@ def open_mixture(recipe: Recipe, warn: Callable[[str], None], world: World | Non
                     f"data.{key} is {wanted}, but {encoded.folder} was encoded with {found}: encode it again with the right one."
                 )
     repeats = tuple(item.repeat for item in data.named_sets.values())
-    phases = [_order_of(phase, list(sets), repeats) for phase in recipe.phases]
+    phases = [_phase_order(phase, list(sets), repeats) for phase in recipe.phases]
     return MixedDataset(list(sets.values()), phases, recipe.seed, data.horizontal_flip, data.on_damage, warn)
 
 
-def _order_of(phase: PhaseRecipe, names: list[str], repeats: tuple[int, ...]) -> SamplerPhase:
+def _phase_order(phase: PhaseRecipe, names: list[str], repeats: tuple[int, ...]) -> SamplerPhase:
     weights = None if phase.weights is None else tuple(phase.weights.get(name, 0.0) for name in names)
     return SamplerPhase(phase.steps, phase.batch_size, repeats, weights)
 
 
-FREE_TO_CHANGE = {"record", "engine", "guard", "name"}  # of a recipe, between save and resume: what is learnt stays the same
+FREE_TO_CHANGE = {"record", "engine", "guard", "name"}  # keys of a recipe that may change on resume: they do not change what is learnt
 
 
-def refuse_misfits(recipe: Recipe, sets: list[EncodedDataset], world: World) -> None:
-    """Raises UserError if the batches cannot be dealt out to the processes, or the patches not into a phase's grid,
-    if there are more processes than a setting is for, or if padding is to be attended that the data does not hold.
+def check_recipe_fits(recipe: Recipe, sets: list[EncodedDataset], world: World) -> None:
+    """Check the recipe against its data and the number of processes.
+
+    Raises UserError if a batch cannot be split evenly over processes and micro-batches, if a phase's mask pattern does not fit the image
+    sizes, if a setting is for one process only, or if the model attends padding that the data does not hold.
     """
     rows = sum(len(encoded) for encoded in sets)
     if world.size > rows:
@@ -73,7 +71,7 @@ def refuse_misfits(recipe: Recipe, sets: list[EncodedDataset], world: World) -> 
             f"engine.release_gradients is for one process that holds the model whole, and there are {world.size}: leave it out, "
             "and take engine.sharding fsdp to save memory."
         )
-    _refuse_attended_padding(recipe.model, sets)
+    _check_padding(recipe.model, sets)
     for index, phase in enumerate(recipe.phases):
         share, rest = divmod(phase.batch_size, world.size)
         micro = recipe.engine.micro_batch or share
@@ -81,61 +79,62 @@ def refuse_misfits(recipe: Recipe, sets: list[EncodedDataset], world: World) -> 
             least = world.size * min(micro, max(1, share))
             near = max(1, round(phase.batch_size / least)) * least
             raise UserError(
-                f"phases.{index}.batch_size {phase.batch_size} cannot be dealt out to {world.size} processes in micro-batches of {micro}: "
-                f"take a multiple of {least}, such as {near}, or another engine.micro_batch."
+                f"phases.{index}.batch_size {phase.batch_size} cannot be split over {world.size} processes in micro-batches of {micro}: "
+                f"use a multiple of {least}, such as {near}, or another engine.micro_batch."
             )
         if phase.mask_pattern == "grid":
-            _refuse_odd_grids(index, recipe.model.patch_size, sets)
+            _check_grid_pattern(index, recipe.model.patch_size, sets)
 
 
 def find_checkpoint(
     run: Path, recipe: Recipe, sets: list[EncodedDataset], world: World, warn: Callable[[str], None], resume: bool, accept_changes: bool
 ) -> Checkpoint | None:
-    """What to go on from: the run's newest whole checkpoint. None for a new run.
+    """Return the run's newest intact checkpoint, which training continues from; None for a new run.
 
-    Raises UserError if there is a run and `resume` is not asked for, or if it was of another recipe, data or architecture.
+    Raises UserError if the run exists and `resume` is not set, or if the checkpoint has another architecture or other encoders. Other
+    differences of recipe or data are warnings with `accept_changes`, else a UserError.
     """
     if not resume:
         if world.look(lambda: run.exists() and any(path.name != LOCK for path in run.iterdir())):
-            raise UserError(f"{run} holds a run already: go on with --resume, or choose another --out.")
+            raise UserError(f"{run} holds a run already: continue with --resume, or choose another --out.")
         return None
-    checkpoint = newest_whole(run, world, warn)
+    checkpoint = newest_intact(run, world, warn)
     if checkpoint is not None:
-        refuse_other_architecture(checkpoint, model_config(recipe, sets[0]))
-        refuse_other_encoders(checkpoint, sets[0].manifest, sets[0].folder)
+        check_architecture(checkpoint, model_config(recipe, sets[0]))
+        check_encoders(checkpoint, sets[0].manifest, sets[0].folder)
         changes = _changes(checkpoint, recipe, sets)
         if changes and not accept_changes:
             raise UserError(
                 f"The recipe is not the one that {checkpoint.folder} was trained with:\n  - "
                 + "\n  - ".join(changes)
-                + "\nGo back to the old one, or say --accept-changes to go on with the new one."
+                + "\nReturn to the old one, or continue with the new one by --accept-changes."
             )
         for change in changes:
             warn(f"Changed since the checkpoint: {change}")
         if checkpoint.step > recipe.total_steps:
-            raise UserError(f"{checkpoint.folder} lies behind the recipe's last step ({recipe.total_steps}): there is nothing to train.")
+            raise UserError(f"{checkpoint.folder} is beyond the recipe's last step ({recipe.total_steps}): there is nothing to train.")
     return checkpoint
 
 
 def finished_checkpoint(run: Path, recipe: Recipe, world: World) -> Checkpoint | None:
-    """The run's newest checkpoint if it is of this recipe's last step, and whole. The first process looks, all share the reading."""
-    checkpoint = world.look(lambda: _of_the_last_step(run, recipe))
+    """Return the run's newest checkpoint if it is of this recipe's last step and intact, else None. All processes must call this."""
+    checkpoint = world.look(lambda: _last_step_checkpoint(run, recipe))
     return None if checkpoint is None or checkpoint.damage(sorted(checkpoint.state["files"]), world) else checkpoint
 
 
-def _of_the_last_step(run: Path, recipe: Recipe) -> Checkpoint | None:
+def _last_step_checkpoint(run: Path, recipe: Recipe) -> Checkpoint | None:
     folders = checkpoint_folders(run)
     try:
         checkpoint = open_checkpoint(folders[0]) if folders else None
     except UserError:
-        return None  # damaged: resuming will say so
+        return None  # damaged: resuming will warn about it
     if checkpoint is None or checkpoint.step != recipe.total_steps or _recipe_changes(checkpoint, recipe):
         return None
     return checkpoint
 
 
 def model_config(recipe: Recipe, data: EncodedDataset) -> ModelConfig:
-    """The recipe's model for this data's latents and captions. Raises UserError if the patches do not fit."""
+    """Return the architecture of the recipe's model for this data. Raises UserError if the patch size does not divide the latents."""
     channels = data.latent_shape()[0]
     p = recipe.model.patch_size
     for bucket in range(len(data.bucket_sizes)):
@@ -145,21 +144,8 @@ def model_config(recipe: Recipe, data: EncodedDataset) -> ModelConfig:
     return architecture(recipe.model, channels, data.manifest["text_channels"])
 
 
-def architecture(model: ModelRecipe, in_channels: int, caption_channels: int) -> ModelConfig:
-    """The recipe's model for latents of `in_channels` and captions of `caption_channels` a token."""
-    return resolve(
-        model,
-        patch_size=model.patch_size,
-        in_channels=in_channels,
-        caption_channels=caption_channels,
-        expert_capacity=model.expert_capacity,
-        bias=model.bias,
-        position_scale=model.position_scale,
-    )
-
-
-def _refuse_attended_padding(model: ModelRecipe, sets: list[EncodedDataset]) -> None:
-    """Trimmed captions are padded with zeros up to the longest of a micro-batch: what is learnt would depend on who is beside whom."""
+def _check_padding(model: ModelRecipe, sets: list[EncodedDataset]) -> None:
+    """Raises UserError if the model attends padding that is not stored: what it learns would depend on the longest caption beside it."""
     for encoded in sets:
         form = encoded.manifest["settings"]["captions"]
         if not model.mask_padding and form != "full":
@@ -169,19 +155,20 @@ def _refuse_attended_padding(model: ModelRecipe, sets: list[EncodedDataset]) -> 
             )
 
 
-def _refuse_odd_grids(phase: int, patch_size: int, sets: list[EncodedDataset]) -> None:
+def _check_grid_pattern(phase: int, patch_size: int, sets: list[EncodedDataset]) -> None:
+    """Raises UserError unless all images have even numbers of rows and columns of patches."""
     for encoded in sets:
         for bucket in range(len(encoded.bucket_sizes)):
             rows, columns = (side // patch_size for side in encoded.latent_shape(bucket)[1:])
             if rows % 2 or columns % 2:
                 raise UserError(
-                    f"phases.{phase}.mask_pattern grid cuts patches into cells of 2 x 2, and pictures of {encoded.folder} have "
+                    f"phases.{phase}.mask_pattern grid divides patches into cells of 2 x 2, and images of {encoded.folder} have "
                     f"{rows} x {columns} patches at model.patch_size {patch_size}: use mask_pattern random, or another patch_size."
                 )
 
 
 def fingerprints(recipe: Recipe, sets: list[EncodedDataset]) -> dict[str, dict[str, Any]]:
-    """Of each encoded set, by its name in the recipe: path, rows, and a fingerprint of every shard's content."""
+    """Return path, rows and a fingerprint of the shards' content of each encoded set, by its name in the recipe."""
     return {
         name: {
             "path": str(encoded.folder),
@@ -193,7 +180,7 @@ def fingerprints(recipe: Recipe, sets: list[EncodedDataset]) -> dict[str, dict[s
 
 
 def _changes(checkpoint: Checkpoint, recipe: Recipe, sets: list[EncodedDataset]) -> list[str]:
-    """What of the recipe and the data differs from those that the checkpoint was made with, in words."""
+    """Return sentences about what differs from the recipe and data that the checkpoint was trained with."""
     changes = _recipe_changes(checkpoint, recipe)
     old, new = checkpoint.state["sets"], fingerprints(recipe, sets)
     for name in sorted(old.keys() & new.keys()):
@@ -211,7 +198,7 @@ def _recipe_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
 
 
 def _used_data(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What recipes may say of their sets, as the checkpoint's were."""
+    """Return the resolution and encoders of the checkpoint's data, which a recipe may name."""
     data = checkpoint.state["data"]
     return {"resolution": data["resolution"], "autoencoder": data["autoencoder"]["name"], "text_encoder": data["text_encoder"]["name"]}
 
@@ -229,7 +216,7 @@ def _differences(then: Any, now: Any, key: str = "") -> list[str]:
 
 
 def describe(recipe: Recipe, config: ModelConfig, data: EncodedDataset, sets: list[EncodedDataset]) -> dict[str, Any]:
-    """What a checkpoint says of itself beside its tensors and position: enough to draw pictures, and to know what it was made with."""
+    """Return what a checkpoint records besides tensors and position: enough to generate images, and to know what it was trained with."""
     diffusion = recipe.diffusion
     return {
         "model": asdict(config),
@@ -241,8 +228,8 @@ def describe(recipe: Recipe, config: ModelConfig, data: EncodedDataset, sets: li
     }
 
 
-def greeting(recipe: Recipe, run: Path, sets: list[EncodedDataset], state: TrainingState, step: int, world: World) -> Text:
-    """What begins, in words."""
+def start_message(recipe: Recipe, run: Path, sets: list[EncodedDataset], state: TrainingState, step: int, world: World) -> Text:
+    """Return the sentence that announces a training."""
     before = "scratch" if recipe.init_from is None else f"the weights {recipe.init_weights} of {recipe.init_from}"
     start = f"from step {step}" if step else f"from {before}"
     samples = " + ".join(f"{len(encoded):,}" for encoded in sets)

@@ -1,9 +1,10 @@
-"""A loss that rises and stays up: no single step looks wrong, and the run is mostly lost.
+"""Protection against unstable training: skipped steps, rollbacks, and a warning about a loss that rises and stays up.
 
-Steps that would do harm are not taken: those of a loss that is not finite, or one that jumps far above what was usual.
+`SpikeGuard` skips a step whose loss or gradient norm is not finite, or whose loss jumps far above its running median. The decision is made
+on the device, so the program need not wait for it. The program learns of it when it reads the step's numbers, at most one step later; then
+it warns, counts, and after several skipped steps in a row has the trainer roll back to a checkpoint.
 
-Whether a step is taken is decided on the device, which the program would otherwise have to wait for. The program hears of it when it
-reads the step's numbers, one step later at most, and then warns, counts, and goes back to a checkpoint after several in a row.
+`PlateauDetector` finds the failure that no single step shows: a loss that rises and stays up.
 """
 
 import math
@@ -19,12 +20,18 @@ from torch import Tensor
 from microdit.config.schema import GuardRecipe
 from microdit.training.meters import exact_dtype
 
-WINDOW = 64  # steps, whose median is the level
-RISE = 1.25  # times the phase's lowest level: beyond chance, and below the 1.5 of the runs that were lost here (docs/lab/README.md)
+REMEMBERED = 64  # losses of accepted steps
+ENOUGH = 16  # accepted steps before a jump can be recognised
+WINDOW = 64  # steps in the running median of the loss
+RISE = 1.25  # times the phase's lowest median: more than chance, and less than the 1.5 of the runs that failed (docs/lab/README.md)
 
 
-class Level:
-    """Of the losses of one phase: between phases masks, sizes and data change, and the loss with them. `warning`: what was told."""
+class PlateauDetector:
+    """Warns once per phase when the running median of the loss exceeds 1.25 times its minimum.
+
+    Each phase has a detector of its own, because masks, resolutions and data change between phases, and the loss with them.
+    `warning` is the sentence that was returned, if any.
+    """
 
     def __init__(self, phase: str = "", losses: Sequence[float] = (), lowest: float | None = None, warning: str | None = None):
         self.phase, self.warning = phase, warning
@@ -32,33 +39,29 @@ class Level:
         self.lowest = math.inf if lowest is None else lowest
 
     def add(self, loss: float, step: int) -> str | None:
-        """What to tell now, at most once."""
+        """Add the loss of step number `step` (from 0). Returns the warning when it is due, which is at most once."""
         self.losses.append(loss)
         if self.warning or len(self.losses) < WINDOW:
             return None
-        level = median(self.losses)
-        self.lowest = min(self.lowest, level)
-        if level > RISE * self.lowest:
+        current = median(self.losses)
+        self.lowest = min(self.lowest, current)
+        if current > RISE * self.lowest:
             self.warning = (
                 f"Phase {self.phase}: the loss had come down to {self.lowest:.3g}, and was above {RISE * self.lowest:.3g} in most of the "
-                f"{WINDOW} steps before step {step}. If it stays up, begin again with half the learning_rate, more warmup_steps or "
-                "optimizer.betas [0.9, 0.95]: anew, or from a checkpoint before the rise (delete the later ones)."
+                f"{WINDOW} steps before step {step}. If it stays up, start again with half the learning_rate, more warmup_steps or "
+                "optimizer.betas [0.9, 0.95], from scratch or from a checkpoint before the rise (delete the later ones)."
             )
         return self.warning
 
     def state(self) -> dict[str, Any]:
-        """For JSON; `Level(**state)` goes on from it."""
+        """Return the state as JSON values; `PlateauDetector(**state)` restores it."""
         lowest = None if math.isinf(self.lowest) else self.lowest
         return {"phase": self.phase, "losses": list(self.losses), "lowest": lowest, "warning": self.warning}
 
 
-REMEMBERED = 64  # losses of accepted steps
-ENOUGH = 16  # of them, before a jump can be told
-
-
 @dataclass(frozen=True)
-class Verdict:
-    """What was decided of a step, once it is read from the device. `usual`: the median of the last losses, infinite if they are few."""
+class SpikeDecision:
+    """Whether a step was applied or skipped, as read from the device. `usual` is the median of recent losses, infinite if there are few."""
 
     loss: float
     grad_norm: float
@@ -67,33 +70,36 @@ class Verdict:
 
     @property
     def objection(self) -> str | None:
-        """Why the step was not taken, or None."""
+        """Why the step was skipped; None if it was not."""
         if self.taken:
             return None
         if not (math.isfinite(self.loss) and math.isfinite(self.grad_norm)):
-            return f"the loss is {self.loss:g} and the gradient's norm {self.grad_norm:g}"
-        return f"the loss is {self.loss:.3g}, usual were {self.usual:.3g}"
+            return f"the loss is {self.loss:g} and the gradient norm {self.grad_norm:g}"
+        return f"the loss is {self.loss:.3g}, and its recent median {self.usual:.3g}"
 
 
-class Guard:
-    """`judge` decides on the device, `note` keeps the program's account. Its state belongs into the checkpoint: a run that goes on judges
-    alike."""
+class SpikeGuard:
+    """Skips steps whose loss is not finite or jumps, and asks for a rollback after several of them in a row.
+
+    `judge` decides on the device; `record` keeps count in the program. The state belongs in the checkpoint, so that a resumed run makes the
+    same decisions.
+    """
 
     def __init__(self, recipe: GuardRecipe, device: torch.device):
         self.recipe = recipe
-        self.skipped = 0  # steps, over the whole run
+        self.skipped = 0  # steps of the whole run
         self.in_a_row = 0
         self.rollbacks = 0
         self.must_roll_back = False
-        self.level = Level()
+        self.plateau = PlateauDetector()
         self._losses: deque[float] = deque(maxlen=REMEMBERED)
-        # The same losses on the device, the next one's place being that of the number of them.
+        # The same losses as a ring buffer on the device; the number of accepted steps, modulo its length, is the next index.
         self._ring_N = torch.zeros(REMEMBERED, dtype=exact_dtype(device), device=device)
         self._accepted = torch.zeros(1, dtype=torch.long, device=device)
 
     @torch.no_grad()
     def judge(self, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether to take the step, 1.0 or 0.0, and the loss that is usual: scalars on the device, where the loss is remembered if so."""
+        """Decide whether to take a step, and remember its loss if so. Returns (1.0 or 0.0, median of recent losses), on the device."""
         places_N = torch.arange(REMEMBERED, device=self._ring_N.device)
         ordered_N = self._ring_N.masked_fill(places_N >= self._accepted, math.inf).sort().values
         count = self._accepted.clamp(max=REMEMBERED)
@@ -105,38 +111,38 @@ class Guard:
         self._accepted = self._accepted + taken
         return taken.float(), usual
 
-    def note(self, verdict: Verdict, phase: str, step: int) -> str | None:
-        """Account for step number `step` (from 0). Returns what to warn of if the step was taken and the loss has risen for long."""
-        if not verdict.taken:
+    def record(self, decision: SpikeDecision, phase: str, step: int) -> str | None:
+        """Count step number `step` (from 0). Returns the plateau warning if it is due."""
+        if not decision.taken:
             self.skipped += 1
             self.in_a_row += 1
             self.must_roll_back |= self.in_a_row >= self.recipe.rollback_after
             return None
-        self._losses.append(verdict.loss)
+        self._losses.append(decision.loss)
         self.in_a_row = 0
-        if phase != self.level.phase:
-            self.level = Level(phase)
-        return self.level.add(verdict.loss, step)
+        if phase != self.plateau.phase:
+            self.plateau = PlateauDetector(phase)
+        return self.plateau.add(decision.loss, step)
 
     def state(self) -> dict[str, Any]:
         counts = {"skipped": self.skipped, "in_a_row": self.in_a_row, "rollbacks": self.rollbacks}
-        return {**counts, "losses": list(self._losses), "level": self.level.state()}
+        return {**counts, "losses": list(self._losses), "level": self.plateau.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.skipped, self.in_a_row, self.rollbacks = state["skipped"], state["in_a_row"], state["rollbacks"]
-        self._recall(state)
+        self._restore_losses(state)
 
     def roll_back(self, state: dict[str, Any]) -> None:
-        """To what was usual at the checkpoint; what happened since still counts."""
+        """Restore the recent losses of a checkpoint. Skipped steps and rollbacks since then still count."""
         self.rollbacks += 1
         self.in_a_row = 0
         self.must_roll_back = False
-        self._recall(state)
+        self._restore_losses(state)
 
-    def _recall(self, state: dict[str, Any]) -> None:
+    def _restore_losses(self, state: dict[str, Any]) -> None:
         self._losses = deque(state["losses"], maxlen=REMEMBERED)
-        if "level" in state:  # else of a version that kept none
-            self.level = Level(**state["level"])
+        if "level" in state:  # earlier versions did not store it
+            self.plateau = PlateauDetector(**state["level"])
         padded = [*self._losses, *[0.0] * (REMEMBERED - len(self._losses))]
         self._ring_N.copy_(torch.tensor(padded, dtype=self._ring_N.dtype))
         self._accepted.fill_(len(self._losses))

@@ -1,11 +1,7 @@
-"""Exponential moving averages of the weights: what pictures are made with. Several lengths at once, sharded as the model is.
+"""The state that training changes: weights, their averages (EMA), and the optimizers' moments, spread over processes as the recipe says.
 
-They may lie in the machine's memory while the weights are on a GPU. A stream of its own then brings one weight's average at a time to the
-GPU, updates it there and takes it back, while the next step computes.
-
-What training changes: weights, their averages, the optimizers' moments. Spread over processes as the recipe says.
-
-`learn` is a whole step. It gives the device its work and waits for none of it.
+`TrainingState.train_step` is the one training step, which the trainer, `microdit bench` and the lab's timing share. It queues its work on
+the device and waits for none of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,18 +18,19 @@ from microdit.models.microdit import MicroDiT, ModelConfig
 from microdit.pipelines.native import model_of
 from microdit.training.checkpointing import Tensors, load_into, whole
 from microdit.training.gradients import gradients_of
-from microdit.training.meters import SUMS, Reading, StepSums, Tally
+from microdit.training.meters import SUMS, LossStats, PendingStep, StepResult
 from microdit.training.noise import MicroBatch
 from microdit.training.optim import Optimizers
 from microdit.training.parallel import DenoisingLoss, compute_dtype, local, mesh_of, prepare_blocks, shard_the_rest, sharding_of, total_norm
-from microdit.training.stability import Guard, Verdict
+from microdit.training.stability import SpikeDecision, SpikeGuard
 
 
 class EMA:
-    """One average; `averages` by the names of the model's parameters.
+    """One exponential moving average of the weights, sharded like the model.
 
-    From step 0 it starts short and grows to `decay`, so that random weights are forgotten. From a later `start` on it starts as a copy
-    of the weights, with its whole length.
+    With `start` 0, its length grows from short to `decay`, so that the initial weights are forgotten. With a later `start` it begins there
+    as a copy of the weights, at full length. With `on_cpu`, averages live in the machine's memory: a CUDA stream of their own brings one
+    weight's average at a time to the GPU, updates it and takes it back, while the next step computes.
     """
 
     def __init__(self, model: nn.Module, recipe: EMARecipe, on_cpu: bool = False):
@@ -44,16 +41,16 @@ class EMA:
 
     @property
     def averages(self) -> dict[str, Tensor]:
-        """Complete: this waits for an update that is under way."""
+        """The averages by the names of the model's parameters. Waits for an update that is running."""
         if self._stream:
             self._stream.synchronize()
         return self._averages
 
     @torch.no_grad()
     def update(self, step: int, taken: Tensor) -> None:
-        """After step number `step` (from 0): average += (1 - decay) * (weights - average).
+        """Update after step number `step` (from 0): average += (1 - decay) * (weights - average).
 
-        `taken`: 1.0, or 0.0 if the step was not taken, which leaves the average as it was; a scalar on the weights' device.
+        `taken` is a scalar on the weights' device: 1.0, or 0.0 for a skipped step, which leaves the average unchanged.
         """
         averages, weights = [local(tensor) for tensor in self._averages.values()], [local(weight) for weight in self._weights]
         decay = self.decay if self.start else min(self.decay, (1 + step) / (10 + step))
@@ -71,13 +68,13 @@ class EMA:
             torch._foreach_lerp_(averages, weights, [share.expand_as(weight) for weight in weights])
 
     def let_weights_change(self) -> None:
-        """Have the device wait for an update that still reads them. Call before a step of the optimizer."""
+        """Make the device wait for a running update, which reads the weights. Call it before the optimizer step."""
         if self._stream:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
 def _on_cpu(weight: Tensor) -> Tensor:
-    """A copy in the machine's memory, which a GPU can read by itself; of a sharded weight, of this process's part."""
+    """Return a pinned copy in the machine's memory, of this process's part if the weight is sharded."""
     part = local(weight)
     copy = torch.empty_like(part, device="cpu", pin_memory=part.device.type == "cuda").copy_(part)
     # DTensor.from_local would take it back to the mesh's device; this is what FSDP does with weights that it keeps on the CPU.
@@ -85,16 +82,16 @@ def _on_cpu(weight: Tensor) -> Tensor:
 
 
 def names_of(emas: list[EMARecipe]) -> list[str]:
-    """Of the files that hold the averages: ema for the first, ema-DECAY for the others."""
+    """Return the names of the files that hold the averages: ema for the first, ema-DECAY for the others."""
     return ["ema" if index == 0 else f"ema-{ema.decay}" for index, ema in enumerate(emas)]
 
 
 class TrainingState:
-    """`model` as it was built, and `loss`, which calls it."""
+    """The model, the loss that calls it, gradients, optimizers and averages."""
 
     def __init__(self, recipe: Recipe, config: ModelConfig, world: World, fill: Callable[[MicroDiT], None] | None, fresh: bool):
-        """The weights to begin with are those that `fill` gives the model, which is spread by then; else, if `fresh`, drawn by the recipe's
-        seed; if not, `load` must follow.
+        """Build and shard the model. `fill` loads initial weights into it afterwards; without it they are random (by the recipe's seed) if
+        `fresh`, and otherwise undefined until `load` is called.
         """
         diffusion = recipe.diffusion
         self.edm = EDM(diffusion.sigma_data, diffusion.P_mean, diffusion.P_std)
@@ -120,38 +117,50 @@ class TrainingState:
         on_cpu = recipe.engine.averages_on_cpu
         self.averages = dict(zip(names_of(recipe.ema), (EMA(self.model, ema, on_cpu) for ema in recipe.ema), strict=True))
 
-    def learn(
-        self, parts: Sequence[MicroBatch], step: int, grad_clip: float, guard: Guard, stops: tuple[bool, bool] = (False, False)
-    ) -> Reading:
-        """Queue step number `step` (from 0): gradients of the mean loss over the global batch, clipped; the optimizers; the averages.
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        step: int,
+        learning_rate: float,
+        grad_clip: float,
+        guard: SpikeGuard,
+        stops: tuple[bool, bool] = (False, False),
+    ) -> PendingStep:
+        """Queue training step number `step` (from 0) on the device, without waiting for it.
 
-        `parts` is this process's share, in micro-batches; `stops` what it was asked (`Tally.add_stops`). Nothing here waits for the device.
-        `what_happened` makes sense of the numbers to come. All processes must call this.
+        Computes the gradients of the mean loss over the global batch, clips their norm to `grad_clip`, lets `guard` decide on the device
+        whether to apply them, and updates weights and averages.
+
+        `micro_batches` are this process's part of the global batch; `stops` are the stop requests that it received (by the machine, by
+        the user), which travel to all processes along with the losses. Pass the returned numbers to `read_step` once they are needed.
+        All processes must call this.
         """
-        device, samples = self._world.device, sum(len(part) for part in parts)
-        tally = Tally(device)
+        device, samples = self._world.device, sum(len(part) for part in micro_batches)
+        stats = LossStats(device)
+        self.optimizers.set_rate(learning_rate)
         self.gradients.begin()
-        for number, part in enumerate(parts, start=1):
+        for number, part in enumerate(micro_batches, start=1):
             batch = part.to(device)
-            loss_B = self.gradients.add(batch, samples, last=number == len(parts))
-            tally.add(loss_B, batch.sigma_B, self.edm)
-        tally.add_stops(*stops)
-        self._world.sum(tally.sums)
-        loss, grad_norm = tally.loss, self.clip(grad_clip)
+            loss_B = self.gradients.add(batch, samples, last=number == len(micro_batches))
+            stats.add(loss_B, batch.sigma_B, self.edm)
+        stats.add_stops(*stops)
+        self._world.sum(stats.sums)
+        loss, grad_norm = stats.loss, self.clip(grad_clip)
         taken, usual = guard.judge(loss, grad_norm)
-        self.take_step(step, taken)
+        self.apply_gradients(step, taken)
         self.optimizers.zero_grad()
-        return Reading(torch.cat([tally.sums, torch.stack([loss, grad_norm.to(loss.dtype), taken.to(loss.dtype), usual.to(loss.dtype)])]))
+        decision = torch.stack([loss, grad_norm.to(loss.dtype), taken.to(loss.dtype), usual.to(loss.dtype)])
+        return PendingStep(torch.cat([stats.sums, decision]))
 
-    def clip(self, largest_norm: float) -> Tensor:
-        """Scale the gradients down to the norm `largest_norm`, if theirs is larger. Returns theirs, over all processes, on the device."""
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip the gradients to `max_norm`. Returns their norm before clipping, over all processes, as a scalar on the device."""
         gradients = self.optimizers.take_gradients(self.gradients.held)
         norm = total_norm(gradients, self.mesh)
-        self.optimizers.clip(largest_norm, norm)
+        self.optimizers.clip(max_norm, norm)
         return norm
 
-    def take_step(self, step: int, taken: Tensor) -> None:
-        """Step number `step` (from 0), on gradients that `clip` has seen; nothing changes if `taken`, a scalar on the device, is 0."""
+    def apply_gradients(self, step: int, taken: Tensor) -> None:
+        """Update weights and averages from the clipped gradients. If `taken`, a scalar on the device, is 0, nothing changes."""
         for average in self.averages.values():
             average.let_weights_change()
         self.optimizers.step(taken)
@@ -159,12 +168,12 @@ class TrainingState:
             average.update(step, taken)
 
     def is_finite(self) -> bool:
-        """Whether every weight is a number. All processes must call this."""
+        """Return whether all weights are finite. All processes must call this."""
         norm = torch.nn.utils.get_total_norm([weight.detach() for weight in self._weights], foreach=True)
         return bool(whole(norm).isfinite())
 
     def tensors(self) -> Tensors:
-        """Everything, named PART/NAME. They are the live tensors: filling them fills the state."""
+        """Return all tensors, named PART/NAME. They are the live ones: writing to them changes the state."""
         parts: dict[str, dict[str, Tensor]] = {
             "model": {name: weight.detach() for name, weight in self.model.named_parameters()},
             **{name: ema.averages for name, ema in self.averages.items()},
@@ -172,19 +181,19 @@ class TrainingState:
         }
         return {f"{part}/{name}": tensor for part, content in parts.items() for name, tensor in content.items()}
 
-    def drawing_model(self) -> MicroDiT:
-        """A model with the first average (the weights, where there is none), whole on each process. All processes must call this."""
+    def ema_model(self) -> MicroDiT:
+        """Return a full model with the first average (the weights if there is none). All processes must call this."""
         averages = next(iter(self.averages.values()), None)
         source = averages.averages if averages else {name: weight.detach() for name, weight in self.model.named_parameters()}
         return model_of(self.model.config, {name: whole(tensor) for name, tensor in source.items()})
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Raises UserError if it holds other tensors. All processes must call this."""
+        """Load a checkpoint. Raises UserError if it holds other tensors. All processes must call this."""
         load_into(checkpoint, self.tensors(), self._world)
 
 
 def _build(config: ModelConfig, recipe: Recipe, drawn: bool, device: torch.device) -> MicroDiT:
-    """On the device, with weights that are drawn; or on the meta device, where others will be read into the shards alone."""
+    """Build the model on `device` with random weights, or on the meta device if others are to be loaded."""
     if not drawn:
         with torch.device("meta"):
             return MicroDiT(config).train()
@@ -194,7 +203,7 @@ def _build(config: ModelConfig, recipe: Recipe, drawn: bool, device: torch.devic
     return model.train().to(device)
 
 
-def what_happened(values: list[float]) -> tuple[StepSums, Verdict]:
-    """The numbers of a step that `TrainingState.learn` has queued, once they are read."""
+def read_step(values: list[float]) -> tuple[StepResult, SpikeDecision]:
+    """Parse the numbers of a step that `TrainingState.train_step` queued, from `PendingStep.values`."""
     loss, grad_norm, taken, usual = values[SUMS:]
-    return StepSums.of(values[:SUMS]), Verdict(loss, grad_norm, taken > 0, usual)
+    return StepResult.of(values[:SUMS]), SpikeDecision(loss, grad_norm, taken > 0, usual)

@@ -1,14 +1,14 @@
 """The training loop.
 
 Notable:
-- what step n does depends on the recipe's seed and on n alone (samples, noise, masks, dropped captions), so resuming needs no
-  state of random generators, and a run cut off anywhere goes on with the same losses to the last bit;
-- the phases of a recipe share one optimizer and averages; each has its own mask ratio, batch and learning-rate schedule;
-- Ctrl-C and SIGTERM end the step, write a checkpoint, and say how to go on;
-- a step whose loss is not finite or jumps is not taken; after several in a row the weights go back to a checkpoint, the data goes on;
-- a GPU is given its work one step ahead: the program reads a step's numbers while the next one runs, so warnings, stops and rollbacks
-  come one step later, and nothing ever waits in front of the optimizer;
-- all processes run the same loop; the first one alone keeps the record.
+- step n depends on the recipe's seed and on n alone (samples, noise, masks, dropped captions), so resuming needs no generator state, and an
+  interrupted run continues with the same losses to the last bit;
+- the phases of a recipe share one optimizer and its weight averages; each has its own mask ratio, batch size and learning-rate schedule;
+- Ctrl-C and SIGTERM finish the current step, write a checkpoint, and print how to continue;
+- a step whose loss is not finite or jumps is skipped; after several skips in a row the weights return to a checkpoint, the data goes on;
+- a GPU is given one step ahead: the program reads a step's numbers while the next one runs, so warnings, stops and rollbacks come one step
+  later, and nothing ever waits in front of the optimizer;
+- all processes run the same loop; only the first one writes the record.
 """
 
 import math
@@ -27,53 +27,52 @@ from microdit.devices import device_name
 from microdit.distributed import World
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, DivergedError, StoppedError, UserError
 from microdit.io.console import PlainConsole, joined, styled
-from microdit.io.process_limits import keep_freed_memory
-from microdit.models.routing import METHODS
 from microdit.planning.hardware import peak_flops
-from microdit.planning.workload import Work
+from microdit.planning.workload import FlopCounter
+from microdit.process_limits import keep_freed_memory
 from microdit.reports.grids import save_png
-from microdit.training.checkpointing import Saver, newest_whole
-from microdit.training.init_from import find_origin
+from microdit.training.checkpointing import CheckpointWriter, newest_intact
+from microdit.training.init_from import find_initial_weights
 from microdit.training.logging import Cost, RunRecord, last_cost
-from microdit.training.meters import Meters, Reading, StepSums, in_words
-from microdit.training.noise import MicroBatch, UndrawnBatch, add_draws
+from microdit.training.meters import Meters, PendingStep, StepResult, in_words
+from microdit.training.noise import MicroBatch, StoredMicroBatch, noise_settings, sample_noise
 from microdit.training.optim import learning_rate
 from microdit.training.parallel import compute_dtype, keep_compiled
 from microdit.training.preemption import StopRequests, stop_requests
-from microdit.training.prefetch import Loader
-from microdit.training.setup import describe, find_checkpoint, fingerprints, greeting, model_config, open_mixture, refuse_misfits
-from microdit.training.stability import Guard, Verdict
-from microdit.training.state import TrainingState, what_happened
+from microdit.training.prefetch import Prefetcher
+from microdit.training.setup import check_recipe_fits, describe, find_checkpoint, fingerprints, model_config, open_dataset, start_message
+from microdit.training.stability import SpikeDecision, SpikeGuard
+from microdit.training.state import TrainingState, read_step
 from microdit.training.validation import PromptGrid, open_held_out, open_quality
 
-AHEAD = 2  # batches read before they are needed
-MAX_ROLLBACKS = 3  # without a checkpoint between them
-CAPTION_MULTIPLE = 8  # tokens, on a GPU: what its attention with a mask wants
+AHEAD = 2  # batches that are read before they are needed
+MAX_ROLLBACKS = 3  # to one checkpoint and those before it, until a newer one is written
+CAPTION_MULTIPLE = 8  # tokens: masked attention kernels on GPUs need lengths divisible by 8
 
 
 @dataclass(frozen=True)
-class Share:
-    """What this process learns from in one step, in micro-batches; `tokens` and `caption_tokens` of each sample."""
+class StepBatch:
+    """This process's part of one step's global batch, with the numbers of image and caption tokens of each sample."""
 
-    parts: list[MicroBatch]
+    micro_batches: list[MicroBatch]
     tokens: int
     caption_tokens: int
 
 
 @dataclass(frozen=True)
 class QueuedStep:
-    """A step that the device was given. `number` counts from 1; `waited` is in seconds, for data."""
+    """A step that was queued on the device. `number` counts from 1; `waited` is how many seconds the loop waited for data."""
 
     number: int
     phase: PhaseRecipe
     step_in_phase: int
-    share: Share
+    batch: StepBatch
     waited: float
-    reading: Reading
+    pending: PendingStep
 
 
 class Trainer:
-    """A recipe, its run folder, and the state that training changes."""
+    """Trains a recipe into a run folder."""
 
     def __init__(
         self,
@@ -84,15 +83,17 @@ class Trainer:
         resume: bool = False,
         accept_changes: bool = False,
         price_per_hour: float | None = None,
-        origin: Checkpoint | None = None,
+        initial: Checkpoint | None = None,
     ):
-        """`origin`: the whole checkpoint that `init_from` means, where it is known already.
+        """Open data and checkpoint, build the model, and load its weights.
 
-        Raises UserError if the run exists and `resume` is not set, or if recipe, data, checkpoint and processes do not fit together."""
+        `initial` is the checkpoint that the recipe's `init_from` refers to, if the caller has found and verified it already.
+        Raises UserError if the run exists and `resume` is not set, or if recipe, data, checkpoint and processes do not fit together.
+        """
         self.recipe, self.run, self.console, self.world = recipe, run, console, world
-        self.mixture = open_mixture(recipe, self._warn, world)
-        self.data = self.mixture.sets[0]  # the others are of the same shapes and encoders
-        refuse_misfits(recipe, self.mixture.sets, world)
+        self.mixture = open_dataset(recipe, self._warn, world)
+        self.data = self.mixture.sets[0]  # the others have the same shapes and encoders
+        check_recipe_fits(recipe, self.mixture.sets, world)
         checkpoint = find_checkpoint(run, recipe, self.mixture.sets, world, self._warn, resume, accept_changes)
         hours, dollars = last_cost(run) if world.is_main else (0.0, 0.0)
         self.cost = Cost(world.size, price_per_hour, hours, dollars)
@@ -100,151 +101,147 @@ class Trainer:
         if recipe.engine.compile:
             with world.together():
                 keep_compiled(run)
-        first = None if checkpoint else find_origin(recipe, run, self.config, self.data, world, self._warn, origin)
+        first = None if checkpoint else find_initial_weights(recipe, run, self.config, self.data, world, self._warn, initial)
         fill = None if first is None else partial(first.fill, world=world)
         self.state = TrainingState(recipe, self.config, world, fill, fresh=checkpoint is None)
-        self.guard = Guard(recipe.guard, world.device)
-        self.step = 0  # as many have been given to the device
-        self.lag = 1 if world.device.type == "cuda" else 0  # steps that may be under way when the next one is given
-        self._rollbacks_here = 0  # since the last checkpoint, which was of this step
-        self._rolled_back_since: int | None = None
+        self.guard = SpikeGuard(recipe.guard, world.device)
+        self.step = 0  # number of steps that were queued on the device
+        self.lag = 1 if world.device.type == "cuda" else 0  # steps that may be running when the next one is queued
+        self._rolled_back_from: int | None = None  # step of the newest checkpoint at the last rollback
+        self._rollbacks_here = 0  # rollbacks since that checkpoint
         self._last: dict[str, Any] = {}  # metrics
         if checkpoint:
             self._restore(checkpoint)
         self.held_out = open_held_out(recipe, self.data, self.state.edm, world)
         self.quality = open_quality(recipe, self.held_out.data if self.held_out else self.data, self.state.edm, world)
         self.prompt_grid = PromptGrid(recipe, world, compute_dtype(recipe.engine, world.device))
-        self.saver = Saver(run, world, recipe.record.keep_checkpoints, recipe.record.keep_every, self._warn)
+        self.checkpoints = CheckpointWriter(run, world, recipe.record.keep_checkpoints, recipe.record.keep_every, self._warn)
         if checkpoint:
-            self.saver.last_saved = checkpoint.step
+            self.checkpoints.last_saved = checkpoint.step
         with world.together():
             self.record = RunRecord(run, recipe, self._warn, self.step) if world.is_main else None
-        self.work = Work(recipe, self.config)
+        self.flops = FlopCounter(recipe, self.config)
         self.peak, self.peak_source = peak_flops(world.device, compute_dtype(recipe.engine, world.device))
 
     def train(self) -> None:
-        """From where it stands to the end of the last phase. Raises StoppedError if it was asked to stop, UserError if it cannot go on."""
+        """Train from the current step to the end of the last phase. Raises StoppedError on a stop request, UserError on a failure."""
         recipe, total = self.recipe, self.recipe.total_steps
         keep_freed_memory()
-        self._welcome()
-        batches = Loader(self.share, range(self.step, total), AHEAD, recipe.data.read_timeout, self.mixture.where)
+        self._announce()
+        batches = Prefetcher(self.step_batch, range(self.step, total), AHEAD, recipe.data.read_timeout, self.mixture.where)
         meters = Meters(self.step, total, self.peak, self.world.size, self.world.device, self.console)
-        sums, queued = StepSums([], []), deque[QueuedStep]()
-        with self._reported(), self.world.naming_the_lost(), meters, stop_requests() as stop, batches as reader:
-            while self.step < total and not sums.stop:
+        result, queued = StepResult([], []), deque[QueuedStep]()
+        with self._status_recorded(), self.world.naming_the_lost(), meters, stop_requests() as stop, batches as reader:
+            while self.step < total and not result.stop:
                 queued.append(self._queue_step(reader, stop))
                 last = self.step == total
-                under_way = 0 if last or self._something_is_due() else self.lag
-                while len(queued) > under_way:
+                running = 0 if last or self._something_is_due() else self.lag
+                while len(queued) > running:
                     done = queued.popleft()
-                    sums, verdict = self._hear_of(done, meters)
-                    if sums.stop or self.guard.must_roll_back:
-                        under_way = 0
-                    newest = done.number == self.step  # so the weights are those of this step
+                    result, decision = self._read_step(done, meters)
+                    if result.stop or self.guard.must_roll_back:
+                        running = 0
+                    newest = done.number == self.step  # then the weights are those after this step
                     if newest and self.guard.must_roll_back:
-                        self._roll_back(verdict)
-                    in_haste = sums.stop_by_machine and not last  # before the machine is taken away
+                        self._roll_back(decision)
+                    in_haste = result.stop_by_machine and not last  # the machine is about to be taken away
                     measured = self._measure(last, in_haste) if newest else {}
-                    if _due(done.number, recipe.record.metrics_every) or measured or (newest and (last or sums.stop)):
-                        self._write_metrics(meters, measured, done, verdict.grad_norm)
+                    if _due(done.number, recipe.record.metrics_every) or measured or (newest and (last or result.stop)):
+                        self._write_metrics(meters, measured, done, decision.grad_norm)
                 if not queued:
-                    if (_due(self.step, recipe.record.checkpoint_every) and not self.guard.in_a_row) or last or sums.stop:
-                        self._save(sums.stop_by_machine and not last)
+                    if (_due(self.step, recipe.record.checkpoint_every) and not self.guard.in_a_row) or last or result.stop:
+                        self._save(result.stop_by_machine and not last)
                     if recipe.record.sample_prompts and (_due(self.step, recipe.record.samples_every) or last):
                         self._sample()
-                self.saver.check()
-            self._end(sums)
+                self.checkpoints.check()
+            self._end(result)
 
-    def share(self, step: int) -> Share:
-        """What this process learns from in step number `step` (from 0). For a GPU as it is stored, in pinned memory: it draws itself."""
+    def step_batch(self, step: int) -> StepBatch:
+        """Read this process's part of step number `step` (from 0).
+
+        For a GPU, samples stay as they are stored, in pinned memory; the GPU expands them and samples the noise itself.
+        """
         recipe, world = self.recipe, self.world
         phase, step_in_phase = recipe.phase_at(step)
         on_gpu = world.device.type == "cuda"
         stored = self.mixture.stored(step, world.rank, world.size, CAPTION_MULTIPLE if on_gpu and recipe.model.mask_padding else 1)
         height, width = stored.sides
         grid = height // self.config.patch_size, width // self.config.patch_size
-        draw = partial(
-            add_draws,
-            edm=self.state.edm,
-            seed=recipe.seed,
-            step=step,
-            grid=grid,
-            mask_ratio=phase.mask_ratio_at(step_in_phase),
-            caption_dropout=recipe.diffusion.caption_dropout,
-            path_drop=METHODS[self.config.routing].path_drop,
-            mask_pattern=phase.mask_pattern,
-        )
+        settings = noise_settings(recipe, self.state.edm, phase, step_in_phase)
+        add_noise = partial(sample_noise, settings=settings, seed=recipe.seed, step=step, grid=grid)
         numbers, size = range(world.rank, phase.batch_size, world.size), recipe.engine.micro_batch or len(stored)
-        undrawn = [
-            UndrawnBatch(part.pin() if on_gpu else part, partial(draw, numbers=numbers[index * size : (index + 1) * size]))
+        parts = [
+            StoredMicroBatch(part.pin() if on_gpu else part, partial(add_noise, numbers=numbers[index * size : (index + 1) * size]))
             for index, part in enumerate(stored.split(size))
         ]
-        parts: list[MicroBatch] = [*undrawn] if on_gpu else [part.to(world.device) for part in undrawn]
-        return Share(parts, math.prod(grid), stored.text.numbers_BRV.shape[1])
+        micro_batches: list[MicroBatch] = [*parts] if on_gpu else [part.to(world.device) for part in parts]
+        return StepBatch(micro_batches, math.prod(grid), stored.text.numbers_BRV.shape[1])
 
-    def _queue_step(self, reader: Loader[Share], stop: StopRequests) -> QueuedStep:
-        """Give the device one more step."""
+    def _queue_step(self, reader: Prefetcher[StepBatch], stop: StopRequests) -> QueuedStep:
+        """Queue one more step on the device."""
         phase, step_in_phase = self.recipe.phase_at(self.step)
-        self.state.optimizers.set_rate(learning_rate(phase, step_in_phase))
         started = time.monotonic()
-        share = reader.next()
+        batch = reader.next()
         waited = time.monotonic() - started
-        reading = self.state.learn(share.parts, self.step, phase.grad_clip, self.guard, (stop.by_machine, stop.by_user))
+        rate, stops = learning_rate(phase, step_in_phase), (stop.by_machine, stop.by_user)
+        pending = self.state.train_step(batch.micro_batches, self.step, rate, phase.grad_clip, self.guard, stops)
         self.step += 1
-        return QueuedStep(self.step, phase, step_in_phase, share, waited, reading)
+        return QueuedStep(self.step, phase, step_in_phase, batch, waited, pending)
 
-    def _hear_of(self, done: QueuedStep, meters: Meters) -> tuple[StepSums, Verdict]:
-        """Read what came of a step, waiting for it if need be; tell what was wrong with it; add it to the meters."""
-        sums, verdict = what_happened(done.reading.values())
-        rise = self.guard.note(verdict, done.phase.name, done.number - 1)
-        if verdict.objection:
-            self._warn(f"Step {done.number} was not taken: {verdict.objection}. That makes {self.guard.skipped} of {done.number} steps.")
+    def _read_step(self, done: QueuedStep, meters: Meters) -> tuple[StepResult, SpikeDecision]:
+        """Read the numbers of a queued step, waiting for it if needed; print warnings about it; add it to the meters."""
+        result, decision = read_step(done.pending.values())
+        rise = self.guard.record(decision, done.phase.name, done.number - 1)
+        if decision.objection:
+            self._warn(
+                f"Step {done.number} was skipped: {decision.objection}. {self.guard.skipped} of {done.number} steps were skipped so far."
+            )
         if rise:
             self._warn(rise)
-        flops = self.work.of_step(done.phase, done.step_in_phase, done.share.tokens, done.share.caption_tokens)
-        meters.step(done.phase.name, done.number, sums, flops, done.waited, verdict.taken)
-        return sums, verdict
+        flops = self.flops.of_step(done.phase, done.step_in_phase, done.batch.tokens, done.batch.caption_tokens)
+        meters.step(done.phase.name, done.number, result, flops, done.waited, decision.taken)
+        return result, decision
 
     def _something_is_due(self) -> bool:
-        """Whether something needs the weights as they are after the newest step, and so must wait for it."""
+        """Return whether a checkpoint, a measurement or a grid needs the weights after the newest step, and so must wait for it."""
         record = self.recipe.record
-        wanted = [record.checkpoint_every]
-        wanted += [record.held_out_every] if self.held_out else []
-        wanted += [record.samples_every] if record.sample_prompts else []
-        return any(_due(self.step, every) for every in [*wanted, record.quality_every])
+        intervals = [record.checkpoint_every, record.quality_every]
+        intervals += [record.held_out_every] if self.held_out else []
+        intervals += [record.samples_every] if record.sample_prompts else []
+        return any(_due(self.step, every) for every in intervals)
 
-    def _roll_back(self, verdict: Verdict) -> None:
-        """After several steps in a row that were not taken: to the weights of a checkpoint. The data goes on."""
-        self.saver.finish()
+    def _roll_back(self, decision: SpikeDecision) -> None:
+        """Return to the weights of a checkpoint after several skipped steps in a row. The data goes on."""
+        self.checkpoints.finish()
         checkpoint = self._earlier_checkpoint()
         if checkpoint is None:
             raise DivergedError(
-                f"{self.recipe.guard.rollback_after} steps in a row, up to step {self.step}, could not be taken ({verdict.objection}), and "
-                "there is no earlier checkpoint that helps. Resume with a lower learning rate (--accept-changes), or look at the data of "
+                f"{self.recipe.guard.rollback_after} steps in a row, up to step {self.step}, were skipped ({decision.objection}), and "
+                "there is no earlier checkpoint that helps. Resume with a lower learning rate (--accept-changes), or check the data of "
                 "these steps."
             )
-        self._warn(f"Back to the weights of step {checkpoint.step}; the data goes on from step {self.step}.")
+        self._warn(f"Rolled back to the weights of step {checkpoint.step}; the data goes on from step {self.step}.")
         self.state.load(checkpoint)
         self.guard.roll_back(checkpoint.state["guard"])
 
     def _earlier_checkpoint(self) -> Checkpoint | None:
-        """The newest one; if the last rollback was to that and did not help, the one before it."""
-        newest = self.saver.last_saved
-        if newest != self._rolled_back_since:
-            self._rolled_back_since, self._rollbacks_here = newest, 0
+        """Return the newest checkpoint, or, if the last rollback went there and did not help, the one before it."""
+        newest = self.checkpoints.last_saved
+        if newest != self._rolled_back_from:
+            self._rolled_back_from, self._rollbacks_here = newest, 0
         self._rollbacks_here += 1
         if self._rollbacks_here > MAX_ROLLBACKS:
             return None
-        return newest_whole(self.run, self.world, self._warn, skip=self._rollbacks_here - 1)
+        return newest_intact(self.run, self.world, self._warn, skip=self._rollbacks_here - 1)
 
     def _measure(self, last: bool, in_haste: bool) -> dict[str, Any]:
-        """What is measured now and then, if it is time. All processes must call this."""
+        """Return the held-out loss and the quality metrics that are due at this step. All processes must call this."""
         record = self.recipe.record
         measured: dict[str, Any] = {}
         if self.held_out and (_due(self.step, record.held_out_every) or last):
             measured |= self.held_out.measure(self.state.gradients.current_loss(), self.recipe.engine.compile)
         if self.quality and (_due(self.step, record.quality_every) or last) and not in_haste:
-            figures = self.quality.measure(self.state.drawing_model())
+            figures = self.quality.measure(self.state.ema_model())
             self.console.print(self.quality.in_words(self.step, figures))
             measured |= figures
         return measured
@@ -254,7 +251,7 @@ class Trainer:
         if self.record is None:
             return
         phase, step_in_phase = done.phase, done.step_in_phase
-        seconds_left = meters.seconds_left(self.work.after(done.number, done.share.tokens, done.share.caption_tokens))
+        seconds_left = meters.seconds_left(self.flops.remaining(done.number, done.batch.tokens, done.batch.caption_tokens))
         dollars = self.cost.dollars()
         values = {
             "step": done.number,
@@ -282,32 +279,32 @@ class Trainer:
             return
         keys = ("phase", "loss", "images_per_second", "seconds_left")
         values = {key: self._last.get(key) for key in keys}
-        counts = {"skipped": self.guard.skipped, "rollbacks": self.guard.rollbacks, "checkpoints_failed": self.saver.failed}
+        counts = {"skipped": self.guard.skipped, "rollbacks": self.guard.rollbacks, "checkpoints_failed": self.checkpoints.failed}
         self.record.status(state, reason, step=self.step, total_steps=self.recipe.total_steps, **values, **self.cost.so_far(), **counts)
 
     def _save(self, in_haste: bool = False) -> None:
-        """Begin a checkpoint. `in_haste`, before the machine is taken away, only what resuming needs.
+        """Start to write a checkpoint; `in_haste`, when the machine is about to be taken away, with no more than resuming needs.
 
-        Weights that are no numbers are never saved: the older checkpoints are what a rollback needs.
+        Weights that are not finite are never saved, because a rollback needs the older checkpoints.
         """
         if not self.state.is_finite():
-            self._warn(f"Some weights are not finite after step {self.step}: no checkpoint of them.")
+            self._warn(f"Some weights are not finite after step {self.step}, so no checkpoint is written.")
             return
         position = {"images_seen": self.recipe.samples_before(self.step), "guard": self.guard.state(), **self.cost.so_far()}
         description = describe(self.recipe, self.config, self.data, self.mixture.sets)
         exports = [] if in_haste else ["model", *self.state.averages]
-        self.saver.save(self.step, self.state.tensors(), {**description, **position}, exports)
+        self.checkpoints.save(self.step, self.state.tensors(), {**description, **position}, exports)
 
     def _sample(self) -> None:
-        """Write a grid of the recipe's prompts to samples/. All processes gather the weights, and each draws some."""
+        """Write a grid of the recipe's prompts to samples/. All processes must call this; each generates some of the images."""
         description = describe(self.recipe, self.config, self.data, self.mixture.sets)
-        grid = self.prompt_grid.draw(self.state.drawing_model(), description, self.step)
+        grid = self.prompt_grid.draw(self.state.ema_model(), description, self.step)
         if self.record is not None:
             self.record.picture(lambda path: save_png(grid, path), self.step)
 
     @contextmanager
-    def _reported(self) -> Iterator[None]:
-        """However training ends, the record says so."""
+    def _status_recorded(self) -> Iterator[None]:
+        """Write to the record how training ends, however it does."""
         self._status("running")
         try:
             yield
@@ -322,21 +319,23 @@ class Trainer:
             if self.record is not None:
                 self.record.close()
 
-    def _end(self, sums: StepSums) -> None:
-        """Wait for the last checkpoint, and say how it went."""
-        saved = self.saver.finish() and self.saver.last_saved == self.step  # weights that are not finite were not even begun to be saved
+    def _end(self, result: StepResult) -> None:
+        """Wait for the last checkpoint. Raises StoppedError, UserError or DivergedError unless training is complete and saved."""
+        saved = self.checkpoints.finish() and self.checkpoints.last_saved == self.step  # weights that are not finite are not saved
         replaced = sum(self.world.gather(self.mixture.replaced))
         if replaced:
-            self._warn(f"{replaced} samples were damaged, and others took their places: encode the data again.")
-        if self.guard.level.warning:
-            self._warn(self.guard.level.warning)  # again: it may have been told days ago
+            self._warn(f"{replaced} samples were damaged and replaced by others: encode the data again.")
+        if self.guard.plateau.warning:
+            self._warn(self.guard.plateau.warning)  # repeated, because it may have been printed days ago
         if self.step < self.recipe.total_steps:
             where = f"saved in {self.run}" if saved else "NOT saved (see above)"
-            code = EXIT_BY_USER if sums.stop_by_user else EXIT_RESTART
-            raise StoppedError(f"Stopped at step {self.step} of {self.recipe.total_steps}, {where}. Go on with --resume.", code)
+            code = EXIT_BY_USER if result.stop_by_user else EXIT_RESTART
+            raise StoppedError(f"Stopped at step {self.step} of {self.recipe.total_steps}, {where}. Continue with --resume.", code)
         if not saved:
             cause = UserError if self.state.is_finite() else DivergedError
-            raise cause(f"Trained to the end, but the last checkpoint is not in {self.run} (see above): put that right, then --resume.")
+            raise cause(
+                f"Trained to the end, but the last checkpoint is not in {self.run} (see above): fix that, then continue with --resume."
+            )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.state.load(checkpoint)
@@ -348,15 +347,15 @@ class Trainer:
     def _warn(self, sentence: str) -> None:
         self.console.print(styled(sentence, "yellow"))
 
-    def _welcome(self) -> None:
-        """Say what begins, and note it in the record."""
+    def _announce(self) -> None:
+        """Print what is about to be trained, and add this start to the record."""
         world, data = self.world, fingerprints(self.recipe, self.mixture.sets)
         with world.together():
             if self.record is not None:
                 machine = {"world_size": world.size, "device": device_name(world.device), "price_per_hour": self.cost.price_per_hour}
                 self.record.started(data, {**machine, "from_step": self.step})
-        text = greeting(self.recipe, self.run, self.mixture.sets, self.state, self.step, world)
-        self.console.print(joined(text, f" Utilisation is against {self.peak / 1e12:.3g} TFLOP/s, {self.peak_source}."))
+        text = start_message(self.recipe, self.run, self.mixture.sets, self.state, self.step, world)
+        self.console.print(joined(text, f" Utilisation is relative to {self.peak / 1e12:.3g} TFLOP/s, {self.peak_source}."))
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -1,11 +1,9 @@
-"""The loss on pictures that are never learnt from, with noise that is always the same: the one curve that can be compared.
+"""Validation during training: the held-out loss, image quality on fixed captions, and a grid of the recipe's prompts.
 
-A glance at quality while training goes on: pictures of captions that are always the same, from noise that is always the same.
-
-Each is compared with the decoded latents of the row that its caption belongs to: what the autoencoder cannot do is not held against the
-model. Both kinds of pictures are made in fixed groups dealt out to the processes, so that figures do not depend on their number.
-
-The grid of a recipe's prompts that is drawn while training goes on.
+The held-out loss uses the same samples, noise levels and noise every time, so its curve is comparable across steps and runs. Quality
+compares images generated from fixed captions and noise with the decoded latents of their rows, so that the autoencoder's own error does not
+count against the model. Images are made in fixed groups that are divided among the processes, so the numbers do not depend on how many
+there are.
 """
 
 import time
@@ -32,14 +30,14 @@ from microdit.evaluation.recognition import retrieval, spread_ids
 from microdit.models.microdit import MicroDiT
 from microdit.pipelines.native import Pipeline, SamplerSettings, draw_latents, first_noise, unchanged
 from microdit.reports.grids import draw_grid
-from microdit.training.meters import StepSums, Tally, by_noise
+from microdit.training.meters import LossStats, StepResult, by_noise
 from microdit.training.noise import TrainingBatch
 
 MICRO_BATCH = 32
 
 
 def open_held_out(recipe: Recipe, data: EncodedDataset, edm: EDM, world: World) -> "HeldOut | None":
-    """Of the set that the recipe names, which must be like `data`; None if it names none. Raises UserError."""
+    """Open the held-out set that the recipe names, which must have the encoders of `data`; None if it names none. Raises UserError."""
     if recipe.data.held_out is None:
         return None
     held_out = HeldOut(Path(recipe.data.held_out), data.resolution, recipe.record.held_out_samples, edm, world)
@@ -48,7 +46,7 @@ def open_held_out(recipe: Recipe, data: EncodedDataset, edm: EDM, world: World) 
 
 
 class HeldOut:
-    """The first samples of an encoded set; number i of n has the noise level of quantile (i + 1/2) / n, no mask, its caption."""
+    """The first samples of an encoded set. Sample i of n gets the noise level of quantile (i + 1/2) / n, no mask, and its caption."""
 
     def __init__(self, folder: Path, resolution: int, count: int, edm: EDM, world: World):
         """Raises UserError if the set is missing, of another shape, or smaller than the number of processes."""
@@ -66,14 +64,14 @@ class HeldOut:
 
         `compiled` functions are called as in training, as if gradients were wanted: without, they would be compiled once more.
         """
-        tally = Tally(self._world.device)
+        tally = LossStats(self._world.device)
         mine = range(self._world.rank, self.count, self._world.size)
         for start in range(0, len(mine), MICRO_BATCH):
             batch = self._batch(mine[start : start + MICRO_BATCH]).to(self._world.device)
             with torch.set_grad_enabled(compiled):
                 tally.add(loss(batch), batch.sigma_B, self._edm)
         self._world.sum(tally.sums)
-        sums = StepSums.of(tally.sums.tolist())
+        sums = StepResult.of(tally.sums.tolist())
         return {"held_out_loss": sums.loss, "held_out_by_noise": by_noise(sums.losses, sums.counts)}
 
     def _batch(self, numbers: range) -> TrainingBatch:
@@ -94,15 +92,18 @@ GROUP = 16  # pictures that one process makes together
 
 
 def open_quality(recipe: Recipe, data: EncodedDataset, edm: EDM, world: World) -> "Quality | None":
-    """None if the recipe asks for none. Raises UserError."""
+    """Return the quality measurement; None if the recipe does not ask for it. Raises UserError."""
     return Quality(data, recipe, edm, world) if recipe.record.quality_every else None
 
 
 class Quality:
-    """Rows of a set's largest bucket, spread evenly; the captions of some are drawn. Their pictures are seen once, when this is made."""
+    """Rows of a set's largest bucket, evenly spread. The captions of some are generated; features of the references are computed once."""
 
     def __init__(self, data: EncodedDataset, recipe: Recipe, edm: EDM, world: World):
-        """All processes must call this. Raises UserError if the set has too few rows or a damaged one, or if the features are missing."""
+        """Raises UserError if the set has too few rows or a damaged one, or if the feature network is missing.
+
+        All processes must call this.
+        """
         self._data, self._record, self._edm, self._world = data, recipe.record, edm, world
         self._bucket, count = data.largest_bucket, recipe.record.quality_samples
         rows = data.bucket_sizes[self._bucket]
@@ -121,15 +122,15 @@ class Quality:
 
     @property
     def rows(self) -> list[int]:
-        """Of the set's largest bucket: those whose captions are drawn."""
+        """The rows of the set's largest bucket whose captions are generated."""
         return [self._rows[n] for n in self._drawn_N]
 
     def latents(self, rows: list[int]) -> Tensor:
-        """As they are stored, (B, C, H, W)."""
+        """Return the stored latents, (B, C, H, W)."""
         return self._data.latents([self._read(row)[0] for row in rows], self._bucket)
 
     def measure(self, model: MicroDiT) -> dict[str, float]:
-        """Draw the captions, and `compare`. Picture number i begins with the noise of seed i. All processes must call this."""
+        """Generate the captions, image i from the noise of seed i, and `compare`. All processes must call this."""
 
         def draw(part: slice) -> Tensor:
             shape, numbers = self._data.latent_shape(self._bucket), range(len(self._drawn_N))[part]
@@ -141,10 +142,10 @@ class Quality:
         return self.compare(draw)
 
     def compare(self, draw: Callable[[slice], Tensor]) -> dict[str, float]:
-        """`draw` makes the latents of a slice of `rows`.
+        """Compare latents, which `draw` makes for a slice of `rows`, with the references.
 
-        `quality_kid` is the KID of the drawn pictures and those of the same rows; `quality_retrieval` the share of the drawn ones that
-        have their own among the ten nearest of all references; `quality_seconds` what that took.
+        `quality_kid` is the KID between generated images and the references of the same rows; `quality_retrieval` is the share of generated
+        images that have their reference among the ten nearest of all; `quality_seconds` is the time taken.
         """
         started = time.monotonic()
         drawn_ND = self._features(len(self._drawn_N), draw)
@@ -155,13 +156,13 @@ class Quality:
         }
 
     def in_words(self, step: int, figures: dict[str, float]) -> str:
-        """What `compare` found, and what would be recognised by chance."""
+        """Return the figures as a sentence, with the retrieval rate of chance."""
         kid, recognised, chance = figures["quality_kid"], figures["quality_retrieval"], 10 / len(self._rows)
         seconds = figures["quality_seconds"]
         return f"quality at step {step}: KID {kid:.3g}, {recognised:.0%} recognised ({chance:.0%} by chance), in {seconds:.1f} s"
 
     def _features(self, count: int, latents_of: Callable[[slice], Tensor]) -> Tensor:
-        """(count, D) of the pictures whose latents are made group by group, on every process."""
+        """Return features, (count, D), of images whose latents are made group by group, on every process."""
         starts = range(0, count, GROUP)
         mine: dict[int, Tensor] = {}
         self._autoencoder.to(self._world.device)
@@ -189,7 +190,7 @@ def _open_network() -> EfficientNetFeatures:
 
 
 class PromptGrid:
-    """Draws on all processes, each some of the prompts. Encoders are loaded when they are first needed, and kept."""
+    """Generates the grid of prompts, each process some of them. Encoders are loaded on first use and kept."""
 
     def __init__(self, recipe: Recipe, world: World, dtype: torch.dtype):
         """`dtype`: what products compute in."""

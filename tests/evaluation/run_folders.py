@@ -11,7 +11,7 @@ import torch
 from microdit.config.load import load_recipe
 from microdit.distributed import start_world
 from microdit.models.config import Size, resolve
-from microdit.training.checkpointing import Saver
+from microdit.training.checkpointing import CheckpointWriter
 from microdit.training.logging import RunRecord
 from tests.training.processes import RECIPE
 
@@ -33,7 +33,7 @@ def trained(run: Path) -> Path:
     record.started({}, {"device": "A100", "world_size": 1})
     record.status("finished", gpu_hours=6.0, dollars=7.5)
     record.close()
-    saver = Saver(run, start_world("cpu"), keep=1, keep_every=None, warn=pytest.fail)
+    saver = CheckpointWriter(run, start_world("cpu"), keep=1, keep_every=None, warn=pytest.fail)
     state = {"model": asdict(CONFIG), "sets": {"a": {"rows": 40}, "b": {"rows": 2}}, "images_seen": 2048}
     saver.save(64, {"model/w": torch.zeros(1)}, state, ["model"])
     assert saver.finish()

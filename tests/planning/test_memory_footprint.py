@@ -10,17 +10,16 @@ import pytest
 import torch
 
 from benchmarks.memory import SavedBytes
-from microdit.config.schema import OptimizerRecipe
+from microdit.config.schema import OptimizerRecipe, architecture
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World
 from microdit.models.config import SIZES, Size, resolve
 from microdit.models.microdit import MicroDiT
 from microdit.models.routing import Routing
-from microdit.planning.memory import Layout, _block, footprint
+from microdit.planning.memory import SPARE, Layout, _block, footprint
 from microdit.training.noise import TrainingBatch
 from microdit.training.optim import Optimizers
-from microdit.training.parallel import SPARE, DenoisingLoss
-from microdit.training.setup import architecture
+from microdit.training.parallel import DenoisingLoss
 from microdit.training.state import TrainingState
 from tests.conftest import routed
 from tests.training.test_state import CPU, parts, recipe
@@ -44,8 +43,8 @@ def held(model: MicroDiT, side: int, kept: int | None, B: int = 4, L: int = 16) 
 def test_activations_are_within_a_tenth_of_what_is_kept(side, kept, experts, gated):
     model = MicroDiT(resolve(replace(SIZE, num_experts=experts, gated_ffn=gated), caption_channels=96)).train()
     tokens = (side // 2) ** 2
-    reckoned = footprint(model, 4, tokens, kept or tokens, 16, Layout(element=4))
-    assert reckoned.activations == pytest.approx(held(model, side, kept), rel=0.1)
+    estimated = footprint(model, 4, tokens, kept or tokens, 16, Layout(element=4))
+    assert estimated.activations == pytest.approx(held(model, side, kept), rel=0.1)
 
 
 @pytest.mark.parametrize("mixer_depth", [0, 2])
@@ -54,8 +53,8 @@ def test_activations_of_every_routing_are_within_a_tenth(routing, mixer_depth):
     size = routed(replace(SIZE, depth=8, mixer_depth=mixer_depth), routing)
     model = MicroDiT(resolve(size, caption_channels=96)).train()
     for kept in (None,) if routing == "none" else (None, 64):
-        reckoned = footprint(model, 4, 256, kept or 256, 16, Layout(element=4))
-        assert reckoned.activations == pytest.approx(held(model, 32, kept), rel=0.1), kept
+        estimated = footprint(model, 4, 256, kept or 256, 16, Layout(element=4))
+        assert estimated.activations == pytest.approx(held(model, 32, kept), rel=0.1), kept
 
 
 def small() -> MicroDiT:
@@ -116,8 +115,8 @@ def test_what_recomputed_blocks_keep_is_counted(share):
     by_block = model.config.tokens_by_block(256, 64)
     inside = [_block(shape, width, n, 16, model.config.expert_capacity) for shape, width, n in by_block]
     while_computing_anew = max(0, max(inside[:again]) - sum(inside[again:]))
-    reckoned = footprint(model, 4, 256, 64, 16, Layout(element=4, recomputed=share)).activations - 4 * 4 * while_computing_anew
-    assert reckoned == pytest.approx(held(model, 32, 64), rel=0.1)
+    estimated = footprint(model, 4, 256, 64, 16, Layout(element=4, recomputed=share)).activations - 4 * 4 * while_computing_anew
+    assert estimated == pytest.approx(held(model, 32, 64), rel=0.1)
 
 
 @pytest.mark.parametrize(("micro_batches", "release"), [*product((1, 2), (False, True))])
@@ -131,9 +130,9 @@ def test_gradients_are_those_that_are_there(micro_batches, release):
         state.gradients.add(part.to(CPU), 8, last=number == micro_batches)
     sums = [weight.grad for weight in state.model.parameters() if weight.grad is not None]
     lasting, passing = sum(tensor.nbytes for tensor in sums), sum(tensor.nbytes for tensor in state.gradients.held or [])
-    reckoned = footprint(state.model, 1, 64, 64, 5, Layout(release_gradients=release, accumulates=micro_batches > 1))
-    assert lasting == reckoned.gradients
-    assert passing == (reckoned.passing if release else 0)  # else they pass into the sums, and go
+    estimated = footprint(state.model, 1, 64, 64, 5, Layout(release_gradients=release, accumulates=micro_batches > 1))
+    assert lasting == estimated.gradients
+    assert passing == (estimated.passing if release else 0)  # else they pass into the sums, and go
 
 
 def test_gradients_that_come_while_activations_go_are_not_counted_twice():
@@ -160,5 +159,5 @@ def test_the_steps_measured_on_an_h100_are_reckoned_within_two_percent():
         model = MicroDiT(resolve(SIZES["MicroDiT_XL_2"]))
     layout = Layout("fsdp", accumulates=False, spare=SPARE * 85e9)
     for name, samples, tokens, emas in (("FSDP 128", 128, 256, 0), ("FSDP 256", 256, 256, 0), ("512 px, FSDP 64", 64, 1024, 1)):
-        reckoned = footprint(model, samples, tokens, tokens // 4, 77, layout, emas).total
-        assert reckoned / 1e9 == pytest.approx(measured[name]["memory_gb"], rel=0.02)
+        estimated = footprint(model, samples, tokens, tokens // 4, 77, layout, emas).total
+        assert estimated / 1e9 == pytest.approx(measured[name]["memory_gb"], rel=0.02)

@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from microdit.config.load import load_recipe
+from microdit.config.load import load_recipe, load_recipes
 from microdit.errors import UserError
 from microdit.models.config import resolve
 from microdit.models.microdit import MicroDiT
-from microdit.planning.estimate import load_recipes, reckon
-from microdit.planning.phases import LARGE, SMALL, STAGES, WIDTHS, equivalent_size, paper_flops, size_of_width, stage_recipe, wanted_size
-from microdit.planning.planner import LEAST_AT_512, LEAST_IMAGES, STEPS_WANTED, buy, write_recipes
-from microdit.planning.workload import Given, assumed_shapes
+from microdit.planning.estimate import estimate
+from microdit.planning.phases import LARGE, SMALL, STAGES, WIDTHS, equivalent_size, paper_flops, size_of_width, stage_recipe, target_size
+from microdit.planning.planner import LEAST_AT_512, LEAST_IMAGES, STEPS_WANTED, plan_for_dollars, write_recipes
+from microdit.planning.workload import KnownShapes, assumed_shapes
 from tests.planning.test_workload_bill import PUBLISHED, machine
 
 
 def buy_on(chip: str, dollars: float, count: int = 1, price: float = 1.0, utilisation: float = 0.4, images: int | None = 1000):
-    return buy(dollars, machine(count, price, utilisation, chip), Given(), "data/mine", images)
+    return plan_for_dollars(dollars, machine(count, price, utilisation, chip), KnownShapes(), "data/mine", images)
 
 
 def test_the_table_of_stages_is_the_published_run():
@@ -43,11 +43,11 @@ def test_the_ladder_holds_the_papers_sizes_and_grows():
 
 def test_the_rules_give_their_own_points():
     """1 B parameters at about 1e21 FLOPs (abstract of 2410.08184; its run was of 1.5e21), and the published run itself."""
-    assert wanted_size(1.5e21, 1.0, 1.0).by_fit == pytest.approx(1e9, rel=0.05)
+    assert target_size(1.5e21, 1.0, 1.0).by_fit == pytest.approx(1e9, rel=0.05)
     run, size = paper_flops(LARGE), equivalent_size(LARGE)
-    assert wanted_size(run, run, size).by_paper == size
-    assert size / wanted_size(run, run, size).by_fit == pytest.approx(1.14, abs=0.005)  # as docs/budget.md says
-    small = wanted_size(1e18, run, size)
+    assert target_size(run, run, size).by_paper == size
+    assert size / target_size(run, run, size).by_fit == pytest.approx(1.14, abs=0.005)  # as docs/budget.md says
+    small = target_size(1e18, run, size)
     assert small.by_paper / small.by_fit == pytest.approx(1.7, abs=0.05)
     assert (round(size / 1e6), round(equivalent_size(SMALL) / 1e6)) == (465, 83)
 
@@ -76,11 +76,11 @@ def test_the_money_is_spent_and_not_more_and_the_recipes_load_and_fit(tmp_path, 
     write_recipes(found, tmp_path / "out")
     recipes = load_recipes(tmp_path / "out", None)
     assert recipes == found.recipes
-    reckoned = reckon(recipes, found.machine, images=images)
-    assert reckoned.encoding == found.encoding
-    assert 0.99 * dollars < reckoned.dollars + reckoned.encoding.dollars <= dollars
-    assert reckoned.encoding.images == (images or 1_000_000)
-    assert all(phase.fits for phase in reckoned.phases)
+    estimated = estimate(recipes, found.machine, images=images)
+    assert estimated.encoding == found.encoding
+    assert 0.99 * dollars < estimated.dollars + estimated.encoding.dollars <= dollars
+    assert estimated.encoding.images == (images or 1_000_000)
+    assert all(phase.fits for phase in estimated.phases)
     assert found.widths[0] <= found.width <= found.widths[1] or found.smaller_for_memory
     assert all(recipe.data.path == "data/mine" for recipe in recipes.values())
 
@@ -103,7 +103,7 @@ def test_little_money_stays_at_256_px_and_more_goes_on_to_512():
 
 def test_a_small_card_gets_a_smaller_model_and_says_so():
     t4 = machine(1, 1.0, 0.4, "t4")
-    found = buy(2000, replace(t4, chip=replace(t4.chip, memory_gb=8)), Given(), "data/mine", 1000)
+    found = plan_for_dollars(2000, replace(t4, chip=replace(t4.chip, memory_gb=8)), KnownShapes(), "data/mine", 1000)
     assert found.smaller_for_memory
     assert found.width < buy_on("h100", 2000 * 65 / 989.4).width  # as many FLOPs on a card with room
     assert any("does not fit 1 x 8 GB" in line for line in found.in_words())
@@ -170,7 +170,7 @@ def test_only_the_set_that_is_named_is_looked_at(tmp_path, monkeypatch, encoded_
         UserError, match=r"holds the resolutions 16: .* need 256 and 512 px: encode data/mine at both, or name another --data"
     ):
         buy_on("h100", 100)
-    other = buy(100, before.machine, Given(), "data/other", 1000)
+    other = plan_for_dollars(100, before.machine, KnownShapes(), "data/other", 1000)
     assert (other.flops, other.wanted, other.equivalent) == (before.flops, before.wanted, before.equivalent)
 
 

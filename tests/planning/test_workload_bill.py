@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from microdit.config.load import load_recipe
+from microdit.config.load import load_recipe, load_recipes
 from microdit.config.recipes import RECIPES
 from microdit.errors import UserError
 from microdit.models.routing import kept_tokens
-from microdit.planning.estimate import load_recipes, reckon
+from microdit.planning.estimate import estimate
 from microdit.planning.hardware import Machine, Price, named_chip
-from microdit.planning.workload import Given, bill, config_of, shapes_of
+from microdit.planning.workload import KnownShapes, config_of, phase_costs, shapes_of
 from tests.models.test_flops import counted, one_hot_flops
 
 PUBLISHED = RECIPES / "microdit-xl"
@@ -24,7 +24,7 @@ def machine(count: int = 8, price: float = 2.5, utilisation: float = 0.45, chip:
 
 @pytest.fixture(scope="module")
 def published():
-    return reckon(load_recipes(PUBLISHED, None), machine())
+    return estimate(load_recipes(PUBLISHED, None), machine())
 
 
 @pytest.mark.parametrize("count", [{2}, pytest.param({0, 1, 2, 3}, marks=pytest.mark.slow)], ids=["third", "all"])
@@ -65,7 +65,7 @@ def test_totals_are_sums_and_money_is_hours_times_gpus_times_price(published):
 def test_recomputed_blocks_take_a_third_more_time_and_no_more_of_the_methods_flops():
     plain = load_recipe(PUBLISHED / "1-256-masked.yaml")
     again = replace(plain, engine=replace(plain.engine, activation_checkpointing=True))
-    (a,), (b,) = (bill(recipe, shapes_of(recipe), machine()) for recipe in (plain, again))
+    (a,), (b,) = (phase_costs(recipe, shapes_of(recipe), machine()) for recipe in (plain, again))
     assert a.flops == b.flops
     assert b.hours == pytest.approx(4 / 3 * a.hours, rel=0.03)  # all but the little that is not in blocks
 
@@ -73,7 +73,7 @@ def test_recomputed_blocks_take_a_third_more_time_and_no_more_of_the_methods_flo
 def test_a_falling_mask_costs_between_its_ends():
     recipe = load_recipe(PUBLISHED / "1-256-masked.yaml")
     masked, full, falling = (
-        bill(load_recipe(PUBLISHED / "1-256-masked.yaml", overrides), shapes_of(recipe), machine())[0].flops_per_sample
+        phase_costs(load_recipe(PUBLISHED / "1-256-masked.yaml", overrides), shapes_of(recipe), machine())[0].flops_per_sample
         for overrides in ([], ["phases.0.mask_ratio=0"], ["phases.0.mask_ratio=0", "phases.0.mask_schedule=[[0, 0.75], [1, 0]]"])
     )
     assert masked < falling < full
@@ -81,7 +81,7 @@ def test_a_falling_mask_costs_between_its_ends():
 
 @pytest.mark.parametrize("path", sorted(path for path in RECIPES.iterdir() if path.name != "lab"), ids=lambda path: path.name)
 def test_every_recipe_of_ours_has_a_bill(path):
-    found = reckon(load_recipes(path, None), machine(count=1))
+    found = estimate(load_recipes(path, None), machine(count=1))
     assert found.dollars > 0
     assert all(phase.advice is not None for phase in found.phases)
 
@@ -92,8 +92,8 @@ def test_the_emoji_recipes_are_billed_without_data_as_the_recorded_runs_were_wit
     monkeypatch.chdir(tmp_path)
     recorded = json.loads((Path(__file__).parents[2] / "docs" / "results" / f"{name}.json").read_text())[0]["flops"]
     recipes = load_recipes(RECIPES / f"{name}.yaml", None)
-    assert reckon(recipes, machine(count=1), Given(caption_tokens=14)).flops == recorded
-    assert recorded < reckon(recipes, machine(count=1)).flops < 1.05 * recorded
+    assert estimate(recipes, machine(count=1), KnownShapes(caption_tokens=14)).flops == recorded
+    assert recorded < estimate(recipes, machine(count=1)).flops < 1.05 * recorded
 
 
 def test_the_dry_run_is_billed_for_the_latents_of_its_encoder(monkeypatch, tmp_path):
@@ -104,5 +104,5 @@ def test_the_dry_run_is_billed_for_the_latents_of_its_encoder(monkeypatch, tmp_p
 
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused():
-    with pytest.raises(UserError, match="the batch of 2048 cannot be dealt out to 3 GPUs: take a multiple of 3"):
-        reckon(load_recipes(PUBLISHED, None), machine(count=3))
+    with pytest.raises(UserError, match="the batch of 2048 cannot be split evenly over 3 GPUs: use a multiple of 3"):
+        estimate(load_recipes(PUBLISHED, None), machine(count=3))

@@ -9,8 +9,8 @@ from microdit.config.load import load_recipe
 from microdit.config.schema import DataRecipe, SetRecipe
 from microdit.data.dataset import EncodedDataset
 from microdit.errors import UserError
-from microdit.planning.estimate import encoding
-from microdit.planning.workload import Given, shapes_of
+from microdit.planning.estimate import encoding_cost
+from microdit.planning.workload import KnownShapes, shapes_of
 from tests.planning.test_workload_bill import machine
 from tests.training.processes import RECIPE
 
@@ -28,7 +28,7 @@ def test_an_encoded_set_is_read(encoded_emoji):
     longest = encoded.text([encoded.read(0, number)[1] for number in range(40)])[0].shape[1]
     assert found.caption_tokens == longest
     assert found.bytes == sum((encoded_emoji / shard["name"]).stat().st_size for shard in encoded.manifest["shards"])
-    stored = encoding([found], machine(), None)
+    stored = encoding_cost([found], machine(), None)
     assert stored.encoded
     assert stored.images == 40
     assert stored.bytes_per_sample == {"as encoded": found.bytes / 40}
@@ -45,11 +45,11 @@ def test_sets_that_are_not_there_are_taken_to_be_like_the_others(encoded_emoji):
 @pytest.mark.parametrize(
     ("data", "given", "expected"),
     [
-        (DataRecipe("nowhere"), Given(), (4, 32, 77, 1024)),
-        (DataRecipe("nowhere", resolution=512), Given(), (4, 64, 77, 1024)),
-        (DataRecipe("nowhere", resolution=64, autoencoder="icon", text_encoder="minilm"), Given(), (8, 8, 16, 384)),
-        (DataRecipe("nowhere", resolution=16, autoencoder="pixels"), Given(), (3, 16, 77, 1024)),
-        (DataRecipe("nowhere"), Given(16, 16, 20, 768), (16, 16, 20, 768)),
+        (DataRecipe("nowhere"), KnownShapes(), (4, 32, 77, 1024)),
+        (DataRecipe("nowhere", resolution=512), KnownShapes(), (4, 64, 77, 1024)),
+        (DataRecipe("nowhere", resolution=64, autoencoder="icon", text_encoder="minilm"), KnownShapes(), (8, 8, 16, 384)),
+        (DataRecipe("nowhere", resolution=16, autoencoder="pixels"), KnownShapes(), (3, 16, 77, 1024)),
+        (DataRecipe("nowhere"), KnownShapes(16, 16, 20, 768), (16, 16, 20, 768)),
     ],
 )
 def test_without_data_shapes_are_assumed_and_said(data, given, expected):

@@ -8,8 +8,8 @@ import httpx
 import pytest
 
 from microdit.planning.hardware import ASSUMED_UTILISATION, find_machine
-from microdit.planning.planner import buy, write_recipes
-from microdit.planning.workload import Given
+from microdit.planning.planner import plan_for_dollars, write_recipes
+from microdit.planning.workload import KnownShapes
 from microdit.serve.budget_api import DATA
 from microdit.serve.queue import WorkQueue
 from microdit.serve.server import web_app
@@ -145,7 +145,7 @@ def test_the_recipes_of_a_sum_are_those_that_the_command_writes(served_page, tmp
     asked = {"chip": "rtx4090", "count": 1, "price": 0.5, "mfu": 0.3, "dollars": 40, "images": 10_000}
     text = httpx.post(served_page[1] + "/api/budget", json=asked, timeout=HANG).json()["text"]
     machine = find_machine("rtx4090", 1, 0.5, 0.3, None, tmp_path / "none.json")
-    write_recipes(buy(40, machine, Given(), DATA, 10_000), tmp_path / "out")
+    write_recipes(plan_for_dollars(40, machine, KnownShapes(), DATA, 10_000), tmp_path / "out")
     bill, *recipes = text.split("\n--- ")
     assert "$40.00: " in bill
     assert dict(part.split("\n", 1) for part in recipes) == {f.name: f.read_text() for f in sorted((tmp_path / "out").iterdir())}

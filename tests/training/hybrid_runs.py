@@ -8,7 +8,7 @@ import pytest
 from microdit.cli.terminal import console
 from microdit.config.load import load_recipe
 from microdit.distributed import start_world, stop_world
-from microdit.training.multi_phase import Settings, train_one
+from microdit.training.multi_phase import RunSettings, train_one
 from tests.training.processes import RECIPE
 
 SHORT = (
@@ -28,12 +28,12 @@ def train_all(folder: Path, data: Path, first: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if way == "roomless":
                 patch.setattr("microdit.training.gradients.spare", lambda wanted, device: False)
-            train_one(load_recipe(RECIPE, [*settings, *engine, *more]), folder / way, Settings(), console, world)
+            train_one(load_recipe(RECIPE, [*settings, *engine, *more]), folder / way, RunSettings(), console, world)
     if world.size > 1:
         copy = folder / "resumed"
         if world.is_main:
             shutil.copytree(folder / "adamw", copy)
             shutil.rmtree(copy / "checkpoints" / "step-00000003")
         world.wait_for_all()
-        train_one(load_recipe(RECIPE, [*settings, "engine.sharding=fsdp"]), copy, Settings(resume=True), console, world)
+        train_one(load_recipe(RECIPE, [*settings, "engine.sharding=fsdp"]), copy, RunSettings(resume=True), console, world)
     stop_world()

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from microdit.training.adamw8 import BLOCK, LEAST, AdamW8, block_size, moment_bytes, pack, pack_signed, unpack, unpack_signed
+from microdit.planning.memory import BLOCK, block_size, moment_bytes
+from microdit.training.adamw8 import LEAST, AdamW8, pack, pack_signed, unpack, unpack_signed
 
 HALF = torch.full((BLOCK,), 0.5)
 

@@ -10,7 +10,7 @@ from microdit.config.load import load_recipe
 from microdit.data.dataset import EncodedDataset
 from microdit.distributed import start_world
 from microdit.errors import UserError
-from microdit.training.checkpointing import Saver, load_into, newest_whole
+from microdit.training.checkpointing import CheckpointWriter, load_into, newest_intact
 from microdit.training.setup import describe, finished_checkpoint, model_config
 from tests.damage import ALL_BITS, flips
 from tests.training.processes import RECIPE
@@ -25,7 +25,7 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
     return {"model/w": torch.full((3, 2), value), "ema/w": torch.full((3, 2), -value), "optimizer/w/step": torch.tensor(value)}
 
 
-def save(saver: Saver, step: int) -> None:
+def save(saver: CheckpointWriter, step: int) -> None:
     saver.save(step, tensors(float(step)), {"note": step}, ["model", "ema"])
 
 
@@ -34,10 +34,10 @@ def steps(run) -> list[int]:
 
 
 def test_what_is_saved_is_loaded_and_whole_weights_lie_beside_it(tmp_path, world):
-    saver = Saver(tmp_path, world, keep=2, keep_every=None, warn=pytest.fail)
+    saver = CheckpointWriter(tmp_path, world, keep=2, keep_every=None, warn=pytest.fail)
     save(saver, 7)
     assert saver.finish()
-    checkpoint = newest_whole(tmp_path, world, pytest.fail)
+    checkpoint = newest_intact(tmp_path, world, pytest.fail)
     into = tensors(0.0)
     load_into(checkpoint, into, world)
     assert all(into[name].equal(tensor) for name, tensor in tensors(7.0).items())
@@ -50,7 +50,7 @@ def test_what_is_saved_is_loaded_and_whole_weights_lie_beside_it(tmp_path, world
 
 def test_what_is_saved_is_of_the_moment_of_saving(tmp_path, world):
     """Training goes on in the same tensors while they are written."""
-    saver = Saver(tmp_path, world, keep=2, keep_every=None, warn=pytest.fail)
+    saver = CheckpointWriter(tmp_path, world, keep=2, keep_every=None, warn=pytest.fail)
     live = {"model/w": torch.ones(400, 400)}
     saver.save(1, live, {}, ["model"])
     live["model/w"].fill_(2.0)
@@ -59,7 +59,7 @@ def test_what_is_saved_is_of_the_moment_of_saving(tmp_path, world):
 
 
 def test_the_newest_are_kept_and_every_nth_for_ever(tmp_path, world):
-    saver = Saver(tmp_path, world, keep=2, keep_every=10, warn=pytest.fail)
+    saver = CheckpointWriter(tmp_path, world, keep=2, keep_every=10, warn=pytest.fail)
     for step in range(4, 28, 4):
         save(saver, step)
     saver.finish()
@@ -72,7 +72,7 @@ def test_the_newest_are_kept_and_every_nth_for_ever(tmp_path, world):
 
 def test_one_without_whole_weights_is_put_together_from_its_shards(tmp_path, world):
     """As it is saved before a machine is taken away."""
-    saver = Saver(tmp_path, world, keep=2, keep_every=None, warn=pytest.fail)
+    saver = CheckpointWriter(tmp_path, world, keep=2, keep_every=None, warn=pytest.fail)
     saver.save(7, tensors(7.0), {}, [])
     saver.finish()
     found = find_weights(tmp_path, pytest.fail)
@@ -91,7 +91,7 @@ def test_an_old_one_loses_its_name_before_its_files(tmp_path, world, monkeypatch
         remove(path, ignore_errors)
 
     monkeypatch.setattr(shutil, "rmtree", rmtree)
-    saver = Saver(tmp_path, world, keep=1, keep_every=None, warn=pytest.fail)
+    saver = CheckpointWriter(tmp_path, world, keep=1, keep_every=None, warn=pytest.fail)
     for step in (1, 2, 2):
         save(saver, step)
         assert saver.finish()
@@ -101,7 +101,7 @@ def test_an_old_one_loses_its_name_before_its_files(tmp_path, world, monkeypatch
 
 def test_a_save_that_fails_warns_leaves_nothing_and_the_next_one_works(tmp_path, world):
     said: list[str] = []
-    saver = Saver(tmp_path, world, keep=2, keep_every=None, warn=said.append)
+    saver = CheckpointWriter(tmp_path, world, keep=2, keep_every=None, warn=said.append)
     save(saver, 1)
     saver.finish()
     in_the_way = tmp_path / "checkpoints" / "step-00000002"
@@ -121,12 +121,12 @@ def test_a_save_that_fails_warns_leaves_nothing_and_the_next_one_works(tmp_path,
 def test_what_a_killed_process_left_half_done_is_cleared_away(tmp_path, world):
     half = tmp_path / "checkpoints" / ".step-00000009.part"
     (half / "shards").mkdir(parents=True)
-    Saver(tmp_path, world, keep=2, keep_every=None, warn=pytest.fail)
+    CheckpointWriter(tmp_path, world, keep=2, keep_every=None, warn=pytest.fail)
     assert not half.exists()
 
 
 def test_every_single_flipped_bit_is_noticed(tmp_path, world):
-    saver = Saver(tmp_path, world, keep=5, keep_every=None, warn=pytest.fail)
+    saver = CheckpointWriter(tmp_path, world, keep=5, keep_every=None, warn=pytest.fail)
     for step in (1, 2):
         save(saver, step)
     saver.finish()
@@ -138,18 +138,18 @@ def test_every_single_flipped_bit_is_noticed(tmp_path, world):
             at, bit = (int(torch.randint(n, (1,), generator=generator)) for n in (len(content), 8))
             path.write_bytes(content[:at] + bytes([content[at] ^ (1 << bit)]) + content[at + 1 :])
             said: list[str] = []
-            assert newest_whole(tmp_path, world, said.append).step == 1
+            assert newest_intact(tmp_path, world, said.append).step == 1
             assert path.name in said[0]
         path.write_bytes(content)
-    assert newest_whole(tmp_path, world, pytest.fail).step == 2
-    assert newest_whole(tmp_path, world, pytest.fail, skip=1).step == 1
-    assert newest_whole(tmp_path, world, pytest.fail, skip=2) is None
+    assert newest_intact(tmp_path, world, pytest.fail).step == 2
+    assert newest_intact(tmp_path, world, pytest.fail, skip=1).step == 1
+    assert newest_intact(tmp_path, world, pytest.fail, skip=2) is None
 
 
 @pytest.mark.parametrize("bits", [None, pytest.param(ALL_BITS, marks=pytest.mark.slow)])
 def test_a_flipped_bit_of_state_json_is_noticed_and_the_one_before_is_taken(tmp_path, world, encoded_emoji, bits):
     recipe, data = load_recipe(RECIPE, [f"data.path={encoded_emoji}"]), EncodedDataset(encoded_emoji)
-    saver = Saver(tmp_path, world, keep=5, keep_every=None, warn=pytest.fail)
+    saver = CheckpointWriter(tmp_path, world, keep=5, keep_every=None, warn=pytest.fail)
     for step in (20, recipe.total_steps):
         saver.save(step, tensors(float(step)), describe(recipe, model_config(recipe, data), data, [data]), ["model", "ema"])
     saver.finish()
@@ -162,26 +162,26 @@ def test_a_flipped_bit_of_state_json_is_noticed_and_the_one_before_is_taken(tmp_
     for _ in flips(newest / "state.json", [content.index(b'"step": 40') + 8], bits=[0, 1]):  # 50 and 60
         said: list[str] = []
         assert not finished_checkpoint(tmp_path, recipe, world)
-        assert newest_whole(tmp_path, world, said.append).step == 20
+        assert newest_intact(tmp_path, world, said.append).step == 20
         assert said == [f"{newest} is damaged (its checksum differs)."]
     assert finished_checkpoint(tmp_path, recipe, world)
 
 
 def test_a_shard_that_the_state_does_not_name_is_damage(tmp_path, world):
     """Such as one of a checkpoint of more processes, over which this one was copied: it would be read with the others."""
-    saver = Saver(tmp_path, world, keep=5, keep_every=None, warn=pytest.fail)
+    saver = CheckpointWriter(tmp_path, world, keep=5, keep_every=None, warn=pytest.fail)
     for step in (1, 2):
         save(saver, step)
     saver.finish()
     shards = tmp_path / "checkpoints" / "step-00000002" / "shards"
     shutil.copy(next(shards.iterdir()), shards / "shard-00002-model-00001-of-00002.safetensors")
     said: list[str] = []
-    assert newest_whole(tmp_path, world, said.append).step == 1
+    assert newest_intact(tmp_path, world, said.append).step == 1
     assert "shards/shard-00002-model-00001-of-00002.safetensors" in said[0]
 
 
 def test_the_manifest_names_every_file(tmp_path, world):
-    saver = Saver(tmp_path, world, keep=5, keep_every=None, warn=pytest.fail)
+    saver = CheckpointWriter(tmp_path, world, keep=5, keep_every=None, warn=pytest.fail)
     save(saver, 1)
     saver.finish()
     folder = tmp_path / "checkpoints" / "step-00000001"

@@ -5,12 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from microdit.config.schema import EngineRecipe, OptimizerRecipe
+from microdit.config.schema import EngineRecipe, OptimizerRecipe, architecture
 from microdit.distributed import World, start_world
 from microdit.training.gradients import AutogradGradients, WholeModelGradients
 from microdit.training.parallel import DenoisingLoss, mesh_of, prepare_blocks, shard_the_rest
-from microdit.training.setup import architecture
-from microdit.training.stability import Guard
+from microdit.training.stability import SpikeGuard
 from microdit.training.state import TrainingState
 from tests.training.test_state import CPU, EACH, PARTS, parts, recipe
 
@@ -74,12 +73,11 @@ def test_in_bfloat16_they_are_those_of_fsdp_and_near_those_of_float32():
 def test_the_copy_follows_the_weights():
     state = fresh("bfloat16")
     assert isinstance(state.gradients, WholeModelGradients)
-    batch, guard = parts(recipe("deferred", "adamw"), 0, True)[0].to(CPU), Guard(recipe("deferred", "adamw").guard, CPU)
+    batch, guard = parts(recipe("deferred", "adamw"), 0, True)[0].to(CPU), SpikeGuard(recipe("deferred", "adamw").guard, CPU)
     with torch.no_grad():
         before = state.gradients.current_loss()(batch).mean().item()
-    state.optimizers.set_rate(1e-3)
     for _ in range(10):
-        state.learn([batch], 0, 1.0, guard)
+        state.train_step([batch], 0, 1e-3, 1.0, guard)
     with torch.no_grad():
         after = state.gradients.current_loss()(batch).mean().item()
         of_float32 = state.loss(batch).mean().item()
@@ -118,11 +116,10 @@ def test_a_step_of_released_gradients_is_the_same_step():
         made = recipe("deferred", "adamw", "bfloat16", release_gradients=release, activation_checkpointing=0.5 * release)
         made = replace(made, optimizer=OptimizerRecipe(moments="int8"))
         state = TrainingState(made, architecture(made.model, 4, 12), World(0, 1, CPU, None), None, fresh=True)
-        guard = Guard(made.guard, CPU)
+        guard = SpikeGuard(made.guard, CPU)
         for step in range(3):
-            state.optimizers.set_rate(1e-3)
             batches = parts(made, step, True)[: 1 + step % 2]
-            state.learn([batch.to(CPU) for batch in batches], step, 0.1, guard)
+            state.train_step([batch.to(CPU) for batch in batches], step, 1e-3, 0.1, guard)
         states.append(state)
     before = fresh()
     kept, released = (state.tensors() for state in states)

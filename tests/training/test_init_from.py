@@ -14,7 +14,7 @@ from microdit.data.dataset import EncodedDataset
 from microdit.distributed import World, start_world
 from microdit.errors import UserError
 from microdit.models.microdit import MicroDiT
-from microdit.training.init_from import find_origin
+from microdit.training.init_from import find_initial_weights
 from microdit.training.parallel import shards_of
 from microdit.training.setup import model_config
 from microdit.training.state import TrainingState
@@ -43,7 +43,7 @@ def begin(encoded_emoji):
     def begin(run, warn, **changes) -> float:
         config, world = model_config(recipe, data), start_world("cpu")
         model = MicroDiT(config)
-        find_origin(replace(recipe, **changes), run.parent / "second", config, data, world, warn, None).fill(model, world)
+        find_initial_weights(replace(recipe, **changes), run.parent / "second", config, data, world, warn, None).fill(model, world)
         (number,) = {weight.unique().item() for weight in model.parameters()}
         return number
 
@@ -99,9 +99,9 @@ def test_a_checkpoint_that_was_found_whole_is_not_read_again(made, encoded_emoji
     known = open_checkpoint(made / "checkpoints" / "step-00000040")
     assert known.damage(list(known.state["files"])) == []
     before = bytes_read()
-    assert find_origin(recipe, made.parent / "second", config, data, world, pytest.fail, known).checkpoint is known
+    assert find_initial_weights(recipe, made.parent / "second", config, data, world, pytest.fail, known).checkpoint is known
     assert bytes_read() - before < 10_000
-    assert find_origin(recipe, made.parent / "second", config, data, world, pytest.fail, None).checkpoint.folder == known.folder
+    assert find_initial_weights(recipe, made.parent / "second", config, data, world, pytest.fail, None).checkpoint.folder == known.folder
     assert bytes_read() - before > (known.folder / "model.safetensors").stat().st_size
 
 
@@ -121,7 +121,7 @@ def begun(world: World, place, encoded, *cases) -> list[tuple[bool, bool, int]]:
         overrides = [f"data.path={encoded}", f"init_from={init_from}", f"init_weights={name}", f"engine.sharding={sharding}"]
         recipe = load_recipe(RECIPE, overrides)
         config = model_config(recipe, data)
-        origin = find_origin(recipe, place / "new", config, data, world, pytest.fail, None)
+        origin = find_initial_weights(recipe, place / "new", config, data, world, pytest.fail, None)
         state = TrainingState(recipe, config, world, partial(origin.fill, world=world), fresh=True)
         there = place / init_from / "checkpoints" / "step-00000040"
         whole = load_file(there / f"{name}.safetensors") if init_from == "whole" else open_checkpoint(there).tensors(name)

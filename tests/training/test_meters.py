@@ -15,9 +15,9 @@ from microdit.distributed import start_world
 from microdit.errors import UserError
 from microdit.io.console import PlainConsole
 from microdit.models.config import Size, resolve
-from microdit.planning.workload import Work
+from microdit.planning.workload import FlopCounter
 from microdit.training.logging import Cost, RunRecord, last_cost
-from microdit.training.meters import Meters, StepSums, in_words
+from microdit.training.meters import Meters, StepResult, in_words
 from microdit.training.noise import TrainingBatch
 from microdit.training.parallel import DenoisingLoss
 from microdit.training.validation import HeldOut
@@ -40,10 +40,10 @@ def test_the_work_left_is_the_sum_of_the_steps_left():
     phases += "{name: b, steps: 10, batch_size: 4, learning_rate: 1e-3, mask_ratio: 0.5}]"
     recipe = load_recipe(RECIPE, [f"phases={phases}"])
     config = resolve(recipe.model, patch_size=4)
-    work = Work(recipe, config)
+    work = FlopCounter(recipe, config)
     for step in (0, 20, 50, 55, 60):
         steps = [recipe.phase_at(s) for s in range(step, 60)]
-        assert work.after(step, 64, 5) == pytest.approx(sum(work.of_step(phase, inside, 64, 5) for phase, inside in steps), rel=0.01)
+        assert work.remaining(step, 64, 5) == pytest.approx(sum(work.of_step(phase, inside, 64, 5) for phase, inside in steps), rel=0.01)
     assert work.of_step(*recipe.phase_at(0), 64, 5) < work.of_step(*recipe.phase_at(49), 64, 5)
 
 
@@ -51,9 +51,9 @@ def test_meters_give_means_and_rates():
     meters = Meters(0, 10, peak=1e9, processes=2, device=torch.device("cpu"), console=PlainConsole(quiet=True))
     meters._window.started -= 2.0  # two seconds ago
     for index, loss in enumerate((1.0, 3.0)):
-        sums = StepSums([4 * loss] + [0.0] * 7, [4.0] + [0.0] * 7)
+        sums = StepResult([4 * loss] + [0.0] * 7, [4.0] + [0.0] * 7)
         meters.step("p", index + 1, sums, flops=2e8, waited=0.1, accepted=True)
-    meters.step("p", 3, StepSums([float("nan")] + [0.0] * 7, [4.0] + [0.0] * 7), flops=2e8, waited=0.0, accepted=False)
+    meters.step("p", 3, StepResult([float("nan")] + [0.0] * 7, [4.0] + [0.0] * 7), flops=2e8, waited=0.0, accepted=False)
     numbers = meters.read()
     assert numbers["loss"] == 2.0
     assert numbers["loss_by_noise"] == [2.0] + [None] * 7

@@ -11,14 +11,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from microdit.config.load import load_recipe
+from microdit.config.load import load_recipe, load_recipe_folder
 from microdit.config.recipes import RECIPES
 from microdit.distributed import start_world
 from microdit.errors import UserError
 from microdit.io.console import PlainConsole
 from microdit.io.locks import sole_writer
 from microdit.models.microdit import MicroDiT
-from microdit.training.multi_phase import Settings, load_chain, train_one
+from microdit.training.multi_phase import RunSettings, train_one
 from microdit.training.setup import model_config
 from tests.training.processes import RECIPE, losses, start, wait_for
 
@@ -116,14 +116,14 @@ def test_a_run_that_another_program_trains_is_refused_with_its_host_and_process(
     recipe = load_recipe(RECIPE, [f"data.path={encoded_emoji}"])
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     with sole_writer(tmp_path / "run"), pytest.raises(UserError, match=f"run is in use by {holder}: wait for it, or stop it"):
-        train_one(recipe, tmp_path / "run", Settings(resume), PlainConsole(quiet=True), start_world("cpu"))
+        train_one(recipe, tmp_path / "run", RunSettings(resume), PlainConsole(quiet=True), start_world("cpu"))
     assert not (tmp_path / "run").exists()
 
 
 def test_nothing_is_overwritten(data, whole):
     again = train_dry(whole, data)
     assert again.wait() == [1]
-    assert "holds runs of these recipes already: go on with --resume" in again.output
+    assert "holds runs of these recipes already: continue with --resume" in again.output
 
 
 def phase(path: Path, init_from: str, data: Path, *more: object) -> list[object]:
@@ -149,21 +149,21 @@ def test_what_a_phase_begins_from_must_be_there_and_fit(tmp_path, data, whole, i
 
 def test_a_folder_without_recipes_and_one_in_the_wrong_order_are_refused(tmp_path):
     with pytest.raises(UserError, match="no recipe"):
-        load_chain(tmp_path, None)
+        load_recipe_folder(tmp_path, None)
     for name in ("1-32-masked", "2-32-full"):
         content = yaml.safe_load((DRY / f"{name}.yaml").read_text())
         (tmp_path / f"{'b' if name.startswith('1') else 'a'}.yaml").write_text(
             yaml.safe_dump({**content, "init_from": "b" if name[0] == "2" else None})
         )
-    with pytest.raises(UserError, match=r"a\.yaml begins from b, which is trained after it"):
-        load_chain(tmp_path, None)
+    with pytest.raises(UserError, match=r"a\.yaml starts from b, which is trained after it"):
+        load_recipe_folder(tmp_path, None)
 
 
 @pytest.mark.parametrize(
     ("overrides", "ranks", "sentence"),
     [
         (["model.mask_padding=false"], 1, "holds captions without their padding (int8): take model.mask_padding=true"),
-        (["phases.0.batch_size=9"], 2, "cannot be dealt out to 2 processes in micro-batches of 4: take a multiple of 8, such as 8"),
+        (["phases.0.batch_size=9"], 2, "cannot be split over 2 processes in micro-batches of 4: use a multiple of 8, such as 8"),
         (["phases.0.batch_size=8", "engine.micro_batch=3"], 1, "in micro-batches of 3: take a multiple of 3, such as 9"),
     ],
 )
@@ -184,7 +184,7 @@ def test_more_processes_than_samples_are_refused(tmp_path):
 
 def test_the_published_recipe_holds_the_papers_numbers():
     """The table of the paper's appendix, and the model's 1,165 M parameters on the meta device."""
-    chain = list(load_chain(RECIPES / "microdit-xl", None).values())
+    chain = list(load_recipe_folder(RECIPES / "microdit-xl", None).values())
     table = [
         (recipe.data.resolution, p.mask_ratio, p.steps, p.learning_rate, p.final_learning_rate, p.warmup_steps, p.grad_clip, p.batch_size)
         for recipe in chain

@@ -14,7 +14,7 @@ from microdit.config.schema import EMARecipe, EngineRecipe, OptimizerRecipe, Pha
 from microdit.distributed import start_world
 from microdit.models.config import Size, resolve
 from microdit.models.microdit import MicroDiT
-from microdit.training.checkpointing import Saver, load_into, newest_whole, whole
+from microdit.training.checkpointing import CheckpointWriter, load_into, newest_intact, whole
 from microdit.training.optim import Optimizers, _bundles, learning_rate
 from microdit.training.parallel import mesh_of, prepare_blocks, total_norm
 from microdit.training.state import EMA, names_of
@@ -225,10 +225,10 @@ def test_the_state_of_a_sharded_model_is_sharded_and_survives_a_checkpoint(way, 
         weight = models[0].get_parameter(name.partition("/")[0])
         assert isinstance(tensor, DTensor) == (isinstance(weight, DTensor) and tensor.dim() > 0), name
         assert tensor.dim() == 0 or len(tensor) == len(weight), name
-    saver = Saver(tmp_path, world, 1, None, pytest.fail)
+    saver = CheckpointWriter(tmp_path, world, 1, None, pytest.fail)
     saver.save(1, written, {}, [])
     assert saver.finish()
-    checkpoint = newest_whole(tmp_path, world, pytest.fail)
+    checkpoint = newest_intact(tmp_path, world, pytest.fail)
     load_into(checkpoint, read, world)
     assert all(whole(tensor).equal(whole(read[name])) for name, tensor in written.items())
     assert any(whole(tensor).any() for tensor in read.values())

@@ -28,7 +28,7 @@ from microdit.errors import UserError
 from microdit.models.blocks import EAGER, layer_norm
 from microdit.models.config import Size, resolve
 from microdit.models.microdit import MicroDiT
-from microdit.training.noise import add_draws
+from microdit.training.noise import NoiseSettings, sample_noise
 from microdit.training.optim import orthogonalized
 from microdit.training.parallel import DenoisingLoss, compile_elementwise, compute_dtype, mesh_of, sharding_of
 from tests.training.processes import HANG, RECIPE, losses, recorded, tensors, train
@@ -206,7 +206,7 @@ def test_what_is_compiled_computes_the_same_and_is_compiled_once_for_all_mask_ra
         length = 5 + step % 2
         text_mask_BL = torch.arange(length) < torch.tensor([[3], [5], [2], [4]])
         batch = Batch(torch.randn(4, 4, 16, 16), torch.randn(4, length, 12), text_mask_BL)
-        drawn = add_draws(batch, EDM(), 0, step, range(4), (8, 8), ratio, 0.1)
+        drawn = sample_noise(batch, NoiseSettings(EDM(), ratio, 0.1), 0, step, range(4), (8, 8))
         values = [loss(drawn).mean() for loss in (eager, compiled)]
         for value in values:
             value.backward()

@@ -6,8 +6,8 @@ import pytest
 
 from microdit.config.load import load_recipe
 from microdit.errors import UserError
-from microdit.training.prefetch import NAME, Loader
-from microdit.training.setup import open_mixture
+from microdit.training.prefetch import NAME, Prefetcher
+from microdit.training.setup import open_dataset
 from tests.training.processes import HANG, RECIPE
 
 
@@ -18,7 +18,7 @@ def test_batches_come_in_order_and_not_far_ahead():
         made.append(step)
         return step * step
 
-    loader = Loader(make, range(3, 10), ahead=2, timeout=HANG, where=str)
+    loader = Prefetcher(make, range(3, 10), ahead=2, timeout=HANG, where=str)
     deadline = time.monotonic() + HANG
     while len(made) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -33,7 +33,7 @@ def test_what_the_reading_raises_is_raised_in_the_loop():
             raise UserError("row 7 is damaged")
         return step
 
-    loader = Loader(make, range(5), ahead=1, timeout=HANG, where=str)
+    loader = Prefetcher(make, range(5), ahead=1, timeout=HANG, where=str)
     assert [loader.next(), loader.next()] == [0, 1]
     with pytest.raises(UserError, match="row 7 is damaged"):
         loader.next()
@@ -41,7 +41,7 @@ def test_what_the_reading_raises_is_raised_in_the_loop():
 
 def test_closing_ends_the_thread():
     before = threading.active_count()
-    loader = Loader(lambda step: step, range(1000), ahead=1, timeout=HANG, where=str)
+    loader = Prefetcher(lambda step: step, range(1000), ahead=1, timeout=HANG, where=str)
     loader.next()
     loader.close()
     deadline = time.monotonic() + HANG
@@ -52,7 +52,7 @@ def test_closing_ends_the_thread():
 
 def test_a_disk_that_does_not_answer_is_named_after_the_time_out(tmp_path, encoded_emoji):
     """Reading a pipe that nobody writes to hangs as a lost network share does."""
-    mixture = open_mixture(load_recipe(RECIPE, [f"data.path={encoded_emoji}"]), print)
+    mixture = open_dataset(load_recipe(RECIPE, [f"data.path={encoded_emoji}"]), print)
     lost = tmp_path / "lost"
     os.mkfifo(lost)
 
@@ -65,7 +65,7 @@ def test_a_disk_that_does_not_answer_is_named_after_the_time_out(tmp_path, encod
         hanging.set()
         return lost.read_bytes()
 
-    loader = Loader(make, range(5), ahead=2, timeout=0.5, where=mixture.where)
+    loader = Prefetcher(make, range(5), ahead=2, timeout=0.5, where=mixture.where)
     assert hanging.wait(HANG)
     assert len(loader.next().latents_BCHW) == len(loader.next().latents_BCHW) == 8
     with pytest.raises(UserError, match=rf"{NAME} has given no batch for 0.5 s .*reading row \d+ of {encoded_emoji}"):

@@ -13,7 +13,7 @@ from microdit.diffusion.edm import EDM
 from microdit.models.config import Size, resolve
 from microdit.models.microdit import MicroDiT
 from microdit.models.routing import METHODS
-from microdit.training.noise import add_draws
+from microdit.training.noise import NoiseSettings, sample_noise
 from microdit.training.parallel import DenoisingLoss
 from tests.conftest import routed
 from tests.training.processes import losses, train, wait_for
@@ -73,7 +73,7 @@ def test_tokens_come_back_in_bfloat16(routing):
         torch.nn.init.normal_(weight, std=0.1)
     batch = Batch(torch.randn(4, 4, 16, 16), torch.randn(4, 5, 12), torch.ones(4, 5, dtype=torch.bool))
     for ratio in (0.75, 0.0):
-        drawn = add_draws(batch, EDM(), 0, 0, range(4), (8, 8), ratio, 0.1, METHODS[routing].path_drop)
+        drawn = sample_noise(batch, NoiseSettings(EDM(), ratio, 0.1, METHODS[routing].path_drop), 0, 0, range(4), (8, 8))
         exact, rough = (DenoisingLoss(of, EDM(), True)(drawn) for of in (model, copy.deepcopy(model).bfloat16()))
         assert rough.dtype == torch.float32
         assert 0 < (rough - exact).abs().max() < 0.05 * exact.max()
@@ -98,7 +98,7 @@ def test_sprint_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, en
 def test_a_grid_needs_an_even_number_of_patches(tmp_path, encoded_emoji):
     running = train(tmp_path / "run", encoded_emoji, "phases.0.mask_pattern=grid", "model.patch_size=16")
     assert running.wait() == [1], running.output
-    assert "phases.0.mask_pattern grid cuts patches into cells of 2 x 2" in running.output
+    assert "phases.0.mask_pattern grid divides patches into cells of 2 x 2" in running.output
     assert "1 x 1 patches at model.patch_size 16" in running.output
 
 

@@ -6,13 +6,13 @@ import torch
 from microdit.config.load import load_recipe
 from microdit.data.dataset import EncodedDataset
 from microdit.errors import UserError
-from microdit.training.setup import open_mixture
+from microdit.training.setup import open_dataset
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 
 
 def opened(*overrides: str):
-    return open_mixture(load_recipe(RECIPE, list(overrides)), print)
+    return open_dataset(load_recipe(RECIPE, list(overrides)), print)
 
 
 def test_one_path_is_one_set_seen_once_an_epoch(encoded_emoji):

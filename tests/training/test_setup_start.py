@@ -15,7 +15,7 @@ from microdit.errors import UserError
 from microdit.io import locks as folder_lock
 from microdit.io.files import to_checked_json
 from microdit.io.locks import sole_writer
-from microdit.training.checkpointing import newest_whole
+from microdit.training.checkpointing import newest_intact
 from microdit.training.parallel import keep_compiled
 from microdit.training.setup import finished_checkpoint
 from tests.training.processes import RECIPE, bytes_read, together
@@ -30,7 +30,7 @@ def resumed(world: World, encoded: Path, runs: list[Path]) -> list[tuple[int | N
         begin = bytes_read()
         finished = finished_checkpoint(run, recipe, world)
         between = bytes_read()
-        newest = newest_whole(run, world, said.append)
+        newest = newest_intact(run, world, said.append)
         steps = (None if checkpoint is None else checkpoint.step for checkpoint in (finished, newest))
         found.append((*steps, (between - begin, bytes_read() - between), said))
     return found

@@ -8,20 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microdit.config.schema import GuardRecipe
-from microdit.training.stability import ENOUGH, REMEMBERED, Guard, Verdict
+from microdit.training.stability import ENOUGH, REMEMBERED, SpikeDecision, SpikeGuard
 
 CPU = torch.device("cpu")
 
 
-def judged(guard: Guard, loss: float, norm: float = 1.0, phase: str = "phase") -> tuple[Verdict, str | None]:
+def judged(guard: SpikeGuard, loss: float, norm: float = 1.0, phase: str = "phase") -> tuple[SpikeDecision, str | None]:
     """A step's whole way: decided on the device, then read and noted."""
     taken, usual = guard.judge(torch.tensor(loss, dtype=torch.float64), torch.tensor(norm))
-    verdict = Verdict(loss, norm, taken.item() > 0, usual.item())
-    return verdict, guard.note(verdict, phase, 0)
+    decision = SpikeDecision(loss, norm, taken.item() > 0, usual.item())
+    return decision, guard.record(decision, phase, 0)
 
 
-def guard_that_saw(*losses: float) -> Guard:
-    guard = Guard(GuardRecipe(loss_jump=10, rollback_after=3), CPU)
+def guard_that_saw(*losses: float) -> SpikeGuard:
+    guard = SpikeGuard(GuardRecipe(loss_jump=10, rollback_after=3), CPU)
     for loss in losses:
         judged(guard, loss)
     return guard
@@ -29,13 +29,13 @@ def guard_that_saw(*losses: float) -> Guard:
 
 @given(st.lists(st.floats(0.01, 100) | st.sampled_from([math.nan, math.inf, 0.5, 0.5, 0.5, 0.5]), max_size=120))
 def test_the_device_decides_as_a_list_of_the_last_losses_would(losses):
-    guard, kept = Guard(GuardRecipe(loss_jump=10, rollback_after=3), CPU), deque(maxlen=REMEMBERED)
+    guard, kept = SpikeGuard(GuardRecipe(loss_jump=10, rollback_after=3), CPU), deque(maxlen=REMEMBERED)
     for loss in losses:
         usual = median(kept) if len(kept) >= ENOUGH else math.inf
         expected = math.isfinite(loss) and loss <= 10 * usual
-        verdict, _ = judged(guard, loss)
-        assert verdict.taken == expected
-        assert verdict.usual == pytest.approx(usual)
+        decision, _ = judged(guard, loss)
+        assert decision.taken == expected
+        assert decision.usual == pytest.approx(usual)
         if expected:
             kept.append(loss)
     assert guard.state()["losses"] == list(kept)
@@ -51,7 +51,7 @@ def test_a_jump_is_refused_once_enough_is_known():
     assert judged(guard_that_saw(*[0.5] * (ENOUGH - 1)), 6.0)[0].objection is None
     guard = guard_that_saw(*[0.5] * ENOUGH)
     assert judged(guard, 4.9)[0].objection is None
-    assert judged(guard, 5.1)[0].objection == "the loss is 5.1, usual were 0.5"
+    assert judged(guard, 5.1)[0].objection == "the loss is 5.1, and its recent median 0.5"
 
 
 def test_after_several_in_a_row_it_is_time_to_go_back_and_one_good_step_starts_the_count_anew():
@@ -88,10 +88,10 @@ def test_a_loss_that_stays_up_is_told_once_a_phase_and_learnt_from():
     steps = [("masked", 0.5)] * 100 + [("full", 1.0)] * 100 + [("full", 1.5)] * 100
     told = [judged(guard, loss, phase=phase)[1] for phase, loss in steps]
     assert [bool(sentence) for sentence in told].count(True) == 1
-    assert guard.level.warning in told[200:]
+    assert guard.plateau.warning in told[200:]
     assert judged(guard, 1.5)[0].taken
     other = guard_that_saw()
     other.restore({key: value for key, value in guard.state().items() if key != "level"})  # of a version that kept none
-    assert other.level.warning is None
+    assert other.plateau.warning is None
     other.roll_back(guard.state())
     assert other.state() == guard.state() | {"rollbacks": 1}

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microdit.training.stability import RISE, WINDOW, Level
+from microdit.training.stability import RISE, WINDOW, PlateauDetector
 
 
 def warnings(losses, level=None) -> list[tuple[int, str]]:
-    level = level or Level("one")
+    level = level or PlateauDetector("one")
     told = [(step, level.add(loss, step)) for step, loss in enumerate(losses)]
     return [(step, sentence) for step, sentence in told if sentence]
 
@@ -41,9 +41,9 @@ def test_it_is_the_ratio_that_counts(low, factor):
 @pytest.mark.parametrize("cut", [10, 80, 120, 160])
 def test_a_run_that_goes_on_is_judged_as_one_without_a_break(cut):
     losses = [0.5] * 100 + [1.0] * 100
-    first = Level("one")
+    first = PlateauDetector("one")
     before = warnings(losses[:cut], first)
-    second = Level(**json.loads(json.dumps(first.state(), allow_nan=False)))
+    second = PlateauDetector(**json.loads(json.dumps(first.state(), allow_nan=False)))
     after = [(cut + step, sentence) for step, sentence in warnings(losses[cut:], second)]
     assert [step for step, _ in before + after] == [step for step, _ in warnings(losses)]
     assert second.warning

@@ -6,16 +6,15 @@ from functools import partial
 import pytest
 import torch
 
-from microdit.config.schema import DataRecipe, EMARecipe, EngineRecipe, ModelRecipe, OptimizerRecipe, PhaseRecipe, Recipe
+from microdit.config.schema import DataRecipe, EMARecipe, EngineRecipe, ModelRecipe, OptimizerRecipe, PhaseRecipe, Recipe, architecture
 from microdit.data.dataset import StoredBatch
 from microdit.data.packing import StoredRows
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World
 from microdit.models.routing import METHODS
-from microdit.training.noise import UndrawnBatch, add_draws
-from microdit.training.setup import architecture
-from microdit.training.stability import Guard
-from microdit.training.state import TrainingState, what_happened
+from microdit.training.noise import NoiseSettings, StoredMicroBatch, sample_noise
+from microdit.training.stability import SpikeGuard
+from microdit.training.state import TrainingState, read_step
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 PARTS, EACH, STEPS = 2, 4, 2
@@ -37,7 +36,7 @@ def recipe(routing: str, method: str, precision: str = "float32", **engine: bool
     )
 
 
-def parts(recipe: Recipe, step: int, eight_bits: bool) -> list[UndrawnBatch]:
+def parts(recipe: Recipe, step: int, eight_bits: bool) -> list[StoredMicroBatch]:
     """Micro-batches as the loader gives them."""
     draw = torch.Generator().manual_seed(step)
 
@@ -52,9 +51,9 @@ def parts(recipe: Recipe, step: int, eight_bits: bool) -> list[UndrawnBatch]:
         lengths_B = torch.randint(1, 6, (EACH,), generator=draw)
         stored = StoredBatch(rows(EACH, 4, 256), (16, 16), torch.rand(EACH, generator=draw) < 0.5, rows(EACH, 5, 12), lengths_B)
         ratio = 0.75 if method.drop else 0.0
-        drawn = partial(add_draws, seed=0, step=step, grid=(8, 8), mask_ratio=ratio, caption_dropout=0.1, path_drop=method.path_drop)
+        settings = NoiseSettings(EDM(), ratio, 0.1, method.path_drop)
         numbers = range(number * EACH, (number + 1) * EACH)
-        made.append(UndrawnBatch(stored, partial(drawn, edm=EDM(), numbers=numbers)))
+        made.append(StoredMicroBatch(stored, partial(sample_noise, settings=settings, seed=0, step=step, numbers=numbers, grid=(8, 8))))
     return made
 
 
@@ -62,11 +61,10 @@ def run(recipe: Recipe, device: torch.device) -> tuple[list[torch.Tensor], list]
     """All steps. Returns the weights, averages and moments, and the steps' numbers, unread."""
     world = World(0, 1, device, None)
     state = TrainingState(recipe, architecture(recipe.model, 4, 12), world, None, fresh=True)
-    guard = Guard(recipe.guard, device)
+    guard = SpikeGuard(recipe.guard, device)
     readings = []
     for step in range(STEPS):
-        state.optimizers.set_rate(1e-3)
-        readings.append(state.learn(parts(recipe, step, eight_bits=step % 2 == 0), step, 1.0, guard))
+        readings.append(state.train_step(parts(recipe, step, eight_bits=step % 2 == 0), step, 1e-3, 1.0, guard))
     return [*state.tensors().values()], readings
 
 
@@ -83,9 +81,9 @@ def test_no_number_is_read_from_the_device_in_a_step(routing, method, precision)
 @pytest.mark.parametrize("routing", list(METHODS))
 def test_the_same_steps_on_a_cpu_learn(routing):
     tensors, readings = run(recipe(routing, "muon"), CPU)
-    results = [what_happened(reading.values()) for reading in readings]
-    assert all(verdict.taken and verdict.grad_norm > 0 for _, verdict in results)
-    assert all(sum(sums.counts) == PARTS * EACH and sums.loss == pytest.approx(verdict.loss) for sums, verdict in results)
+    results = [read_step(reading.values()) for reading in readings]
+    assert all(decision.taken and decision.grad_norm > 0 for _, decision in results)
+    assert all(sum(sums.counts) == PARTS * EACH and sums.loss == pytest.approx(decision.loss) for sums, decision in results)
     assert all(tensor.isfinite().all() for tensor in tensors)
 
 
@@ -104,16 +102,15 @@ def test_a_step_whose_loss_is_no_number_changes_nothing():
     plain = recipe("deferred", "muon")
     world = World(0, 1, CPU, None)
     state = TrainingState(plain, architecture(plain.model, 4, 12), world, None, fresh=True)
-    guard = Guard(plain.guard, CPU)
-    state.optimizers.set_rate(1e-3)
-    state.learn(parts(plain, 0, True), 0, 1.0, guard)
+    guard = SpikeGuard(plain.guard, CPU)
+    state.train_step(parts(plain, 0, True), 0, 1e-3, 1.0, guard)
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
     broken = parts(plain, 1, False)
     broken[1].stored.latents.numbers_BRV[0] = torch.nan
-    _, verdict = what_happened(state.learn(broken, 1, 1.0, guard).values())
-    assert not verdict.taken
-    assert "nan" in verdict.objection
+    _, decision = read_step(state.train_step(broken, 1, 1e-3, 1.0, guard).values())
+    assert not decision.taken
+    assert "nan" in decision.objection
     assert all(tensor.equal(before[name]) for name, tensor in state.tensors().items())
-    _, verdict = what_happened(state.learn(parts(plain, 1, True), 1, 1.0, guard).values())
-    assert verdict.taken
+    _, decision = read_step(state.train_step(parts(plain, 1, True), 1, 1e-3, 1.0, guard).values())
+    assert decision.taken
     assert not all(tensor.equal(before[name]) for name, tensor in state.tensors().items())

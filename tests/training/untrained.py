@@ -11,7 +11,7 @@ from microdit.config.load import load_recipe
 from microdit.data.dataset import EncodedDataset
 from microdit.distributed import start_world
 from microdit.models.microdit import MicroDiT
-from microdit.training.checkpointing import Saver
+from microdit.training.checkpointing import CheckpointWriter
 from microdit.training.setup import describe, model_config
 from tests.training.processes import RECIPE
 
@@ -26,7 +26,7 @@ def save_untrained(run: Path, encoded: Path, step: int, change: Callable[[Tensor
     model = MicroDiT(model_config(recipe, data))
     weights = {name: change(weight.detach()) for name, weight in model.named_parameters()}
     tensors = {f"model/{name}": weight for name, weight in weights.items()} | {f"ema/{name}": -weight for name, weight in weights.items()}
-    saver = Saver(run, start_world("cpu"), keep=9, keep_every=None, warn=pytest.fail)
+    saver = CheckpointWriter(run, start_world("cpu"), keep=9, keep_every=None, warn=pytest.fail)
     saver.save(step, tensors, describe(recipe, model.config, data, [data]), [] if in_haste else ["model", "ema"])
     assert saver.finish()
     (run / "recipe.yaml").write_text(recipe.to_yaml())

@@ -5,7 +5,7 @@ import pytest
 
 from microdit.distributed import GLOO_GROUPS, World, start_world
 from microdit.errors import UserError
-from microdit.io.process_limits import ENOUGH, open_files, raise_limit, refuse_low_limit
+from microdit.process_limits import ENOUGH, check_file_limit, open_files, raise_limit
 from tests.training.processes import together
 
 
@@ -14,14 +14,14 @@ def test_the_limit_is_raised_as_far_as_the_system_allows():
     allowed = ENOUGH if hard == resource.RLIM_INFINITY else min(hard, ENOUGH)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
-        refuse_low_limit(10, "ten of something")
+        check_file_limit(10, "ten of something")
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (allowed, hard)
         assert raise_limit() == allowed
         assert raise_limit(100) == allowed  # never lowered
         with pytest.raises(
             UserError, match=rf"^ten of something need [\d,]+ open files in each process, and this machine allows {allowed:,} "
         ):
-            refuse_low_limit(max(hard, ENOUGH) + 1, "ten of something")
+            check_file_limit(max(hard, ENOUGH) + 1, "ten of something")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

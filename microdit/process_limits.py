@@ -1,7 +1,4 @@
-"""How many files a process may have open: sockets of other processes, shards of a data set, workers' pipes all count.
-
-Keep freed memory in the process. On the CPU a training step frees and takes the same gigabytes again and again.
-"""
+"""Limits of a process: how many files it may have open, and whether it returns freed memory to the system."""
 
 import ctypes
 import os
@@ -27,8 +24,8 @@ def raise_limit(wanted: int = ENOUGH) -> int:
     return allowed
 
 
-def refuse_low_limit(more: int, what: str) -> None:
-    """Raises UserError if this process cannot open so many `more` files, which `what` needs, by raising its limit either."""
+def check_file_limit(more: int, what: str) -> None:
+    """Raise the limit of open files for `more` that `what` needs. Raises UserError if the system does not allow it."""
     needed = open_files() + more
     limit = raise_limit(max(needed, ENOUGH))
     if limit < needed:
@@ -39,7 +36,7 @@ def refuse_low_limit(more: int, what: str) -> None:
 
 
 def open_files() -> int:
-    """How many this process has open."""
+    """Return how many files this process has open."""
     listing = Path("/proc/self/fd")
     return len(os.listdir(listing if listing.is_dir() else "/dev/fd"))
 

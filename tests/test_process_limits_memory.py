@@ -5,7 +5,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys, torch
-from microdit.io.process_limits import keep_freed_memory
+from microdit.process_limits import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def work():
