@@ -1,4 +1,4 @@
-# Everything sets itself up: a virtual environment in .venv with the versions of constraints.txt.
+# Each target first sets up a virtual environment in .venv, with the versions of constraints.txt.
 PYTHON ?= python3.11
 BIN := .venv/bin
 FIXTURE ?= tests/fixtures/official_a.safetensors
@@ -13,25 +13,25 @@ help: ## list the targets
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
 	@touch $@
 
-demo: .venv/installed ## encode the emoji, train the demo recipe, draw a captioned grid and measure it
+demo: .venv/installed ## encode the emoji, train the demo recipe, sample a captioned grid and measure it
 	@bash examples/demo.sh $(BIN)/microdit
 
 test: .venv/installed lint ## lint, types, and every test that is not slow
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
-test-slow: .venv/installed ## the proofs that take minutes
+test-slow: .venv/installed ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
-test-busy: .venv/installed ## the tests beside two processes that never rest: none may depend on the machine's load
+test-busy: .venv/installed ## the tests beside two busy processes: none may depend on the machine's load
 	@for i in 1 2; do $(BIN)/python -c "while True: pass" & pids="$$pids $$!"; done; trap "kill $$pids" EXIT; \
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[demo,dev]' torchvision  # no image processor without, before transformers 5.17
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[demo,dev]' torchvision  # image processors need it before transformers 5.17
 	@touch $@
 
-test-oldest: .venv-oldest/installed ## the tests with the oldest versions that pyproject.toml claims (torch alone is several GB)
+test-oldest: .venv-oldest/installed ## the tests with the oldest versions that pyproject.toml allows (torch alone is several GB)
 	.venv-oldest/bin/pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/installed ## ruff (format and lint) and mypy

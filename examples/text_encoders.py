@@ -1,4 +1,4 @@
-"""The text encoders of the study text-encoder, made of MiniLM: untrained, and with its word vectors and first layer alone.
+"""Make the text encoders of the study text-encoder from MiniLM: one untrained, one with only its word vectors and first layer.
 
 python examples/text_encoders.py --out data/text-encoders
 for e in untrained first-layer; do
@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
     out = parser.parse_args().out
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     trained = AutoModel.from_pretrained(get_model_path())
