@@ -112,10 +112,10 @@ def checkpoint(name: str, overrides: list[str], batch: int, place: Path, world: 
     """The wait of the loop, in steps; how much longer a step takes while the writing goes on; megabytes."""
     recipe = load_recipe("emoji", [*overrides, ONE_PHASE.format(steps=1000, batch=batch)])
     trainer = Trainer(recipe, place / name, PlainConsole(quiet=True), world)
-    batch, phase, state = trainer.step_batch(0), recipe.phases[0], trainer.state
+    step_batch, phase, state = trainer.step_batch(0), recipe.phases[0], trainer.state
 
     def step() -> None:
-        state.train_step(batch.micro_batches, 0, 1e-5, phase.grad_clip, trainer.guard).values()
+        state.train_step(step_batch.micro_batches, 0, 1e-5, phase.grad_clip, trainer.guard).values()
 
     for _ in range(2):
         step()

@@ -551,7 +551,7 @@ def trainer(place: Place, results: Results) -> None:
     started = time.time()
     training = Trainer(recipe, run, PlainConsole(width=100), world)
     results.put("start", {"seconds": time.time() - started, "compiled": compiled, "micro_batch": micro})
-    flops = training.work.of_step(recipe.phases[0], 0, (side // 2) ** 2, place.caption[0])
+    flops = training.flops.of_step(recipe.phases[0], 0, (side // 2) ** 2, place.caption[0])
 
     def note() -> bool:
         """What the metrics say so far; whether that is all."""

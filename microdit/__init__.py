@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from microdit.config.load import load_recipe
     from microdit.config.schema import Recipe
     from microdit.data.dataset import EncodedDataset
-    from microdit.data.sources.base import open_source
+    from microdit.data.sources.open import open_source
     from microdit.diffusion.edm import EDM, edm_loss
     from microdit.errors import UserError
     from microdit.models.config import create_model, list_models
@@ -38,7 +38,7 @@ _EXPORTS = {
     "evaluate": "microdit.api",
     "list_models": "microdit.models.config",
     "load_recipe": "microdit.config.load",
-    "open_source": "microdit.data.sources.base",
+    "open_source": "microdit.data.sources.open",
     "sample": "microdit.api",
     "train": "microdit.api",
 }

@@ -86,7 +86,7 @@ def encode_dataset(
     """
     from microdit.data.dataset import EncodedDataset
     from microdit.data.encode import EncodeSettings, default_batch_size, encode_source
-    from microdit.data.sources.base import open_source
+    from microdit.data.sources.open import open_source
     from microdit.devices import choose_device, choose_dtype
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
@@ -126,13 +126,13 @@ def train(
     from microdit.config.load import load_recipe
     from microdit.config.schema import Recipe
     from microdit.distributed import start_world, stop_world
-    from microdit.training.multi_phase import Settings, train_one
+    from microdit.training.multi_phase import RunSettings, train_one
 
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, list(overrides))
     run = Path(out) if out is not None else Path("runs") / loaded.name
     world = start_world(loaded.engine.device)
     try:
-        train_one(loaded, run, Settings(resume), reporter.console, world)
+        train_one(loaded, run, RunSettings(resume), reporter.console, world)
     finally:
         stop_world()
     return run
@@ -158,22 +158,22 @@ def evaluate(
     >>> sorted(figures["metrics"]["kid"])[:3]
     ['fingerprint', 'high', 'low']
     """
-    from microdit.data.sources.base import open_source
+    from microdit.data.sources.open import open_source
     from microdit.devices import choose_dtype
     from microdit.distributed import start_world, stop_world
-    from microdit.evaluation.evaluate import Question
+    from microdit.evaluation.evaluate import EvaluationSettings
     from microdit.evaluation.evaluate import evaluate as compare_with_reference
-    from microdit.evaluation.generators import Compute, DrawSettings, open_painter
+    from microdit.evaluation.generators import Compute, DrawSettings, open_generator
     from microdit.evaluation.metrics.registry import choose_metrics
     from microdit.pipelines.load import DEMO
 
     place = DEMO if model == "demo" else model
-    settings, question = DrawSettings(), Question(choose_metrics(",".join(metrics) if metrics else None), count)
+    settings, question = DrawSettings(), EvaluationSettings(choose_metrics(",".join(metrics) if metrics else None), count)
     source = open_source(reference) if isinstance(reference, str) else reference
     world = start_world(device)
     try:
-        painter = open_painter(str(place), settings, reporter.warn, Compute(world.device, choose_dtype("auto", world.device)))
+        generator = open_generator(str(place), settings, reporter.warn, Compute(world.device, choose_dtype("auto", world.device)))
         folder = Path(out) if out is not None else Path(place) / "evaluation"
-        return compare_with_reference(painter, source, question, settings, folder, world)
+        return compare_with_reference(generator, source, question, settings, folder, world, reporter=reporter)
     finally:
         stop_world()

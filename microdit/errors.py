@@ -1,5 +1,8 @@
 """The exceptions that are meant for people: a sentence that says what was wrong, where, and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """A mistake outside the program (recipe, data, disk). The command line prints it without a stack trace.
@@ -11,6 +14,15 @@ class UserError(Exception):
     ...     print("phases.0.steps" in str(error))
     True
     """
+
+
+@contextmanager
+def optional_package(purpose: str, extra: str) -> Iterator[None]:
+    """Turn a failed import into a UserError: what the package is for, its name, and the `extra` of microdit that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f'{purpose} needs the package {error.name}, which is not installed: pip install "microdit[{extra}]".') from error
 
 
 class DivergedError(UserError):

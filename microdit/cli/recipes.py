@@ -32,7 +32,8 @@ def recipes(
         _copy(found, copy)
         return
     for path in sorted(found.glob("*.yaml")) if found.is_dir() else [found]:
-        print(path.read_text(), end="")
+        for line in path.read_text().splitlines():
+            console.print(line, soft_wrap=True)
 
 
 def _show(command: str, prefix: str, summaries: dict[str, str]) -> None:

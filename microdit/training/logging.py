@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import microdit
 from microdit.config.schema import Recipe
-from microdit.errors import UserError
+from microdit.errors import UserError, optional_package
 from microdit.io.files import keep_damaged, to_checked_json, write_aside
 from microdit.io.text import command_line
 from microdit.reports.formats import finite
@@ -188,8 +188,6 @@ def _git_commit() -> str | None:
 
 
 def _start_wandb(recipe: Recipe, run: Path) -> Any:
-    try:
+    with optional_package("record.wandb_project", "wandb"):
         import wandb
-    except ImportError as error:
-        raise UserError("record.wandb_project asks for Weights & Biases, which is not installed: pip install microdit[wandb].") from error
     return wandb.init(project=recipe.record.wandb_project, name=recipe.name, dir=str(run), id=run.name, resume="allow")

