@@ -23,7 +23,7 @@ from microdit.encoders.model_files import (
     weight_patterns,
 )
 from microdit.encoders.open_clip import OPEN_CLIP_CONFIG, PAD_ID, load_open_clip
-from microdit.errors import UserError
+from microdit.errors import UserError, optional_package
 from microdit.io.files import read_json
 
 MINILM_TOKENS = 32
