@@ -208,7 +208,7 @@ def test_the_dtype_must_stay_and_the_batch_size_may_change(tmp_path, text_encode
     assert plan["settings"]["dtype"] == "float32"
     assert not {"batch_size", "device", "workers"} & set(plan["settings"])
     other = dataclasses.replace(SMALL, dtype="bfloat16")
-    with pytest.raises(UserError, match=r"\(dtype differ\).*begun with --dtype float32"):
+    with pytest.raises(UserError, match=r"\(dtype differ\).*started with --dtype float32"):
         encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", other, Pixels(), text_encoder)
     encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", dataclasses.replace(SMALL, batch_size=3), Pixels(), text_encoder)
     encode_source(source_of([good(1)], [good(2)]), tmp_path / "whole", SMALL, Pixels(), text_encoder)
@@ -376,7 +376,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(tmp_path, text_
     told: list[str] = []
     for name, autoencoder in (("whole", whole), ("small", small)):
         encode_source(source_of(*parts), tmp_path / name, SMALL, autoencoder, text_encoder, warn=told.append)
-    assert told == ["The GPU's memory holds fewer pictures at a time: 3 from here on."]
+    assert told == ["The GPU's memory holds fewer images at a time: 3 from here on."]
     one, other = EncodedDataset(tmp_path / "whole"), EncodedDataset(tmp_path / "small")
     assert one.column("key") == other.column("key")
     for number in range(21):  # a convolution of another batch may differ in its last bit
@@ -389,7 +389,7 @@ def test_where_not_even_one_picture_fits_a_sentence_says_what_would(tmp_path, te
     whole = load_autoencoder(str(tmp_path / "kl"))
     tiny = SmallGPU(whole.name, whole.model, whole.fingerprint)
     tiny.room = 0
-    with pytest.raises(UserError, match=r"one of the pictures in float32 .*2\.00 GiB.*--dtype bfloat16.*--resolutions, or --device cpu"):
+    with pytest.raises(UserError, match=r"one of the images in float32 .*2\.00 GiB.*--dtype bfloat16.*--resolutions, or --device cpu"):
         encode_source(source_of([good(1), good(2)]), tmp_path / "set", SMALL, tiny, text_encoder)
 
 
@@ -404,7 +404,7 @@ class Overflowing(Pixels):
 
 
 def test_numbers_that_are_not_finite_stop_it_behind_the_last_whole_shard(tmp_path, text_encoder):
-    with pytest.raises(UserError, match=r"latents that are no finite numbers.*--dtype float32"):
+    with pytest.raises(UserError, match=r"latents that are not finite.*--dtype float32"):
         encode_source(source_of(*[[good(n)] for n in range(4)]), tmp_path / "set", SMALL, Overflowing(), text_encoder)
     assert sorted(path.name for path in (tmp_path / ".set.part").glob("[!.]*")) == ["plan.json", "shard-00000.arrow", "shard-00000.json"]
 

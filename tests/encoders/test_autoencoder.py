@@ -53,7 +53,7 @@ def test_an_autoencoder_trained_here_is_loaded_from_its_folder(tmp_path):
         with pytest.raises(UserError, match=r"ae is damaged \(config\.json: not what was written\)"):
             load_autoencoder(str(tmp_path / "ae"))
     for _ in flips(tmp_path / "ae" / "record.json", [500]):
-        with pytest.raises(UserError, match=r"record\.json does not fit"):
+        with pytest.raises(UserError, match=r"record\.json does not match"):
             load_autoencoder(str(tmp_path / "ae"))
 
 

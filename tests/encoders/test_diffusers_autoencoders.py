@@ -127,7 +127,7 @@ def test_a_pickle_is_not_read(tmp_path):
     raw = save_kl(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     torch.save(raw.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match=r"\.bin only, a pickle .* convert it"):
+    with pytest.raises(UserError, match=r"only as .*\.bin, a pickle .* convert it"):
         load_autoencoder(str(tmp_path))
 
 

@@ -142,7 +142,7 @@ def test_what_cannot_be_used_is_refused_with_the_reason(tmp_path):
     with pytest.raises(UserError, match=r"no weights .* neither model\.safetensors nor pytorch_model\.bin"):
         load_text_encoder(str(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"no tokenizer: put tokenizer\.json, or vocab\.json and merges\.txt"):
+    with pytest.raises(UserError, match=r"no tokenizer: copy tokenizer\.json, or vocab\.json and merges\.txt"):
         load_text_encoder(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UserError, match="model_type gpt2; only clip, "):
