@@ -20,8 +20,8 @@ from microdit.models.routing import Pattern, choose_kept
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """Samples with their draws. `caption_kept_B` is 0 where the caption is replaced by zeros, for guidance; `path_kept_B`, for the same
-    end, where the sparse blocks count for nothing (routing sprint)."""
+    """Samples with their draws. `caption_kept_B` is 0 where the caption is replaced by zeros, for guidance; `path_keep_mask_B`, for the
+    same end, where the sparse blocks count for nothing (routing sprint)."""
 
     latents_BCHW: Tensor
     text_BLE: Tensor
@@ -30,7 +30,7 @@ class TrainingBatch:
     noise_BCHW: Tensor
     caption_kept_B: Tensor
     keep_ids_BK: Tensor | None
-    path_kept_B: Tensor | None = None
+    path_keep_mask_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sigma_B)
@@ -97,7 +97,7 @@ def add_draws(
         noise_BCHW=normal_BN[:, :size].reshape(latents_BCHW.shape),
         caption_kept_B=(caption_B >= caption_dropout).float(),
         keep_ids_BK=choose_kept(scores_BT, mask_ratio, mask_pattern, columns),
-        path_kept_B=(path_B >= path_drop).float() if path_drop else None,
+        path_keep_mask_B=(path_B >= path_drop).float() if path_drop else None,
     )
 
 

@@ -51,7 +51,7 @@ class DenoisingLoss(nn.Module):
         mask_BL = batch.text_mask_BL if self.mask_padding else None
         text_BLE = batch.text_BLE * batch.caption_kept_B.view(-1, 1, 1)
         caption = self.model.embed_caption(text_BLE.to(self.model.patch_embed.weight.dtype), mask_BL)
-        draws = batch.sigma_B, batch.noise_BCHW, batch.keep_ids_BK, batch.path_kept_B
+        draws = batch.sigma_B, batch.noise_BCHW, batch.keep_ids_BK, batch.path_keep_mask_B
         return edm_loss(self.model, self.edm, batch.latents_BCHW, caption, *draws)
 
 

@@ -24,7 +24,7 @@ def test_a_samples_draws_do_not_depend_on_how_the_batch_is_cut(world, micro, see
     for rank in range(world):
         parts = drawn(range(rank, 16, world), seed, step, path_drop=0.5).split(micro)
         assert sum(len(part) for part in parts) == 16 // world
-        for name in ("sigma_B", "noise_BCHW", "caption_kept_B", "keep_ids_BK", "path_kept_B"):
+        for name in ("sigma_B", "noise_BCHW", "caption_kept_B", "keep_ids_BK", "path_keep_mask_B"):
             assert torch.cat([getattr(part, name) for part in parts]).equal(getattr(whole, name)[rank::world])
 
 
@@ -49,9 +49,9 @@ def test_the_draws_have_the_distributions_asked_for():
 
 def test_paths_are_dropped_as_often_as_asked_and_no_other_draw_knows_of_it():
     plain, dropping = drawn(range(4000)), drawn(range(4000), path_drop=0.1)
-    assert plain.path_kept_B is None
-    assert dropping.path_kept_B.mean().item() == pytest.approx(0.9, abs=0.02)
-    both_dropped = ((1 - dropping.path_kept_B) * (1 - dropping.caption_kept_B)).mean().item()
+    assert plain.path_keep_mask_B is None
+    assert dropping.path_keep_mask_B.mean().item() == pytest.approx(0.9, abs=0.02)
+    both_dropped = ((1 - dropping.path_keep_mask_B) * (1 - dropping.caption_kept_B)).mean().item()
     assert both_dropped == pytest.approx(0.01, abs=0.006)  # caption and path, each on its own
     for name in ("sigma_B", "noise_BCHW", "caption_kept_B", "keep_ids_BK"):
         assert getattr(plain, name).equal(getattr(dropping, name))
@@ -83,7 +83,7 @@ def test_the_draws_are_those_of_the_published_generator(seed, step, number):
     assert draws.noise_BCHW.flatten().tolist() == pytest.approx(numbers[:size], rel=1e-6, abs=1e-7)
     assert draws.sigma_B.item() == pytest.approx(math.exp(-0.6 + 1.2 * numbers[size]), rel=1e-5)
     assert draws.caption_kept_B.item() == (chances[0] / 2**64 >= 0.1)
-    assert draws.path_kept_B.item() == (chances[1] / 2**64 >= 0.5)
+    assert draws.path_keep_mask_B.item() == (chances[1] / 2**64 >= 0.5)
     signed = [score - 2**64 if score >= 2**63 else score for score in scores]
     assert draws.keep_ids_BK[0].tolist() == sorted(range(64), key=signed.__getitem__)[:16]
 
