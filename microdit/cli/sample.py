@@ -1,7 +1,12 @@
-"""The commands that draw with a run, for people to look at: microdit sample, grid."""
+"""The commands that draw pictures to look at: microdit sample, grid."""
 
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -15,63 +20,86 @@ if TYPE_CHECKING:
     from microdit.pipelines.load import OpenedModel
     from microdit.pipelines.native import SamplerSettings
 
-Model = Annotated[str, typer.Argument(help="A run, or a folder that was exported or imported.")]
-Steps = Annotated[int, typer.Option(help="Of the solver. Heun's cost two evaluations of the model each, the others' one.")]
-Guidance = Annotated[float, typer.Option(help="1: none. 2 suits the demo's small model; the paper's takes 5.")]
-SolverName = Annotated[str, typer.Option(help="heun (the paper's), dpm (second order, too, at half of its calls) or euler.")]
-Interval = Annotated[
-    tuple[float, float] | None,
-    typer.Option(metavar="LOW HIGH", help="Guide only at noise levels between these, such as 0.2 5; elsewhere a step costs half."),
-]
-Rescale = Annotated[float, typer.Option(help="0 to 1: how far to take back the contrast that guidance adds.")]
-Kind = Annotated[str | None, typer.Option(help="classifier-free, path-drop (sprint models) or autoguidance. [default: classifier-free]")]
-Autoguide = Annotated[str | None, typer.Option(help="A smaller or earlier model of the same data, to be guided away from.")]
-AutoguideWeights = Annotated[str | None, typer.Option(help="Its weights: model, ema, or ema-DECAY.")]
-Churn = Annotated[float, typer.Option(help="New noise on the way (EDM's S_churn), with heun: 0 none, 40 much.")]
-NoiseRange = Annotated[
-    tuple[float, float] | None,
-    typer.Option(metavar="LOW HIGH", help="The last and the first noise level. 0.05 20 suits the demo's model. [default: 0.002 80]"),
-]
-Negative = Annotated[str | None, typer.Option(help="What not to draw, in the place of the empty caption.")]
-Seed = Annotated[int, typer.Option(help="Other seeds make other pictures.")]
-Height = Annotated[int | None, typer.Option(help="Pixels, if not as in training.")]
-Width = Annotated[int | None, typer.Option(help="Pixels, if not as in training.")]
-Weights = Annotated[str | None, typer.Option(help="Of a run: model, ema, or ema-DECAY. [default: ema, where there is one]")]
+Model = Annotated[str, typer.Argument(help="A run folder, or an exported or imported model.")]
 
 
+@dataclass(frozen=True)
+class DrawingOptions:
+    """The options that `sample` and `grid` share."""
+
+    steps: Annotated[int, typer.Option(help="Steps of the solver. heun evaluates the model twice per step, dpm and euler once.")] = 30
+    guidance: Annotated[
+        float, typer.Option(help="Guidance scale: higher follows the prompt more closely, 1 is off. 2 suits the demo model, 5 the paper's.")
+    ] = 2.0
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise. The same seed and settings give the same picture.")] = 0
+    solver: Annotated[str, typer.Option(help="heun (the paper's), dpm (second order, at half the cost of a step) or euler.")] = "heun"
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help="Guide only between these noise levels, such as 0.2 5. Other steps cost half."),
+    ] = None
+    guidance_rescale: Annotated[float, typer.Option(help="From 0 to 1: how much of the contrast that guidance adds to take back.")] = 0.0
+    guidance_kind: Annotated[
+        str | None, typer.Option(help="classifier-free, path-drop (sprint models) or autoguidance. [default: classifier-free]")
+    ] = None
+    autoguide: Annotated[str | None, typer.Option(help="A run of a smaller or less trained model of the same data, for autoguidance.")] = (
+        None
+    )
+    autoguide_weights: Annotated[str | None, typer.Option(help="Weights of the --autoguide run: model, ema or ema-DECAY.")] = None
+    churn: Annotated[float, typer.Option(help="Noise that heun adds at each step (EDM's S_churn): 0 is none, 40 is much.")] = 0.0
+    noise_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help="The last and the first noise level. 0.05 20 suits the demo model. [default: 0.002 80]"),
+    ] = None
+    negative: Annotated[str | None, typer.Option(help="Negative prompt: what the pictures should not show.")] = None
+    height: Annotated[int | None, typer.Option(help="Height in pixels. [default: as in training]")] = None
+    width: Annotated[int | None, typer.Option(help="Width in pixels. [default: as in training]")] = None
+    weights: Annotated[
+        str | None, typer.Option(help="Weights of a run: model, ema or ema-DECAY. [default: ema if there is one, else model]")
+    ] = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+
+
+def with_drawing_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Show the fields of `DrawingOptions` as options of a typer command that takes them as its parameter `options`."""
+    own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "options"]
+    shared = list(inspect.signature(DrawingOptions).parameters.values())
+    arguments = [parameter for parameter in own if parameter.default is parameter.empty]
+    parameters = [*arguments, *shared, *(parameter for parameter in own if parameter not in arguments)]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        options = DrawingOptions(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        command(options=options, **given)
+
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+@with_drawing_options
 def sample(
-    arguments: Annotated[list[str], typer.Argument(help="What to draw, each in quotes; before it a run or an exported model, if any.")],
-    steps: Steps = 30,
-    guidance: Guidance = 2.0,
-    seed: Seed = 0,
-    solver: SolverName = "heun",
-    guidance_interval: Interval = None,
-    guidance_rescale: Rescale = 0.0,
-    guidance_kind: Kind = None,
-    autoguide: Autoguide = None,
-    autoguide_weights: AutoguideWeights = None,
-    churn: Churn = 0.0,
-    noise_range: NoiseRange = None,
-    negative: Negative = None,
-    height: Height = None,
-    width: Width = None,
-    weights: Weights = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    arguments: Annotated[
+        list[str], typer.Argument(help="Prompts, each in quotes; before them, optionally, a run folder or an exported model.")
+    ],
+    options: DrawingOptions,
     batch_size: BatchSize = 64,
-    trajectory: Annotated[Path | None, typer.Option(help="Also write how the pictures come about: .png a filmstrip, .gif a film.")] = None,
+    trajectory: Annotated[
+        Path | None, typer.Option(help="Also write the denoising trajectory: .png makes a filmstrip, .gif an animation.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
 ) -> None:
-    """Draw pictures of prompts, as one grid with the captions under them: with a run, an exported model, or the demo model.
+    """Draw one picture for each prompt, as a grid with the prompts as captions.
 
-    A first argument that is a folder is the model. Without one, the demo model that comes with microdit draws all arguments.
-    The PNG holds prompts, seed, settings and the weights' checksum as text. Which solver and how many steps: docs/sampling.md.
+    If the first argument is a folder, it is the model; without one, the demo model that comes with microdit draws all prompts.
+    The PNG holds the prompts, the seed, the settings and the checksum of the weights as text. docs/sampling.md compares the solvers.
 
     Example: microdit sample "red heart" "owl"
 
     Example: microdit sample runs/emoji "red heart" "green cat" --seed 7 --device cuda:1 --dtype float32
 
-    Example: microdit sample runs/emoji "red heart" --solver dpm --steps 12 --noise-range 0.05 20 --guidance 2.5 heart.gif
+    Example: microdit sample runs/emoji "red heart" --solver dpm --steps 12 --noise-range 0.05 20 --guidance 2.5 --trajectory heart.gif
     """
     from microdit.devices import device_errors_explained
     from microdit.pipelines.load import model_and_prompts
@@ -79,64 +107,49 @@ def sample(
     from microdit.reports.grids import Trajectory, check_trajectory_path, draw_grid, save_png
 
     model, prompts = model_and_prompts(arguments)
-    prompts, negatives = clean_prompts(prompts), clean_prompts([negative]) if negative else []
-    settings = _settings(steps, guidance, solver, guidance_interval, guidance_rescale, guidance_kind, autoguide, churn, noise_range)
+    prompts, negatives = clean_prompts(prompts), clean_prompts([options.negative]) if options.negative else []
+    settings = _settings(options)
     check_trajectory_path(trajectory)
-    opened = _open(model, weights, autoguide, autoguide_weights, device, dtype)
+    opened = _open(model, options)
     film = Trajectory()
     fix = "take a smaller --batch-size, --height or --width, or --dtype bfloat16"
-    with device_errors_explained(fix), progress("sample", len(prompts) * steps) as advance:
+    with device_errors_explained(fix), progress("sample", len(prompts) * options.steps) as advance:
         images = opened.pipeline(
             prompts,
             settings,
-            seed,
+            options.seed,
             advance,
-            height,
-            width,
+            options.height,
+            options.width,
             negative_prompts=negatives,
             on_denoised=film.add if trajectory else None,
             warn=warn,
             batch_size=batch_size,
         )
-    about = _about(opened, prompts, negatives, seed, settings)
+    about = _about(opened, prompts, negatives, options.seed, settings)
     save_png(draw_grid(images, prompts), out, about)
-    console.print(joined(f"{len(images)} pictures of {opened.name}, seed {seed}, in ", styled(out)))
+    console.print(joined(f"{len(images)} pictures of {opened.name}, seed {options.seed}, in ", styled(out)))
     if trajectory:
         with device_errors_explained(fix):
             film.save(trajectory, prompts, opened.pipeline.decode, about)
-        console.print(joined("How they came about: ", styled(trajectory)))
+        console.print(joined("Denoising trajectory: ", styled(trajectory)))
 
 
+@with_drawing_options
 def grid(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
     sweep: Annotated[
         list[str],
         typer.Option(
-            help="NAME=VALUE,VALUE,...; once or twice. NAME: steps, guidance, solver, guidance-interval (LOW:HIGH or none), "
-            "guidance-rescale, churn, noise-range (LOW:HIGH or none), seed."
+            help="A setting and its values, NAME=VALUE,VALUE,...; once or twice. NAME: steps, guidance, solver, guidance-interval "
+            "(LOW:HIGH or none), guidance-rescale, churn, noise-range (LOW:HIGH or none), seed."
         ),
     ],
-    steps: Steps = 30,
-    guidance: Guidance = 2.0,
-    seed: Seed = 0,
-    solver: SolverName = "heun",
-    guidance_interval: Interval = None,
-    guidance_rescale: Rescale = 0.0,
-    guidance_kind: Kind = None,
-    autoguide: Autoguide = None,
-    autoguide_weights: AutoguideWeights = None,
-    churn: Churn = 0.0,
-    noise_range: NoiseRange = None,
-    negative: Negative = None,
-    height: Height = None,
-    width: Width = None,
-    weights: Weights = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    options: DrawingOptions,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("sweep.png"),
 ) -> None:
-    """Draw one prompt with one or two settings varied, all from the same seed, as a labelled sheet.
+    """Draw one prompt while one or two settings vary, from the same seed, as a labelled sheet.
 
     Example: microdit grid runs/emoji "red heart" --sweep guidance=1,2,4,8 --sweep steps=4,8,16
     """
@@ -145,62 +158,60 @@ def grid(
     from microdit.pipelines.sweep import Drawn, sheet_of
     from microdit.reports.grids import draw_sheet, save_png
 
-    prompts, negatives = clean_prompts([prompt]), clean_prompts([negative]) if negative else []
-    settings = _settings(steps, guidance, solver, guidance_interval, guidance_rescale, guidance_kind, autoguide, churn, noise_range)
-    sheet = sheet_of(sweep, Drawn(settings, seed))
-    opened = _open(model, weights, autoguide, autoguide_weights, device, dtype)
+    prompts, negatives = clean_prompts([prompt]), clean_prompts([options.negative]) if options.negative else []
+    settings = _settings(options)
+    sheet = sheet_of(sweep, Drawn(settings, options.seed))
+    opened = _open(model, options)
     images, all_steps = [], sum(cell.settings.num_inference_steps for row in sheet.cells for cell in row)
     with device_errors_explained("take a smaller --height or --width, or --dtype bfloat16"), progress("grid", all_steps) as advance:
         for row in sheet.cells:
             images.append(
                 [
-                    opened.pipeline(prompts, cell.settings, cell.seed, advance, height, width, negative_prompts=negatives, warn=warn)[0]
+                    opened.pipeline(
+                        prompts, cell.settings, cell.seed, advance, options.height, options.width, negative_prompts=negatives, warn=warn
+                    )[0]
                     for cell in row
                 ]
             )
-    about = _about(opened, prompts, negatives, seed, settings) | {"sweep": "; ".join(sweep)}
-    save_png(draw_sheet(images, sheet.row_labels, sheet.column_labels, f"{prompts[0]}, seed {seed}"), out, about)
-    console.print(joined(f"{sum(map(len, images))} pictures of {opened.name}, seed {seed}, in ", styled(out)))
+    about = _about(opened, prompts, negatives, options.seed, settings) | {"sweep": "; ".join(sweep)}
+    save_png(draw_sheet(images, sheet.row_labels, sheet.column_labels, f"{prompts[0]}, seed {options.seed}"), out, about)
+    console.print(joined(f"{sum(map(len, images))} pictures of {opened.name}, seed {options.seed}, in ", styled(out)))
 
 
-def _settings(
-    steps: int,
-    guidance: float,
-    solver: str,
-    interval: tuple[float, float] | None,
-    rescale: float,
-    kind: str | None,
-    autoguide: str | None,
-    churn: float,
-    noise_range: tuple[float, float] | None,
-) -> "SamplerSettings":
+def _settings(options: DrawingOptions) -> "SamplerSettings":
     from microdit.pipelines.native import SamplerSettings
 
-    if autoguide and kind not in (None, "autoguidance"):
-        raise UserError(f"--autoguide names a weak model, which {kind} guidance has no use for: leave one of the two out.")
-    kind = kind or ("autoguidance" if autoguide else "classifier-free")
-    named = cast("Solver", solver), cast("GuidanceKind", kind)
-    return SamplerSettings(steps, guidance, *named, interval, rescale, churn, noise_range=noise_range)
+    if options.autoguide and options.guidance_kind not in (None, "autoguidance"):
+        raise UserError(f"--autoguide names a weak model, and {options.guidance_kind} guidance takes none: leave one of the two out.")
+    kind = options.guidance_kind or ("autoguidance" if options.autoguide else "classifier-free")
+    return SamplerSettings(
+        options.steps,
+        options.guidance,
+        cast("Solver", options.solver),
+        cast("GuidanceKind", kind),
+        options.guidance_interval,
+        options.guidance_rescale,
+        options.churn,
+        noise_range=options.noise_range,
+    )
 
 
-def _open(model: str, weights: str | None, autoguide: str | None, autoguide_weights: str | None, device: str, dtype: str) -> "OpenedModel":
-    """On the device, which is told of."""
-    from dataclasses import replace
-
+def _open(model: str, options: DrawingOptions) -> "OpenedModel":
+    """Open the model, and its weak model if there is one, on the chosen device, which is printed."""
     from microdit.devices import choose_device, choose_dtype, device_errors_explained, in_words
     from microdit.pipelines.load import open_model
 
-    where = choose_device(device)
-    numbers = choose_dtype(dtype, where)
-    if autoguide_weights and not autoguide:
-        raise UserError("--autoguide-weights chooses among the weights of a weak model: name its run with --autoguide.")
-    opened = open_model(model, warn, weights)
-    if autoguide:
-        weak = open_model(autoguide, warn, autoguide_weights)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    if options.autoguide_weights and not options.autoguide:
+        raise UserError("--autoguide-weights chooses the weights of a weak model: name its run with --autoguide.")
+    opened = open_model(model, warn, options.weights)
+    if options.autoguide:
+        weak = open_model(options.autoguide, warn, options.autoguide_weights)
         opened = replace(opened, pipeline=opened.pipeline.guided_by(weak.pipeline))
-    with device_errors_explained("free it of other programs, or take --device cpu"):
-        opened.pipeline.to(where, numbers)
-    console.print(in_words(where, numbers))
+    with device_errors_explained("stop other programs that use it, or take --device cpu"):
+        opened.pipeline.to(device, dtype)
+    console.print(in_words(device, dtype))
     return opened
 
 
@@ -211,10 +222,7 @@ def _about(
     seed: int,
     settings: "SamplerSettings",
 ) -> dict[str, str]:
-    """What a PNG says of itself, as text: enough to draw it again."""
-    import json
-    from dataclasses import asdict
-
+    """Return the PNG's text entries, from which the picture can be drawn again."""
     from microdit import __version__
     from microdit.io.files import sha256_of
 

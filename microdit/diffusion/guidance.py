@@ -1,11 +1,11 @@
-"""Guidance: away from what a weaker denoiser says, towards what the caption asks for.
+"""Guidance: extrapolate from the prediction of a weak denoiser through that of a strong one.
 
-All kinds are D = D_weak + scale (D_strong - D_weak). They differ in what is weak:
+All kinds compute D = D_weak + scale * (D_strong - D_weak). They differ in the weak denoiser:
 - classifier-free (2207.12598): the same model with the empty caption, or with a negative prompt;
-- path-drop (SPRINT, 2510.21986): the same, and its sparse blocks are left out;
-- autoguidance (2406.02507): a smaller or less trained model, with the same caption.
+- path-drop (SPRINT, 2510.21986): the same, without its sparse blocks;
+- autoguidance (2406.02507): a smaller or less trained model with the same caption.
 
-Captions are embedded, and every block's keys and values of them computed, once for all steps; the empty caption's once for all pictures.
+Captions are embedded, and each block's keys and values computed, once for all steps; those of the empty caption once for all images.
 
 Shape legend: B batch, C channels, H W height and width, L caption tokens, E the text encoder's channels.
 """
@@ -27,14 +27,14 @@ GuidanceKind = Literal["classifier-free", "path-drop", "autoguidance"]
 
 
 class Guide(NamedTuple):
-    """The weak model of autoguidance, trained on latents and captions of the same encoders."""
+    """The weak model of autoguidance. It must have been trained with the same autoencoder and text encoder."""
 
     model: MicroDiT
     edm: EDM
 
 
 class Text(NamedTuple):
-    """Vectors of a text encoder; the mask is True at real tokens, None: all are."""
+    """Vectors of a text encoder, (B, L, E). The mask is True at real tokens; without one, all tokens are real."""
 
     text_BLE: Tensor
     mask_BL: Tensor | None
@@ -53,24 +53,25 @@ def guided_denoiser(
     negative: Text | None = None,
     guide: Guide | None = None,
 ) -> Denoiser:
-    """At `guidance_scale` 1, and at noise levels outside of `interval` (2404.07724), the weak denoiser is not computed.
+    """Return a guided denoiser for the captions `text_BLE`.
 
-    `rescale`: how far to bring the result back to the spread of the strong denoiser (2305.08891). `negative`: in the place of the empty
-    caption, of all pictures or of each, with as many tokens as `text_BLE`. Raises UserError where the model cannot guide like that.
+    At `guidance_scale` 1, and at noise levels outside `interval` (2404.07724), the weak denoiser is not computed. `rescale`, from 0 to 1,
+    brings the result back towards the standard deviation of the strong denoiser (2305.08891). `negative` replaces the empty caption: one
+    for all images or one for each, with as many tokens as `text_BLE`. Raises UserError if the model does not support the kind of guidance.
     """
-    _refuse(model, guidance, negative, guide)
-    caption = model.answer_once(model.embed_caption(text_BLE, text_mask_BL))
+    _check_guidance(model, guidance, negative, guide)
+    caption = model.precompute_kv(model.embed_caption(text_BLE, text_mask_BL))
     if guidance_scale == 1:
         return _plain(model, edm, caption)
     if guidance == "autoguidance":
         assert guide is not None
         strong = _plain(model, edm, caption)
-        weak = _plain(*guide, guide.model.answer_once(guide.model.embed_caption(text_BLE, text_mask_BL)))
+        weak = _plain(*guide, guide.model.precompute_kv(guide.model.embed_caption(text_BLE, text_mask_BL)))
         pair = _one_by_one(strong, weak)
     else:
-        # Zero tokens are all alike, so it makes no difference how many of them there are, or how many a mask lets through.
+        # All zero tokens are equal, so neither their number nor the mask makes a difference.
         opposite = negative or Text(torch.zeros_like(text_BLE[:1]), None if text_mask_BL is None else text_mask_BL[:1])
-        away = model.answer_once(model.embed_caption(*opposite)).map(lambda x: x.expand(len(text_BLE), *x.shape[1:]))
+        away = model.precompute_kv(model.embed_caption(*opposite)).map(lambda x: x.expand(len(text_BLE), *x.shape[1:]))
         if guidance == "path-drop":
             strong = _plain(model, edm, caption)
             pair = _one_by_one(strong, _plain(model, edm, away, drop_path=True))
@@ -92,19 +93,21 @@ def guided_denoiser(
     return denoiser
 
 
-def _refuse(model: MicroDiT, guidance: GuidanceKind, negative: Text | None, guide: Guide | None) -> None:
+def _check_guidance(model: MicroDiT, guidance: GuidanceKind, negative: Text | None, guide: Guide | None) -> None:
     if guidance == "path-drop" and METHODS[model.config.routing].restore != "fused":
         raise UserError(
-            f"Path-drop guidance leaves out the sparse blocks, which a model with routing {model.config.routing} cannot do without: "
+            f"Path-drop guidance skips the sparse blocks, and a model with routing {model.config.routing} cannot run without them: "
             "use a model trained with model.routing sprint, or classifier-free guidance."
         )
     if guidance == "autoguidance" and negative is not None:
         raise UserError(
-            "Autoguidance has no place for a negative prompt, since its weak model is given the prompt itself: "
+            "Autoguidance takes no negative prompt, since its weak model is given the prompt itself: "
             "leave the negative prompt out, or use classifier-free guidance."
         )
     if (guidance == "autoguidance") != (guide is not None):
-        raise UserError("Autoguidance needs a weak model, and no other guidance has one: name a run with --autoguide, or another guidance.")
+        raise UserError(
+            "Autoguidance needs a weak model, and no other kind of guidance takes one: name a run with --autoguide, or choose another kind."
+        )
 
 
 _Pair = tuple[Tensor, Tensor]
@@ -120,7 +123,7 @@ def _one_by_one(strong: Denoiser, weak: Denoiser) -> _PairDenoiser:
 
 
 def _doubled(model: MicroDiT, edm: EDM, both: Caption) -> _PairDenoiser:
-    """In one call of the model: small batches use a machine badly."""
+    """Compute both in one call of the model, since small batches use a GPU badly."""
 
     def pair(noisy_BCHW: Tensor, sigma_B: Tensor) -> _Pair:
         doubled = denoise(model, edm, torch.cat([noisy_BCHW] * 2), torch.cat([sigma_B] * 2), both)
@@ -131,6 +134,6 @@ def _doubled(model: MicroDiT, edm: EDM, both: Caption) -> _PairDenoiser:
 
 
 def _rescaled(guided_BCHW: Tensor, towards_BCHW: Tensor, share: float) -> Tensor:
-    """2305.08891, eq. 15 and 16, of D: guidance makes pictures too contrasty, and the deviation over a picture says by how much."""
-    wanted, found = (x.std(dim=(1, 2, 3), keepdim=True) for x in (towards_BCHW, guided_BCHW))
-    return guided_BCHW * (1 + share * (wanted / found.clamp(min=1e-12) - 1))
+    """Rescale the standard deviation of each image, which guidance increases, by 2305.08891, eq. 15 and 16, applied to D."""
+    target, actual = (x.std(dim=(1, 2, 3), keepdim=True) for x in (towards_BCHW, guided_BCHW))
+    return guided_BCHW * (1 + share * (target / actual.clamp(min=1e-12) - 1))

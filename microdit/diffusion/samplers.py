@@ -1,11 +1,8 @@
-"""What every solver shares: the denoiser it asks, and what it tells after each step.
+"""Samplers: from noise to latents, by solvers of EDM's differential equation that are functions over a denoiser.
 
-Solvers that diffusers keeps: its EDM schedulers, led step by step with a denoiser of ours.
-
-Both follow the noise levels of `noise_schedule`, in float32. They are made for the raw network F (2206.00364, eq. 7), which they
-precondition themselves; guidance works on D, so D is handed over as each of them takes it.
-
-From noise to latents: solvers of EDM's differential equation, as small functions over a denoiser.
+`heun` is our own (2206.00364, algorithms 1 and 2); `euler` and `dpm` drive the EDM schedulers of diffusers step by step. Those schedulers
+expect the raw network F (2206.00364, eq. 7) and precondition it themselves, while guidance works on D, so D is converted for each of them.
+All follow the noise levels of `noise_schedule`, the schedulers in float32.
 
 Shape legend: B batch, C channels, H W height and width.
 """
@@ -24,86 +21,32 @@ from microdit.diffusion.edm import EDM
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(noisy latents (B, C, H, W), sigma (B,)) -> denoised latents (B, C, H, W)."""
 
+Solver = Literal["heun", "dpm", "euler"]
+
+CALLS_A_STEP: dict[Solver, int] = {"heun": 2, "dpm": 1, "euler": 1}
+"""Calls of the denoiser per step; Heun's last step has only one."""
+
 
 @dataclass(frozen=True)
 class Step:
-    """A step that is done: its number from 0, its noise level, and what the denoiser took the latents (B, C, H, W) for there."""
+    """A finished step: its index from 0, its noise level sigma, the denoised estimate D(x; sigma) in float32, and the latents after it.
+
+    Both tensors are (B, C, H, W); the latents are in the sampler's dtype.
+    """
 
     index: int
     sigma: float
     denoised_BCHW: Tensor
+    latents_BCHW: Tensor
 
 
-OnStep = Callable[[Step], None]
-"""Called after each step. What it raises ends the sampling, which leaves nothing behind."""
-
-
-def state_dtype(device: torch.device) -> torch.dtype:
-    """What the latents on their way are kept in: float64, but float32 on Apple's GPUs, which have no other."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def denoised_at(denoiser: Denoiser, x_BCHW: Tensor, sigma: float) -> Tensor:
-    """In the dtype of `x_BCHW`, while the denoiser is asked, and answers, in float32."""
-    sigma_B = x_BCHW.new_full((), sigma, dtype=torch.float32).expand(len(x_BCHW))
-    return denoiser(x_BCHW.float(), sigma_B).to(x_BCHW.dtype)
-
-
-@torch.no_grad()
-def euler(denoiser: Denoiser, noise_BCHW: Tensor, edm: EDM, num_steps: int, on_step: OnStep | None = None) -> Tensor:
-    """EDMEulerScheduler: first order, one call of the denoiser a step. The state is kept in float32."""
-    from diffusers import EDMEulerScheduler  # slow to import
-
-    scheduler = _ready(EDMEulerScheduler, edm, num_steps)
-    x = noise_BCHW.float() * scheduler.sigmas[0].item()
-    for index, timestep in enumerate(scheduler.timesteps):
-        sigma = scheduler.sigmas[index].item()
-        denoised = denoised_at(denoiser, x, sigma)
-        scheduler.scale_model_input(x, timestep)  # its result is the network's input, which ours makes itself; the scheduler warns without
-        x = scheduler.step(denoised, timestep, x, pred_original_sample=denoised).prev_sample
-        if on_step:
-            on_step(Step(index, sigma, denoised))
-    return x
-
-
-@torch.no_grad()
-def dpm(denoiser: Denoiser, noise_BCHW: Tensor, edm: EDM, num_steps: int, on_step: OnStep | None = None) -> Tensor:
-    """EDMDPMSolverMultistepScheduler: DPM-Solver++(2M) (2211.01095), second order, one call of the denoiser a step.
-
-    The state is kept in float64 (see `state_dtype`).
-    """
-    from diffusers import EDMDPMSolverMultistepScheduler  # slow to import
-
-    scheduler = _ready(EDMDPMSolverMultistepScheduler, edm, num_steps)
-    x = noise_BCHW.to(state_dtype(noise_BCHW.device)) * scheduler.sigmas[0].item()
-    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for index, timestep in enumerate(scheduler.timesteps):
-        sigma = scheduler.sigmas[index]
-        denoised = denoised_at(denoiser, x, sigma.item())
-        # `step` will compute c_skip x + c_out F: F is made from D with the very same numbers, so that D comes back to float64's precision.
-        c_skip, c_out = (scheduler.precondition_outputs(*pair, sigma.double()).item() for pair in ((one, zero), (zero, one)))
-        x = scheduler.step((denoised - c_skip * x) / c_out, timestep, x).prev_sample
-        if on_step:
-            on_step(Step(index, sigma.item(), denoised.float()))
-    return x.float()
-
-
-def _ready(scheduler_class: Any, edm: EDM, num_steps: int) -> Any:
-    scheduler = scheduler_class(sigma_min=edm.sigma_min, sigma_max=edm.sigma_max, sigma_data=edm.sigma_data, rho=edm.rho)
-    scheduler.set_timesteps(num_steps)
-    scheduler.set_begin_index(0)  # else it looks the first timestep up, by equality of floats
-    return scheduler
-
-
-Solver = Literal["heun", "dpm", "euler"]
-
-CALLS_A_STEP: dict[Solver, int] = {"heun": 2, "dpm": 1, "euler": 1}
-"""How often each solver asks the denoiser at every step; Heun's last asks once."""
+OnStep = Callable[[Step], Tensor | None]
+"""Called after each step. A tensor that it returns replaces the latents; an exception that it raises ends the sampling."""
 
 
 @dataclass(frozen=True)
 class Churn:
-    """New noise at every step of Heun's method (2206.00364, algorithm 2 and table 5); S_churn 0: none, and the solver is deterministic."""
+    """Settings of stochastic sampling (2206.00364, algorithm 2 and table 5). S_churn 0 adds no noise: the sampler is deterministic."""
 
     S_churn: float = 0.0
     S_tmin: float = 0.0
@@ -111,7 +54,7 @@ class Churn:
     S_noise: float = 1.0
 
     def gamma(self, sigma: float, num_steps: int) -> float:
-        """By which share of itself the noise level rises before a step."""
+        """Return the relative increase of the noise level before a step."""
         return min(self.S_churn / num_steps, math.sqrt(2) - 1) if self.S_tmin <= sigma <= self.S_tmax else 0.0
 
 
@@ -126,17 +69,17 @@ def solve(
     num_steps: int,
     on_step: OnStep | None = None,
     churn: Churn = DETERMINISTIC,
-    draw: Callable[[], Tensor] | None = None,
+    draw_noise: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """Latents from standard normal noise, by a solver's name. Churn is Heun's alone; `draw` makes its noise, as `noise_BCHW` was made."""
+    """Return latents (B, C, H, W) from standard normal noise. Only heun takes `churn`; `draw_noise` returns noise like `noise_BCHW`."""
     if solver == "heun":
-        return heun(denoiser, noise_BCHW, noise_schedule(edm, num_steps), on_step, churn, draw)
-    assert churn == DETERMINISTIC, "only heun can churn"
+        return heun(denoiser, noise_BCHW, noise_schedule(edm, num_steps), on_step, churn, draw_noise)
+    assert churn == DETERMINISTIC, "only heun takes churn"
     return (dpm if solver == "dpm" else euler)(denoiser, noise_BCHW, edm, num_steps, on_step)
 
 
 def noise_schedule(edm: EDM, num_steps: int) -> Tensor:
-    """num_steps + 1 noise levels from sigma_max down to sigma_min, then 0 (2206.00364, eq. 5), in float64."""
+    """Return num_steps noise levels from sigma_max down to sigma_min, and 0 (2206.00364, eq. 5), in float64. Needs at least 2 steps."""
     if num_steps < 2:
         raise ValueError(f"the sampler needs at least 2 steps, got {num_steps}")
     ramp = torch.arange(num_steps, dtype=torch.float64) / (num_steps - 1)
@@ -151,27 +94,86 @@ def heun(
     sigmas: Tensor,
     on_step: OnStep | None = None,
     churn: Churn = DETERMINISTIC,
-    draw: Callable[[], Tensor] | None = None,
+    draw_noise: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """Heun's second-order method down `sigmas` (2206.00364, algorithm 1; with churn algorithm 2). `noise_BCHW` is standard normal.
+    """Sample with Heun's second-order method along `sigmas` (2206.00364, algorithm 1, or 2 with churn).
 
-    The state is kept in float64 (see `state_dtype`), the denoiser computes in float32. Noise levels are numbers on the CPU: nothing waits
-    for a GPU. `draw` makes more noise of the same kind, needed for churn only.
+    `noise_BCHW` is standard normal, and `draw_noise`, needed only with churn, returns more of it. The state is float64 (see `state_dtype`),
+    while the denoiser computes in float32. Noise levels are Python numbers, so no step synchronises with a GPU.
     """
     levels = sigmas.tolist()
     x = noise_BCHW.to(state_dtype(noise_BCHW.device)) * levels[0]
     for index, (sigma, next_sigma) in enumerate(pairwise(levels)):
         if churn.S_churn and (gamma := churn.gamma(sigma, len(levels) - 1)):
-            assert draw is not None, "churn needs noise"
-            x = x + sigma * math.sqrt((1 + gamma) ** 2 - 1) * churn.S_noise * draw().to(x)
+            assert draw_noise is not None, "churn needs draw_noise"
+            x = x + sigma * math.sqrt((1 + gamma) ** 2 - 1) * churn.S_noise * draw_noise().to(x)
             sigma = sigma * (1 + gamma)
-        denoised = denoised_at(denoiser, x, sigma)
+        denoised = _denoised_at(denoiser, x, sigma)
         slope = (x - denoised) / sigma
         x_next = x + (next_sigma - sigma) * slope
-        if next_sigma > 0:  # the last step, down to 0, stays first order
-            next_slope = (x_next - denoised_at(denoiser, x_next, next_sigma)) / next_sigma
+        if next_sigma > 0:  # the last step, to 0, is of first order
+            next_slope = (x_next - _denoised_at(denoiser, x_next, next_sigma)) / next_sigma
             x_next = x + (next_sigma - sigma) * (slope + next_slope) / 2
-        x = x_next
-        if on_step:
-            on_step(Step(index, sigma, denoised.float()))
+        x = _after_step(on_step, Step(index, sigma, denoised.float(), x_next))
     return x.float()
+
+
+@torch.no_grad()
+def euler(denoiser: Denoiser, noise_BCHW: Tensor, edm: EDM, num_steps: int, on_step: OnStep | None = None) -> Tensor:
+    """Sample with EDMEulerScheduler of diffusers: first order, one call of the denoiser per step, with a float32 state."""
+    from diffusers import EDMEulerScheduler  # slow to import
+
+    scheduler = _scheduler(EDMEulerScheduler, edm, num_steps)
+    x = noise_BCHW.float() * scheduler.sigmas[0].item()
+    for index, timestep in enumerate(scheduler.timesteps):
+        sigma = scheduler.sigmas[index].item()
+        denoised = _denoised_at(denoiser, x, sigma)
+        scheduler.scale_model_input(x, timestep)  # the result is not needed, but the scheduler warns without this call
+        x = scheduler.step(denoised, timestep, x, pred_original_sample=denoised).prev_sample
+        x = _after_step(on_step, Step(index, sigma, denoised, x))
+    return x
+
+
+@torch.no_grad()
+def dpm(denoiser: Denoiser, noise_BCHW: Tensor, edm: EDM, num_steps: int, on_step: OnStep | None = None) -> Tensor:
+    """Sample with EDMDPMSolverMultistepScheduler of diffusers: DPM-Solver++(2M) (2211.01095).
+
+    It is of second order, with one call of the denoiser per step. The state is float64 (see `state_dtype`).
+    """
+    from diffusers import EDMDPMSolverMultistepScheduler  # slow to import
+
+    scheduler = _scheduler(EDMDPMSolverMultistepScheduler, edm, num_steps)
+    x = noise_BCHW.to(state_dtype(noise_BCHW.device)) * scheduler.sigmas[0].item()
+    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for index, timestep in enumerate(scheduler.timesteps):
+        sigma = scheduler.sigmas[index]
+        denoised = _denoised_at(denoiser, x, sigma.item())
+        # `step` computes c_skip x + c_out F. F is made from D with the same coefficients, so `step` recovers D to float64 precision.
+        c_skip, c_out = (scheduler.precondition_outputs(*pair, sigma.double()).item() for pair in ((one, zero), (zero, one)))
+        x = scheduler.step((denoised - c_skip * x) / c_out, timestep, x).prev_sample
+        x = _after_step(on_step, Step(index, sigma.item(), denoised.float(), x))
+    return x.float()
+
+
+def _scheduler(scheduler_class: Any, edm: EDM, num_steps: int) -> Any:
+    scheduler = scheduler_class(sigma_min=edm.sigma_min, sigma_max=edm.sigma_max, sigma_data=edm.sigma_data, rho=edm.rho)
+    scheduler.set_timesteps(num_steps)
+    scheduler.set_begin_index(0)  # otherwise it searches the first timestep by equality of floats
+    return scheduler
+
+
+def _after_step(on_step: OnStep | None, step: Step) -> Tensor:
+    """Call `on_step` and return the latents to continue with."""
+    changed_BCHW = on_step(step) if on_step else None
+    return step.latents_BCHW if changed_BCHW is None else changed_BCHW.to(step.latents_BCHW)
+
+
+def _denoised_at(denoiser: Denoiser, x_BCHW: Tensor, sigma: float) -> Tensor:
+    """Call the denoiser in float32 and return D(x; sigma) in the dtype of `x_BCHW`."""
+    sigma_B = x_BCHW.new_full((), sigma, dtype=torch.float32).expand(len(x_BCHW))
+    return denoiser(x_BCHW.float(), sigma_B).to(x_BCHW.dtype)
+
+
+def state_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of the sampler's state: float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64

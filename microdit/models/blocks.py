@@ -1,17 +1,11 @@
-"""What lies between the matrix products of a block: norms, modulation, residual sums, the gate of a SwiGLU.
-
-On a GPU these are bound by memory, not by arithmetic. Compiled, each is one kernel forward and one or two backward. That takes seconds for
-the few functions here, which all blocks share, where compiling blocks of 26 different shapes takes minutes; the products in between are a
-library's in either case.
-
-Shape legend: B batch, T tokens, D dim, A attention width, F feed-forward width.
-
-The parts of a MicroDiT block: attention, cross-attention, SwiGLU, adaptive layer norm.
+"""The parts of a MicroDiT block: attention, cross-attention, SwiGLU, adaptive layer norm.
 
 Notable:
 - queries and keys are layer-normalised over all heads together, without parameters;
 - the attention of a block may be narrower than the model (layer-wise width scaling, 2407.15811 section 3);
-- adaLN (Peebles & Xie 2023) modulates self-attention and feed-forward, while the caption's tokens enter by cross-attention.
+- adaLN (Peebles & Xie 2023) modulates self-attention and feed-forward, while the caption's tokens enter by cross-attention;
+- the element-wise operations between matrix products are free functions, which `compiled` turns into one kernel each: on a GPU they are
+  bound by memory bandwidth. All blocks share them, so compiling takes seconds, where 26 blocks of different shapes would take minutes.
 
 Shape legend: B batch, T tokens, L caption tokens, D dim, A attention width, N heads, H head dim, F feed-forward width.
 """
@@ -30,63 +24,12 @@ from microdit.models.moe import ExpertChoice
 NORM_EPS = 1e-6
 
 
-def modulated_norm(x_BTD: Tensor, weight_D: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """adaLN (Peebles & Xie 2023): the layer norm, scaled and shifted for each sample."""
-    return torch.addcmul(shift_B1D, F.layer_norm(x_BTD, weight_D.shape, weight_D, None, NORM_EPS), 1 + scale_B1D)
-
-
-def gated_sum(x_BTD: Tensor, gate_B1D: Tensor, y_BTD: Tensor) -> Tensor:
-    """x + gate * y."""
-    return torch.addcmul(x_BTD, gate_B1D, y_BTD)
-
-
-def gated_sum_norm(x_BTD: Tensor, gate_B1D: Tensor, y_BTD: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
-    """x + gate * y, and its layer norm."""
-    x_BTD = gated_sum(x_BTD, gate_B1D, y_BTD)
-    return x_BTD, F.layer_norm(x_BTD, weight_D.shape, weight_D, None, NORM_EPS)
-
-
-def sum_modulated_norm(x_BTD: Tensor, y_BTD: Tensor, weight_D: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> tuple[Tensor, Tensor]:
-    """x + y, and its modulated norm."""
-    x_BTD = x_BTD + y_BTD
-    return x_BTD, modulated_norm(x_BTD, weight_D, shift_B1D, scale_B1D)
-
-
-def normalised(x_BTA: Tensor) -> Tensor:
-    """The layer norm of queries or keys, over all heads together, without parameters."""
-    return F.layer_norm(x_BTA, (x_BTA.shape[-1],), eps=NORM_EPS)
-
-
-def gated_silu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020, 2002.05202)."""
-    return F.silu(gate_BTF) * up_BTF
-
-
-class Elementwise(NamedTuple):
-    """The functions above, eager or compiled: what a block calls."""
-
-    modulated_norm: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    gated_sum: Callable[[Tensor, Tensor, Tensor], Tensor]
-    gated_sum_norm: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    sum_modulated_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    normalised: Callable[[Tensor], Tensor]
-    gated_silu: Callable[[Tensor, Tensor], Tensor]
-
-
-EAGER = Elementwise(modulated_norm, gated_sum, gated_sum_norm, sum_modulated_norm, normalised, gated_silu)
-
-
-@cache
-def compiled() -> Elementwise:
-    """Compiled at their first use. Numbers of samples, tokens and hidden widths are left open, so that others compile nothing again."""
-    functions: list[Callable[..., Any]] = [torch.compile(function, fullgraph=True, dynamic=True) for function in EAGER]
-    return Elementwise(*functions)
-
-
 @dataclass(frozen=True)
 class BlockShape:
-    """Widths of one block. `num_experts` 0 means a dense feed-forward of hidden width `ffn_dim`, a SwiGLU or, not gated, with a GELU;
-    else each expert has this width, and a GELU.
+    """The widths of one block.
+
+    With `num_experts` 0 the feed-forward is dense, of hidden width `ffn_dim`: a SwiGLU if `gated`, else two matrices with a GELU. Otherwise
+    each expert has the hidden width `ffn_dim` and a GELU.
     """
 
     attention_dim: int
@@ -95,98 +38,15 @@ class BlockShape:
     gated: bool = True
 
 
-class SelfAttention(nn.Module):
-    """Multi-head attention of width `attention_dim` among tokens of width `dim`."""
-
-    def __init__(self, dim: int, attention_dim: int, head_dim: int, bias: bool):
-        super().__init__()
-        self.head_dim, self.elementwise = head_dim, EAGER
-        self.qkv = nn.Linear(dim, 3 * attention_dim, bias=bias)
-        self.out = nn.Linear(attention_dim, dim, bias=bias)
-
-    def forward(self, x_BTD: Tensor, key_mask_BT: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D). Tokens where `key_mask_BT` is False are attended by nobody."""
-        q_BTA, k_BTA, v_BTA = self.qkv(x_BTD).chunk(3, dim=-1)
-        normalised = self.elementwise.normalised
-        keys_values = KeysValues(_heads(normalised(k_BTA), self.head_dim), _heads(v_BTA, self.head_dim))
-        return self.out(_attend(_heads(normalised(q_BTA), self.head_dim), keys_values, key_mask_BT))
-
-    def init_weights(self, output_std: float) -> None:
-        nn.init.trunc_normal_(self.qkv.weight, std=0.02)
-        nn.init.trunc_normal_(self.out.weight, std=output_std)
-
-
 class KeysValues(NamedTuple):
-    """Normalised keys and values, each (B, N, L, H). A caption's are the same at every step of sampling."""
+    """Normalised keys and values, each (B, N, L, H). Those of a caption are the same at every step of sampling."""
 
     k_BNLH: Tensor
     v_BNLH: Tensor
 
 
-class CrossAttention(nn.Module):
-    """Image tokens ask, caption tokens answer; always as wide as the model."""
-
-    def __init__(self, dim: int, head_dim: int, bias: bool):
-        super().__init__()
-        self.head_dim, self.elementwise = head_dim, EAGER
-        self.q = nn.Linear(dim, dim, bias=bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
-        self.out = nn.Linear(dim, dim, bias=bias)
-
-    def forward(self, x_BTD: Tensor, caption: Tensor | KeysValues, caption_mask_BL: Tensor | None = None) -> Tensor:
-        """(B, T, D), (B, L, D) -> (B, T, D). In the place of the caption's tokens, what `keys_values` makes of them."""
-        keys_values = self.keys_values(caption) if isinstance(caption, Tensor) else caption
-        q_BNTH = _heads(self.elementwise.normalised(self.q(x_BTD)), self.head_dim)
-        return self.out(_attend(q_BNTH, keys_values, caption_mask_BL))
-
-    def keys_values(self, caption_BLD: Tensor) -> KeysValues:
-        """All that depends on the caption alone."""
-        k_BLD, v_BLD = self.kv(caption_BLD).chunk(2, dim=-1)
-        return KeysValues(_heads(self.elementwise.normalised(k_BLD), self.head_dim), _heads(v_BLD, self.head_dim))
-
-    def init_weights(self, output_std: float) -> None:
-        nn.init.trunc_normal_(self.q.weight, std=0.02)
-        nn.init.trunc_normal_(self.kv.weight, std=0.02)
-        nn.init.trunc_normal_(self.out.weight, std=output_std)
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020, 2002.05202)."""
-
-    def __init__(self, dim: int, hidden_dim: int, bias: bool):
-        super().__init__()
-        self.elementwise = EAGER
-        self.gate = nn.Linear(dim, hidden_dim, bias=bias)
-        self.up = nn.Linear(dim, hidden_dim, bias=bias)
-        self.down = nn.Linear(hidden_dim, dim, bias=bias)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(self.elementwise.gated_silu(self.gate(x_BTD), self.up(x_BTD)))
-
-    def init_weights(self, output_std: float) -> None:
-        nn.init.trunc_normal_(self.gate.weight, std=0.02)
-        nn.init.trunc_normal_(self.up.weight, std=output_std)
-        nn.init.trunc_normal_(self.down.weight, std=output_std)
-
-
-class GELU(nn.Module):
-    """down(gelu(up(x))), what a SwiGLU is compared with."""
-
-    def __init__(self, dim: int, hidden_dim: int, bias: bool):
-        super().__init__()
-        self.up = nn.Linear(dim, hidden_dim, bias=bias)
-        self.down = nn.Linear(hidden_dim, dim, bias=bias)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BTD)))
-
-    def init_weights(self, output_std: float) -> None:
-        nn.init.trunc_normal_(self.up.weight, std=0.02)
-        nn.init.trunc_normal_(self.down.weight, std=output_std)
-
-
 class Block(nn.Module):
-    """Self-attention, cross-attention to the caption, feed-forward (dense or experts), each added to the residual stream.
+    """Self-attention, cross-attention to the caption and a feed-forward (dense or experts), each added to the residual stream.
 
     `condition_dim` is the width of the vector that drives adaLN; it differs from `dim` in the patch-mixer.
     """
@@ -206,20 +66,21 @@ class Block(nn.Module):
         self.modulation = nn.Linear(condition_dim, 6 * dim)
 
     def forward(self, x_BTD: Tensor, caption: Tensor | KeysValues, caption_mask_BL: Tensor | None, condition_BD: Tensor) -> Tensor:
-        """`caption`: its tokens (B, L, D), or what this block's cross-attention makes of them.
+        """Map (B, T, D) -> (B, T, D).
 
-        `condition_BD` is the activated sum of noise level and pooled caption, the same for all blocks.
+        `caption` is either its tokens (B, L, D) or this block's keys and values of them. `condition_BD` is the activated sum of the noise
+        embedding and the pooled caption, the same for all blocks.
         """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition_BD).unsqueeze(1).chunk(6, dim=-1)
-        do = self.elementwise
-        attended_BTD = self.attn(do.modulated_norm(x_BTD, self.attn_norm.weight, shift_1, scale_1))
-        x_BTD, normed_BTD = do.gated_sum_norm(x_BTD, gate_1, attended_BTD, self.cross_norm.weight)
-        of_caption_BTD = self.cross_attn(normed_BTD, caption, caption_mask_BL)
-        x_BTD, normed_BTD = do.sum_modulated_norm(x_BTD, of_caption_BTD, self.ffn_norm.weight, shift_2, scale_2)
-        return do.gated_sum(x_BTD, gate_2, self.ffn(normed_BTD))
+        ops = self.elementwise
+        attended_BTD = self.attn(ops.modulated_norm(x_BTD, self.attn_norm.weight, shift_1, scale_1))
+        x_BTD, normed_BTD = ops.gated_sum_norm(x_BTD, gate_1, attended_BTD, self.cross_norm.weight)
+        crossed_BTD = self.cross_attn(normed_BTD, caption, caption_mask_BL)
+        x_BTD, normed_BTD = ops.sum_modulated_norm(x_BTD, crossed_BTD, self.ffn_norm.weight, shift_2, scale_2)
+        return ops.gated_sum(x_BTD, gate_2, self.ffn(normed_BTD))
 
     def init_weights(self, output_std: float) -> None:
-        """`output_std` shrinks with depth; adaLN starts at zero, so that a new block passes its input on (adaLN-zero)."""
+        """Draw the weights. `output_std` is for those that write to the residual stream; adaLN starts at zero (adaLN-zero)."""
         self.attn.init_weights(output_std)
         self.cross_attn.init_weights(output_std)
         self.ffn.init_weights(output_std)
@@ -227,7 +88,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The last layer: adaptive norm, then a linear map from tokens to patches, zero at the start.
+    """The last layer: an adaptive norm, then a linear map from tokens to patches that is initialised to zero.
 
     `condition_dim` is the width of the vector that drives adaLN; it differs from `dim` behind a decoder.
     """
@@ -239,7 +100,7 @@ class Head(nn.Module):
         self.linear = nn.Linear(dim, patch_values)
 
     def forward(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, P)."""
+        """Map tokens (B, T, D) -> patches (B, T, P)."""
         shift, scale = self.modulation(condition_BD).unsqueeze(1).chunk(2, dim=-1)
         return self.linear(EAGER.modulated_norm(x_BTD, self.norm.weight, shift, scale))
 
@@ -248,18 +109,154 @@ class Head(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
 
+class SelfAttention(nn.Module):
+    """Multi-head self-attention of width `attention_dim` on tokens of width `dim`."""
+
+    def __init__(self, dim: int, attention_dim: int, head_dim: int, bias: bool):
+        super().__init__()
+        self.head_dim, self.elementwise = head_dim, EAGER
+        self.qkv = nn.Linear(dim, 3 * attention_dim, bias=bias)
+        self.out = nn.Linear(attention_dim, dim, bias=bias)
+
+    def forward(self, x_BTD: Tensor, key_mask_BT: Tensor | None = None) -> Tensor:
+        """Map (B, T, D) -> (B, T, D). No token attends to those where `key_mask_BT` is False."""
+        q_BTA, k_BTA, v_BTA = self.qkv(x_BTD).chunk(3, dim=-1)
+        normalised = self.elementwise.normalised
+        keys_values = KeysValues(_heads(normalised(k_BTA), self.head_dim), _heads(v_BTA, self.head_dim))
+        return self.out(_attend(_heads(normalised(q_BTA), self.head_dim), keys_values, key_mask_BT))
+
+    def init_weights(self, output_std: float) -> None:
+        nn.init.trunc_normal_(self.qkv.weight, std=0.02)
+        nn.init.trunc_normal_(self.out.weight, std=output_std)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from image tokens (queries) to caption tokens (keys and values), always as wide as the model."""
+
+    def __init__(self, dim: int, head_dim: int, bias: bool):
+        super().__init__()
+        self.head_dim, self.elementwise = head_dim, EAGER
+        self.q = nn.Linear(dim, dim, bias=bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+
+    def forward(self, x_BTD: Tensor, caption: Tensor | KeysValues, caption_mask_BL: Tensor | None = None) -> Tensor:
+        """Map (B, T, D), (B, L, D) -> (B, T, D). `caption` is either the caption's tokens or their keys and values, computed before."""
+        keys_values = self.keys_values(caption) if isinstance(caption, Tensor) else caption
+        q_BNTH = _heads(self.elementwise.normalised(self.q(x_BTD)), self.head_dim)
+        return self.out(_attend(q_BNTH, keys_values, caption_mask_BL))
+
+    def keys_values(self, caption_BLD: Tensor) -> KeysValues:
+        """Project caption tokens (B, L, D) to keys and values. Nothing in them depends on the image tokens."""
+        k_BLD, v_BLD = self.kv(caption_BLD).chunk(2, dim=-1)
+        return KeysValues(_heads(self.elementwise.normalised(k_BLD), self.head_dim), _heads(v_BLD, self.head_dim))
+
+    def init_weights(self, output_std: float) -> None:
+        nn.init.trunc_normal_(self.q.weight, std=0.02)
+        nn.init.trunc_normal_(self.kv.weight, std=0.02)
+        nn.init.trunc_normal_(self.out.weight, std=output_std)
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward down(silu(gate(x)) * up(x)) (Shazeer 2020, 2002.05202)."""
+
+    def __init__(self, dim: int, hidden_dim: int, bias: bool):
+        super().__init__()
+        self.elementwise = EAGER
+        self.gate = nn.Linear(dim, hidden_dim, bias=bias)
+        self.up = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(self.elementwise.gated_silu(self.gate(x_BTD), self.up(x_BTD)))
+
+    def init_weights(self, output_std: float) -> None:
+        nn.init.trunc_normal_(self.gate.weight, std=0.02)
+        nn.init.trunc_normal_(self.up.weight, std=output_std)
+        nn.init.trunc_normal_(self.down.weight, std=output_std)
+
+
+class GELU(nn.Module):
+    """The feed-forward down(gelu(up(x))) without a gate, as a baseline for SwiGLU."""
+
+    def __init__(self, dim: int, hidden_dim: int, bias: bool):
+        super().__init__()
+        self.up = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BTD)))
+
+    def init_weights(self, output_std: float) -> None:
+        nn.init.trunc_normal_(self.up.weight, std=0.02)
+        nn.init.trunc_normal_(self.down.weight, std=output_std)
+
+
 def layer_norm(dim: int) -> nn.LayerNorm:
-    """With a weight and without a bias, as everywhere in MicroDiT."""
+    """Make a layer norm with a weight and no bias, as MicroDiT has everywhere."""
     return nn.LayerNorm(dim, eps=NORM_EPS, bias=False)
 
 
 def _attend(q_BNTH: Tensor, keys_values: KeysValues, key_mask_BL: Tensor | None) -> Tensor:
-    """Scaled dot-product attention of normalised queries: (B, N, T, H) -> (B, T, A)."""
+    """Compute scaled dot-product attention: queries (B, N, T, H) -> (B, T, A)."""
     mask_B11L = None if key_mask_BL is None else key_mask_BL[:, None, None, :]
     out_BNTH = F.scaled_dot_product_attention(q_BNTH, *keys_values, attn_mask=mask_B11L)
     return out_BNTH.transpose(1, 2).flatten(-2)
 
 
 def _heads(x_BTA: Tensor, head_dim: int) -> Tensor:
-    """(B, T, N * H) -> (B, N, T, H)."""
+    """Split the heads: (B, T, N * H) -> (B, N, T, H)."""
     return x_BTA.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+class Elementwise(NamedTuple):
+    """The element-wise functions that a block calls, eager or compiled."""
+
+    modulated_norm: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    gated_sum: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gated_sum_norm: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    sum_modulated_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    normalised: Callable[[Tensor], Tensor]
+    gated_silu: Callable[[Tensor, Tensor], Tensor]
+
+
+def modulated_norm(x_BTD: Tensor, weight_D: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
+    """Return the layer norm of x, scaled and shifted for each sample: adaLN (Peebles & Xie 2023)."""
+    return torch.addcmul(shift_B1D, F.layer_norm(x_BTD, weight_D.shape, weight_D, None, NORM_EPS), 1 + scale_B1D)
+
+
+def gated_sum(x_BTD: Tensor, gate_B1D: Tensor, y_BTD: Tensor) -> Tensor:
+    """Return x + gate * y."""
+    return torch.addcmul(x_BTD, gate_B1D, y_BTD)
+
+
+def gated_sum_norm(x_BTD: Tensor, gate_B1D: Tensor, y_BTD: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x + gate * y and its layer norm."""
+    x_BTD = gated_sum(x_BTD, gate_B1D, y_BTD)
+    return x_BTD, F.layer_norm(x_BTD, weight_D.shape, weight_D, None, NORM_EPS)
+
+
+def sum_modulated_norm(x_BTD: Tensor, y_BTD: Tensor, weight_D: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x + y and its modulated norm."""
+    x_BTD = x_BTD + y_BTD
+    return x_BTD, modulated_norm(x_BTD, weight_D, shift_B1D, scale_B1D)
+
+
+def normalised(x_BTA: Tensor) -> Tensor:
+    """Return the layer norm of queries or keys over all heads together, without parameters."""
+    return F.layer_norm(x_BTA, (x_BTA.shape[-1],), eps=NORM_EPS)
+
+
+def gated_silu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+    """Return silu(gate) * up (Shazeer 2020, 2002.05202)."""
+    return F.silu(gate_BTF) * up_BTF
+
+
+EAGER = Elementwise(modulated_norm, gated_sum, gated_sum_norm, sum_modulated_norm, normalised, gated_silu)
+
+
+@cache
+def compiled() -> Elementwise:
+    """Return the functions compiled by torch.compile, at their first call, with dynamic sizes: no new shape compiles them again."""
+    functions: list[Callable[..., Any]] = [torch.compile(function, fullgraph=True, dynamic=True) for function in EAGER]
+    return Elementwise(*functions)

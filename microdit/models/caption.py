@@ -1,4 +1,4 @@
-"""Captions as the blocks use them, and what makes them of the text encoder's vectors.
+"""The caption embedder: from the text encoder's vectors to the tokens and the pooled vector that condition the blocks.
 
 Shape legend: B batch, L caption tokens, E the text encoder's channels, D dim, N heads, H head dim.
 """
@@ -14,38 +14,39 @@ from microdit.models.blocks import KeysValues, SelfAttention, SwiGLU, layer_norm
 
 
 class Caption(NamedTuple):
-    """Depends on neither noise nor picture, so it can be computed once for all steps.
+    """An embedded caption. It depends on neither the noise nor the image, so sampling computes it once for all steps.
 
-    `answers`: what each block's cross-attention makes of it, by `MicroDiT.answer_once`; empty where blocks shall compute that themselves.
+    `kv_cache` holds each block's cross-attention keys and values, filled by `MicroDiT.precompute_kv`. While it is empty, as in training,
+    the blocks compute them themselves.
     """
 
     tokens_BLD: Tensor
     pooled_BD: Tensor
     mask_BL: Tensor | None
-    answers: dict[nn.Module, KeysValues]
+    kv_cache: dict[nn.Module, KeysValues]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Caption":
-        """With each of its tensors changed along the batch, its first dimension."""
-        answers = {block: KeysValues(change(k), change(v)) for block, (k, v) in self.answers.items()}
+        """Return the caption with `change` applied to each tensor. The batch is always the first dimension."""
+        kv_cache = {block: KeysValues(change(k), change(v)) for block, (k, v) in self.kv_cache.items()}
         mask_BL = None if self.mask_BL is None else change(self.mask_BL)
-        return Caption(change(self.tokens_BLD), change(self.pooled_BD), mask_BL, answers)
+        return Caption(change(self.tokens_BLD), change(self.pooled_BD), mask_BL, kv_cache)
 
 
 def join(first: Caption, second: Caption) -> Caption:
-    """Both in one batch. They have as many tokens, and either both have a mask or neither; answers of the same blocks."""
-    pairs = zip(first.answers.items(), second.answers.values(), strict=True)
-    answers = {block: KeysValues(torch.cat([k, other_k]), torch.cat([v, other_v])) for (block, (k, v)), (other_k, other_v) in pairs}
+    """Concatenate two captions along the batch. Both need the same number of tokens, the same cached blocks, and a mask or none."""
+    pairs = zip(first.kv_cache.items(), second.kv_cache.values(), strict=True)
+    kv_cache = {block: KeysValues(torch.cat([k, other_k]), torch.cat([v, other_v])) for (block, (k, v)), (other_k, other_v) in pairs}
     masks = [mask_BL for mask_BL in (first.mask_BL, second.mask_BL) if mask_BL is not None]
     return Caption(
         torch.cat([first.tokens_BLD, second.tokens_BLD]),
         torch.cat([first.pooled_BD, second.pooled_BD]),
         torch.cat(masks) if masks else None,
-        answers,
+        kv_cache,
     )
 
 
 class CaptionEmbedder(nn.Module):
-    """Caption MLP, one self-attention block over its tokens, and the pooled vector for adaLN."""
+    """An MLP on each token, one self-attention block over all of them, and a pooled vector for adaLN (2407.15811, section 3)."""
 
     def __init__(self, channels: int, dim: int, head_dim: int, ffn_dim: int, bias: bool):
         super().__init__()
@@ -57,6 +58,7 @@ class CaptionEmbedder(nn.Module):
         self.pool = NormMLP(dim, dim)
 
     def forward(self, text_BLE: Tensor, mask_BL: Tensor | None) -> Caption:
+        """Map text vectors (B, L, E) -> `Caption`. The mask is True at real tokens; without one, all tokens are real."""
         y_BLD = self.project(text_BLE)
         y_BLD = y_BLD + self.attn(self.attn_norm(y_BLD), mask_BL)
         y_BLD = y_BLD + self.ffn(self.ffn_norm(y_BLD))
@@ -78,7 +80,7 @@ class CaptionEmbedder(nn.Module):
 
 
 class NormMLP(nn.Module):
-    """Linear, GELU, layer norm, linear."""
+    """Linear, GELU, layer norm, linear; (..., in_dim) -> (..., dim)."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""From a few numbers to a whole architecture, and the paper's named sizes."""
+"""Model sizes: the few numbers that people choose, the paper's named sizes, and how they become a whole architecture."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -18,25 +18,24 @@ Ratio = Annotated[float, Range(0, 64, above=True)]
 
 @dataclass(frozen=True)
 class Size:
-    """The few numbers that people choose. Ratios are of `dim` (of `mixer_dim` in the patch-mixer and in the decoder)."""
+    """The numbers that define a model. Ratios are relative to `dim` (to `mixer_dim` in the patch-mixer and the decoder)."""
 
     dim: Width
     depth: Annotated[int, Range(1, 256)]
     head_dim: Width
     mixer_dim: Width
     mixer_depth: Blocks
-    attention_range: tuple[Ratio, Ratio] = (0.5, 1.0)  # width scaling: first block's ratio, last block's ratio
+    attention_range: tuple[Ratio, Ratio] = (0.5, 1.0)  # layer-wise width scaling: ratio of the first block, ratio of the last
     ffn_range: tuple[Ratio, Ratio] = (0.5, 4.0)
     mixer_ffn_ratio: Ratio = 4.0
     num_experts: Annotated[int, Range(0, 1024)] = 8  # 0: no mixture of experts
     experts_every: Annotated[int, Range(1, 256)] = 2
     round_ffn_to: Width = 256
-    gated_ffn: bool = True  # SwiGLU where there are no experts; False: a GELU between two matrices, as wide as costs the same
+    gated_ffn: bool = True  # dense feed-forwards are SwiGLUs; False: two matrices with a GELU, at the same cost
     routing: Routing = "deferred"
-    dense_blocks: tuple[Blocks, Blocks] | None = (
-        None  # tread, sprint: of the depth, before the drop and after the restore; null: as published
-    )
-    decoder_depth: Annotated[int, Range(1, 256)] | None = None  # maskdit: further blocks, as wide as the mixer's; null: as published
+    # tread, sprint: how many of the blocks are dense, before the drop and after the restore; null: as published
+    dense_blocks: tuple[Blocks, Blocks] | None = None
+    decoder_depth: Annotated[int, Range(1, 256)] | None = None  # maskdit: additional blocks, as wide as the mixer's; null: as published
 
 
 SIZES = {
@@ -76,7 +75,7 @@ def create_model(name: str, **settings: int | float | bool) -> MicroDiT:
 
 
 def resolve(size: Size, **settings: int | float | bool) -> ModelConfig:
-    """The architecture of `size`; `settings` are further fields of `ModelConfig` (in_channels, patch_size, ...).
+    """Return the whole architecture of `size`. `settings` are the remaining fields of `ModelConfig` (in_channels, patch_size, ...).
 
     Layer-wise width scaling (2407.15811, section 3): the ratios grow linearly from the first block to the last.
     """
@@ -86,17 +85,8 @@ def resolve(size: Size, **settings: int | float | bool) -> ModelConfig:
 
     attention_ratios = np.linspace(*size.attention_range, size.depth).tolist()
     ffn_ratios = np.linspace(*size.ffn_range, size.depth).tolist()
-    blocks = tuple(
-        _shape(
-            size,
-            size.dim,
-            attention_ratios[i],
-            ffn_ratios[i],
-            with_experts(i, size.depth - 1),
-        )
-        for i in range(size.depth)
-    )
-    # In the mixer the last block may have experts, but never the first (matters when every block shall have them).
+    blocks = tuple(_shape(size, size.dim, attention_ratios[i], ffn_ratios[i], with_experts(i, size.depth - 1)) for i in range(size.depth))
+    # In the mixer the last block may have experts, but the first never does (which matters only with experts_every 1).
     mixer = tuple(_shape(size, size.mixer_dim, 1.0, size.mixer_ffn_ratio, i > 0 and with_experts(i, -1)) for i in range(size.mixer_depth))
     method = METHODS[size.routing]
     decoder_depth = method.decoder if size.decoder_depth is None else size.decoder_depth
@@ -116,7 +106,7 @@ def resolve(size: Size, **settings: int | float | bool) -> ModelConfig:
 
 
 def _shape(size: Size, dim: int, attention_ratio: float, ffn_ratio: float, experts: bool) -> BlockShape:
-    """Attention in whole pairs of heads; a SwiGLU has three matrices, so two thirds of the hidden width at equal cost."""
+    """Round the attention to pairs of heads. A SwiGLU has three matrices, so it gets two thirds of the hidden width, at equal cost."""
     gated = size.gated_ffn and not experts
     attention_dim = dim if attention_ratio == 1 else _round_up(max(1, int(dim * attention_ratio)), 2 * size.head_dim)
     hidden_dim = max(2, int(dim * ffn_ratio))

@@ -1,7 +1,9 @@
-"""FLOPs of one sample by a closed formula: two for each multiply-add of a matrix product, attention's products included.
+"""The FLOPs of one sample in closed form: two for each multiply-add of a matrix product, those of attention included.
 
-Exactly what PyTorch's FlopCounterMode counts (tests/model/test_flops.py), without running anything. Norms, activations, softmax and the
-optimizer are not counted, as is usual.
+The figures equal the counts of PyTorch's FlopCounterMode (tests/models/test_flops.py) without running anything. As is usual, norms,
+activations, softmax and the optimizer are not counted.
+
+In all functions `tokens` is the number of patches, and `kept` how many of them remain after the drop (all of them if nothing is dropped).
 """
 
 from microdit.models.blocks import BlockShape
@@ -10,33 +12,33 @@ from microdit.models.routing import METHODS
 
 
 def forward_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: int) -> int:
-    """Of a forward pass on `tokens` patches, of which `kept` go on after the drop (all, where nothing is dropped).
-
-    With routing sprint, 0 is a pass without the sparse blocks.
-    """
+    """Return the FLOPs of a forward pass. With routing sprint, `kept` 0 is a pass without the sparse blocks."""
     return 2 * (_without_input_gradient(config, tokens, caption_tokens) + _with_input_gradient(config, tokens, kept, caption_tokens))
 
 
 def training_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: int) -> int:
-    """Of a forward and a backward pass. Backward, a product costs twice as much; half of that where its input needs no gradient."""
+    """Return the FLOPs of a forward and a backward pass.
+
+    The backward pass of a product costs twice its forward pass, or the same where its input needs no gradient.
+    """
     outer = _without_input_gradient(config, tokens, caption_tokens)
     inner = _with_input_gradient(config, tokens, kept, caption_tokens)
     return 2 * (2 * outer + 3 * inner)
 
 
 def recomputed_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: int, share: float) -> int:
-    """Of the blocks that compute twice, if the first `share` of all do: their second forward pass."""
+    """Return the FLOPs that activation checkpointing adds: a second forward pass of the first `share` of all blocks."""
     first = config.tokens_by_block(tokens, kept)[: config.recomputed(share)]
     return sum(2 * _block(config, shape, width, seen, caption_tokens) for shape, width, seen in first)
 
 
 def _without_input_gradient(config: ModelConfig, tokens: int, caption_tokens: int) -> int:
-    """Multiply-adds of the first products on patches, noise level and caption."""
+    """Count the multiply-adds of the first layers, on patches, noise level and caption."""
     return config.dim * (tokens * config.patch_values + TIME_FREQUENCIES + caption_tokens * config.caption_channels)
 
 
 def _with_input_gradient(config: ModelConfig, tokens: int, kept: int, caption_tokens: int) -> int:
-    """Multiply-adds of all other products."""
+    """Count the multiply-adds of all other products."""
     dim, mixer_dim, method = config.dim, config.mixer_dim, METHODS[config.routing]
     total = dim * dim + _caption(config, caption_tokens)
     for shape, width, seen in config.tokens_by_block(tokens, kept):

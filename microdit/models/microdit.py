@@ -1,12 +1,12 @@
 """MicroDiT: a diffusion transformer whose backbone trains on a quarter of the patches (2407.15811).
 
 Notable:
-- a light patch-mixer sees all patches before most are dropped (deferred masking), so those kept know of the rest;
+- deferred masking: a light patch-mixer sees all patches before most are dropped, so the kept ones carry information on the rest;
 - layer-wise width scaling: later blocks are wider;
 - expert-choice mixture of experts in every second block, never in the last;
 - the caption enters twice: its tokens by cross-attention, its mean by adaLN;
-- dropped tokens take one of six ways (`routing.py`);
-- patches come out, not pictures: `patches.unpatchify` puts them together when all are there.
+- `routing.py` has six ways to drop tokens and bring them back;
+- the output is patches, not images: `patches.unpatchify` puts them together when none is missing.
 
 Shape legend: B batch, C channels, H W height and width, T tokens, K kept tokens, P values in a patch, L caption tokens, D dim.
 """
@@ -31,7 +31,9 @@ TIME_FREQUENCIES = 512
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture, fully resolved: one `BlockShape` for each block. `config.resolve` makes it from a few numbers.
+    """The architecture in full: one `BlockShape` for each block. `config.resolve` makes it from a `Size`.
+
+    Raises ValueError if the dense blocks or the decoder contradict the routing.
 
     >>> from microdit.models.config import Size, resolve
     >>> config = resolve(Size(dim=64, depth=4, head_dim=16, mixer_dim=32, mixer_depth=1, num_experts=0), caption_channels=384)
@@ -47,7 +49,7 @@ class ModelConfig:
     caption_ffn_dim: int
     decoder: tuple[BlockShape, ...] = ()  # as wide as the mixer
     routing: Routing = "deferred"
-    dense_blocks: tuple[int, int] = (0, 0)  # of `blocks`, how many see all tokens before the drop and after the restore
+    dense_blocks: tuple[int, int] = (0, 0)  # how many of `blocks` see all tokens, before the drop and after the restore
     in_channels: int = 4
     patch_size: int = 2
     caption_channels: int = 1024
@@ -58,11 +60,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         method = METHODS[self.routing]
         if (any(self.dense_blocks) and method.drop != "blocks") or bool(self.decoder) != bool(method.decoder):
-            raise ValueError(
-                f"dense blocks {self.dense_blocks} and a decoder of {len(self.decoder)} do not fit to routing '{self.routing}'"
-            )
+            raise ValueError(f"dense blocks {self.dense_blocks} and a decoder of {len(self.decoder)} do not fit routing '{self.routing}'")
         if method.drop == "blocks" and sum(self.dense_blocks) >= len(self.blocks):
-            raise ValueError(f"{len(self.blocks)} blocks leave none to be sparse, with {self.dense_blocks} dense ones before and after")
+            raise ValueError(f"{len(self.blocks)} blocks leave none to be sparse with {self.dense_blocks} dense ones before and after")
 
     @property
     def patch_values(self) -> int:
@@ -74,11 +74,11 @@ class ModelConfig:
         return self.mixer_dim if self.decoder else self.dim
 
     def last_tokens(self, tokens: int, kept: int) -> int:
-        """How many the head sees, if `kept` pass the drop."""
+        """Return how many tokens the head sees if `kept` pass the drop."""
         return kept if METHODS[self.routing].restore == "nothing" else tokens
 
     def tokens_by_block(self, tokens: int, kept: int) -> list[tuple[BlockShape, int, int]]:
-        """Every block that computes, in order: its shape, its width, and how many of the tokens it sees, if `kept` pass the drop."""
+        """List the blocks that run, in order: shape, width, and the number of tokens that each sees if `kept` pass the drop."""
         first, last = self.dense_blocks
         method = METHODS[self.routing]
         in_mixer = kept if method.drop == "patches" else tokens
@@ -92,7 +92,7 @@ class ModelConfig:
         ]
 
     def recomputed(self, share: float) -> int:
-        """How many blocks that share of them is, rounded up."""
+        """Return how many blocks `share` of them is, rounded up."""
         return math.ceil(share * (len(self.mixer) + len(self.blocks) + len(self.decoder)))
 
 
@@ -110,7 +110,7 @@ class MicroDiT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.recomputed: frozenset[nn.Module] = frozenset()  # blocks that compute anew in the backward pass what is inside them
+        self.recomputed: frozenset[nn.Module] = frozenset()  # blocks under activation checkpointing
         dim, mixer_dim = config.dim, config.mixer_dim
         self.patch_embed = nn.Linear(config.patch_values, dim)
         self.time_embed = nn.Sequential(nn.Linear(TIME_FREQUENCIES, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
@@ -139,7 +139,7 @@ class MicroDiT(nn.Module):
 
     @property
     def all_blocks(self) -> list[Block]:
-        """In the order of the forward pass."""
+        """All blocks in the order of the forward pass."""
         return cast(list[Block], [*self.mixer, *self.blocks, *self.decoder])
 
     def forward(
@@ -150,20 +150,23 @@ class MicroDiT(nn.Module):
         keep_ids_BK: Tensor | None = None,
         path_keep_mask_B: Tensor | None = None,
     ) -> Tensor:
-        """Returns F on all patches, (B, T, P), in their own order, where nothing is dropped or the routing restores what was;
-        else, with naive and deferred, on the kept ones, (B, K, P), in the order of `keep_ids_BK`.
+        """Return F on all patches, (B, T, P), or on the kept ones, (B, K, P), in the order of `keep_ids_BK`.
 
-        With routing sprint, the sparse blocks count for nothing where `path_keep_mask_B` is 0, and are left out altogether if K is 0.
+        Only the routings naive and deferred return the kept ones alone; the others restore all tokens before the head. Without
+        `keep_ids_BK` nothing is dropped. `c_noise_B` is that of 2206.00364, table 1.
+
+        With routing sprint, `path_keep_mask_B` is 0 for samples whose sparse blocks are replaced by mask tokens, and with K = 0 the sparse
+        blocks are not run at all.
         """
-        dtype = self.patch_embed.weight.dtype  # latents and noise levels come in float32, whatever the weights compute in
+        dtype = self.patch_embed.weight.dtype  # latents and noise levels are float32, whatever dtype the weights have
         patches_BTP = patchify(latents_BCHW, self.config.patch_size).to(dtype)
         x_BTD = self.patch_embed(patches_BTP) + self._positions(latents_BCHW, self.config.dim, dtype)
         condition_BD = F.gelu(self._embed_noise(c_noise_B) + caption.pooled_BD, approximate="tanh")
 
         def run(blocks: Iterable[nn.Module], x_BTD: Tensor, narrow: nn.Module | None = None) -> Tensor:
-            tokens_BLD = narrow(caption.tokens_BLD) if narrow is not None and not caption.answers else caption.tokens_BLD
+            tokens_BLD = narrow(caption.tokens_BLD) if narrow is not None and not caption.kv_cache else caption.tokens_BLD
             for block in blocks:
-                x_BTD = self._run(block, x_BTD, caption.answers.get(block, tokens_BLD), caption.mask_BL, condition_BD)
+                x_BTD = self._run(block, x_BTD, caption.kv_cache.get(block, tokens_BLD), caption.mask_BL, condition_BD)
             return x_BTD
 
         route = make_route(self.config.routing, patches_BTP.shape[1], keep_ids_BK, path_keep_mask_B)
@@ -173,7 +176,7 @@ class MicroDiT(nn.Module):
 
         x_BTD = self.mixer_in(route.drop("patches", x_BTD))
         x_BTD = run(self.mixer, x_BTD, self.mixer_caption)
-        x_BTD = self.mixer_out(route.drop("mixer", x_BTD))  # the drop comes before the projection, so that dropped tokens cost nothing more
+        x_BTD = self.mixer_out(route.drop("mixer", x_BTD))  # dropped tokens are not projected
         earlier_BTD = run(dense, x_BTD)
         x_BKD = route.drop("blocks", earlier_BTD)
         if x_BKD.shape[1]:
@@ -181,25 +184,25 @@ class MicroDiT(nn.Module):
         x_BTD = self.restore(self.decoder_in(x_BKD), earlier_BTD, route)
         x_BTD = run(dense_again, x_BTD)
         if self.decoder:
-            x_BTD = x_BTD + self._positions(latents_BCHW, self.config.mixer_dim, dtype)  # mask tokens are all alike
+            x_BTD = x_BTD + self._positions(latents_BCHW, self.config.mixer_dim, dtype)  # which mask tokens lack
             x_BTD = run(self.decoder, x_BTD, self.decoder_caption)
         return self.head(x_BTD, condition_BD)
 
     def embed_caption(self, text_BLE: Tensor, text_mask_BL: Tensor | None = None) -> Caption:
-        """Text encoder output (B, L, caption_channels) -> `Caption`. The mask is True at real tokens; None: all are."""
+        """Embed text vectors (B, L, caption_channels). The mask is True at real tokens; without one, all tokens are real."""
         return self.caption(text_BLE, text_mask_BL)
 
-    def answer_once(self, caption: Caption) -> Caption:
-        """`caption` with every block's keys and values, which sampling would else compute at each step. Training has no use for it."""
+    def precompute_kv(self, caption: Caption) -> Caption:
+        """Return `caption` with every block's cross-attention keys and values, which sampling would otherwise recompute at each step."""
         tokens_BLD = caption.tokens_BLD
         stacks = ((self.mixer, self.mixer_caption(tokens_BLD)), (self.blocks, tokens_BLD), (self.decoder, self.decoder_caption(tokens_BLD)))
-        answers = {block: cast(Block, block).cross_attn.keys_values(asked_BLD) for blocks, asked_BLD in stacks for block in blocks}
-        return caption._replace(answers=answers)
+        kv_cache = {block: cast(Block, block).cross_attn.keys_values(y_BLD) for blocks, y_BLD in stacks for block in blocks}
+        return caption._replace(kv_cache=kv_cache)
 
     def init_weights(self) -> None:
-        """Depth-scaled truncated normals in the blocks; adaLN, head and the caption block's outputs at zero.
+        """Draw depth-scaled truncated normals in the blocks; zero adaLN, the head and the outputs of the caption's block.
 
-        Biases are zero but the patch embedding's, which the released code leaves as PyTorch draws a convolution's.
+        Biases are zero except the patch embedding's, which the released code leaves at PyTorch's default for a convolution.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -221,13 +224,14 @@ class MicroDiT(nn.Module):
         nn.init.uniform_(self.patch_embed.bias, -bound, bound)
 
     def recompute_first(self, share: float) -> None:
-        """Activation checkpointing of that share of the blocks, the first ones: all later ones have gone when theirs come back."""
+        """Checkpoint the activations of the first `share` of the blocks: the later ones are freed by the time these are recomputed."""
         self.recomputed = frozenset(self.all_blocks[: self.config.recomputed(share)])
 
     @torch.no_grad()
     def scale_init(self, factor: float) -> None:
-        """Make the initial matrices of blocks and caption embedder larger. The paper's, of about 0.02 at any width, suit the widths of its
-        models: a narrow layer hardly hands on what comes in.
+        """Multiply the initial matrices of the blocks and the caption embedder by `factor`.
+
+        The paper's standard deviation, about 0.02 at any width, suits its own widths: a narrow layer hardly passes its input on.
         """
         for part in (self.caption, *self.all_blocks):
             for weight in part.parameters():
@@ -236,7 +240,7 @@ class MicroDiT(nn.Module):
 
     def _run(self, block: nn.Module, *inputs: Tensor | KeysValues | None) -> Tensor:
         if block in self.recomputed and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # a block draws nothing
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # blocks use no random numbers
         return block(*inputs)
 
     def _positions(self, latents_BCHW: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -244,7 +248,7 @@ class MicroDiT(nn.Module):
         return positions_on(latents_BCHW.device, dtype, rows, columns, dim, self.config.position_scale)
 
     def _embed_noise(self, c_noise_B: Tensor) -> Tensor:
-        """[cos | sin] of the noise level at geometric frequencies from 1 to 1/10000, through an MLP."""
+        """Embed the noise level: [cos | sin] at geometric frequencies from 1 to 1/10000, then an MLP; (B,) -> (B, D)."""
         exponent = torch.arange(TIME_FREQUENCIES // 2, dtype=torch.float32, device=c_noise_B.device)
         frequencies = torch.exp(-math.log(10000) * exponent / (TIME_FREQUENCIES // 2))
         angle = c_noise_B.float()[:, None] * frequencies

@@ -1,4 +1,4 @@
-"""Expert-choice mixture of experts (Zhou et al. 2022, 2202.09368), as in 2407.15811 section 3.
+"""Expert-choice mixture of experts (Zhou et al. 2022, 2202.09368), as in 2407.15811, section 3.
 
 Notable: each expert picks its own tokens, so the load is even by construction and no auxiliary loss is needed. Tokens are gathered
 into one (E, B*K, D) batch of matrix products and added back; no one-hot dispatch matrix is ever built.
@@ -23,14 +23,14 @@ class ExpertChoice(nn.Module):
         self.w_out = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D). Each expert takes K = capacity * T / E tokens of each sample."""
+        """Map (B, T, D) -> (B, T, D). Each expert takes K = capacity * T / E tokens of each sample."""
         B, T, D = x_BTD.shape
         tokens_per_expert = int(self.capacity * T / self.num_experts)
         logits_BTE = self.router(x_BTD)
         probabilities_BTE = logits_BTE.softmax(dim=-1, dtype=torch.promote_types(logits_BTE.dtype, torch.float32))
         weight_BEK, token_BEK = probabilities_BTE.transpose(1, 2).topk(tokens_per_expert, dim=-1)
 
-        # One flat index serves the gather and the scatter; experts come first so that each is one matrix product.
+        # One flat index serves both gather and scatter. The experts' dimension comes first, so that each expert is one matrix product.
         first_token_B11 = torch.arange(0, B * T, T, device=x_BTD.device).view(B, 1, 1)
         flat_token = (token_BEK + first_token_B11).transpose(0, 1).reshape(-1)
         chosen_END = x_BTD.reshape(B * T, D).index_select(0, flat_token).view(self.num_experts, -1, D)
@@ -42,7 +42,7 @@ class ExpertChoice(nn.Module):
         return mixed.index_add(0, flat_token, output_END.view(-1, D)).view(B, T, D)
 
     def init_weights(self, output_std: float) -> None:
-        """Truncated normals: 0.02 into the experts, `output_std` out of them."""
+        """Draw truncated normals: std 0.02 for the router and into the experts, `output_std` out of them."""
         nn.init.trunc_normal_(self.router.weight, std=0.02)
         nn.init.trunc_normal_(self.w_in, std=0.02)
         nn.init.trunc_normal_(self.w_out, std=output_std)

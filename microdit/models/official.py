@@ -1,7 +1,7 @@
-"""The authors' released weights <-> ours, name by name, both ways to the last bit.
+"""Conversion of the authors' released weights to ours and back, tensor by tensor and to the last bit.
 
-Their state dict names the same function: every tensor of theirs is one of ours under another name (the patch embedding also in another
-shape and order). Two more are no weights: `pos_embed` is our `sincos_positions`, and `mask_token` is zero and never trained.
+Both state dicts describe the same function: each tensor of theirs is one of ours under another name (the patch embedding also in another
+shape and order). Two of theirs are not weights: `pos_embed` equals our `sincos_positions`, and `mask_token` is zero and never trained.
 """
 
 import re
@@ -15,7 +15,7 @@ from microdit.models.blocks import BlockShape
 from microdit.models.microdit import MicroDiT, ModelConfig
 from microdit.models.patches import sincos_positions
 
-# (theirs, ours): replaced once at the start of a name ...
+# (theirs, ours): one is replaced at the start of a name ...
 PREFIXES = [
     ("x_embedder.proj.", "patch_embed."),
     ("t_embedder.mlp.", "time_embed."),
@@ -33,7 +33,7 @@ PREFIXES = [
     ("final_layer.linear.", "head.linear."),
     ("blocks.", "blocks."),
 ]
-# ... and once inside the name of a block's part. The experts' `gate` is our `router`; their `w1`, `w2` are no modules.
+# ... and one inside it. The experts' `gate` is our `router`; their `w1` and `w2` are parameters, not modules.
 PARTS = [
     (".norm1.", ".attn_norm."),
     (".norm2.", ".cross_norm."),
@@ -51,12 +51,12 @@ PARTS = [
     (".adaLN_modulation.1.", ".modulation."),
 ]
 NO_WEIGHTS = ("pos_embed", "mask_token")
-SHOWN = 12  # problems of a checkpoint that are listed
+SHOWN = 12  # how many problems of a checkpoint are listed
 HEAD_DIM_OF_RELEASED = {512: 32, 1024: 64}  # by model width: Tiny and XL
 
 
 def convert_from_official(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and reshape their tensors (weights or gradients) to ours. Unknown names are kept as they are."""
+    """Rename and reshape the authors' tensors (weights or gradients) to ours. Unknown names stay as they are."""
     ours = {}
     for name, tensor in official.items():
         if name in NO_WEIGHTS:
@@ -68,7 +68,7 @@ def convert_from_official(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_to_official(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The inverse of `convert_from_official`: our tensors (weights or gradients) under their names, in their shapes."""
+    """Rename and reshape our tensors (weights or gradients) to the authors': the inverse of `convert_from_official`."""
     official = {}
     for name, tensor in ours.items():
         if name == "patch_embed.weight":
@@ -79,7 +79,7 @@ def convert_to_official(ours: Mapping[str, Tensor], config: ModelConfig) -> dict
 
 
 def export_official(model: MicroDiT, grid_size: int) -> dict[str, Tensor]:
-    """The whole official state dict of `model` for square latents of `grid_size` x `grid_size` patches.
+    """Return the complete official state dict of `model` for square latents of `grid_size` x `grid_size` patches.
 
     Raises UserError if the model has weights that the official layout has no names for.
     """
@@ -95,10 +95,10 @@ def export_official(model: MicroDiT, grid_size: int) -> dict[str, Tensor]:
 
 
 def load_official(official: Mapping[str, Tensor], head_dim: int | None = None, expert_capacity: float = 2.0) -> MicroDiT:
-    """A model with the architecture and the weights of an official state dict.
+    """Build a model with the architecture and the weights of an official state dict.
 
-    Two numbers leave no trace in the weights: `head_dim` (known for the released widths 512 and 1024) and `expert_capacity`.
-    Raises UserError with the list of all that does not fit.
+    The weights do not reveal two numbers: `head_dim` (known for the released widths 512 and 1024) and `expert_capacity`.
+    Raises UserError that lists every misfit.
     """
     config = infer_config(official, head_dim, expert_capacity)
     with torch.device("meta"):
@@ -113,7 +113,7 @@ def load_official(official: Mapping[str, Tensor], head_dim: int | None = None, e
 
 
 def infer_config(official: Mapping[str, Tensor], head_dim: int | None = None, expert_capacity: float = 2.0) -> ModelConfig:
-    """Read the architecture off the shapes. Raises UserError naming the tensors it needs and does not find."""
+    """Infer the architecture from the shapes. Raises UserError that names the tensors it needs and does not find."""
     needed = ("x_embedder.proj.weight", "y_embedder.y_proj.fc1.weight", "y_emb_preprocess.mlp.w1.weight", "pos_embed")
     ranks = {"x_embedder.proj.weight": 4, "pos_embed": 3}
     missing = [name for name in needed if name not in official or official[name].dim() != ranks.get(name, 2)]
@@ -145,7 +145,7 @@ def _rename(name: str, source: int) -> str:
         if name.startswith(pair[source]):
             name = pair[1 - source] + name.removeprefix(pair[source])
             break
-    # The caption block's `attn_norm` is a prefix's work already; its attention and feed-forward are parts like any other.
+    # A prefix has already renamed the caption block's `attn_norm`; its attention and feed-forward are named like a block's.
     for pair in PARTS:
         if pair[source] in name:
             return name.replace(pair[source], pair[1 - source], 1)
@@ -169,7 +169,7 @@ def _block_shapes(official: Mapping[str, Tensor], stack: str) -> tuple[BlockShap
 
 
 def _position_scale(pos_embed_1TD: Tensor) -> float:
-    """The second patch lies at column 1/scale, and the first frequency is 1: its sine gives the scale."""
+    """Infer the scale: the second patch lies at column 1/scale and the first frequency is 1, so its sine and cosine give it."""
     if pos_embed_1TD.shape[1] < 2:
         return 1.0
     sine = pos_embed_1TD[0, 1, 0].double().clamp(1e-6, 1)
@@ -178,7 +178,7 @@ def _position_scale(pos_embed_1TD: Tensor) -> float:
 
 
 def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
-    """One line for each name that is missing, unknown, or of another shape; in the official names."""
+    """Describe each tensor that is missing, unknown or misshapen, one line each, by its official name."""
 
     def official_name(name: str) -> str:
         return _rename(name, source=1)

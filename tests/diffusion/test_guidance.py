@@ -45,7 +45,7 @@ def test_path_drop_guidance_moves_away_from_the_model_without_its_sparse_blocks(
 
 
 def test_path_drop_guidance_needs_a_model_that_was_trained_for_it(tiny_model):
-    with pytest.raises(UserError, match=r"with routing deferred cannot do without: use a model trained with model\.routing sprint"):
+    with pytest.raises(UserError, match=r"with routing deferred cannot run without them: use a model trained with model\.routing sprint"):
         guided_denoiser(tiny_model, EDM_SETTINGS, torch.zeros(1, 3, 12, dtype=torch.float64), None, 3.0, "path-drop")
 
 
@@ -68,7 +68,7 @@ def test_autoguidance_moves_away_from_a_weaker_model_with_the_same_caption(tiny_
     assert torch.allclose(guided(noisy, sigma), weak + 2 * (strong - weak), atol=1e-9)
     with pytest.raises(UserError, match="needs a weak model"):
         guided_denoiser(tiny_model, EDM_SETTINGS, *text, 2.0, "autoguidance")
-    with pytest.raises(UserError, match="no place for a negative prompt"):
+    with pytest.raises(UserError, match="takes no negative prompt"):
         guided_denoiser(tiny_model, EDM_SETTINGS, *text, 2.0, "autoguidance", guide=guide, negative=text)
 
 

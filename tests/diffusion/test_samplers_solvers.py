@@ -109,11 +109,11 @@ def test_churn_keeps_the_datas_mean_and_deviation_and_draws_again():
         return torch.randn(noise.shape, generator=generator)
 
     plain = solve("heun", gaussian_denoiser, noise, EDM_SETTINGS, 64)
-    churned = solve("heun", gaussian_denoiser, noise, EDM_SETTINGS, 64, churn=Churn(40, 0.05, 50), draw=draw)
+    churned = solve("heun", gaussian_denoiser, noise, EDM_SETTINGS, 64, churn=Churn(40, 0.05, 50), draw_noise=draw)
     assert churned.mean().item() == pytest.approx(MEAN, abs=0.03)
     assert churned.std().item() == pytest.approx(DEVIATION, abs=0.03)
     assert (torch.corrcoef(torch.stack([plain.flatten(), churned.flatten()]))[0, 1]) < 0.5
-    none = solve("heun", gaussian_denoiser, noise, EDM_SETTINGS, 64, churn=Churn(40, 100, 200), draw=draw)
+    none = solve("heun", gaussian_denoiser, noise, EDM_SETTINGS, 64, churn=Churn(40, 100, 200), draw_noise=draw)
     assert torch.equal(none, plain)  # no noise level of the schedule lies in that interval
 
 

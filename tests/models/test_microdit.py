@@ -164,10 +164,10 @@ def test_a_captions_keys_and_values_may_be_computed_beforehand(routing):
     latents, c_noise = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
     text, mask = torch.randn(2, 3, 12, dtype=torch.float64), torch.tensor([[True, True, True], [True, False, False]])
     for caption in (model.embed_caption(text), model.embed_caption(text, mask)):
-        assert torch.allclose(model(latents, c_noise, model.answer_once(caption)), model(latents, c_noise, caption), atol=1e-12)
+        assert torch.allclose(model(latents, c_noise, model.precompute_kv(caption)), model(latents, c_noise, caption), atol=1e-12)
     one = model.embed_caption(text[:1])
-    for_both = model.answer_once(one).map(lambda x: x.expand(2, *x.shape[1:]))
+    for_both = model.precompute_kv(one).map(lambda x: x.expand(2, *x.shape[1:]))
     repeated = model.embed_caption(text[:1].repeat(2, 1, 1))
     assert torch.allclose(model(latents, c_noise, for_both), model(latents, c_noise, repeated), atol=1e-12)
-    joined = join(model.answer_once(one), model.answer_once(model.embed_caption(text[1:])))
+    joined = join(model.precompute_kv(one), model.precompute_kv(model.embed_caption(text[1:])))
     assert torch.allclose(model(latents, c_noise, joined), model(latents, c_noise, model.embed_caption(text)), atol=1e-12)

@@ -209,18 +209,18 @@ def test_sprints_dropped_tokens_come_back_as_mask_token_fused_with_what_they_wer
 
 @pytest.mark.parametrize("keep_ids", [None, KEEP_IDS])
 def test_where_the_path_is_dropped_the_sparse_blocks_do_not_matter(keep_ids):
-    model, path_kept = model_of("sprint"), torch.tensor([1.0, 0.0])
+    model, path_keep_mask = model_of("sprint"), torch.tensor([1.0, 0.0])
     sparse = [weight for block in model.blocks[2:-2] for weight in block.parameters()]
-    kept, dropped = (forward(model, keep_ids, path_kept)[i].square().sum() for i in range(2))
+    kept, dropped = (forward(model, keep_ids, path_keep_mask)[i].square().sum() for i in range(2))
     assert all(grad.abs().max() == 0 for grad in torch.autograd.grad(dropped, sparse))
     assert all(grad.abs().max() > 0 for grad in torch.autograd.grad(kept, sparse, allow_unused=False))
-    before = forward(model, keep_ids, path_kept)
+    before = forward(model, keep_ids, path_keep_mask)
     assert torch.equal(forward(model, keep_ids)[0], before[0])
     assert torch.allclose(forward(model, KEEP_IDS[:, :0])[1], before[1], atol=1e-12)  # a pass that leaves them out is the same
     with torch.no_grad():
         for weight in sparse:
             weight.add_(1.0)
-    after = forward(model, keep_ids, path_kept)
+    after = forward(model, keep_ids, path_keep_mask)
     assert torch.equal(after[1], before[1])
     assert not torch.allclose(after[0], before[0])
 
@@ -257,8 +257,8 @@ def scores(batch: int, tokens: int, seed: int = 0) -> Tensor:
     return torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed))
 
 
-def forward(model: MicroDiT, keep_ids: Tensor | None = None, path_kept: Tensor | None = None) -> Tensor:
-    return model(*_inputs(model), keep_ids, path_kept)
+def forward(model: MicroDiT, keep_ids: Tensor | None = None, path_keep_mask: Tensor | None = None) -> Tensor:
+    return model(*_inputs(model), keep_ids, path_keep_mask)
 
 
 def _inputs(model: MicroDiT):

@@ -129,7 +129,7 @@ def test_sprint_models_are_guided_by_leaving_out_their_sparse_blocks(pipeline):
     path_drop = replace(QUICK, guidance="path-drop")
     assert far_apart(sprint(["owl"], path_drop), sprint(["owl"], QUICK))
     assert far_apart(sprint(["owl"], path_drop, negative_prompts=["blue"]), sprint(["owl"], path_drop))
-    with pytest.raises(UserError, match="with routing deferred cannot do without"):
+    with pytest.raises(UserError, match="with routing deferred cannot run without them"):
         pipeline(["owl"], path_drop)
 
 

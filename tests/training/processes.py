@@ -192,11 +192,12 @@ def _main(log: Path, arguments: list[str], environment: dict[str, str], cores: i
     import resource
 
     from microdit.cli import main as cli
+    from microdit.cli import terminal
 
     os.environ.update(environment, XDG_CACHE_HOME=str(log.parent / "cache"))  # not the user's own
     os.chdir(cwd)
     _print_to(log)
-    cli.console.file = sys.stdout
+    terminal.console.file = sys.stdout
     torch.set_num_threads(cores)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
