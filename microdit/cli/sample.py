@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from microdit.diffusion.guidance import GuidanceKind
     from microdit.diffusion.samplers import Solver
     from microdit.pipelines.load import OpenedModel
-    from microdit.pipelines.native import SamplerSettings
+    from microdit.pipelines.settings import SamplerSettings
 
 Model = Annotated[str, typer.Argument(help="A run, or a folder that was exported or imported.")]
 Steps = Annotated[int, typer.Option(help="Of the solver. Heun's cost two evaluations of the model each, the others' one.")]
@@ -74,8 +74,8 @@ def sample(
     Example: microdit sample runs/emoji "red heart" --solver dpm --steps 12 --noise-range 0.05 20 --guidance 2.5 heart.gif
     """
     from microdit.devices import device_errors_explained
+    from microdit.encoders.captions import clean_prompts
     from microdit.pipelines.load import model_and_prompts
-    from microdit.pipelines.native import clean_prompts
     from microdit.reports.grids import Trajectory, draw_grid, refuse_other_endings, save_png
 
     model, prompts = model_and_prompts(arguments)
@@ -86,7 +86,7 @@ def sample(
     film = Trajectory()
     fix = "take a smaller --batch-size, --height or --width, or --dtype bfloat16"
     with device_errors_explained(fix), progress("sample", len(prompts) * steps) as advance:
-        images = opened.pipeline(
+        images = opened.pipeline.generate(
             prompts,
             settings,
             seed,
@@ -141,20 +141,22 @@ def grid(
     Example: microdit grid runs/emoji "red heart" --sweep guidance=1,2,4,8 --sweep steps=4,8,16
     """
     from microdit.devices import device_errors_explained
-    from microdit.pipelines.native import clean_prompts
-    from microdit.pipelines.sweep import Drawn, sheet_of
+    from microdit.encoders.captions import clean_prompts
+    from microdit.pipelines.settings import Cell, sheet_of
     from microdit.reports.grids import draw_sheet, save_png
 
     prompts, negatives = clean_prompts([prompt]), clean_prompts([negative]) if negative else []
     settings = _settings(steps, guidance, solver, guidance_interval, guidance_rescale, guidance_kind, autoguide, churn, noise_range)
-    sheet = sheet_of(sweep, Drawn(settings, seed))
+    sheet = sheet_of(sweep, Cell(settings, seed))
     opened = _open(model, weights, autoguide, autoguide_weights, device, dtype)
     images, all_steps = [], sum(cell.settings.num_inference_steps for row in sheet.cells for cell in row)
     with device_errors_explained("take a smaller --height or --width, or --dtype bfloat16"), progress("grid", all_steps) as advance:
         for row in sheet.cells:
             images.append(
                 [
-                    opened.pipeline(prompts, cell.settings, cell.seed, advance, height, width, negative_prompts=negatives, warn=warn)[0]
+                    opened.pipeline.generate(
+                        prompts, cell.settings, cell.seed, advance, height, width, negative_prompts=negatives, warn=warn
+                    )[0]
                     for cell in row
                 ]
             )
@@ -174,7 +176,7 @@ def _settings(
     churn: float,
     noise_range: tuple[float, float] | None,
 ) -> "SamplerSettings":
-    from microdit.pipelines.native import SamplerSettings
+    from microdit.pipelines.settings import SamplerSettings
 
     if autoguide and kind not in (None, "autoguidance"):
         raise UserError(f"--autoguide names a weak model, which {kind} guidance has no use for: leave one of the two out.")

@@ -27,15 +27,24 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """A step that is done: its number from 0, its noise level, and what the denoiser took the latents (B, C, H, W) for there."""
+    """A finished step: its number from 0, its noise level, the denoised estimate D(x; sigma) at that level, (B, C, H, W) in float32, and
+    the latents x after the step, (B, C, H, W) in the sampler's dtype.
+    """
 
     index: int
     sigma: float
     denoised_BCHW: Tensor
+    latents_BCHW: Tensor
 
 
-OnStep = Callable[[Step], None]
-"""Called after each step. What it raises ends the sampling, which leaves nothing behind."""
+OnStep = Callable[[Step], Tensor | None]
+"""Called after each step. A tensor that it returns takes the place of the latents; an exception that it raises ends the sampling."""
+
+
+def _after_step(on_step: OnStep | None, step: Step) -> Tensor:
+    """The latents to go on with."""
+    changed_BCHW = on_step(step) if on_step else None
+    return step.latents_BCHW if changed_BCHW is None else changed_BCHW.to(step.latents_BCHW)
 
 
 def state_dtype(device: torch.device) -> torch.dtype:
@@ -61,8 +70,7 @@ def euler(denoiser: Denoiser, noise_BCHW: Tensor, edm: EDM, num_steps: int, on_s
         denoised = denoised_at(denoiser, x, sigma)
         scheduler.scale_model_input(x, timestep)  # its result is the network's input, which ours makes itself; the scheduler warns without
         x = scheduler.step(denoised, timestep, x, pred_original_sample=denoised).prev_sample
-        if on_step:
-            on_step(Step(index, sigma, denoised))
+        x = _after_step(on_step, Step(index, sigma, denoised, x))
     return x
 
 
@@ -83,8 +91,7 @@ def dpm(denoiser: Denoiser, noise_BCHW: Tensor, edm: EDM, num_steps: int, on_ste
         # `step` will compute c_skip x + c_out F: F is made from D with the very same numbers, so that D comes back to float64's precision.
         c_skip, c_out = (scheduler.precondition_outputs(*pair, sigma.double()).item() for pair in ((one, zero), (zero, one)))
         x = scheduler.step((denoised - c_skip * x) / c_out, timestep, x).prev_sample
-        if on_step:
-            on_step(Step(index, sigma.item(), denoised.float()))
+        x = _after_step(on_step, Step(index, sigma.item(), denoised.float(), x))
     return x.float()
 
 
@@ -171,7 +178,5 @@ def heun(
         if next_sigma > 0:  # the last step, down to 0, stays first order
             next_slope = (x_next - denoised_at(denoiser, x_next, next_sigma)) / next_sigma
             x_next = x + (next_sigma - sigma) * (slope + next_slope) / 2
-        x = x_next
-        if on_step:
-            on_step(Step(index, sigma, denoised.float()))
+        x = _after_step(on_step, Step(index, sigma, denoised.float(), x_next))
     return x.float()

@@ -21,7 +21,7 @@ from microdit.io.console import styled
 from microdit.io.files import write_aside
 from microdit.io.text import parse_json
 from microdit.pipelines.load import opened_run
-from microdit.pipelines.native import Pipeline
+from microdit.pipelines.pipeline import MicroDiTPipeline
 from microdit.reports.curves import Curve, draw_points
 from microdit.reports.html import page_template
 from microdit.reports.run_folder import RunFolder, is_run, state_of
@@ -93,8 +93,8 @@ def open_watched(run: Path, checkpoint: Checkpoint, settings: DrawSettings, worl
     """None on all processes if the trainer has deleted it in the meantime."""
     painter = None
     try:
-        opened = opened_run(run, Pipeline.from_checkpoint(checkpoint, settings.weights), checkpoint)
-        painter = RunPainter(opened, settings, compute)
+        opened = opened_run(run, MicroDiTPipeline.from_checkpoint(checkpoint, settings.weights), checkpoint)
+        painter = RunPainter(opened, settings, warn, compute)
     except UserError:
         if checkpoint.folder.is_dir():
             raise

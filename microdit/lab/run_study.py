@@ -29,8 +29,6 @@ from microdit.cli.terminal import console, progress, warn
 from microdit.config.schema import Recipe
 from microdit.data.sources.base import open_source
 from microdit.distributed import World
-from microdit.encoders.autoencoder import Autoencoder
-from microdit.encoders.text import TextEncoder
 from microdit.errors import DivergedError, UserError
 from microdit.evaluation.extraction import extract, feature_cache
 from microdit.evaluation.features import EfficientNetFeatures
@@ -43,7 +41,8 @@ from microdit.io.locks import sole_writer
 from microdit.io.text import parse_json
 from microdit.lab.equal_cost import ArmPlan, make_plan
 from microdit.lab.study import Study, is_scheduled, stretched
-from microdit.pipelines.native import Pipeline, SamplerSettings
+from microdit.pipelines.pipeline import Encoders, MicroDiTPipeline, load_encoders
+from microdit.pipelines.settings import SamplerSettings
 from microdit.reports.grids import draw_grid, save_png
 from microdit.training.parallel import DenoisingLoss
 from microdit.training.trainer import Trainer
@@ -72,15 +71,15 @@ class Reader:
         self._right_N = spread_ids(len(self._records), study.pictures)
         self._captions = [self._records[i].captions["caption"] for i in self._right_N]
         self._real: tuple[Tensor, Gaussian] | None = None
-        self._encoders: dict[tuple[str, str], tuple[Autoencoder, TextEncoder]] = {}  # by their names: loaded once for all readings
+        self._encoders: dict[tuple[str, str], Encoders] = {}  # by their names: loaded once for all readings
 
     def read(self, run: Path, held_out: str | None) -> tuple[Reading, list[Image.Image]]:
         """Of the newest checkpoint, and pictures of the study's prompts. `held_out`: the folder of samples that were not learnt from."""
         pipeline, side = self._open(run)
         real_MD, gaussian = self._reference(side)
         settings = SamplerSettings(self._study.num_inference_steps, self._study.guidance_scale)
-        drawn_ND = self._network(pipeline(self._captions, settings, seed=0))
-        strip = pipeline(list(self._study.prompts), settings, seed=0)
+        drawn_ND = self._network(pipeline.generate(self._captions, settings, warn=warn))
+        strip = pipeline.generate(self._study.prompts, settings, warn=warn)
         subset = min(len(drawn_ND), len(real_MD), 1000)
         reading = Reading(
             held_out_loss=self._held_out_loss(pipeline, side, held_out),
@@ -90,20 +89,20 @@ class Reader:
         )
         return reading, strip
 
-    def _open(self, run: Path) -> tuple[Pipeline, int]:
+    def _open(self, run: Path) -> tuple[MicroDiTPipeline, int]:
         """The newest checkpoint's pipeline, and the side of its pictures."""
         checkpoint = find_weights(run, _refuse)
         assert checkpoint is not None, "the run has just ended"
         data = checkpoint.state["data"]
         names = data["autoencoder"]["name"], data["text_encoder"]["name"]
-        pipeline = Pipeline.from_checkpoint(checkpoint, loaded=self._encoders.get(names))
-        self._encoders[names] = pipeline.autoencoder, pipeline.text_encoder
-        return pipeline, data["resolution"]
+        if names not in self._encoders:
+            self._encoders[names] = load_encoders(data)
+        return MicroDiTPipeline.from_checkpoint(checkpoint, encoders=self._encoders[names]), data["resolution"]
 
-    def _held_out_loss(self, pipeline: Pipeline, side: int, folder: str | None) -> float:
+    def _held_out_loss(self, pipeline: MicroDiTPipeline, side: int, folder: str | None) -> float:
         assert folder is not None
         held_out = HeldOut(Path(folder), side, HELD_OUT, pipeline.edm, self._world)
-        found = held_out.measure(DenoisingLoss(pipeline.model, pipeline.edm, pipeline.mask_padding))["held_out_loss"]
+        found = held_out.measure(DenoisingLoss(pipeline.model, pipeline.edm, pipeline.config.mask_padding))["held_out_loss"]
         assert isinstance(found, float)
         return found
 

@@ -29,10 +29,9 @@ from microdit.io.files import sha256_of
 from microdit.models.microdit import MicroDiT
 from microdit.models.official import load_official
 from microdit.pipelines.components import EDMSettings, MicroDiTTransformer2DModel, ReferencedAutoencoder, ReferencedTextEncoder
-from microdit.pipelines.convert import CARD, refuse_infinite_parts, refuse_to_overwrite, write_folder, write_record
-from microdit.pipelines.diffusers_pipeline import MicroDiTPipeline
-from microdit.pipelines.export import DTYPES, Dtype
+from microdit.pipelines.export import Dtype, check_is_free, convert_parts, save_pipeline
 from microdit.pipelines.model_card import card_of_official
+from microdit.pipelines.pipeline import MicroDiTPipeline
 
 TEXT_ENCODER = "dfn-clip-h"
 AUTOENCODERS = {4: "sdxl", 16: "16ch"}  # by the channels of the latents
@@ -70,15 +69,17 @@ def import_official(checkpoint: Path, out: Path, settings: ImportSettings = Impo
 
     Raises UserError if the checkpoint is damaged, of another architecture or could run code, or if an encoder does not fit.
     """
-    refuse_to_overwrite(out)
+    check_is_free(out)
     tensors = read_checkpoint(checkpoint)
     try:
         denoiser = load_official(tensors, settings.head_dim).eval().requires_grad_(False)
     except UserError as error:
         raise UserError(f"{checkpoint}: {error}") from error
     side = round(tensors["pos_embed"].shape[1] ** 0.5) * denoiser.config.patch_size
-    pipeline = _pipeline(denoiser, side, settings).to(DTYPES[settings.dtype])
-    refuse_infinite_parts(pipeline, f"As {settings.dtype}, the weights of {checkpoint}", "take --dtype float32, or download it again")
+    pipeline = _pipeline(denoiser, side, settings)
+    convert_parts(
+        pipeline, settings.dtype, f"As {settings.dtype}, the weights of {checkpoint}", "take --dtype float32, or download it again"
+    )
     record = {
         "file": checkpoint.name,
         "sha256": sha256_of(checkpoint),
@@ -89,13 +90,7 @@ def import_official(checkpoint: Path, out: Path, settings: ImportSettings = Impo
         "text_encoder": settings.text_encoder,
         "autoencoder": _autoencoder_name(denoiser, settings),
     }
-
-    def fill(folder: Path) -> None:
-        pipeline.save_pretrained(folder)
-        write_record(folder, record)
-        (folder / CARD).write_text(card_of_official(out.name, record), encoding="utf-8")
-
-    write_folder(out, fill)
+    save_pipeline(pipeline, out, record, card_of_official(out.name, record))
     return pipeline.transformer
 
 

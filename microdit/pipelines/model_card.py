@@ -49,7 +49,7 @@ def usage(name: str, prompt: str, guidance_scale: float) -> str:
     words = f"{options} -- {words}" if "-" in (name[:1], prompt.strip()[:1]) else f"{words} {options}"
     return f"""## Use
 
-    from microdit.pipelines.diffusers_pipeline import MicroDiTPipeline
+    from microdit.pipelines.pipeline import MicroDiTPipeline
 
     pipeline = MicroDiTPipeline.from_pretrained({_python(name)})  # this folder, or its id of the hub
     pipeline({_python(prompt)}, guidance_scale={guidance_scale}).images[0].save("picture.png")

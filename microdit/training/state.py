@@ -19,7 +19,7 @@ from microdit.config.schema import EMARecipe, Recipe
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World
 from microdit.models.microdit import MicroDiT, ModelConfig
-from microdit.pipelines.native import model_of
+from microdit.pipelines.sampling import frozen_model
 from microdit.training.checkpointing import Tensors, load_into, whole
 from microdit.training.gradients import gradients_of
 from microdit.training.meters import SUMS, Reading, StepSums, Tally
@@ -176,7 +176,7 @@ class TrainingState:
         """A model with the first average (the weights, where there is none), whole on each process. All processes must call this."""
         averages = next(iter(self.averages.values()), None)
         source = averages.averages if averages else {name: weight.detach() for name, weight in self.model.named_parameters()}
-        return model_of(self.model.config, {name: whole(tensor) for name, tensor in source.items()})
+        return frozen_model(self.model.config, {name: whole(tensor) for name, tensor in source.items()})
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Raises UserError if it holds other tensors. All processes must call this."""

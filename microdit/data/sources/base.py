@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from microdit.data.sources.files import roots_of
+from microdit.encoders.captions import MAX_CAPTION, clean_caption
 from microdit.errors import UserError
 
 if TYPE_CHECKING:
     from microdit.data.sources.folders import ListOnce
 
 LONGEST_KEY = 1000  # characters
-MAX_CAPTION = 4000  # characters that are kept; text encoders take 32 to 512 tokens
 
 TARS = (".tar", ".tgz", ".tar.gz")
 ARCHIVES = (*TARS, ".zip")
@@ -155,9 +155,8 @@ def _key_problem(key: str, met: Collection[str]) -> str:
 
 
 def _clean(caption: str) -> str:
-    """One line of printable text, at most MAX_CAPTION characters; empty if it is no Unicode text at all (lone surrogates)."""
-    start = caption[:MAX_CAPTION]
-    return "" if _has_surrogates(start) else " ".join("".join(c if c.isprintable() else " " for c in start).split())
+    """Clean a caption as prompts are cleaned; empty if it is no Unicode text at all (lone surrogates)."""
+    return "" if _has_surrogates(caption[:MAX_CAPTION]) else clean_caption(caption)
 
 
 def _has_surrogates(text: str) -> bool:
