@@ -56,7 +56,8 @@ class Job:
     """A drawing on its way. All may be read from any thread; `cancel` may be called from any.
 
     `done_steps`, of `all_steps`, count each picture's. `latents_BCHW`: what the pictures are taken for so far; None before the first step.
-    `warnings` say what of the prompt the text encoder does not read. `error` is a sentence, and `at_fault` who is to blame for it, once the state is "failed".
+    `warnings` say which part of the prompt the text encoder does not read. `error` is a sentence, and `at_fault` who is to blame for it,
+    once the state is "failed".
     """
 
     def __init__(self, drawing: Drawing):
