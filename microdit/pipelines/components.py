@@ -31,6 +31,7 @@ from microdit.errors import UserError
 from microdit.models.microdit import MicroDiT
 from microdit.models.patches import unpatchify
 from microdit.models.routing import Routing
+from microdit.pipelines.sampling import autocast_like
 
 E = TypeVar("E", Autoencoder, TextEncoder)
 
@@ -93,6 +94,11 @@ class MicroDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             )
         return (model, info) if wants_info else model  # type: ignore[return-value]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that matrix products are computed in; the weights of norms and the residual stream may be float32 beside it."""
+        return self.denoiser.head.linear.weight.dtype
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -106,8 +112,9 @@ class MicroDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         `hidden_states` are the noisy latents (B, C, H, W) times c_in; `timestep` is c_noise, (B,); `encoder_hidden_states` are the
         caption's vectors, (B, L, E), with `encoder_attention_mask`, (B, L), true at real tokens.
         """
-        caption = self.denoiser.embed_caption(encoder_hidden_states.to(self.dtype), encoder_attention_mask)
-        patches_BTP = self.denoiser(hidden_states, timestep, caption)
+        with autocast_like(self.denoiser):
+            caption = self.denoiser.embed_caption(encoder_hidden_states.to(self.dtype), encoder_attention_mask)
+            patches_BTP = self.denoiser(hidden_states, timestep, caption)
         sample_BCHW = unpatchify(patches_BTP, self.config.patch_size, *hidden_states.shape[-2:])
         return Transformer2DModelOutput(sample=sample_BCHW) if return_dict else (sample_BCHW,)
 

@@ -71,7 +71,7 @@ def check_is_free(folder: Path) -> None:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """`fill` writes into an empty folder beside `folder`, which then takes its name.
+    """Let `fill` write into an empty folder beside `folder`, and then give it that name: it is there whole or not at all.
 
     Raises UserError if the name is taken, or the disk is full.
     """
@@ -97,14 +97,14 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _forget_this_machine(config: Path) -> None:
-    """The libraries write where a component was loaded from, which is nobody else's business."""
+    """Remove from a config.json where its component was loaded from, which the libraries write."""
     values = json.loads(config.read_text(encoding="utf-8"))
     if values.pop("_name_or_path", None) is not None:
         config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Empty if there is none, or it makes no sense: nothing is drawn by it."""
+    """Return the record of a pipeline's folder; empty if there is none or it is damaged, since sampling does not depend on it."""
     try:
         record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -115,7 +115,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def _record(
     run: Path, checkpoint: Checkpoint, pipeline: MicroDiTPipeline, weights: str, dtype: Dtype, flops: float | None
 ) -> dict[str, Any]:
-    """All numbers are the run's own; what it has not measured is left out."""
+    """Return what the run says of itself; what it has not measured is left out."""
     state, folder = checkpoint.state, RunFolder(run)
     started = folder.starts[-1] if folder.starts else {}
     figures = {
@@ -142,13 +142,13 @@ def _record(
 
 
 def _set(found: dict[str, Any]) -> dict[str, Any]:
-    """Rows and fingerprint of an encoded set; source and licence too, where it still lies."""
+    """Return rows and fingerprint of an encoded set, with its source and licence if it is still there."""
     card = _read_object(Path(found["path"]) / CARD_OF_DATA)
     return {"rows": found["rows"], "fingerprint": found["fingerprint"], "source": card.get("source"), "license": card.get("license")}
 
 
 def _measured(path: Path, step: int) -> dict[str, Any]:
-    """What `microdit evaluate` has written, if it was of these weights; else nothing."""
+    """Return what `microdit evaluate` has written, if it was about these weights; else nothing."""
     measured = _read_object(path)
     return measured if measured.get("step") == step else {}
 

@@ -13,14 +13,12 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
@@ -49,6 +47,7 @@ from microdit.pipelines.components import (
     check_unchanged,
     checked_components,
 )
+from microdit.pipelines.prompts import GivenPrompts, aligned, check_negatives, repeated
 from microdit.pipelines.sampling import draw_latents, frozen_model, round_matrices
 from microdit.pipelines.settings import DEFAULT_SETTINGS, SamplerSettings
 from microdit.reports.run_folder import is_run
@@ -89,6 +88,8 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+    transformer: MicroDiTTransformer2DModel
+    scheduler: EDMSettings
 
     def __init__(
         self,
@@ -174,17 +175,20 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         full_captions: bool = False,
     ) -> Self:
         """Build the pipeline of parts that are loaded already, none of which is copied. `latent_size`: height and width of the latents."""
-        held = isinstance(text_encoder, FrozenTextEncoder) and not isinstance(text_encoder, MiniLM)  # MiniLM is saved by its name
+        held = text_encoder if isinstance(text_encoder, FrozenTextEncoder) and not isinstance(text_encoder, MiniLM) else None
+        by_name = (
+            ReferencedTextEncoder.around(text_encoder) if text_encoder is not None and held is None else None
+        )  # MiniLM, which is large
         return cls(
             MicroDiTTransformer2DModel.around(model, latent_size),
             EDMSettings.around(edm),
             autoencoder.model if isinstance(autoencoder, DiffusersAutoencoder) else None,
-            text_encoder.loaded.model if held else text_encoder and ReferencedTextEncoder.around(text_encoder),
-            text_encoder.loaded.tokenizer if held else None,
+            held.loaded.model if held else by_name,
+            held.loaded.tokenizer if held else None,
             vae_scale_factor=autoencoder.downsampling,
             mask_padding=mask_padding,
             full_captions=full_captions,
-            pad_token_id=text_encoder.loaded.pad_id if held else None,
+            pad_token_id=held.loaded.pad_id if held else None,
         )
 
     @property
@@ -331,8 +335,8 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UserError(f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, not {sorted(unknown)}.")
 
         text, negative = self._embed_given(
-            _Given("prompt", prompt, prompt_embeds, prompt_attention_mask),
-            _Given("negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, optional=True),
+            GivenPrompts("prompt", prompt, prompt_embeds, prompt_attention_mask),
+            GivenPrompts("negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask, optional=True),
             num_images_per_prompt,
         )
         shape = (len(text.text_BLE), *self.latent_shape_of(height, width))
@@ -466,7 +470,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         if "scheduler" in kwargs:
             check_scheduler(kwargs["scheduler"])
         with loading(Path(place)):
-            pipeline = super().from_pretrained(place, **{**kwargs, "use_safetensors": True}, **dtype_argument(torch.float32))
+            pipeline: Self = super().from_pretrained(place, **{**kwargs, "use_safetensors": True}, **dtype_argument(torch.float32))
         vae = Path(place) / "vae"
         if vae.is_dir() and "vae" not in kwargs and isinstance(pipeline.vae, AutoencoderKL | AutoencoderTiny | AutoencoderDC):
             check_autoencoder_is_whole(vae, pipeline.vae, kwargs.get("variant"))
@@ -476,7 +480,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _cleaned(self, prompts: Sequence[str], negatives: Sequence[str], warn: Warn) -> tuple[list[str], list[str]]:
         """Return clean prompts, and the negative ones: none, one, or as many. `warn` is passed which are not read as a whole."""
         prompts, negatives = clean_prompts(prompts), [clean_caption(negative) for negative in negatives]
-        _check_negatives(len(negatives), len(prompts))
+        check_negatives(len(negatives), len(prompts))
         negatives = negatives if any(negatives) else []
         warn_of_unread(prompts + negatives, self.caption_encoder, warn)
         return prompts, negatives
@@ -488,28 +492,21 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         text, negative = (Text(text_BLE[part], None if mask_BL is None else mask_BL[part]) for part in (slice(count), slice(count, None)))
         return text, negative if negatives else None
 
-    def _embed_given(self, given: "_Given", negative_given: "_Given", times: int) -> tuple[Text, Text | None]:
+    def _embed_given(self, given: GivenPrompts, negative_given: GivenPrompts, times: int) -> tuple[Text, Text | None]:
         """Return the captions of all images, `times` a prompt, and the negative ones: none, one, or as many."""
         if given.text_BLE is None and negative_given.text_BLE is None:  # words alone, as in `generate`
             prompts, negatives = self._cleaned(given.listed, negative_given.listed, log.warning)
-            return self._embed(_repeated(prompts, times), negatives if len(negatives) == 1 else _repeated(negatives, times))
+            return self._embed(repeated(prompts, times), negatives if len(negatives) == 1 else repeated(negatives, times))
         text, negative = self._text_of(given), self._text_of(negative_given)
         assert text is not None, "one of the two is given"
-        text = _repeated_text(text, times)
-        if negative is None:
-            return text, None
-        _check_negatives(len(negative.text_BLE), len(text.text_BLE) // times)
-        negative = negative if len(negative.text_BLE) == 1 else _repeated_text(negative, times)
-        if text.text_BLE.shape[1] != negative.text_BLE.shape[1] or (text.mask_BL is None) != (negative.mask_BL is None):
-            length = max(text.text_BLE.shape[1], negative.text_BLE.shape[1])
-            text, negative = _padded(text, length), _padded(negative, length)
-        return text, negative
+        return aligned(text, negative, times)
 
-    def _text_of(self, given: "_Given") -> Text | None:
+    def _text_of(self, given: GivenPrompts) -> Text | None:
         """Return given vectors, or embed given words; None for no negative prompt."""
         if given.text_BLE is None:
-            prompts, _ = self._cleaned(given.listed, [], log.warning) if given.listed else ([], [])
-            return Text(*self.encode_prompt(prompts)) if any(prompts) or given.name == "prompt" else None
+            if given.optional and not any(map(clean_caption, given.listed)):
+                return None
+            return Text(*self.encode_prompt(self._cleaned(given.listed, [], log.warning)[0]))
         channels = self.transformer.config.caption_channels
         if given.text_BLE.ndim != 3 or given.text_BLE.shape[2] != channels:
             raise UserError(f"{given.name}_embeds must be of shape (captions, tokens, {channels}), not {tuple(given.text_BLE.shape)}.")
@@ -554,30 +551,6 @@ def load_encoders(data: dict[str, Any]) -> Encoders:
     return load_autoencoder(data["autoencoder"]["name"]), load_text_encoder(data["text_encoder"]["name"])
 
 
-@dataclass(frozen=True)
-class _Given:
-    """Captions as a caller gives them: words or vectors. Raises UserError if both or, of what is not optional, neither are given."""
-
-    name: str
-    words: str | list[str] | None
-    text_BLE: Tensor | None
-    mask_BL: Tensor | None
-    optional: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.words is None) == (self.text_BLE is None) and not (self.optional and self.words is None):
-            raise UserError(f"Give either {self.name} or {self.name}_embeds.")
-
-    @property
-    def listed(self) -> list[str]:
-        return [self.words] if isinstance(self.words, str) else list(self.words or [])
-
-
-def _check_negatives(negatives: int, prompts: int) -> None:
-    if negatives not in (0, 1, prompts):
-        raise UserError(f"There are {negatives} negative prompts for {prompts} prompts: give one for all, or one for each.")
-
-
 def _check_outputs(num_images_per_prompt: int, output_type: str) -> None:
     if num_images_per_prompt < 1:
         raise UserError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}.")
@@ -589,21 +562,6 @@ def _checked_latents(latents_BCHW: Tensor, shape: tuple[int, ...]) -> Tensor:
     if latents_BCHW.shape != shape:
         raise UserError(f"latents must be of shape {shape}, not {tuple(latents_BCHW.shape)}.")
     return latents_BCHW.float()
-
-
-def _repeated(prompts: list[str], times: int) -> list[str]:
-    return [prompt for prompt in prompts for _ in range(times)]
-
-
-def _repeated_text(text: Text, times: int) -> Text:
-    return Text(*(None if part is None else part.repeat_interleave(times, dim=0) for part in text))
-
-
-def _padded(text: Text, length: int) -> Text:
-    """Pad with zeros to `length` tokens; the mask says that they do not count."""
-    more = length - text.text_BLE.shape[1]
-    mask_BL = text.text_BLE.new_ones(text.text_BLE.shape[:2], dtype=torch.bool) if text.mask_BL is None else text.mask_BL
-    return Text(F.pad(text.text_BLE, (0, 0, 0, more)), F.pad(mask_BL, (0, more)))
 
 
 def _same_weights(one: nn.Module | None, other: nn.Module | None) -> bool:

@@ -41,7 +41,7 @@ def draw_latents(
     def moved(text_BLE: Tensor, mask_BL: Tensor | None) -> Text:
         return Text(text_BLE.to(device), None if mask_BL is None else mask_BL.to(device))
 
-    with _autocast_like(model):
+    with autocast_like(model):
         guided = guided_denoiser(
             model,
             edm,
@@ -55,7 +55,7 @@ def draw_latents(
         )
 
     def denoiser(noisy_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
-        with _autocast_like(model):
+        with autocast_like(model):
             return guided(noisy_BCHW, sigma_B)
 
     if settings.noise_range:
@@ -88,7 +88,7 @@ def round_matrices(model: MicroDiT, dtype: torch.dtype) -> None:
             weight.data = weight.data.to(dtype)
 
 
-def _autocast_like(model: MicroDiT) -> AbstractContextManager[Any]:
+def autocast_like(model: MicroDiT) -> AbstractContextManager[Any]:
     """Return autocast in the dtype of matrices that were rounded; for float32 no context is needed."""
     weight = model.head.linear.weight
     return torch.autocast(weight.device.type, weight.dtype) if weight.dtype in HALF else nullcontext()
