@@ -62,7 +62,7 @@ def images_api(queue: WorkQueue, limits: Limits) -> APIRouter:
         answer_for_failure(job)
         files = await asyncio.to_thread(lambda: [png_of(picture, drawing, i) for i, picture in enumerate(job.pictures)])
         data = [{"b64_json": base64.b64encode(file).decode()} for file in files]
-        return {"created": int(time.time()), "data": data, "warnings": list(job.warnings)}
+        return {"created": int(time.time()), "data": data, **({"warnings": list(job.warnings)} if job.warnings else {})}
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:

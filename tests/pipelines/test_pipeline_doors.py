@@ -1,6 +1,7 @@
 """The same words, settings and seed give the same image, however a model is reached; old folders load; foreign parts are refused."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def exported(run, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pipeline(run) -> MicroDiTPipeline:
     return quiet(MicroDiTPipeline.from_pretrained(run))
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_the_command_has():
+    """`microdit` of tests.commands gives its process that many; the last bit of a sum depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    yield
+    torch.set_num_threads(before)
 
 
 def quiet(pipeline: MicroDiTPipeline) -> MicroDiTPipeline:
