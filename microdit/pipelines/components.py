@@ -141,8 +141,9 @@ class EDMSettings(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Raises UserError for the settings of another scheduler, which diffusers would take as far as the names agree."""
-        if config.get("_class_name", cls.__name__) != cls.__name__:
-            raise UserError(_foreign_scheduler(config["_class_name"]))
+        strange = [name for name in config if not name.startswith("_") and name not in asdict(EDM())]
+        if strange or config.get("_class_name", cls.__name__) != cls.__name__:
+            raise UserError(_foreign_scheduler(config.get("_class_name", "another scheduler's settings")))
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
 

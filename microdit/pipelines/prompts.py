@@ -56,7 +56,8 @@ def repeated(prompts: list[str], times: int) -> list[str]:
 
 
 def _repeated_text(text: Text, times: int) -> Text:
-    return Text(*(None if part is None else part.repeat_interleave(times, dim=0) for part in text))
+    mask_BL = None if text.mask_BL is None else text.mask_BL.repeat_interleave(times, dim=0)
+    return Text(text.text_BLE.repeat_interleave(times, dim=0), mask_BL)
 
 
 def _padded(text: Text, length: int) -> Text:
