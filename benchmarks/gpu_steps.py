@@ -409,7 +409,8 @@ def draw_stored_captions(place: Place, run: Path) -> dict[str, Any]:
     from microdit.diffusion.edm import EDM
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.evaluation.recognition import spread_ids
-    from microdit.pipelines.native import SamplerSettings, draw_latents, first_noise, model_of
+    from microdit.pipelines.sampling import draw_latents, first_noise, frozen_model
+    from microdit.pipelines.settings import SamplerSettings
     from microdit.reports.grids import draw_grid
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -418,7 +419,7 @@ def draw_stored_captions(place: Place, run: Path) -> dict[str, Any]:
     rows = spread_ids(data.bucket_sizes[0], count).tolist()
     checkpoint = find_weights(run, print)
     assert checkpoint is not None, "the run left no checkpoint"
-    model = model_of(checkpoint.model_config, checkpoint.tensors(default_weights(checkpoint))).to(device)
+    model = frozen_model(checkpoint.model_config, checkpoint.tensors(default_weights(checkpoint))).to(device)
     stored = [data.read(0, row) for row in rows]
     text_BLE, mask_BL = data.text([text for _, text in stored])
     noise_BCHW = torch.stack([first_noise(data.latent_shape(), number) for number in range(count)])
@@ -496,7 +497,8 @@ def sampling(place: Place, results: Results) -> None:
     from microdit.models.config import resolve
     from microdit.models.flops import forward_flops
     from microdit.models.microdit import MicroDiT
-    from microdit.pipelines.native import SamplerSettings, draw_latents
+    from microdit.pipelines.sampling import draw_latents
+    from microdit.pipelines.settings import SamplerSettings
     from microdit.planning.hardware import peak_flops
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -38,7 +38,8 @@ from microdit.io.files import sha256_of, write_aside
 from microdit.models.config import SIZES, resolve
 from microdit.models.microdit import MicroDiT
 from microdit.pipelines.load import open_model
-from microdit.pipelines.native import Pipeline, SamplerSettings
+from microdit.pipelines.pipeline import MicroDiTPipeline
+from microdit.pipelines.settings import SamplerSettings
 
 LATENTS, CAPTION = (4, 32, 32), (77, 1024)  # 256 px through the SDXL autoencoder; DFN5B-CLIP-H
 Row = dict[str, Any]
@@ -158,12 +159,12 @@ def measure_quality(args: argparse.Namespace, progress: Progress) -> Row:
     return {"of": about, "alone": [time_alone(pipeline, setting, args.rounds) for setting in settings], "rows": rows}
 
 
-def time_alone(pipeline: Pipeline, settings: SamplerSettings, rounds: int) -> Row:
+def time_alone(pipeline: MicroDiTPipeline, settings: SamplerSettings, rounds: int) -> Row:
     """One prompt, from its words to the picture. The first round, which warms up, does not count."""
     seconds = []
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        pipeline(["red heart"], settings)
+        pipeline.generate(["red heart"], settings)
         seconds.append(time.perf_counter() - started)
     return {
         **named(settings),
@@ -197,10 +198,10 @@ class Judge:
         self._real_MD = found.features_ND
         self._gaussian = fit_gaussian(self._real_MD)
 
-    def __call__(self, pipeline: Pipeline, settings: SamplerSettings, seed: int) -> Row:
+    def __call__(self, pipeline: MicroDiTPipeline, settings: SamplerSettings, seed: int) -> Row:
         """Picture i of seed s begins with noise that no other picture begins with."""
         started = time.perf_counter()
-        images = pipeline(self._captions, settings, seed * len(self._captions))
+        images = pipeline.generate(self._captions, settings, seed * len(self._captions))
         seconds = (time.perf_counter() - started) / len(images)
         drawn_ND = self._network(images)
         subset = min(len(drawn_ND), len(self._real_MD), 1000)

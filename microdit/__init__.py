@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from microdit.errors import UserError
     from microdit.models.config import create_model, list_models
     from microdit.models.microdit import MicroDiT, ModelConfig
-    from microdit.pipelines.diffusers_pipeline import MicroDiTPipeline
-    from microdit.pipelines.native import SamplerSettings
+    from microdit.pipelines.pipeline import MicroDiTPipeline
+    from microdit.pipelines.settings import SamplerSettings
 
 __version__ = "0.1.0"
 
@@ -27,10 +27,10 @@ _EXPORTS = {
     "EDM": "microdit.diffusion.edm",
     "EncodedDataset": "microdit.data.dataset",
     "MicroDiT": "microdit.models.microdit",
-    "MicroDiTPipeline": "microdit.pipelines.diffusers_pipeline",
+    "MicroDiTPipeline": "microdit.pipelines.pipeline",
     "ModelConfig": "microdit.models.microdit",
     "Recipe": "microdit.config.schema",
-    "SamplerSettings": "microdit.pipelines.native",
+    "SamplerSettings": "microdit.pipelines.settings",
     "UserError": "microdit.errors",
     "create_model": "microdit.models.config",
     "edm_loss": "microdit.diffusion.edm",

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from microdit.config.schema import Recipe
     from microdit.data.dataset import EncodedDataset
     from microdit.data.sources.base import Source
-    from microdit.pipelines.diffusers_pipeline import MicroDiTPipeline
-    from microdit.pipelines.native import SamplerSettings
+    from microdit.pipelines.pipeline import MicroDiTPipeline
+    from microdit.pipelines.settings import SamplerSettings
 
 
 def sample(
@@ -44,19 +44,19 @@ def sample(
     (64, 64)
     """
     from microdit.devices import choose_device, choose_dtype
-    from microdit.pipelines.convert import from_diffusers
-    from microdit.pipelines.load import DEMO, open_model
-    from microdit.pipelines.native import USUAL
+    from microdit.pipelines.load import open_model
+    from microdit.pipelines.pipeline import DEMO
+    from microdit.pipelines.settings import DEFAULT_SETTINGS
 
     if isinstance(model, Path | str):
         where = choose_device(device)
         place = DEMO if model == "demo" else model
         pipeline = open_model(str(place), reporter.warn).pipeline.to(where, choose_dtype("auto", where))
     else:
-        pipeline = from_diffusers(model)
-    return pipeline(
+        pipeline = model
+    return pipeline.generate(
         [prompts] if isinstance(prompts, str) else list(prompts),
-        settings or USUAL,
+        settings or DEFAULT_SETTINGS,
         seed,
         height=size[0],
         width=size[1],
@@ -165,7 +165,7 @@ def evaluate(
     from microdit.evaluation.evaluate import evaluate as compare_with_reference
     from microdit.evaluation.generators import Compute, DrawSettings, open_generator
     from microdit.evaluation.metrics.registry import choose_metrics
-    from microdit.pipelines.load import DEMO
+    from microdit.pipelines.pipeline import DEMO
 
     place = DEMO if model == "demo" else model
     settings, question = DrawSettings(), EvaluationSettings(choose_metrics(",".join(metrics) if metrics else None), count)

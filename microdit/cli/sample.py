@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from microdit.diffusion.guidance import GuidanceKind
     from microdit.diffusion.samplers import Solver
     from microdit.pipelines.load import OpenedModel
-    from microdit.pipelines.native import SamplerSettings
+    from microdit.pipelines.settings import SamplerSettings
 
 Model = Annotated[str, typer.Argument(help="A run folder, or an exported or imported model.")]
 
@@ -102,8 +102,8 @@ def sample(
     Example: microdit sample runs/emoji "red heart" --solver dpm --steps 12 --noise-range 0.05 20 --guidance 2.5 --trajectory heart.gif
     """
     from microdit.devices import device_errors_explained
+    from microdit.encoders.captions import clean_prompts
     from microdit.pipelines.load import model_and_prompts
-    from microdit.pipelines.native import clean_prompts
     from microdit.reports.grids import Trajectory, check_trajectory_path, draw_grid, save_png
 
     model, prompts = model_and_prompts(arguments)
@@ -114,7 +114,7 @@ def sample(
     film = Trajectory()
     fix = "take a smaller --batch-size, --height or --width, or --dtype bfloat16"
     with device_errors_explained(fix), progress("sample", len(prompts) * options.steps) as advance:
-        images = opened.pipeline(
+        images = opened.pipeline.generate(
             prompts,
             settings,
             options.seed,
@@ -154,20 +154,20 @@ def grid(
     Example: microdit grid runs/emoji "red heart" --sweep guidance=1,2,4,8 --sweep steps=4,8,16
     """
     from microdit.devices import device_errors_explained
-    from microdit.pipelines.native import clean_prompts
-    from microdit.pipelines.sweep import Drawn, sheet_of
+    from microdit.encoders.captions import clean_prompts
+    from microdit.pipelines.settings import Cell, sheet_of
     from microdit.reports.grids import draw_sheet, save_png
 
     prompts, negatives = clean_prompts([prompt]), clean_prompts([options.negative]) if options.negative else []
     settings = _settings(options)
-    sheet = sheet_of(sweep, Drawn(settings, options.seed))
+    sheet = sheet_of(sweep, Cell(settings, options.seed))
     opened = _open(model, options)
     images, all_steps = [], sum(cell.settings.num_inference_steps for row in sheet.cells for cell in row)
     with device_errors_explained("take a smaller --height or --width, or --dtype bfloat16"), progress("grid", all_steps) as advance:
         for row in sheet.cells:
             images.append(
                 [
-                    opened.pipeline(
+                    opened.pipeline.generate(
                         prompts, cell.settings, cell.seed, advance, options.height, options.width, negative_prompts=negatives, warn=warn
                     )[0]
                     for cell in row
@@ -179,7 +179,7 @@ def grid(
 
 
 def _settings(options: DrawingOptions) -> "SamplerSettings":
-    from microdit.pipelines.native import SamplerSettings
+    from microdit.pipelines.settings import SamplerSettings
 
     if options.autoguide and options.guidance_kind not in (None, "autoguidance"):
         raise UserError(f"--autoguide names a weak model, and {options.guidance_kind} guidance takes none: leave one of the two out.")

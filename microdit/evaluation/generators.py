@@ -21,7 +21,8 @@ from microdit.io.files import write_aside
 from microdit.io.locks import sole_writer
 from microdit.io.text import parse_json
 from microdit.pipelines.load import OpenedModel, is_our_pipeline, open_model
-from microdit.pipelines.native import BATCH, SamplerSettings
+from microdit.pipelines.pipeline import BATCH
+from microdit.pipelines.settings import SamplerSettings
 from microdit.reports.run_folder import is_run
 
 FOREIGN_BATCH = 8  # images that a pipeline of unknown size generates at a time
@@ -76,7 +77,7 @@ class ImageGenerator(Protocol):
 def open_generator(place: str, settings: DrawSettings, warn: Callable[[str], None], compute: Compute = ON_CPU) -> ImageGenerator:
     """Load a generator from a run folder, a diffusers pipeline's folder, or a hub id. Raises UserError if `place` is none of these."""
     if is_run(Path(place)) or is_our_pipeline(place):
-        return RunGenerator(open_model(place, warn, settings.weights), settings, compute)
+        return RunGenerator(open_model(place, warn, settings.weights), settings, warn, compute)
     if (Path(place) / "model_index.json").is_file() or (not Path(place).exists() and is_place(place)):
         return DiffusersGenerator(place, settings, compute)
     raise UserError(
@@ -88,13 +89,13 @@ def open_generator(place: str, settings: DrawSettings, warn: Callable[[str], Non
 class RunGenerator:
     """A MicroDiT model: a run's checkpoint or an exported model."""
 
-    def __init__(self, opened: OpenedModel, settings: DrawSettings, compute: Compute):
+    def __init__(self, opened: OpenedModel, settings: DrawSettings, warn: Callable[[str], None], compute: Compute):
         self.about = {**opened.about, "dtype": compute.dtype_name}
         self.batch = compute.batch_size or BATCH
-        self._pipeline, self._settings = opened.pipeline.to(compute.device, compute.dtype), settings
+        self._pipeline, self._settings, self._warn = opened.pipeline.to(compute.device, compute.dtype), settings, warn
 
     def __call__(self, prompts: list[str], seed: int, on_step: Callable[[int], None] | None = None) -> list[Image.Image]:
-        return self._pipeline(prompts, self._settings.sampler, seed, on_step, batch_size=self.batch)
+        return self._pipeline.generate(prompts, self._settings.sampler, seed, on_step, warn=self._warn, batch_size=self.batch)
 
 
 class DiffusersGenerator:

@@ -21,7 +21,7 @@ from microdit.evaluation.features import EfficientNetFeatures
 from microdit.evaluation.generators import ON_CPU, Compute, DrawSettings
 from microdit.io.files import write_aside
 from microdit.pipelines.load import open_model
-from microdit.pipelines.native import BATCH, Pipeline
+from microdit.pipelines.pipeline import BATCH, MicroDiTPipeline
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def evaluate_emoji_run(
     right_N = spread_ids(len(rows), count)
     chosen = [rows[i] for i in right_N]
     captions = [row.caption for row in chosen]
-    generated = pipeline(captions, settings.sampler, settings.seed, on_step, batch_size=compute.batch_size or BATCH)
+    generated = pipeline.generate(captions, settings.sampler, settings.seed, on_step, warn=warn, batch_size=compute.batch_size or BATCH)
     network = EfficientNetFeatures(compute.device)
     real_MD = network([to_image(to_tensor(row.image, size)) for row in rows])
     metrics: dict[str, Any] = {
@@ -86,6 +86,6 @@ def evaluate_emoji_run(
     return metrics
 
 
-def _reconstruct(pipeline: Pipeline, images: list[Image.Image], size: int) -> list[Image.Image]:
+def _reconstruct(pipeline: MicroDiTPipeline, images: list[Image.Image], size: int) -> list[Image.Image]:
     pixels_NCHW = torch.stack([to_tensor(image, size) for image in images])
     return pipeline.decode(pipeline.autoencoder.encode(pixels_NCHW))

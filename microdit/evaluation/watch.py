@@ -17,7 +17,7 @@ from microdit.evaluation.generators import Compute, DrawSettings, RunGenerator
 from microdit.evaluation.html_report import read_evaluation, write_quality_page
 from microdit.io.console import QUIET, Reporter, styled
 from microdit.pipelines.load import opened_run
-from microdit.pipelines.native import Pipeline
+from microdit.pipelines.pipeline import MicroDiTPipeline
 from microdit.reports.run_folder import RunFolder, is_run, state_of
 
 PAUSE = 10.0  # seconds between two looks at the run
@@ -54,7 +54,7 @@ def watch_run(
         if checkpoint is not None:
             waiting = False
             reporter.say(styled(f"Step {checkpoint.step:,}"))
-            generator = open_watched(run, checkpoint, settings, world, compute)
+            generator = open_watched(run, checkpoint, settings, world, compute, reporter)
             if generator is None:
                 reporter.warn(f"{checkpoint.folder} was deleted before it could be read: record.keep_every keeps checkpoints.")
                 continue
@@ -94,12 +94,14 @@ def next_checkpoint(run: Path, out: Path, weights: str | None, warn: Callable[[s
     return None
 
 
-def open_watched(run: Path, checkpoint: Checkpoint, settings: DrawSettings, world: World, compute: Compute) -> RunGenerator | None:
+def open_watched(
+    run: Path, checkpoint: Checkpoint, settings: DrawSettings, world: World, compute: Compute, reporter: Reporter = QUIET
+) -> RunGenerator | None:
     """Load the checkpoint; return None on all processes if the trainer has deleted it meanwhile."""
     generator = None
     try:
-        opened = opened_run(run, Pipeline.from_checkpoint(checkpoint, settings.weights), checkpoint)
-        generator = RunGenerator(opened, settings, compute)
+        opened = opened_run(run, MicroDiTPipeline.from_checkpoint(checkpoint, settings.weights), checkpoint)
+        generator = RunGenerator(opened, settings, reporter.warn, compute)
     except UserError:
         if checkpoint.folder.is_dir():
             raise

@@ -26,8 +26,6 @@ from microdit.checkpoint import find_weights
 from microdit.config.schema import Recipe
 from microdit.data.sources.open import open_source
 from microdit.distributed import World
-from microdit.encoders.autoencoder import Autoencoder
-from microdit.encoders.text import TextEncoder
 from microdit.errors import DivergedError, UserError
 from microdit.evaluation.extraction import extract, feature_cache
 from microdit.evaluation.features import EfficientNetFeatures
@@ -40,7 +38,8 @@ from microdit.io.locks import sole_writer
 from microdit.io.text import parse_json
 from microdit.lab.equal_cost import ArmPlan, make_plan
 from microdit.lab.study import Study, is_scheduled, stretched
-from microdit.pipelines.native import Pipeline, SamplerSettings
+from microdit.pipelines.pipeline import Encoders, MicroDiTPipeline, load_encoders
+from microdit.pipelines.settings import SamplerSettings
 from microdit.reports.grids import draw_grid, save_png
 from microdit.training.parallel import DenoisingLoss
 from microdit.training.trainer import Trainer
@@ -115,7 +114,7 @@ class QualityEvaluator:
         self._right_N = spread_ids(len(self._records), study.pictures)
         self._captions = [self._records[i].captions["caption"] for i in self._right_N]
         self._real: tuple[Tensor, Gaussian] | None = None
-        self._encoders: dict[tuple[str, str], tuple[Autoencoder, TextEncoder]] = {}  # by their names, so that each is loaded once
+        self._encoders: dict[tuple[str, str], Encoders] = {}  # by their names, so that each is loaded once
 
     def measure(self, run: Path, held_out: str | None) -> tuple[QualityMetrics, list[Image.Image]]:
         """Measure the newest checkpoint of `run`; return its metrics and images of the study's prompts.
@@ -125,8 +124,8 @@ class QualityEvaluator:
         pipeline, side = self._open(run)
         real_MD, gaussian = self._reference(side)
         settings = SamplerSettings(self._study.num_inference_steps, self._study.guidance_scale)
-        generated_ND = self._network(pipeline(self._captions, settings, seed=0))
-        strip = pipeline(list(self._study.prompts), settings, seed=0)
+        generated_ND = self._network(pipeline.generate(self._captions, settings, warn=self._reporter.warn))
+        strip = pipeline.generate(self._study.prompts, settings, warn=self._reporter.warn)
         subset = min(len(generated_ND), len(real_MD), 1000)
         metrics = QualityMetrics(
             held_out_loss=self._held_out_loss(pipeline, side, held_out),
@@ -136,20 +135,20 @@ class QualityEvaluator:
         )
         return metrics, strip
 
-    def _open(self, run: Path) -> tuple[Pipeline, int]:
+    def _open(self, run: Path) -> tuple[MicroDiTPipeline, int]:
         """Return the newest checkpoint's pipeline, and the side of its images."""
         checkpoint = find_weights(run, _raise)
         assert checkpoint is not None, "the run has just ended"
         data = checkpoint.state["data"]
         names = data["autoencoder"]["name"], data["text_encoder"]["name"]
-        pipeline = Pipeline.from_checkpoint(checkpoint, loaded=self._encoders.get(names))
-        self._encoders[names] = pipeline.autoencoder, pipeline.text_encoder
-        return pipeline, data["resolution"]
+        if names not in self._encoders:
+            self._encoders[names] = load_encoders(data)
+        return MicroDiTPipeline.from_checkpoint(checkpoint, encoders=self._encoders[names]), data["resolution"]
 
-    def _held_out_loss(self, pipeline: Pipeline, side: int, folder: str | None) -> float:
+    def _held_out_loss(self, pipeline: MicroDiTPipeline, side: int, folder: str | None) -> float:
         assert folder is not None
         held_out = HeldOut(Path(folder), side, HELD_OUT, pipeline.edm, self._world)
-        found = held_out.measure(DenoisingLoss(pipeline.model, pipeline.edm, pipeline.mask_padding))["held_out_loss"]
+        found = held_out.measure(DenoisingLoss(pipeline.model, pipeline.edm, pipeline.config.mask_padding))["held_out_loss"]
         assert isinstance(found, float)
         return found
 

@@ -1,22 +1,19 @@
-"""The denoiser as a model of diffusers: `MicroDiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")`.
+"""Components of a pipeline folder: the denoiser, EDM's noise settings, and encoders that the folder names instead of holding.
 
-Its config.json holds the architecture fully resolved, block by block, and its weights are safetensors, nothing else.
+`MicroDiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")` loads the denoiser alone. Its config.json holds the
+architecture block by block, and its weights are safetensors.
+
+A folder's model_index.json may name these classes and a few of diffusers and transformers, no others: diffusers would import whatever is
+written there.
 
 Shape legend: B batch, C channels, H W height and width, L caption tokens, E caption channels.
-
-The noise of EDM as a component of a pipeline of diffusers: settings alone, the sampler is `microdit.diffusion`'s.
-
-Frozen encoders that a pipeline's folder names instead of holding: by the name that finds them, and the fingerprint of their weights.
-
-MiniLM, which comes with a package and is larger than the models beside it; and encoders that lie on the hub.
-
-What a pipeline's model_index.json may name. Diffusers would import whatever is written there.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, SchedulerMixin
@@ -28,19 +25,22 @@ from torch import Tensor
 from microdit.checkpoint import config_of_fields
 from microdit.diffusion.edm import EDM
 from microdit.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder
-from microdit.encoders.model_files import check_complete, loading, weight_files
+from microdit.encoders.model_files import check_complete, loading
 from microdit.encoders.text import FrozenTextEncoder, TextEncoder, load_text_encoder
 from microdit.errors import UserError
-from microdit.models.microdit import MicroDiT, ModelConfig
+from microdit.models.microdit import MicroDiT
 from microdit.models.patches import unpatchify
 from microdit.models.routing import Routing
-from microdit.pipelines.native import unchanged
+from microdit.pipelines.sampling import autocast_like
+
+E = TypeVar("E", Autoencoder, TextEncoder)
 
 
 class MicroDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """`denoiser` is the network itself. `sample_size` is the height and width of the latents that it was trained on.
+    """The denoiser as a model of diffusers; `denoiser` is the network itself.
 
-    The other arguments are the fields of `ModelConfig`, with a dictionary for each block's shape.
+    `sample_size` is the height and width of the latents that it was trained on. The other arguments are the fields of `ModelConfig`, with
+    a dictionary for each block's shape.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -70,19 +70,15 @@ class MicroDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def around(cls, denoiser: MicroDiT, sample_size: tuple[int, int]) -> Self:
-        """A network that is there already; it is not copied."""
-        model = cls.of(denoiser.config, sample_size)
+        """Wrap a network, which is not copied."""
+        with torch.device("meta"):  # the fresh weights are thrown away
+            model = cls(**asdict(denoiser.config), sample_size=sample_size)
         model.denoiser = denoiser
         return model
 
     @classmethod
-    def of(cls, config: ModelConfig, sample_size: tuple[int, int]) -> Self:
-        """With fresh weights."""
-        return cls(**asdict(config), sample_size=sample_size)
-
-    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
-        """As in diffusers, but only safetensors are read. Raises UserError for a damaged file, or weights of another architecture."""
+        """Load as diffusers does, but from safetensors alone. Raises UserError for a damaged file, or weights of another architecture."""
         wants_info = kwargs.pop("output_loading_info", False)
         model: Any
         place = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
@@ -98,6 +94,11 @@ class MicroDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             )
         return (model, info) if wants_info else model  # type: ignore[return-value]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that matrix products are computed in; the weights of norms and the residual stream may be float32 beside it."""
+        return self.denoiser.head.linear.weight.dtype
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -106,19 +107,20 @@ class MicroDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """The network F of EDM (2206.00364, eq. 7), (B, C, H, W), on all patches.
+        """Compute the network F of EDM (2206.00364, eq. 7), (B, C, H, W), on all patches.
 
         `hidden_states` are the noisy latents (B, C, H, W) times c_in; `timestep` is c_noise, (B,); `encoder_hidden_states` are the
         caption's vectors, (B, L, E), with `encoder_attention_mask`, (B, L), true at real tokens.
         """
-        caption = self.denoiser.embed_caption(encoder_hidden_states.to(self.dtype), encoder_attention_mask)
-        patches_BTP = self.denoiser(hidden_states, timestep, caption)
+        with autocast_like(self.denoiser):
+            caption = self.denoiser.embed_caption(encoder_hidden_states.to(self.dtype), encoder_attention_mask)
+            patches_BTP = self.denoiser(hidden_states, timestep, caption)
         sample_BCHW = unpatchify(patches_BTP, self.config.patch_size, *hidden_states.shape[-2:])
         return Transformer2DModelOutput(sample=sample_BCHW) if return_dict else (sample_BCHW,)
 
 
 class EDMSettings(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
-    """The fields of `EDM` (2206.00364, table 1), saved as scheduler_config.json."""
+    """The fields of `EDM` (2206.00364, table 1), saved as scheduler_config.json. The solver is a setting of each call."""
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -136,11 +138,33 @@ class EDMSettings(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def around(cls, edm: EDM) -> Self:
         return cls(**asdict(edm))
 
+    @classmethod
+    def from_config(cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Raises UserError for the settings of another scheduler, which diffusers would take as far as the names agree."""
+        strange = [name for name in config if not name.startswith("_") and name not in asdict(EDM())]
+        if strange or config.get("_class_name", cls.__name__) != cls.__name__:
+            raise UserError(_foreign_scheduler(config.get("_class_name", "another scheduler's settings")))
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+
+def check_scheduler(scheduler: object) -> None:
+    """Raises UserError unless `scheduler` holds EDM's settings."""
+    if not isinstance(scheduler, EDMSettings):
+        raise UserError(_foreign_scheduler(type(scheduler).__name__))
+
+
+def _foreign_scheduler(name: str) -> str:
+    return (
+        f"A {PIPELINE} cannot sample with {name}: its scheduler is EDMSettings, the noise settings that the model was trained with. "
+        'Leave the scheduler as it is, and choose solver="heun", "dpm" or "euler" when you draw.'
+    )
+
 
 class _Reference(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Saved as a config.json alone. `from_pretrained` opens what it names; made by hand, it opens that when it is first used.
+    """A frozen encoder that is saved as its name and the fingerprint of its weights, in a config.json.
 
-    Without a fingerprint whatever has the name is taken.
+    `from_pretrained` loads the encoder at once; one that is made by hand loads it when it is first used. Without a fingerprint, any
+    weights of that name are accepted.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -150,8 +174,15 @@ class _Reference(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.register_buffer("nothing", torch.zeros(0), persistent=False)  # diffusers asks parts for their dtype, opened or not
 
     @classmethod
+    def around(cls, encoder: Any) -> Self:
+        """Refer to an encoder that is loaded already."""
+        reference = cls(encoder.name, encoder.fingerprint)
+        reference._hold(encoder)
+        return reference
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
-        """Raises UserError if what is named is not there, or has changed since."""
+        """Raises UserError if the encoder is not there, or has other weights."""
         config = cls.load_config(pretrained_model_name_or_path, subfolder=kwargs.get("subfolder"))
         reference = cls.from_config(config)
         reference._open()
@@ -165,20 +196,23 @@ class _Reference(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if self._opened is None:
             encoder = self._load(self.config.name)
             if self.config.fingerprint is not None:
-                unchanged(encoder, {"fingerprint": self.config.fingerprint})
-            if isinstance(encoder, FrozenTextEncoder):
-                self.network = encoder.loaded.model  # a part of this module, so that it moves along
-            elif isinstance(encoder, DiffusersAutoencoder):
-                self.network = encoder.model
-            self._opened = encoder
+                check_unchanged(encoder, self.config.fingerprint)
+            self._hold(encoder)
         return self._opened
+
+    def _hold(self, encoder: Any) -> None:
+        if isinstance(encoder, FrozenTextEncoder):
+            self.network = encoder.loaded.model  # a part of this module, so that it moves along
+        elif isinstance(encoder, DiffusersAutoencoder):
+            self.network = encoder.model
+        self._opened = encoder
 
     def _load(self, name: str) -> Any:
         raise NotImplementedError
 
 
 class ReferencedTextEncoder(_Reference):
-    """A text encoder with its tokenizer, by its name for `load_text_encoder`."""
+    """A text encoder with its tokenizer, named as `load_text_encoder` takes it: MiniLM, which comes with a package, or one on the hub."""
 
     def _load(self, name: str) -> TextEncoder:
         return load_text_encoder(name)
@@ -189,7 +223,7 @@ class ReferencedTextEncoder(_Reference):
 
 
 class ReferencedAutoencoder(_Reference):
-    """An autoencoder, by its name for `load_autoencoder`."""
+    """An autoencoder, named as `load_autoencoder` takes it."""
 
     def _load(self, name: str) -> Autoencoder:
         return load_autoencoder(name)
@@ -198,40 +232,65 @@ class ReferencedAutoencoder(_Reference):
     def encoder(self) -> Autoencoder:
         return self._open()
 
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1]."""
-        return self.encoder.decode(latents_BCHW)
-
 
 PIPELINE = "MicroDiTPipeline"
 _TEXT_MODELS = ("BertModel", "CLIPTextModel", "MT5EncoderModel", "T5EncoderModel", "UMT5EncoderModel")
+_OURS = "microdit.pipelines.components"
+_MODULES_BEFORE = ("microdit.hub.transformer", "microdit.hub.scheduler", "microdit.hub.references")  # of folders exported by version 0
 _COMPONENTS: dict[str, set[tuple[str, str]]] = {
-    "transformer": {("microdit.pipelines.components", "MicroDiTTransformer2DModel")},
-    "scheduler": {("microdit.pipelines.components", "EDMSettings")},
-    "vae": {
-        *(("diffusers", name) for name in ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")),
-        ("microdit.pipelines.components", "ReferencedAutoencoder"),
-    },
-    "text_encoder": {*(("transformers", name) for name in _TEXT_MODELS), ("microdit.pipelines.components", "ReferencedTextEncoder")},
+    "transformer": {(_OURS, "MicroDiTTransformer2DModel")},
+    "scheduler": {(_OURS, "EDMSettings")},
+    "vae": {*(("diffusers", name) for name in ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")), (_OURS, "ReferencedAutoencoder")},
+    "text_encoder": {*(("transformers", name) for name in _TEXT_MODELS), (_OURS, "ReferencedTextEncoder")},
 }
 
 
-def refuse_strange_components(model_index: Mapping[str, Any], place: str) -> None:
-    """Raises UserError if it is another pipeline's, or names classes that are no components of ours."""
+def checked_components(model_index: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return the content of a model_index.json with the names that our classes have today.
+
+    Raises UserError if it is another pipeline's, or names classes that are no components of ours.
+    """
     if model_index.get("_class_name") != PIPELINE:
         raise UserError(f"{place} holds a {model_index.get('_class_name')}, not a {PIPELINE}: load it with diffusers' own class.")
-    for name, value in model_index.items():
-        if isinstance(value, list | tuple) and not _is_component(name, value):
+    renamed = {name: _renamed(value) for name, value in model_index.items()}
+    for name, value in renamed.items():
+        if isinstance(value, list) and not _is_component(name, value):
+            if name == "scheduler":
+                raise UserError(f"{place} is refused. {_foreign_scheduler(str(value[-1]))}")
             raise UserError(f"{place} is refused: its model_index.json names {value} as its {name}, which is no component of {PIPELINE}.")
+    return renamed
 
 
-def refuse_incomplete_autoencoder(folder: Path, model: Any) -> None:
+def _renamed(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        return value
+    return [_OURS if part in _MODULES_BEFORE else part for part in value]
+
+
+def check_unchanged(encoder: E, fingerprint: str) -> E:
+    """Return `encoder`. Raises UserError if its weights are not those with this fingerprint."""
+    if encoder.fingerprint != fingerprint:
+        raise UserError(
+            f"The encoder '{encoder.name}' is not the one that the data was encoded with "
+            f"(fingerprint {encoder.fingerprint}, not {fingerprint}): encode and train again, or bring back the old one."
+        )
+    return encoder
+
+
+def check_autoencoder_is_whole(folder: Path, model: Any, variant: str | None = None) -> None:
     """Raises UserError if the folder that `model` was loaded from lacks some of its weights: diffusers goes on with random ones."""
+    files = _autoencoder_files(folder, f".{variant}") if variant else []
     found: set[str] = set()
-    for path in weight_files(folder, "diffusion_pytorch_model", ".safetensors"):
+    for path in files or _autoencoder_files(folder, ""):  # a component without the variant is loaded without it
         with safe_open(path, framework="pt") as file:
             found |= set(file.keys())
     check_complete(folder, [name for name in model.state_dict() if name not in found])
+
+
+def _autoencoder_files(folder: Path, variant: str) -> list[Path]:
+    """One file, or the parts of one that is too large."""
+    stem = f"diffusion_pytorch_model{variant}"
+    return [path for path in folder.glob(f"{stem}*.safetensors") if re.fullmatch(rf"{re.escape(stem)}(-\d+-of-\d+)?", path.stem)]
 
 
 def _is_component(name: str, value: list[Any] | tuple[Any, ...]) -> bool:

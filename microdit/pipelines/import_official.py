@@ -1,8 +1,8 @@
 """`microdit import-official`: the authors' released checkpoints as a folder that diffusers and microdit load.
 
 Two layouts: the denoiser's weights alone, under their names or with `dit.` before them (a `LatentDiffusion` saved whole); and the state of
-their trainer (Composer), where they lie at state -> model -> `dit.*`, as nested dictionaries or as one name with dots. Compiled and wrapped
-modules put words of their own into the names; they are taken out. The sizes are read off the tensors.
+their trainer (Composer), where they lie at state -> model -> `dit.*`, as nested dictionaries or as one name with dots. The words that
+compiled and wrapped modules put into the names are removed. Sizes are read off the tensors.
 
 A .pt is a pickle: it is read as bare tensors, numbers and containers, and refused if it holds anything that could run.
 """
@@ -29,10 +29,9 @@ from microdit.io.files import sha256_of
 from microdit.models.microdit import MicroDiT
 from microdit.models.official import load_official
 from microdit.pipelines.components import EDMSettings, MicroDiTTransformer2DModel, ReferencedAutoencoder, ReferencedTextEncoder
-from microdit.pipelines.convert import CARD, refuse_infinite_parts, refuse_to_overwrite, write_folder, write_record
-from microdit.pipelines.diffusers_pipeline import MicroDiTPipeline
-from microdit.pipelines.export import DTYPES, Dtype
+from microdit.pipelines.export import Dtype, check_is_free, convert_parts, save_pipeline
 from microdit.pipelines.model_card import card_of_official
+from microdit.pipelines.pipeline import MicroDiTPipeline
 
 TEXT_ENCODER = "dfn-clip-h"
 AUTOENCODERS = {4: "sdxl", 16: "16ch"}  # by the channels of the latents
@@ -54,31 +53,34 @@ _PREFIXES = ("state.model.dit.", "model.dit.", "dit.")
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """Encoders: names for `load_text_encoder` and `load_autoencoder`. A folder is copied, anything else is kept as a name.
+    """Encoders, as `load_text_encoder` and `load_autoencoder` name them: a folder is copied, anything else is kept as a name.
 
-    `head_dim`: where it is not known by the width of the model, as it is for the released ones.
+    `autoencoder` is by default chosen by the channels of the latents. `head_dim`, the width of an attention head, is known for the
+    released models, and must be given for others.
     """
 
     text_encoder: str = TEXT_ENCODER
-    autoencoder: str | None = None  # by the channels
+    autoencoder: str | None = None
     head_dim: int | None = None
     dtype: Dtype = "float32"
 
 
 def import_official(checkpoint: Path, out: Path, settings: ImportSettings = ImportSettings()) -> MicroDiTTransformer2DModel:
-    """Write the pipeline's folder `out`. Returns the model in it.
+    """Write the pipeline of the checkpoint to the folder `out`, and return the model in it.
 
     Raises UserError if the checkpoint is damaged, of another architecture or could run code, or if an encoder does not fit.
     """
-    refuse_to_overwrite(out)
+    check_is_free(out)
     tensors = read_checkpoint(checkpoint)
     try:
         denoiser = load_official(tensors, settings.head_dim).eval().requires_grad_(False)
     except UserError as error:
         raise UserError(f"{checkpoint}: {error}") from error
     side = round(tensors["pos_embed"].shape[1] ** 0.5) * denoiser.config.patch_size
-    pipeline = _pipeline(denoiser, side, settings).to(DTYPES[settings.dtype])
-    refuse_infinite_parts(pipeline, f"As {settings.dtype}, the weights of {checkpoint}", "take --dtype float32, or download it again")
+    pipeline = _pipeline(denoiser, side, settings)
+    convert_parts(
+        pipeline, settings.dtype, f"As {settings.dtype}, the weights of {checkpoint}", "take --dtype float32, or download it again"
+    )
     record = {
         "file": checkpoint.name,
         "sha256": sha256_of(checkpoint),
@@ -89,18 +91,12 @@ def import_official(checkpoint: Path, out: Path, settings: ImportSettings = Impo
         "text_encoder": settings.text_encoder,
         "autoencoder": _autoencoder_name(denoiser, settings),
     }
-
-    def fill(folder: Path) -> None:
-        pipeline.save_pretrained(folder)
-        write_record(folder, record)
-        (folder / CARD).write_text(card_of_official(out.name, record), encoding="utf-8")
-
-    write_folder(out, fill)
+    save_pipeline(pipeline, out, record, card_of_official(out.name, record))
     return pipeline.transformer
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The denoiser's tensors by the authors' names, in float32. Raises UserError; nothing in the file is run."""
+    """Read the denoiser's tensors by the authors' names, in float32. Raises UserError; nothing in the file is run."""
     if not path.is_file():
         raise UserError(f"There is no checkpoint at {path}.")
     found = {_WRAPPERS.sub("", name): tensor for name, tensor in _flat(_read(path), "")}
@@ -130,7 +126,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _flat(content: Mapping[str, Any], prefix: str) -> list[tuple[str, Tensor]]:
-    """Tensors by their way through nested dictionaries: state.model.dit.blocks.0..."""
+    """Name tensors by their path through nested dictionaries: state.model.dit.blocks.0..."""
     found: list[tuple[str, Tensor]] = []
     for key, value in content.items():
         if isinstance(value, Tensor):
@@ -149,12 +145,12 @@ def _autoencoder_name(denoiser: MicroDiT, settings: ImportSettings) -> str:
 
 
 def _pipeline(denoiser: MicroDiT, side: int, settings: ImportSettings) -> MicroDiTPipeline:
-    """Captions with all of their padding's vectors, none of them hidden: as the authors trained."""
-    text = _opened(settings.text_encoder, load_text_encoder)
+    """Build the pipeline. The model sees captions with all vectors at padding, as the authors trained it."""
+    text = _copied(settings.text_encoder, load_text_encoder)
     vae_name = _autoencoder_name(denoiser, settings)
-    vae = _opened(vae_name, load_autoencoder)
-    _refuse_misfit("text encoder", text, denoiser.config.caption_channels)
-    _refuse_misfit("autoencoder", vae, denoiser.config.in_channels)
+    vae = _copied(vae_name, load_autoencoder)
+    _check_fits("text encoder", text, denoiser.config.caption_channels)
+    _check_fits("autoencoder", vae, denoiser.config.in_channels)
     return MicroDiTPipeline(
         MicroDiTTransformer2DModel.around(denoiser, (side, side)),
         EDMSettings.around(EDM()),
@@ -168,11 +164,11 @@ def _pipeline(denoiser: MicroDiT, side: int, settings: ImportSettings) -> MicroD
     )
 
 
-def _opened(name: str, load: Any) -> Any:
-    """The encoder, if `name` is a folder: it is then copied. Else None: it stays a name, which may be of the hub."""
+def _copied(name: str, load: Any) -> Any:
+    """Load the encoder if `name` is a folder, which is then copied; None if it stays a name, which may be one on the hub."""
     return load(name) if Path(name).is_dir() else None
 
 
-def _refuse_misfit(kind: str, encoder: Any, channels: int) -> None:
+def _check_fits(kind: str, encoder: Any, channels: int) -> None:
     if encoder is not None and encoder.channels != channels:
         raise UserError(f"The {kind} {encoder.name} has {encoder.channels} channels, and the checkpoint's model wants {channels}.")

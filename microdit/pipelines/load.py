@@ -1,7 +1,4 @@
-"""Which model `microdit sample` draws with: the one that is named, or the demo model of this package.
-
-A model by its place: a run folder, a pipeline's folder, or an id of the hub, all to draw with in the same way.
-"""
+"""Open a model by its place, which is a run folder, an exported folder or an id of the hub, with what is known of it."""
 
 import os
 from collections.abc import Callable
@@ -12,21 +9,76 @@ from typing import Any
 from diffusers.utils import logging as diffusers_logging
 
 from microdit.checkpoint import Checkpoint, default_weights
-from microdit.encoders.model_files import DOWNLOAD_AGAIN, find_folder, is_place, lasting_name, loading
+from microdit.encoders.model_files import DOWNLOAD_AGAIN, find_folder, is_place, lasting_name
 from microdit.errors import UserError
 from microdit.io.files import read_json
 from microdit.pipelines.components import PIPELINE
-from microdit.pipelines.convert import from_diffusers, read_record
-from microdit.pipelines.diffusers_pipeline import MicroDiTPipeline
-from microdit.pipelines.native import Pipeline
+from microdit.pipelines.export import read_record
+from microdit.pipelines.pipeline import DEMO, INDEX, MicroDiTPipeline, check_no_weights, is_run_folder, newest_checkpoint
 from microdit.process_limits import keep_freed_memory
-from microdit.reports.run_folder import is_run
 
-DEMO = Path(__file__).parents[1] / "demo_model"  # put there by: microdit export runs/emoji microdit/demo_model --dtype float16
+_COSTS = ("images_seen", "gpu_hours", "dollars")
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A pipeline, and where it comes from.
+
+    `about` holds its place, the steps that it was trained for and what they cost, as far as known. `resolution` is in pixels.
+    `weights_file` holds the denoiser's weights, if they lie in one file on this disk.
+    """
+
+    pipeline: MicroDiTPipeline
+    about: dict[str, Any]
+    resolution: int
+    weights_file: Path | None
+
+    @property
+    def name(self) -> str:
+        """A name for people to read."""
+        place = Path(self.about.get("run") or self.about["pipeline"]).name
+        return f"{place}, step {self.about['step']:,}" if "step" in self.about else place
+
+
+def open_model(place: str, warn: Callable[[str], None], weights: str | None = None) -> OpenedModel:
+    """Open a model; `weights` chooses among those of a run. Raises UserError for what is no model, is damaged, or could run code."""
+    keep_freed_memory()  # sampling, too, takes and frees the same memory again and again
+    folder = Path(place)
+    if is_run_folder(folder):
+        checkpoint = newest_checkpoint(folder, warn, weights)
+        return opened_run(folder, MicroDiTPipeline.from_checkpoint(checkpoint, weights), checkpoint, weights)
+    check_no_weights(place, weights)
+    diffusers_logging.disable_progress_bar()
+    pipeline = MicroDiTPipeline.from_pretrained(folder if folder.exists() else place)
+    record = read_record(folder)
+    known = {key: record[key] for key in ("step", *_COSTS) if record.get(key) is not None}
+    resolution = min(pipeline.latent_shape[1:]) * pipeline.config.vae_scale_factor
+    files = list((folder / "transformer").glob("*.safetensors"))
+    about = {"pipeline": lasting_name(place), "class": PIPELINE, **known}
+    return OpenedModel(pipeline, about, resolution, files[0] if len(files) == 1 else None)
+
+
+def opened_run(run: Path, pipeline: MicroDiTPipeline, checkpoint: Checkpoint, weights: str | None = None) -> OpenedModel:
+    """Describe a run whose pipeline was built of one of its checkpoints."""
+    state = checkpoint.state
+    costs = {key: state[key] for key in _COSTS if state.get(key) is not None}
+    file = checkpoint.folder / f"{weights or default_weights(checkpoint)}.safetensors"
+    about = {"run": str(run), "step": checkpoint.step, **costs}
+    return OpenedModel(pipeline, about, state["data"]["resolution"], file if file.is_file() else None)
+
+
+def is_our_pipeline(place: str) -> bool:
+    """Whether a folder, or what the hub has under that id, is a `MicroDiTPipeline`. Raises UserError if the hub does not answer."""
+    folder = Path(place)
+    if not folder.exists():
+        if not is_place(place):
+            return False
+        folder = find_folder(place, [INDEX])
+    return (folder / INDEX).is_file() and read_json(folder / INDEX, DOWNLOAD_AGAIN).get("_class_name") == PIPELINE
 
 
 def model_and_prompts(arguments: list[str], demo: Path = DEMO) -> tuple[str, list[str]]:
-    """The model's place, and the prompts. A folder that is there, as the first argument, is the model; else all are prompts for the demo.
+    """Return the model's place and the prompts. A first argument that is a folder is the model; else all are prompts for the demo model.
 
     Raises UserError for a first argument that looks like a path and is none, and if there is no demo model.
     """
@@ -51,64 +103,3 @@ def _looks_like_a_path(text: str) -> bool:
     return (
         text.startswith(("runs/", "./", "../", "/", "~")) or text in (".", "..") or (separated and " " not in text) or os.path.exists(text)
     )
-
-
-INDEX = "model_index.json"
-_COSTS = ("images_seen", "gpu_hours", "dollars")
-
-
-@dataclass(frozen=True)
-class OpenedModel:
-    """`about`: where it comes from, how many steps it was trained for and what that cost, as far as known. `resolution` in pixels.
-
-    `weights_file`: the denoiser's weights, if they lie in one file on this disk.
-    """
-
-    pipeline: Pipeline
-    about: dict[str, Any]
-    resolution: int
-    weights_file: Path | None
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        place = Path(self.about.get("run") or self.about["pipeline"]).name
-        return f"{place}, step {self.about['step']:,}" if "step" in self.about else place
-
-
-def open_model(place: str, warn: Callable[[str], None], weights: str | None = None) -> OpenedModel:
-    """`weights` chooses among those of a run. Raises UserError for what is no model, is damaged, or could run code."""
-    keep_freed_memory()  # drawing, too, takes and frees the same memory again and again
-    folder = Path(place)
-    if is_run(folder) or (folder.exists() and not (folder / INDEX).is_file()):
-        return opened_run(folder, *Pipeline.from_run(folder, warn, weights), weights)
-    if weights is not None:
-        raise UserError(f"--weights {weights} chooses among the weights of a run, and {place} is a pipeline with one set: leave it out.")
-    diffusers_logging.disable_progress_bar()
-    with loading(Path(place)):
-        pipeline = from_diffusers(MicroDiTPipeline.from_pretrained(place))
-    record = read_record(folder)
-    known = {key: record[key] for key in ("step", *_COSTS) if record.get(key) is not None}
-    resolution = min(pipeline.latent_shape[1:]) * pipeline.autoencoder.downsampling
-    files = list((folder / "transformer").glob("*.safetensors"))
-    about = {"pipeline": lasting_name(place), "class": PIPELINE, **known}
-    return OpenedModel(pipeline, about, resolution, files[0] if len(files) == 1 else None)
-
-
-def is_our_pipeline(place: str) -> bool:
-    """Whether a folder, or what the hub has under that id, is a `MicroDiTPipeline`. Raises UserError if the hub does not answer."""
-    folder = Path(place)
-    if not folder.exists():
-        if not is_place(place):
-            return False
-        folder = find_folder(place, [INDEX])
-    return (folder / INDEX).is_file() and read_json(folder / INDEX, DOWNLOAD_AGAIN).get("_class_name") == PIPELINE
-
-
-def opened_run(run: Path, pipeline: Pipeline, checkpoint: Checkpoint, weights: str | None = None) -> OpenedModel:
-    """A run, with the pipeline that was made of one of its checkpoints."""
-    state = checkpoint.state
-    costs = {key: state[key] for key in _COSTS if state.get(key) is not None}
-    file = checkpoint.folder / f"{weights or default_weights(checkpoint)}.safetensors"
-    about = {"run": str(run), "step": checkpoint.step, **costs}
-    return OpenedModel(pipeline, about, state["data"]["resolution"], file if file.is_file() else None)

@@ -13,7 +13,7 @@ _HEAD = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": [
 
 
 def card_of_run(name: str, record: dict[str, Any]) -> str:
-    """Markdown, for the folder `name`."""
+    """Return the card of an exported run, as Markdown, for the folder `name`."""
     prompts = record["recipe"].get("record", {}).get("sample_prompts") or ["red heart"]
     parts = [
         _front_matter({}),
@@ -29,7 +29,7 @@ def card_of_run(name: str, record: dict[str, Any]) -> str:
 
 
 def card_of_official(name: str, record: dict[str, Any]) -> str:
-    """Of the authors' weights: what the file shows, and who made it."""
+    """Return the card of the authors' weights: what the file shows, and who made it."""
     rows = {key.replace("_", " "): record[key] for key in ("file", "sha256", "parameters", "latent_channels", "latent_size", "dtype")}
     rows |= {key.replace("_", " "): record[key] for key in ("text_encoder", "autoencoder")}
     parts = [
@@ -44,12 +44,12 @@ def card_of_official(name: str, record: dict[str, Any]) -> str:
 
 
 def usage(name: str, prompt: str, guidance_scale: float) -> str:
-    """How to draw with it, from Python and from the command line. Both lines may be pasted, whatever the prompt."""
+    """Say how to draw with it, from Python and from the command line. Both are safe to paste, whatever the prompt."""
     words, options = f"{shlex.quote(one_line(name))} {shlex.quote(one_line(prompt))}", f"--guidance {guidance_scale:g} --out picture.png"
     words = f"{options} -- {words}" if "-" in (name[:1], prompt.strip()[:1]) else f"{words} {options}"
     return f"""## Use
 
-    from microdit.pipelines.diffusers_pipeline import MicroDiTPipeline
+    from microdit.pipelines.pipeline import MicroDiTPipeline
 
     pipeline = MicroDiTPipeline.from_pretrained({_python(name)})  # this folder, or its id of the hub
     pipeline({_python(prompt)}, guidance_scale={guidance_scale}).images[0].save("picture.png")
@@ -60,7 +60,7 @@ or, on the command line:
 
 
 def _python(text: str) -> str:
-    """One line, as a string that Python reads."""
+    """Return a string literal of Python, in one line."""
     return printable(json.dumps(" ".join(text.split()), ensure_ascii=False))
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from microdit import __version__
 from microdit.devices import device_errors_explained
 from microdit.diffusion.samplers import Solver
-from microdit.pipelines.native import USUAL, Pipeline
+from microdit.pipelines.pipeline import MicroDiTPipeline
+from microdit.pipelines.settings import DEFAULT_SETTINGS
 from microdit.planning.hardware import CHIPS
 from microdit.reports.grids import png_bytes
 from microdit.reports.run_page import report_page
@@ -60,7 +61,8 @@ def images_api(queue: WorkQueue, limits: Limits) -> APIRouter:
             queue.cancel(job)  # whoever does not wait for it any more gets none of the machine; without effect on one that has ended
         answer_for_failure(job)
         files = await asyncio.to_thread(lambda: [png_of(picture, drawing, i) for i, picture in enumerate(job.pictures)])
-        return {"created": int(time.time()), "data": [{"b64_json": base64.b64encode(file).decode()} for file in files]}
+        data = [{"b64_json": base64.b64encode(file).decode()} for file in files]
+        return {"created": int(time.time()), "data": data, **({"warnings": list(job.warnings)} if job.warnings else {})}
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -168,8 +170,8 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
         return {
             "models": sides,
             "solvers": get_args(Solver),
-            "steps": USUAL.num_inference_steps,
-            "guidance": USUAL.guidance_scale,
+            "steps": DEFAULT_SETTINGS.num_inference_steps,
+            "guidance": DEFAULT_SETTINGS.guidance_scale,
             "pictures": limits.pictures,
             "runs": list(runs),
             "recipes": offered,
@@ -185,7 +187,7 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
     def look(name: str) -> dict[str, Any]:
         job = watched[name]
         told: dict[str, Any] = {"state": job.state, "place": queue.place(job), "done": job.done_steps, "all": job.all_steps}
-        told["seed"], told["error"] = job.drawing.seed, job.error
+        told["seed"], told["error"], told["warnings"] = job.drawing.seed, job.error, list(job.warnings)
         if job.state == "done":
             told["pictures"] = [_address(png_of(picture, job.drawing, number)) for number, picture in enumerate(job.pictures)]
         elif (latents_BCHW := job.latents_BCHW) is not None:
@@ -215,17 +217,17 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
     def page(request: Request) -> Response:
         return FileResponse(STATIC / FILES[request.url.path[1:]], headers={**POLICY, "Cache-Control": "no-cache"})
 
-    def _decode(pipeline: Pipeline, latents_BCHW: Tensor) -> list[Image.Image]:
+    def _decode(pipeline: MicroDiTPipeline, latents_BCHW: Tensor) -> list[Image.Image]:
         with decoding, device_errors_explained(LESS_MEMORY):  # many pages that look at once take turns
             return pipeline.decode(latents_BCHW)
 
     return router
 
 
-def _side(pipeline: Pipeline) -> str:
+def _side(pipeline: MicroDiTPipeline) -> str:
     """Of training, as WIDTHxHEIGHT."""
     _, height, width = pipeline.latent_shape
-    scale = pipeline.autoencoder.downsampling
+    scale = pipeline.config.vae_scale_factor
     return f"{width * scale}x{height * scale}"
 
 

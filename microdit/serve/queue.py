@@ -16,7 +16,8 @@ from torch import Tensor
 from microdit.devices import device_errors_explained
 from microdit.diffusion.samplers import Step
 from microdit.errors import UserError
-from microdit.pipelines.native import Pipeline, SamplerSettings
+from microdit.pipelines.pipeline import MicroDiTPipeline
+from microdit.pipelines.settings import SamplerSettings
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 OUR_MISTAKE = "The picture could not be drawn, by a mistake of this program and not of yours; its log says more."
@@ -55,7 +56,8 @@ class Job:
     """A drawing on its way. All may be read from any thread; `cancel` may be called from any.
 
     `done_steps`, of `all_steps`, count each picture's. `latents_BCHW`: what the pictures are taken for so far; None before the first step.
-    `error` is a sentence, and `at_fault` who is to blame for it, once the state is "failed".
+    `warnings` say which part of the prompt the text encoder does not read. `error` is a sentence, and `at_fault` who is to blame for it,
+    once the state is "failed".
     """
 
     def __init__(self, drawing: Drawing):
@@ -66,6 +68,7 @@ class Job:
         self.latents_BCHW: Tensor | None = None
         self.pictures: list[Image.Image] = []
         self.error = ""
+        self.warnings: list[str] = []
         self.at_fault: Literal["user", "us"] = "user"
         self.ended = threading.Event()
         self._called_off = threading.Event()
@@ -94,7 +97,7 @@ class Job:
 class WorkQueue:
     """`waiting` jobs at most stand in line behind the one that is drawn. `models` by name. Use as a context manager, or call `close`."""
 
-    def __init__(self, models: Mapping[str, Pipeline], waiting: int):
+    def __init__(self, models: Mapping[str, MicroDiTPipeline], waiting: int):
         if waiting < 1:
             raise UserError(f"The queue must hold at least 1 waiting job, not {waiting}.")
         self.models = models
@@ -174,7 +177,7 @@ class WorkQueue:
         drawing = job.drawing
         try:
             with device_errors_explained(LESS_MEMORY):
-                job.pictures = self.models[drawing.model](
+                job.pictures = self.models[drawing.model].generate(
                     [drawing.prompt] * drawing.count,
                     drawing.settings,
                     drawing.seed,
@@ -182,6 +185,7 @@ class WorkQueue:
                     width=drawing.width,
                     negative_prompts=[drawing.negative_prompt] if drawing.negative_prompt else None,
                     on_denoised=job.after_step,
+                    warn=job.warnings.append,
                 )
         except _CalledOffError:
             job.end("cancelled")

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from microdit.encoders.captions import clean_caption
 from microdit.errors import UserError
-from microdit.pipelines.native import USUAL, Pipeline, clean_prompt
+from microdit.pipelines.pipeline import MicroDiTPipeline
+from microdit.pipelines.settings import DEFAULT_SETTINGS
 from microdit.serve.queue import Drawing
 
 
@@ -53,7 +55,7 @@ def read_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def read_drawing(fields: dict[str, Any], models: Mapping[str, Pipeline], limits: Limits) -> Drawing:
+def read_drawing(fields: dict[str, Any], models: Mapping[str, MicroDiTPipeline], limits: Limits) -> Drawing:
     """The fields of OpenAI's images API that mean something here, and our own; null counts as left out. Raises AskedWronglyError.
 
     An empty prompt is the empty caption that models are trained with. Without a seed, one is thrown.
@@ -71,11 +73,11 @@ def read_drawing(fields: dict[str, Any], models: Mapping[str, Pipeline], limits:
     count = _whole(given, "n", 1, 1, limits.pictures)
     height, width = _size(given, count, models[model], limits)
     asked: dict[str, Any] = {
-        "num_inference_steps": _whole(given, "steps", USUAL.num_inference_steps, 2, 1000),
-        "guidance_scale": _number(given, "guidance_scale", USUAL.guidance_scale),
-        "solver": _text(given, "solver", USUAL.solver, limits),
+        "num_inference_steps": _whole(given, "steps", DEFAULT_SETTINGS.num_inference_steps, 2, 1000),
+        "guidance_scale": _number(given, "guidance_scale", DEFAULT_SETTINGS.guidance_scale),
+        "solver": _text(given, "solver", DEFAULT_SETTINGS.solver, limits),
     }
-    settings = USUAL
+    settings = DEFAULT_SETTINGS
     for name, value in asked.items():  # one by one, to say which is wrong
         try:
             settings = replace(settings, **{name: value})
@@ -103,14 +105,14 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _model(given: dict[str, Any], models: Mapping[str, Pipeline], limits: Limits) -> str:
+def _model(given: dict[str, Any], models: Mapping[str, MicroDiTPipeline], limits: Limits) -> str:
     name = _text(given, "model", next(iter(models)), limits)
     if name not in models:
         raise AskedWronglyError(f"There is no model {name!r:.60}. Known: {', '.join(models)}.", "model", 404, "model_not_found")
     return name
 
 
-def _size(given: dict[str, Any], count: int, pipeline: Pipeline, limits: Limits) -> tuple[int | None, int | None]:
+def _size(given: dict[str, Any], count: int, pipeline: MicroDiTPipeline, limits: Limits) -> tuple[int | None, int | None]:
     """Height and width; OpenAI's size is WIDTHxHEIGHT."""
     size = _text(given, "size", "auto", limits)
     if size == "auto":
@@ -137,7 +139,7 @@ def _text(given: dict[str, Any], name: str, default: str, limits: Limits) -> str
         raise AskedWronglyError(f"{name} must be text, not {_kind(value)}.", name)
     if len(value) > limits.prompt_letters:
         raise AskedWronglyError(f"{name} has {len(value):,} characters, and may have {limits.prompt_letters:,}.", name)
-    return clean_prompt(value)
+    return clean_caption(value)
 
 
 def _whole(given: dict[str, Any], name: str, default: int, low: int, high: int) -> int:

@@ -15,7 +15,7 @@ from microdit.config.schema import EMARecipe, Recipe
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World
 from microdit.models.microdit import MicroDiT, ModelConfig
-from microdit.pipelines.native import model_of
+from microdit.pipelines.sampling import frozen_model
 from microdit.training.checkpointing import Tensors, load_into, whole
 from microdit.training.gradients import gradients_of
 from microdit.training.meters import SUMS, LossStats, PendingStep, StepResult
@@ -185,7 +185,7 @@ class TrainingState:
         """Return a full model with the first average (the weights if there is none). All processes must call this."""
         averages = next(iter(self.averages.values()), None)
         source = averages.averages if averages else {name: weight.detach() for name, weight in self.model.named_parameters()}
-        return model_of(self.model.config, {name: whole(tensor) for name, tensor in source.items()})
+        return frozen_model(self.model.config, {name: whole(tensor) for name, tensor in source.items()})
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint. Raises UserError if it holds other tensors. All processes must call this."""

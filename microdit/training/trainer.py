@@ -114,7 +114,7 @@ class Trainer:
             self._restore(checkpoint)
         self.held_out = open_held_out(recipe, self.data, self.state.edm, world)
         self.quality = open_quality(recipe, self.held_out.data if self.held_out else self.data, self.state.edm, world)
-        self.prompt_grid = PromptGrid(recipe, world, compute_dtype(recipe.engine, world.device))
+        self.prompt_grid = PromptGrid(recipe, world, compute_dtype(recipe.engine, world.device), self._warn)
         self.checkpoints = CheckpointWriter(run, world, recipe.record.keep_checkpoints, recipe.record.keep_every, self._warn)
         if checkpoint:
             self.checkpoints.last_saved = checkpoint.step

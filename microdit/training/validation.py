@@ -21,14 +21,17 @@ from microdit.data.pixels import to_image
 from microdit.data.shards import DamagedShard
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World
-from microdit.encoders.autoencoder import Autoencoder, load_autoencoder
-from microdit.encoders.text import TextEncoder
+from microdit.encoders.autoencoder import load_autoencoder
+from microdit.encoders.captions import clean_prompts, warn_of_unread
 from microdit.errors import UserError
 from microdit.evaluation.features import EfficientNetFeatures
 from microdit.evaluation.metrics.kid import paired_kid
 from microdit.evaluation.recognition import retrieval, spread_ids
 from microdit.models.microdit import MicroDiT
-from microdit.pipelines.native import Pipeline, SamplerSettings, draw_latents, first_noise, unchanged
+from microdit.pipelines.components import check_unchanged
+from microdit.pipelines.pipeline import Encoders, MicroDiTPipeline, load_encoders
+from microdit.pipelines.sampling import draw_latents, first_noise
+from microdit.pipelines.settings import SamplerSettings
 from microdit.reports.grids import draw_grid
 from microdit.training.meters import LossStats, StepResult, by_noise
 from microdit.training.noise import TrainingBatch
@@ -114,7 +117,8 @@ class Quality:
             )
         self._rows = spread_ids(rows, max(REFERENCES, count)).tolist()
         self._drawn_N = spread_ids(len(self._rows), count)
-        self._autoencoder = unchanged(load_autoencoder(data.manifest["autoencoder"]["name"]), data.manifest["autoencoder"])
+        stored = data.manifest["autoencoder"]
+        self._autoencoder = check_unchanged(load_autoencoder(stored["name"]), stored["fingerprint"])
         self._network = EfficientNetFeatures()
         text_BLE, mask_BL = data.text([self._read(self._rows[n])[1] for n in self._drawn_N])
         self._text_BLE, self._mask_BL = text_BLE, mask_BL if recipe.model.mask_padding else None
@@ -185,10 +189,10 @@ class Quality:
 class PromptGrid:
     """Generates the grid of prompts, each process some of them. Encoders are loaded on first use and kept."""
 
-    def __init__(self, recipe: Recipe, world: World, dtype: torch.dtype):
-        """`dtype`: what products compute in."""
-        self._recipe, self._world, self._dtype = recipe, world, dtype
-        self._encoders: tuple[Autoencoder, TextEncoder] | None = None
+    def __init__(self, recipe: Recipe, world: World, dtype: torch.dtype, warn: Callable[[str], None]):
+        """`dtype` is what products are computed in. `warn` is told, once, which prompts are not read to their end."""
+        self._recipe, self._world, self._dtype, self._warn = recipe, world, dtype, warn
+        self._encoders: Encoders | None = None
 
     def draw(self, model: MicroDiT, description: dict[str, Any], step: int) -> Image.Image:
         """`description`: what a checkpoint says of itself, which names the encoders. All processes must call this.
@@ -197,13 +201,16 @@ class PromptGrid:
         """
         recipe, world = self._recipe, self._world
         prompts, record = list(recipe.record.sample_prompts), recipe.record
-        pipeline = Pipeline.around(model, description, self._encoders).to(world.device, self._dtype)
-        self._encoders = pipeline.autoencoder, pipeline.text_encoder
+        if self._encoders is None:
+            self._encoders = load_encoders(description["data"])
+            if world.is_main:
+                warn_of_unread(clean_prompts(prompts), self._encoders[1], self._warn)
+        pipeline = MicroDiTPipeline.around(model, description, self._encoders).to(world.device, self._dtype)
         share = -(-len(prompts) // world.size)
         start = share * world.rank
         settings = SamplerSettings(record.sample_steps, record.guidance_scale)
         mine = prompts[start : start + share]
-        images = pipeline(mine, settings, recipe.seed + start) if mine else []
+        images = pipeline.generate(mine, settings, recipe.seed + start, warn=lambda sentence: None) if mine else []
         for encoder in self._encoders:
             encoder.to("cpu")  # the memory is training's
         everyones = [image for images in world.gather(images) for image in images]

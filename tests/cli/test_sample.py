@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from microdit.checkpoint import checkpoint_folders, open_checkpoint
-from microdit.pipelines.native import SamplerSettings
+from microdit.pipelines.settings import SamplerSettings
 from tests.commands import microdit
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from microdit.config import load, recipes
-from microdit.config.load import load_recipe
+from microdit.config.load import load_recipe, load_recipes
 from microdit.config.recipes import RECIPES, find_recipe, list_recipes
 from microdit.errors import UserError
 from microdit.lab.study import load_study
-from microdit.planning.estimate import load_recipes
 from tests.commands import microdit
 
 

@@ -11,10 +11,9 @@ from microdit.data.sources.builtin import emoji_source
 from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
 from microdit.evaluation.generators import DrawSettings, RunGenerator, open_generator
-from microdit.pipelines.convert import write_folder
-from microdit.pipelines.export import export_run
+from microdit.pipelines.export import export_run, write_folder
 from microdit.pipelines.load import open_model
-from microdit.pipelines.native import SamplerSettings
+from microdit.pipelines.settings import SamplerSettings
 from tests.commands import microdit
 from tests.conftest import first_of
 
@@ -146,7 +145,7 @@ def test_a_run_of_pixels_is_exported_too(text_encoder, tmp_path):
     running = train(tmp_path / "run", tmp_path / "data", "phases.0.steps=2", "phases.1.steps=1", "model.mask_padding=false")
     assert running.wait() == [0], running.output
     export_run(tmp_path / "run", tmp_path / "out", pytest.fail)
-    images = [open_model(str(tmp_path / place), pytest.fail).pipeline(["owl"], SamplerSettings(3))[0] for place in ("run", "out")]
+    images = [open_model(str(tmp_path / place), pytest.fail).pipeline.generate(["owl"], SamplerSettings(3))[0] for place in ("run", "out")]
     assert images[0].size == (16, 16)
     assert images[0].tobytes() == images[1].tobytes()
     assert isinstance(images[0], Image.Image)

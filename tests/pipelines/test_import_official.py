@@ -5,12 +5,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from microdit.diffusion.guidance import Text
 from microdit.errors import UserError
 from microdit.models.config import Size
 from microdit.models.official import export_official
 from microdit.pipelines.components import MicroDiTTransformer2DModel
-from microdit.pipelines.diffusers_pipeline import MicroDiTPipeline, Prompt, draw_latents
 from microdit.pipelines.import_official import ImportSettings, import_official, read_checkpoint
+from microdit.pipelines.pipeline import MicroDiTPipeline
+from microdit.pipelines.sampling import draw_latents
+from microdit.pipelines.settings import SamplerSettings
 from tests.commands import microdit
 from tests.conftest import busy_model
 from tests.encoders.tiny_models import CONTEXT, save_clip, save_kl
@@ -149,8 +152,8 @@ def test_a_negative_prompt_of_zeros_is_no_negative_prompt(official_fixture, tmp_
     text = numbers["in.caption"].squeeze(1)
     edm = MicroDiTPipeline.from_pretrained(tmp_path / "out", text_encoder=None, vae=None).scheduler.edm
     one_for_all, one_each = [
-        draw_latents(denoiser, edm, numbers["sample.init"], Prompt(text, None), negative, 4, 3.0, lambda _: None)
-        for negative in (None, Prompt(torch.zeros_like(text), None))
+        draw_latents(denoiser, edm, numbers["sample.init"], text, None, SamplerSettings(4, 3.0), negative)
+        for negative in (None, Text(torch.zeros_like(text), None))
     ]
     # The empty caption is computed once for all pictures: other batch sizes round otherwise.
     assert (one_each - one_for_all).norm() <= 1e-5 * one_for_all.norm()

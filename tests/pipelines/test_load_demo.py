@@ -8,8 +8,9 @@ import pytest
 import microdit
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.errors import UserError
-from microdit.pipelines.load import DEMO, model_and_prompts, open_model
-from microdit.pipelines.native import SamplerSettings
+from microdit.pipelines.load import model_and_prompts, open_model
+from microdit.pipelines.pipeline import DEMO
+from microdit.pipelines.settings import SamplerSettings
 from tests.commands import importing_from
 from tests.commands import microdit as command
 
@@ -57,7 +58,7 @@ def test_sample_alone_explains_itself(tmp_path):
 
 def test_the_demo_model_of_this_package_knows_a_red_heart_from_a_green_apple():
     assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 12e6
-    heart, apple = open_model(str(DEMO), pytest.fail).pipeline(["red heart", "green apple"], SamplerSettings(18), seed=0)
+    heart, apple = open_model(str(DEMO), pytest.fail).pipeline.generate(["red heart", "green apple"], SamplerSettings(18), seed=0)
     red, green, blue = heart.getpixel((32, 32))
     assert red > 150 > 2 * max(green, blue)
     red, green, blue = apple.getpixel((32, 32))

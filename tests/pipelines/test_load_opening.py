@@ -7,7 +7,7 @@ from microdit.errors import UserError
 from microdit.evaluation.generators import DrawSettings, open_generator
 from microdit.pipelines.export import export_run
 from microdit.pipelines.load import open_model
-from microdit.pipelines.native import SamplerSettings
+from microdit.pipelines.settings import SamplerSettings
 from tests.training.untrained import save_untrained
 
 
@@ -22,14 +22,14 @@ def test_a_run_whose_machine_was_taken_away_is_drawn_exported_and_evaluated_as_i
     settings = SamplerSettings(2)
     for weights in (None, "model"):
         ours, theirs = (open_model(str(run), pytest.fail, weights) for run in (in_haste, whole))
-        assert ours.pipeline(["owl"], settings)[0].tobytes() == theirs.pipeline(["owl"], settings)[0].tobytes()
+        assert ours.pipeline.generate(["owl"], settings)[0].tobytes() == theirs.pipeline.generate(["owl"], settings)[0].tobytes()
     assert (ours.weights_file, theirs.weights_file.name) == (None, "model.safetensors")
     with pytest.raises(UserError, match=r"no weights named ema-0\.5, only ema, model"):
         open_model(str(in_haste), pytest.fail, "ema-0.5")
     drawn = open_generator(str(in_haste), DrawSettings(num_inference_steps=2), pytest.fail)(["owl"], 0)
     export_run(in_haste, tmp_path / "exported", pytest.fail)
     exported = open_model(str(tmp_path / "exported"), pytest.fail)
-    assert exported.pipeline(["owl"], settings)[0].tobytes() == drawn[0].tobytes()
+    assert exported.pipeline.generate(["owl"], settings)[0].tobytes() == drawn[0].tobytes()
 
 
 def test_weights_that_are_not_finite_are_neither_drawn_nor_exported(encoded_emoji, tmp_path):

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from microdit.pipelines.diffusers_pipeline import MicroDiTPipeline
 from microdit.pipelines.export import export_run
+from microdit.pipelines.pipeline import MicroDiTPipeline
 from tests.commands import importing_from
 
 PUSH = """
 import sys
-from microdit.pipelines.diffusers_pipeline import MicroDiTPipeline
+from microdit.pipelines.pipeline import MicroDiTPipeline
 MicroDiTPipeline.from_pretrained(sys.argv[1]).push_to_hub("someone/emoji", token="hf_none", private=True)
 """
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from microdit.pipelines.native import Pipeline, SamplerSettings
+from microdit.pipelines.pipeline import MicroDiTPipeline
+from microdit.pipelines.settings import SamplerSettings
 
 LONG = SamplerSettings(num_inference_steps=1000)  # long enough to be called off on any machine
 
@@ -20,5 +21,5 @@ def tiny_run(workplace: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_run: Path) -> Pipeline:
-    return Pipeline.from_run(tiny_run, print)[0]
+def tiny(tiny_run: Path) -> MicroDiTPipeline:
+    return MicroDiTPipeline.from_pretrained(tiny_run)

@@ -1,14 +1,14 @@
 """The work queue, with the tiny trained model and no web library."""
 
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
 
 from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
-from microdit.pipelines.native import Pipeline, SamplerSettings
+from microdit.pipelines.pipeline import MicroDiTPipeline
+from microdit.pipelines.settings import SamplerSettings
 from microdit.serve.queue import OUR_MISTAKE, Drawing, QueueClosedError, QueueFullError, WorkQueue
 from tests.serve.conftest import LONG
 from tests.training.processes import HANG
@@ -17,7 +17,7 @@ SHORT = SamplerSettings(num_inference_steps=2)
 
 
 @pytest.fixture
-def queue(tiny: Pipeline):
+def queue(tiny: MicroDiTPipeline):
     with WorkQueue({"tiny": tiny}, 3) as queue:
         yield queue
     assert not queue._worker.is_alive()
@@ -38,7 +38,7 @@ def until(condition) -> None:
 def test_a_job_gives_the_pictures_of_the_pipeline(queue, tiny):
     job = queue.add(drawing(seed=5, count=2, negative_prompt="blue"))
     assert job.ended.wait(HANG)
-    wanted = tiny(["red heart"] * 2, SHORT, 5, negative_prompts=["blue"])
+    wanted = tiny.generate(["red heart"] * 2, SHORT, 5, negative_prompts=["blue"])
     assert [p.tobytes() for p in job.pictures] == [p.tobytes() for p in wanted]
     assert (job.state, job.done_steps, job.all_steps) == ("done", 4, 4)
 
@@ -102,8 +102,12 @@ class FullMemory(Pixels):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 11.75 GiB")
 
 
-def test_too_little_memory_ends_a_job_in_a_sentence_that_says_what_would_fit(tiny):
-    with WorkQueue({"tiny": tiny, "full": replace(tiny, autoencoder=FullMemory())}, 2) as queue:
+class WithFullMemory(MicroDiTPipeline):
+    autoencoder = FullMemory()
+
+
+def test_too_little_memory_ends_a_job_in_a_sentence_that_says_what_would_fit(tiny, tiny_run):
+    with WorkQueue({"tiny": tiny, "full": WithFullMemory.from_pretrained(tiny_run)}, 2) as queue:
         large, right = queue.add(Drawing("full", "red heart", SHORT)), queue.add(drawing())
         assert right.ended.wait(HANG)
     assert (large.state, large.at_fault) == ("failed", "user")

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from microdit.errors import UserError
-from microdit.pipelines.native import SamplerSettings
+from microdit.pipelines.settings import SamplerSettings
 from microdit.serve.queue import OUR_MISTAKE, Drawing, WorkQueue
 from microdit.serve.schemas import Limits
 from microdit.serve.server import is_local, listen, web_app
@@ -55,7 +55,7 @@ def test_pictures_are_those_of_the_pipeline_and_say_how_they_were_drawn(client, 
     assert set(body) == {"created", "data"}
     assert before <= body["created"] <= time.time()
     pictures = [picture_in(item) for item in body["data"]]
-    wanted = tiny(["red heart"] * 2, SamplerSettings(2, 3.0, "euler"), 3, height=128, width=64)
+    wanted = tiny.generate(["red heart"] * 2, SamplerSettings(2, 3.0, "euler"), 3, height=128, width=64)
     assert [p.tobytes() for p in pictures] == [p.tobytes() for p in wanted]
     assert (pictures[1].info["seed"], pictures[1].info["prompt"]) == ("4", "red heart")
 

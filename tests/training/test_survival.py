@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from microdit.checkpoint import find_weights
 from microdit.io.files import from_checked_json
-from microdit.pipelines.native import Pipeline
+from microdit.pipelines.pipeline import MicroDiTPipeline
 from tests.training.processes import RECIPE, losses, start, train, wait_for
 
 RESTART = 75
@@ -157,7 +157,7 @@ def test_a_notice_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, 
     assert running.wait() == [RESTART, RESTART]
     cut_off = find_weights(run, pytest.fail)
     assert {path.name for path in cut_off.folder.iterdir()} == {"shards", "state.json"}
-    Pipeline.from_checkpoint(cut_off)  # put together from the shards of both
+    MicroDiTPipeline.from_checkpoint(cut_off)  # put together from the shards of both
     resumed = train(run, encoded_emoji, "--resume", ranks=1)
     assert resumed.wait() == [0]
     assert losses(run) == pytest.approx(losses(whole_run), abs=LOOSE)

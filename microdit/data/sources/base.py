@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from microdit.encoders.captions import MAX_CAPTION, clean_caption
 from microdit.errors import UserError
 
 LONGEST_KEY = 1000  # characters
-MAX_CAPTION = 4000  # characters kept; text encoders take 32 to 512 tokens
 
 TARS = (".tar", ".tgz", ".tar.gz")
 ARCHIVES = (*TARS, ".zip")
@@ -110,9 +110,8 @@ def _key_problem(key: str, met: Collection[str]) -> str:
 
 
 def _clean(caption: str) -> str:
-    """One line of printable text, at most MAX_CAPTION characters; empty if it is no Unicode text at all (lone surrogates)."""
-    start = caption[:MAX_CAPTION]
-    return "" if _has_surrogates(start) else " ".join("".join(c if c.isprintable() else " " for c in start).split())
+    """Clean a caption as prompts are cleaned; empty if it is no Unicode text at all (lone surrogates)."""
+    return "" if _has_surrogates(caption[:MAX_CAPTION]) else clean_caption(caption)
 
 
 def _has_surrogates(text: str) -> bool:

@@ -95,6 +95,10 @@ class Watch {
 }
 
 function words(told) {
+  return [state(told), ...(told.warnings ?? [])].join(" ");
+}
+
+function state(told) {
   if (told.state === "waiting") return told.place ? `Waiting: ${told.place} before.` : "Waiting.";
   if (told.state === "running") return `Drawing: ${Math.floor((100 * told.done) / told.all)}%`;
   return { done: "Done.", cancelled: "Cancelled.", failed: "Failed." }[told.state];

@@ -5,9 +5,8 @@ from microdit.diffusion.edm import EDM
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.text import load_text_encoder
 from microdit.models.config import Size
-from microdit.pipelines.convert import from_diffusers, to_diffusers
-from microdit.pipelines.diffusers_pipeline import MicroDiTPipeline
-from microdit.pipelines.native import Pipeline, SamplerSettings
+from microdit.pipelines.pipeline import MicroDiTPipeline
+from microdit.pipelines.settings import SamplerSettings
 from tests.conftest import busy_model
 from tests.encoders.tiny_models import save_bert, save_clip, save_dc, save_kl, save_open_clip, save_t5, save_tiny
 
@@ -27,16 +26,17 @@ def test_every_autoencoder_decodes_as_before(tmp_path, save_vae):
 
 
 def check(tmp_path, save_text, save_vae, full):
-    """Ours, saved as one of diffusers, loaded with its own folder alone: as that, and as ours again."""
+    """A pipeline of parts, saved, and loaded with its own folder alone."""
     save_text(tmp_path / "text")
     save_vae(tmp_path / "vae")
     text, autoencoder = load_text_encoder(str(tmp_path / "text")), load_autoencoder(str(tmp_path / "vae"))
     model = busy_model(SIZE, in_channels=autoencoder.channels, caption_channels=text.channels).float()
-    ours = Pipeline(model, EDM(P_mean=0.3), autoencoder, text, (autoencoder.channels, 4, 6), mask_padding=not full, full_captions=full)
-    images = ours(PROMPTS, SamplerSettings(2), seed=1)
-    (vectors, mask), _ = ours._embed(PROMPTS, [])
+    ours = MicroDiTPipeline.of_parts(model, EDM(P_mean=0.3), autoencoder, text, (4, 6), mask_padding=not full, full_captions=full)
+    images = ours.generate(PROMPTS, SamplerSettings(2), seed=1)
+    vectors, mask = ours.encode_prompt(PROMPTS)
+    assert torch.equal(vectors, text.embed_full(text.tokenize(PROMPTS)) if full else text.encode(PROMPTS)[0])
 
-    to_diffusers(ours).save_pretrained(tmp_path / "out")
+    ours.save_pretrained(tmp_path / "out")
     for folder in ("text", "vae"):
         (tmp_path / folder).rename(tmp_path / f"{folder}-is-elsewhere")
     loaded = MicroDiTPipeline.from_pretrained(tmp_path / "out")
@@ -45,7 +45,6 @@ def check(tmp_path, save_text, save_vae, full):
     assert (mask is None) == (mask_again is None) == full
     assert full or torch.equal(mask_again, mask)
     drawn = loaded(PROMPTS, num_inference_steps=2, generator=[torch.Generator().manual_seed(1 + i) for i in range(3)]).images
-    for pictures in (drawn, from_diffusers(loaded)(PROMPTS, SamplerSettings(2), seed=1)):
+    for pictures in (drawn, loaded.generate(PROMPTS, SamplerSettings(2), seed=1)):
         assert [image.tobytes() for image in pictures] == [image.tobytes() for image in images]
-    assert from_diffusers(loaded).edm == ours.edm
-    assert from_diffusers(loaded).latent_shape == ours.latent_shape
+    assert (loaded.edm, loaded.latent_shape) == (ours.edm, ours.latent_shape)

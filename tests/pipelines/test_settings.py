@@ -1,19 +1,18 @@
 import pytest
 
 from microdit.errors import UserError
-from microdit.pipelines.native import SamplerSettings
-from microdit.pipelines.sweep import Drawn, sheet_of
+from microdit.pipelines.settings import Cell, SamplerSettings, sheet_of
 
-BASE = Drawn(SamplerSettings(), 3)
+BASE = Cell(SamplerSettings(), 3)
 
 
 def test_one_sweep_is_a_row_and_two_are_a_table():
     row = sheet_of(["guidance=1, 2.5"], BASE)
     assert (row.column_labels, row.row_labels) == (["guidance 1", "guidance 2.5"], [""])
-    assert row.cells == [[Drawn(SamplerSettings(guidance_scale=scale), 3) for scale in (1.0, 2.5)]]
+    assert row.cells == [[Cell(SamplerSettings(guidance_scale=scale), 3) for scale in (1.0, 2.5)]]
     table = sheet_of(["solver=heun,dpm", "steps=4,8,16"], BASE)
     assert table.row_labels == ["steps 4", "steps 8", "steps 16"]
-    assert table.cells[2][1] == Drawn(SamplerSettings(16, solver="dpm"), 3)
+    assert table.cells[2][1] == Cell(SamplerSettings(16, solver="dpm"), 3)
     assert [[cell.seed for cell in row] for row in sheet_of(["seed=1,2"], BASE).cells] == [[1, 2]]
     ranges = sheet_of(["noise-range=none,0.03:30"], BASE).cells[0]
     assert [cell.settings.noise_range for cell in ranges] == [None, (0.03, 30.0)]

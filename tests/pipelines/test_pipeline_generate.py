@@ -13,21 +13,23 @@ from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
 from microdit.models.config import Size, resolve
 from microdit.models.microdit import MicroDiT
-from microdit.pipelines.native import BATCH, Pipeline, SamplerSettings, draw_latents
+from microdit.pipelines.pipeline import BATCH, MicroDiTPipeline
+from microdit.pipelines.sampling import draw_latents
+from microdit.pipelines.settings import SamplerSettings
 from tests.conftest import busy_model
 
 QUICK = SamplerSettings(num_inference_steps=3)
 
 
-def small_pipeline(text_encoder, dim: int = 32, **settings) -> Pipeline:
+def small_pipeline(text_encoder, dim: int = 32, latent_size: tuple[int, int] = (8, 8), mask_padding: bool = True) -> MicroDiTPipeline:
     """Pictures of 8 x 8 pixels, by weights that learnt nothing."""
     size = Size(dim=dim, depth=2, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=0, round_ffn_to=8)
     model = busy_model(size, caption_channels=384, in_channels=3).float().requires_grad_(False)
-    return replace(Pipeline(model, EDM(), Pixels(), text_encoder, (3, 8, 8), mask_padding=True), **settings)
+    return MicroDiTPipeline.of_parts(model, EDM(), Pixels(), text_encoder, latent_size, mask_padding)
 
 
 @pytest.fixture(scope="module")
-def pipeline(text_encoder) -> Pipeline:
+def pipeline(text_encoder) -> MicroDiTPipeline:
     return small_pipeline(text_encoder)
 
 
@@ -58,45 +60,45 @@ def far_apart(images: list[Image.Image], others: list[Image.Image]) -> bool:
 )
 def test_every_setting_changes_the_picture_and_repeats_it(pipeline, changes):
     settings = replace(QUICK, num_inference_steps=5)
-    plain = pipeline(["red heart", "owl"], replace(settings, churn=2.0) if "churn" in changes and len(changes) > 1 else settings)
-    drawn = pipeline(["red heart", "owl"], replace(settings, **changes))
+    plain = pipeline.generate(["red heart", "owl"], replace(settings, churn=2.0) if "churn" in changes and len(changes) > 1 else settings)
+    drawn = pipeline.generate(["red heart", "owl"], replace(settings, **changes))
     assert far_apart(drawn, plain)
-    assert bytes_of(pipeline(["red heart", "owl"], replace(settings, **changes))) == bytes_of(drawn)
+    assert bytes_of(pipeline.generate(["red heart", "owl"], replace(settings, **changes))) == bytes_of(drawn)
 
 
 @pytest.mark.parametrize("settings", [QUICK, replace(QUICK, churn=2.0), replace(QUICK, solver="dpm")])
 def test_a_picture_depends_on_its_own_seed_alone(pipeline, settings):
-    together = pipeline(["red heart", "owl", "pizza"], settings, seed=5)
-    assert not far_apart(pipeline(["pizza"], settings, seed=7), together[2:])
+    together = pipeline.generate(["red heart", "owl", "pizza"], settings, seed=5)
+    assert not far_apart(pipeline.generate(["pizza"], settings, seed=7), together[2:])
 
 
 @pytest.mark.parametrize("mask_padding", [True, False])
-def test_negative_prompts_are_for_all_or_one_each(pipeline, mask_padding):
-    pipeline = replace(pipeline, mask_padding=mask_padding)
+def test_negative_prompts_are_for_all_or_one_each(text_encoder, mask_padding):
+    pipeline = small_pipeline(text_encoder, mask_padding=mask_padding)
     prompts = ["red heart", "owl"]
-    none = pipeline(prompts, QUICK)
-    one = pipeline(prompts, QUICK, negative_prompts=["blue"])
+    none = pipeline.generate(prompts, QUICK)
+    one = pipeline.generate(prompts, QUICK, negative_prompts=["blue"])
     assert far_apart(one, none)
-    assert not far_apart(pipeline(prompts, QUICK, negative_prompts=["blue", "blue"]), one)
-    assert not far_apart(pipeline(prompts, QUICK, negative_prompts=[""]), none)  # the empty caption is what guidance leaves anyway
+    assert not far_apart(pipeline.generate(prompts, QUICK, negative_prompts=["blue", "blue"]), one)
+    assert bytes_of(pipeline.generate(prompts, QUICK, negative_prompts=["", " "])) == bytes_of(none)
     with pytest.raises(UserError, match="There are 3 negative prompts for 2 prompts"):
-        pipeline(prompts, QUICK, negative_prompts=["a", "b", "c"])
+        pipeline.generate(prompts, QUICK, negative_prompts=["a", "b", "c"])
 
 
 def test_each_of_many_prompts_meets_its_own_negative(pipeline):
     prompts = ["owl"] * (BATCH + 2)
     negatives = ["blue"] * BATCH + ["green", "blue"]
-    drawn = pipeline(prompts, replace(QUICK, num_inference_steps=2), negative_prompts=negatives)
+    drawn = pipeline.generate(prompts, replace(QUICK, num_inference_steps=2), negative_prompts=negatives)
     for index, negative in ((BATCH, "green"), (BATCH + 1, "blue")):
-        alone = pipeline(["owl"], replace(QUICK, num_inference_steps=2), seed=index, negative_prompts=[negative])
+        alone = pipeline.generate(["owl"], replace(QUICK, num_inference_steps=2), seed=index, negative_prompts=[negative])
         assert not far_apart(alone, drawn[index : index + 1])
 
 
 def test_an_empty_prompt_is_the_empty_caption(pipeline):
     """Which guidance cannot change, since it leads away from the same."""
-    weak, strong = (pipeline(["", " \n"], replace(QUICK, guidance_scale=scale)) for scale in (1.0, 6.0))
+    weak, strong = (pipeline.generate(["", " \n"], replace(QUICK, guidance_scale=scale)) for scale in (1.0, 6.0))
     assert not far_apart(weak, strong)
-    assert far_apart(pipeline(["heart"], QUICK), weak[:1])
+    assert far_apart(pipeline.generate(["heart"], QUICK), weak[:1])
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_an_empty_prompt_is_the_empty_caption(pipeline):
 )
 def test_whatever_is_typed_gives_a_picture(pipeline, prompt):
     told = []
-    (image,) = pipeline([prompt], QUICK, warn=told.append)
+    (image,) = pipeline.generate([prompt], QUICK, warn=told.append)
     assert image.size == (8, 8)
     assert all(sentence.endswith(".") for sentence in told)
 
@@ -112,30 +114,31 @@ def test_whatever_is_typed_gives_a_picture(pipeline, prompt):
 def test_autoguidance_needs_a_weak_model_of_the_same_data(pipeline, text_encoder):
     settings = replace(QUICK, guidance="autoguidance")
     with pytest.raises(UserError, match="name a run with --autoguide"):
-        pipeline(["owl"], settings)
+        pipeline.generate(["owl"], settings)
     guided = pipeline.guided_by(small_pipeline(text_encoder, dim=16))
-    assert far_apart(guided(["owl"], settings), pipeline(["owl"], QUICK))
-    assert not far_apart(guided(["owl"], QUICK), pipeline(["owl"], QUICK))  # other guidance has no use for it
-    itself = pipeline.guided_by(pipeline)(["owl"], settings)
-    assert not far_apart(itself, pipeline(["owl"], replace(QUICK, guidance_scale=1.0)))
-    for changes in ({"latent_shape": (3, 16, 16)}, {"mask_padding": False}):
+    assert far_apart(guided.generate(["owl"], settings), pipeline.generate(["owl"], QUICK))
+    assert not far_apart(guided.generate(["owl"], QUICK), pipeline.generate(["owl"], QUICK))  # other guidance has no use for it
+    itself = pipeline.guided_by(pipeline).generate(["owl"], settings)
+    assert not far_apart(itself, pipeline.generate(["owl"], replace(QUICK, guidance_scale=1.0)))
+    for changes in ({"latent_size": (16, 16)}, {"mask_padding": False}):
         with pytest.raises(UserError, match="trained with other encoders, sizes or caption padding"):
             pipeline.guided_by(small_pipeline(text_encoder, **changes))
 
 
-def test_sprint_models_are_guided_by_leaving_out_their_sparse_blocks(pipeline):
+def test_sprint_models_are_guided_by_leaving_out_their_sparse_blocks(pipeline, text_encoder):
     size = Size(dim=32, depth=5, head_dim=8, mixer_dim=32, mixer_depth=0, num_experts=0, routing="sprint")
-    sprint = replace(pipeline, model=busy_model(size, caption_channels=384, in_channels=3).float())
+    model = busy_model(size, caption_channels=384, in_channels=3).float()
+    sprint = MicroDiTPipeline.of_parts(model, EDM(), Pixels(), text_encoder, (8, 8), mask_padding=True)
     path_drop = replace(QUICK, guidance="path-drop")
-    assert far_apart(sprint(["owl"], path_drop), sprint(["owl"], QUICK))
-    assert far_apart(sprint(["owl"], path_drop, negative_prompts=["blue"]), sprint(["owl"], path_drop))
+    assert far_apart(sprint.generate(["owl"], path_drop), sprint.generate(["owl"], QUICK))
+    assert far_apart(sprint.generate(["owl"], path_drop, negative_prompts=["blue"]), sprint.generate(["owl"], path_drop))
     with pytest.raises(UserError, match="with routing deferred cannot run without them"):
-        pipeline(["owl"], path_drop)
+        pipeline.generate(["owl"], path_drop)
 
 
 def test_latents_are_seen_on_the_way(pipeline):
     steps, counts = [], []
-    drawn = pipeline(["owl", "cat"], QUICK, on_step=counts.append, on_denoised=steps.append)
+    drawn = pipeline.generate(["owl", "cat"], QUICK, on_step=counts.append, on_denoised=steps.append)
     assert counts == [2, 2, 2]
     assert [step.index for step in steps] == [0, 1, 2]
     assert bytes_of(pipeline.decode(steps[-1].denoised_BCHW)) == bytes_of(drawn)
@@ -149,10 +152,10 @@ def test_drawing_can_be_ended_from_outside_and_done_again(pipeline):
     def stop(step):
         raise EnoughError
 
-    whole = pipeline(["owl"], QUICK)
+    whole = pipeline.generate(["owl"], QUICK)
     with pytest.raises(EnoughError):
-        pipeline(["owl"], QUICK, on_denoised=stop)
-    assert bytes_of(pipeline(["owl"], QUICK)) == bytes_of(whole)
+        pipeline.generate(["owl"], QUICK, on_denoised=stop)
+    assert bytes_of(pipeline.generate(["owl"], QUICK)) == bytes_of(whole)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +242,7 @@ def test_half_precision_rounds_matrices_and_nothing_else():
     wanted_BCHW = draw_latents(exact, EDM(), noise_BCHW, *text, small_steps)
     with torch.autocast("cpu", torch.bfloat16):  # over float32 weights
         autocast_BCHW = draw_latents(exact, EDM(), noise_BCHW, *text, small_steps)
-    pipeline = Pipeline(exact, EDM(), Pixels(), _NoText(), (3, 8, 8), mask_padding=True).to("cpu", torch.bfloat16)
+    pipeline = MicroDiTPipeline.of_parts(exact, EDM(), Pixels(), None, (8, 8), mask_padding=True).to("cpu", torch.bfloat16)
     assert {weight.dtype for weight in pipeline.model.parameters() if weight.dim() < 2} == {torch.float32}
     assert pipeline.model.patch_embed.weight.dtype == torch.float32
     assert pipeline.model.head.linear.weight.dtype == torch.bfloat16
@@ -250,19 +253,12 @@ def test_half_precision_rounds_matrices_and_nothing_else():
     assert 0 < error < 0.05
 
 
-class _NoText:
-    """Stands where no caption is read."""
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "_NoText":
-        return self
-
-
 def test_a_seed_begins_with_the_same_noise_in_all_numbers_and_batches(pipeline, text_encoder):
     """Behind the first noise level, 80, all is noise: what is drawn there differs by the denoiser's rounding alone."""
 
-    def first_steps(pipeline: Pipeline, **settings: int) -> torch.Tensor:
+    def first_steps(pipeline: MicroDiTPipeline, **settings: int) -> torch.Tensor:
         steps = []
-        pipeline(["owl", "cat", "pizza"], replace(QUICK, solver="euler"), seed=5, on_denoised=steps.append, **settings)
+        pipeline.generate(["owl", "cat", "pizza"], replace(QUICK, solver="euler"), seed=5, on_denoised=steps.append, **settings)
         return torch.cat([step.denoised_BCHW for step in steps if step.index == 0])
 
     wanted = first_steps(pipeline)
@@ -274,21 +270,23 @@ def test_a_seed_begins_with_the_same_noise_in_all_numbers_and_batches(pipeline, 
 
 def test_batches_of_any_size_make_the_same_pictures(pipeline):
     prompts, negatives = ["owl", "cat", "pizza"], ["blue", "green", ""]
-    together = pipeline(prompts, QUICK, negative_prompts=negatives)
+    together = pipeline.generate(prompts, QUICK, negative_prompts=negatives)
     for size in (1, 2):
-        assert not far_apart(pipeline(prompts, QUICK, negative_prompts=negatives, batch_size=size), together)
+        assert not far_apart(pipeline.generate(prompts, QUICK, negative_prompts=negatives, batch_size=size), together)
 
 
 def test_latents_are_decoded_some_at_a_time_and_pictures_are_the_same(pipeline, monkeypatch):
     latents_BCHW = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     whole = bytes_of(pipeline.decode(latents_BCHW))
-    monkeypatch.setattr("microdit.pipelines.native.DECODED_PIXELS", 2 * 8 * 8)
+    monkeypatch.setattr("microdit.pipelines.pipeline.DECODED_PIXELS", 2 * 8 * 8)
     sizes = []
 
-    class Counted(Pixels):
-        def decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
-            sizes.append(len(latents_BCHW))
-            return super().decode(latents_BCHW)
+    decode = Pixels.decode
 
-    assert bytes_of(replace(pipeline, autoencoder=Counted()).decode(latents_BCHW)) == whole
+    def counted(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(latents_BCHW))
+        return decode(self, latents_BCHW)
+
+    monkeypatch.setattr(Pixels, "decode", counted)
+    assert bytes_of(pipeline.decode(latents_BCHW)) == whole
     assert sizes == [2, 2, 1]
