@@ -182,7 +182,7 @@ def test_it_is_a_pipeline_of_diffusers_in_every_respect(pipeline):
         ({"num_images_per_prompt": 0}, "at least 1"),
         ({"output_type": "jpeg"}, "pil, np, pt, latent"),
         ({"solver": "rk4"}, "There is no solver 'rk4'"),
-        ({"guidance": "path-drop"}, "with routing deferred cannot do without"),
+        ({"guidance": "path-drop"}, "with routing deferred cannot run without"),
         ({"negative_prompt": "blue", "negative_prompt_embeds": torch.zeros(1, 3, 384)}, "either negative_prompt or"),
         ({"height": 60}, "multiple of 32"),
         ({"generator": seeds(1, 2)}, "the list holds 2"),
