@@ -1,6 +1,7 @@
 """Imports point downward only, as docs/architecture.md says."""
 
 import ast
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "microdit"
@@ -65,3 +66,12 @@ def test_the_model_and_the_diffusion_know_no_library_of_input_and_output():
             tops = {name.split(".")[0] for name in imports_of(path)} - {"microdit"} - allowed
             foreign += [f"{path.name} imports {top}" for top in tops if top not in sys.stdlib_module_names]
     assert foreign == []
+
+
+def test_the_architecture_page_names_every_file_and_no_other():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text().split("## Rooms")[1].split("## The model")[0]
+    modules = [path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py")]
+    missing = [str(path.relative_to(PACKAGE)) for path in modules if f"{path.name}`" not in page]
+    assert missing == []
+    named = set(re.findall(r"`(?:[a-z_]+/)*([a-z_0-9]+\.py)`", page))
+    assert named <= {path.name for path in modules}
