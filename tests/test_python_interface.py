@@ -21,7 +21,7 @@ FUNCTION = {"rich"}  # the lines of progress that may be handed in; the rest is 
 NEEDED = {  # by what is imported: the libraries that may come along, of HEAVY
     "microdit": set(),
     "microdit:UserError": set(),
-    "microdit:open_source": {"numpy", "pyarrow"},
+    "microdit:open_source": {"numpy", "pyarrow", "PIL"},
     "microdit:load_recipe": ARRAYS,  # a recipe's widths are checked with the model's own functions
     "microdit:Recipe": ARRAYS,
     "microdit:MicroDiT": ARRAYS,

@@ -226,7 +226,7 @@ def test_bad_input_about_data_ends_in_one_sentence(workplace, arguments, sentenc
 def test_a_torch_that_is_too_old_is_refused_in_one_sentence(monkeypatch, found, refused):
     monkeypatch.setattr(cli, "version", lambda name: found)
     with pytest.raises(UserError, match=r"needs torch 2\.9 or newer, and") if refused else nullcontext():
-        cli._refuse_old_torch()
+        cli._check_torch_version()
     assert f"torch>={'.'.join(map(str, cli.OLDEST_TORCH))}" in (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
 

@@ -164,7 +164,7 @@ def test_a_folder_without_recipes_and_one_in_the_wrong_order_are_refused(tmp_pat
     [
         (["model.mask_padding=false"], 1, "holds captions without their padding (int8): take model.mask_padding=true"),
         (["phases.0.batch_size=9"], 2, "cannot be split over 2 processes in micro-batches of 4: use a multiple of 8, such as 8"),
-        (["phases.0.batch_size=8", "engine.micro_batch=3"], 1, "in micro-batches of 3: take a multiple of 3, such as 9"),
+        (["phases.0.batch_size=8", "engine.micro_batch=3"], 1, "in micro-batches of 3: use a multiple of 3, such as 9"),
     ],
 )
 def test_what_fits_neither_data_nor_processes_is_refused(tmp_path, data, overrides, ranks, sentence):
@@ -213,7 +213,7 @@ class LikeSDXL:
     """The shapes of a set that was encoded by SDXL's autoencoder and DFN5B-CLIP-H."""
 
     bucket_sizes = (1,)
-    card = {"text_channels": 1024}  # noqa: RUF012
+    manifest = {"text_channels": 1024}  # noqa: RUF012
 
     def __init__(self, resolution: int):
         self.resolution = resolution

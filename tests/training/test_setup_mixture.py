@@ -26,7 +26,7 @@ def test_one_path_is_one_set_seen_once_an_epoch(encoded_emoji):
 def test_phases_may_weigh_the_sets_differently(encoded_emoji):
     sets = [f"data.sets.{name}.path={encoded_emoji}" for name in ("a", "b")]
     mixture = opened("data.path=null", *sets, "phases.0.weights={a: 1}", "phases.1.weights={a: 1, b: 3}", "phases.1.batch_size=64")
-    shares = [[place.set for place in mixture._order.batch(step)].count(1) for step in (3, 30)]
+    shares = [[place.set for place in mixture._sampler.batch(step)].count(1) for step in (3, 30)]
     assert shares[0] == 0
     assert shares[1] == pytest.approx(48, abs=12)
 

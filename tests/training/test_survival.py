@@ -306,7 +306,7 @@ def test_a_step_that_is_not_finite_is_not_taken_and_the_weights_go_back(tmp_path
     running = train(run, encoded_emoji, f"phases={phases}", "record.checkpoint_every=10", "guard.rollback_after=3")
     assert running.wait() == [0], running.output
     assert "Rolled back to the weights of step 20" in running.output
-    assert "That makes 3 of 24 steps" in running.output
+    assert "3 of 24 steps were skipped so far" in running.output
     assert (status(run)["skipped"], status(run)["rollbacks"]) == (3, 1)
     recorded = losses(run)
     assert [step for step, loss in recorded.items() if loss is None] == [22, 23, 24]
