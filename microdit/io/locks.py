@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.files import stale_asides
+
+if TYPE_CHECKING:
+    from microdit.distributed import World  # imports PyTorch
 
 
 @contextmanager
@@ -84,7 +86,7 @@ VISIBLE = 60.0  # seconds after which a file that one machine wrote is seen on t
 
 
 @contextmanager
-def sole_writer(folder: Path, world: World | None = None) -> Iterator[None]:
+def sole_writer(folder: Path, world: "World | None" = None) -> Iterator[None]:
     """Keep other programs from writing `folder`, which is made if need be, until the block ends or the process dies.
 
     All processes of `world` must call this; the first one holds the lock. Raises UserError, on all of them, if another program holds it
@@ -108,7 +110,7 @@ def sole_writer(folder: Path, world: World | None = None) -> Iterator[None]:
         yield
 
 
-def _refuse_others(folder: Path, world: World) -> None:
+def _refuse_others(folder: Path, world: "World") -> None:
     """Raises UserError if some processes do not see the lock that the first one has just written: theirs is another folder."""
     written, deadline = world.share(_holder(folder)), time.monotonic() + VISIBLE
     while (seen := _holder(folder)) != written and time.monotonic() < deadline:
