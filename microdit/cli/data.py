@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from microdit.cli.terminal import SOURCE_HELP, Device, Dtype, console, share, warn
 from microdit.data.packing import CaptionPacking, LatentPacking
-from microdit.devices import choose_dtype, choose_own_device, device_errors_explained, in_words
+from microdit.devices import choose_dtype, choose_own_device, describe_device, device_errors_explained
 from microdit.errors import UserError
 from microdit.io.console import LineOfProgress, PlainColumn, joined, styled
 
@@ -73,7 +73,7 @@ def encode_data(
             batch_size=batch_size or default_batch_size(chosen, sides),
             workers=default_workers(chosen.type) if workers is None else workers,
         )
-        console.print(f"Encoding {in_words(chosen, numbers)}.")
+        console.print(f"Encoding {describe_device(chosen, numbers)}.")
         with (
             _parts_progress(f"encode {opened.name}", len(range(rank, len(opened.parts), world))) as on_progress,
             device_errors_explained("the encoders need --dtype bfloat16 (half of float32), or --device cpu"),

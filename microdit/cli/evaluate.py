@@ -111,14 +111,14 @@ def evaluate(
 
 def _start(device: str, dtype: str, batch_size: int | None) -> tuple["World", "Compute"]:
     """The processes of torchrun, and what each draws on, which the first one tells of."""
-    from microdit.devices import choose_dtype, in_words
+    from microdit.devices import choose_dtype, describe_device
     from microdit.distributed import start_world
     from microdit.evaluation.generators import Compute
 
     world = start_world(device, PATIENCE)
     console.quiet = not world.is_main
     compute = Compute(world.device, choose_dtype(dtype, world.device), batch_size)
-    console.print(in_words(world.device, compute.dtype))
+    console.print(describe_device(world.device, compute.dtype))
     return world, compute
 
 

@@ -97,7 +97,7 @@ def bench(
     Example: microdit bench --recipe microdit-xl/1-256-masked --micro-batch 64
     """
     from microdit.config.load import engine_problems
-    from microdit.devices import choose_dtype, device_errors_explained, in_words
+    from microdit.devices import choose_dtype, describe_device, device_errors_explained
     from microdit.distributed import start_world, stop_world
     from microdit.planning.hardware import keep_measurement, measurements_file
     from microdit.planning.workload import assumed_shapes, shapes_of
@@ -107,7 +107,7 @@ def bench(
     chosen = bench_recipe(recipe, micro_batch, world.device, dtype)
     if problems := engine_problems(chosen.engine):
         raise UserError(" ".join(problems))
-    console.print(in_words(world.device, choose_dtype(chosen.engine.precision, world.device)))
+    console.print(describe_device(world.device, choose_dtype(chosen.engine.precision, world.device)))
     shapes = assumed_shapes(chosen) if recipe is None else shapes_of(chosen)
     fix = f"{chosen.phases[0].batch_size} samples at a time are too many, take a smaller --micro-batch"
     with device_errors_explained(fix), progress(f"bench {chosen.name}", round(seconds)) as advance:

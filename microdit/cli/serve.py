@@ -31,7 +31,7 @@ def app(
     """
     import contextlib
 
-    from microdit.devices import choose_device, choose_dtype, device_errors_explained, in_words
+    from microdit.devices import choose_device, choose_dtype, describe_device, device_errors_explained
     from microdit.pipelines.load import model_and_prompts, open_model
 
     with optional_package("The web page", "app"):
@@ -55,7 +55,7 @@ def app(
     if not is_local(host):
         warn(f"Whoever reaches {host}:{port} may draw here: there is no password. Without --host only this machine can.")
     line = WorkQueue({name: model.pipeline for name, model in zip(names, opened, strict=True)}, queue)
-    console.print(in_words(where, numbers))
+    console.print(describe_device(where, numbers))
     shown = f"[{host}]" if ":" in host else host
     console.print(f"http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it)")
     with contextlib.suppress(KeyboardInterrupt):

@@ -69,7 +69,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "machine": self.machine.chip.name}
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         size = size_of_width(self.width)
         low, high = self.widths
         paid = self.encoding.dollars or 0.0

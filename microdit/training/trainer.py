@@ -242,7 +242,7 @@ class Trainer:
             measured |= self.held_out.measure(self.state.gradients.current_loss(), self.recipe.engine.compile)
         if self.quality and (_due(self.step, record.quality_every) or last) and not in_haste:
             figures = self.quality.measure(self.state.ema_model())
-            self.console.print(self.quality.in_words(self.step, figures))
+            self.console.print(self.quality.describe(self.step, figures))
             measured |= figures
         return measured
 

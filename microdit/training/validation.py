@@ -159,7 +159,7 @@ class Quality:
             "quality_seconds": round(time.monotonic() - started, 2),
         }
 
-    def in_words(self, step: int, figures: dict[str, float]) -> str:
+    def describe(self, step: int, figures: dict[str, float]) -> str:
         """Return the figures as a sentence, with the retrieval rate of chance."""
         kid, recognised, chance = figures["quality_kid"], figures["quality_retrieval"], 10 / len(self._rows)
         seconds = figures["quality_seconds"]
