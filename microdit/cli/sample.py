@@ -222,7 +222,7 @@ def _about(
     seed: int,
     settings: "SamplerSettings",
 ) -> dict[str, str]:
-    """Return the PNG's text entries, from which the picture can be drawn again."""
+    """Return the PNG's text entries, from which the picture can be generated again."""
     from microdit import __version__
     from microdit.io.files import sha256_of
 

@@ -5,7 +5,7 @@ Notable:
   interrupted run continues with the same losses to the last bit;
 - the phases of a recipe share one optimizer and its weight averages; each has its own mask ratio, batch size and learning-rate schedule;
 - Ctrl-C and SIGTERM finish the current step, write a checkpoint, and print how to continue;
-- a step whose loss is not finite or jumps is skipped; after several skips in a row the weights return to a checkpoint, while the data continues;
+- a step whose loss is not finite or jumps is skipped; after several skips in a row the weights return to a checkpoint, the data continues;
 - steps are queued one ahead on a GPU: the program reads a step's numbers while the next one runs, so the GPU never waits for the program,
   and warnings, stops and rollbacks come one step later;
 - all processes run the same loop; only the first one writes the record.
