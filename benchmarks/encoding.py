@@ -34,7 +34,7 @@ if __name__ != "__mp_main__":  # the workers that decode import this file too, a
     from microdit.data.encode import EncodeSettings, default_batch_size, encode_source
     from microdit.data.pixels import normalise
     from microdit.data.sources.base import Part, Record, Source
-    from microdit.devices import DTYPES, choose_device, choose_dtype, in_words
+    from microdit.devices import DTYPES, choose_device, choose_dtype, describe_device
     from microdit.encoders.autoencoder import Autoencoder, DiffusersAutoencoder
     from microdit.encoders.text import FrozenTextEncoder, TextEncoder, as_text_model
 
@@ -68,12 +68,17 @@ def main() -> None:
     )
     encoders = make_encoders(args.shape or ("sdxl" if gpu else "small"))
     count = args.pictures or (8192 if gpu else 128)
-    print(f"{in_words(device, dtype)}, batches of {settings.batch_size}, {settings.workers} workers, torch {torch.__version__}", flush=True)
+    print(
+        f"{describe_device(device, dtype)}, batches of {settings.batch_size}, {settings.workers} workers, torch {torch.__version__}",
+        flush=True,
+    )
     result = measure(settings, make_source(count, args.jpeg_side), count, args.turns, *encoders)
     print(f"{'bare encoders, pictures/s':30}{result['bare']:10.1f}\n{'data encode, pictures/s':30}{result['encode']:10.1f}")
     print(f"{'share':30}{result['share']:10.0%}   (bar on a GPU: {BAR:.0%})")
     if args.out:
-        args.out.write_text(json.dumps({**result, "device": in_words(device, dtype), "sides": args.sides, "batch": settings.batch_size}))
+        args.out.write_text(
+            json.dumps({**result, "device": describe_device(device, dtype), "sides": args.sides, "batch": settings.batch_size})
+        )
 
 
 def measure(

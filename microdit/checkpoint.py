@@ -1,14 +1,14 @@
-"""Checkpoints as they lie on the disk: folders that are either whole or not there.
+"""Checkpoints on disk: folders that are either complete or absent.
 
     checkpoints/step-00000500/
-      shards/*.safetensors        all that training needs, as the processes held it (`shard_files.py`); none for inference
-      model.safetensors           the weights, whole; not in one that was saved in haste, before the machine was taken away: there
-                                  they, and the averages, are put together from the shards
-      ema.safetensors             their averages, whole; ema-DECAY.safetensors for further lengths
-      state.json                  checksums of all of these and of itself, the step, and all that is needed to make pictures
+      shards/*.safetensors        the training state, as each process held it (`io/tensor_files.py`); not needed for inference
+      model.safetensors           the full weights; absent if the checkpoint was saved in haste before preemption: then weights
+                                  and averages are assembled from the shards
+      ema.safetensors             the full EMA weights; ema-DECAY.safetensors for further averages
+      state.json                  checksums of all files and of itself, the step, and everything needed to generate images
 
-`training/checkpointing.py` writes them. Nothing in them is a pickle, and nothing is used before it was compared with its checksum; only the
-state.json of earlier versions has none.
+`training/checkpointing.py` writes them. They contain no pickles, and nothing is used before its checksum was verified; only the state.json
+of earlier versions has no checksum.
 """
 
 import heapq
@@ -41,12 +41,12 @@ _SHARD = re.compile(rf"{SHARDS}/[^/]+\.safetensors")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`state` is the content of state.json."""
+    """One checkpoint folder. `state` is the content of state.json."""
 
     folder: Path
     step: int
     state: dict[str, Any]
-    _compared: set[str] = field(default_factory=set, compare=False, repr=False)  # files found whole: they can be too large to do it twice
+    _compared: set[str] = field(default_factory=set, compare=False, repr=False)  # verified files, which are not read again
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the weights called `name`, from NAME.safetensors or assembled from the shards.
@@ -65,7 +65,7 @@ class Checkpoint:
 
     @property
     def weights(self) -> list[str]:
-        """The names of the weights: model, and one for each average. Raises UserError if they are in shards that are damaged."""
+        """Return the names of the weights: model, and one for each average. Raises UserError if they are in damaged shards."""
         if self._whole:
             return sorted(name.removesuffix(".safetensors") for name in self._whole)
         try:
@@ -75,7 +75,7 @@ class Checkpoint:
         return sorted(parts - {"optimizer"})
 
     def damage_of(self, name: str, world: World | None = None) -> list[str]:
-        """Return which files of the weights called `name` (one file, or all shards where none are whole) do not match their checksums.
+        """Return the files of the weights called `name` (their own file, or else all shards) that do not match their checksums.
 
         The processes of `world` share the reading, as in `damage`.
         """
@@ -84,7 +84,7 @@ class Checkpoint:
         return self.damage(self.shards, world) + first_looks(world, lambda: self.strange_shards)
 
     def path_of(self, name: str) -> Path | None:
-        """Return the file that holds the weights called `name` whole; None if they are in shards."""
+        """Return the file of the weights called `name`; None if they are in shards."""
         return self.folder / f"{name}.safetensors" if self._whole else None
 
     @property
@@ -96,7 +96,7 @@ class Checkpoint:
         return [name for name in self.state["files"] if _SHARD.fullmatch(name)]
 
     def damage(self, names: list[str], world: World | None = None) -> list[str]:
-        """Return which of these files do not match their checksums or cannot be read. A file that matched before is not read again.
+        """Return those of the files that do not match their checksums or cannot be read. Verified files are not read again.
 
         The processes of `world`, which must all call this, share the reading: each file is read by one of them.
         """
@@ -114,7 +114,7 @@ class Checkpoint:
 
     @property
     def strange_shards(self) -> list[str]:
-        """Shards that state.json does not name, as when another checkpoint was copied over this one: they would be read too."""
+        """Return shards that state.json does not name, which would be read too, as after copying another checkpoint over this one."""
         found = (f"{SHARDS}/{path.name}" for path in (self.folder / SHARDS).glob("*.safetensors"))
         return sorted(name for name in found if name not in self.state["files"])
 
@@ -124,7 +124,7 @@ class Checkpoint:
 
 
 def deal(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
-    """Divide names among `ranks` by size: the largest first, each to whoever has the fewest bytes."""
+    """Divide names among `ranks` evenly by size: largest first, each to the rank with the fewest bytes."""
     hands: list[list[str]] = [[] for _ in range(ranks)]
     heap = [(0, rank) for rank in range(ranks)]
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -135,7 +135,7 @@ def deal(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
 
 
 def first_looks(world: World | None, look: Callable[[], T]) -> T:
-    """Return `look()`, called by the first process if there are several."""
+    """Return `look()`, called by the first process only if there are several."""
     return look() if world is None else world.look(look)
 
 
@@ -150,7 +150,7 @@ def config_of_fields(saved: Mapping[str, Any]) -> ModelConfig:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint's state, not its files. Raises UserError if it is damaged or of another step than its folder's name."""
+    """Open a checkpoint by reading state.json only. Raises UserError if that is damaged or its step differs from the folder's name."""
     try:
         state = from_checked_json((folder / STATE).read_bytes())
         if not isinstance(state["files"], dict):
@@ -165,8 +165,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def find_weights(run: Path, warn: Callable[[str], None], weights: str | None = None, world: World | None = None) -> Checkpoint | None:
     """Return the newest checkpoint whose `weights` (by default the first average, else the model) are intact; None if there is none at all.
 
-    Damaged ones are skipped with a warning. The processes of `world` share the reading. Raises UserError if none is left, or if the newest
-    one lacks these weights.
+    Damaged checkpoints are skipped with a warning. The processes of `world` share the reading. Raises UserError if all are damaged, or if
+    the newest intact one lacks these weights.
     """
     folders = first_looks(world, lambda: checkpoint_folders(run))
     for folder in folders:
@@ -194,7 +194,7 @@ def _open_with_names(folder: Path) -> tuple[Checkpoint, list[str]]:
 
 
 def check_finite(weights: Mapping[str, Tensor], what: str, fix: str = "take another checkpoint, or train anew") -> None:
-    """Raises UserError if any weight is infinite or NaN, which would spoil every image."""
+    """Raise UserError if any weight is infinite or NaN."""
     bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
     if bad:
         raise UserError(f"{what} are not finite in {len(bad)} of {len(weights)} tensors ({_short(', '.join(bad))}): {fix}.")
@@ -216,7 +216,7 @@ def step_of(folder: Path) -> int:
 
 
 def check_architecture(checkpoint: Checkpoint, config: ModelConfig, except_for: frozenset[str] = frozenset()) -> None:
-    """Raises UserError naming what differs between the checkpoint's model and the recipe's."""
+    """Raise UserError, naming the differences, if the checkpoint's architecture is not the recipe's."""
     saved, wanted = asdict(checkpoint.model_config), asdict(config)
     different = [
         f"{key}: {_short(saved[key])} in the checkpoint, {_short(wanted[key])} in the recipe"
@@ -231,10 +231,10 @@ def check_architecture(checkpoint: Checkpoint, config: ModelConfig, except_for: 
         )
 
 
-def check_encoders(checkpoint: Checkpoint, card: dict[str, Any], data: Path) -> None:
-    """Raises UserError if the checkpoint's model was trained on what other encoders made. `card` is that of the encoded set in `data`."""
+def check_encoders(checkpoint: Checkpoint, manifest: dict[str, Any], data: Path) -> None:
+    """Raise UserError if the checkpoint was trained with other encoders than those in the `manifest` of the encoded set `data`."""
     for key in ("autoencoder", "text_encoder"):
-        then, now = checkpoint.state["data"][key], card[key]
+        then, now = checkpoint.state["data"][key], manifest[key]
         if then["fingerprint"] != now["fingerprint"]:
             raise UserError(
                 f"{checkpoint.folder} was trained on data of the {key} {then['name']} ({then['fingerprint']}), and {data} is of "
@@ -243,7 +243,7 @@ def check_encoders(checkpoint: Checkpoint, card: dict[str, Any], data: Path) -> 
 
 
 def _checksum(path: Path) -> str | None:
-    """Return the checksum, None if the file cannot be read or does not exist."""
+    """Return the checksum of a file; None if it cannot be read or does not exist."""
     try:
         return sha256_of(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""Devices and dtypes: one way to choose both, for all commands.
+"""Choice of device and dtype, shared by all commands.
 
 `auto` takes a GPU if there is one (cuda for NVIDIA and AMD, mps for Apple), and bfloat16 on a GPU that supports it.
 """
@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 HALF = (torch.bfloat16, torch.float16)
 KNOWN_DEVICES = "auto, cpu, cuda, cuda:N (number N of several), mps"
 
-_OUT_OF_MEMORY = ("out of memory", "alloc_failed")  # of CUDA, of cuBLAS and cuDNN, and of Apple's GPUs
+_OUT_OF_MEMORY = ("out of memory", "alloc_failed")  # messages of CUDA, cuBLAS, cuDNN and Apple's GPUs
 
 
 def is_device_name(name: str) -> bool:
@@ -70,19 +70,19 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name as people know it: "NVIDIA H100 80GB HBM3", "Apple GPU", "CPU, 2 threads"."""
+    """Return a readable name: "NVIDIA H100 80GB HBM3", "Apple GPU", "CPU, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return "Apple GPU" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def in_words(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the line that says what was chosen: "on NVIDIA H100 80GB HBM3, bfloat16"."""
+def describe_device(device: torch.device, dtype: torch.dtype) -> str:
+    """Describe a device and dtype in one line: "on NVIDIA H100 80GB HBM3, bfloat16"."""
     return f"on {device_name(device)}, {str(dtype).removeprefix('torch.')}"
 
 
 def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """Copy a tensor to `device` without waiting for what is queued there."""
+    """Copy a tensor to `device` without waiting for the work queued there."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
@@ -90,9 +90,9 @@ def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def device_errors_explained(fix: str) -> Iterator[None]:
-    """Turn a device error into one sentence. `fix` says what needs less memory, such as "take a smaller --batch-size".
+    """Turn a device error into a UserError. `fix` says what to do to need less memory, such as "take a smaller --batch-size".
 
-    Raises UserError if memory does not suffice, and for an operation that Apple's GPUs lack. Other errors pass.
+    Raises UserError if memory is exhausted, or for an operation that Apple's GPUs lack. Other errors pass unchanged.
     """
     try:
         yield
@@ -106,7 +106,7 @@ def device_errors_explained(fix: str) -> Iterator[None]:
 
 
 def _sizes(message: str) -> str:
-    """How much was asked for and how much there is, where torch says so."""
+    """Return the requested and total memory from a message of torch, or an empty string."""
     asked, capacity = (re.search(pattern, message) for pattern in (r"[Tt]ried to allocate ([\d.]+ \w+)", r"capacity of ([\d.]+ \w+)"))
     if asked is None or capacity is None:
         return ""

@@ -21,9 +21,9 @@ from microdit.process_limits import check_file_limit
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=20)  # in training
-GLOO_GROUPS = 2  # each process meets each other one in each, which takes a file, and once more at the first process's store
-SPARE_FILES = 512  # for all else that a process opens: shards, checkpoints, pipes, what NCCL needs
-ANSWER = 15.0  # seconds in which a process that lives answers once a message has failed: all have waited for it as long
+GLOO_GROUPS = 2  # one open file per other process in each group, and one more for the store
+SPARE_FILES = 512  # for everything else that a process opens: shards, checkpoints, pipes, NCCL
+ANSWER = 15.0  # seconds within which a live process answers after a message has failed
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class World:
     size: int
     device: torch.device
     saving: dist.ProcessGroup
-    store: Store | None = None  # where the processes found each other
-    processes: tuple[str, ...] = ()  # each by its number, host and process id, for people
+    store: Store | None = None  # the rendezvous store
+    processes: tuple[str, ...] = ()  # readable names: rank, host and process id
 
     @property
     def is_main(self) -> bool:
@@ -71,7 +71,7 @@ class World:
         return values
 
     def look(self, look: Callable[[], T]) -> T:
-        """Return on all processes what the first one finds, or raise its UserError on all. So a file is read once and all act alike."""
+        """Call `look` on the first process, and return its result, or raise its UserError, on all. So all act alike."""
         found: tuple[T | None, str | None] = None, None
         if self.is_main:
             try:
@@ -87,7 +87,7 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raise UserError on all processes where one raises it in this block, naming that process. All processes must enter it."""
+        """Raise UserError on all processes if one raises it within the block, naming that process. All processes must enter the block."""
         problem: str | None = None
         try:
             yield
@@ -102,9 +102,9 @@ class World:
             raise UserError(f"{where}{problems[ranks[0]]}")
 
     def check_same_folder(self, seen: str, what: str) -> None:
-        """Raises UserError on all processes if they have `seen` different contents of the folder `what`.
+        """Raise UserError on all processes if they have `seen` different contents of the folder `what`.
 
-        It names the first three that differ.
+        The message names up to three processes that differ.
         """
         everywhere = self.gather(seen)
         others = [rank for rank, found in enumerate(everywhere) if found != everywhere[0]]
@@ -134,11 +134,11 @@ class World:
             ) from error
 
     def lost(self, patience: float) -> list[str]:
-        """Return those of `processes` that do not call this too within `patience` seconds. For use when no other message arrives."""
+        """Return those of `processes` that do not also call this within `patience` seconds. For use after a message has failed."""
         answered: set[int] = {self.rank}
         asking = threading.Thread(target=self._ask, args=(answered, time.monotonic() + patience), daemon=True)
         asking.start()
-        asking.join(patience + 1)  # the store itself may lie in a process that hangs
+        asking.join(patience + 1)  # the process that hosts the store may hang
         return [name for rank, name in enumerate(self.processes) if rank not in answered]
 
     def _ask(self, answered: set[int], deadline: float) -> None:
@@ -150,18 +150,18 @@ class World:
                 self.store.set(f"here/{self.rank}", "")
                 self.store.wait([f"here/{rank}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
                 answered.add(rank)
-            except dist.DistError:  # not in time, or the store was in a process that died
+            except dist.DistError:  # too late, or the process that hosts the store died
                 continue
 
     def wait_for_all(self) -> None:
-        self.gather(None)  # a barrier of the group of all would be NCCL's
+        self.gather(None)  # a barrier on the default group would use NCCL
 
 
 def start_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
-    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone.
+    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK); without torchrun, return a world of one process.
 
     `device` is a name that `choose_device` knows; auto and cuda give each process a GPU of its own. After `timeout`, a silent process
-    counts as dead. Raises UserError for a device that does not exist, and if so many processes need more open files than are allowed.
+    counts as dead. Raises UserError if the device does not exist, or if so many processes need more open files than allowed.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device)
@@ -177,7 +177,7 @@ def start_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
 
 
 def _introduced(world: World) -> World:
-    """Return the world with a name for each process, so that one that falls silent can be named."""
+    """Return the world with a name for each process, so that errors can name one that stops answering."""
     name = f"process {world.rank} on {socket.gethostname()} (process id {os.getpid()})"
     return replace(world, processes=tuple(world.gather(name)))
 
@@ -196,8 +196,8 @@ def stop_world() -> None:
 def _meeting_place(size: int) -> Store:
     """Return the store through which processes find each other.
 
-    torchrun keeps one store over restarts, in which addresses of dead processes would be found again, so each start gets a prefix of its
-    own. With several machines the number of starts differs between them, so there it needs a new store for each start (examples/launch).
+    torchrun keeps one store across restarts, which still holds the addresses of dead processes, so each start gets its own prefix. The
+    number of starts can differ between machines, so with several machines each start needs a new store (examples/launch).
     """
     if size == 1:
         return HashStore()

@@ -1,4 +1,4 @@
-"""The exceptions that are meant for people: a sentence that says what was wrong, where, and what to do."""
+"""Exceptions whose message is for the user: a sentence that says what was wrong, where, and what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ class UserError(Exception):
 
 @contextmanager
 def optional_package(purpose: str, extra: str) -> Iterator[None]:
-    """Turn a failed import into a UserError: what the package is for, its name, and the `extra` of microdit that installs it."""
+    """Turn a failed import into a UserError that names the package, its `purpose`, and the `extra` of microdit that installs it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -26,16 +26,16 @@ def optional_package(purpose: str, extra: str) -> Iterator[None]:
 
 
 class DivergedError(UserError):
-    """Training ran into numbers that are not finite, or losses that stayed absurd: a matter of the recipe, not of the machine."""
+    """Training diverged: weights or losses are not finite, or losses stayed far too high. The cause is the recipe, not the machine."""
 
 
 class StoppedError(UserError):
-    """The run was asked to stop and saved itself. `exit_code` tells whoever started it whether to start it again."""
+    """The run was asked to stop, and saved a checkpoint. `exit_code` tells the process that started it whether to restart it."""
 
     def __init__(self, sentence: str, exit_code: int):
         super().__init__(sentence)
         self.exit_code = exit_code
 
 
-EXIT_RESTART = 75  # EX_TEMPFAIL: the machine is being taken away, start again with --resume
-EXIT_BY_USER = 130  # as shells have it for Ctrl-C
+EXIT_RESTART = 75  # EX_TEMPFAIL: the machine is being preempted, restart with --resume
+EXIT_BY_USER = 130  # as shells report Ctrl-C

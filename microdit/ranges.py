@@ -1,11 +1,11 @@
-"""How large a value of a recipe or a study may be, written beside its type: `steps: Annotated[int, Range(1, 10**9)]`."""
+"""Ranges of the values of recipes and studies, written in their annotations: `steps: Annotated[int, Range(1, 10**9)]`."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Range:
-    """From `low` to `high`: of a number's value, of a text's letters, of a list's entries. `above`, `below`: without that end itself."""
+    """The range from `low` to `high` of a number, a text's length or a list's length. `above` excludes `low`, `below` excludes `high`."""
 
     low: float
     high: float
@@ -17,7 +17,7 @@ class Range:
         return over_low and (number < self.high if self.below else number <= self.high)
 
     def __str__(self) -> str:
-        """'from 1 to 1,000', 'from 0 to less than 1'."""
+        """Return the range in words: 'from 1 to 1,000', 'from 0 to less than 1'."""
         low = f"from above {_short(self.low)}" if self.above else f"from {_short(self.low)}"
         return f"{low} to {'less than ' if self.below else ''}{_short(self.high)}"
 

@@ -7,9 +7,9 @@ from microdit.devices import (
     choose_device,
     choose_dtype,
     choose_own_device,
+    describe_device,
     device_errors_explained,
     device_name,
-    in_words,
     is_device_name,
 )
 from microdit.errors import UserError
@@ -122,9 +122,9 @@ def test_a_dtype_that_the_device_lacks_is_refused_in_a_sentence(machine, device,
 
 def test_what_was_chosen_is_said_in_one_line(machine):
     machine(1)
-    assert in_words(CUDA, torch.bfloat16) == f"on {H100}, bfloat16"
-    assert in_words(MPS, torch.float32) == "on Apple GPU, float32"
-    assert in_words(CPU, torch.float32) == f"on CPU, {torch.get_num_threads()} threads, float32"
+    assert describe_device(CUDA, torch.bfloat16) == f"on {H100}, bfloat16"
+    assert describe_device(MPS, torch.float32) == "on Apple GPU, float32"
+    assert describe_device(CPU, torch.float32) == f"on CPU, {torch.get_num_threads()} threads, float32"
     assert device_name(CPU).startswith("CPU")
 
 

@@ -12,39 +12,49 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from microdit.cli.terminal import SOURCE_HELP, Device, Dtype, console, share, warn
 from microdit.data.packing import CaptionPacking, LatentPacking
-from microdit.devices import choose_dtype, choose_own_device, device_errors_explained, in_words
+from microdit.devices import choose_dtype, choose_own_device, describe_device, device_errors_explained
 from microdit.errors import UserError
 from microdit.io.console import LineOfProgress, PlainColumn, joined, styled
 
-data_app = typer.Typer(no_args_is_help=True, help="Make and check encoded data sets.")
+data_app = typer.Typer(no_args_is_help=True, help="Encode data sets, look at sources, and verify checksums.")
 
 
 @data_app.command("encode")
 def encode_data(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
-    resolutions: Annotated[list[int] | None, typer.Option("--resolutions", help="Pixels of a side, one or more. [default: 64]")] = None,
-    autoencoder: Annotated[str, typer.Option(help="icon, pixels, sdxl, 16ch, or a folder or hub name of diffusers.")] = "icon",
-    text_encoder: Annotated[str, typer.Option(help="minilm, dfn-clip-h, or a folder or hub name: CLIP, T5, open_clip.")] = "minilm",
-    store_latents: Annotated[LatentPacking, typer.Option(help="How latents are stored: int8 has a scale for each channel.")] = "int8",
-    store_captions: Annotated[CaptionPacking, typer.Option(help="How captions are stored; ids are embedded in training.")] = "int8",
-    caption: Annotated[list[str] | None, typer.Option("--caption", help="Which captions: NAME or NAME=WEIGHT; repeatable.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    resolutions: Annotated[
+        list[int] | None, typer.Option("--resolutions", help="Side lengths in pixels, one or more. [default: 64]")
+    ] = None,
+    autoencoder: Annotated[
+        str, typer.Option(help="icon, pixels, sdxl, 16ch, or the folder or hub name of a diffusers autoencoder.")
+    ] = "icon",
+    text_encoder: Annotated[
+        str, typer.Option(help="minilm, dfn-clip-h, or the folder or hub name of a CLIP, T5 or open_clip model.")
+    ] = "minilm",
+    store_latents: Annotated[LatentPacking, typer.Option(help="Storage format of latents; int8 has one scale per channel.")] = "int8",
+    store_captions: Annotated[CaptionPacking, typer.Option(help="Storage format of captions; ids are embedded during training.")] = "int8",
+    caption: Annotated[list[str] | None, typer.Option("--caption", help="Which captions to use: NAME or NAME=WEIGHT; repeatable.")] = None,
     min_side: Annotated[
-        int | None, typer.Option(help="Reject pictures with a shorter side. [default: the set's own, or the resolution]")
+        int | None, typer.Option(help="Reject pictures with a shorter side than this. [default: the source's own, or the resolution]")
     ] = None,
-    fraction: Annotated[float, typer.Option(min=0, max=1, help="Use only this share of the source, chosen by key.")] = 1.0,
-    buckets: Annotated[bool, typer.Option("--buckets", help="Keep aspect ratios (sides in steps of 64), cut no squares.")] = False,
+    fraction: Annotated[float, typer.Option(min=0, max=1, help="Use only this fraction of the source, chosen by key.")] = 1.0,
+    buckets: Annotated[
+        bool, typer.Option("--buckets", help="Keep aspect ratios (sides in steps of 64) instead of cropping to squares.")
+    ] = False,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Pictures, and captions, that the encoders take at a time. [default: by the device]")
+        int | None, typer.Option(min=1, help="Pictures and captions per batch of the encoders. [default: by the device]")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode files. [default: by the cores]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Number of processes that decode files. [default: by the number of cores]")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Encode pictures to latents and captions to embeddings, once.
 
-    Stopped at any moment, the same command goes on behind the last whole shard. Under torchrun each rank encodes its share of the parts, on
-    its share of the machine's GPUs. A batch that does not fit a GPU's memory is halved.
+    If it was interrupted, the same command continues after the last complete shard. Under torchrun each rank encodes its share of the
+    parts, and the ranks share the machine's GPUs. A batch that does not fit in GPU memory is halved.
 
     Example: microdit data encode emoji --out data/emoji
 
@@ -73,25 +83,25 @@ def encode_data(
             batch_size=batch_size or default_batch_size(chosen, sides),
             workers=default_workers(chosen.type) if workers is None else workers,
         )
-        console.print(f"Encoding {in_words(chosen, numbers)}.")
+        console.print(f"Encoding {describe_device(chosen, numbers)}.")
         with (
             _parts_progress(f"encode {opened.name}", len(range(rank, len(opened.parts), world))) as on_progress,
             device_errors_explained("the encoders need --dtype bfloat16 (half of float32), or --device cpu"),
         ):
             encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
-            card = encode_source(opened, out, settings, *encoders, (rank, world), on_progress, warn)
-        if card:
-            _report_encoded(card, out)
+            manifest = encode_source(opened, out, settings, *encoders, (rank, world), on_progress, warn)
+        if manifest:
+            _report_encoded(manifest, out)
 
 
 @data_app.command("look")
 def look_at_data(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
-    out: Annotated[Path, typer.Option(help="The PNG to write: 16 pictures with their captions.")] = Path("look.png"),
+    out: Annotated[Path, typer.Option(help="PNG file to write: 16 pictures with their captions.")] = Path("look.png"),
     caption: Annotated[list[str] | None, typer.Option("--caption", help="As for encode.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="How many records to read for the statistics.")] = 2000,
+    limit: Annotated[int, typer.Option(min=1, help="Number of records to read for the statistics.")] = 2000,
 ) -> None:
-    """See what a source holds before encoding it: 16 pictures as a PNG; sizes, shapes, caption lengths, duplicates, troubles.
+    """Inspect a source before encoding it: 16 pictures as a PNG; sizes, shapes, caption lengths, duplicates, problems.
 
     Example: microdit data look my-pictures
     """
@@ -108,7 +118,7 @@ def look_at_data(
 
 @data_app.command("verify")
 def verify_data(folder: Annotated[Path, typer.Argument(help="An encoded data set.")]) -> None:
-    """Read every byte of an encoded data set and compare with its checksums."""
+    """Read every byte of an encoded data set and compare it with the checksums."""
     from microdit.data.dataset import EncodedDataset
 
     damaged = EncodedDataset(folder).verify()
@@ -118,14 +128,14 @@ def verify_data(folder: Annotated[Path, typer.Argument(help="An encoded data set
 
 
 def default_workers(device: str) -> int:
-    """Of each process: half of its cores where the encoders need them too, all but one beside a GPU."""
+    """Return the number of workers per process: all cores but one with a GPU, half of them if the encoders need the CPU too."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(0, cores - 2) // 2 if device == "cpu" else max(1, cores - 1)
 
 
 @contextmanager
 def _parts_progress(name: str, parts: int) -> Iterator[Callable[[int, int], None]]:
-    """A line that counts parts, with the records and their speed: how many records there are is not known before."""
+    """Show a progress line that counts parts, with the records and their speed. The total number of records is not known in advance."""
     columns = (PlainColumn(), BarColumn(), MofNCompleteColumn(), PlainColumn("records"))
     started, records = time.monotonic(), 0
     with LineOfProgress(*columns, TimeRemainingColumn(), console=console) as progress:
@@ -140,26 +150,28 @@ def _parts_progress(name: str, parts: int) -> Iterator[Callable[[int, int], None
         yield advance
 
 
-def _report_encoded(card: dict[str, Any], out: Path) -> None:
-    resolutions = ", ".join(str(r) for r in card["settings"]["resolutions"])
-    size = sum(shard["bytes"] for shard in card["shards"])
+def _report_encoded(manifest: dict[str, Any], out: Path) -> None:
+    resolutions = ", ".join(str(r) for r in manifest["settings"]["resolutions"])
+    rows, size = manifest["rows"], sum(shard["bytes"] for shard in manifest["shards"])
     console.print(
         joined(
-            f"{card['rows']:,} of {card['seen']:,} records kept at {resolutions} px in ",
+            f"{rows:,} of {manifest['seen']:,} records kept at {resolutions} px in ",
             styled(out),
-            f", {size / 1e6:,.1f} MB ({size / card['rows']:,.0f} bytes each, captions of {card['tokens'] / card['captions']:.1f} tokens)",
+            f", {size / 1e6:,.1f} MB ({size / rows:,.0f} bytes each, captions of {manifest['tokens'] / manifest['captions']:.1f} tokens)",
         )
     )
-    for reason, count in card["rejected"].items():
+    for reason, count in manifest["rejected"].items():
         console.print(f"  rejected {count:,}: {reason}")
-    if card["rejected"]:
+    if manifest["rejected"]:
         console.print(f"  each by name in {out}/*.rejected.jsonl")
-    if card["captions_cut"]:
-        console.print(f"  {card['captions_cut']:,} captions were longer than the text encoder's {card['max_tokens']} tokens, and cut")
+    if manifest["captions_cut"]:
+        console.print(
+            f"  {manifest['captions_cut']:,} captions were longer than the text encoder's {manifest['max_tokens']} tokens, and cut"
+        )
 
 
 def _weights(captions: list[str] | None) -> dict[str, float] | None:
-    """NAME or NAME=WEIGHT, some of them -> a dict."""
+    """Parse --caption options, each NAME or NAME=WEIGHT. Returns None if there are none. Raises UserError."""
     weights = {}
     for item in captions or []:
         name, _, weight = item.partition("=")

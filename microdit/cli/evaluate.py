@@ -1,7 +1,4 @@
-"""The commands that measure: microdit evaluate, draw, prefer, geneval.
-
-The command that lays runs beside published figures: microdit compare.
-"""
+"""The commands for evaluation: microdit evaluate, draw, prefer, geneval, compare."""
 
 from datetime import timedelta
 from functools import partial
@@ -20,13 +17,13 @@ if TYPE_CHECKING:
     from microdit.distributed import World
     from microdit.evaluation.generators import Compute
 
-# Processes draw at different speeds, and the first one measures alone.
+# Processes generate at different speeds, and only the first one computes metrics.
 PATIENCE = timedelta(hours=12)
 LESS_MEMORY = "take a smaller --batch-size, or --dtype bfloat16"
 
 BatchSize = Annotated[
     int | None,
-    typer.Option(min=1, help="How many pictures to draw at a time. Fewer need less memory. [default: 64, of other pipelines 8]"),
+    typer.Option(min=1, help="Pictures per batch; smaller batches need less memory. [default: 64; 8 for other pipelines]"),
 ]
 
 
@@ -34,22 +31,22 @@ def evaluate(
     run: Annotated[
         str, typer.Argument(help="A run folder or an exported model; with --reference also any diffusers pipeline, by folder or hub id.")
     ],
-    reference: Annotated[str | None, typer.Option(help=f"Compare with this set as a whole. {SOURCE_HELP}")] = None,
+    reference: Annotated[str | None, typer.Option(help=f"Compare with this data set. {SOURCE_HELP}")] = None,
     metrics: Annotated[
         str | None,
         typer.Option(
             help="fid, kid, precision, recall, density, coverage (by --network); clip-fid, cmmd, clip-score (by --clip); dino-fd (by "
-            "--dino). With commas between. [default: all by --network]"
+            "--dino), separated by commas. [default: all by --network]"
         ),
     ] = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many captions to draw; papers take 30,000.")] = 256,
-    network: Annotated[str, typer.Option(help="efficientnet (offline), or inception:FILE, with which fid is FID.")] = "efficientnet",
-    clip: Annotated[str, typer.Option(help="A CLIP of transformers.")] = "openai/clip-vit-large-patch14",
-    dino: Annotated[str, typer.Option(help="A DINOv2 of transformers.")] = "facebook/dinov2-large",
-    side: Annotated[int | None, typer.Option(min=8, help="Pixels that both are cut to and compared at. [default: as drawn]")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of captions to generate; papers use 30,000.")] = 256,
+    network: Annotated[str, typer.Option(help="efficientnet (offline), or inception:FILE, for the standard FID.")] = "efficientnet",
+    clip: Annotated[str, typer.Option(help="A CLIP model of transformers.")] = "openai/clip-vit-large-patch14",
+    dino: Annotated[str, typer.Option(help="A DINOv2 model of transformers.")] = "facebook/dinov2-large",
+    side: Annotated[int | None, typer.Option(min=8, help="Side in pixels to crop and resize both to. [default: as generated]")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for pictures, metrics.json, report.html. [default: RUN/evaluation]")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Evaluate each new checkpoint while RUN trains, and plot them.")] = False,
-    steps: Annotated[int, typer.Option(help="Of the sampler.")] = 18,
+    watch: Annotated[bool, typer.Option("--watch", help="Evaluate each new checkpoint while RUN trains, and plot the results.")] = False,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 18,
     guidance: float = 2.0,
     seed: Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")] = 0,
     weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
@@ -57,13 +54,14 @@ def evaluate(
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
 ) -> None:
-    """Measure a run: are single pictures recognised (emoji), or, with --reference, how near are all of them to a set?
+    """Measure the quality of a run: recognition of emoji, or, with --reference, distances to a data set such as FID.
 
-    With --reference: the captions of the set's first records are drawn and compared with all of its pictures. Every metric comes with a
-    95% interval; a page shows the pictures nearest to the reference and farthest from it. Goes on where it was stopped; under torchrun
-    the work is shared, and the figures are the same.
+    With --reference, pictures are generated for the captions of the set's first records and compared with all of its pictures. Every
+    metric has a 95% interval; a page shows the pictures nearest to the reference and farthest from it. An interrupted evaluation
+    continues where it stopped; under torchrun the work is shared, and the figures are the same.
 
-    Without: is a caption's picture among the 10 nearest of all training pictures? Writes metrics.json into the run folder.
+    Without --reference, a picture counts as recognised if its caption's own picture is among the 10 nearest of all training pictures.
+    Writes metrics.json to the run folder.
 
     Example: microdit evaluate runs/emoji --reference emoji -n 512
 
@@ -110,15 +108,15 @@ def evaluate(
 
 
 def _start(device: str, dtype: str, batch_size: int | None) -> tuple["World", "Compute"]:
-    """The processes of torchrun, and what each draws on, which the first one tells of."""
-    from microdit.devices import choose_dtype, in_words
+    """Start the processes and choose device and dtype, which the first process prints."""
+    from microdit.devices import choose_dtype, describe_device
     from microdit.distributed import start_world
     from microdit.evaluation.generators import Compute
 
     world = start_world(device, PATIENCE)
     console.quiet = not world.is_main
     compute = Compute(world.device, choose_dtype(dtype, world.device), batch_size)
-    console.print(in_words(world.device, compute.dtype))
+    console.print(describe_device(world.device, compute.dtype))
     return world, compute
 
 
@@ -139,9 +137,9 @@ def _metrics_table(result: dict[str, Any]) -> Table:
 
 def draw(
     run: Annotated[str, typer.Argument(help="A run folder, or a diffusers pipeline, by folder or hub id.")],
-    prompts: Annotated[Path, typer.Argument(help='A file with one prompt a line, or .jsonl with {"prompt": ...}.')],
-    out: Annotated[Path, typer.Option(help="Folder to make: 0000.png, 0001.png ..., prompts.jsonl.")],
-    steps: Annotated[int, typer.Option(help="Of the sampler.")] = 18,
+    prompts: Annotated[Path, typer.Argument(help='A file with one prompt per line, or .jsonl with {"prompt": ...}.')],
+    out: Annotated[Path, typer.Option(help="Folder to create: 0000.png, 0001.png ..., prompts.jsonl.")],
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 18,
     guidance: float = 2.0,
     seed: Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")] = 0,
     weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
@@ -149,9 +147,9 @@ def draw(
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
 ) -> None:
-    """Draw a file of prompts, one picture each, for 'microdit prefer' and other evaluations. Goes on where it was stopped.
+    """Generate one picture for each prompt of a file, for 'microdit prefer' and other evaluations. Continues where it was stopped.
 
-    Under torchrun each process draws its share, and the pictures are the same.
+    Under torchrun each process generates its share, and the pictures are the same.
     """
     from microdit.devices import device_errors_explained
     from microdit.distributed import stop_world
@@ -168,17 +166,19 @@ def draw(
 
 
 def prefer(
-    a: Annotated[Path, typer.Argument(help="A folder of pictures, by 'microdit draw'.")],
-    b: Annotated[Path, typer.Argument(help="Another, of the same prompts.")],
-    out: Annotated[Path, typer.Option(help="Folder for verdicts.jsonl, which a later call goes on with.")] = Path("preference"),
-    judge_url: Annotated[str | None, typer.Option(help="Root of an OpenAI-compatible API; its key from MICRODIT_JUDGE_KEY.")] = None,
-    judge: Annotated[str, typer.Option(help="The judge's model.")] = "gpt-4o",
-    dollars_per_million: Annotated[float | None, typer.Option(help="Price of a million tokens, for the estimate.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask after the estimate.")] = False,
-    vote: Annotated[bool, typer.Option("--vote", help="You are the judge: opens a page on this machine.")] = False,
-    port: Annotated[int, typer.Option(help="Of that page.")] = 7861,
+    a: Annotated[Path, typer.Argument(help="A folder of pictures from 'microdit draw'.")],
+    b: Annotated[Path, typer.Argument(help="Another folder, for the same prompts.")],
+    out: Annotated[Path, typer.Option(help="Folder for verdicts.jsonl; a later call continues it.")] = Path("preference"),
+    judge_url: Annotated[
+        str | None, typer.Option(help="Base URL of an OpenAI-compatible API; its key is read from MICRODIT_JUDGE_KEY.")
+    ] = None,
+    judge: Annotated[str, typer.Option(help="The vision model that judges.")] = "gpt-4o",
+    dollars_per_million: Annotated[float | None, typer.Option(help="Price of a million tokens, for the cost estimate.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation after the estimate.")] = False,
+    vote: Annotated[bool, typer.Option("--vote", help="Judge yourself, on a web page on this machine.")] = False,
+    port: Annotated[int, typer.Option(help="Port of that page.")] = 7861,
 ) -> None:
-    """Which pictures are preferred? Judged pair by pair, by a vision model (in both orders) or by people."""
+    """Find out which of two folders of pictures is preferred, judged pair by pair by a vision model (in both orders) or by people."""
     from dataclasses import asdict
 
     from PIL import Image
@@ -210,21 +210,25 @@ def prefer(
 def geneval(
     run: Annotated[str, typer.Argument(help="A run folder, or a diffusers pipeline, by folder or hub id.")],
     out: Annotated[Path, typer.Option(help="Folder for pictures, results.jsonl and summary.json.")],
-    prompts: Annotated[Path | None, typer.Option(help="GenEval's evaluation_metadata.jsonl. [default: prompts about emoji]")] = None,
-    detector: Annotated[str, typer.Option(help="Mask2Former, a folder or hub name.")] = "facebook/mask2former-swin-small-coco-instance",
-    classifier: Annotated[str, typer.Option(help="CLIP for colours, a folder or hub name.")] = "openai/clip-vit-large-patch14",
-    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
-    per_task: Annotated[int, typer.Option(min=1, help="Emoji prompts of each of the six tasks.")] = 20,
-    steps: Annotated[int, typer.Option(help="Of the Heun sampler.")] = 18,
+    prompts: Annotated[Path | None, typer.Option(help="GenEval's evaluation_metadata.jsonl. [default: prompts for emoji]")] = None,
+    detector: Annotated[
+        str, typer.Option(help="Folder or hub name of a Mask2Former model.")
+    ] = "facebook/mask2former-swin-small-coco-instance",
+    classifier: Annotated[
+        str, typer.Option(help="Folder or hub name of the CLIP model that names colours.")
+    ] = "openai/clip-vit-large-patch14",
+    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 4,
+    per_task: Annotated[int, typer.Option(min=1, help="Emoji prompts for each of the six tasks.")] = 20,
+    steps: Annotated[int, typer.Option(help="Steps of the Heun sampler.")] = 18,
     guidance: float = 2.0,
     seed: int = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
 ) -> None:
-    """Draw GenEval's prompts and let detectors judge: objects, counts, colours, positions. Without --prompts, on emoji and offline.
+    """Generate GenEval's prompts and let detectors judge objects, counts, colours, positions. Without --prompts: emoji, offline.
 
-    Goes on where it was stopped. Under torchrun the drawing is shared.
+    Continues where it was stopped. Under torchrun the generation is shared.
     """
     from microdit.devices import device_errors_explained
     from microdit.distributed import stop_world
@@ -263,10 +267,10 @@ def _geneval_name(per_prompt: int, number: int) -> str:
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    table: Annotated[Literal["main", "geneval", "ablations"], typer.Option(help="Which published figures.")] = "main",
-    geneval: Annotated[list[Path] | None, typer.Option(help="Folder of 'microdit geneval --out'; once for each run, in order.")] = None,
+    table: Annotated[Literal["main", "geneval", "ablations"], typer.Option(help="Which table of published figures.")] = "main",
+    geneval: Annotated[list[Path] | None, typer.Option(help="The --out folder of 'microdit geneval'; once for each run, in order.")] = None,
 ) -> None:
-    """Lay runs beside what others have published, and say what may be compared and what not.
+    """Compare runs with published figures, and say which figures are comparable and which are not.
 
     Example: microdit compare runs/emoji runs/emoji-long
 

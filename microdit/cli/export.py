@@ -1,4 +1,4 @@
-"""The commands about sharing models: microdit export, microdit import-official."""
+"""The commands for model exchange: microdit export, microdit import-official."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +12,7 @@ from microdit.io.console import joined, styled
 
 
 class Dtype(StrEnum):
-    """Of the weights on the disk."""
+    """The dtype of stored weights."""
 
     float32 = "float32"
     float16 = "float16"
@@ -22,27 +22,31 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights: float16 halves the files, and changes pictures a little.")] = Dtype.float32,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Dtype of the weights: float16 halves the files, and changes pictures slightly.")
+    ] = Dtype.float32,
 ) -> None:
-    """Write a run as a folder that diffusers loads: safetensors, a model card, a record of where it comes from.
+    """Write a run as a folder that diffusers can load: safetensors, a model card, and a record of its origin.
 
     Example: microdit export runs/emoji my-model, then microdit sample my-model "red heart", or upload the folder to the hub.
     """
     from microdit.pipelines.export import export_run
 
     size = export_run(run, out, warn, weights, dtype.value, _training_flops(run))
-    console.print(joined(styled(out), f": {size / 1e6:.1f} MB. Its README.md says how to use it; look it through before you share it."))
+    console.print(joined(styled(out), f": {size / 1e6:.1f} MB. Its README.md says how to use it; read it before you share the model."))
 
 
 def import_official(
     checkpoint: Annotated[Path, typer.Argument(help="The authors' .pt: the model's weights, or their trainer's whole state.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    text_encoder: Annotated[str, typer.Option(help="A folder, which is copied, or a name that is looked up when drawing.")] = "dfn-clip-h",
-    autoencoder: Annotated[str | None, typer.Option(help="The same. [default: sdxl for 4 channels, 16ch for 16]")] = None,
+    text_encoder: Annotated[
+        str, typer.Option(help="A folder, which is copied, or a name that is looked up when pictures are generated.")
+    ] = "dfn-clip-h",
+    autoencoder: Annotated[str | None, typer.Option(help="As for --text-encoder. [default: sdxl for 4 channels, 16ch for 16]")] = None,
     head_dim: Annotated[int | None, typer.Option(min=1, help="Width of an attention head; known for the released models.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.float32,
 ) -> None:
-    """Convert a checkpoint released by the authors of arXiv 2407.15811. Nothing in it is run; sizes and channels are read off its tensors.
+    """Convert a checkpoint of the authors of arXiv 2407.15811. None of its code is run; sizes are read from the tensors' shapes.
 
     Example: microdit import-official dit_4_channel_37M_real_and_synthetic_data.pt official-37m
     """
@@ -54,7 +58,7 @@ def import_official(
 
 
 def _training_flops(run: Path) -> float | None:
-    """Of the whole recipe; None where its data or recipe is no longer as it was, or the run has not got to its end."""
+    """Return the training FLOPs of a finished run; None if it is unfinished, or its recipe or data can no longer be read."""
     from microdit.config.load import load_recipe
     from microdit.planning.workload import phase_flops, shapes_of
     from microdit.reports.run_folder import RECIPE, RunFolder

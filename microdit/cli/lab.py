@@ -1,4 +1,4 @@
-"""The commands that compare ways of training: microdit lab."""
+"""The commands for comparing training methods: microdit lab run, microdit lab report."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,16 +9,16 @@ from microdit.cli.terminal import console, reporter
 from microdit.errors import UserError
 from microdit.io.console import joined, styled
 
-lab_app = typer.Typer(no_args_is_help=True, help="Compare ways of training at equal cost: studies of arms and seeds, and their reports.")
+lab_app = typer.Typer(no_args_is_help=True, help="Compare training methods at equal cost: studies of arms and seeds, and their reports.")
 
 
 @lab_app.command()
 def run(
     study: Annotated[Path, typer.Argument(help="A YAML study, such as lab/masking, which comes with microdit.")],
     out: Annotated[Path | None, typer.Option(help="Folder for results. [default: lab/NAME]")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the run folders of arms that are done.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the run folders of finished arms.")] = False,
 ) -> None:
-    """Train every arm of a study for every seed on equal FLOPs and on equal seconds. Goes on where it was stopped.
+    """Train every arm of a study with every seed at equal FLOPs and at equal time. Continues where it was stopped.
 
     Example: microdit lab run lab/masking
 
@@ -37,8 +37,8 @@ def run(
 
 @lab_app.command()
 def report(
-    study: Annotated[Path, typer.Argument(help="The study that was run; also one that is still running.")],
-    out: Annotated[Path | None, typer.Option(help="Where it was run. [default: lab/NAME]")] = None,
+    study: Annotated[Path, typer.Argument(help="A study that was run or is still running.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of its results. [default: lab/NAME]")] = None,
     to: Annotated[Path | None, typer.Option(help="Folder to write README.md and figures to. [default: docs/lab/NAME]")] = None,
 ) -> None:
     """Write a study's tables, figures and verdicts as Markdown."""

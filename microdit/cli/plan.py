@@ -1,4 +1,4 @@
-"""The commands about money and machines: microdit budget, microdit bench."""
+"""The commands for cost and speed: microdit budget, microdit bench."""
 
 import json
 from pathlib import Path
@@ -15,33 +15,33 @@ from microdit.io.text import printable
 def budget(
     recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe, a folder of them, or the name of a bundled one.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as phases.0.steps=100")] = None,
-    chip: Annotated[str, typer.Option(help="Such as h100, a100-80gb, rtx4090, or one of --prices.")] = "h100",
-    gpus: Annotated[int, typer.Option("--count", help="How many of them.")] = 1,
-    price: Annotated[float | None, typer.Option(help="Dollars of a GPU-hour. [default: from a dated table]")] = None,
+    chip: Annotated[str, typer.Option(help="A GPU such as h100, a100-80gb, rtx4090, or one from --prices.")] = "h100",
+    gpus: Annotated[int, typer.Option("--count", help="Number of GPUs.")] = 1,
+    price: Annotated[float | None, typer.Option(help="Dollars per GPU-hour. [default: from a dated table]")] = None,
     prices: Annotated[
         Path | None,
         typer.Option(help="Your own prices and chips, YAML: 'h100: 2.2', 'rtx5080: {teraflops: 112.6, memory_gb: 16, price: 0.3}'."),
     ] = None,
     mfu: Annotated[
-        float | None, typer.Option(help="Share of the peak that is used. [default: as microdit bench measured, else 0.29, an H100's]")
+        float | None, typer.Option(help="Fraction of the peak FLOP/s that is used. [default: as measured by microdit bench, else 0.29]")
     ] = None,
     images: Annotated[
-        int | None, typer.Option(min=1, max=10**12, help="How many will be encoded. [default: those of the sets, else a million]")
+        int | None, typer.Option(min=1, max=10**12, help="Number of images to encode. [default: those of the sets, else a million]")
     ] = None,
-    dollars: Annotated[float | None, typer.Option(help="Instead of a recipe: find what this sum buys.")] = None,
-    out: Annotated[Path | None, typer.Option(help="With --dollars: the folder to write its recipes to.")] = None,
-    data: Annotated[str, typer.Option(help="With --dollars: the encoded set that its recipes name.")] = "data/mine",
-    latent_channels: Annotated[int | None, typer.Option(min=1, help="If the data is not encoded yet. [default: 4]")] = None,
-    downsampling: Annotated[int | None, typer.Option(min=1, help="Pixels a side of one latent. [default: 8]")] = None,
-    caption_tokens: Annotated[int | None, typer.Option(min=1, help="[default: 77]")] = None,
-    caption_channels: Annotated[int | None, typer.Option(min=1, help="Of a token. [default: 1024]")] = None,
-    bench: Annotated[Path | None, typer.Option(help="The file of microdit bench.")] = None,
+    dollars: Annotated[float | None, typer.Option(help="Instead of a recipe: plan a training run for this sum.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --dollars: folder to write the recipes to.")] = None,
+    data: Annotated[str, typer.Option(help="With --dollars: the encoded set that the recipes use.")] = "data/mine",
+    latent_channels: Annotated[int | None, typer.Option(min=1, help="For data that is not encoded yet. [default: 4]")] = None,
+    downsampling: Annotated[int | None, typer.Option(min=1, help="Pixels per latent along each side. [default: 8]")] = None,
+    caption_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per caption. [default: 77]")] = None,
+    caption_channels: Annotated[int | None, typer.Option(min=1, help="Width of a caption token. [default: 1024]")] = None,
+    bench: Annotated[Path | None, typer.Option(help="Measurements file of microdit bench.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Know the bill before paying it: FLOPs, hours, dollars, memory, storage of a recipe. Nothing is run, no data is needed.
+    """Estimate what a recipe costs before running it: FLOPs, hours, dollars, memory, storage. No data is needed.
 
-    Or the other way round: what model and schedule a sum of money buys, as recipes ready to train. Encoding the images (--images) is
-    paid first, training with the rest.
+    With --dollars, plan the model and schedule that a sum of money buys instead, as recipes ready to train. The sum pays for encoding
+    the images (--images) first, and for training with the rest.
 
     Example: microdit budget microdit-xl --chip h100 --count 8 --price 2.5 --mfu 0.45
 
@@ -78,26 +78,26 @@ def budget(
 
 def bench(
     recipe: Annotated[
-        Path | None, typer.Option(help="Its first phase is trained on. [default: MicroDiT_Tiny_2, 256 px, 75% dropped]")
+        Path | None, typer.Option(help="Recipe whose first phase is measured. [default: MicroDiT_Tiny_2, 256 px, mask ratio 0.75]")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure, after two steps to warm up.")] = 20.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Duration of the measurement, after two warm-up steps.")] = 20.0,
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Samples a step. [default: the recipe's; else 256 on a GPU, 8 on a CPU]")
+        int | None, typer.Option(min=1, help="Samples per step. [default: the recipe's; else 256 on a GPU, 8 on a CPU]")
     ] = None,
     device: Device = "auto",
     dtype: TrainingDtype = "auto",
-    file: Annotated[Path | None, typer.Option(help="Where to keep the result. [default: microdit/bench.json in $XDG_STATE_HOME]")] = None,
+    file: Annotated[Path | None, typer.Option(help="File to keep the result in. [default: microdit/bench.json in $XDG_STATE_HOME]")] = None,
 ) -> None:
-    """Measure how much of this machine training uses (MFU), and keep it: microdit budget then reckons with it for that chip.
+    """Measure the model FLOPs utilisation (MFU) of training on this machine, and keep it for the estimates of microdit budget.
 
-    Whole training steps on random numbers, as the trainer does them. No data is needed.
+    Runs the trainer's own training steps on random numbers. No data is needed.
 
     Example: microdit bench
 
     Example: microdit bench --recipe microdit-xl/1-256-masked --micro-batch 64
     """
     from microdit.config.load import engine_problems
-    from microdit.devices import choose_dtype, device_errors_explained, in_words
+    from microdit.devices import choose_dtype, describe_device, device_errors_explained
     from microdit.distributed import start_world, stop_world
     from microdit.planning.hardware import keep_measurement, measurements_file
     from microdit.planning.workload import assumed_shapes, shapes_of
@@ -107,7 +107,7 @@ def bench(
     chosen = bench_recipe(recipe, micro_batch, world.device, dtype)
     if problems := engine_problems(chosen.engine):
         raise UserError(" ".join(problems))
-    console.print(in_words(world.device, choose_dtype(chosen.engine.precision, world.device)))
+    console.print(describe_device(world.device, choose_dtype(chosen.engine.precision, world.device)))
     shapes = assumed_shapes(chosen) if recipe is None else shapes_of(chosen)
     fix = f"{chosen.phases[0].batch_size} samples at a time are too many, take a smaller --micro-batch"
     with device_errors_explained(fix), progress(f"bench {chosen.name}", round(seconds)) as advance:

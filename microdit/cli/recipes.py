@@ -1,4 +1,4 @@
-"""The command that shows the recipes that come with microdit: microdit recipes."""
+"""The command for the bundled recipes: microdit recipes."""
 
 import shutil
 from pathlib import Path
@@ -15,9 +15,9 @@ from microdit.io.strict_yaml import read_yaml
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe, such as emoji-fast or lab/masking.")] = None,
-    copy: Annotated[Path | None, typer.Option(help="Copy it to this file (to this folder, if it is one), to change it there.")] = None,
+    copy: Annotated[Path | None, typer.Option(help="Copy it to this path, to edit it there.")] = None,
 ) -> None:
-    """List the recipes that come with microdit, print one, or copy one to change it.
+    """List the recipes that come with microdit, print one, or copy one to edit it.
 
     Example: microdit recipes emoji-fast --copy my.yaml
     """

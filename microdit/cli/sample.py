@@ -198,7 +198,7 @@ def _settings(options: DrawingOptions) -> "SamplerSettings":
 
 def _open(model: str, options: DrawingOptions) -> "OpenedModel":
     """Open the model, and its weak model if there is one, on the chosen device, which is printed."""
-    from microdit.devices import choose_device, choose_dtype, device_errors_explained, in_words
+    from microdit.devices import choose_device, choose_dtype, describe_device, device_errors_explained
     from microdit.pipelines.load import open_model
 
     device = choose_device(options.device)
@@ -211,7 +211,7 @@ def _open(model: str, options: DrawingOptions) -> "OpenedModel":
         opened = replace(opened, pipeline=opened.pipeline.guided_by(weak.pipeline))
     with device_errors_explained("stop other programs that use it, or take --device cpu"):
         opened.pipeline.to(device, dtype)
-    console.print(in_words(device, dtype))
+    console.print(describe_device(device, dtype))
     return opened
 
 
@@ -222,7 +222,7 @@ def _about(
     seed: int,
     settings: "SamplerSettings",
 ) -> dict[str, str]:
-    """Return the PNG's text entries, from which the picture can be drawn again."""
+    """Return the PNG's text entries, from which the picture can be generated again."""
     from microdit import __version__
     from microdit.io.files import sha256_of
 

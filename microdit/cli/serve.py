@@ -1,4 +1,4 @@
-"""The command that serves the web page and the HTTP endpoint: microdit app."""
+"""The command for the web page and HTTP API: microdit app."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,19 +11,20 @@ from microdit.errors import UserError, optional_package
 
 
 def app(
-    models: Annotated[list[str] | None, typer.Argument(help="Runs or exported folders. [default: the demo model]")] = None,
+    models: Annotated[list[str] | None, typer.Argument(help="Run folders or exported models. [default: the demo model]")] = None,
     host: Annotated[
-        str, typer.Option(help="Where to listen. There is no password: other machines may draw if it is not this one's own.")
+        str,
+        typer.Option(help="Address to listen on. There is no password: every machine that can reach the address may use it."),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
-    queue: Annotated[int, typer.Option(min=1, max=10_000, help="How many jobs may wait; more are refused.")] = 32,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
+    queue: Annotated[int, typer.Option(min=1, max=10_000, help="Most jobs that may wait; further ones are refused.")] = 32,
     recipes: Annotated[
-        Path, typer.Option(help="The folder of recipes whose budgets the page estimates. [default: the bundled ones]", show_default=False)
+        Path, typer.Option(help="Folder of recipes whose cost the page estimates. [default: the bundled ones]", show_default=False)
     ] = RECIPES,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Draw in a web page, and answer programs that speak OpenAI's images API (POST /v1/images/generations). Nothing leaves this machine.
+    """Serve a web page and OpenAI's images API (POST /v1/images/generations) on this machine. Nothing is sent elsewhere.
 
     Example: microdit app
 
@@ -31,7 +32,7 @@ def app(
     """
     import contextlib
 
-    from microdit.devices import choose_device, choose_dtype, device_errors_explained, in_words
+    from microdit.devices import choose_device, choose_dtype, describe_device, device_errors_explained
     from microdit.pipelines.load import model_and_prompts, open_model
 
     with optional_package("The web page", "app"):
@@ -48,14 +49,14 @@ def app(
     if len(set(names)) < len(names):
         raise UserError("A model is named twice: name each once; the page compares settings of one model, too.")
     runs = {name: Path(model.about["run"]) for name, model in zip(names, opened, strict=True) if "run" in model.about}
-    with device_errors_explained("serve fewer models, take --dtype bfloat16 or --device cpu, or free it of other programs"):
+    with device_errors_explained("serve fewer models, take --dtype bfloat16 or --device cpu, or close other programs that use it"):
         for model in opened:
             model.pipeline.to(where, numbers)
     listener = listen(host, port)
     if not is_local(host):
         warn(f"Whoever reaches {host}:{port} may draw here: there is no password. Without --host only this machine can.")
     line = WorkQueue({name: model.pipeline for name, model in zip(names, opened, strict=True)}, queue)
-    console.print(in_words(where, numbers))
+    console.print(describe_device(where, numbers))
     shown = f"[{host}]" if ":" in host else host
     console.print(f"http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it)")
     with contextlib.suppress(KeyboardInterrupt):

@@ -36,7 +36,7 @@ def train(
     """
     from microdit.config.load import load_recipe, load_recipe_folder
     from microdit.config.recipes import find_recipe
-    from microdit.devices import choose_dtype, device_errors_explained, in_words
+    from microdit.devices import choose_dtype, describe_device, device_errors_explained
     from microdit.distributed import start_world, stop_world
     from microdit.training.multi_phase import RunSettings, train_one, train_phases
 
@@ -49,7 +49,7 @@ def train(
     run = out or Path("runs") / (recipe.resolve().name if is_chain else first.name)
     world = start_world(first.engine.device)
     console.quiet = not world.is_main
-    console.print(in_words(world.device, choose_dtype(first.engine.precision, world.device)))
+    console.print(describe_device(world.device, choose_dtype(first.engine.precision, world.device)))
     with device_errors_explained("take a smaller engine.micro_batch, or engine.activation_checkpointing=true"):
         if is_chain:
             train_phases(recipes, run, settings, console, world)

@@ -1,4 +1,4 @@
-"""How a YAML file and `a.b=c` overrides become a recipe, and what is wrong with it, in words."""
+"""Loading of recipes: YAML files and `a.b=c` overrides, checked field by field and as a whole."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +33,7 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
 
 
 def recipe_of_text(text: str, where: str) -> Recipe:
-    """As `load_recipe`, of what a file holds; `where` names it."""
+    """Load a recipe from the text of a YAML file, as `load_recipe` does. `where` names the text in error messages."""
     return _checked(parse_yaml(text, where), where, [])
 
 
@@ -59,9 +59,9 @@ def load_recipe_folder(folder: Path, overrides: list[str] | None = None) -> dict
 
 
 def with_todays_defaults(kept: dict[str, Any]) -> dict[str, Any]:
-    """A recipe that an earlier version wrote, with the keys that are new since then at their defaults: a default is what was done before.
+    """Return a recipe that an earlier version wrote, with keys that were added since then at their defaults, which keep the old behaviour.
 
-    As it is, if it has a key or a value that is no more known, since then it asks for something else than any recipe of today.
+    A recipe with a key or value that is no longer known is returned unchanged: no recipe of today means the same.
     """
     try:
         recipe = cast(Recipe, read_as(Recipe, parse_yaml(yaml.safe_dump(kept), "recipe"), "recipe"))
@@ -83,7 +83,7 @@ def _checked(tree: Tree, where: str, overrides: list[str]) -> Recipe:
 
 
 def _problems(recipe: Recipe) -> list[str]:
-    """Every value that lies in its range and still cannot be, one sentence each."""
+    """Return one sentence for each setting that lies in its range but does not fit the other settings."""
     found = []
     model = recipe.model
 
@@ -122,7 +122,7 @@ def _problems(recipe: Recipe) -> list[str]:
 
 
 def engine_problems(engine: EngineRecipe) -> list[str]:
-    """What is no device or no precision, one sentence each."""
+    """Return one sentence for each unknown device or precision."""
     found = []
     if not is_device_name(engine.device):
         found.append(f"engine.device is {engine.device}, and must be one of {KNOWN_DEVICES}.")

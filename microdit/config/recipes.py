@@ -31,7 +31,7 @@ def find_recipe(name: Path | str, folder: str = "") -> Path:
 
 
 def list_recipes(folder: str = "") -> dict[str, str]:
-    """Return what each bundled recipe is, by name: the first line of its comment, or the question of a study (with folder="lab").
+    """Return a one-line summary of each bundled recipe by its name: its first comment line, or a study's question with folder="lab".
 
     >>> [name for name in list_recipes() if name.startswith("emoji")]
     ['emoji', 'emoji-fast', 'emoji-long']

@@ -1,4 +1,4 @@
-"""Everything a recipe may say, each value with its type and its range. `recipe_file.py` reads one."""
+"""The recipe: every setting of a training run, with its type, range and default. `load.py` reads recipes from YAML."""
 
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -19,7 +19,7 @@ FilePath = Annotated[str, Range(1, 4096)]
 Name = Annotated[str, Range(1, 200)]
 Prompts = Annotated[list[Annotated[str, Range(0, 2000)]], Range(0, 1000)]
 Seed = Annotated[int, Range(0, LAST_SEED)]
-Every = Annotated[int, Range(1, MOST_STEPS)]  # so many steps
+Every = Annotated[int, Range(1, MOST_STEPS)]  # an interval in steps
 Batch = Annotated[int, Range(1, 65_536)]
 Share = Annotated[float, Range(0, 1)]
 ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
@@ -30,7 +30,7 @@ Weight = Annotated[float, Range(0, 10**9)]
 
 @dataclass(frozen=True)
 class SetRecipe:
-    """One of several encoded data sets. `repeat`: how often an epoch holds each of its samples, where a phase gives no weights."""
+    """One of several encoded data sets. `repeat` is how often an epoch contains each sample, in phases without `weights`."""
 
     path: FilePath
     repeat: Annotated[int, Range(0, 10**6)] = 1
@@ -38,21 +38,21 @@ class SetRecipe:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """The encoded data to learn from (made by `microdit data encode`): one set's `path`, or several `sets` by name.
+    """The encoded data to train on (made by `microdit data encode`): the `path` of one set, or several `sets` by name.
 
-    `autoencoder` and `text_encoder`, if given, must be those that the sets were encoded with.
+    `autoencoder` and `text_encoder`, if given, must be the ones that the sets were encoded with.
     """
 
     path: FilePath | None = None
     sets: Annotated[dict[str, SetRecipe], Range(0, 1000)] = field(default_factory=dict)
-    resolution: Annotated[int, Range(1, 16_384)] | None = None  # pixels; needed where a set holds several
-    horizontal_flip: bool = False  # of half of the latents: exact for pixels, nearly so for autoencoders; the paper does without
-    on_damage: Literal["stop", "skip"] = "stop"  # what to do about a row whose checksum differs
+    resolution: Annotated[int, Range(1, 16_384)] | None = None  # pixels; required if a set holds several resolutions
+    horizontal_flip: bool = False  # of half of the latents: exact for pixels, nearly so for autoencoders; not in the paper
+    on_damage: Literal["stop", "skip"] = "stop"  # on a row that does not match its checksum
     autoencoder: FilePath | None = None
     text_encoder: FilePath | None = None
-    held_out: FilePath | None = None  # an encoded set that is never learnt from: the loss on it is recorded
+    held_out: FilePath | None = None  # an encoded set that is not trained on: the loss on it is recorded
     read_timeout: Annotated[float, Range(0, 10**6, above=True)] = (
-        300.0  # seconds without a batch after which a run stops, and says what it was reading
+        300.0  # seconds without a batch after which a run stops and reports what it was reading
     )
 
     @property
@@ -68,8 +68,8 @@ class ModelRecipe(Size):
     expert_capacity: Factor = 2.0
     bias: bool = False
     position_scale: Factor = 1.0
-    init_scale: Factor = 1.0  # times the paper's initial weights, which are for widths of about 1,000; 3 suits 128
-    # Captions' padding is attended by nobody. False suits captions stored in full (--store-captions full), as the authors' are.
+    init_scale: Factor = 1.0  # multiplies the paper's initial weights, which suit widths near 1,000; 3 suits a width of 128
+    # Exclude caption padding from attention. False is for captions stored in full (--store-captions full), like the authors'.
     mask_padding: bool = True
 
 
@@ -88,12 +88,12 @@ def architecture(model: ModelRecipe, in_channels: int, caption_channels: int) ->
 
 @dataclass(frozen=True)
 class DiffusionRecipe:
-    """The EDM noise levels met in training."""
+    """The distribution of noise levels in training (EDM, 2206.00364, table 1) and caption dropout."""
 
     sigma_data: Factor = 0.9
     P_mean: Annotated[float, Range(-20, 20)] = -0.6
     P_std: Annotated[float, Range(0, 20, above=True)] = 1.2
-    caption_dropout: ShareBelow1 = 0.1  # share of captions replaced by zeros, for guidance
+    caption_dropout: ShareBelow1 = 0.1  # share of captions replaced by zeros, for classifier-free guidance
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,17 @@ class PhaseRecipe:
     batch_size: Batch
     learning_rate: Annotated[float, Range(0, 1e38, above=True)]
     mask_ratio: ShareBelow1 = 0.0
-    mask_schedule: Points | None = None  # instead: [progress, ratio] points, straight lines between, as [[0, 0.75], [1, 0]]
-    mask_pattern: Pattern = "random"  # grid: as many out of each 2 x 2 of patches; for ratios 0.25, 0.5, 0.75
+    mask_schedule: Points | None = None  # instead of mask_ratio: [progress, ratio] points, linear in between, such as [[0, 0.75], [1, 0]]
+    mask_pattern: Pattern = "random"  # grid: the same number from each 2 x 2 cell of patches; for ratios 0.25, 0.5, 0.75
     warmup_steps: Annotated[int, Range(0, MOST_STEPS)] = 0
-    final_learning_rate: Share = 1.0  # of learning_rate, reached by a cosine at the phase's end; 1 keeps it constant
+    final_learning_rate: Share = 1.0  # fraction of learning_rate at the end of the phase, reached by a cosine; 1 keeps it constant
     grad_clip: Annotated[float, Range(0, 10**9, above=True)] = 0.25
     weights: Annotated[dict[str, Weight], Range(1, 1000)] | None = (
-        None  # shares of data.sets in this phase's samples; without, each set has its size
+        None  # share of each of data.sets in this phase's samples; by default proportional to their sizes
     )
 
     def mask_ratio_at(self, step: int) -> float:
-        """The share of dropped patches at step number `step` (from 0) of the phase."""
+        """Return the share of dropped patches at step number `step` (from 0) of the phase."""
         if self.mask_schedule is None:
             return self.mask_ratio
         progress = step / max(1, self.steps - 1)
@@ -128,20 +128,22 @@ class PhaseRecipe:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW, or Muon for most matrices and AdamW for the rest. Experts learn at a rate of their own."""
+    """AdamW, or Muon for most matrices and AdamW for the rest. Experts have their own learning rate."""
 
     method: Literal["adamw", "muon"] = "adamw"
-    moments: Literal["float32", "int8"] = "float32"  # AdamW's two, in 4 bytes a number each or in 1 (training/adamw8.py)
+    moments: Literal["float32", "int8"] = "float32"  # of AdamW's two moments: 4 bytes per number, or 1 (training/adamw8.py)
     betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)
     eps: Annotated[float, Range(0, 1, above=True)] = 1e-8
     weight_decay: Annotated[float, Range(0, 1000)] = 0.1
-    decay: Literal["matrices", "all"] = "matrices"  # all: norms and biases too, as the released code does
-    expert_learning_rate: Annotated[float, Range(0, 1000)] = 0.5  # of learning_rate (2407.15811, appendix; the released code misses it)
+    decay: Literal["matrices", "all"] = "matrices"  # which weights decay; all includes norms and biases, as in the released code
+    expert_learning_rate: Annotated[float, Range(0, 1000)] = (
+        0.5  # fraction of learning_rate (2407.15811, appendix; missing from the released code)
+    )
 
 
 @dataclass(frozen=True)
 class EMARecipe:
-    """An average of the weights. With a `start` later than 0 it begins there as a copy of them."""
+    """An exponential moving average of the weights. It begins at step `start` as a copy of them."""
 
     decay: ShareBelow1
     start: Annotated[int, Range(0, MOST_STEPS)] = 0
@@ -149,43 +151,43 @@ class EMARecipe:
 
 @dataclass(frozen=True)
 class EngineRecipe:
-    """How the work is done; the result is the same, up to rounding."""
+    """Settings of the execution: device, precision, parallelism, memory. They change the result only by rounding."""
 
-    device: Name = "auto"  # auto (the GPU, where there is one), cpu, cuda, cuda:N, mps
-    precision: Name = "auto"  # of products: auto (by the device), float32, bfloat16; weights and moments stay float32
-    # auto: ddp where each GPU holds all of it; else, from 500 M parameters, hybrid (fsdp in each of several machines) or fsdp over all
+    device: Name = "auto"  # auto (a GPU if there is one), cpu, cuda, cuda:N, mps
+    precision: Name = "auto"  # of matrix products: auto (by the device), float32, bfloat16; weights and moments stay float32
+    # auto: ddp if each GPU holds the training state; else, from 500 M parameters, hybrid (fsdp within each of several machines) or fsdp
     sharding: Literal["auto", "ddp", "fsdp", "hybrid"] = "auto"
-    micro_batch: Batch | None = None  # samples that a process takes at a time; without, its whole share of the batch
-    compile: bool = False  # torch.compile for what lies between matrix products: seconds at the start, faster steps on a GPU
-    cuda_graphs: bool = True  # one NVIDIA GPU that holds the model whole: record a micro-batch's kernels, and replay them by one call
-    activation_checkpointing: bool | Share = False  # compute blocks twice, keep less: all, or the first share of them, as 0.5
-    averages_on_cpu: bool = False  # keep the averages in the machine's memory, and not in the GPU's
-    release_gradients: bool = False  # one process that holds the model whole: keep a gradient no longer than it is needed (gradients.py)
+    micro_batch: Batch | None = None  # samples that a process computes at a time; by default its share of the batch
+    compile: bool = False  # torch.compile the operations between matrix products: seconds at the start, faster steps on a GPU
+    cuda_graphs: bool = True  # on one NVIDIA GPU without sharding: record a micro-batch's kernels, and replay them by one call
+    activation_checkpointing: bool | Share = False  # recompute blocks in the backward pass: all, or the first share of them, such as 0.5
+    averages_on_cpu: bool = False  # keep the EMA weights in the machine's memory instead of the GPU's
+    release_gradients: bool = False  # on one process without sharding: free each gradient as soon as it is used (gradients.py)
 
 
 @dataclass(frozen=True)
 class GuardRecipe:
-    """When a step is not taken, and when to go back to a checkpoint."""
+    """When to skip a step, and when to roll back to a checkpoint."""
 
     loss_jump: Annotated[float, Range(1, 10**9, above=True)] = (
-        10.0  # a loss above this many times the median of the last 64 is not learnt from
+        10.0  # skip a step whose loss exceeds this many times the median of the last 64
     )
-    rollback_after: Annotated[int, Range(1, 10**6)] = 5  # such steps in a row
+    rollback_after: Annotated[int, Range(1, 10**6)] = 5  # skipped steps in a row
 
 
 @dataclass(frozen=True)
 class RecordRecipe:
-    """What is written while training, and how often (in steps)."""
+    """Outputs during training, and their intervals in steps."""
 
     metrics_every: Every = 20
     samples_every: Every = 1000
     checkpoint_every: Every = 500
-    keep_checkpoints: Annotated[int, Range(1, 10**6)] = 2  # the newest
-    keep_every: Every | None = None  # and those of every n-th step, for ever
+    keep_checkpoints: Annotated[int, Range(1, 10**6)] = 2  # number of the newest to keep
+    keep_every: Every | None = None  # also keep those of every n-th step for good
     held_out_every: Every = 500
     held_out_samples: Annotated[int, Range(1, 10**6)] = 256
-    quality_every: Every | None = None  # draw stored captions and compare the pictures with their own; without, never
-    quality_samples: Annotated[int, Range(LEAST_QUALITY_SAMPLES, 10**6)] = 64  # of them: from 16 to the rows of the set
+    quality_every: Every | None = None  # generate stored captions and compare with their images; by default never
+    quality_samples: Annotated[int, Range(LEAST_QUALITY_SAMPLES, 10**6)] = 64  # number of captions: from 16 to the rows of the set
     sample_prompts: Prompts = field(default_factory=list)
     sample_steps: Annotated[int, Range(2, 1000)] = 18
     guidance_scale: Annotated[float, Range(-100, 100)] = 2.0
@@ -194,7 +196,7 @@ class RecordRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole training run.
+    """All settings of a training run.
 
     >>> from microdit import load_recipe
     >>> recipe = load_recipe("emoji-fast")
@@ -204,8 +206,8 @@ class Recipe:
 
     name: Name
     seed: Seed = 0
-    init_from: FilePath | None = None  # begin with the weights of another run: one beside this one's folder, or a path
-    init_weights: Name = "model"  # which of them: model, or an average: ema (the first), ema-DECAY
+    init_from: FilePath | None = None  # start from the weights of another run: the name of a sibling folder of this run, or a path
+    init_weights: Name = "model"  # model, or an average: ema (the first), ema-DECAY
     data: DataRecipe = field(default_factory=DataRecipe)
     model: ModelRecipe = field(kw_only=True)
     diffusion: DiffusionRecipe = field(default_factory=DiffusionRecipe)
@@ -213,7 +215,7 @@ class Recipe:
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     ema: Annotated[list[EMARecipe], Range(0, 16)] = field(
         default_factory=lambda: [EMARecipe(0.999)]
-    )  # pictures are made with the first; may be empty
+    )  # images are generated with the first; may be empty
     engine: EngineRecipe = field(default_factory=EngineRecipe)
     guard: GuardRecipe = field(default_factory=GuardRecipe)
     record: RecordRecipe = field(default_factory=RecordRecipe)
@@ -223,7 +225,7 @@ class Recipe:
         return sum(phase.steps for phase in self.phases)
 
     def phase_at(self, step: int) -> tuple[PhaseRecipe, int]:
-        """The phase that step number `step` (from 0) belongs to, and the step's number inside it."""
+        """Return the phase that step number `step` (from 0) belongs to, and the step's number within it."""
         for phase in self.phases:
             if step < phase.steps:
                 return phase, step
@@ -231,7 +233,7 @@ class Recipe:
         raise IndexError("step lies behind the last phase")
 
     def samples_before(self, step: int) -> int:
-        """How many samples all batches before this step hold."""
+        """Return the number of samples in all batches before this step."""
         seen = 0
         for phase in self.phases:
             seen += min(step, phase.steps) * phase.batch_size
@@ -243,7 +245,7 @@ class Recipe:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples to lists, for YAML."""
+    """Replace tuples by lists, for YAML."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

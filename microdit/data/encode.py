@@ -30,7 +30,7 @@ from microdit.encoders.autoencoder import Autoencoder
 from microdit.encoders.text import TextEncoder
 from microdit.errors import UserError
 from microdit.io.files import from_checked_json, to_checked_json, write_aside
-from microdit.io.locks import in_turn, is_held, locked, refuse_locked
+from microdit.io.locks import check_unlocked, in_turn, is_held, locked
 
 CPU = torch.device("cpu")
 CHUNK_BATCHES = 4  # batches per chunk; captions are sorted by length within a chunk, which keeps padding short
@@ -179,7 +179,7 @@ def _join(
         others = [path for path in folder.glob(".rank-*-of-*.lock") if not path.name.startswith(f".rank-{rank}-of-{ranks}.")]
         for other in others:
             if not other.name.endswith(f"-of-{ranks}.lock"):
-                refuse_locked(other, what)
+                check_unlocked(other, what)
         first = not any(is_held(other) for other in others)
         _start(folder, plan, first)
         if first:

@@ -27,7 +27,7 @@ METRICS = {  # in the order of columns
 
 @dataclass(frozen=True)
 class Protocol:
-    """How figures were measured. None means that the source does not say.
+    """The protocol by which figures were measured. None means that the source does not say.
 
     `reference` is the reference set, `pictures` the number of generated images, `side` their size in pixels when compared, and `networks`
     the family of the feature network of each metric.

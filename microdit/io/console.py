@@ -1,8 +1,8 @@
-"""Plain text on a terminal: a console that reads no markup, lines of progress, and the reporter that library code is given.
+"""Plain text on a terminal: a console without markup, progress lines, and the `Reporter` that library code prints through.
 
-Most of what is printed holds other people's text, so nothing here reads markup, and everything printed goes through `printable`. Rich's
-own consoles, texts and columns of text are used nowhere else (tests/test_terminal.py). No console is created here but a silent one:
-the command line owns the terminal (`microdit.cli.terminal`), and functions below it take a `Reporter`.
+Most printed text contains other people's words, so nothing here interprets markup, and everything goes through `printable`. Rich's own
+consoles, texts and text columns are used nowhere else (tests/test_terminal.py). The only console created here is a silent one: the
+command line owns the terminal (`microdit.cli.terminal`), and functions below it take a `Reporter`.
 """
 
 import logging
@@ -19,14 +19,14 @@ from rich.text import Text
 
 from microdit.io.text import printable
 
-FIRST_LINE, LINE_EVERY = 10.0, 60.0  # seconds, where progress goes into a file
-LONGEST, LONGEST_NOTE = 5000, 200  # characters of a sentence, and of a name or note in a line of progress
+FIRST_LINE, LINE_EVERY = 10.0, 60.0  # seconds between lines when progress is written to a file
+LONGEST, LONGEST_NOTE = 5000, 200  # characters of a message, and of a name or note in a progress line
 
 
 class PlainConsole(Console):
-    """A console whose strings are plain text: no markup, no commands to the terminal, none of more than LONGEST characters.
+    """A console that prints strings as plain text: without markup or terminal escapes, and cut to LONGEST characters.
 
-    Our own styles are `styled`. `render` is what everything goes through, in tables and lines of progress too.
+    Use `styled` for styles. All output passes through `render`, including tables and progress lines.
     """
 
     def __init__(self, **settings: Any):
@@ -41,24 +41,24 @@ class PlainConsole(Console):
 
 
 def styled(what: object, style: str = "bold") -> Text:
-    """`what`, as a string, in one of rich's styles."""
+    """Return `what` as text in one of rich's styles."""
     return Text(printable(str(what), LONGEST), style)
 
 
 def joined(*parts: str | Text) -> Text:
-    """One text of several, some of them styled."""
+    """Join strings and styled texts to one text."""
     return Text.assemble(*(printable(part, LONGEST) if isinstance(part, str) else part for part in parts))
 
 
 class PrintableFormatter(logging.Formatter):
-    """Lines of the log, tracebacks in them included."""
+    """Formats log records, including their tracebacks, as printable text."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 class LineOfProgress(Progress):
-    """A line that is drawn anew. Where that cannot be, in a file (nohup, SLURM), a new line of it once a minute."""
+    """A progress line that is redrawn in place, or, if the output is a file (nohup, SLURM), printed once a minute."""
 
     _next_line = 0.0
 
@@ -77,7 +77,7 @@ class LineOfProgress(Progress):
 
 
 class PlainColumn(ProgressColumn):
-    """What a line of progress is about, or one of its own fields."""
+    """The description of a progress line, or one of its fields, as plain text."""
 
     def __init__(self, field: str = "description"):
         super().__init__(Column(no_wrap=True))
@@ -88,7 +88,7 @@ class PlainColumn(ProgressColumn):
 
 
 class SpeedColumn(ProgressColumn):
-    """Units of work a second."""
+    """Units of work per second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -98,7 +98,7 @@ class SpeedColumn(ProgressColumn):
 
 
 class Advance:
-    """Counts work done on a progress line: `advance(n)`, or `advance(n, "a note")`."""
+    """Adds completed work to a progress line: `advance(n)`, or `advance(n, "a note")`."""
 
     def __init__(self, progress: Progress, name: str, total: int | None):
         self._progress = progress
@@ -109,9 +109,9 @@ class Advance:
 
 
 class Reporter:
-    """Where library code sends its sentences, warnings and progress: a console, or nowhere.
+    """The outlet for messages, warnings and progress of library code: a console, or nothing.
 
-    Without a console nothing is printed, and warnings go to the logger "microdit", so that they are not lost.
+    Without a console nothing is printed, and warnings go to the logger "microdit".
     """
 
     def __init__(self, console: PlainConsole | None = None):
@@ -119,16 +119,16 @@ class Reporter:
 
     @property
     def console(self) -> PlainConsole:
-        """The console, or a silent one."""
+        """Return the console, or a silent one if there is none."""
         return self._console or PlainConsole(quiet=True)
 
     def say(self, sentence: str | Text) -> None:
-        """Print a sentence that is no warning."""
+        """Print a message."""
         if self._console:
             self._console.print(sentence)
 
     def warn(self, sentence: str) -> None:
-        """Print a warning, or log it where there is no console."""
+        """Print a warning, or log it if there is no console."""
         if self._console:
             self._console.print(styled(sentence, "yellow"))
         else:
@@ -136,7 +136,7 @@ class Reporter:
 
     @contextmanager
     def progress(self, name: str, total: int | None) -> Iterator[Advance]:
-        """Show a line of progress with speed, and time left where `total` is known. Yields the function that counts work done."""
+        """Show a progress line with speed, and with the time left if `total` is known. Yields the function that adds completed work."""
         columns = (PlainColumn(), BarColumn(), MofNCompleteColumn(), PlainColumn("note"))
         with LineOfProgress(*columns, SpeedColumn(), TimeRemainingColumn(), console=self.console) as line:
             yield Advance(line, name, total)

@@ -1,4 +1,4 @@
-"""Files: written so that a reader never sees half of one, and compared with their checksums when they are read."""
+"""Files: written atomically, and verified against their checksums when they are read."""
 
 import glob
 import hashlib
@@ -21,7 +21,7 @@ CHECKSUM = "self_sha256"  # the last entry of a JSON file that holds its own che
 
 
 def write_aside(path: Path, content: bytes) -> None:
-    """Write `content` beside `path`, flush it to the disk, then rename: `path` is either the old file or the new."""
+    """Write a file atomically: to a temporary file in the same folder, flushed to the disk, then renamed to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with opened_aside(path) as file:
         file.write(content)
@@ -29,7 +29,7 @@ def write_aside(path: Path, content: bytes) -> None:
 
 @contextmanager
 def opened_aside(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside `path`, which takes its name when the block has ended well. Several processes may do so: the last one's stays."""
+    """Open a temporary file that is renamed to `path` when the block succeeds. If several processes do so, the last one wins."""
     aside = aside_of(path)
     try:
         with aside.open("wb") as file:
@@ -43,12 +43,12 @@ def opened_aside(path: Path) -> Iterator[BinaryIO]:
 
 
 def aside_of(path: Path) -> Path:
-    """The hidden name beside `path` under which this process writes it: unique to host and process."""
+    """Return the hidden temporary name for `path`, in the same folder and unique to this host and process."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
 
 
 def stale_asides(folder: Path, name: str | None = None) -> list[Path]:
-    """What processes that are gone left half-written of the files in `folder`, or of one of them. Those of another host go after a day."""
+    """Return the temporary files in `folder` (of the file `name` only, if given) whose process ended, or on another host a day old."""
     return [path for path in folder.glob(f".{'*' if name is None else glob.escape(name)}.*-*.part") if _is_stale(path)]
 
 
@@ -59,23 +59,23 @@ def _is_stale(path: Path) -> bool:
     try:
         if not before.endswith(f".{socket.gethostname()}"):
             return path.stat().st_mtime < time.time() - ONE_DAY
-        os.kill(int(process), 0)  # signal 0 only asks whether the process exists
+        os.kill(int(process), 0)  # signal 0 only tests whether the process exists
     except (ProcessLookupError, OverflowError):
         return True
-    except (PermissionError, FileNotFoundError):  # another user's process; a file that has got its name
+    except (PermissionError, FileNotFoundError):  # another user's process; a file that was just renamed
         return False
     return False
 
 
 def keep_damaged(path: Path) -> Path:
-    """Copy a damaged file that is to be written anew to NAME.damaged-1 beside it, or the next number that is free. Returns the copy."""
+    """Copy a damaged file, before it is rewritten, to NAME.damaged-1 in its folder, or the next free number. Returns the copy."""
     copy = next(name for number in count(1) if not (name := path.with_name(f"{path.name}.damaged-{number}")).exists())
     shutil.copyfile(path, copy)
     return copy
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's content, read in blocks."""
+    """Return the SHA-256 of a file, in hexadecimal. The file is read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -92,16 +92,16 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
 
 
 def to_checked_json(content: Mapping[str, Any]) -> bytes:
-    """JSON whose first entry says that it has a checksum, and whose last one is that checksum: the SHA-256 of all bytes before it."""
+    """Return JSON whose first entry announces a checksum and whose last entry is that checksum: the SHA-256 of all bytes before it."""
     body = json.dumps({"checked_by": CHECKSUM, **content}, indent=1).removesuffix("\n}").encode()
     return body + _closing(hashlib.sha256(body).hexdigest())
 
 
 def from_checked_json(raw: bytes) -> dict[str, Any]:
-    """The content of `to_checked_json`. Files of earlier versions, which have neither entry, are read as they are.
+    """Parse the output of `to_checked_json`. Files of earlier versions, which have neither entry, are read without a check.
 
-    One damaged entry leaves the other, so no single change makes a file look like one that never had a checksum.
-    Raises ValueError if the bytes are not what was written.
+    If one of the entries is damaged, the other remains, so no single change makes a file look like one without a checksum.
+    Raises ValueError if the bytes differ from what was written.
     """
     content = parse_json_object(raw)
     announced, checksum = content.pop("checked_by", None), content.pop(CHECKSUM, None)

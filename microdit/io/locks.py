@@ -1,6 +1,6 @@
-"""Folders that one process works on at a time: a locked file, which says who holds it and is free again when that process ends.
+"""File locks, which the system releases when their process ends, and folders that one program writes at a time.
 
-Run folders and other folders that one program writes for long: a second one is refused, and told who is at it.
+The locked file names its holder, so that a second program that is refused a folder can say who uses it.
 """
 
 import fcntl
@@ -18,18 +18,21 @@ from microdit.io.files import stale_asides
 if TYPE_CHECKING:
     from microdit.distributed import World  # imports PyTorch
 
+LOCK = ".lock"  # in a folder, while it is written
+VISIBLE = 60.0  # seconds until a file that one machine wrote is visible on the others, despite their caches
+
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the file `path`, made if need be, until the block ends, however it ends. `what` begins the message: what is kept from others.
+    """Lock the file `path`, created if missing, until the block ends. `what` names what the lock protects, for the error message.
 
-    Other machines are kept out too where the file system passes locks on, as NFS does. Raises UserError at once, with the holder's process
-    and host, if another process holds it, and if the file system knows no locks.
+    The lock also holds between machines if the file system supports that, as NFS does. Raises UserError at once if another process holds
+    it, naming the process and its host, or if the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         if not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path):
-            raise _refusal(file, what)
+            raise _in_use_error(file, what)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
@@ -38,7 +41,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def in_turn(path: Path) -> Iterator[None]:
-    """Hold the file `path` until the block ends, and wait for whoever holds it. Its folder must be there."""
+    """Lock the file `path` until the block ends, waiting until it is free. Its folder must exist."""
     with path.open("a+b") as file:
         _lock(file, fcntl.LOCK_EX, path)
         yield
@@ -46,32 +49,32 @@ def in_turn(path: Path) -> Iterator[None]:
 
 @contextmanager
 def in_use(path: Path) -> Iterator[None]:
-    """Hold the file `path` together with others, until the block ends."""
+    """Hold a shared lock on the file `path` until the block ends."""
     with path.open("a+b") as file:
         _lock(file, fcntl.LOCK_SH, path)
         yield
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds the file, alone or with others. For one process at a time to ask."""
+    """Return whether a process holds the file's lock, exclusive or shared. Only one process may call this at a time."""
     with path.open("a+b") as file:
         return not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
 
 
-def refuse_locked(path: Path, what: str) -> None:
-    """Raise UserError, as `locked` does, if another process holds the file. Several may ask at once."""
+def check_unlocked(path: Path, what: str) -> None:
+    """Raise UserError, as `locked` does, if another process holds the file exclusively. Several processes may call this at once."""
     with path.open("rb") as file:
         if not _lock(file, fcntl.LOCK_SH | fcntl.LOCK_NB, path):
-            raise _refusal(file, what)
+            raise _in_use_error(file, what)
 
 
-def _refusal(file: BinaryIO, what: str) -> UserError:
+def _in_use_error(file: BinaryIO, what: str) -> UserError:
     file.seek(0)
     return UserError(f"{what} is in use by {file.read(200).decode(errors='replace') or 'another process'}: wait for it, or stop it.")
 
 
 def _lock(file: BinaryIO, kind: int, path: Path) -> bool:
-    """Until the file is closed, or its process ends. False if another process is in the way."""
+    """Lock the file until it is closed or the process ends. Returns False if another process holds it."""
     try:
         fcntl.flock(file, kind)
     except BlockingIOError:
@@ -81,16 +84,12 @@ def _lock(file: BinaryIO, kind: int, path: Path) -> bool:
     return True
 
 
-LOCK = ".lock"  # in the folder, while it is written
-VISIBLE = 60.0  # seconds after which a file that one machine wrote is seen on the others, whatever their caches hold
-
-
 @contextmanager
 def sole_writer(folder: Path, world: "World | None" = None) -> Iterator[None]:
-    """Keep other programs from writing `folder`, which is made if need be, until the block ends or the process dies.
+    """Keep other programs from writing `folder`, created if missing, until the block ends or the process dies.
 
-    All processes of `world` must call this; the first one holds the lock. Raises UserError, on all of them, if another program holds it
-    (with its host and process), if the folder cannot be written, or if it is not the same one to all.
+    All processes of `world` must call this; the first one holds the lock. Raises UserError on all of them if another program holds it
+    (naming its host and process), if the folder cannot be written, or if the processes do not see the same folder.
     """
     with ExitStack() as held:
         problem = None
@@ -100,18 +99,18 @@ def sole_writer(folder: Path, world: "World | None" = None) -> Iterator[None]:
             except UserError as error:
                 problem = str(error)
             except OSError as error:
-                problem = f"{folder} cannot be written: {error}. Choose another --out, or put that right."
+                problem = f"{folder} cannot be written: {error}. Fix that, or choose another --out."
         if world is not None:
             problem = world.share(problem)
         if problem:
             raise UserError(problem)
         if world is not None and world.size > 1:
-            _refuse_others(folder, world)
+            _check_same_folder(folder, world)
         yield
 
 
-def _refuse_others(folder: Path, world: "World") -> None:
-    """Raises UserError if some processes do not see the lock that the first one has just written: theirs is another folder."""
+def _check_same_folder(folder: Path, world: "World") -> None:
+    """Raise UserError if some processes do not see the lock that the first one wrote, because their folder is a different one."""
     written, deadline = world.share(_holder(folder)), time.monotonic() + VISIBLE
     while (seen := _holder(folder)) != written and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -127,7 +126,7 @@ def _holder(folder: Path) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """The file is removed while it is held. Who had opened it before, and locks it after, holds a file without a name, and tries again."""
+    """Lock a folder. The lock file is deleted while locked, so a process that opened it earlier locks a deleted file, and tries again."""
     made, path = not folder.exists(), folder / LOCK
     while True:
         with locked(path, str(folder)):
@@ -139,5 +138,5 @@ def _locked(folder: Path) -> Iterator[None]:
                 finally:
                     path.unlink(missing_ok=True)
                     if made and folder.is_dir() and not any(folder.iterdir()):
-                        folder.rmdir()  # nothing came of it
+                        folder.rmdir()  # nothing was written
                 return

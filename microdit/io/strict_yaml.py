@@ -1,9 +1,7 @@
-"""YAML read as data: lists, mappings, and scalars that stay the text that was written.
+"""Strict YAML: parsed to lists, mappings and unresolved text, then read as a dataclass by the types and ranges of its fields.
 
-YAML itself makes False of `no`, 750 of `12:30` and 8 of `010`, before anybody knows what is wanted there (`typed_yaml.py` does). Nothing is
-resolved: no variables, no aliases, no tags.
-
-YAML's text as what a dataclass says it should be: each field by its type, and by the `Range` that stands beside it.
+Plain YAML turns `no` into False, `12:30` into 750 and `010` into 8 before the expected type is known. Here scalars stay the text that
+was written until `read_as` converts them. Variables, aliases and tags are not supported.
 """
 
 import difflib
@@ -21,16 +19,21 @@ from microdit.errors import UserError
 from microdit.ranges import Range
 
 MOST_BYTES = 128 * 1024
-DEEPEST = 12  # lists and mappings in each other; a recipe has four
+MOST_DIGITS = 40
+DEEPEST = 12  # nested lists and mappings; a recipe has four
 
-Tree = Any  # what YAML holds: Plain | str | list[Tree] | dict[str, Tree]
+Tree = Any  # a parsed document: Plain | str | list[Tree] | dict[str, Tree]
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # all but tabs and ends of lines: terminals obey them
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # control characters except tabs and line ends
 _NULLS = ("", "~", "null", "Null", "NULL")
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_WORDS: dict[Any, str] = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
 class Plain(str):
-    """A scalar without quotes. `null` may be nothing, where a field allows that; in quotes it is a word."""
+    """A scalar without quotes. Unquoted, `null` means None for fields that allow it; in quotes it is a word."""
 
     __slots__ = ()
 
@@ -40,7 +43,7 @@ class Plain(str):
 
 
 def read_yaml(path: Path) -> Tree:
-    """Return what the file holds. Raises UserError, naming it, if it is too large or no YAML."""
+    """Return the parsed content of a file. Raises UserError, naming the file, if it is too large or not YAML."""
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
@@ -52,7 +55,7 @@ def read_yaml(path: Path) -> Tree:
 
 
 def parse_yaml(content: bytes | str, where: str) -> Tree:
-    """Return what one document holds. Raises UserError, which begins with `where`, for what is no YAML, or more than data."""
+    """Return the parsed content of one document. Raises UserError, which begins with `where`, if it is not YAML or not plain data."""
     try:
         events = yaml.parse(content, yaml.SafeLoader)
         next(events)  # the stream's start
@@ -64,7 +67,7 @@ def parse_yaml(content: bytes | str, where: str) -> Tree:
             raise _NotDataError(extra, "a second document (---) begins: take a file for each")
     except _NotDataError as error:
         raise UserError(f"{where}, {error}.") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: "\U00110000" is no letter
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: "\U00110000" is not a character
         raise UserError(f"{where} is not readable YAML: {' '.join(str(error).split())}.") from error
     return tree
 
@@ -75,7 +78,7 @@ class _NotDataError(Exception):
 
 
 def _tree(event: Any, events: Iterator[Any], levels: int) -> Tree:
-    """Build what begins with `event`. Events are parsed as they are asked for, so that nothing is read behind what is refused."""
+    """Build the node that begins with `event`. Events are parsed lazily, so nothing after an error is read."""
     if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
         raise _NotDataError(event, "anchors and aliases (& and *) are not read here: write the value itself, or quote it")
     if event.tag is not None:
@@ -103,9 +106,9 @@ def _tree(event: Any, events: Iterator[Any], levels: int) -> Tree:
 
 
 def override(tree: Tree, said: str) -> None:
-    """Set in `tree` what `a.b=c` says. The value is the text as it stands, or YAML if it begins with a bracket, a brace or a quote.
+    """Apply the override `a.b=c` to `tree`. The value is plain text, or YAML if it begins with a bracket, a brace or a quote.
 
-    Raises UserError.
+    Raises UserError if the override is malformed or does not fit the tree.
     """
     key, equals, value = said.partition("=")
     if not equals or not key:
@@ -122,7 +125,7 @@ def override(tree: Tree, said: str) -> None:
 
 
 def _entry(tree: Tree, part: str, said: str) -> Tree:
-    """Return what lies in `tree` under `part`; an empty mapping is put there if nothing does."""
+    """Return the entry `part` of `tree`. An absent entry of a mapping becomes an empty mapping."""
     if isinstance(tree, dict):
         if isinstance(there := tree.get(part, Plain("")), Plain) and there.is_null:
             tree[part] = {}
@@ -134,18 +137,10 @@ def _entry(tree: Tree, part: str, said: str) -> Tree:
     return tree[int(part)]
 
 
-MOST_DIGITS = 40
-
-_WHOLE = re.compile(r"[+-]?[0-9]+")
-_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_WORDS: dict[Any, str] = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
-
-
 def read_as(kind: type, tree: Tree, where: str) -> Any:
     """Read `tree` as the dataclass `kind`, each field by its type and its `Range`.
 
-    Raises UserError, which names `where`, the key, what is there and what may be.
+    Raises UserError, which names `where`, the key, its value and what is allowed.
     """
     try:
         return _read(kind, tree, "")
@@ -156,11 +151,11 @@ def read_as(kind: type, tree: Tree, where: str) -> Any:
 
 
 class _WrongError(Exception):
-    """Says key and fault."""
+    """Its message names the key and the fault."""
 
 
 class _UnknownKeyError(Exception):
-    """Says the key."""
+    """Its message is the key."""
 
 
 def _read(kind: Any, tree: Tree, key: str, within: Range | None = None) -> Any:
@@ -234,7 +229,7 @@ def _read_scalar(kind: Any, inner: tuple[Any, ...], text: str, key: str, within:
 
 
 def decimal(text: str, whole: bool = False) -> float | None:
-    """Return the number that is written there in decimal digits, as 010, -2.5 or 1e-3; None if none is."""
+    """Return the number written in decimal digits, such as 010, -2.5 or 1e-3; None if the text is not one."""
     if len(text) > MOST_DIGITS or not (_WHOLE if whole else _DECIMAL).fullmatch(text):
         return None
     return int(text) if whole else float(text)
@@ -264,7 +259,7 @@ def _hint(kind: type, unknown: str) -> str:
 
 
 def known_keys(kind: type, before: str = "") -> list[str]:
-    """List all that a dataclass may say, keys of lists and mappings without their number or name: `phases.steps`."""
+    """List all keys of a dataclass, those within lists and mappings without their number or name: `phases.steps`."""
     found = []
     for name, hint in _hints(kind).items():
         inner = _dataclass_in(hint)

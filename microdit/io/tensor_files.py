@@ -1,8 +1,8 @@
-"""The files shards/*.safetensors of a checkpoint: rows of tensors, written by the process that holds them, and found again by any other.
+"""The files shards/*.safetensors of a checkpoint: rows of tensors, written by the process that holds them, read by any other.
 
-Each is a safetensors file whose header says, in torch.distributed.checkpoint's words, from which row on it holds a tensor; so PyTorch reads
-them too. Nothing is planned or told between processes before they write. Whoever reads must know where all rows lie, and the headers of a
-thousand processes are 400 MB of JSON: so each is read by one process, and the others are told in `PIECE`s, 24 bytes each.
+Each is a safetensors file whose header gives the first row of each tensor in the format of torch.distributed.checkpoint, so PyTorch can
+read it too. Processes write without planning or communication. A reader must know where all rows are, and the headers of a thousand
+processes are 400 MB of JSON: each header is read by one process, which sends it to the others as `PIECE`s of 24 bytes.
 """
 
 import json
@@ -21,11 +21,11 @@ from torch import Tensor
 from microdit.io.text import parse_json
 
 PIECE = np.dtype([("tensor", "<i4"), ("file", "<i4"), ("first", "<i4"), ("rows", "<i4"), ("at", "<i8")])
-"""`rows` rows of a tensor from row `first` on, in a file from byte `at` on. Tensors and files are numbers: places in lists of names."""
+"""`rows` rows of a tensor from row `first` on, stored in a file from byte `at` on. Tensors and files are indices into lists of names."""
 Pieces = NDArray[np.void]
 NO_PIECES: Pieces = np.empty(0, PIECE)
 
-MOST_AT_ONCE = 1000  # pieces in one call: systems take 1,024
+MOST_AT_ONCE = 1000  # buffers in one preadv call: systems allow 1,024
 MOST_HEADER = 100_000_000  # bytes: the limit of safetensors itself
 LENGTH = struct.Struct("<Q")
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # as torch.distributed.checkpoint writes them
@@ -55,7 +55,7 @@ class Rows(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What a header says of a tensor: the shape of the rows that are there, from row `first` of the tensor and byte `at` of the file on."""
+    """One tensor in a header: the shape of the stored rows, which begin at row `first` of the tensor and byte `at` of the file."""
 
     first: int
     shape: tuple[int, ...]
@@ -68,8 +68,8 @@ class Entry(NamedTuple):
 
 
 def write_rows(path: Path, held: Mapping[str, Rows]) -> dict[str, Entry]:
-    """Write a file of rows, which lie in the machine's memory. Returns its header."""
-    order = sorted(held, key=lambda name: (-held[name].values.dtype.itemsize, name))  # every number at a multiple of its size
+    """Write a file of rows, which must be in CPU memory. Returns its header."""
+    order = sorted(held, key=lambda name: (-held[name].values.dtype.itemsize, name))  # aligns every number to its size
     header: dict[str, object] = {
         "__metadata__": {
             "format": "pt",
@@ -93,7 +93,7 @@ def write_rows(path: Path, held: Mapping[str, Rows]) -> dict[str, Entry]:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Raises OSError if the file cannot be read, ValueError if it is none of these."""
+    """Return the entries of a file by tensor name. Raises OSError if it cannot be read, ValueError if it is not such a file."""
     with path.open("rb") as file:
         start = file.read(LENGTH.size)
         length = LENGTH.unpack(start)[0] if len(start) == LENGTH.size else 0
@@ -110,23 +110,23 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def pieces_of(header: Mapping[str, Entry], file: int, tensors: Mapping[str, int]) -> Pieces:
-    """Where the file number `file` has rows of these tensors, which are named by numbers."""
+    """Return the pieces of the given tensors in file number `file`. `tensors` maps names to numbers."""
     found = [(tensors[name], file, entry.first, entry.rows, entry.at) for name, entry in header.items() if name in tensors]
     return np.array(found, PIECE)
 
 
 def within(pieces: Pieces, spans: NDArray[np.int64]) -> Pieces:
-    """Those that have rows of the `spans`, one (first, end) for each tensor."""
+    """Return the pieces that overlap the `spans`, one (first, end) of rows for each tensor."""
     first, end = spans[pieces["tensor"]].T
     return pieces[(pieces["first"] < end) & (pieces["first"] + pieces["rows"] > first)]
 
 
 def fill(wanted: Sequence[Rows], pieces: Pieces, files: Sequence[Path]) -> None:
-    """Read all `wanted` rows, one `Rows` for each tensor, in place. Each file is opened once, and read from its beginning to its end.
+    """Read all `wanted` rows, one `Rows` for each tensor, in place. Each file is opened once and read in order.
 
-    Raises OSError if a file cannot be read, ValueError if it is too short, or if some rows are in none or in two.
+    Raises OSError if a file cannot be read, ValueError if it is too short, or if rows are missing or stored twice.
     """
-    _refuse_overlaps(pieces)
+    _check_contiguous(pieces)
     missing = [rows.length for rows in wanted]
     landing = [_Landing(rows) for rows in wanted]
     pieces = pieces[np.lexsort((pieces["at"], pieces["file"]))]
@@ -153,7 +153,7 @@ def fill(wanted: Sequence[Rows], pieces: Pieces, files: Sequence[Path]) -> None:
 
 
 def _read(file: int, run: list[memoryview], at: int, path: Path) -> None:
-    """Fill memory, one after the other, with what lies in a file from byte `at` on: in one call, in which other Python threads go on."""
+    """Fill buffers, one after the other, from byte `at` of a file, in one call if possible. The call releases Python's global lock."""
     while run:
         count = os.preadv(file, run, at)
         if not count and any(map(len, run)):
@@ -166,7 +166,7 @@ def _read(file: int, run: list[memoryview], at: int, path: Path) -> None:
 
 
 def assembled(paths: Sequence[Path], part: str) -> dict[str, Tensor]:
-    """Whole tensors of one part of a training (model, ema ...), put together from all files of a checkpoint.
+    """Assemble the tensors of one part of a training state (model, ema ...) from all shards of a checkpoint.
 
     Raises OSError and ValueError, as `read_header` and `fill` do.
     """
@@ -183,15 +183,15 @@ def assembled(paths: Sequence[Path], part: str) -> dict[str, Tensor]:
 
 
 def _empty(name: str, entries: list[Entry]) -> Tensor:
-    """A tensor of as many rows as the files hold together."""
+    """Allocate a tensor with as many rows as the files hold together. Raises ValueError if their shapes or dtypes differ."""
     (row, dtype), *others = {(entry.shape[1:], entry.dtype) for entry in entries}
     if others:
         raise ValueError(f"the rows of {name} are not alike")
     return torch.empty((sum(entry.rows for entry in entries), *row) if entries[0].shape else (), dtype=dtype)
 
 
-def _refuse_overlaps(pieces: Pieces) -> None:
-    """Raises ValueError if rows are in two places, or missing between two."""
+def _check_contiguous(pieces: Pieces) -> None:
+    """Raise ValueError if pieces of a tensor overlap, or leave a gap."""
     pieces = pieces[np.lexsort((pieces["first"], pieces["tensor"]))]
     neighbours = np.diff(pieces["tensor"]) == 0
     if (pieces["first"][:-1] + pieces["rows"][:-1] != pieces["first"][1:])[neighbours].any():
@@ -199,7 +199,7 @@ def _refuse_overlaps(pieces: Pieces) -> None:
 
 
 class _Landing:
-    """Memory that rows are read into: the tensor's own, where it lies there in one piece, else a copy's. `row`: bytes of one."""
+    """The buffer that rows are read into: the tensor's own memory if it is contiguous and on the CPU, else a copy. `row`: bytes per row."""
 
     def __init__(self, rows: Rows):
         self.first, self.end = rows.first, rows.first + rows.length
@@ -220,7 +220,7 @@ def _bytes_of(values: Tensor) -> memoryview:
 
 
 def _entry(about: Mapping[str, Any], sharding: Mapping[str, Any] | None, data: int, size: int) -> Entry:
-    """`data`: the byte that offsets count from; `size`: of the file. Raises ValueError, KeyError or TypeError if it is none of ours."""
+    """Parse one entry. `data` is the byte that offsets count from, `size` the file's size. Raises ValueError, KeyError or TypeError."""
     shape, (begin, end) = _counts(about["shape"]), _counts(about["data_offsets"], 2**62)
     first = [0] * len(shape) if sharding is None else _counts(sharding[OFFSETS])
     if len(first) != len(shape) or any(first[1:]):
@@ -232,7 +232,7 @@ def _entry(about: Mapping[str, Any], sharding: Mapping[str, Any] | None, data: i
 
 
 def _counts(numbers: Any, limit: int = 2**30) -> list[int]:
-    """Numbers of rows and bytes that are such, and fit a `PIECE`."""
+    """Return a list of sizes. Raises ValueError unless all are integers from 0 to below `limit`, so that they fit a `PIECE`."""
     if not isinstance(numbers, list) or not all(isinstance(number, int) and 0 <= number < limit for number in numbers):
         raise ValueError(f"{str(numbers)[:60]} are no sizes")
     return numbers

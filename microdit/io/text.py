@@ -1,10 +1,7 @@
-"""JSON that others wrote.
+"""Untrusted text: JSON from elsewhere, and names, captions, recipes and command lines made safe to show.
 
-Other people's text (names, captions, recipes, servers' answers), made fit to be shown.
-
-Other people's text in Markdown, where it is no markup, no HTML and no formula.
-
-Command lines as they are kept in records, which people share.
+`printable` and `one_line` escape text for terminals, `plain`, `code` and `block` for Markdown. `command_line` hides secrets in command
+lines that are kept in shared records.
 """
 
 import json
@@ -32,14 +29,14 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
     return value
 
 
-COMMANDS = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories: control, format, half of a character, ends of lines and paragraphs
-HARMLESS = set("\n\t\u200c\u200d")  # of those; the last two join and part the letters of Persian, and the signs of emoji
+COMMANDS = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories: control, format, surrogate, line and paragraph separators
+HARMLESS = set("\n\t\u200c\u200d")  # exceptions: the last two join and separate Persian letters and the parts of emoji
 
 
 def printable(text: str, most: int | None = None) -> str:
-    """`text` with everything that would command a terminal, or turn the reading direction, written out: ESC becomes \\u001b.
+    """Escape everything that controls a terminal or changes the reading direction: ESC becomes \\u001b.
 
-    These are JSON's escapes, so that JSON stays what it was. Of more than `most` characters the middle is left out, and counted.
+    The escapes are JSON's, so escaped JSON keeps its meaning. If the text exceeds `most` characters, its middle is replaced by a count.
     """
     if most is not None and len(text) > most:
         half = most // 2
@@ -48,14 +45,14 @@ def printable(text: str, most: int | None = None) -> str:
 
 
 def one_line(text: str, most: int | None = None) -> str:
-    """The same, in one line: any space, ends of lines too, becomes a blank."""
+    """Return printable text in one line: each run of white space becomes a blank."""
     return printable(" ".join(text.split()), most)
 
 
 def _visible(character: str) -> str:
     if character in HARMLESS or unicodedata.category(character) not in COMMANDS:
         return character
-    units = character.encode("utf-16-be", "surrogatepass").hex()  # beyond 16 bits two of them, as JSON has it
+    units = character.encode("utf-16-be", "surrogatepass").hex()  # two units beyond 16 bits, as in JSON
     return "".join(f"\\u{units[n : n + 4]}" for n in range(0, len(units), 4))
 
 
@@ -63,13 +60,13 @@ LONGEST = 500  # characters of a name or a value
 
 
 def plain(text: object) -> str:
-    """For a line, or a table's cell."""
+    """Escape text for a line or table cell of Markdown, without markup, HTML or formulas."""
     shown = one_line(str(text), LONGEST).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"[\\`*_{}\[\]|~$]", r"\\\g<0>", shown)
 
 
 def code(text: object) -> str:
-    """A span of code, not for tables: there a | would end its cell."""
+    """Return a Markdown code span. Not for tables, where a | would end the cell."""
     shown = one_line(str(text), LONGEST)
     fence = "`" * (_longest_run(shown) + 1)
     blank = " " if shown.startswith("`") or shown.endswith("`") else ""
@@ -77,7 +74,7 @@ def code(text: object) -> str:
 
 
 def block(text: str, language: str = "") -> str:
-    """Lines of code, whole."""
+    """Return a fenced Markdown code block."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}{language}\n{printable(text).strip()}\n{fence}"
 
@@ -87,15 +84,17 @@ def _longest_run(text: str) -> int:
 
 
 HIDDEN = "***"
-_SECRET = re.compile(r"(?:key|token|secret|password|passwd|passphrase|credentials?|auth|authorization)$", re.IGNORECASE)  # a name's end
+_SECRET = re.compile(
+    r"(?:key|token|secret|password|passwd|passphrase|credentials?|auth|authorization)$", re.IGNORECASE
+)  # the end of a name
 _URL = re.compile(r"[a-z][a-z\d+.-]*://\S+", re.IGNORECASE)
 
 
 def command_line(arguments: Iterable[str]) -> str:
-    """The line that `arguments` were typed in, for a shell, with `***` in the place of secrets.
+    """Return `arguments` as a shell command line, with `***` in place of secrets.
 
-    Those are what follows an option, or the = of a setting, that is called a key, token, secret, password or the like; and of a URL
-    the user's name with the password, and all of the query. Rather too much is hidden than too little.
+    Secrets are the values of options and settings named key, token, secret, password or the like, and in URLs the user, the password
+    and the query. When in doubt, text is hidden.
     """
     shown: list[str] = []
     is_secret = False

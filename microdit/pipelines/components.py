@@ -63,7 +63,7 @@ class MicroDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         position_scale: float = 1.0,
         sample_size: Sequence[int] = (32, 32),
     ):
-        """Raises TypeError or ValueError if these are no architecture."""
+        """Build the denoiser. Raises TypeError or ValueError if the arguments are not a valid architecture."""
         super().__init__()
         fields = {key: value for key, value in self.config.items() if not key.startswith("_") and key != "sample_size"}
         self.denoiser = MicroDiT(config_of_fields(fields))
@@ -140,7 +140,7 @@ class EDMSettings(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Raises UserError for the settings of another scheduler, which diffusers would take as far as the names agree."""
+        """Load from settings. Raises UserError for those of another scheduler, of which diffusers would accept the keys it knows."""
         strange = [name for name in config if not name.startswith("_") and name not in asdict(EDM())]
         if strange or config.get("_class_name", cls.__name__) != cls.__name__:
             raise UserError(_foreign_scheduler(config.get("_class_name", "another scheduler's settings")))
@@ -148,7 +148,7 @@ class EDMSettings(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
 
 def check_scheduler(scheduler: object) -> None:
-    """Raises UserError unless `scheduler` holds EDM's settings."""
+    """Raise UserError unless `scheduler` is an `EDMSettings`."""
     if not isinstance(scheduler, EDMSettings):
         raise UserError(_foreign_scheduler(type(scheduler).__name__))
 
@@ -182,7 +182,7 @@ class _Reference(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
-        """Raises UserError if the encoder is not there, or has other weights."""
+        """Load the encoder. Raises UserError if it is missing or has other weights than recorded."""
         config = cls.load_config(pretrained_model_name_or_path, subfolder=kwargs.get("subfolder"))
         reference = cls.from_config(config)
         reference._open()
@@ -278,7 +278,7 @@ def check_unchanged(encoder: E, fingerprint: str) -> E:
 
 
 def check_autoencoder_is_whole(folder: Path, model: Any, variant: str | None = None) -> None:
-    """Raises UserError if the folder that `model` was loaded from lacks some of its weights: diffusers goes on with random ones."""
+    """Raise UserError if the folder that `model` was loaded from lacks some weights, which diffusers would initialise at random."""
     files = _autoencoder_files(folder, f".{variant}") if variant else []
     found: set[str] = set()
     for path in files or _autoencoder_files(folder, ""):  # a component without the variant is loaded without it

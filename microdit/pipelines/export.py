@@ -65,7 +65,7 @@ def save_pipeline(pipeline: MicroDiTPipeline, out: Path, record: dict[str, Any],
 
 
 def check_is_free(folder: Path) -> None:
-    """Raises UserError if there is something at `folder`, other than an empty folder."""
+    """Raise UserError if there is something at `folder`, other than an empty folder."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists already and is not empty: name another folder, or delete it first.")
 

@@ -114,7 +114,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         self._guide: Guide | None = None  # the weak model of autoguidance
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises UserError for a scheduler that is not `EDMSettings`."""
+        """Set a component. Raises UserError for a scheduler that is not an `EDMSettings`."""
         if name == "scheduler":
             check_scheduler(value)
         super().__setattr__(name, value)
@@ -201,7 +201,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @property
     def autoencoder(self) -> Autoencoder:
-        """Raises UserError if the pipeline was loaded without it."""
+        """Return the autoencoder. Raises UserError if the pipeline was loaded without it."""
         if self.vae is None and self.config.vae_scale_factor != 1:
             raise UserError('This pipeline was loaded without its autoencoder: ask for output_type="latent".')
         if self.vae is None:
@@ -541,7 +541,7 @@ def newest_checkpoint(run: Path, warn: Warn, weights: str | None = None) -> Chec
 
 
 def check_no_weights(place: object, weights: str | None) -> None:
-    """Raises UserError if weights are named for a place that has only one set."""
+    """Raise UserError if weights are named for a model that has only one set of them."""
     if weights is not None:
         raise UserError(f"--weights {weights} chooses among the weights of a run, and {place} is a pipeline with one set: leave it out.")
 

@@ -33,7 +33,7 @@ class GivenPrompts:
 
 
 def check_negatives(negatives: int, prompts: int) -> None:
-    """Raises UserError unless there is no negative prompt, one for all prompts, or one for each."""
+    """Raise UserError unless there is no negative prompt, one for all prompts, or one for each."""
     if negatives not in (0, 1, prompts):
         raise UserError(f"There are {negatives} negative prompts for {prompts} prompts: give one for all, or one for each.")
 

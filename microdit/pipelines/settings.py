@@ -58,7 +58,7 @@ class SamplerSettings:
 
 @dataclass(frozen=True)
 class Cell:
-    """How one image of a sheet is drawn."""
+    """The settings of one image of a sheet."""
 
     settings: SamplerSettings
     seed: int

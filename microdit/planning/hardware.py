@@ -1,12 +1,12 @@
-"""The hardware that a run would use: chips, prices, measured speeds, and the machine that they make up.
+"""Hardware for estimates: chips, prices, measured utilisation, and the machine that combines them.
 
-`CHIPS` holds the vendors' figures and `PRICES` dated prices of a GPU-hour. Users override both by a YAML file:
+`CHIPS` holds the vendors' figures and `PRICES` dated prices of a GPU-hour. Users override both in a YAML file:
 
     h100: 2.2                                               # dollars of a GPU-hour
     rtx4090: {teraflops: 160}                               # one figure of a known chip
     rtx5080: {teraflops: 112.6, memory_gb: 16, price: 0.3}  # another chip
 
-Speeds measured by `microdit bench` are kept in a file of the user's, from which `microdit budget` takes the utilisation.
+`microdit bench` keeps its measurements in a file of the user, from which `microdit budget` reads the utilisation.
 """
 
 import json
@@ -28,16 +28,16 @@ from microdit.reports.formats import finite
 
 @dataclass(frozen=True)
 class Chip:
-    """`teraflops`: dense matrix products in bfloat16 (float16 on V100 and T4) summed in float32, without sparsity. `memory_gb`: as sold."""
+    """A GPU. `teraflops` is for dense bfloat16 products (float16 on V100 and T4) accumulated in float32; `memory_gb` as advertised."""
 
     name: str
-    marks: tuple[str, ...]  # all of them are in the name that the driver gives
+    marks: tuple[str, ...]  # words that the driver's name for the chip contains
     teraflops: float
     memory_gb: float
 
 
-# The vendors' published figures, written down in November 2026 without the data sheets at hand. Where a sheet prints the figure "with
-# sparsity", half of it. Consumer cards: with float32 accumulation. The first that fits is taken, so special ones stand first.
+# The vendors' published figures, written down in November 2026 without the data sheets at hand. Where a sheet gives the figure "with
+# sparsity", half of it. Consumer cards: with float32 accumulation. The first match is taken, so more specific names come first.
 CHIPS = (
     Chip("B200", ("B200",), 2250.0, 180),
     Chip("H200 NVL", ("H200", "NVL"), 835.5, 141),
@@ -63,11 +63,11 @@ CHIPS = (
     Chip("T4", ("T4",), 65.0, 16),
     Chip("MI300X", ("MI300X",), 1307.4, 192),
 )
-OTHERS = ("MIG", "Laptop", "Ti", "D")  # slices, and cards that share a name with a faster or slower one: not in the table
+OTHERS = ("MIG", "Laptop", "Ti", "D")  # partitions, and variants that share a name with a faster or slower chip
 
-SIDES = {"cuda": (2048, 8192), "cpu": (256, 1024)}  # of products to measure, small first
-TRIES = 5  # of each: the first ones get things ready, and other work disturbs some
-SECONDS = 1.0  # that they may take in all: many CPUs only emulate 16 bits, and need a second for one of 1024
+SIDES = {"cuda": (2048, 8192), "cpu": (256, 1024)}  # of the matrix products to time, small first
+TRIES = 5  # per size: the first ones warm up, and other processes disturb some
+SECONDS = 1.0  # time limit for all: many CPUs emulate 16 bits, and take a second for one product of side 1024
 
 
 def find_chip(device_name: str) -> Chip | None:
@@ -84,7 +84,7 @@ def named_chip(name: str) -> Chip | None:
     exact = next((chip for chip in CHIPS if _plain(chip.name) == wanted), None)
     if exact is not None or not wanted:
         return exact
-    first = [chip for chip in CHIPS if _plain(chip.marks[0]) == wanted and len(chip.marks) == 1]  # h100 without more is the SXM one
+    first = [chip for chip in CHIPS if _plain(chip.marks[0]) == wanted and len(chip.marks) == 1]  # plain h100 is the SXM version
     endings = [chip for chip in CHIPS if _plain(chip.name).endswith(wanted)]
     return first[0] if first else endings[0] if len(endings) == 1 else None
 
@@ -96,10 +96,10 @@ def same_name(one: str, other: str) -> bool:
 
 @cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s that `device` can do in matrix products of `dtype`, and where the number is from.
+    """Return the peak FLOP/s of `device` in matrix products of `dtype`, and the source of the figure.
 
-    From the table for a known GPU in 16 bits; else measured once in a process: the best of a few products, small ones first, since a
-    CPU that only emulates 16 bits would take long for large ones.
+    The figure is from the table for a known GPU in 16 bits, else measured once per process: the best of a few products, small ones
+    first, because a CPU that emulates 16 bits would take long for large ones.
     """
     chip = find_chip(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if chip is not None and dtype in (torch.bfloat16, torch.float16):
@@ -109,7 +109,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
-    """(FLOP/s, side) of the fastest product."""
+    """Return (FLOP/s, side) of the fastest product."""
     best, deadline = (0.0, 0), time.perf_counter() + SECONDS
     for side in SIDES.get(device.type, SIDES["cpu"]):
         seconds = min(_product_seconds(device, dtype, side) for _ in range(TRIES))
@@ -142,17 +142,17 @@ def _has(words: str, mark: str) -> bool:
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars of one GPU for an hour, and where the figure is from."""
+    """Dollars per GPU-hour, and the source of the figure."""
 
     dollars: float
     source: str
 
 
-# Rented by the hour, without commitment. A third party's list of one provider's cheapest offers, read through a search index in November
+# On-demand prices. A third party's list of one provider's cheapest offers, read through a search index in November
 # 2026, not on the provider's own page: deploybase.ai/articles/runpod-gpu-pricing, 10 March 2026. That page calls the column "spot";
 # spheron.network/blog/runpod-h100-pricing-2026, 22 May 2026, has $2.69 for the H100 SXM as an ordinary price of the same provider.
 LISTED = "RunPod's cheapest, as deploybase.ai listed it on 10 March 2026"
-# No page was found for these: rough figures from memory, to be overridden.
+# No source was found for these: rough figures from memory, to be overridden.
 ROUGH = "a rough figure without a source"
 
 PRICES = {
@@ -195,14 +195,14 @@ KEYS = ("teraflops", "memory_gb", "price")
 
 @dataclass(frozen=True)
 class OwnChip:
-    """`price` is None where the file says none."""
+    """A chip from the user's file. `price` is None if the file gives none."""
 
     chip: Chip
     price: Price | None
 
 
 def read_own_chips(file: Path) -> list[OwnChip]:
-    """Raises UserError, naming file and key, for what is no such list."""
+    """Read the user's chips and prices from YAML. Raises UserError, naming file and key, if the file is invalid."""
     content = read_yaml(file)
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold chips and dollars an hour, such as 'h100: 2.2'.")
@@ -210,7 +210,7 @@ def read_own_chips(file: Path) -> list[OwnChip]:
     for name, said in content.items():
         item = _own_chip(name, said, file)
         if any(same_name(item.chip.name, earlier.chip.name) for earlier in own):
-            raise UserError(f"{file} speaks of {item.chip.name} twice, the second time as {name}: put it into one entry.")
+            raise UserError(f"{file} names {item.chip.name} twice, the second time as {name}: merge the entries.")
         own.append(item)
     return own
 
@@ -223,7 +223,7 @@ def _own_chip(name: str, said: Tree, file: Path) -> OwnChip:
             raise UserError(f"{where}: {key} is no key of a chip: these are {', '.join(KEYS)}.")
     if known is None and not {"teraflops", "memory_gb"} <= values.keys():
         raise UserError(
-            f"{where} is no known chip, so its speed and memory must be said: "
+            f"{where} is not a known chip, so its speed and memory must be given: "
             f"'{name}: {{teraflops: 112.6, memory_gb: 16, price: 0.3}}'. Known are {', '.join(chip.name for chip in CHIPS)}."
         )
     values = {key: _figure(value) for key, value in values.items()}
@@ -235,7 +235,7 @@ def _own_chip(name: str, said: Tree, file: Path) -> OwnChip:
 
 
 def _figure(written: Tree) -> Any:
-    """A number, if one is written there; None for nothing; else what is written."""
+    """Return the number that is written, None for an empty value, or the value unchanged if it is not a number."""
     if isinstance(written, Plain) and written.is_null:
         return None
     number = decimal(written) if isinstance(written, str) else None
@@ -251,7 +251,7 @@ def _above_0(value: Any, where: str) -> float:
 
 @dataclass(frozen=True)
 class Measurement:
-    """`utilisation`: FLOPs done in a second over `peak`. `date`: YYYY-MM-DD. `model`: the recipe that was trained on."""
+    """A result of `microdit bench`. `utilisation` is FLOP/s over `peak`, `date` is YYYY-MM-DD, `model` the recipe's name."""
 
     chip: str
     utilisation: float
@@ -266,7 +266,7 @@ class Measurement:
 
 
 def measurements_file() -> Path:
-    """Under $XDG_STATE_HOME, which is ~/.local/state where it is not set: the place for what belongs to this machine and is kept."""
+    """Return the path of the measurements file, in $XDG_STATE_HOME or, if that is not set, in ~/.local/state."""
     home = os.environ.get("XDG_STATE_HOME")
     return (Path(home) if home else Path.home() / ".local" / "state") / "microdit" / "bench.json"
 
@@ -285,7 +285,7 @@ def read_measurements(file: Path) -> dict[str, Measurement]:
 
 
 def keep_measurement(measurement: Measurement, file: Path) -> None:
-    """Write a measurement to the file, in place of the chip's earlier one. Raises UserError if the file cannot be written."""
+    """Write a measurement to the file, replacing the chip's earlier one. Raises UserError if the file cannot be written."""
     kept = {**read_measurements(file), measurement.chip: measurement}
     try:
         write_aside(file, json.dumps({name: asdict(item) for name, item in kept.items()}, indent=1).encode())
@@ -293,14 +293,14 @@ def keep_measurement(measurement: Measurement, file: Path) -> None:
         raise UserError(f"The measurement cannot be written to {file}: {error}. Choose another --file.") from error
 
 
-# What MicroDiT_XL_2's first phase came to on one H100 (docs/gpu), where the paper's run came to 19% on eight (tests/budget/test_bill.py).
-# On other cards and shapes it is a guess: `microdit bench` measures it.
+# Measured for MicroDiT_XL_2's first phase on one H100 (docs/gpu); the paper's run reached 19% on eight.
+# For other chips and shapes it is a guess: `microdit bench` measures it.
 ASSUMED_UTILISATION = 0.29
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`count` GPUs of one kind. `utilisation` (MFU): FLOPs that the method needs, over what the chips could do in the same time."""
+    """`count` GPUs of one kind. `utilisation` is the model FLOPs utilisation (MFU): useful FLOP/s over the chips' peak."""
 
     chip: Chip
     count: int
@@ -321,9 +321,9 @@ class Machine:
 
 
 def find_machine(chip: str, count: int, price: float | None, utilisation: float | None, prices: Path | None, measurements: Path) -> Machine:
-    """Return the machine for the options of `microdit budget`.
+    """Return the machine that the options of `microdit budget` describe.
 
-    The chip and its price are looked up in the file `prices` first, then in our tables; the utilisation in the file `measurements`.
+    The chip and its price are looked up in the file `prices` first, then in the tables; the utilisation in the file `measurements`.
     Raises UserError for an unknown chip and for numbers out of range.
     """
     found = _find_chip(chip, prices)

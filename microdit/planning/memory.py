@@ -24,9 +24,9 @@ from microdit.planning.workload import Shapes, config_of
 
 Sharding = Literal["none", "ddp", "fsdp", "hybrid"]
 FLOAT = 4  # bytes: weights, accumulated gradients, moments and averages are float32 unless a layout says otherwise
-LARGE = 500_000_000  # parameters from which sharding "auto" shards a model, unless it is known to fit whole
+LARGE = 500_000_000  # parameters from which sharding "auto" shards a model, unless it is known to fit unsharded
 STATE_BYTES = 20  # per parameter of an unsharded model: float32 weights, gradients and two moments; bfloat16 weights and gradients
-WHOLE = 0.4  # of a GPU's memory: sharding "auto" keeps a model whole as long as these bytes take less
+WHOLE = 0.4  # of a GPU's memory: sharding "auto" does not shard a model whose state takes less
 SPARE = 0.1  # of a device's memory, which may be traded for speed
 HEADROOM = 0.1  # of a card, left free for kernels' workspaces and for fragmentation
 ENOUGH = 4096  # patches in a micro-batch from which a GPU is taken to be busy (a judgement, not measured)
@@ -38,7 +38,7 @@ LEAST_BLOCK = 16  # vectors, and weights whose rows only smaller blocks divide, 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one of `ranks` processes holds the training state.
+    """The layout of the training state on one of `ranks` processes.
 
     With sharding "fsdp" it holds its part of the model, with "hybrid" the part of one of the `machine` processes on its machine, else all
     of it. `element` is the size in bytes of the dtype of matrix products: 2 for bfloat16, 4 for float32. `recomputed` is the share of

@@ -1,6 +1,6 @@
-"""Plan what a sum of money buys: encoded images, a model size that suits the compute and fits the card, and the paper's phases as recipes.
+"""Plan what a sum of money buys: encoded images, a model size that suits the compute and fits in memory, and the paper's phases as recipes.
 
-The recipes are written as YAML files that people read and change, so they hold only what differs from the defaults.
+The recipes are written as YAML files for people to read and edit, so they contain only values that differ from the defaults.
 """
 
 import math
@@ -38,20 +38,20 @@ from microdit.planning.phases import (
 from microdit.planning.workload import KnownShapes, Shapes, shapes_of
 from microdit.reports.formats import money
 
-UNCERTAINTY = 2  # a factor, on the size: our judgement of rules that were found on other models
-LEAST_IMAGES = 5_000_000  # seen in all, below which we promise no model at 256 px
-MOST_FLOPS = 1e24  # of training; hundreds of times the largest run that the rules were tried on (docs/budget.md)
-LEAST_AT_512 = 10_000_000  # seen masked at 512 px, a tenth of the paper's: with fewer, all is spent at 256 px
-STEPS_WANTED = 100_000  # in all; the batch is the largest power of two up to the paper's that leaves as many
+UNCERTAINTY = 2  # a factor on the size: our judgement, because the rules were fitted to other models
+LEAST_IMAGES = 5_000_000  # images seen in total, below which we promise no model at 256 px
+MOST_FLOPS = 1e24  # of training; hundreds of times the largest run that the rules were tested on (docs/budget.md)
+LEAST_AT_512 = 10_000_000  # masked images seen at 512 px, a tenth of the paper's: with fewer, all training is at 256 px
+STEPS_WANTED = 100_000  # in total; the batch is the largest power of two, up to the paper's, that leaves this many steps
 BATCHES = (2048, 1024, 512, 256, 128, 64)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `dollars` buy: `encoding` is paid first, and the rest pays for `gpu_hours` and `flops` of training.
+    """A plan for `dollars`: `encoding` is paid first, and the rest buys `gpu_hours` and `flops` of training.
 
     `width` is the size nearest to the middle of the two recommendations in `wanted`; `widths` are those nearest to half and to twice that.
-    `equivalent` is its equivalent size (see phases.py). `smaller_for_memory` says that a wider model was recommended and does not fit.
+    `equivalent` is its equivalent size (see phases.py). `smaller_for_memory` is true if a wider model was recommended but does not fit.
     """
 
     dollars: float
@@ -69,7 +69,8 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "machine": self.machine.chip.name}
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
+        """Return the plan and its reasons as sentences."""
         size = size_of_width(self.width)
         low, high = self.widths
         paid = self.encoding.dollars or 0.0
@@ -99,7 +100,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Funds:
-    """The compute that is left for training in `stages` after encoding. `flops` is negative where the sum does not pay for encoding."""
+    """The compute left for training in `stages` after encoding. `flops` is negative if the sum does not even pay for encoding."""
 
     stages: Sequence[Stage]
     encoding: EncodingCost
@@ -160,7 +161,7 @@ def _flops_per_dollar(machine: Machine) -> float:
 
 
 def _check_enough(dollars: float, funds: _Funds, shapes: dict[str, Shapes], machine: Machine) -> None:
-    """Raises UserError if the funds for 256 px do not pay for any model."""
+    """Raise UserError if the funds for 256 px do not pay for any model."""
     of_an_image = _mean_flops(AT_256, size_of_width(WIDTHS[0]), shapes)
     images = funds.flops / of_an_image
     if images >= LEAST_IMAGES:
@@ -202,7 +203,7 @@ def _recipes(size: Size, funds: _Funds, shapes: dict[str, Shapes], machine: Mach
     """Return the phases that spend the funds, with engine settings that fit; None if there are none."""
     stages = funds.stages
     batch = _batch(funds.flops / _mean_flops(stages, size, shapes), machine.count)
-    found = [_way(stage, size, batch, shapes[stage.name], machine, stage is stages[-1]) for stage in stages]
+    found = [_memory_plan(stage, size, batch, shapes[stage.name], machine, stage is stages[-1]) for stage in stages]
     ways = [way for way in found if way is not None]
     if len(ways) < len(found):
         return None
@@ -220,7 +221,7 @@ def _batch(images: float, gpus: int) -> int:
     return -(-batch // gpus) * gpus
 
 
-def _way(stage: Stage, size: Size, batch: int, shapes: Shapes, machine: Machine, last: bool) -> MemoryPlan | None:
+def _memory_plan(stage: Stage, size: Size, batch: int, shapes: Shapes, machine: Machine, last: bool) -> MemoryPlan | None:
     recipe = stage_recipe(stage, size, steps=1, batch_size=batch, last=last)
     return PhaseMemory(recipe, recipe.phases[0], shapes, machine.count).best_plan(machine.chip.memory_gb)
 
@@ -249,7 +250,7 @@ def _nearest(equivalent: float) -> int:
 
 
 def write_recipes(plan: Plan, folder: Path) -> None:
-    """Write one file a phase, for `microdit train FOLDER`. Raises UserError if the folder is not empty."""
+    """Write one file per phase, for `microdit train FOLDER`. Raises UserError if the folder is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: choose another --out.")
     for name, text in recipe_files(plan).items():

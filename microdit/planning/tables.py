@@ -42,7 +42,7 @@ def print_estimate(budget: Estimate, console: PlainConsole) -> None:
 
 def print_plan(plan: Plan, budget: Estimate, console: PlainConsole) -> None:
     """`budget`: of the plan's recipes."""
-    for line in plan.in_words():
+    for line in plan.describe():
         console.print(line, soft_wrap=True)
     print_estimate(budget, console)
     if plan.encoding.dollars is not None:

@@ -35,7 +35,7 @@ Tensors = dict[str, Tensor]
 
 
 class Written(NamedTuple):
-    """What one process wrote: checksums by file, and where the rows of the parts lie that are exported whole."""
+    """The files that one process wrote: checksums by file, and the places of the rows that are exported as full tensors."""
 
     checksums: dict[str, str]
     pieces: dict[str, Pieces]
@@ -242,7 +242,7 @@ def _read_headers(files: list[Path], numbers: range, tensors: Tensors) -> Pieces
 
 
 def _check_rows(tensors: Tensors, found: list[Pieces]) -> None:
-    """Raises ValueError if any tensor has more or fewer rows there."""
+    """Raise ValueError if any tensor has more or fewer rows there."""
     lengths = np.zeros(len(tensors), np.int64)
     for pieces in found:
         np.maximum.at(lengths, pieces["tensor"], pieces["first"].astype(np.int64) + pieces["rows"])

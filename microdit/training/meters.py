@@ -1,7 +1,7 @@
-"""What is measured about training steps: losses by noise level, speed, utilisation, time left, and the progress line.
+"""Measurements of training steps: losses by noise level, speed, utilisation, time left, and the progress line.
 
-`LossStats` adds up losses on the device over micro-batches and processes; `PendingStep` brings them to the program without waiting;
-`StepResult` holds them there; `Meters` averages them between two lines of the record.
+`LossStats` adds up losses on the device over micro-batches and processes; `PendingStep` copies them to the CPU without waiting;
+`StepResult` holds them there; `Meters` averages them between two entries of the record.
 """
 
 import math

@@ -15,7 +15,7 @@ from microdit.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What the user decides for one start of a run, apart from its recipe. `price_per_hour` is in dollars, of one GPU."""
+    """The user's choices for one start of a run, apart from its recipe. `price_per_hour` is in dollars per GPU-hour."""
 
     resume: bool = False
     accept_changes: bool = False

@@ -1,8 +1,8 @@
-"""How the model is spread over processes, compiled and recomputed.
+"""Parallelism, compilation and activation checkpointing of the model.
 
-It is sharded by FSDP2 over all processes or over those of each machine ("hybrid"), or whole on each of them (`gradients.py`). Optimizers
-work on this process's part of each weight as a plain tensor (`Shard`): on a DTensor each operation costs the CPU several times as much,
-which at 470 weights is more than a GPU's whole step may take.
+The model is sharded by FSDP2 over all processes or over those of each machine ("hybrid"), or replicated on each process (`gradients.py`).
+Optimizers update this process's part of each weight as a plain tensor (`Shard`): operations on a DTensor cost the CPU several times as
+much, which for 470 weights can exceed the time of a GPU's step.
 
 Notable:
 - hybrid sharding keeps the frequent messages inside a machine: weights are gathered and gradients reduced there, block by block, and

@@ -54,7 +54,7 @@ def _phase_order(phase: PhaseRecipe, names: list[str], repeats: tuple[int, ...])
     return SamplerPhase(phase.steps, phase.batch_size, repeats, weights)
 
 
-FREE_TO_CHANGE = {"record", "engine", "guard", "name"}  # keys of a recipe that may change on resume: they do not change what is learnt
+FREE_TO_CHANGE = {"record", "engine", "guard", "name"}  # keys of a recipe that may change on resume without changing the result
 
 
 def check_recipe_fits(recipe: Recipe, sets: list[EncodedDataset], world: World) -> None:
@@ -145,18 +145,18 @@ def model_config(recipe: Recipe, data: EncodedDataset) -> ModelConfig:
 
 
 def _check_padding(model: ModelRecipe, sets: list[EncodedDataset]) -> None:
-    """Raises UserError if the model attends padding that is not stored: what it learns would depend on the longest caption beside it."""
+    """Raise UserError if the model attends padding that is not stored: results would depend on the longest caption in the batch."""
     for encoded in sets:
-        form = encoded.manifest["settings"]["captions"]
-        if not model.mask_padding and form != "full":
+        packing = encoded.manifest["settings"]["captions"]
+        if not model.mask_padding and packing != "full":
             raise UserError(
-                f"model.mask_padding is false, and {encoded.folder} holds captions without their padding ({form}): "
+                f"model.mask_padding is false, and {encoded.folder} holds captions without their padding ({packing}): "
                 "take model.mask_padding=true, or encode again with --store-captions full, as the authors' captions are."
             )
 
 
 def _check_grid_pattern(phase: int, patch_size: int, sets: list[EncodedDataset]) -> None:
-    """Raises UserError unless all images have even numbers of rows and columns of patches."""
+    """Raise UserError unless all images have even numbers of rows and columns of patches."""
     for encoded in sets:
         for bucket in range(len(encoded.bucket_sizes)):
             rows, columns = (side // patch_size for side in encoded.latent_shape(bucket)[1:])
@@ -168,7 +168,7 @@ def _check_grid_pattern(phase: int, patch_size: int, sets: list[EncodedDataset])
 
 
 def fingerprints(recipe: Recipe, sets: list[EncodedDataset]) -> dict[str, dict[str, Any]]:
-    """Return path, rows and a fingerprint of the shards' content of each encoded set, by its name in the recipe."""
+    """Return the path, number of rows and fingerprint of the shards of each encoded set, by its name in the recipe."""
     return {
         name: {
             "path": str(encoded.folder),
@@ -193,7 +193,7 @@ def _recipe_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     then, now = with_todays_defaults(checkpoint.state["recipe"]), yaml.safe_load(recipe.to_yaml())
     for key, used in _used_data(checkpoint).items():
         if then["data"].get(key) is None and now["data"][key] is not None:
-            then["data"][key] = used  # naming what was used all along is no change
+            then["data"][key] = used  # naming what was used all along is not a change
     return [change for change in _differences(then, now) if re.split(r"[.:]", change)[0] not in FREE_TO_CHANGE]
 
 

@@ -1,11 +1,11 @@
-"""Train the small icon autoencoder: 64 x 64 pictures -> 8 x 8 latents, once, for everything that follows.
+"""Training of the small icon autoencoder, from 64 x 64 images to 8 x 8 latents.
 
 Notable:
-- a diffusers `AutoencoderTiny` (deterministic, convolutional), so that any diffusers user can load it;
-- the loss is L1 on pixels and on their differences (edges), with noise on the latents: the decoder learns to forgive
-  the small errors that a diffusion model makes;
-- latents are pulled to mean 0 and deviation 1 per channel, so one scaling factor serves all channels;
-- colours are permuted and pictures moved at random, so that colours and places never seen still decode.
+- it is a diffusers `AutoencoderTiny` (deterministic, convolutional), so any diffusers user can load it;
+- the loss is L1 on pixels and on their differences (edges), with noise added to the latents, so the decoder tolerates the small errors of
+  a diffusion model;
+- a penalty pulls the latents to mean 0 and standard deviation 1 per channel, so one scaling factor serves all channels;
+- colours are permuted and images shifted at random, so that unseen colours and positions decode as well.
 """
 
 import time
@@ -24,12 +24,12 @@ from microdit.encoders.autoencoder import RECORD
 from microdit.io.files import sha256_of, to_checked_json, write_aside
 from microdit.io.locks import LOCK
 
-SIGMA_DATA = 0.9  # the scaled latents' deviation, as the paper's SDXL latents have (2407.15811, table of EDM settings)
+SIGMA_DATA = 0.9  # standard deviation of the scaled latents, as for the paper's SDXL latents (2407.15811, table of EDM settings)
 
 
 @dataclass(frozen=True)
 class AutoencoderSettings:
-    """What made an icon autoencoder; kept in its record."""
+    """Settings of an icon autoencoder's training, kept in its record."""
 
     width: int = 32  # channels of every convolution
     latent_channels: int = 8
@@ -37,14 +37,14 @@ class AutoencoderSettings:
     steps: int = 2600
     batch_size: int = 32
     learning_rate: float = 2e-3
-    latent_noise: float = 0.15  # in deviations of the latents
+    latent_noise: float = 0.15  # in standard deviations of the latents
     edge_weight: float = 1.0
     moment_weight: float = 0.1
     seed: int = 0
 
 
 def train_icon_autoencoder(out: Path, settings: AutoencoderSettings, on_step: Callable[[int, dict[str, float]], None]) -> dict[str, float]:
-    """Train on the emoji training split, write config, weights (float16) and record.json with their checksums to `out`; return its figures.
+    """Train on the emoji training split and write config, weights (float16) and record.json with checksums to `out`. Returns the figures.
 
     `on_step(step, {"loss": ...})` is called after every step.
     """
@@ -83,13 +83,13 @@ def train_icon_autoencoder(out: Path, settings: AutoencoderSettings, on_step: Ca
 
 
 def load_emoji(split: Split, image_size: int) -> Tensor:
-    """All pictures of a split: (N, 3, image_size, image_size) in [-1, 1]."""
+    """Return all images of a split, (N, 3, image_size, image_size) in [-1, 1]."""
     return torch.stack([to_tensor(row.image, image_size) for row in emoji_images(split)])
 
 
 @torch.no_grad()
 def reconstruction_figures(model: AutoencoderTiny, image_size: int, splits: Iterable[Split] = ("train", "held_out")) -> dict[str, float]:
-    """Mean absolute error (of 255 grey levels) and PSNR in dB, on the training and the held-out pictures."""
+    """Return the mean absolute error (of 255 grey levels) and the PSNR in dB, for the images of each split."""
     figures = {}
     for split in splits:
         images_NCHW = load_emoji(split, image_size)
@@ -125,7 +125,7 @@ def _loss(model: AutoencoderTiny, images_NCHW: Tensor, settings: AutoencoderSett
 
 
 def _augment(images_NCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """For half of the batch: permuted colours, a mirror, a shift of up to 6 pixels with white coming in."""
+    """Permute colours, flip, and shift by up to 6 pixels (padding with white) half of the images at random."""
     batch = []
     for image_CHW in images_NCHW:
         if torch.rand((), generator=generator) < 0.5:

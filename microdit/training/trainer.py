@@ -5,9 +5,9 @@ Notable:
   interrupted run continues with the same losses to the last bit;
 - the phases of a recipe share one optimizer and its weight averages; each has its own mask ratio, batch size and learning-rate schedule;
 - Ctrl-C and SIGTERM finish the current step, write a checkpoint, and print how to continue;
-- a step whose loss is not finite or jumps is skipped; after several skips in a row the weights return to a checkpoint, the data goes on;
-- a GPU is given one step ahead: the program reads a step's numbers while the next one runs, so warnings, stops and rollbacks come one step
-  later, and nothing ever waits in front of the optimizer;
+- a step whose loss is not finite or jumps is skipped; after several skips in a row the weights return to a checkpoint, the data continues;
+- steps are queued one ahead on a GPU: the program reads a step's numbers while the next one runs, so the GPU never waits for the program,
+  and warnings, stops and rollbacks come one step later;
 - all processes run the same loop; only the first one writes the record.
 """
 
@@ -45,8 +45,8 @@ from microdit.training.stability import SpikeDecision, SpikeGuard
 from microdit.training.state import TrainingState, read_step
 from microdit.training.validation import PromptGrid, open_held_out, open_quality
 
-AHEAD = 2  # batches that are read before they are needed
-MAX_ROLLBACKS = 3  # to one checkpoint and those before it, until a newer one is written
+AHEAD = 2  # batches to prefetch
+MAX_ROLLBACKS = 3  # in a row without a new checkpoint in between
 CAPTION_MULTIPLE = 8  # tokens: masked attention kernels on GPUs need lengths divisible by 8
 
 
@@ -144,7 +144,7 @@ class Trainer:
                     newest = done.number == self.step  # then the weights are those after this step
                     if newest and self.guard.must_roll_back:
                         self._roll_back(decision)
-                    in_haste = result.stop_by_machine and not last  # the machine is about to be taken away
+                    in_haste = result.stop_by_machine and not last  # the machine is about to be preempted
                     measured = self._measure(last, in_haste) if newest else {}
                     if _due(done.number, recipe.record.metrics_every) or measured or (newest and (last or result.stop)):
                         self._write_metrics(meters, measured, done, decision.grad_norm)
@@ -211,7 +211,7 @@ class Trainer:
         return any(_due(self.step, every) for every in intervals)
 
     def _roll_back(self, decision: SpikeDecision) -> None:
-        """Return to the weights of a checkpoint after several skipped steps in a row. The data goes on."""
+        """Return to the weights of a checkpoint after several skipped steps in a row. The data continues."""
         self.checkpoints.finish()
         checkpoint = self._earlier_checkpoint()
         if checkpoint is None:
@@ -242,7 +242,7 @@ class Trainer:
             measured |= self.held_out.measure(self.state.gradients.current_loss(), self.recipe.engine.compile)
         if self.quality and (_due(self.step, record.quality_every) or last) and not in_haste:
             figures = self.quality.measure(self.state.ema_model())
-            self.console.print(self.quality.in_words(self.step, figures))
+            self.console.print(self.quality.describe(self.step, figures))
             measured |= figures
         return measured
 
@@ -283,7 +283,7 @@ class Trainer:
         self.record.status(state, reason, step=self.step, total_steps=self.recipe.total_steps, **values, **self.cost.so_far(), **counts)
 
     def _save(self, in_haste: bool = False) -> None:
-        """Start to write a checkpoint; `in_haste`, when the machine is about to be taken away, with no more than resuming needs.
+        """Start to write a checkpoint; `in_haste`, before preemption, with only what resuming needs.
 
         Weights that are not finite are never saved, because a rollback needs the older checkpoints.
         """
@@ -304,7 +304,7 @@ class Trainer:
 
     @contextmanager
     def _status_recorded(self) -> Iterator[None]:
-        """Write to the record how training ends, however it does."""
+        """Record the status of training: running, then finished, stopped or failed."""
         self._status("running")
         try:
             yield

@@ -49,32 +49,32 @@ def open_held_out(recipe: Recipe, data: EncodedDataset, edm: EDM, world: World) 
 
 
 class HeldOut:
-    """The first samples of an encoded set. Sample i of n gets the noise level of quantile (i + 1/2) / n, no mask, and its caption."""
+    """The held-out loss on the first samples of an encoded set. Sample i of n has the noise level of quantile (i + 1/2) / n and no mask."""
 
     def __init__(self, folder: Path, resolution: int, count: int, edm: EDM, world: World):
-        """Raises UserError if the set is missing, of another shape, or smaller than the number of processes."""
+        """Open the set. Raises UserError if it is missing, lacks the resolution, or has fewer samples than there are processes."""
         self.data = EncodedDataset(folder, resolution, world)
         self._bucket = self.data.largest_bucket
         rows = self.data.bucket_sizes[self._bucket]
         self._edm, self._world = edm, world
-        # Every process must call the model equally often, so what is left over by even shares is left out.
+        # Every process must call the model equally often, so the remainder after even shares is dropped.
         self.count = min(count, rows) // world.size * world.size
         if not self.count:
             raise UserError(f"{folder} holds {rows} samples, too few for {world.size} processes.")
 
     def measure(self, loss: nn.Module, compiled: bool = False) -> dict[str, object]:
-        """`held_out_loss`, and `held_out_by_noise` for the eight noise bins. All processes must call this.
+        """Return `held_out_loss`, and `held_out_by_noise` for the eight noise bins. All processes must call this.
 
-        `compiled` functions are called as in training, as if gradients were wanted: without, they would be compiled once more.
+        `compiled` says that the model is compiled: it then runs with gradients enabled, as in training, to avoid another compilation.
         """
-        tally = LossStats(self._world.device)
+        stats = LossStats(self._world.device)
         mine = range(self._world.rank, self.count, self._world.size)
         for start in range(0, len(mine), MICRO_BATCH):
             batch = self._batch(mine[start : start + MICRO_BATCH]).to(self._world.device)
             with torch.set_grad_enabled(compiled):
-                tally.add(loss(batch), batch.sigma_B, self._edm)
-        self._world.sum(tally.sums)
-        sums = StepResult.of(tally.sums.tolist())
+                stats.add(loss(batch), batch.sigma_B, self._edm)
+        self._world.sum(stats.sums)
+        sums = StepResult.of(stats.sums.tolist())
         return {"held_out_loss": sums.loss, "held_out_by_noise": by_noise(sums.losses, sums.counts)}
 
     def _batch(self, numbers: range) -> TrainingBatch:
@@ -90,8 +90,8 @@ class HeldOut:
         return TrainingBatch(batch.latents_BCHW, batch.text_BLE, batch.text_mask_BL, sigma_B, torch.stack(noise), everything, None)
 
 
-REFERENCES = 512  # pictures among which a drawn one's own is looked for
-GROUP = 16  # pictures that one process makes together
+REFERENCES = 512  # images that a generated one is compared with in retrieval
+GROUP = 16  # images that one process generates together
 
 
 def open_quality(recipe: Recipe, data: EncodedDataset, edm: EDM, world: World) -> "Quality | None":
@@ -100,12 +100,12 @@ def open_quality(recipe: Recipe, data: EncodedDataset, edm: EDM, world: World) -
 
 
 class Quality:
-    """Rows of a set's largest bucket, evenly spread. The captions of some are generated; features of the references are computed once."""
+    """Image quality on evenly spread rows of a set's largest bucket. Some of their captions are generated; all serve as references."""
 
     def __init__(self, data: EncodedDataset, recipe: Recipe, edm: EDM, world: World):
-        """Raises UserError if the set has too few rows or a damaged one, or if the feature network is missing.
+        """Compute the features of the references, once. All processes must call this.
 
-        All processes must call this.
+        Raises UserError if the set has too few rows or a damaged one, or if the feature network is missing.
         """
         self._data, self._record, self._edm, self._world = data, recipe.record, edm, world
         self._bucket, count = data.largest_bucket, recipe.record.quality_samples
@@ -134,7 +134,7 @@ class Quality:
         return self._data.latents([self._read(row)[0] for row in rows], self._bucket)
 
     def measure(self, model: MicroDiT) -> dict[str, float]:
-        """Generate the captions, image i from the noise of seed i, and `compare`. All processes must call this."""
+        """Generate images for the captions, image i from the noise of seed i, and `compare` them. All processes must call this."""
 
         def draw(part: slice) -> Tensor:
             shape, numbers = self._data.latent_shape(self._bucket), range(len(self._drawn_N))[part]
@@ -159,8 +159,8 @@ class Quality:
             "quality_seconds": round(time.monotonic() - started, 2),
         }
 
-    def in_words(self, step: int, figures: dict[str, float]) -> str:
-        """Return the figures as a sentence, with the retrieval rate of chance."""
+    def describe(self, step: int, figures: dict[str, float]) -> str:
+        """Return the figures as a sentence, with the retrieval rate expected by chance."""
         kid, recognised, chance = figures["quality_kid"], figures["quality_retrieval"], 10 / len(self._rows)
         seconds = figures["quality_seconds"]
         return f"quality at step {step}: KID {kid:.3g}, {recognised:.0%} recognised ({chance:.0%} by chance), in {seconds:.1f} s"
@@ -172,7 +172,7 @@ class Quality:
         self._autoencoder.to(self._world.device)
         for start in starts[self._world.rank :: self._world.size]:
             latents_BCHW = latents_of(slice(start, min(start + GROUP, count)))
-            # One by one: a group of large pictures may not fit beside what is trained.
+            # One by one, because a group of large images may not fit in memory next to the training state.
             images = [to_image(self._autoencoder.decode(latents_1CHW)[0]) for latents_1CHW in latents_BCHW.split(1)]
             mine[start] = self._network(images)
         self._autoencoder.to("cpu")
@@ -187,15 +187,15 @@ class Quality:
 
 
 class PromptGrid:
-    """Generates the grid of prompts, each process some of them. Encoders are loaded on first use and kept."""
+    """Generates the grid of the recipe's prompts, divided among the processes. Encoders are loaded on first use and kept."""
 
     def __init__(self, recipe: Recipe, world: World, dtype: torch.dtype, warn: Callable[[str], None]):
-        """`dtype` is what products are computed in. `warn` is told, once, which prompts are not read to their end."""
+        """Prepare the grid. `dtype` is that of matrix products. `warn` is called once with the prompts that the text encoder truncates."""
         self._recipe, self._world, self._dtype, self._warn = recipe, world, dtype, warn
         self._encoders: Encoders | None = None
 
     def draw(self, model: MicroDiT, description: dict[str, Any], step: int) -> Image.Image:
-        """`description`: what a checkpoint says of itself, which names the encoders. All processes must call this.
+        """Return the grid of images. `description` is that of a checkpoint, which names the encoders. All processes must call this.
 
         Raises UserError if the encoders have changed.
         """
@@ -212,6 +212,6 @@ class PromptGrid:
         mine = prompts[start : start + share]
         images = pipeline.generate(mine, settings, recipe.seed + start, warn=lambda sentence: None) if mine else []
         for encoder in self._encoders:
-            encoder.to("cpu")  # the memory is training's
+            encoder.to("cpu")  # free the GPU's memory for training
         everyones = [image for images in world.gather(images) for image in images]
         return draw_grid(everyones, prompts, title=f"{recipe.name}, step {step}, {recipe.samples_before(step):,} images seen")

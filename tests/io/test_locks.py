@@ -7,7 +7,7 @@ import time
 import pytest
 
 from microdit.errors import UserError
-from microdit.io.locks import in_turn, in_use, is_held, locked, refuse_locked
+from microdit.io.locks import check_unlocked, in_turn, in_use, is_held, locked
 
 
 def test_the_second_is_refused_with_the_first_ones_process_and_host(tmp_path):
@@ -20,8 +20,8 @@ def test_the_second_is_refused_with_the_first_ones_process_and_host(tmp_path):
         with locked(tmp_path / "deep" / "another", "Another"):
             pass
         with pytest.raises(UserError, match=f"^It is in use by process {os.getpid()} on "):
-            refuse_locked(tmp_path / "deep" / "lock", "It")
-    refuse_locked(tmp_path / "deep" / "lock", "The folder")
+            check_unlocked(tmp_path / "deep" / "lock", "It")
+    check_unlocked(tmp_path / "deep" / "lock", "The folder")
     with locked(tmp_path / "deep" / "lock", "The folder"):
         pass
 

@@ -75,5 +75,8 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_not_taken_for_held(tmp_path,
 
 def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/run cannot be written: .*Choose another --out"), sole_writer(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(UserError, match=r"file/run cannot be written: .*Fix that, or choose another --out"),
+        sole_writer(tmp_path / "file" / "run"),
+    ):
         pytest.fail("nobody can write here")

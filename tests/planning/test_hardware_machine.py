@@ -129,8 +129,8 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, settings, sentence):
     ("content", "sentence"),
     [
         ("- 1", "must hold chips and dollars"),
-        ("h900: 2", r"prices\.yaml: h900 is no known chip, so its speed and memory must be said: .h900: .teraflops: 112"),
-        ("h900: {teraflops: 5000, price: 2}", "h900 is no known chip, so its speed and memory"),
+        ("h900: 2", r"prices\.yaml: h900 is not a known chip, so its speed and memory must be given: .h900: .teraflops: 112"),
+        ("h900: {teraflops: 5000, price: 2}", "h900 is not a known chip, so its speed and memory"),
         ("h100: cheap", "h100 is cheap"),
         ("h100:", "h100 is None, and must be the dollars"),
         (f"h100: {10**400}", "h100 is 10{400}, and must be the dollars"),
@@ -143,11 +143,11 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, settings, sentence):
         ("h100: {teraflops: true}", "teraflops is true, and"),
         ("h100: {memory_gb: -80}", "memory_gb is -80.0, and"),
         ("h100: {memory_gb: .nan}", "memory_gb is .nan, and"),
-        ("h100: 2\nH100 SXM: {memory_gb: 90}", "speaks of H100 SXM twice, the second time as H100 SXM: put it into one"),
+        ("h100: 2\nH100 SXM: {memory_gb: 90}", "names H100 SXM twice, the second time as H100 SXM: merge the entries"),
         ("a: [", "is not readable YAML"),
         ("h100: 2_2", "h100 is 2_2, and must be the dollars"),
         ("h100: 1:30", "h100 is 1:30, and must be the dollars"),
-        ("x9: {teraflops: 1, memory_gb: 1}\nX 9: {teraflops: 2, memory_gb: 1}", "speaks of X 9 twice"),
+        ("x9: {teraflops: 1, memory_gb: 1}\nX 9: {teraflops: 2, memory_gb: 1}", "names X 9 twice"),
     ],
 )
 def test_a_bad_price_list_is_refused(tmp_path, content, sentence):

@@ -95,7 +95,7 @@ def test_little_money_stays_at_256_px_and_more_goes_on_to_512():
     little, more = buy_on("h100", 1), buy_on("h100", 20)
     assert list(little.recipes) == ["1-256-masked", "2-256-full"]
     assert len(little.recipes["2-256-full"].ema) == 1
-    assert any("All is spent at 256 px" in line for line in little.in_words())
+    assert any("All is spent at 256 px" in line for line in little.describe())
     masked = more.recipes["3-512-masked"].phases[0]
     assert masked.steps * masked.batch_size >= 0.99 * LEAST_AT_512
     assert sum(recipe.phases[0].steps for recipe in more.recipes.values()) >= 0.99 * STEPS_WANTED
@@ -106,13 +106,13 @@ def test_a_small_card_gets_a_smaller_model_and_says_so():
     found = plan_for_dollars(2000, replace(t4, chip=replace(t4.chip, memory_gb=8)), KnownShapes(), "data/mine", 1000)
     assert found.smaller_for_memory
     assert found.width < buy_on("h100", 2000 * 65 / 989.4).width  # as many FLOPs on a card with room
-    assert any("does not fit 1 x 8 GB" in line for line in found.in_words())
+    assert any("does not fit 1 x 8 GB" in line for line in found.describe())
 
 
 def test_the_uncertainty_is_said_in_words():
     found = buy_on("h100", 100)
     assert found.widths[0] < found.width < found.widths[1]
-    assert any(f"width {found.widths[0]} to {found.widths[1]}" in line for line in found.in_words())
+    assert any(f"width {found.widths[0]} to {found.widths[1]}" in line for line in found.describe())
 
 
 @pytest.mark.parametrize(
@@ -144,11 +144,11 @@ def test_pictures_that_cost_more_leave_less_for_training_and_those_of_256_px_are
     few, many = buy_on("h100", 100, images=1000), buy_on("h100", 100, images=20_000_000)
     assert many.flops / few.flops == pytest.approx(1 - many.encoding.dollars / 100, rel=0.001)
     assert many.gpu_hours * 3600 * 989.4e12 * 0.4 == pytest.approx(many.flops)
-    assert "20,000,000 images (--images says how many)" in many.in_words()[0]
+    assert "20,000,000 images (--images says how many)" in many.describe()[0]
     little = buy_on("h100", 2, images=None)
     assert list(little.recipes) == ["1-256-masked", "2-256-full"]
     assert little.encoding.flops_per_sample < many.encoding.flops_per_sample / 3
-    assert "1,000,000 images (assumed; --images says how many)" in little.in_words()[0]
+    assert "1,000,000 images (assumed; --images says how many)" in little.describe()[0]
 
 
 def test_what_is_encoded_already_costs_nothing_more(monkeypatch):
@@ -157,7 +157,7 @@ def test_what_is_encoded_already_costs_nothing_more(monkeypatch):
     monkeypatch.setattr("microdit.planning.planner.shapes_of", there)
     found = buy_on("h100", 100, images=None)
     assert found.gpu_hours == pytest.approx(100)
-    assert "the images are encoded already" in found.in_words()[0]
+    assert "the images are encoded already" in found.describe()[0]
 
 
 def test_only_the_set_that_is_named_is_looked_at(tmp_path, monkeypatch, encoded_emoji):

@@ -166,7 +166,7 @@ def _read_with_sidecars(folder: Path, captions_beside: tuple[str, ...], listed: 
 
 
 def _list_once(held: ExitStack, out: Path, folder: Path, source: Path, make: MakeListing) -> Listing:
-    """Raises UserError if this process does not see the same files as the one that listed them, or if the listing cannot be stored."""
+    """Raise UserError if this process does not see the same files as the one that listed them, or if the listing cannot be stored."""
     if out.exists():
         return make()  # the encoding will report that `out` exists
     try:
