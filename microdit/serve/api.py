@@ -31,7 +31,7 @@ from microdit.reports.grids import png_bytes
 from microdit.reports.run_page import report_page
 from microdit.serve.budget_api import Computations, bill_text
 from microdit.serve.queue import LESS_MEMORY, Drawing, Job, WorkQueue
-from microdit.serve.schemas import AskedWronglyError, Limits, read_drawing, read_object
+from microdit.serve.schemas import MAX_IMAGES, AskedWronglyError, BudgetRequest, ImageRequest, Limits, read_object
 
 LOOK_EVERY = 0.05  # seconds between two looks at whether a job has ended, or its client gone
 
@@ -50,7 +50,7 @@ def images_api(queue: WorkQueue, limits: Limits) -> APIRouter:
 
     @router.post("/v1/images/generations")
     async def generations(request: Request) -> dict[str, Any]:
-        drawing = read_drawing(await read_json(request, limits), queue.models, limits)
+        drawing = ImageRequest.read(await read_json(request, limits)).drawing(queue.models)
         job = queue.add(drawing)
         try:
             while not job.ended.is_set():
@@ -172,7 +172,7 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
             "solvers": get_args(Solver),
             "steps": DEFAULT_SETTINGS.num_inference_steps,
             "guidance": DEFAULT_SETTINGS.guidance_scale,
-            "pictures": limits.pictures,
+            "pictures": MAX_IMAGES,
             "runs": list(runs),
             "recipes": offered,
             "chips": [chip.name for chip in CHIPS],
@@ -180,7 +180,7 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
 
     @router.post("/api/jobs")
     async def begin(request: Request) -> dict[str, str]:
-        drawing = read_drawing(await read_json(request, limits), queue.models, limits)
+        drawing = ImageRequest.read(await read_json(request, limits)).drawing(queue.models)
         return {"id": watched.add(queue.add(drawing))}
 
     @router.get("/api/jobs/{name}")
@@ -208,8 +208,8 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
 
     @router.post("/api/budget")
     async def budget(request: Request) -> dict[str, str]:
-        fields = await read_json(request, limits)
-        return {"text": await computations.answer(request, lambda check: bill_text(fields, recipes, check))}
+        wanted = BudgetRequest.read(await read_json(request, limits))
+        return {"text": await computations.answer(request, lambda check: bill_text(wanted, recipes, check))}
 
     @router.get("/")
     @router.get("/page.js")
