@@ -1,8 +1,6 @@
-"""OpenAI's images API (POST /v1/images/generations, GET /v1/models) in front of the work queue, for programs that know it already.
+"""The endpoints: OpenAI's images API (POST /v1/images/generations, GET /v1/models), and the web page with the API of its script.
 
-The web page and what its script asks: jobs that are watched and called off, a run's report, a recipe's budget.
-
-Nothing of it comes from elsewhere, and the browser is told to load nothing from elsewhere.
+The page's API starts, shows and cancels jobs, and returns a run's report or a recipe's budget. The page loads nothing from other hosts.
 """
 
 import asyncio
@@ -31,13 +29,13 @@ from microdit.reports.grids import png_bytes
 from microdit.reports.run_page import report_page
 from microdit.serve.budget_api import Computations, bill_text
 from microdit.serve.queue import LESS_MEMORY, Drawing, Job, WorkQueue
-from microdit.serve.schemas import AskedWronglyError, Limits, read_drawing, read_object
+from microdit.serve.schemas import MAX_IMAGES, AskedWronglyError, BudgetRequest, ImageRequest, Limits, read_object
 
 LOOK_EVERY = 0.05  # seconds between two looks at whether a job has ended, or its client gone
 
 
 class ServerFailedError(Exception):
-    """Ours, with a sentence for the client. `status`: of HTTP."""
+    """A failure of the server, with a sentence for the client. `status` is the HTTP status."""
 
     def __init__(self, sentence: str, status: int = 500):
         super().__init__(sentence)
@@ -50,7 +48,7 @@ def images_api(queue: WorkQueue, limits: Limits) -> APIRouter:
 
     @router.post("/v1/images/generations")
     async def generations(request: Request) -> dict[str, Any]:
-        drawing = read_drawing(await read_json(request, limits), queue.models, limits)
+        drawing = ImageRequest.read(await read_json(request, limits)).drawing(queue.models)
         job = queue.add(drawing)
         try:
             while not job.ended.is_set():
@@ -81,14 +79,14 @@ def images_api(queue: WorkQueue, limits: Limits) -> APIRouter:
 
 
 async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
-    """The object that a request brings. Raises AskedWronglyError if it is none, or is not said to be JSON (a form of any page is not)."""
+    """Return the JSON object in the body. Raises AskedWronglyError if there is none, or if the content type is not JSON."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise AskedWronglyError("Send JSON, with the header Content-Type: application/json.", status=415, code="not_json")
     return read_object(await _read_body(request, limits))
 
 
 async def _read_body(request: Request, limits: Limits) -> bytes:
-    """No more of it than may be. Raises AskedWronglyError if it is larger, or too slow."""
+    """Return the body. Raises AskedWronglyError if it is too large or too slow."""
     too_large = AskedWronglyError(f"The body is larger than {limits.body_bytes:,} bytes.", status=413, code="too_large")
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced[:12]) > limits.body_bytes:
@@ -106,7 +104,7 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
 
 
 def answer_for_failure(job: Job) -> None:
-    """Raises what the client is told, unless the job has ended well."""
+    """Raise the error that the client is told, unless the job succeeded."""
     if job.state == "failed":
         raise AskedWronglyError(job.error) if job.at_fault == "user" else ServerFailedError(job.error)
     if job.state != "done":
@@ -114,7 +112,7 @@ def answer_for_failure(job: Job) -> None:
 
 
 def png_of(picture: Image.Image, drawing: Drawing, number: int) -> bytes:
-    """A file that says of itself, as text, how to draw it again."""
+    """Return a PNG file whose text chunks say how to draw it again."""
     about = {
         "prompt": drawing.prompt,
         "negative_prompt": drawing.negative_prompt,
@@ -136,7 +134,7 @@ KEPT_JOBS = 64  # that a page may still ask for
 
 
 class Watched:
-    """The newest jobs of all pages by a name that cannot be guessed. A forgotten one is called off."""
+    """The newest jobs of all pages, by names that cannot be guessed. The oldest are cancelled and dropped."""
 
     def __init__(self, queue: WorkQueue):
         self._queue = queue
@@ -157,13 +155,13 @@ class Watched:
 
 
 def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs: dict[str, Path], recipes: Path) -> APIRouter:
-    """`runs`: of the models that are runs. `recipes`: the folder whose recipes the page offers."""
+    """Return the page's endpoints. `runs` are the folders of models that are runs; `recipes` is the folder of recipes to offer."""
     router = APIRouter()
     watched, decoding = Watched(queue), threading.Lock()
 
     @router.get("/api/about")
     def about() -> dict[str, Any]:
-        """What the page's fields offer."""
+        """Return the choices and the defaults of the page's fields."""
         sides = {name: _side(pipeline) for name, pipeline in queue.models.items()}
         offered = sorted(str(path.relative_to(recipes)) for path in recipes.glob("*.yaml"))
         offered += sorted(path.name for path in recipes.iterdir() if any(path.glob("1-*.yaml"))) if recipes.is_dir() else []
@@ -172,7 +170,7 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
             "solvers": get_args(Solver),
             "steps": DEFAULT_SETTINGS.num_inference_steps,
             "guidance": DEFAULT_SETTINGS.guidance_scale,
-            "pictures": limits.pictures,
+            "pictures": MAX_IMAGES,
             "runs": list(runs),
             "recipes": offered,
             "chips": [chip.name for chip in CHIPS],
@@ -180,7 +178,7 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
 
     @router.post("/api/jobs")
     async def begin(request: Request) -> dict[str, str]:
-        drawing = read_drawing(await read_json(request, limits), queue.models, limits)
+        drawing = ImageRequest.read(await read_json(request, limits)).drawing(queue.models)
         return {"id": watched.add(queue.add(drawing))}
 
     @router.get("/api/jobs/{name}")
@@ -208,8 +206,8 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
 
     @router.post("/api/budget")
     async def budget(request: Request) -> dict[str, str]:
-        fields = await read_json(request, limits)
-        return {"text": await computations.answer(request, lambda check: bill_text(fields, recipes, check))}
+        wanted = BudgetRequest.read(await read_json(request, limits))
+        return {"text": await computations.answer(request, lambda check: bill_text(wanted, recipes, check))}
 
     @router.get("/")
     @router.get("/page.js")
@@ -225,7 +223,7 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
 
 
 def _side(pipeline: MicroDiTPipeline) -> str:
-    """Of training, as WIDTHxHEIGHT."""
+    """Return the size of the training images as WIDTHxHEIGHT."""
     _, height, width = pipeline.latent_shape
     scale = pipeline.config.vae_scale_factor
     return f"{width * scale}x{height * scale}"

@@ -1,6 +1,6 @@
-"""What is computed for a request beside drawing: one after another, for a bounded time, and only for clients that are still there.
+"""Budgets for the page, and the thread that computes them and the reports.
 
-What the page's budget tab asks: the bill of a recipe, or what a sum of money buys, as the terminal shows them.
+Computations run one after another, for a bounded time, and only as long as their clients are connected.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -24,16 +24,15 @@ from microdit.planning.hardware import Machine, find_machine, measurements_file
 from microdit.planning.planner import plan_for_dollars, recipe_files
 from microdit.planning.tables import print_estimate, print_plan
 from microdit.planning.workload import KnownShapes
-from microdit.reports.formats import finite
 from microdit.serve.queue import QueueClosedError
-from microdit.serve.schemas import AskedWronglyError, Limits
+from microdit.serve.schemas import AskedWronglyError, BudgetRequest, Limits
 
 LOOK_EVERY = 0.05  # seconds between two looks at whether a computation has ended, or its client gone
 T = TypeVar("T")
 
 
 class Computations:
-    """A thread that computes for all requests in turn, until `close`."""
+    """A thread that runs the computations of all requests in turn, until `close`."""
 
     def __init__(self, limits: Limits):
         self._limits = limits
@@ -42,11 +41,11 @@ class Computations:
         self._closed = threading.Event()
 
     async def answer(self, request: Request, compute: Callable[[Callable[[], None]], T]) -> T:
-        """What `compute(check)` returns. It has to call `check` often, which raises when its time is up or nobody waits for it.
+        """Return the result of `compute(check)`, which has to call `check` often: it raises when the time is up or the client has gone.
 
         Raises AskedWronglyError if too many wait already, ClientDisconnect if the client goes, QueueClosedError if the server ends.
         """
-        self._refuse_if_closed()
+        self._check_open()
         if self._clients >= self._limits.computations:
             raise AskedWronglyError(
                 f"{self._clients} computations are waiting already, and no more may: ask again in a few seconds.",
@@ -61,7 +60,7 @@ class Computations:
                 if await request.is_disconnected():
                     raise ClientDisconnect
                 await asyncio.sleep(LOOK_EVERY)
-            self._refuse_if_closed()
+            self._check_open()
             return future.result()
         finally:
             gone.set()
@@ -72,12 +71,12 @@ class Computations:
         self._closed.set()
         self._thread.shutdown(cancel_futures=True)
 
-    def _refuse_if_closed(self) -> None:
+    def _check_open(self) -> None:
         if self._closed.is_set():
             raise QueueClosedError("The server is shutting down: ask again when it is back.")
 
     def _check(self, gone: threading.Event) -> Callable[[], None]:
-        """Of a computation that begins now."""
+        """Return the check of a computation that begins now."""
         seconds = self._limits.computation_seconds
         end = time.monotonic() + seconds
 
@@ -94,51 +93,35 @@ class Computations:
 
 
 DATA = "data/pictures"  # that bought recipes name: not data/mine, which may be there already, encoded for smaller pictures
-LONGEST_NAME = 200  # letters
-NUMBERS = {
-    "price": "The price must be dollars of a GPU-hour, or left empty.",
-    "mfu": "The utilisation must be the share of the chip's peak that is used, such as 0.45, or left empty.",
-    "dollars": "The sum must be dollars, or left empty.",
-}
+LONGEST_NAME = 200  # characters
 
 
-def bill_text(fields: dict[str, Any], recipes: Path, check: Callable[[], None]) -> str:
-    """For `recipe`, one of the folder `recipes`, for `text`, a recipe itself, or for `dollars`. `check` may call it off.
+def bill_text(request: BudgetRequest, recipes: Path, check: Callable[[], None]) -> str:
+    """Return the bill as the terminal shows it: of a recipe in the folder `recipes`, of a recipe's text, or of what a sum buys.
 
-    Raises UserError.
+    `check` is called between the parts, and may raise to call it off. Raises UserError.
     """
-    for key, sentence in NUMBERS.items():
-        if fields.get(key) is not None and finite(fields[key]) is None:
-            raise UserError(sentence)
-    count, images = _whole(fields.get("count", 1), "GPUs", 100_000), fields.get("images")
-    images = None if images is None else _whole(images, "images", 10**12)
-    machine = find_machine(str(fields.get("chip", "h100")), count, fields.get("price"), fields.get("mfu"), None, measurements_file())
+    machine = find_machine(request.chip, request.count, request.price, request.mfu, None, measurements_file())
     console = PlainConsole(file=io.StringIO(), width=100, no_color=True, record=True)
-    if fields.get("dollars") is None:
-        print_estimate(estimate(_asked(fields, recipes), machine, images=images, check=check), console)
+    if request.dollars is None:
+        print_estimate(estimate(_read_recipes(request, recipes), machine, images=request.images, check=check), console)
         return console.export_text()
-    if fields.get("text") is not None:
+    if request.text is not None:
         raise UserError("Give a file, to see what it costs, or dollars, to see what they buy: one of the two.")
-    return _bought(fields["dollars"], machine, images, console)
+    return _bought(request.dollars, machine, request.images, console)
 
 
 def _bought(dollars: float, machine: Machine, images: int | None, console: PlainConsole) -> str:
-    """With the recipes' text."""
+    """Return the plan for `dollars` and the text of its recipes."""
     plan = plan_for_dollars(dollars, machine, KnownShapes(), DATA, images)
     print_plan(plan, estimate(plan.recipes, machine, images=images), console)
     return console.export_text() + "".join(f"\n--- {name}\n{text}" for name, text in recipe_files(plan).items())
 
 
-def _whole(number: Any, what: str, most: int) -> int:
-    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
-        raise UserError(f"The number of {what} must be a whole number from 1 to {most:,}.")
-    return number
-
-
-def _asked(fields: dict[str, Any], recipes: Path) -> dict[str, Recipe]:
-    if isinstance(fields.get("text"), str):
-        return {"recipe": recipe_of_text(fields["text"], "recipe.yaml")}
-    name = str(fields.get("recipe", ""))
+def _read_recipes(request: BudgetRequest, recipes: Path) -> dict[str, Recipe]:
+    if request.text is not None:
+        return {"recipe": recipe_of_text(request.text, "recipe.yaml")}
+    name = request.recipe or ""
     chosen = recipes / name
     is_name = len(name) <= LONGEST_NAME and name.isprintable()
     if not is_name or recipes.resolve() not in chosen.resolve().parents or not chosen.exists():

@@ -1,6 +1,6 @@
-"""What the server logs: one line a kind and minute, so that no client can fill a disk or a terminal with them.
+"""Connections with bounds on their number, on the time until a request has arrived and on the time until its answer is read.
 
-Connections that cannot be held for nothing: bounds on their number, and on the time until a request is there and its answer taken.
+The log gets at most one line of each kind per minute, so that no client can fill a disk or a terminal.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 def possible_connections(wanted: int) -> int:
-    """As many, but no more than half of the files that this process may have open."""
+    """Return `wanted`, or half of the files that this process may have open, if that is less."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows, which has no such bound
@@ -62,7 +62,7 @@ def possible_connections(wanted: int) -> int:
 class Connection(H11Protocol):
     """uvicorn's, which is closed if its client leaves a request half sent or an answer half read, or if there are too many.
 
-    How long the body of a request may take is known where it is read (images_api.py).
+    How long the body of a request may take is known where it is read (`read_json` in api.py).
     """
 
     def __init__(self, *args: Any, limits: Limits, **settings: Any):

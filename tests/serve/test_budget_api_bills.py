@@ -5,6 +5,7 @@ import pytest
 from microdit.config.recipes import RECIPES
 from microdit.errors import UserError
 from microdit.serve.budget_api import bill_text
+from microdit.serve.schemas import AskedWronglyError, BudgetRequest
 
 RECIPE = """
 name: NAME
@@ -17,7 +18,7 @@ phases:
 
 
 def bill(fields: dict, check=lambda: None) -> str:
-    return bill_text({"chip": "h100", **fields}, RECIPES, check)
+    return bill_text(BudgetRequest.read({"chip": "h100", **fields}), RECIPES, check)
 
 
 @pytest.mark.parametrize(
@@ -56,3 +57,12 @@ def test_a_bill_can_be_called_off_between_its_parts():
 def test_a_name_of_no_recipe_is_a_sentence(name):
     with pytest.raises(UserError, match="There is no such recipe here"):
         bill({"recipe": name})
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"), [({"count": None}, "count"), ({"chip": None}, "chip"), ({"recipe": 5}, "recipe"), ({"text": []}, "text")]
+)
+def test_a_field_of_another_type_is_named(fields, param):
+    with pytest.raises(AskedWronglyError) as refused:
+        bill(fields)
+    assert (refused.value.status, refused.value.param) == (400, param)

@@ -119,7 +119,11 @@ BAD_FIELDS = [
     ({"seed": 2**64}, "seed", "between 0 and"),
     ({"response_format": "url"}, "response_format", "no url"),
     ({"user": 7}, "user", "must be text"),
+    ({"seed": 2**53 - 2, "n": 2}, "seed", f"between 0 and {2**53 - 3}."),
+    ({"model": 3}, "model", "must be text, not a number"),
     ({"qualities": "hd"}, "qualities", "There is no field 'qualities'"),
+    ({"qualities": None}, "qualities", "There is no field 'qualities'"),
+    ({"half a letter \ud800": 1}, "half a letter ?", "There is no field 'half a letter ?'"),
 ]
 
 
