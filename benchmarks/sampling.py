@@ -37,7 +37,7 @@ from microdit.evaluation.recognition import spread_ids
 from microdit.io.files import sha256_of, write_aside
 from microdit.models.config import SIZES, resolve
 from microdit.models.microdit import MicroDiT
-from microdit.pipelines.load import open_model
+from microdit.pipelines.open_model import open_model
 from microdit.pipelines.pipeline import MicroDiTPipeline
 from microdit.pipelines.settings import SamplerSettings
 

@@ -44,7 +44,7 @@ def sample(
     (64, 64)
     """
     from microdit.devices import choose_device, choose_dtype
-    from microdit.pipelines.load import open_model
+    from microdit.pipelines.open_model import open_model
     from microdit.pipelines.pipeline import DEMO
     from microdit.pipelines.settings import DEFAULT_SETTINGS
 

@@ -9,7 +9,7 @@ import typer
 from microdit.cli.terminal import Device, TrainingDtype, console, progress
 from microdit.errors import UserError
 from microdit.io.console import joined, styled
-from microdit.io.text import printable
+from microdit.io.untrusted_text import printable
 
 
 def budget(
@@ -49,9 +49,9 @@ def budget(
     """
     from microdit.config.load import load_recipes
     from microdit.planning.estimate import estimate
+    from microdit.planning.estimate_tables import print_estimate, print_plan
     from microdit.planning.hardware import find_machine, measurements_file
     from microdit.planning.planner import plan_for_dollars, write_recipes
-    from microdit.planning.tables import print_estimate, print_plan
     from microdit.planning.workload import KnownShapes
 
     if (recipe is None) == (dollars is None):

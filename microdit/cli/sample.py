@@ -17,7 +17,7 @@ from microdit.io.console import joined, styled
 if TYPE_CHECKING:
     from microdit.diffusion.guidance import GuidanceKind
     from microdit.diffusion.samplers import Solver
-    from microdit.pipelines.load import OpenedModel
+    from microdit.pipelines.open_model import OpenedModel
     from microdit.pipelines.settings import SamplerSettings
 
 Model = Annotated[str, typer.Argument(help="A run folder, or an exported or imported model.")]
@@ -103,7 +103,7 @@ def sample(
     """
     from microdit.devices import device_errors_explained
     from microdit.encoders.captions import clean_prompts
-    from microdit.pipelines.load import model_and_prompts
+    from microdit.pipelines.open_model import model_and_prompts
     from microdit.reports.grids import Trajectory, check_trajectory_path, draw_grid, save_png
 
     model, prompts = model_and_prompts(arguments)
@@ -199,7 +199,7 @@ def _settings(options: DrawingOptions) -> "SamplerSettings":
 def _open(model: str, options: DrawingOptions) -> "OpenedModel":
     """Open the model, and its weak model if there is one, on the chosen device, which is printed."""
     from microdit.devices import choose_device, choose_dtype, describe_device, device_errors_explained
-    from microdit.pipelines.load import open_model
+    from microdit.pipelines.open_model import open_model
 
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)

@@ -33,7 +33,7 @@ def app(
     import contextlib
 
     from microdit.devices import choose_device, choose_dtype, describe_device, device_errors_explained
-    from microdit.pipelines.load import model_and_prompts, open_model
+    from microdit.pipelines.open_model import model_and_prompts, open_model
 
     with optional_package("The web page", "app"):
         from microdit.serve.queue import WorkQueue

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from microdit.io.console import PlainConsole, PrintableFormatter, Reporter
-from microdit.io.text import printable
+from microdit.io.untrusted_text import printable
 
 SOURCE_HELP = (
     "emoji and scenes are built in. Otherwise: a folder of pictures with .txt files, metadata.jsonl or metadata.csv; "

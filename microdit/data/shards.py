@@ -25,7 +25,7 @@ import xxhash
 
 from microdit.data.shard_index import LATENTS, ArrowStream, ShardIndex, read_at, schema
 from microdit.errors import UserError
-from microdit.io.text import one_line
+from microdit.io.untrusted_text import one_line
 
 BATCH_ROWS = 256  # rows of a record batch, which is held in memory while writing
 CHECKSUM_BYTES = 8

@@ -19,8 +19,8 @@ from microdit.encoders.model_files import dtype_argument, is_place, lasting_name
 from microdit.errors import UserError
 from microdit.io.files import write_aside
 from microdit.io.locks import sole_writer
-from microdit.io.text import parse_json
-from microdit.pipelines.load import OpenedModel, is_our_pipeline, open_model
+from microdit.io.untrusted_text import parse_json
+from microdit.pipelines.open_model import OpenedModel, is_our_pipeline, open_model
 from microdit.pipelines.pipeline import BATCH
 from microdit.pipelines.settings import SamplerSettings
 from microdit.reports.run_folder import is_run

@@ -11,7 +11,7 @@ from PIL import Image
 from microdit.data.decode import decode, fit
 from microdit.evaluation.metrics.registry import METRICS, label
 from microdit.io.files import write_aside
-from microdit.io.text import parse_json
+from microdit.io.untrusted_text import parse_json
 from microdit.reports.curves import Curve, draw_points
 from microdit.reports.html import image_data_url, load_template
 

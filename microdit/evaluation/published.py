@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from microdit.evaluation.geneval.rules import TASKS as GENEVAL_TASKS
-from microdit.io.text import printable
+from microdit.io.untrusted_text import printable
 from microdit.reports.formats import MISSING, count, figure
 
 DATA = Path(__file__).with_name("published.yaml")

@@ -20,7 +20,7 @@ from microdit.data.sources.builtin import CaptionedImage
 from microdit.evaluation.features import EfficientNetFeatures
 from microdit.evaluation.generators import ON_CPU, Compute, DrawSettings
 from microdit.io.files import write_aside
-from microdit.pipelines.load import open_model
+from microdit.pipelines.open_model import open_model
 from microdit.pipelines.pipeline import BATCH, MicroDiTPipeline
 
 

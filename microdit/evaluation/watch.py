@@ -16,7 +16,7 @@ from microdit.evaluation.evaluate import EvaluationSettings, evaluate
 from microdit.evaluation.generators import Compute, DrawSettings, RunGenerator
 from microdit.evaluation.html_report import read_evaluation, write_quality_page
 from microdit.io.console import QUIET, Reporter, styled
-from microdit.pipelines.load import opened_run
+from microdit.pipelines.open_model import opened_run
 from microdit.pipelines.pipeline import MicroDiTPipeline
 from microdit.reports.run_folder import RunFolder, is_run, state_of
 

@@ -17,7 +17,7 @@ from rich.segment import Segment
 from rich.table import Column
 from rich.text import Text
 
-from microdit.io.text import printable
+from microdit.io.untrusted_text import printable
 
 FIRST_LINE, LINE_EVERY = 10.0, 60.0  # seconds between lines when progress is written to a file
 LONGEST, LONGEST_NOTE = 5000, 200  # characters of a message, and of a name or note in a progress line

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from microdit.errors import UserError
-from microdit.io.text import one_line, parse_json_object
+from microdit.io.untrusted_text import one_line, parse_json_object
 
 ONE_DAY = 86_400  # seconds
 CHECKSUM = "self_sha256"  # the last entry of a JSON file that holds its own checksum

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from microdit.io.text import parse_json
+from microdit.io.untrusted_text import parse_json
 
 PIECE = np.dtype([("tensor", "<i4"), ("file", "<i4"), ("first", "<i4"), ("rows", "<i4"), ("at", "<i8")])
 """`rows` rows of a tensor from row `first` on, stored in a file from byte `at` on. Tensors and files are indices into lists of names."""

@@ -21,7 +21,7 @@ from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.console import QUIET, PlainConsole, Reporter
 from microdit.io.files import write_aside
-from microdit.io.text import parse_json_object
+from microdit.io.untrusted_text import parse_json_object
 from microdit.lab.study import Budget, Study, measurement
 from microdit.training.trainer import Trainer
 

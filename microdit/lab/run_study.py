@@ -35,7 +35,7 @@ from microdit.evaluation.recognition import retrieval, spread_ids
 from microdit.io.console import QUIET, PlainConsole, Reporter
 from microdit.io.files import keep_damaged, write_aside
 from microdit.io.locks import sole_writer
-from microdit.io.text import parse_json
+from microdit.io.untrusted_text import parse_json
 from microdit.lab.equal_cost import ArmPlan, make_plan
 from microdit.lab.study import Study, is_scheduled, stretched
 from microdit.pipelines.pipeline import Encoders, MicroDiTPipeline, load_encoders

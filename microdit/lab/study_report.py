@@ -22,7 +22,7 @@ from scipy.stats import ttest_ind_from_stats
 from microdit.config.schema import Recipe
 from microdit.errors import UserError
 from microdit.io.files import write_aside
-from microdit.io.text import code, plain
+from microdit.io.untrusted_text import code, plain
 from microdit.lab.equal_cost import ArmPlan
 from microdit.lab.study import HIGHER_IS_BETTER, Budget, Claim, Study
 from microdit.reports.formats import figure

@@ -15,7 +15,7 @@ from microdit.checkpoint import Checkpoint, check_finite, default_weights
 from microdit.data.manifest import MANIFEST
 from microdit.errors import UserError
 from microdit.io.files import aside_of, from_checked_json, stale_asides
-from microdit.io.text import parse_json
+from microdit.io.untrusted_text import parse_json
 from microdit.pipelines.model_card import card_of_run
 from microdit.pipelines.pipeline import MicroDiTPipeline, newest_checkpoint
 from microdit.reports.run_folder import RunFolder

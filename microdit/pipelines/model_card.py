@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from microdit.io.text import block, code, one_line, plain, printable
+from microdit.io.untrusted_text import block, code, one_line, plain, printable
 from microdit.reports.formats import count, figure, hours, money
 
 _HEAD = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["text-to-image", "diffusers", "microdit"]}

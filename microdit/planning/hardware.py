@@ -22,7 +22,7 @@ import torch
 from microdit.errors import UserError
 from microdit.io.files import write_aside
 from microdit.io.strict_yaml import Plain, Tree, decimal, read_yaml
-from microdit.io.text import parse_json
+from microdit.io.untrusted_text import parse_json
 from microdit.reports.formats import finite
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from microdit.diffusion.samplers import Step
 from microdit.errors import UserError
 from microdit.io.files import write_aside
-from microdit.io.text import one_line
+from microdit.io.untrusted_text import one_line
 
 CELL = 128  # side of an image in a grid, in pixels
 LINES = 3  # per caption

@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from microdit.io.text import printable
+from microdit.io.untrusted_text import printable
 from microdit.reports import formats
 
 

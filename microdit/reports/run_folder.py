@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from microdit.io.files import from_checked_json
-from microdit.io.text import parse_json_object
+from microdit.io.untrusted_text import parse_json_object
 from microdit.reports.formats import finite
 
 RECIPE = "recipe.yaml"  # its presence makes a folder a run folder

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from microdit.errors import UserError
 from microdit.io.console import styled
-from microdit.io.text import one_line
+from microdit.io.untrusted_text import one_line
 from microdit.reports.formats import age, count, duration, figure, finite, hours, money, share
 from microdit.reports.run_folder import RECIPE, RunFolder, is_run, state_of
 

@@ -20,9 +20,9 @@ from microdit.config.schema import Recipe
 from microdit.errors import UserError
 from microdit.io.console import PlainConsole
 from microdit.planning.estimate import estimate
+from microdit.planning.estimate_tables import print_estimate, print_plan
 from microdit.planning.hardware import Machine, find_machine, measurements_file
 from microdit.planning.planner import plan_for_dollars, recipe_files
-from microdit.planning.tables import print_estimate, print_plan
 from microdit.planning.workload import KnownShapes
 from microdit.serve.queue import QueueClosedError
 from microdit.serve.schemas import AskedWronglyError, BudgetRequest, Limits

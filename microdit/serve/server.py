@@ -19,9 +19,9 @@ from starlette.requests import ClientDisconnect
 
 from microdit.config.recipes import RECIPES
 from microdit.errors import UserError
-from microdit.serve.api import ServerFailedError, images_api, page_api
 from microdit.serve.budget_api import Computations
 from microdit.serve.connections import LOGGING, Connection, possible_connections
+from microdit.serve.endpoints import ServerFailedError, images_api, page_api
 from microdit.serve.queue import OUR_MISTAKE, QueueClosedError, QueueFullError, WorkQueue
 from microdit.serve.schemas import AskedWronglyError, Limits
 

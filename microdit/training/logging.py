@@ -23,7 +23,7 @@ import microdit
 from microdit.config.schema import Recipe
 from microdit.errors import UserError, optional_package
 from microdit.io.files import keep_damaged, to_checked_json, write_aside
-from microdit.io.text import command_line
+from microdit.io.untrusted_text import command_line
 from microdit.reports.formats import finite
 from microdit.reports.run_folder import METRICS, RUN, RunFolder, parse_metrics
 

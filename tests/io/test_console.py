@@ -13,7 +13,7 @@ import microdit
 from microdit.cli import terminal
 from microdit.io import console as module
 from microdit.io.console import LONGEST, QUIET, PlainConsole, PrintableFormatter, Reporter, joined, styled
-from tests.io.test_text_printable import HOSTILE
+from tests.io.test_untrusted_text_printable import HOSTILE
 
 PACKAGE = Path(microdit.__file__).parent
 STYLE = re.compile(r"\x1b\[[\d;]*m")  # colours and weights, which are our own

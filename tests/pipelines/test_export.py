@@ -12,7 +12,7 @@ from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
 from microdit.evaluation.generators import DrawSettings, RunGenerator, open_generator
 from microdit.pipelines.export import export_run, write_folder
-from microdit.pipelines.load import open_model
+from microdit.pipelines.open_model import open_model
 from microdit.pipelines.settings import SamplerSettings
 from tests.commands import microdit
 from tests.conftest import first_of

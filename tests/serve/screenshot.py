@@ -7,7 +7,7 @@ from pathlib import Path
 
 from playwright.sync_api import expect, sync_playwright
 
-from microdit.pipelines.load import open_model
+from microdit.pipelines.open_model import open_model
 from microdit.serve.queue import WorkQueue
 from microdit.serve.server import web_app
 from tests.serve.serving import served

@@ -24,7 +24,15 @@ RECIPE = Path(__file__).parent / "recipe.yaml"
 
 _context = multiprocessing.get_context("forkserver")
 _PRELOADED = (
-    *("cli.main", "data.encode", "evaluation.recognition", "evaluation.evaluate", "pipelines.load", "lab.study_report", "lab.run_study"),
+    *(
+        "cli.main",
+        "data.encode",
+        "evaluation.recognition",
+        "evaluation.evaluate",
+        "pipelines.open_model",
+        "lab.study_report",
+        "lab.run_study",
+    ),
     *("training.multi_phase", "training.checkpointing"),
 )
 # The fork server passes over names that do not exist, and every process would import them for itself.

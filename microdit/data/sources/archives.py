@@ -22,8 +22,17 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from microdit.data.sources.base import END, TARS, Part, Record, Source, relative_names
-from microdit.data.sources.files import IMAGE_SUFFIXES, LARGEST_FILE, LARGEST_TEXT, TOO_LARGE, UNREADABLE, Refused, Roots, open_file
 from microdit.data.sources.metadata import from_sidecars, sidecars_for
+from microdit.data.sources.untrusted_files import (
+    IMAGE_SUFFIXES,
+    LARGEST_FILE,
+    LARGEST_TEXT,
+    TOO_LARGE,
+    UNREADABLE,
+    Refused,
+    Roots,
+    open_file,
+)
 
 LARGEST_HEADER = 1_000_000  # bytes of an extended header, which holds a long name; no honest archive has a larger one
 ZIP_BLOCK = 4096  # bytes read at a time; what bzip2 and LZMA expand them to, tens of megabytes at most, is held in memory

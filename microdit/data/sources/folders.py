@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from microdit.data.sources.base import Part, Record, Source
-from microdit.data.sources.files import IMAGE_SUFFIXES, LARGEST_TEXT, NO_FILE, ImageList, ListedImage, find_images, read_file, roots_of
 from microdit.data.sources.metadata import (
     CAPTION_NAMES,
     LinePosition,
@@ -29,6 +28,16 @@ from microdit.data.sources.metadata import (
     from_sidecars,
     repeated_in,
     sidecars_for,
+)
+from microdit.data.sources.untrusted_files import (
+    IMAGE_SUFFIXES,
+    LARGEST_TEXT,
+    NO_FILE,
+    ImageList,
+    ListedImage,
+    find_images,
+    read_file,
+    roots_of,
 )
 from microdit.errors import UserError
 from microdit.io.files import aside_of, from_checked_json, sha256_of, to_checked_json, write_aside

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from microdit.data.sources.files import ListedImage, Refused, bounded_lines, open_file, roots_of
+from microdit.data.sources.untrusted_files import ListedImage, Refused, bounded_lines, open_file, roots_of
 from microdit.errors import UserError
-from microdit.io.text import parse_json_object
+from microdit.io.untrusted_text import parse_json_object
 
 CAPTION_NAMES = ("caption", "text", "prompt")  # columns and fields with captions; the first one that exists is used
 NO_CAPTION = "no caption"

@@ -12,7 +12,9 @@ from typing import Any, BinaryIO
 
 from microdit.data.sources.archives import Sample, archive_names, archive_source, open_zip, read_archive, read_zipped
 from microdit.data.sources.base import Part, Record, Source, only_captions, relative_names
-from microdit.data.sources.files import (
+from microdit.data.sources.folders import parts_of
+from microdit.data.sources.metadata import caption_text, from_fields, from_sidecars
+from microdit.data.sources.untrusted_files import (
     LARGEST_TEXT,
     ListedImage,
     Refused,
@@ -23,10 +25,8 @@ from microdit.data.sources.files import (
     read_file,
     roots_of,
 )
-from microdit.data.sources.folders import parts_of
-from microdit.data.sources.metadata import caption_text, from_fields, from_sidecars
 from microdit.errors import UserError
-from microdit.io.text import parse_json_object
+from microdit.io.untrusted_text import parse_json_object
 
 JOURNEYDB_LIST = "train_anno_realease_repath.jsonl"  # sic
 UNSAFE = 0.2  # score above which the authors exclude an image of DiffusionDB

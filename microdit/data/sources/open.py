@@ -12,9 +12,9 @@ from pathlib import Path
 from microdit.data.sources.archives import archive_source
 from microdit.data.sources.base import ARCHIVES, END, Part, Record, Source, only_captions
 from microdit.data.sources.builtin import emoji_source, scenes_source
-from microdit.data.sources.files import IMAGE_SUFFIXES, is_folder, roots_of
 from microdit.data.sources.folders import ListOnce, folder_source
 from microdit.data.sources.named import NAMED, open_named
+from microdit.data.sources.untrusted_files import IMAGE_SUFFIXES, is_folder, roots_of
 from microdit.errors import UserError
 
 _KINDS = """A source is one of

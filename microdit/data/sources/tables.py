@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from microdit.data.sources.base import END, Part, Record, Source, relative_names
-from microdit.data.sources.files import LARGEST_FILE, TOO_LARGE, Refused, Roots, open_file, read_file, roots_of
 from microdit.data.sources.metadata import CAPTION_NAMES, from_fields
+from microdit.data.sources.untrusted_files import LARGEST_FILE, TOO_LARGE, Refused, Roots, open_file, read_file, roots_of
 from microdit.errors import UserError
-from microdit.io.text import one_line
+from microdit.io.untrusted_text import one_line
 
 IMAGE_NAMES = ("image", "jpg", "png", "bytes")
 DAMAGED = "table is damaged from here on"

@@ -36,7 +36,7 @@ from microdit.evaluation.geneval.rules import (
     score,
 )
 from microdit.io.files import sha256_of, write_aside
-from microdit.io.text import parse_json
+from microdit.io.untrusted_text import parse_json
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLASSIFIER = "openai/clip-vit-large-patch14"

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microdit.errors import UserError
-from microdit.io.text import parse_json_object
+from microdit.io.untrusted_text import parse_json_object
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")

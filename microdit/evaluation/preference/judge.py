@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from microdit.errors import UserError
 from microdit.evaluation.preference.request_log import REQUESTS, Answer, Exchange, RequestLog
 from microdit.evaluation.preference.verdicts import Choice, Preference, Question, Reply, Verdict, VerdictFile
-from microdit.io.text import one_line, parse_json
+from microdit.io.untrusted_text import one_line, parse_json
 
 T = TypeVar("T")
 

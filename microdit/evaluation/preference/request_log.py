@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from microdit.errors import UserError
 from microdit.evaluation.preference.verdicts import LineFile, Order, Question
-from microdit.io.text import parse_json
+from microdit.io.untrusted_text import parse_json
 
 REQUESTS = "requests.jsonl"
 ENDED = "the process ended before an answer was logged"

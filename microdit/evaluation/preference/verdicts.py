@@ -20,7 +20,7 @@ from PIL import Image
 
 from microdit.errors import UserError
 from microdit.io.files import sha256_of
-from microdit.io.text import parse_json
+from microdit.io.untrusted_text import parse_json
 
 Order = Literal["AB", "BA"]  # the model whose image is shown first comes first
 ORDERS: tuple[Order, Order] = ("AB", "BA")

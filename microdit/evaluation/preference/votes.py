@@ -14,7 +14,7 @@ from typing import Any
 
 from microdit.errors import UserError
 from microdit.evaluation.preference.verdicts import Choice, Preference, Reply, Verdict, VerdictFile
-from microdit.io.text import parse_json
+from microdit.io.untrusted_text import parse_json
 
 HUMAN = "human"  # the judge's name in verdicts.jsonl
 LONGEST_BODY = 1000  # bytes of a vote

@@ -7,8 +7,8 @@ import zipfile
 import pytest
 
 from microdit.data.sources.archives import archive_source
-from microdit.data.sources.files import LARGEST_FILE
 from microdit.data.sources.open import open_source
+from microdit.data.sources.untrusted_files import LARGEST_FILE
 from tests.data.pictures import picture, problems_of, records_of, write_tar
 
 DAMAGED = "archive is damaged from here on"

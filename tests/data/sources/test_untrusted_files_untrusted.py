@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from microdit.data.sources.files import bounded_lines, read_file, roots_of
+from microdit.data.sources.untrusted_files import bounded_lines, read_file, roots_of
 from tests.data.pictures import write_file
 
 

@@ -6,7 +6,7 @@ import torch
 from microdit.errors import UserError
 from microdit.evaluation.generators import DrawSettings, open_generator
 from microdit.pipelines.export import export_run
-from microdit.pipelines.load import open_model
+from microdit.pipelines.open_model import open_model
 from microdit.pipelines.settings import SamplerSettings
 from tests.training.untrained import save_untrained
 

@@ -9,9 +9,9 @@ import pytest
 from microdit.config.load import load_recipes
 from microdit.io.console import PlainConsole
 from microdit.planning.estimate import Estimate, estimate
+from microdit.planning.estimate_tables import print_estimate
 from microdit.planning.hardware import find_machine
 from microdit.planning.planner import plan_for_dollars
-from microdit.planning.tables import print_estimate
 from microdit.planning.workload import KnownShapes
 from tests.planning.test_workload_bill import PUBLISHED, machine
 

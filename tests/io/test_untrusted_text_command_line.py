@@ -2,7 +2,7 @@ import shlex
 
 import pytest
 
-from microdit.io.text import command_line
+from microdit.io.untrusted_text import command_line
 
 
 def test_a_line_can_be_typed_again():

@@ -1,7 +1,7 @@
 import os
 import random
 
-from microdit.data.sources.files import find_images
+from microdit.data.sources.untrusted_files import find_images
 from tests.data.pictures import write_file
 
 
@@ -29,7 +29,7 @@ def test_names_are_sorted_as_whole_paths_and_any_bytes_are_names(tmp_path):
 
 
 def test_more_names_than_a_block(tmp_path, monkeypatch):
-    monkeypatch.setattr("microdit.data.sources.files.BLOCK", 3)
+    monkeypatch.setattr("microdit.data.sources.untrusted_files.BLOCK", 3)
     names = sorted(f"{number}.png" for number in range(11))
     for name in names:
         write_file(tmp_path / name, b"")

@@ -1,6 +1,6 @@
 import re
 
-from microdit.io.text import block, code, plain
+from microdit.io.untrusted_text import block, code, plain
 
 
 def test_text_in_a_line_is_neither_markup_nor_html_nor_the_end_of_a_cell():

@@ -8,7 +8,7 @@ import pytest
 import microdit
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.errors import UserError
-from microdit.pipelines.load import model_and_prompts, open_model
+from microdit.pipelines.open_model import model_and_prompts, open_model
 from microdit.pipelines.pipeline import DEMO
 from microdit.pipelines.settings import SamplerSettings
 from tests.commands import importing_from

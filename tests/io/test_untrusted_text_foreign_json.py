@@ -1,6 +1,6 @@
 import pytest
 
-from microdit.io.text import parse_json, parse_json_object
+from microdit.io.untrusted_text import parse_json, parse_json_object
 
 
 def test_json_is_read():

@@ -3,7 +3,7 @@ import unicodedata
 
 import pytest
 
-from microdit.io.text import one_line, printable
+from microdit.io.untrusted_text import one_line, printable
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07 a\rb \x9b1m \u202egnp.exe \u2066x\u2069 \u200b \ufeff \ud83d \u2028 \x7f \x00"
 
