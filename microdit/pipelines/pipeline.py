@@ -83,6 +83,11 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         full_captions: whether captions are padded to their full length, with the text encoder's vectors at padding, as the authors'
             models were trained.
         pad_token_id: for padding, where it is not the tokenizer's.
+
+    >>> pipeline = MicroDiTPipeline.from_pretrained("demo")
+    >>> pipeline.set_progress_bar_config(disable=True)
+    >>> pipeline("red heart", num_inference_steps=2, generator=torch.Generator().manual_seed(7)).images[0].size
+    (64, 64)
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
