@@ -20,6 +20,9 @@ class SamplerSettings:
     levels, above the first and up to the second, at which guidance acts (2404.07724); `guidance_rescale` lies between 0, which leaves it
     out, and 1 (2305.08891). `churn`, `churn_interval` and `churn_noise` are S_churn, (S_tmin, S_tmax) and S_noise of 2206.00364,
     algorithm 2. `noise_range` is the last noise level before the jump to 0, and the first; None takes EDM's.
+
+    >>> SamplerSettings(num_inference_steps=12, solver="dpm", guidance_interval=(0.2, 5)).guidance_scale
+    2.0
     """
 
     num_inference_steps: int = 30
