@@ -89,7 +89,7 @@ def write_in_haste(run, step):
     return folder
 
 
-def test_one_that_was_saved_in_haste_is_put_together_from_the_shards_of_all_processes(tmp_path):
+def test_a_hasty_checkpoint_is_assembled_from_all_shards(tmp_path):
     write(tmp_path, 1)
     write_in_haste(tmp_path, 2)
     found = find_weights(tmp_path, pytest.fail)
@@ -100,7 +100,7 @@ def test_one_that_was_saved_in_haste_is_put_together_from_the_shards_of_all_proc
         find_weights(tmp_path, pytest.fail, "ema-0.5")
 
 
-def test_every_flipped_byte_of_a_shard_is_noticed_before_it_is_put_together(tmp_path):
+def test_flipped_bytes_of_shards_are_noticed_before_assembly(tmp_path):
     write(tmp_path, 1)
     shards = sorted((write_in_haste(tmp_path, 2) / "shards").iterdir())
     for weights in (None, "ema", "model"):
@@ -173,7 +173,7 @@ def test_tensors_are_compared_before_they_are_used(tmp_path):
 
 
 @pytest.mark.parametrize("routing", ["deferred", "maskdit", "sprint"])
-def test_an_architecture_comes_back_from_json_and_an_old_one_is_deferred_and_gated(tmp_path, routing):
+def test_architectures_round_trip_and_old_ones_are_deferred_and_gated(tmp_path, routing):
     config = resolve(routed(Size(dim=32, depth=5, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=2, gated_ffn=False), routing))
     model = json.loads(json.dumps(asdict(config)))
     assert Checkpoint(tmp_path, 1, {"model": model}).model_config == config

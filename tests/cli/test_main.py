@@ -230,7 +230,7 @@ def test_a_torch_that_is_too_old_is_refused_in_one_sentence(monkeypatch, found, 
     assert f"torch>={'.'.join(map(str, cli.OLDEST_TORCH))}" in (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
 
-def test_an_autoencoder_is_not_trained_into_a_folder_that_another_program_writes(tmp_path):
+def test_an_autoencoder_is_not_trained_into_a_locked_folder(tmp_path):
     with sole_writer(tmp_path / "ae"):
         done = CliRunner().invoke(cli.app, ["train-autoencoder", "--out", str(tmp_path / "ae"), "--steps", "1"])
     assert isinstance(done.exception, UserError)

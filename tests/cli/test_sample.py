@@ -12,7 +12,7 @@ from microdit.pipelines.settings import SamplerSettings
 from tests.commands import microdit
 
 
-def test_sample_takes_all_settings_shows_the_way_and_says_in_the_file_what_it_did(workplace):
+def test_sample_takes_all_settings_and_records_them_in_the_file(workplace):
     options = ["--solver", "dpm", "--steps", 4, "--guidance", 3, "--guidance-rescale", 0.5, "--seed", 9]
     options += ["--guidance-interval", 0.2, 5, "--noise-range", 0.01, 60]
     shown = ["--negative", "blue", "--trajectory", "way.gif", "--out", "all.png"]

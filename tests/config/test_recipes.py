@@ -32,7 +32,7 @@ def test_a_study_is_found_with_the_recipe_that_it_starts_from(tmp_path, monkeypa
     assert load_study(Path(name))[0].name == "masking"
 
 
-def test_an_own_file_comes_before_a_bundled_recipe_and_a_folder_without_recipes_does_not(tmp_path, monkeypatch):
+def test_an_own_file_takes_precedence_over_a_bundled_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "emoji").mkdir()  # of pictures, say
     assert find_recipe("emoji") == RECIPES / "emoji.yaml"

@@ -163,7 +163,7 @@ def test_the_sets_of_a_mixture_share_what_may_be_open(of_four_shards):
     assert 3 * most_open(3) <= most_open() <= min(MOST_OPEN, soft // 2)
 
 
-def test_a_shard_deleted_before_it_is_opened_is_named_and_counted_once_a_row(of_four_shards, tmp_path):
+def test_a_deleted_shard_is_named_and_counted_for_each_row(of_four_shards, tmp_path):
     copy, said = shutil.copytree(of_four_shards, tmp_path / "copy"), []
     skipping = mixture(copy, steps=3, batch=12, on_damage="skip", warn=said.append)
     (copy / "shard-00002.arrow").unlink()

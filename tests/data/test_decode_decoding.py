@@ -112,7 +112,7 @@ def test_what_was_read_before_an_error_is_given_first(workers):
     assert [[rec.key for rec in records] for records in given] == [["8x20"], [], ["9x20"]]
 
 
-def test_a_large_jpeg_is_decoded_smaller_and_kept_or_rejected_by_its_whole_size():
+def test_large_jpegs_are_decoded_smaller_and_judged_by_full_size():
     content = jpeg(600, 400)
     exact = fit(decode(content), 64, 64)
     bucket, (drafted,) = prepare(TargetSizes.of((64,), 400, False, 1), [content])[0]

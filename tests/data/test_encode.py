@@ -215,7 +215,7 @@ def test_the_dtype_must_stay_and_the_batch_size_may_change(tmp_path, text_encode
     assert sums(tmp_path / "set") == sums(tmp_path / "whole")
 
 
-def test_what_another_version_began_is_refused_and_what_was_damaged_since_is_not_taken_for_whole(tmp_path, text_encoder):
+def test_unfinished_work_of_other_versions_is_refused_and_damage_seen(tmp_path, text_encoder):
     plan = begin(tmp_path / "set", text_encoder)
     begun, source = tmp_path / ".set.part", source_of([good(1)], [good(2)])
     written = (begun / "plan.json").read_bytes()
@@ -350,7 +350,7 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tmp_path, text_e
     assert encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder)["rows"] == 40
 
 
-def test_what_a_killed_process_left_half_written_is_not_in_the_finished_folder(tmp_path, text_encoder):
+def test_half_written_files_of_a_killed_process_are_removed(tmp_path, text_encoder):
     begin(tmp_path / "set", text_encoder)
     (tmp_path / ".set.part" / ".shard-00001.arrow.12345.part").write_bytes(b"half")
     encode_source(source_of([good(1)], [good(2)]), tmp_path / "set", SMALL, Pixels(), text_encoder)

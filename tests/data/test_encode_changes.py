@@ -183,7 +183,7 @@ def test_what_has_not_changed_is_not_encoded_again(tmp_path, text_encoder, monke
     assert {name: (tmp_path / "out" / name).stat().st_ino for name in before} == before
 
 
-def test_a_part_that_changes_while_the_source_is_encoded_is_named_and_the_same_command_mends_it(tmp_path, text_encoder):
+def test_a_part_that_changes_during_encoding_is_named_and_mended(tmp_path, text_encoder):
     name = fill_tars(tmp_path / "set")
     source = open_source(name)
 

@@ -137,7 +137,7 @@ def test_opening_reads_no_blob_and_no_caption(tmp_path):
             assert opened(path, 6, checksums).latents(2, 8, 2) == rows[2].latents[8]
 
 
-def test_a_shard_of_an_earlier_version_is_read_with_the_checksums_of_its_blobs(tmp_path):
+def test_shards_of_earlier_formats_are_read_with_their_checksums(tmp_path):
     path = tmp_path / "a.arrow"
     write(path, 6)
     size, before = path.stat().st_size, everything(opened(path, 6))

@@ -67,7 +67,7 @@ LEVELS = [0.002, 0.005, 0.02, 0.1, 0.9, 5.0, 30.0, 80.0]
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 0.9])
-def test_at_every_noise_level_the_loss_is_the_networks_error_at_its_own_target(tiny_model, sigma_data):
+def test_the_loss_is_the_networks_error_at_every_noise_level(tiny_model, sigma_data):
     """2206.00364, eq. 8: the weight is one over c_out squared, so F's error counts alike from the least noise to the most."""
     edm, generator = EDM(sigma_data=sigma_data), torch.Generator().manual_seed(0)
     sigma = torch.tensor(LEVELS, dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_at_every_noise_level_the_loss_is_the_networks_error_at_its_own_target(t
     assert torch.allclose(loss, (out - patchify(target, 2)).square().mean(dim=(1, 2)), rtol=1e-4)
 
 
-def test_at_every_noise_level_the_loss_of_a_network_that_says_nothing_is_the_formulas():
+def test_the_loss_of_a_zero_network_matches_the_formula():
     """D = c_skip x, so that the loss needs no network: near 1 / sigma_data^2 times the noise's square where there is little."""
     model, sigma_data = busy_model(Size(dim=16, depth=1, head_dim=8, mixer_dim=16, mixer_depth=0, num_experts=0)), EDM_SETTINGS.sigma_data
     torch.nn.init.zeros_(model.head.linear.weight), torch.nn.init.zeros_(model.head.linear.bias)

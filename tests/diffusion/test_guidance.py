@@ -31,7 +31,7 @@ def test_guidance_moves_away_from_the_empty_caption(tiny_model, guidance_scale):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_path_drop_guidance_moves_away_from_the_model_without_its_sparse_blocks(guidance_scale):
+def test_path_drop_guidance_extrapolates_from_the_shallow_model(guidance_scale):
     model = busy_model(Size(dim=32, depth=5, head_dim=8, mixer_dim=32, mixer_depth=0, num_experts=0, routing="sprint"))
     noisy, sigma = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([0.5, 4.0], dtype=torch.float64)
     text, mask = torch.randn(2, 3, 12, dtype=torch.float64), torch.tensor([[True, True, True], [True, False, False]])

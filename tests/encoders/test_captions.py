@@ -35,11 +35,11 @@ def test_control_characters_and_lone_surrogates_are_replaced():
         ("\ue000 \U000e0041", "\ue000 \U000e0041"),
     ],
 )
-def test_joiners_stay_and_invisible_characters_go_in_training_and_in_sampling(caption, cleaned):
+def test_joiners_stay_and_invisible_characters_are_removed(caption, cleaned):
     assert clean_caption(caption) == as_training_data(caption) == cleaned
 
 
-def test_cleaning_treats_alike_all_characters_that_unicode_may_still_assign():
+def test_unassigned_characters_are_all_cleaned_alike():
     """What one version of Python calls unassigned, a later one calls a letter: both keep it."""
     unassigned = [chr(code) for code in range(0x3000, sys.maxunicode + 1, 97) if unicodedata.category(chr(code)) == "Cn"]
     assert len(unassigned) > 100

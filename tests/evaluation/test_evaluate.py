@@ -116,7 +116,7 @@ def test_captions_are_a_sample_of_which_a_smaller_one_is_the_beginning(world):
     assert 0.35 * total < sum(numbers[caption] for caption in captions) / 60 < 0.65 * total  # from all over the set
 
 
-def test_captions_are_the_same_for_several_processes_of_which_each_reads_some_parts(world):
+def test_captions_do_not_depend_on_the_number_of_processes(world):
     records = [record for part in emoji_source("held_out").parts for record in part.records()]
     read: list[int] = []
 
@@ -139,7 +139,7 @@ def test_captions_are_the_same_for_several_processes_of_which_each_reads_some_pa
     assert sorted(read) == list(range(0, 106, 15))
 
 
-def test_a_reference_that_is_none_is_refused_and_small_pictures_are_counted(tmp_path, world):
+def test_an_empty_reference_is_refused_and_small_images_are_counted(tmp_path, world):
     source = first_of(emoji_source("train"), 8)
     evaluation = EvaluationSettings(["kid"], 8)
     with pytest.raises(UserError, match=r"All 8 images of .* are smaller than 300 px"):

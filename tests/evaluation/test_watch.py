@@ -9,7 +9,7 @@ from tests.test_checkpoint import write, write_in_haste
 from tests.training.untrained import save_untrained
 
 
-def test_what_vanishes_between_two_looks_is_no_error_and_what_is_damaged_is_said(tmp_path):
+def test_vanished_checkpoints_are_no_error_and_damaged_ones_are_named(tmp_path):
     said = []
     folder = tmp_path / "checkpoints"
     folder.mkdir()

@@ -57,7 +57,7 @@ def test_what_has_no_checksum_is_read_as_it_is():
         from_checked_json(to_checked_json(CONTENT) + b"\n")
 
 
-def test_a_file_that_is_written_aside_is_the_old_or_the_new_whoever_else_writes_it(tmp_path):
+def test_concurrent_writers_leave_the_old_or_the_new_file(tmp_path):
     path = tmp_path / "deep" / "file"
     write_aside(path, b"first")
     with opened_aside(path) as file:

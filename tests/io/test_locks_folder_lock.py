@@ -29,7 +29,7 @@ def test_a_second_writer_is_told_who_is_at_it(tmp_path):
     assert not run.exists()  # nothing was written
 
 
-def test_what_was_written_stays_and_the_folder_is_free_however_the_block_ends(tmp_path):
+def test_the_folder_is_unlocked_however_the_block_ends(tmp_path):
     def write(name: str) -> None:
         with sole_writer(tmp_path / "run"):
             (tmp_path / "run" / name).touch()

@@ -61,7 +61,7 @@ def test_a_file_is_read_only_so_far(tmp_path):
         ("parts.0={name: c}", {"parts": [{"name": "c"}, {"name": "b"}]}),
     ],
 )
-def test_an_override_is_text_unless_it_begins_as_a_list_a_mapping_or_a_quote(said, there):
+def test_an_override_is_text_unless_it_looks_like_yaml(said, there):
     before = "text: no\nparts: [{name: a}, {name: b}]\nnamed:"
     tree = parse_yaml(before, "f")
     override(tree, said)

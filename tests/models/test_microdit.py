@@ -18,7 +18,7 @@ def test_named_sizes_have_the_papers_parameters(name, parameters):
     assert sum(weight.numel() for weight in model.parameters()) == parameters
 
 
-def test_width_grows_with_depth_and_experts_sit_in_every_second_block_but_the_last():
+def test_width_grows_with_depth_and_every_second_block_has_experts():
     config = resolve(SIZES["MicroDiT_XL_2"])
     assert [shape.num_experts for shape in config.blocks] == [0, 8] * 13 + [0, 0]
     assert (config.blocks[0].attention_dim, config.blocks[-1].attention_dim) == (512, 1024)
@@ -29,7 +29,7 @@ def test_width_grows_with_depth_and_experts_sit_in_every_second_block_but_the_la
     assert config.blocks[-1].ffn_dim == 2816  # SwiGLU: two thirds of 4 * 1024, rounded up
 
 
-def test_without_a_gate_the_feed_forward_is_wider_costs_the_same_and_is_a_gelu_between_two_matrices():
+def test_the_ungated_feed_forward_is_a_gelu_of_equal_cost():
     gated, plain = (
         Size(dim=96, depth=3, head_dim=32, mixer_dim=96, mixer_depth=1, num_experts=0, round_ffn_to=2, gated_ffn=g) for g in (True, False)
     )
@@ -82,7 +82,7 @@ def test_every_initial_matrix_is_as_wide_as_the_released_code_draws_it():
 
 
 @pytest.mark.parametrize(("channels", "patch_size"), [(4, 2), (8, 1)])
-def test_the_patch_embeddings_bias_begins_as_a_convolutions_and_no_other_bias_does(channels, patch_size):
+def test_only_the_patch_embeddings_bias_is_initialised_randomly(channels, patch_size):
     """Uniform in +-1 / sqrt(values of a patch), which is +-0.25 for the paper's: the authors leave it as PyTorch draws it."""
     torch.manual_seed(0)
     size = Size(dim=512, depth=1, head_dim=32, mixer_dim=512, mixer_depth=1, num_experts=0)
@@ -96,7 +96,7 @@ def test_the_patch_embeddings_bias_begins_as_a_convolutions_and_no_other_bias_do
     assert not any(weight.any() for weight in others)
 
 
-def test_initial_matrices_inside_grow_by_the_scale_and_a_fresh_model_still_says_nothing():
+def test_init_scale_scales_inner_matrices_and_keeps_the_output_zero():
     torch.manual_seed(0)
     model = MicroDiT(resolve(Size(dim=128, depth=4, head_dim=32, mixer_dim=128, mixer_depth=1, num_experts=2)))
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
@@ -107,7 +107,7 @@ def test_initial_matrices_inside_grow_by_the_scale_and_a_fresh_model_still_says_
     assert model(torch.randn(2, 4, 8, 8), torch.zeros(2), model.embed_caption(torch.randn(2, 3, 1024))).abs().max() == 0
 
 
-def test_padding_of_captions_changes_nothing_when_masked_and_something_when_not(tiny_model):
+def test_caption_padding_matters_only_without_a_mask(tiny_model):
     latents, c_noise = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     text = torch.randn(2, 3, 12, dtype=torch.float64)
     padded = torch.cat([text, torch.randn(2, 4, 12, dtype=torch.float64)], dim=1)

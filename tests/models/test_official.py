@@ -72,7 +72,7 @@ def test_any_architecture_goes_to_the_official_layout_and_back_bit_for_bit(
 
 
 @pytest.mark.parametrize("routing", ["maskdit", "sprint"])
-def test_weights_that_the_official_layout_has_no_names_for_are_not_exported(routing):
+def test_weights_without_an_official_name_are_not_exported(routing):
     model = busy_model(Size(dim=32, depth=5, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=0, round_ffn_to=8, routing=routing))
     with pytest.raises(UserError, match=f"no place for the weights of routing {routing}"):
         export_official(model, grid_size=4)

@@ -146,7 +146,7 @@ def test_which_dropped_patches_speak_through_what_is_kept(model: MicroDiT):
     assert ((gradient[~IS_KEPT] > 0) == (model.config.routing != "naive")).all()
 
 
-def test_without_a_mixer_nothing_of_the_dropped_patches_passes_maskdits_encoder():
+def test_dropped_patches_do_not_pass_maskdits_encoder():
     model = model_of("maskdit", mixer_depth=0)
     latents, c_noise, caption = _inputs(model)
     latents.requires_grad_()
@@ -193,7 +193,7 @@ def test_treads_dropped_tokens_come_back_as_they_were():
     assert not torch.allclose(before[IS_KEPT], after[IS_KEPT], atol=1e-3)
 
 
-def test_sprints_dropped_tokens_come_back_as_mask_token_fused_with_what_they_were():
+def test_sprint_fuses_dropped_tokens_with_the_mask_token():
     model = model_of("sprint", dense_blocks=(1, 0))
     grads = torch.autograd.grad(forward(model, KEEP_IDS)[~IS_KEPT].square().sum(), [model.restore.mask_token, model.restore.fuse.weight])
     assert all((grad.abs() > 0).all() for grad in grads)

@@ -37,7 +37,7 @@ def test_every_layout_gives_what_the_authors_code_computed(official_fixture, tmp
     assert model.config.sample_size == [8, 8]
 
 
-def test_the_imported_pipeline_samples_as_the_authors_do_and_names_their_encoders(official_fixture, tmp_path):
+def test_the_imported_pipeline_samples_as_the_authors_code_does(official_fixture, tmp_path):
     save_bare(official_weights(official_fixture), tmp_path / "bare.pt")
     import_official(tmp_path / "bare.pt", tmp_path / "out", SETTINGS)
     pipeline = MicroDiTPipeline.from_pretrained(tmp_path / "out", text_encoder=None, vae=None)

@@ -56,7 +56,7 @@ def test_sample_alone_explains_itself(tmp_path):
     assert 'microdit sample "red heart"' in command("sample", cwd=tmp_path).output
 
 
-def test_the_demo_model_of_this_package_knows_a_red_heart_from_a_green_apple():
+def test_the_demo_model_tells_a_red_heart_from_a_green_apple():
     assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 12e6
     heart, apple = open_model(str(DEMO), pytest.fail).pipeline.generate(["red heart", "green apple"], SamplerSettings(18), seed=0)
     red, green, blue = heart.getpixel((32, 32))
@@ -87,7 +87,7 @@ def test_an_installed_package_draws_with_its_demo_model(workplace, tmp_path):
     assert (tmp_path / "home" / "grid.png").is_file()
 
 
-def test_the_demo_model_names_the_bundled_autoencoder_and_holds_no_copy_of_it():
+def test_the_demo_model_refers_to_the_bundled_autoencoder():
     autoencoder = open_model(str(DEMO), pytest.fail).pipeline.autoencoder
     assert (autoencoder.name, autoencoder.fingerprint) == ("icon", load_autoencoder("icon").fingerprint)
     package = Path(microdit.__file__).parent

@@ -16,7 +16,7 @@ def shaken(weight):
     return weight + 0.1
 
 
-def test_a_run_whose_machine_was_taken_away_is_drawn_exported_and_evaluated_as_if_it_had_ended_in_peace(encoded_emoji, tmp_path):
+def test_a_preempted_run_is_sampled_exported_and_evaluated(encoded_emoji, tmp_path):
     whole = save_untrained(tmp_path / "whole", encoded_emoji, 5, shaken)
     in_haste = save_untrained(tmp_path / "in-haste", encoded_emoji, 5, shaken, in_haste=True)
     settings = SamplerSettings(2)

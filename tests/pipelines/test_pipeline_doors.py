@@ -91,7 +91,7 @@ def test_every_door_draws_the_same_and_says_that_a_prompt_is_cut(workplace, run,
     assert Image.open(workplace / "door.png").tobytes() == draw_grid(wanted, [LONG.strip()] * 2).tobytes()
 
 
-def test_an_empty_negative_prompt_is_none_and_an_empty_prompt_is_the_empty_caption(pipeline):
+def test_empty_prompts_and_empty_negative_prompts(pipeline):
     plain = pipeline("owl", generator=seeds(1, 1), num_inference_steps=3).images
     assert bytes_of(pipeline("owl", "", generator=seeds(1, 1), num_inference_steps=3).images) == bytes_of(plain)
     assert bytes_of(pipeline(["owl"], [" \n"], generator=seeds(1, 1), num_inference_steps=3).images) == bytes_of(plain)

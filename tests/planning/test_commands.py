@@ -73,7 +73,7 @@ def test_a_users_own_chip_serves_recipes_and_sums(tmp_path):
         assert "$0.30 a GPU-hour (own.yaml)" in output
 
 
-def test_benchs_own_model_is_measured_on_the_papers_shapes_whatever_lies_in_data(tmp_path, monkeypatch, encoded_emoji):
+def test_bench_measures_its_own_model_on_the_papers_shapes(tmp_path, monkeypatch, encoded_emoji):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine").symlink_to(encoded_emoji)
     monkeypatch.chdir(tmp_path)

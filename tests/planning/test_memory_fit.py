@@ -96,7 +96,7 @@ def test_several_machines_shard_inside_of_each():
 
 
 @pytest.mark.parametrize(("gpus", "divides"), [(16, True), (32, False)])
-def test_a_micro_batch_larger_than_a_gpus_share_is_said_to_be_refused_by_training(gpus, divides):
+def test_a_micro_batch_larger_than_the_gpus_share_is_reported(gpus, divides):
     """128 in the recipe, of a batch of 2,048."""
     (phase,) = estimate(load_recipes(PUBLISHED / "1-256-masked.yaml", None), machine(count=gpus)).phases
     assert phase.divides is divides

@@ -91,7 +91,7 @@ def test_hybrid_sharding_holds_what_fsdp_does_in_one_machine():
 
 
 @pytest.mark.parametrize("sharding", ["none", "ddp"])
-def test_without_sharding_each_process_holds_all_weights_and_copies_of_them(sharding):
+def test_without_sharding_each_process_holds_all_weights_and_copies(sharding):
     model = small()
     weights = sum(weight.nbytes for weight in model.parameters())
     whole = footprint(model, 1, 64, 64, 16, Layout(sharding, ranks=8))

@@ -140,7 +140,7 @@ def test_too_little_money_says_how_much_is_needed_and_that_is_enough(dollars, im
     assert sum(recipe.phases[0].steps * recipe.phases[0].batch_size for recipe in found.recipes.values()) > 0.9 * LEAST_IMAGES
 
 
-def test_pictures_that_cost_more_leave_less_for_training_and_those_of_256_px_are_paid_alone_where_no_others_are_seen():
+def test_costlier_images_leave_less_money_for_training():
     few, many = buy_on("h100", 100, images=1000), buy_on("h100", 100, images=20_000_000)
     assert many.flops / few.flops == pytest.approx(1 - many.encoding.dollars / 100, rel=0.001)
     assert many.gpu_hours * 3600 * 989.4e12 * 0.4 == pytest.approx(many.flops)

@@ -28,7 +28,7 @@ def published():
 
 
 @pytest.mark.parametrize("count", [{2}, pytest.param({0, 1, 2, 3}, marks=pytest.mark.slow)], ids=["third", "all"])
-def test_the_four_phases_cost_what_the_formula_says_and_the_authors_code_a_little_more(published, count):
+def test_phase_flops_match_the_formula_and_the_authors_code(published, count):
     """`count`: the phases that PyTorch counts here. At 256 pixels it counts this model in `test_flops.py` as well."""
     recipes = load_recipes(PUBLISHED, None).values()
     for number, (recipe, phase, authors) in enumerate(zip(recipes, published.phases, (285, 731, 1122, 3265), strict=True)):
@@ -62,7 +62,7 @@ def test_totals_are_sums_and_money_is_hours_times_gpus_times_price(published):
     assert published.parameters == 1_165_442_320
 
 
-def test_recomputed_blocks_take_a_third_more_time_and_no_more_of_the_methods_flops():
+def test_recomputation_costs_time_and_no_method_flops():
     plain = load_recipe(PUBLISHED / "1-256-masked.yaml")
     again = replace(plain, engine=replace(plain.engine, activation_checkpointing=True))
     (a,), (b,) = (phase_costs(recipe, shapes_of(recipe), machine()) for recipe in (plain, again))
@@ -87,7 +87,7 @@ def test_every_recipe_of_ours_has_a_bill(path):
 
 
 @pytest.mark.parametrize("name", ["emoji", "emoji-fast", "emoji-long"])
-def test_the_emoji_recipes_are_billed_without_data_as_the_recorded_runs_were_with_it(name, monkeypatch, tmp_path):
+def test_emoji_recipes_cost_the_same_with_and_without_data(name, monkeypatch, tmp_path):
     """Their sets' captions have up to 14 tokens; MiniLM's are taken to have 16 before they are encoded."""
     monkeypatch.chdir(tmp_path)
     recorded = json.loads((Path(__file__).parents[2] / "docs" / "results" / f"{name}.json").read_text())[0]["flops"]

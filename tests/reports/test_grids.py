@@ -21,7 +21,7 @@ def test_long_captions_stay_inside_their_cell():
     assert grid.width < 2 * CELL
 
 
-def test_of_endless_captions_only_the_beginning_is_looked_at_and_no_character_commands():
+def test_endless_captions_are_cut_and_control_characters_are_harmless():
     drawn = _drawable("x" * 10_000_000)
     assert len(drawn) < 2 * LONGEST
     assert drawn.startswith("x" * 100)

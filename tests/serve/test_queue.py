@@ -56,7 +56,7 @@ def test_jobs_are_drawn_in_the_order_they_came(queue):
     assert ended == ["a", "b", "c"]
 
 
-def test_a_full_line_refuses_with_a_sentence_and_has_room_again_once_one_has_left(queue):
+def test_a_full_queue_refuses_until_a_job_has_left(queue):
     first = queue.add(drawing(settings=LONG))
     until(lambda: first.state == "running")
     waiting = [queue.add(drawing()) for _ in range(3)]
@@ -106,7 +106,7 @@ class WithFullMemory(MicroDiTPipeline):
     autoencoder = FullMemory()
 
 
-def test_too_little_memory_ends_a_job_in_a_sentence_that_says_what_would_fit(tiny, tiny_run):
+def test_out_of_memory_ends_a_job_with_advice(tiny, tiny_run):
     with WorkQueue({"tiny": tiny, "full": WithFullMemory.from_pretrained(tiny_run)}, 2) as queue:
         large, right = queue.add(Drawing("full", "red heart", SHORT)), queue.add(drawing())
         assert right.ended.wait(HANG)

@@ -38,7 +38,7 @@ def test_what_was_unpacked_is_packed_as_it_was(seed, dither):
         assert unpacking(again, its_scale).equal(unpacking(codes, scale))
 
 
-def test_the_mean_over_the_dither_is_the_number_also_of_those_below_the_least():
+def test_dithering_is_unbiased_even_below_the_smallest_code():
     x = numbers(0, octaves=6)
     dithers = [torch.full((BLOCK,), (step + 0.5) / 512) for step in range(512)]
     for packing, unpacking, wanted in ((pack_signed, unpack_signed, x), (pack, unpack, x.abs())):

@@ -147,7 +147,7 @@ def test_every_single_flipped_bit_is_noticed(tmp_path, world):
 
 
 @pytest.mark.parametrize("bits", [None, pytest.param(ALL_BITS, marks=pytest.mark.slow)])
-def test_a_flipped_bit_of_state_json_is_noticed_and_the_one_before_is_taken(tmp_path, world, encoded_emoji, bits):
+def test_a_flipped_bit_of_state_json_selects_the_previous_checkpoint(tmp_path, world, encoded_emoji, bits):
     recipe, data = load_recipe(RECIPE, [f"data.path={encoded_emoji}"]), EncodedDataset(encoded_emoji)
     saver = CheckpointWriter(tmp_path, world, keep=5, keep_every=None, warn=pytest.fail)
     for step in (20, recipe.total_steps):

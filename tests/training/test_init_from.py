@@ -60,7 +60,7 @@ def test_a_run_begins_with_the_weights_or_the_averages_of_another(made, begin):
             begin(made, pytest.fail, init_from=place, init_weights="ema-0.5")
 
 
-def test_a_damaged_newest_checkpoint_and_a_run_that_was_never_finished_are_said(made, begin, tmp_path):
+def test_damaged_checkpoints_and_unfinished_runs_are_reported(made, begin, tmp_path):
     run = tmp_path / "first"
     shutil.copytree(made, run)
     newest = run / "checkpoints" / "step-00000040" / "model.safetensors"

@@ -98,7 +98,7 @@ def test_a_record_that_cannot_be_begun_is_a_sentence(tmp_path, recipe):
         RunRecord(tmp_path / "file" / "run", recipe, pytest.fail, 0)
 
 
-def test_the_command_that_is_recorded_can_be_typed_again_and_holds_no_secret(tmp_path, monkeypatch):
+def test_the_recorded_command_can_be_repeated_and_holds_no_secret(tmp_path, monkeypatch):
     typed = ["microdit", "train", "my recipe.yaml", "data.path=https://me:hidden@host/a?token=hidden", "hub.token=hidden", "--resume"]
     monkeypatch.setattr(sys, "argv", typed)
     record = RunRecord(tmp_path, load_recipe(RECIPE), print, 0)

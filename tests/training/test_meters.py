@@ -84,7 +84,7 @@ def test_metrics_wait_while_the_disk_is_full_and_are_written_later(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3]
 
 
-def test_steps_that_will_be_done_again_are_forgotten_but_what_they_cost_is_not(tmp_path):
+def test_repeated_steps_are_forgotten_but_their_cost_is_kept(tmp_path):
     lines = [{"step": step, "gpu_hours": step / 10, "dollars": step / 5} for step in (1, 2, 3, 4)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "gpu_h')
     assert last_cost(tmp_path) == (0.4, 0.8)
@@ -105,7 +105,7 @@ def test_the_held_out_loss_is_the_same_every_time_and_falls_into_all_bins(encode
         HeldOut(Path("nowhere"), 16, 40, EDM(), world)
 
 
-def test_held_out_samples_have_evenly_spread_noise_levels_noise_of_their_own_and_their_captions(encoded_emoji):
+def test_held_out_samples_have_evenly_spread_noise_levels(encoded_emoji):
     batches: list[TrainingBatch] = []
 
     class Keeping(nn.Module):

@@ -112,7 +112,7 @@ def test_the_mask_may_fall_while_it_trains(tmp_path, data):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_run_that_another_program_trains_is_refused_with_its_host_and_process(tmp_path, encoded_emoji, resume):
+def test_a_locked_run_is_refused_with_its_host_and_process(tmp_path, encoded_emoji, resume):
     recipe = load_recipe(RECIPE, [f"data.path={encoded_emoji}"])
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     with sole_writer(tmp_path / "run"), pytest.raises(UserError, match=f"run is in use by {holder}: wait for it, or stop it"):

@@ -173,7 +173,7 @@ def test_a_step_that_is_not_taken_changes_no_weight_and_no_moment(way):
 
 @pytest.mark.parametrize("largest", [0.5, 1e6])
 @pytest.mark.parametrize("way", WAYS)
-def test_gradients_that_are_held_are_taken_bundle_by_bundle_to_the_same_end(way, largest, monkeypatch):
+def test_bundled_gradients_give_the_same_update(way, largest, monkeypatch):
     """Clipped or short enough, in bfloat16; beside the same ones in float32 and in the weights' `grad`."""
     monkeypatch.setattr("microdit.training.optim.BUNDLE", 3000)
     models = [small_model(), small_model()]

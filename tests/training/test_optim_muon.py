@@ -74,7 +74,7 @@ def test_a_gradient_of_zero_moves_nothing_but_decay():
     assert torch.allclose(weight, torch.full((4, 4), 0.95))
 
 
-def test_a_step_that_is_not_taken_changes_nothing_even_if_its_gradient_is_no_number():
+def test_a_skipped_step_changes_nothing_even_with_nan_gradients():
     weights, ((*gradients,), *_) = weights_and_gradients(1)
     optimizer = ours(weights)
     for taken, scale in ((1.0, 1.0), (0.0, float("nan"))):

@@ -108,7 +108,7 @@ def test_micro_batches_of_4_of_16_equal_the_whole(tmp_path, encoded_emoji, plain
     assert_same_steps(trained(tmp_path / "parts", encoded_emoji, *sixteen, "engine.micro_batch=4"), whole)
 
 
-def test_each_step_of_a_sharded_run_is_adamws_and_the_averages_follow_the_weights(tmp_path, encoded_emoji, plain):
+def test_sharded_steps_are_adamws_and_ema_follows_the_weights(tmp_path, encoded_emoji, plain):
     """By the formulas, from one checkpoint to the next. Two averages at once; the second begins later, as a copy."""
     ema = "ema=[{decay: 0.9}, {decay: 0.5, start: 5}]"
     every = ("record.checkpoint_every=1", "record.keep_checkpoints=9", "phases.0.steps=5", "phases.1.steps=4")
@@ -196,7 +196,7 @@ def small_losses(**settings: object) -> list[DenoisingLoss]:
     ],
     ids=lambda settings: settings.get("routing", "deferred"),
 )
-def test_what_is_compiled_computes_the_same_and_is_compiled_once_for_all_mask_ratios(settings):
+def test_compiled_code_agrees_and_compiles_once_for_all_mask_ratios(settings):
     eager, compiled = small_losses(**settings)
     torch._dynamo.reset()
     compile_elementwise(compiled.model)

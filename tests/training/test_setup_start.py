@@ -36,7 +36,7 @@ def resumed(world: World, encoded: Path, runs: list[Path]) -> list[tuple[int | N
     return found
 
 
-def test_processes_that_resume_read_each_byte_once_and_find_the_same_damage(tmp_path, encoded_emoji):
+def test_resuming_processes_read_each_byte_once_and_agree_on_damage(tmp_path, encoded_emoji):
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
     for step in (20, 40):
         save_untrained(whole, encoded_emoji, step)

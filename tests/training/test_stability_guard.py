@@ -54,7 +54,7 @@ def test_a_jump_is_refused_once_enough_is_known():
     assert judged(guard, 5.1)[0].objection == "the loss is 5.1, and its recent median 0.5"
 
 
-def test_after_several_in_a_row_it_is_time_to_go_back_and_one_good_step_starts_the_count_anew():
+def test_several_skips_in_a_row_ask_for_a_rollback():
     guard = guard_that_saw(1.0, math.nan, math.nan, 1.0, math.nan, math.nan)
     assert (guard.in_a_row, guard.must_roll_back) == (2, False)
     judged(guard, math.nan)

@@ -266,7 +266,7 @@ def test_a_run_is_never_overwritten_and_another_recipe_is_refused(tmp_path, enco
     assert max(losses(run)) == 45
 
 
-def test_a_run_of_an_earlier_version_goes_on_where_recipes_have_got_new_keys_since(tmp_path, encoded_emoji, whole_run):
+def test_a_run_from_before_new_recipe_keys_resumes(tmp_path, encoded_emoji, whole_run):
     run = tmp_path / "older"
     shutil.copytree(whole_run, run)
     state = run / "checkpoints" / "step-00000040" / "state.json"
@@ -285,7 +285,7 @@ def test_a_run_of_an_earlier_version_goes_on_where_recipes_have_got_new_keys_sin
     assert "optimizer.no_more_known: 1 then, None now" in unknown.output
 
 
-def test_a_recipe_may_begin_to_name_the_encoders_and_the_resolution_that_it_used_all_along(tmp_path, encoded_emoji, whole_run):
+def test_a_recipe_may_add_the_encoders_that_it_used_all_along(tmp_path, encoded_emoji, whole_run):
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
     named = ["data.resolution=16", "data.autoencoder=pixels", "data.text_encoder=minilm"]

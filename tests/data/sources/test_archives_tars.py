@@ -39,7 +39,7 @@ def test_what_is_not_read_is_passed_over():
         assert [(member.name, member.size) for member in tar_members(io.BytesIO(archive))] == [(f"{n}.png", 1000 * n) for n in range(5)]
 
 
-def test_a_size_that_an_octal_field_cannot_hold_stands_in_an_extended_header():
+def test_a_size_beyond_the_octal_field_is_in_an_extended_header():
     content = hostile.extended({b"size": b"4"}) + hostile.member("a.png", b"data", size=0) + hostile.member("b.png", b"more") + bytes(512)
     assert read(content) == [("a.png", b"data"), ("b.png", b"more")]
 

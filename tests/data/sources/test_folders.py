@@ -9,7 +9,7 @@ from microdit.errors import UserError
 from tests.data.pictures import keys_of, picture, problems_of, records_of, write_file
 
 
-def test_pictures_with_text_files_are_found_at_any_depth_in_the_order_of_their_paths(tmp_path):
+def test_images_are_found_at_any_depth_in_the_order_of_their_paths(tmp_path):
     names = ["b.JPG", "a/z.png", "a/b/c.Jpeg", "a.webp", "ümlaut ü.tif"]
     for number, name in enumerate(names):
         file = write_file(tmp_path / name, picture(number, "PNG"))
@@ -177,7 +177,7 @@ def test_a_line_that_is_too_long_costs_itself(tmp_path, kind):
     }
 
 
-def test_a_link_that_leads_round_in_a_circle_is_a_rejected_record_or_a_sentence(tmp_path):
+def test_a_circular_link_is_a_rejected_record_or_an_error(tmp_path):
     for name in ("pictures/a.png", "tars/a.tar", "tables/a.parquet"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).symlink_to(tmp_path / name)

@@ -14,7 +14,7 @@ from tests.data.pictures import picture, problems_of, records_of, write_file, wr
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_folder_without_the_set_is_refused_with_what_was_looked_for_and_where_to_get_it(tmp_path, name):
+def test_a_folder_without_the_data_set_is_refused_with_its_source(tmp_path, name):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError) as refusal:
             open_source(f"{name}:{folder}")

@@ -62,7 +62,7 @@ def test_counts_are_exact(number: int, correct: bool):
     assert correct or f"found {number}." in verdict.reasons[0]
 
 
-def test_a_detection_must_be_above_the_threshold_which_is_higher_where_objects_are_counted():
+def test_the_detection_threshold_is_higher_for_counting():
     for tag, threshold in [*((tag, 0.3) for tag in TASKS if tag != "counting"), ("counting", 0.9)]:
         assert confident_objects([seen("cup", threshold)], tag) == {}
         assert len(confident_objects([seen("cup", threshold + 1e-6)], tag)["cup"]) == 1
@@ -176,7 +176,7 @@ def test_what_is_excluded_makes_a_picture_wrong():
     assert judge(no_dog, [seen("cat"), seen("dog")], never).reasons == ("Expected fewer than 1 of dog, found 1.",)
 
 
-def test_the_overall_score_is_the_mean_of_the_six_tasks_however_many_pictures_each_has():
+def test_the_overall_score_is_the_unweighted_mean_of_six_tasks():
     verdicts = [("single_object", True)] * 6 + [("counting", True), ("counting", False)]
     verdicts += [(task, False) for task in TASKS if task not in ("single_object", "counting")]
     scores = score(verdicts)

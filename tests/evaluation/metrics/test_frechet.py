@@ -28,7 +28,7 @@ def correlated(dimensions: int, seed: int) -> torch.Tensor:
 
 
 @given(st.lists(st.floats(0, 9), min_size=1, max_size=6), st.integers(0, 1000))
-def test_of_commuting_covariances_it_is_the_distance_of_means_and_of_standard_deviations(deviations, seed):
+def test_the_closed_form_for_commuting_covariances(deviations, seed):
     """Closed form: |m_a - m_b|^2 + sum (s_a - s_b)^2 in the common eigenbasis, singular covariances among them."""
     dimensions = len(deviations)
     basis = torch.linalg.qr(normal(dimensions, dimensions, seed)).Q
@@ -88,7 +88,7 @@ def test_far_from_the_origin_no_digits_are_lost():
 
 
 @pytest.mark.parametrize("count", [5, 12, 13, 40])
-def test_an_interval_is_around_the_distance_itself_on_either_side_of_as_many_samples_as_dimensions(count):
+def test_the_interval_surrounds_the_distance_with_few_or_many_samples(count):
     """Of fewer samples than dimensions another root is taken, which must make no difference."""
     reference, samples = fit_gaussian(normal(50, 12, 1)), normal(count, 12, 2)
     counted: list[int] = []
@@ -184,7 +184,7 @@ def test_an_interval_holds_the_expectation_as_often_as_it_says(case):
     assert 0.9 * right < width < 1.6 * right
 
 
-def test_infinity_is_nearer_to_0_than_the_distance_of_samples_of_the_reference_itself():
+def test_extrapolation_is_nearer_to_0_for_equal_distributions():
     reference = Gaussian(torch.zeros(16, dtype=torch.float64), torch.eye(16, dtype=torch.float64), 10**9)
     for seed in range(4):
         features = normal(2000, 16, seed)

@@ -66,7 +66,7 @@ def test_disjoint_sets_have_nothing():
     assert (found.precision, found.recall, found.density, found.coverage) == (0.0, 0.0, 0.0, 0.0)
 
 
-def test_a_dropped_mode_costs_recall_and_coverage_and_an_invented_one_precision_and_density():
+def test_a_dropped_mode_costs_recall_and_an_invented_one_precision():
     """Two clusters far from each other, of 300 and 100; the other set knows the large one only."""
     large, small, again = normal(300, 3), normal(100, 3, 1) + 100, normal(300, 3, 2)
     both = torch.cat([large, small])
@@ -79,7 +79,7 @@ def test_a_dropped_mode_costs_recall_and_coverage_and_an_invented_one_precision_
 
 
 @pytest.mark.parametrize("k", [1, 5])
-def test_of_equal_distributions_density_and_coverage_are_what_the_paper_derives(k):
+def test_density_and_coverage_of_equal_distributions_match_the_paper(k):
     """Expectations: density 1, coverage 1 - (N - 1)...(N - k) / ((2N - 1)...(2N - k)), whatever the distribution."""
     size, runs = 100, 60
     found = [compute_prdc(normal(size, 4, 2 * s), normal(size, 4, 2 * s + 1), density_k=k) for s in range(runs)]

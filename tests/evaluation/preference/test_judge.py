@@ -137,7 +137,7 @@ def test_a_perfect_judge_gives_everything_to_the_better_model(questions, tmp_pat
     assert headers["Authorization"] == f"Bearer {KEY}"
 
 
-def test_a_judge_who_always_says_a_gives_half_and_disagrees_with_itself_each_time(questions, tmp_path):
+def test_a_judge_that_always_says_a_gives_half_and_never_agrees(questions, tmp_path):
     with serving(lambda *_: "A") as server:
         result = judge_all(VerdictFile(tmp_path / "verdicts.jsonl", questions, "eyes-1"), judge_at(server.url))
     assert (result.win_rate, result.disagreed, result.consistency) == (0.5, 12, 0.0)
@@ -168,7 +168,7 @@ def faulty(handler: Handler, number: int, order: str) -> str | None:
     return None
 
 
-def test_faults_that_pass_lose_nothing_and_no_question_is_asked_again_after_its_answer(questions, tmp_path):
+def test_transient_faults_lose_nothing_and_repeat_no_answered_question(questions, tmp_path):
     path = tmp_path / "verdicts.jsonl"
     with serving(faulty) as server:
         file = VerdictFile(path, questions, "eyes-1")
@@ -181,7 +181,7 @@ def test_faults_that_pass_lose_nothing_and_no_question_is_asked_again_after_its_
     assert len(server.answered) == len(lines_of(path)) == 24
 
 
-def test_a_request_is_noted_before_it_is_sent_and_its_answer_before_the_next(questions, tmp_path):
+def test_requests_are_logged_before_sending_and_answers_on_arrival(questions, tmp_path):
     events: list[list[str]] = []
 
     def script(handler: Handler, number: int, order: str) -> str | None:
@@ -374,7 +374,7 @@ print(judge_all(file, judge, 3, print, print))
 """
 
 
-def test_killed_again_and_again_it_goes_on_and_pays_only_for_what_was_under_way(tmp_path):
+def test_repeated_kills_pay_twice_only_for_requests_in_flight(tmp_path):
     write_folders(tmp_path, 12)
     stops, reached, released = [5, 6, 19], threading.Event(), threading.Event()
     seen = ""

@@ -13,7 +13,7 @@ def questions(tmp_path) -> list[Question]:
     return both_orders(read_pairs(*write_folders(tmp_path, 2)))
 
 
-def test_what_was_answered_is_known_again_and_what_was_under_way_is_counted_once(questions, tmp_path):
+def test_answers_are_remembered_and_requests_in_flight_counted_once(questions, tmp_path):
     path = tmp_path / "requests.jsonl"
     with RequestLog(path, questions, "eyes") as log:
         first, second, third, _ = map(log.exchange, questions)

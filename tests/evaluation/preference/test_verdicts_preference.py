@@ -62,7 +62,7 @@ def test_a_judge_who_always_takes_the_first_gives_nothing_to_anyone(questions, t
     assert (result.win_rate, result.ties, result.disagreed, result.consistency) == (0.5, 10, 10, 0.0)
 
 
-def test_a_tie_in_one_order_makes_the_pair_a_tie_and_unclear_ones_are_left_out(questions, tmp_path):
+def test_a_tie_in_one_order_ties_the_pair_and_unclear_pairs_are_left_out(questions, tmp_path):
     def judge(prompt: str, first: Path, second: Path, *_: object) -> Reply:
         number = int(first.stem)
         if number == 0:
@@ -82,7 +82,7 @@ def test_nothing_but_unclear_verdicts_is_said_in_a_sentence(questions, tmp_path)
         judge_all(VerdictFile(tmp_path / "verdicts.jsonl", questions, "eyes"), lambda *_: Reply("unclear", "?"))
 
 
-def test_a_failure_keeps_what_was_answered_and_the_next_run_asks_only_the_rest(questions, tmp_path):
+def test_a_failure_keeps_answers_and_the_next_run_asks_the_rest(questions, tmp_path):
     path, asked = tmp_path / "verdicts.jsonl", []
 
     def judge(prompt: str, first: Path, second: Path, *_: object) -> Reply:
