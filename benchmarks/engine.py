@@ -25,7 +25,7 @@ from microdit.data.sources.builtin import emoji_source
 from microdit.distributed import World, start_world
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.text import load_text_encoder
-from microdit.io.console import PlainConsole
+from microdit.io.console import PlainConsole, Reporter
 from microdit.process_limits import keep_freed_memory
 from microdit.training.trainer import Trainer
 
@@ -70,7 +70,7 @@ def overhead(demo: list[str], place: Path, world: World, turns: int) -> tuple[st
         spent = {}
         for steps in (FEW, MANY):
             recipe = load_recipe("emoji", [*demo, ONE_PHASE.format(steps=steps, batch=64), "record.metrics_every=20"])
-            trainer = Trainer(recipe, place / f"{turn}-{steps}", PlainConsole(quiet=True), world)
+            trainer = Trainer(recipe, place / f"{turn}-{steps}", Reporter(PlainConsole(quiet=True)), world)
             spent[steps] = spent_on(trainer.train)
         step = bare_step(recipe, place / f"{turn}-bare", world)
         for number in range(FEW):
@@ -93,7 +93,7 @@ def spent_on(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def bare_step(recipe: Recipe, run: Path, world: World) -> Callable[[int], None]:
-    trainer = Trainer(recipe, run, PlainConsole(quiet=True), world)
+    trainer = Trainer(recipe, run, Reporter(PlainConsole(quiet=True)), world)
     phase, state = recipe.phases[0], trainer.state
     batches = [trainer.step_batch(number).micro_batches[0].to(world.device) for number in range(MANY)]
     weights = list(state.model.parameters())
@@ -111,7 +111,7 @@ def bare_step(recipe: Recipe, run: Path, world: World) -> Callable[[int], None]:
 def checkpoint(name: str, overrides: list[str], batch: int, place: Path, world: World) -> tuple[float, float, float]:
     """The wait of the loop, in steps; how much longer a step takes while the writing goes on; megabytes."""
     recipe = load_recipe("emoji", [*overrides, ONE_PHASE.format(steps=1000, batch=batch)])
-    trainer = Trainer(recipe, place / name, PlainConsole(quiet=True), world)
+    trainer = Trainer(recipe, place / name, Reporter(PlainConsole(quiet=True)), world)
     step_batch, phase, state = trainer.step_batch(0), recipe.phases[0], trainer.state
 
     def step() -> None:

@@ -267,7 +267,7 @@ def graphs() -> dict[str, int]:
 
 def emoji(place: Place, results: Results) -> None:
     """emoji.yaml by the real trainer in float32, bfloat16, and bfloat16 with FSDP: do the curves agree, where does it stop?"""
-    from microdit.io.console import PlainConsole
+    from microdit.io.console import PlainConsole, Reporter
     from microdit.training.trainer import Trainer
 
     world = start_world()
@@ -284,7 +284,7 @@ def emoji(place: Place, results: Results) -> None:
         with results.attempt(name):
             recipe = short_emoji_recipe(place, "emoji.yaml", steps, engine)
             run = place.scratch / f"emoji-{name.replace(', ', '-')}"
-            trainer, started = Trainer(recipe, run, PlainConsole(width=100), world), time.perf_counter()
+            trainer, started = Trainer(recipe, run, Reporter(PlainConsole(width=100)), world), time.perf_counter()
             with synchronisations_noted(name == "bfloat16") as caught:
                 trainer.train()
             seconds = time.perf_counter() - started
@@ -530,7 +530,7 @@ def trainer(place: Place, results: Results) -> None:
     """XL by the real trainer on an encoded set of random numbers: what does it cost beyond the bare step?"""
     from gpu_training import write_random_set
 
-    from microdit.io.console import PlainConsole
+    from microdit.io.console import PlainConsole, Reporter
     from microdit.planning.hardware import peak_flops
     from microdit.planning.phases import STAGES, stage_recipe
     from microdit.training.parallel import compute_dtype
@@ -551,7 +551,7 @@ def trainer(place: Place, results: Results) -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     started = time.time()
-    training = Trainer(recipe, run, PlainConsole(width=100), world)
+    training = Trainer(recipe, run, Reporter(PlainConsole(width=100)), world)
     results.put("start", {"seconds": time.time() - started, "compiled": compiled, "micro_batch": micro})
     flops = training.flops.of_step(recipe.phases[0], 0, (side // 2) ** 2, place.caption[0])
 

@@ -14,7 +14,7 @@ import torch
 from microdit.config.load import load_recipe
 from microdit.config.schema import OptimizerRecipe
 from microdit.distributed import start_world
-from microdit.io.console import PlainConsole
+from microdit.io.console import PlainConsole, Reporter
 from microdit.lab.equal_cost import stepper
 from microdit.training.optim import Optimizers
 from microdit.training.trainer import Trainer
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     with TemporaryDirectory() as place:
         recipe = load_recipe(parser.parse_args().recipe, ["optimizer.method=adamw"])
-        trainer = Trainer(recipe, Path(place) / "run", PlainConsole(quiet=True), start_world("cpu"))
+        trainer = Trainer(recipe, Path(place) / "run", Reporter(PlainConsole(quiet=True)), start_world("cpu"))
         ours = Optimizers(trainer.state.model, OptimizerRecipe(method="muon")).all[1]
         matrices = ours.param_groups[0]["params"]
         times = {"a training step with AdamW": _fastest(stepper(trainer))}

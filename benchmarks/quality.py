@@ -16,7 +16,7 @@ from pathlib import Path
 from microdit.config.load import load_recipe
 from microdit.config.schema import Recipe
 from microdit.distributed import World, start_world
-from microdit.io.console import PlainConsole
+from microdit.io.console import PlainConsole, Reporter
 from microdit.training.trainer import Trainer
 from microdit.training.validation import Quality
 
@@ -35,7 +35,7 @@ def main() -> None:
         quiet = [f"record.{key}={NEVER}" for key in ("samples_every", "checkpoint_every")]
         short = [f"phases.{index}.steps={2 * WINDOW}" for index in range(len(recipe.phases))]
         more = [*args.overrides, *quiet, *short, f"record.metrics_every={WINDOW}", "record.sample_prompts=[]", "record.quality_every=null"]
-        trainer = Trainer(load_recipe(args.recipe, more), Path(place) / "run", PlainConsole(quiet=True), world)
+        trainer = Trainer(load_recipe(args.recipe, more), Path(place) / "run", Reporter(PlainConsole(quiet=True)), world)
         trainer.train()
         lines = [json.loads(line) for line in (Path(place) / "run" / "metrics.jsonl").read_text().splitlines()]
     seconds = training_seconds(recipe, lines)

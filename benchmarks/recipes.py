@@ -14,7 +14,7 @@ import torch
 
 from microdit.config.load import load_recipe
 from microdit.distributed import start_world
-from microdit.io.console import PlainConsole
+from microdit.io.console import PlainConsole, Reporter
 from microdit.lab.equal_cost import flops_of_a_step, seconds_of_a_step
 from microdit.training.trainer import Trainer
 
@@ -25,7 +25,9 @@ def main() -> None:
     paths = parser.parse_args().recipes
     with TemporaryDirectory() as place:
         world = start_world("cpu")
-        trainers = {path.stem: Trainer(load_recipe(path), Path(place) / path.stem, PlainConsole(quiet=True), world) for path in paths}
+        trainers = {
+            path.stem: Trainer(load_recipe(path), Path(place) / path.stem, Reporter(PlainConsole(quiet=True)), world) for path in paths
+        }
         flops = {name: flops_of_a_step(trainer) * trainer.recipe.total_steps for name, trainer in trainers.items()}
         steps = seconds_of_a_step(trainers)
     seconds = {name: steps[name] * trainer.recipe.total_steps for name, trainer in trainers.items()}

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from microdit.checkpoint import checkpoint_folders
 from microdit.config.load import load_recipe
 from microdit.distributed import start_world, stop_world
-from microdit.io.console import PlainConsole
+from microdit.io.console import PlainConsole, Reporter
 from microdit.training.trainer import Trainer
 
 RECIPE = "emoji"
@@ -56,7 +56,7 @@ def main() -> None:
         recipe = load_recipe(RECIPE, [*SHORT, *WAYS[way], *args.overrides])
         with tempfile.TemporaryDirectory() as folder:
             run, started = Path(folder) / "run", time.perf_counter()
-            Trainer(recipe, run, PlainConsole(file=io.StringIO()), world).train()
+            Trainer(recipe, run, Reporter(PlainConsole(file=io.StringIO())), world).train()
             seconds = time.perf_counter() - started
             losses = [line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
             newest = checkpoint_folders(run)[0]

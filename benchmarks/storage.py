@@ -24,7 +24,7 @@ from microdit.diffusion.edm import draw_sigma, edm_loss
 from microdit.distributed import start_world
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.text import load_text_encoder
-from microdit.io.console import PlainConsole
+from microdit.io.console import PlainConsole, Reporter
 from microdit.training.trainer import Trainer
 
 SAMPLES, AUTHORS_TB = 37e6, 7.3
@@ -79,7 +79,7 @@ def train_and_measure(folder: Path, exact: Path, steps: int, seed: int, place: P
     overrides[-1] += "learning_rate: 3e-3, warmup_steps: 50, final_learning_rate: 0.05, grad_clip: 1.0}]"
     overrides.append("record.sample_prompts=[]")
     recipe = load_recipe("emoji", overrides)
-    trainer = Trainer(recipe, place / f"run-{folder.name}-{seed}", PlainConsole(quiet=True), start_world("cpu"))
+    trainer = Trainer(recipe, place / f"run-{folder.name}-{seed}", Reporter(PlainConsole(quiet=True)), start_world("cpu"))
     trainer.train()
     return exact_loss(trainer, EncodedDataset(exact))
 

@@ -132,7 +132,7 @@ def train(
     run = Path(out) if out is not None else Path("runs") / loaded.name
     world = start_world(loaded.engine.device)
     try:
-        train_one(loaded, run, RunSettings(resume), reporter.console, world)
+        train_one(loaded, run, RunSettings(resume), reporter, world)
     finally:
         stop_world()
     return run

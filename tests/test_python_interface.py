@@ -85,7 +85,6 @@ def test_an_unknown_name_is_no_attribute():
 def test_the_example_of_every_name_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("microdit.cli.terminal.console.quiet", True)  # evaluation prints by itself, still
     own_pictures(tmp_path / "my-pictures", 12)
     names = ["encode_dataset", "train", *(name for name in microdit.__all__ if name not in ("encode_dataset", "train", "__version__"))]
     for name in names:  # the examples of the first two make what others read

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from microdit.cli.terminal import console, progress
+from microdit.cli.terminal import console, progress, reporter
 from microdit.io.console import joined, styled
 
 
@@ -52,10 +52,10 @@ def train(
     console.print(describe_device(world.device, choose_dtype(first.engine.precision, world.device)))
     with device_errors_explained("take a smaller engine.micro_batch, or engine.activation_checkpointing=true"):
         if is_chain:
-            train_phases(recipes, run, settings, console, world)
+            train_phases(recipes, run, settings, reporter, world)
             run /= list(recipes)[-1]
         else:
-            train_one(first, run, settings, console, world)
+            train_one(first, run, settings, reporter, world)
     stop_world()
     console.print(f'Trained. Pictures: microdit sample {run} "red heart"')
 

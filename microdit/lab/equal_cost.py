@@ -120,7 +120,7 @@ def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World,
 def _time(study: Study, recipes: dict[str, Recipe], known: ArmPlan | None, world: World, reporter: Reporter) -> dict[str, ArmPlan]:
     """Time these arms, which include the reference arm. If that is already `known`, seconds are scaled to its original timing."""
     with TemporaryDirectory() as place:
-        trainers = {arm: Trainer(recipe, Path(place) / arm, PlainConsole(quiet=True), world) for arm, recipe in recipes.items()}
+        trainers = {arm: Trainer(recipe, Path(place) / arm, Reporter(PlainConsole(quiet=True)), world) for arm, recipe in recipes.items()}
         flops = {arm: flops_of_a_step(trainer) for arm, trainer in trainers.items()}
         seconds = seconds_of_a_step(trainers, reporter)
     reference = study.reference.arm

@@ -221,7 +221,7 @@ class _ArmRun:
         recipe = replace(stretched(self.recipe, step), seed=self.seed, record=record)
         begun = run.exists()
         with sole_writer(run, self.world):
-            trainer = Trainer(recipe, run, PlainConsole(quiet=True), self.world, resume=begun, accept_changes=True)
+            trainer = Trainer(recipe, run, Reporter(PlainConsole(quiet=True)), self.world, resume=begun, accept_changes=True)
             if trainer.step < step:
                 trainer.train()
 

@@ -7,7 +7,7 @@ from microdit.checkpoint import Checkpoint
 from microdit.config.schema import Recipe
 from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.io.console import PlainConsole, styled
+from microdit.io.console import Reporter, styled
 from microdit.io.locks import sole_writer
 from microdit.training.setup import finished_checkpoint
 from microdit.training.trainer import Trainer
@@ -22,7 +22,7 @@ class RunSettings:
     price_per_hour: float | None = None
 
 
-def train_phases(recipes: dict[str, Recipe], out: Path, settings: RunSettings, console: PlainConsole, world: World) -> None:
+def train_phases(recipes: dict[str, Recipe], out: Path, settings: RunSettings, reporter: Reporter, world: World) -> None:
     """Train each recipe into `out`/NAME. With `settings.resume`, finished ones are passed over.
 
     Raises UserError if there are such runs already and `settings.resume` is not set, and whatever `train_one` raises.
@@ -31,14 +31,14 @@ def train_phases(recipes: dict[str, Recipe], out: Path, settings: RunSettings, c
         raise UserError(f"{out} holds runs of these recipes already: continue with --resume, or choose another --out.")
     finished: dict[str, Checkpoint] = {}
     for number, (name, recipe) in enumerate(recipes.items(), start=1):
-        console.print(styled(f"{number} of {len(recipes)}: {name}"))
+        reporter.say(styled(f"{number} of {len(recipes)}: {name}"))
         initial = finished.get(recipe.init_from or "")
-        if found := train_one(recipe, out / name, settings, console, world, initial):
+        if found := train_one(recipe, out / name, settings, reporter, world, initial):
             finished[name] = found
 
 
 def train_one(
-    recipe: Recipe, run: Path, settings: RunSettings, console: PlainConsole, world: World, initial: Checkpoint | None = None
+    recipe: Recipe, run: Path, settings: RunSettings, reporter: Reporter, world: World, initial: Checkpoint | None = None
 ) -> Checkpoint | None:
     """Train a recipe into the folder `run`.
 
@@ -47,8 +47,8 @@ def train_one(
     and whatever `Trainer` raises.
     """
     if settings.resume and (found := finished_checkpoint(run, recipe, world)):
-        console.print(f"{run} is finished.")
+        reporter.say(f"{run} is finished.")
         return found
     with sole_writer(run, world):
-        Trainer(recipe, run, console, world, settings.resume, settings.accept_changes, settings.price_per_hour, initial).train()
+        Trainer(recipe, run, reporter, world, settings.resume, settings.accept_changes, settings.price_per_hour, initial).train()
     return None

@@ -26,7 +26,7 @@ from microdit.config.schema import PhaseRecipe, Recipe
 from microdit.devices import device_name
 from microdit.distributed import World
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, DivergedError, StoppedError, UserError
-from microdit.io.console import PlainConsole, joined, styled
+from microdit.io.console import Reporter, joined
 from microdit.planning.hardware import peak_flops
 from microdit.planning.workload import FlopCounter
 from microdit.process_limits import keep_freed_memory
@@ -78,7 +78,7 @@ class Trainer:
         self,
         recipe: Recipe,
         run: Path,
-        console: PlainConsole,
+        reporter: Reporter,
         world: World,
         resume: bool = False,
         accept_changes: bool = False,
@@ -90,18 +90,18 @@ class Trainer:
         `initial` is the checkpoint that the recipe's `init_from` refers to, if the caller has found and verified it already.
         Raises UserError if the run exists and `resume` is not set, or if recipe, data, checkpoint and processes do not fit together.
         """
-        self.recipe, self.run, self.console, self.world = recipe, run, console, world
-        self.mixture = open_dataset(recipe, self._warn, world)
+        self.recipe, self.run, self.reporter, self.world = recipe, run, reporter, world
+        self.mixture = open_dataset(recipe, self.reporter.warn, world)
         self.data = self.mixture.sets[0]  # the others have the same shapes and encoders
         check_recipe_fits(recipe, self.mixture.sets, world)
-        checkpoint = find_checkpoint(run, recipe, self.mixture.sets, world, self._warn, resume, accept_changes)
+        checkpoint = find_checkpoint(run, recipe, self.mixture.sets, world, self.reporter.warn, resume, accept_changes)
         hours, dollars = last_cost(run) if world.is_main else (0.0, 0.0)
         self.cost = Cost(world.size, price_per_hour, hours, dollars)
         self.config = model_config(recipe, self.data)
         if recipe.engine.compile:
             with world.together():
                 keep_compiled(run)
-        first = None if checkpoint else find_initial_weights(recipe, run, self.config, self.data, world, self._warn, initial)
+        first = None if checkpoint else find_initial_weights(recipe, run, self.config, self.data, world, self.reporter.warn, initial)
         fill = None if first is None else partial(first.fill, world=world)
         self.state = TrainingState(recipe, self.config, world, fill, fresh=checkpoint is None)
         self.guard = SpikeGuard(recipe.guard, world.device)
@@ -114,12 +114,12 @@ class Trainer:
             self._restore(checkpoint)
         self.held_out = open_held_out(recipe, self.data, self.state.edm, world)
         self.quality = open_quality(recipe, self.held_out.data if self.held_out else self.data, self.state.edm, world)
-        self.prompt_grid = PromptGrid(recipe, world, compute_dtype(recipe.engine, world.device), self._warn)
-        self.checkpoints = CheckpointWriter(run, world, recipe.record.keep_checkpoints, recipe.record.keep_every, self._warn)
+        self.prompt_grid = PromptGrid(recipe, world, compute_dtype(recipe.engine, world.device), self.reporter.warn)
+        self.checkpoints = CheckpointWriter(run, world, recipe.record.keep_checkpoints, recipe.record.keep_every, self.reporter.warn)
         if checkpoint:
             self.checkpoints.last_saved = checkpoint.step
         with world.together():
-            self.record = RunRecord(run, recipe, self._warn, self.step) if world.is_main else None
+            self.record = RunRecord(run, recipe, self.reporter.warn, self.step) if world.is_main else None
         self.flops = FlopCounter(recipe, self.config)
         self.peak, self.peak_source = peak_flops(world.device, compute_dtype(recipe.engine, world.device))
 
@@ -129,7 +129,7 @@ class Trainer:
         keep_freed_memory()
         self._announce()
         batches = Prefetcher(self.step_batch, range(self.step, total), AHEAD, recipe.data.read_timeout, self.mixture.where)
-        meters = Meters(self.step, total, self.peak, self.world.size, self.world.device, self.console)
+        meters = Meters(self.step, total, self.peak, self.world.size, self.world.device, self.reporter.console)
         result, queued = StepResult([], []), deque[QueuedStep]()
         with self._status_recorded(), self.world.naming_the_lost(), meters, stop_requests() as stop, batches as reader:
             while self.step < total and not result.stop:
@@ -193,11 +193,11 @@ class Trainer:
         result, decision = read_step(done.pending.values())
         rise = self.guard.record(decision, done.phase.name, done.number - 1)
         if decision.objection:
-            self._warn(
+            self.reporter.warn(
                 f"Step {done.number} was skipped: {decision.objection}. {self.guard.skipped} of {done.number} steps were skipped so far."
             )
         if rise:
-            self._warn(rise)
+            self.reporter.warn(rise)
         flops = self.flops.of_step(done.phase, done.step_in_phase, done.batch.tokens, done.batch.caption_tokens)
         meters.step(done.phase.name, done.number, result, flops, done.waited, decision.taken)
         return result, decision
@@ -220,7 +220,7 @@ class Trainer:
                 "there is no earlier checkpoint that helps. Resume with a lower learning rate (--accept-changes), or check the data of "
                 "these steps."
             )
-        self._warn(f"Rolled back to the weights of step {checkpoint.step}; the data goes on from step {self.step}.")
+        self.reporter.warn(f"Rolled back to the weights of step {checkpoint.step}; the data goes on from step {self.step}.")
         self.state.load(checkpoint)
         self.guard.roll_back(checkpoint.state["guard"])
 
@@ -232,7 +232,7 @@ class Trainer:
         self._rollbacks_here += 1
         if self._rollbacks_here > MAX_ROLLBACKS:
             return None
-        return newest_intact(self.run, self.world, self._warn, skip=self._rollbacks_here - 1)
+        return newest_intact(self.run, self.world, self.reporter.warn, skip=self._rollbacks_here - 1)
 
     def _measure(self, last: bool, in_haste: bool) -> dict[str, Any]:
         """Return the held-out loss and the quality metrics that are due at this step. All processes must call this."""
@@ -242,7 +242,7 @@ class Trainer:
             measured |= self.held_out.measure(self.state.gradients.current_loss(), self.recipe.engine.compile)
         if self.quality and (_due(self.step, record.quality_every) or last) and not in_haste:
             figures = self.quality.measure(self.state.ema_model())
-            self.console.print(self.quality.describe(self.step, figures))
+            self.reporter.say(self.quality.describe(self.step, figures))
             measured |= figures
         return measured
 
@@ -288,7 +288,7 @@ class Trainer:
         Weights that are not finite are never saved, because a rollback needs the older checkpoints.
         """
         if not self.state.is_finite():
-            self._warn(f"Some weights are not finite after step {self.step}, so no checkpoint is written.")
+            self.reporter.warn(f"Some weights are not finite after step {self.step}, so no checkpoint is written.")
             return
         position = {"images_seen": self.recipe.samples_before(self.step), "guard": self.guard.state(), **self.cost.so_far()}
         description = describe(self.recipe, self.config, self.data, self.mixture.sets)
@@ -324,9 +324,9 @@ class Trainer:
         saved = self.checkpoints.finish() and self.checkpoints.last_saved == self.step  # weights that are not finite are not saved
         replaced = sum(self.world.gather(self.mixture.replaced))
         if replaced:
-            self._warn(f"{replaced} samples were damaged and replaced by others: encode the data again.")
+            self.reporter.warn(f"{replaced} samples were damaged and replaced by others: encode the data again.")
         if self.guard.plateau.warning:
-            self._warn(self.guard.plateau.warning)  # repeated, because it may have been printed days ago
+            self.reporter.warn(self.guard.plateau.warning)  # repeated, because it may have been printed days ago
         if self.step < self.recipe.total_steps:
             where = f"saved in {self.run}" if saved else "NOT saved (see above)"
             code = EXIT_BY_USER if result.stop_by_user else EXIT_RESTART
@@ -344,9 +344,6 @@ class Trainer:
         self.cost.earlier_hours = max(self.cost.earlier_hours, checkpoint.state["gpu_hours"])
         self.cost.earlier_dollars = max(self.cost.earlier_dollars, checkpoint.state["dollars"] or 0.0)
 
-    def _warn(self, sentence: str) -> None:
-        self.console.print(styled(sentence, "yellow"))
-
     def _announce(self) -> None:
         """Print what is about to be trained, and add this start to the record."""
         world, data = self.world, fingerprints(self.recipe, self.mixture.sets)
@@ -355,7 +352,7 @@ class Trainer:
                 machine = {"world_size": world.size, "device": device_name(world.device), "price_per_hour": self.cost.price_per_hour}
                 self.record.started(data, {**machine, "from_step": self.step})
         text = start_message(self.recipe, self.run, self.mixture.sets, self.state, self.step, world)
-        self.console.print(joined(text, f" Utilisation is relative to {self.peak / 1e12:.3g} TFLOP/s, {self.peak_source}."))
+        self.reporter.say(joined(text, f" Utilisation is relative to {self.peak / 1e12:.3g} TFLOP/s, {self.peak_source}."))
 
 
 def _due(step: int, every: int | None) -> bool:

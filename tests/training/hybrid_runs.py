@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from microdit.cli.terminal import console
+from microdit.cli.terminal import reporter
 from microdit.config.load import load_recipe
 from microdit.distributed import start_world, stop_world
 from microdit.training.multi_phase import RunSettings, train_one
@@ -28,12 +28,12 @@ def train_all(folder: Path, data: Path, first: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if way == "roomless":
                 patch.setattr("microdit.training.gradients.spare", lambda wanted, device: False)
-            train_one(load_recipe(RECIPE, [*settings, *engine, *more]), folder / way, RunSettings(), console, world)
+            train_one(load_recipe(RECIPE, [*settings, *engine, *more]), folder / way, RunSettings(), reporter, world)
     if world.size > 1:
         copy = folder / "resumed"
         if world.is_main:
             shutil.copytree(folder / "adamw", copy)
             shutil.rmtree(copy / "checkpoints" / "step-00000003")
         world.wait_for_all()
-        train_one(load_recipe(RECIPE, [*settings, "engine.sharding=fsdp"]), copy, RunSettings(resume=True), console, world)
+        train_one(load_recipe(RECIPE, [*settings, "engine.sharding=fsdp"]), copy, RunSettings(resume=True), reporter, world)
     stop_world()

@@ -15,7 +15,7 @@ from microdit.config.load import load_recipe, load_recipe_folder
 from microdit.config.recipes import RECIPES
 from microdit.distributed import start_world
 from microdit.errors import UserError
-from microdit.io.console import PlainConsole
+from microdit.io.console import PlainConsole, Reporter
 from microdit.io.locks import sole_writer
 from microdit.models.microdit import MicroDiT
 from microdit.training.multi_phase import RunSettings, train_one
@@ -116,7 +116,7 @@ def test_a_locked_run_is_refused_with_its_host_and_process(tmp_path, encoded_emo
     recipe = load_recipe(RECIPE, [f"data.path={encoded_emoji}"])
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     with sole_writer(tmp_path / "run"), pytest.raises(UserError, match=f"run is in use by {holder}: wait for it, or stop it"):
-        train_one(recipe, tmp_path / "run", RunSettings(resume), PlainConsole(quiet=True), start_world("cpu"))
+        train_one(recipe, tmp_path / "run", RunSettings(resume), Reporter(PlainConsole(quiet=True)), start_world("cpu"))
     assert not (tmp_path / "run").exists()
 
 
