@@ -4,6 +4,7 @@
 `info.json` the licence. Names, order and the held-out split are those of the source `emoji`, so every style shows the same emoji.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -82,7 +83,7 @@ def _parts(style: str, folder: Path, split: Split, named: bool) -> list[Part]:
     for start in range(0, len(chosen), RECORDS_PER_PART):
         share = chosen[start : start + RECORDS_PER_PART]
         files = partial(tuple, [folder / "icons.json"])
-        parts.append(Part(f"icons-{style}-{start:06d}", partial(_records, folder, share), files, partial(repr, share)))
+        parts.append(Part(f"icons-{style}-{start:06d}", partial(_records, folder, share), files, partial(json.dumps, share)))
     return parts
 
 

@@ -15,7 +15,7 @@ from microdit.data.sources.untrusted_files import Refused
 from microdit.errors import optional_package
 
 LARGEST_DRAWING = 500_000  # characters; the largest drawing of the emoji sets has 170,000
-MOST_SHAPES = 500  # with every reference written out; a shape takes up to about 10 ms at 256 px; the emoji sets have up to 219
+MOST_SHAPES = 300  # with every reference written out; one takes up to about 40 ms at 256 px. The emoji sets have up to 219
 MOST_CHARACTERS = 500_000  # with every reference written out
 DEEPEST = 20  # elements inside each other, references included
 
