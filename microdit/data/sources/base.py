@@ -65,7 +65,8 @@ class Source:
     """A named list of parts.
 
     `caption_weights` says how often each caption is chosen where an image has several; captions without a weight are not used.
-    `min_side` is the shortest side, in pixels, that an image should have, if the source recommends one.
+    `min_side` is the shortest side, in pixels, that an image should have, if the source recommends one. `note` is a sentence for whoever
+    encodes the source, such as what it lacks.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Source:
     caption_weights: dict[str, float] = field(default_factory=lambda: {"caption": 1.0})
     license: str = ""
     min_side: int | None = None
+    note: str = ""
 
 
 def checked(records: Iterable[Record], captions: Collection[str]) -> Iterator[Record]:
