@@ -204,7 +204,7 @@ def prefer(
         dollars = "" if cost.dollars is None else f", about ${cost.dollars:.2f}"
         console.print(f"{open_questions} requests, about {cost.tokens:,} tokens{dollars}.")
         if open_questions and not yes and not typer.confirm("Go on?"):
-            raise UserError("Nothing was asked.")
+            raise UserError("Cancelled: no request was sent.")
         with progress("judge", open_questions) as advance:
             result = judge_all(file, VisionJudge(judge_url, judge), on_verdict=lambda _: advance(1), warn=warn)
     console.print_json(data=asdict(result))

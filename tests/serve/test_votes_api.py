@@ -3,6 +3,7 @@
 import http.client
 import io
 import json
+import os
 import re
 import resource
 import signal
@@ -26,6 +27,7 @@ from microdit.serve.votes_api import collect_votes, vote_server
 from tests.evaluation.preference.test_verdicts_preference import lines_of, write_folders
 from tests.serve.serving import running
 from tests.serve.test_connections import is_closed
+from tests.training.processes import start, wait_for
 
 JSON = {"Content-Type": "application/json"}
 TIE = b'{"question": 0, "choice": "tie"}'
@@ -162,17 +164,17 @@ print(collect_votes(file, 0, lambda url: print(url, flush=True)))
 
 
 def test_a_killed_server_has_kept_each_vote_and_ctrl_c_ends_with_the_summary(questions, tmp_path):
-    def start() -> tuple[subprocess.Popen[str], Client]:
+    def start_child() -> tuple[subprocess.Popen[str], Client]:
         command = [sys.executable, "-c", CHILD, str(tmp_path)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         return child, Client(child.stdout.readline().strip())
 
-    child, client = start()
+    child, client = start_child()
     state = client.vote_for_red(client.vote_for_red(client.state()))
     child.send_signal(signal.SIGKILL)
     child.communicate()
     assert len(lines_of(tmp_path / "verdicts.jsonl")) == 2
-    child, client = start()
+    child, client = start_child()
     assert client.state() == state
     client.vote_for_red(state)
     child.send_signal(signal.SIGINT)
@@ -180,6 +182,21 @@ def test_a_killed_server_has_kept_each_vote_and_ctrl_c_ends_with_the_summary(que
     assert child.returncode == 0, seen
     assert "win_rate=1.0" in seen
     assert "pairs=3" in seen
+
+
+def test_the_command_serves_the_page_until_ctrl_c(questions, tmp_path):
+    process = start(tmp_path / ".logs", ["prefer", "a", "b", "--vote", "--port", 0], cwd=tmp_path)
+    try:
+        wait_for(lambda: "Ctrl-C" in process.output, process)
+        client = Client(re.search(r"http://127\.0\.0\.1:\d+", process.output)[0])
+        client.vote_for_red(client.state())
+        os.kill(process.processes[0].pid, signal.SIGINT)
+        assert process.wait() == [0]
+    finally:
+        process.kill()
+    assert '"a_wins": 1' in process.output
+    assert "Traceback" not in process.output
+    assert len(lines_of(tmp_path / "preference" / "verdicts.jsonl")) == 1
 
 
 @pytest.mark.parametrize(
