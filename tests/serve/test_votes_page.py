@@ -62,9 +62,9 @@ def test_a_hostile_prompt_is_shown_as_text(page):
     assert page.locator("img").count() == 2
 
 
-def test_two_voters_share_the_pairs(page, tmp_path):
+def test_two_voters_share_the_pairs(browser, page, tmp_path):
     expect_pair(page, 0)
-    other = page.context.new_page()
+    other = browser.new_page()
     other.goto(page.url)
     expect_pair(other, 0)
     other.click("#first")
