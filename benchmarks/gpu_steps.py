@@ -172,7 +172,7 @@ def xl_compiled(place: Place, results: Results) -> None:
     training = compiled_training(place, results, world, "MicroDiT_XL_2", COMPILED)
     with results.attempt("replay"):
         results.put("replay", replay_alike(training, small[0]))
-    for samples in (*small, large):
+    for samples in (small[0], large, *small[1:]):
         with results.attempt(f"compiled, recorded {samples}"):
             training.forget_recorded()
             results.put(f"compiled, recorded {samples}", training.measure(samples, seconds))
@@ -604,10 +604,43 @@ def watch_while(work: Callable[[], None], note: Callable[[], bool], wait: bool) 
     note()
 
 
+def kernels(place: Place, results: Results) -> None:
+    """Ways to compute what lies between XL's products, against each other."""
+    import gpu_kernels
+
+    gpu_kernels.kernels(place, results)
+
+
+def xl_by_hand(place: Place, results: Results) -> None:
+    """The largest batch of `xl-compiled`, with the kernels of gpu_triton.py in the place of the package's."""
+    if not torch.cuda.is_available():
+        results.put("left out", {"why": "Triton has no kernels for a CPU"})
+        return
+    import gpu_triton
+
+    from microdit.models import blocks
+    from microdit.training import parallel
+
+    world, samples = start_world(), 256
+    for name in ("norms and experts by hand", "attention too"):
+        with results.attempt(name):
+            parallel.compiled = gpu_triton.by_hand
+            if name == "attention too":
+                blocks._attend = gpu_triton.attend_heads
+            training = compiled_training(place, results, world, "MicroDiT_XL_2", COMPILED)
+            results.put(name, training.measure(samples, 2.0))
+            results.put(f"kernels of {name}", training.kernels(samples))
+            del training
+        free_memory()
+    stop_world()
+
+
 STEPS: dict[str, Callable[[Place, Results], None]] = {
     "ceilings": ceilings,
     "xl": xl,
     "xl-compiled": xl_compiled,
+    "kernels": kernels,
+    "xl-by-hand": xl_by_hand,
     "emoji": emoji,
     "demo": demo,
     "tiny": tiny,
