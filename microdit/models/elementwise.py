@@ -96,18 +96,28 @@ def compiled() -> Elementwise:
     choose a slow backward pass, the compiled function has its own.
     """
     return Elementwise(
-        *(torch.compile(function, fullgraph=True, dynamic=True) for function in EAGER[:5]),
-        normalised=_static_width(normalised),
-        split_normalised=_SplitNormalised.apply,
-        take_chosen=_TakeChosen.apply,
-        add_weighted=_AddWeighted.apply,
+        _dynamic(modulated_norm),
+        _dynamic(gated_sum),
+        _dynamic(gated_sum_norm),
+        _dynamic(sum_modulated_norm),
+        _dynamic(gated_silu),
+        _static_width(normalised),
+        _SplitNormalised.apply,
+        _TakeChosen.apply,
+        _AddWeighted.apply,
     )
+
+
+def _dynamic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function once for inputs of any size. The widths of parameters are static."""
+    compiled_function: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=True)
+    return compiled_function
 
 
 @cache
 def _static_width(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function for one width, the last dimension, of all inputs that are not integers, and for any other sizes."""
-    kernel = torch.compile(function, fullgraph=True, dynamic=True)
+    """Compile a function once for each width, the last dimension of inputs that are not integers, and any other sizes."""
+    kernel = _dynamic(function)
 
     def call(*inputs: Tensor | int) -> Any:
         for tensor in inputs:
@@ -135,7 +145,8 @@ class _SplitNormalised(torch.autograd.Function):
 
 def _normalised_parts(x_BTPA: Tensor, parts: int) -> Tensor:
     """Return all parts but the last, normalised, (B, T, P - 1, A)."""
-    return normalised(x_BTPA.unflatten(-1, (parts, -1))[..., :-1, :])
+    width = x_BTPA.chunk(parts, dim=-1)[0].shape[-1]  # a number, where `parts` itself is a symbol to the compiler
+    return normalised(x_BTPA.unflatten(-1, (-1, width))[..., :-1, :])
 
 
 def _split_normalised_backward(x_BTPA: Tensor, *gradients_BTA: Tensor) -> Tensor:
