@@ -11,7 +11,7 @@ from gpu_measure import Place, Results, free_memory, time_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from microdit.models.elementwise import EAGER, compiled
+from microdit.models.elementwise import EAGER, _normalised_parts, _split_normalised_backward, _SplitNormalised, compiled
 
 BYTES_PER_SECOND = 3.02e12  # what a copy reached (docs/gpu)
 SECONDS = 0.12  # of timing for each way
@@ -72,7 +72,7 @@ def measured(case: Case, way: Callable[..., Any], exact: list[Tensor], smoke: bo
 
 
 def gradients_of(way: Callable[..., Any], inputs: list[Any], trained: int) -> list[Tensor]:
-    """The outputs, and the gradients of the inputs for outputs' gradients that are the same for all ways: the outputs' own cosine."""
+    """The outputs, and the gradients of the inputs, by random gradients of the outputs that are the same for all ways."""
     leaves = [value.detach().requires_grad_() for value in inputs[:trained]]
     outputs = way(*leaves, *inputs[trained:])
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
@@ -147,17 +147,44 @@ def chunked_norms(x_BTA: Tensor, parts: int) -> tuple[Tensor, ...]:
     return *(dynamic(EAGER.normalised)(part) for part in others), last_BTA
 
 
+@cache
+def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have the compiler hold a whole row in registers, which it does of its own accord only where rows lie side by side."""
+    kernel = torch.compile(function, fullgraph=True, dynamic=True, options={"triton.multi_kernel": 2})
+
+    def call(*inputs: Any) -> Any:
+        for tensor in inputs:
+            if isinstance(tensor, Tensor):
+                torch._dynamo.mark_static(tensor, tensor.dim() - 1)
+        return kernel(*inputs)
+
+    return call
+
+
+class SplitAtOnce(_SplitNormalised):
+    @staticmethod
+    def forward(ctx: Any, x_BTPA: Tensor, parts: int) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x_BTPA)
+        return *at_once(_normalised_parts)(x_BTPA, parts).unbind(-2), x_BTPA.chunk(parts, dim=-1)[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients_BTA: Tensor) -> tuple[Tensor, None]:
+        return at_once(_split_normalised_backward)(*ctx.saved_tensors, *gradients_BTA), None
+
+
 def split_case(name: str, samples: int, tokens: int, parts: int, width: int, calls: int, device: torch.device) -> Case:
     x = randn(device, samples, tokens, parts * width)
     one = x.nbytes / parts
     moved = 2 * (parts - 1) * one + 3 * (parts - 1) * one + 2 * one  # normed and written; x, gradients, written; the last part's copied
-    ways = {"before": chunked_norms, "split_normalised": compiled().split_normalised}
+    ways = {"before": chunked_norms, "split_normalised": compiled().split_normalised, "rows at once": SplitAtOnce.apply}
+    ways |= {"by hand": hand_module().split_normalised} if device.type == "cuda" else {}
     return Case(name, ways, EAGER.split_normalised, [x, parts], 1, moved, calls)
 
 
 def norm_case(name: str, samples: int, tokens: int, width: int, calls: int, device: torch.device) -> Case:
     x = randn(device, samples, tokens, width)
     ways = {"before": dynamic(EAGER.normalised), "normalised": compiled().normalised}
+    ways |= {"by hand": hand_module().normalised} if device.type == "cuda" else {}
     return Case(name, ways, EAGER.normalised, [x], 1, 5 * x.nbytes, calls)
 
 
@@ -172,16 +199,16 @@ def experts_case(name: str, samples: int, tokens: int, width: int, calls: int, d
         found: Tensor = ops.add_weighted(ops.take_chosen(x_ND, token_EM), weight_EM, token_EM, len(x_ND))
         return found
 
-    ways = {"before": partial(through, EAGER), "gathered": partial(through, compiled()), **experts_by_hand(through)}
+    ways = {"before": partial(through, EAGER), "gathered": partial(through, compiled())}
+    ways |= {"by hand": partial(through, hand_module())} if device.type == "cuda" else {}
     return Case(name, ways, partial(through, EAGER), [x, weight, token_EM], 2, (4 + 3 + 6 + 3) * x.nbytes, calls)
 
 
-def experts_by_hand(through: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    if not torch.cuda.is_available():
-        return {}
+def hand_module() -> Any:
+    """Triton is not on a machine without a GPU."""
     import gpu_triton
 
-    return {"by hand": partial(through, gpu_triton)}
+    return gpu_triton
 
 
 def attention_case(name: str, samples: int, tokens: int, keys: int, width: int, head: int, calls: int, device: torch.device) -> Case:
@@ -197,8 +224,7 @@ def attention_case(name: str, samples: int, tokens: int, keys: int, width: int, 
 
     ways: dict[str, Callable[..., Any]] = {"as chosen": partial(attend, None)}
     if q.device.type == "cuda":
-        import gpu_triton
-
+        gpu_triton = hand_module()
         ways |= {"flash": partial(attend, SDPBackend.FLASH_ATTENTION), "efficient": partial(attend, SDPBackend.EFFICIENT_ATTENTION)}
         if keys <= gpu_triton.MOST_KEYS:
             ways |= {"by hand": partial(gpu_triton.attend, head)}

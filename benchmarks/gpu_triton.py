@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Kernels by hand in Triton, for gpu_kernels.py: how much faster than PyTorch's would they be? The package does not use them.
 
 Shape legend: N tokens of the whole batch, E experts, M tokens of an expert, D dim; B batch, T queries, L keys, A width, H head dim.
