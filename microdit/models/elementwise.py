@@ -73,7 +73,7 @@ def split_normalised(x_BTPA: Tensor, parts: int) -> tuple[Tensor, ...]:
 
 def take_chosen(x_ND: Tensor, token_EM: Tensor) -> Tensor:
     """Return the tokens that each expert takes, (E, M, D). No expert takes a token twice."""
-    return x_ND.index_select(0, token_EM.reshape(-1)).view(*token_EM.shape, -1)
+    return x_ND.index_select(0, token_EM.reshape(-1)).view(*token_EM.shape, x_ND.shape[-1])
 
 
 def add_weighted(y_EMD: Tensor, weight_EM: Tensor, token_EM: Tensor, tokens: int) -> Tensor:
