@@ -189,8 +189,15 @@ def xl_compiled(place: Place, results: Results) -> None:
 
 
 def replay_alike(training: "Training", samples: int) -> dict[str, Any]:
-    """Are replayed gradients those that are computed, from the same weights, on another batch than the recorded one?"""
+    """Are replayed gradients those that are computed, from the same weights, on another batch than the recorded one?
+
+    Weights that began at zero are random meanwhile: by adaLN-zero, hardly anything in the blocks would matter to the loss.
+    """
     gradients, weights = training.state.gradients, list(training.state.model.parameters())
+    zeros = [weight.detach() for weight in weights if weight.detach().abs().max() < 1e-3]
+    before = [weight.clone() for weight in zeros]
+    for weight in zeros:
+        weight.normal_(std=0.02)
 
     def found(batch: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
         gradients.begin()
@@ -199,7 +206,7 @@ def replay_alike(training: "Training", samples: int) -> dict[str, Any]:
 
     other, batch = training.batch(samples), training.batch(samples)
     computed, losses = found(batch)
-    again, _ = found(batch)  # experts add up in no fixed order
+    again, _ = found(batch)
     for _ in range(4):
         found(other)
     replayed, replayed_losses = found(batch)
@@ -209,6 +216,7 @@ def replay_alike(training: "Training", samples: int) -> dict[str, Any]:
         return float(distance / torch.stack([a.norm() for a in one]).norm())
 
     training.state.optimizers.zero_grad()
+    torch._foreach_copy_(zeros, before)
     return {
         "gradients_apart": apart(computed, replayed),
         "computed_twice_apart": apart(computed, again),
