@@ -163,7 +163,7 @@ print(collect_votes(file, 0, lambda url: print(url, flush=True)))
 """
 
 
-def test_a_killed_server_has_kept_each_vote_and_ctrl_c_ends_with_the_summary(questions, tmp_path):
+def test_a_killed_server_has_kept_each_vote_and_ctrl_c_ends_in_a_summary(questions, tmp_path):
     def start_child() -> tuple[subprocess.Popen[str], Client]:
         command = [sys.executable, "-c", CHILD, str(tmp_path)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
