@@ -200,7 +200,7 @@ def experts_case(name: str, samples: int, tokens: int, width: int, calls: int, d
         found: Tensor = ops.add_weighted(ops.take_chosen(x_ND, token_EM), weight_EM, token_EM, len(x_ND))
         return found
 
-    ways = {"before": partial(through, EAGER), "gathered": partial(through, compiled())}
+    ways: dict[str, Callable[..., Any]] = {"before": partial(through, EAGER), "gathered": partial(through, compiled())}
     ways |= {"by hand": partial(through, hand_module())} if device.type == "cuda" else {}
     return Case(name, ways, partial(through, EAGER), [x, weight, token_EM], 2, (4 + 3 + 6 + 3) * x.nbytes, calls)
 
