@@ -200,7 +200,7 @@ def experts_case(name: str, samples: int, tokens: int, width: int, calls: int, d
         found: Tensor = ops.add_weighted(ops.take_chosen(x_ND, token_EM), weight_EM, token_EM, len(x_ND))
         return found
 
-    ways = {"before": partial(through, EAGER), "gathered": partial(through, compiled())}
+    ways: dict[str, Callable[..., Any]] = {"before": partial(through, EAGER), "gathered": partial(through, compiled())}
     ways |= {"by hand": partial(through, hand_module())} if device.type == "cuda" else {}
     return Case(name, ways, partial(through, EAGER), [x, weight, token_EM], 2, (4 + 3 + 6 + 3) * x.nbytes, calls)
 
@@ -244,13 +244,14 @@ def optimizers(place: Place, results: Results, device: torch.device) -> None:
     floor = numbers * (2 + 2 + 24 + 2) / BYTES_PER_SECOND  # the norm reads gradients; the update, those and three tensors, which it writes
     start = [torch.randn(shape, device=device) for shape in shapes]
     gradients = [torch.randn(shape, device=device).to(torch.bfloat16) for shape in shapes]
-    first: list[Tensor] = []
+    first: Tensor | None = None
     for name, make in (("before", Fused), ("clipping in AdamW", FusedClipping), ("compiled", Compiled)):
         with results.attempt(f"optimizer, {name}"):
             way = make(start, gradients)
             way.step()
-            first = first or [copy.clone() for copy in way.copies]
-            apart = distance(torch.cat([copy.flatten() for copy in way.copies]), torch.cat([copy.flatten() for copy in first]).double())
+            moved = torch.cat([(after - before).flatten() for after, before in zip(way.weights, start, strict=True)])
+            first = moved if first is None else first
+            apart = distance(moved, first.double())
             one, spread = time_of(recorded(way.step), 0.01 if place.smoke else 2 * SECONDS)
             found = {"microseconds": 1e6 * one, "spread": spread, "share_of_floor": floor / one}
             results.put(f"optimizer, {name}", {**found, "in_a_step_ms": 1e3 * one * 1.16e9 / numbers, "distance": f"{apart:.1e}"})
