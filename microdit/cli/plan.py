@@ -23,7 +23,7 @@ def budget(
         typer.Option(help="Your own prices and chips, YAML: 'h100: 2.2', 'rtx5080: {teraflops: 112.6, memory_gb: 16, price: 0.3}'."),
     ] = None,
     mfu: Annotated[
-        float | None, typer.Option(help="Fraction of the peak FLOP/s that is used. [default: as measured by microdit bench, else 0.29]")
+        float | None, typer.Option(help="Fraction of the peak FLOP/s that is used. [default: as measured by microdit bench, else 0.32]")
     ] = None,
     images: Annotated[
         int | None, typer.Option(min=1, max=10**12, help="Number of images to encode. [default: those of the sets, else a million]")

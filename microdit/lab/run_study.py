@@ -69,6 +69,13 @@ def run_study(study: Study, recipes: dict[str, Recipe], out: Path, world: World,
         reporter.say(f"{elsewhere} of {len(todo)} trainings are being run by other processes: wait for those too.")
 
 
+class _StopRequest(BaseException):
+    """Raised by a signal, wherever the program is. Not an Exception, so that no code takes it for an error that it can handle."""
+
+    def __init__(self, exit_code: int):
+        self.exit_code = exit_code
+
+
 @contextmanager
 def stoppable(minutes: float | None = None) -> Iterator[None]:
     """Turn Ctrl-C, SIGTERM, and the end of so many minutes into a StoppedError that says how to continue.
@@ -77,7 +84,7 @@ def stoppable(minutes: float | None = None) -> Iterator[None]:
     """
 
     def stop(number: int, frame: object) -> None:
-        raise StoppedError("", EXIT_RESTART if number == signal.SIGTERM else EXIT_BY_USER)
+        raise _StopRequest(EXIT_RESTART if number == signal.SIGTERM else EXIT_BY_USER)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
@@ -88,7 +95,7 @@ def stoppable(minutes: float | None = None) -> Iterator[None]:
         if minutes is not None:
             timer.start()
         yield
-    except StoppedError as error:
+    except (_StopRequest, StoppedError) as error:
         raise StoppedError("The study was asked to stop. The same command continues it where it stopped.", error.exit_code) from error
     finally:
         timer.cancel()

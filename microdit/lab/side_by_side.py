@@ -90,12 +90,12 @@ class _Group:
                 signal.signal(number, handler)
 
     def _end(self, deadline: float) -> None:
-        for process in self.processes:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        """Wait for all processes, and kill those that still run at the deadline."""
+        while any(process.poll() is None for process in self.processes):
+            time.sleep(LOOK_EVERY)
+            if time.monotonic() > deadline:
+                for process in self.processes:
+                    process.kill()
 
 
 def _watch(study: Study, recipes: dict[str, Recipe], group: _Group, out: Path, reporter: Reporter) -> None:

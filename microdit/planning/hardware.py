@@ -295,7 +295,7 @@ def keep_measurement(measurement: Measurement, file: Path) -> None:
 
 # Measured for MicroDiT_XL_2's first phase on one H100 (docs/gpu); the paper's run reached 19% on eight.
 # For other chips and shapes it is a guess: `microdit bench` measures it.
-ASSUMED_UTILISATION = 0.29
+ASSUMED_UTILISATION = 0.32
 
 
 @dataclass(frozen=True)
