@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx.experimental._config as shapes_config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -92,9 +93,11 @@ EAGER = Elementwise(
 def compiled() -> Elementwise:
     """Return the functions compiled by torch.compile, at their first call, with dynamic sizes: no new shape compiles them again.
 
-    Static are the widths that are normalised, or taken to experts: a kernel that knows a row's width reads it once. Where autograd would
+    Sizes that happen to be equal at the first call, such as a batch and a width, are not taken to be always equal, which a later call would
+    refute: the setting that says so is the process's. Static are the widths that are normalised, or taken to experts: a kernel that knows a row's width reads it once. Where autograd would
     choose a slow backward pass, the compiled function has its own.
     """
+    shapes_config.use_duck_shape = False
     return Elementwise(
         _dynamic(modulated_norm),
         _dynamic(gated_sum),
