@@ -25,5 +25,5 @@ def served(app: FastAPI, queue: WorkQueue, limits: Limits = LIMITS) -> Iterator[
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(600)
         assert not thread.is_alive()

@@ -17,7 +17,7 @@ from microdit.serve.schemas import Limits
 from microdit.serve.server import web_app
 from tests.serve.serving import served
 
-WAIT = 60  # seconds, for what takes a fraction of one
+WAIT = 600  # seconds after which something hangs, for what takes a fraction of one
 IDLE = 300
 
 CROWD = """

@@ -44,7 +44,7 @@ def page(browser, served_page):
     """Opened; whatever it asks of elsewhere, and whatever its script trips over, fails the test."""
     _, url = served_page
     page = browser.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(1000 * HANG)
     expect.set_options(timeout=1000 * HANG)
     elsewhere: list[str] = []
     mistakes: list[str] = []

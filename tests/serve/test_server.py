@@ -298,7 +298,7 @@ def test_who_waits_while_the_server_ends_is_told_so(tiny):
         asked.start()
         while not len(queue):
             threading.Event().wait(0.01)
-    asked.join(30)
+    asked.join(HANG)
     assert long.state == "cancelled"
     assert (answers[0].status_code, answers[0].headers["Retry-After"]) == (503, "2")
     assert "shutting down" in answers[0].json()["error"]["message"]
@@ -307,6 +307,6 @@ def test_who_waits_while_the_server_ends_is_told_so(tiny):
 def test_ports_and_hosts():
     assert [is_local(host) for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "example.org")] == [True, True, True, False, False]
     with listen("127.0.0.1", 0) as taken:
-        socket.create_connection(taken.getsockname(), timeout=5).close()  # who is told the address need not wait for the server
+        socket.create_connection(taken.getsockname(), timeout=HANG).close()  # who is told the address need not wait for the server
         with pytest.raises(UserError, match="choose another with --port"):
             listen("127.0.0.1", taken.getsockname()[1])

@@ -6,6 +6,7 @@ grows on the way, where AdamW divides a tiny gradient by a tiny moment, and wher
 """
 
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -276,6 +277,7 @@ def test_an_elastic_agent_starts_all_again_when_one_dies(tmp_path, encoded_emoji
     os.kill(first["1"], signal.SIGKILL)
     assert agent.wait() == [0], agent.output
     assert all(int((pids / rank).read_text()) != pid for rank, pid in first.items())
+    assert [start["from_step"] > 0 for start in json.loads((run / "run.json").read_text())["starts"]] == [False, True]
     assert losses(run) == pytest.approx(losses(plain), abs=LOOSE)
 
 
