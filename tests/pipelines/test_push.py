@@ -69,6 +69,7 @@ def test_what_is_pushed_draws_the_same_picture(workplace, hub, tmp_path, monkeyp
     export_run(workplace / "runs" / "tiny", tmp_path / "exported", pytest.fail)
     address = f"http://127.0.0.1:{hub.server_port}"  # which users give by HF_ENDPOINT, before the import
     monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(hf_api.api, "endpoint", address)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
