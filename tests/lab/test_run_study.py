@@ -25,7 +25,7 @@ reference: {arm: none, steps: 2}
 seeds: [0, 1]
 readings: [0.5, 1.0]
 measures: [frechet_distance, held_out_loss]
-pictures: 3
+pictures: 4
 num_inference_steps: 2
 prompts: [red heart, owl]
 arms:
@@ -125,7 +125,7 @@ def test_a_study_that_changed_is_not_mixed_with_its_old_results(laboratory):
     refused = microdit("lab", "run", "small.yaml", cwd=laboratory)
     assert refused.returncode == 1
     assert "holds results from before deferred changed: choose another --out" in refused.output
-    for key, value in (("pictures: 3", "pictures: 13"), ("readings:", "budgets: [flops]\nreadings:")):
+    for key, value in (("pictures: 4", "pictures: 13"), ("readings:", "budgets: [flops]\nreadings:")):
         (laboratory / "small.yaml").write_text(LONGER.replace(key, value))
         for command in ("run", "report"):
             otherwise = microdit("lab", command, "small.yaml", cwd=laboratory)

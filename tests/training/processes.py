@@ -43,6 +43,7 @@ def fork_the_server() -> None:
                     if number > 2 and number not in kept:
                         with suppress(OSError):  # the listing's own
                             os.close(number)
+                patch.undo()
                 logging.getLogger().handlers.clear()  # pytest's
                 exec(arguments[-1])  # what the new interpreter would have been given
             finally:

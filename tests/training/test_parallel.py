@@ -91,13 +91,14 @@ def same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor
 @pytest.mark.parametrize(
     ("engine", "ranks"),
     [
-        (["engine.sharding=fsdp"], 2),
-        (["engine.sharding=ddp"], 2),
-        (["engine.sharding=fsdp"], 1),
-        (["engine.micro_batch=2"], 1),
         (["engine.micro_batch=2", "engine.sharding=ddp"], 2),
         (["engine.micro_batch=2", "engine.sharding=fsdp", "engine.activation_checkpointing=true"], 2),
-        (["engine.activation_checkpointing=true"], 1),
+        # Each alone, which tells which of them is at fault where a pair above fails.
+        pytest.param(["engine.sharding=fsdp"], 2, marks=pytest.mark.slow),
+        pytest.param(["engine.sharding=ddp"], 2, marks=pytest.mark.slow),
+        pytest.param(["engine.sharding=fsdp"], 1, marks=pytest.mark.slow),
+        pytest.param(["engine.micro_batch=2"], 1, marks=pytest.mark.slow),
+        pytest.param(["engine.activation_checkpointing=true"], 1, marks=pytest.mark.slow),
     ],
     ids=lambda value: "-".join(setting.removeprefix("engine.") for setting in value) if isinstance(value, list) else str(value),
 )
