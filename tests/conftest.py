@@ -1,10 +1,15 @@
 """Small real things that many tests share."""
 
+import fcntl
 import os
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -16,7 +21,7 @@ from microdit.models.microdit import MicroDiT
 from microdit.models.routing import METHODS
 from microdit.process_limits import keep_freed_memory
 from tests.commands import microdit
-from tests.training.processes import RECIPE
+from tests.training.processes import RECIPE, fork_the_server
 
 settings.register_profile("machine", deadline=None)  # how long an example takes says more of the machine than of the code
 settings.load_profile("machine")
@@ -27,6 +32,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one threa
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Give the commands that the tests start all that the tests have imported, if that is most of the package."""
+    if sys.platform == "linux" and "microdit.pipelines.pipeline" in sys.modules:
+        fork_the_server()
 
 
 @pytest.fixture(scope="session")
@@ -69,22 +81,42 @@ def first_of(source: Source, count: int) -> Source:
     return Source(f"{source.name}, first {count}", [Part("first", lambda: islice(source.parts[0].records(), count))])
 
 
+@contextmanager
+def _made_once(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path, bool]]:
+    """Give a folder that the processes of a test run share, and whether it is still to be filled. The others wait meanwhile."""
+    base = factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"once-{name}"
+    with shared.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield shared, not shared.exists()
+
+
 @pytest.fixture(scope="session")
-def encoded_emoji(tmp_path_factory: pytest.TempPathFactory, text_encoder) -> Path:
+def encoded_emoji(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """40 emoji as 16 x 16 pixels with their MiniLM captions, encoded by the real code, which only those who need it import."""
-    from microdit.data.encode import EncodeSettings, encode_source
-    from microdit.data.sources.builtin import emoji_source
-    from microdit.encoders.autoencoder import Pixels
+    with _made_once(tmp_path_factory, "encoded") as (shared, missing):
+        if missing:
+            from microdit.data.encode import EncodeSettings, encode_source
+            from microdit.data.sources.builtin import emoji_source
+            from microdit.encoders.autoencoder import Pixels
 
-    out = tmp_path_factory.mktemp("encoded") / "emoji"
-    encode_source(first_of(emoji_source("train"), 40), out, EncodeSettings((16,), "fp16", "fp16"), Pixels(), text_encoder)
-    return out
+            encoder = request.getfixturevalue("text_encoder")
+            encode_source(first_of(emoji_source("train"), 40), shared, EncodeSettings((16,), "fp16", "fp16"), Pixels(), encoder)
+    return copytree(shared, tmp_path_factory.mktemp("encoded") / "emoji")
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory) -> Path:
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Encoded with the bundled autoencoder and trained for a few steps, by the commands."""
-    place = tmp_path_factory.mktemp("workplace")
+    with _made_once(tmp_path_factory, "workplace") as (shared, missing):
+        if missing:
+            _work(shared.with_name("workplace"))
+            shared.with_name("workplace").rename(shared)
+    return copytree(shared, tmp_path_factory.mktemp("workplace") / "place")
+
+
+def _work(place: Path) -> None:
+    place.mkdir()
     encoded = microdit("data", "encode", "emoji:held_out", "--out", "data/emoji", cwd=place)
     assert encoded.returncode == 0, encoded.output
     assert "kept at 64 px" in encoded.output
@@ -97,4 +129,3 @@ def workplace(tmp_path_factory) -> Path:
     ]
     trained = microdit("train", RECIPE, *overrides, cwd=place)
     assert trained.returncode == 0, trained.output
-    return place

@@ -18,7 +18,7 @@ import gpu_measure  # noqa: E402
 def run(tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    return gpu.Run(tmp_path / "out", scratch, smoke=True, seconds=120, only=None)
+    return gpu.Run(tmp_path / "out", scratch, smoke=True, seconds=600, only=None)
 
 
 def test_a_step_leaves_its_numbers_and_one_file_holds_all(run):

@@ -1,3 +1,4 @@
+import numpy as np
 import torch
 
 from microdit.splitmix import as_int64, shift_right, splitmix64
@@ -9,6 +10,11 @@ PUBLISHED = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593
 def test_the_generator_gives_the_published_numbers():
     states = torch.tensor([as_int64(SEED + GAMMA * n) for n in range(1, 6)])
     assert splitmix64(states).tolist() == [as_int64(value) for value in PUBLISHED]
+
+
+def test_arrays_and_tensors_are_hashed_alike():
+    numbers = np.random.default_rng(0).integers(-(2**63), 2**63, 1000)
+    assert splitmix64(torch.from_numpy(numbers)).tolist() == splitmix64(numbers).tolist()
 
 
 def test_a_shift_to_the_right_fills_with_zeros():

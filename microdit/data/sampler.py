@@ -13,7 +13,6 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from microdit.splitmix import splitmix64
@@ -192,7 +191,7 @@ def permuted(index: Ints, n: int, key: int) -> Ints:
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Hash unsigned 64-bit integers."""
-    return splitmix64(torch.from_numpy(x.view(np.int64))).numpy().view(np.uint64)
+    return splitmix64(x.view(np.int64)).view(np.uint64)
 
 
 def _hash(*numbers: int) -> int:

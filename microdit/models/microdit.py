@@ -135,7 +135,8 @@ class MicroDiT(nn.Module):
             self.decoder_in = self.decoder_caption = nn.Identity()
         self.restore = Restore(config.routing, config.last_dim)
         self.head = Head(config.last_dim, dim, config.patch_values)
-        self.init_weights()
+        if not self.patch_embed.weight.is_meta:  # which holds no numbers to draw, and pretends to for a third of a second
+            self.init_weights()
 
     @property
     def all_blocks(self) -> list[Block]:

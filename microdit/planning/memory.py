@@ -9,7 +9,7 @@ Shape legend: n tokens of a block, D its width, A attention width, F feed-forwar
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import torch
@@ -286,8 +286,7 @@ class PhaseMemory:
         self._element: int = 4 if recipe.engine.precision == "float32" else 2
         self._muon = recipe.optimizer.method == "muon"
         self._config = config_of(recipe, shapes)
-        with torch.device("meta"):
-            self._model = MicroDiT(self._config)
+        self._model = _weightless(replace(self._config, position_scale=1.0))
         self.parameters = sum(weight.numel() for weight in self._model.parameters())
         self._of_one = cache(self._footprint_of_one)
 
@@ -403,6 +402,13 @@ class PhaseMemory:
             kept = self._element * activations(self._config, *shape, layout.recomputed)
             return replace(self._of_one(replace(layout, recomputed=0.0)), activations=kept)
         return footprint(self._model, 1, *shape, layout, self._emas)
+
+
+@lru_cache(maxsize=16)
+def _weightless(config: ModelConfig) -> MicroDiT:
+    """Return the model on the meta device, where building it takes a second. Phases that differ in positions alone share it."""
+    with torch.device("meta"):
+        return MicroDiT(config)
 
 
 def usable(card_gb: float) -> float:

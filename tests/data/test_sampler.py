@@ -62,7 +62,7 @@ def test_without_weights_each_sample_comes_once_an_epoch_times_its_repeat(sizes,
 
 
 @given(sizes=st.lists(st.integers(1, 30), min_size=2, max_size=3), data=st.data(), batch=st.integers(1, 12))
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_phases_go_on_where_the_last_one_stopped_and_weights_hold(sizes, data, batch):
     weights = tuple(data.draw(st.integers(1, 4)) / 4 for _ in sizes)
     one = SamplerPhase(60, batch, (1,) * len(sizes), weights)

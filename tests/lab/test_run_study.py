@@ -20,12 +20,12 @@ ema: [{decay: 0.9}]
 STUDY = """
 name: small
 question: which is better?
-source: emoji:held_out
-reference: {arm: none, steps: 4}
+source: scenes:12
+reference: {arm: none, steps: 2}
 seeds: [0, 1]
 readings: [0.5, 1.0]
 measures: [frechet_distance, held_out_loss]
-pictures: 6
+pictures: 4
 num_inference_steps: 2
 prompts: [red heart, owl]
 arms:
@@ -79,7 +79,7 @@ def test_a_study_that_is_killed_goes_on_and_its_report_says_what_happened(labora
     diverged = [line for line in results if line.get("diverged")]
     assert [(line["arm"], line["seed"]) for line in diverged] == [("wild", 0), ("wild", 1)]
     assert not list((out / "runs").glob("*/*"))  # run folders of arms that are done are gone
-    assert plan["none"]["steps"]["flops"] == plan["none"]["steps"]["seconds"] == 4
+    assert plan["none"]["steps"]["flops"] == plan["none"]["steps"]["seconds"] == 2
     assert plan["deferred"]["flops_per_step"] < plan["none"]["flops_per_step"]
 
     again = microdit("lab", "run", "small.yaml", cwd=laboratory)
@@ -115,8 +115,8 @@ def test_an_arm_may_be_added_and_what_was_done_stays(laboratory):
     half = plan_now["arms"].pop("half")
     assert plan_now["arms"] == plan["arms"]
     assert plan["arms"]["deferred"]["flops_per_step"] < half["flops_per_step"] < plan["arms"]["none"]["flops_per_step"]
-    assert half["steps"]["images"] == 4
-    assert half["steps"]["seconds"] == round(4 * plan["arms"]["none"]["seconds_per_step"] / half["seconds_per_step"])
+    assert half["steps"]["images"] == 2
+    assert half["steps"]["seconds"] == round(2 * plan["arms"]["none"]["seconds_per_step"] / half["seconds_per_step"])
     assert results_now[: len(results)] == results
     assert {(line["arm"], line["seed"]) for line in results_now[len(results) :]} == {("half", 0), ("half", 1)}
 
@@ -126,7 +126,7 @@ def test_a_study_that_changed_is_not_mixed_with_its_old_results(laboratory):
     refused = microdit("lab", "run", "small.yaml", cwd=laboratory)
     assert refused.returncode == 1
     assert "holds results from before deferred changed: choose another --out" in refused.output
-    for key, value in (("pictures: 6", "pictures: 13"), ("readings:", "budgets: [flops]\nreadings:")):
+    for key, value in (("pictures: 4", "pictures: 13"), ("readings:", "budgets: [flops]\nreadings:")):
         (laboratory / "small.yaml").write_text(LONGER.replace(key, value))
         for command in ("run", "report"):
             otherwise = microdit("lab", command, "small.yaml", cwd=laboratory)

@@ -93,7 +93,13 @@ def test_without_the_path_sprint_costs_less_and_what_pytorch_counts():
 
 
 @pytest.mark.parametrize(
-    ("name", "mask"), [(name, mask) for name in SIZES for mask in (0.0, 0.75) if not mask or SIZES[name].routing != "none"]
+    ("name", "mask"),
+    [
+        pytest.param(name, mask, marks=[pytest.mark.slow] if not mask and SIZES[name].routing != "none" else [])
+        for name in SIZES
+        for mask in (0.0, 0.75)
+        if not mask or SIZES[name].routing != "none"
+    ],
 )
 def test_the_papers_sizes_are_what_pytorch_counts(name, mask):
     config, kept = resolve(SIZES[name]), kept_tokens(256, mask)

@@ -16,16 +16,10 @@ from microdit.pipelines.export import export_run
 from microdit.pipelines.pipeline import MicroDiTPipeline
 from microdit.pipelines.settings import SamplerSettings
 from tests.commands import importing_from
+from tests.training.processes import on_each
 
 STEPS = {"num_inference_steps": 3}
-FRESH = """
-import sys, torch, diffusers
-from microdit.pipelines.pipeline import MicroDiTPipeline
-pipeline = MicroDiTPipeline.from_pretrained(sys.argv[1])
-generators = [torch.Generator().manual_seed(5 + i) for i in range(2)]
-for number, image in enumerate(pipeline(["red heart", "a green cat"], num_inference_steps=3, generator=generators).images):
-    image.save(f"{sys.argv[2]}/{number}.png")
-"""
+FRESH = "import sys; from tests.pipelines.test_pipeline_call import draw_into; draw_into(*sys.argv[1:])"
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +40,23 @@ def seeds(*numbers: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(number) for number in numbers]
 
 
-def test_a_fresh_process_draws_the_runs_pictures_to_the_last_bit(workplace, folder, tmp_path):
+def draw_into(folder: str, out: str) -> None:
+    pipeline = MicroDiTPipeline.from_pretrained(folder)
+    images = pipeline(["red heart", "a green cat"], num_inference_steps=3, generator=seeds(5, 6)).images
+    for number, image in enumerate(images):
+        image.save(f"{out}/{number}.png")
+
+
+@pytest.mark.parametrize("interpreter", ["forked", pytest.param("new", marks=pytest.mark.slow)])
+def test_a_fresh_process_draws_the_runs_pictures_to_the_last_bit(workplace, folder, tmp_path, interpreter):
+    """A process that has drawn nothing yet; the slow one imports all for itself, which takes ten seconds."""
     ours = MicroDiTPipeline.from_pretrained(workplace / "runs" / "tiny").generate(["red heart", "a green cat"], SamplerSettings(3), seed=5)
-    environment = importing_from(Path(__file__).parents[2], OMP_NUM_THREADS=str(torch.get_num_threads()))
-    done = subprocess.run([sys.executable, "-c", FRESH, folder, tmp_path], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    if interpreter == "new":
+        environment = importing_from(Path(__file__).parents[2], OMP_NUM_THREADS=str(torch.get_num_threads()))
+        subprocess.run([sys.executable, "-c", FRESH, folder, tmp_path], env=environment, check=True)
+    else:
+        drawing = on_each(draw_into, 1, 1, tmp_path / "logs", folder, tmp_path, threads=torch.get_num_threads())
+        assert drawing.wait() == [0], drawing.output
     for number, image in enumerate(ours):
         assert Image.open(tmp_path / f"{number}.png").tobytes() == image.tobytes()
 

@@ -2,24 +2,15 @@
 
 import base64
 import json
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants, hf_api
 
 from microdit.pipelines.export import export_run
 from microdit.pipelines.pipeline import MicroDiTPipeline
-from tests.commands import importing_from
-
-PUSH = """
-import sys
-from microdit.pipelines.pipeline import MicroDiTPipeline
-MicroDiTPipeline.from_pretrained(sys.argv[1]).push_to_hub("someone/emoji", token="hf_none", private=True)
-"""
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -74,12 +65,15 @@ def hub():
     server.shutdown()
 
 
-def test_what_is_pushed_draws_the_same_picture(workplace, hub, tmp_path):
+def test_what_is_pushed_draws_the_same_picture(workplace, hub, tmp_path, monkeypatch):
     export_run(workplace / "runs" / "tiny", tmp_path / "exported", pytest.fail)
-    environment = importing_from(Path(__file__).parents[2], HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}")
-    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-c", PUSH, tmp_path / "exported"], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    address = f"http://127.0.0.1:{hub.server_port}"  # which users give by HF_ENDPOINT, before the import
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(hf_api.api, "endpoint", address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
+    MicroDiTPipeline.from_pretrained(tmp_path / "exported").push_to_hub("someone/emoji", token="hf_none", private=True)
     ((_, created),) = hub.RequestHandlerClass.asked
     assert (created["name"], created["organization"]) == ("emoji", "someone"), created
     assert created.get("visibility") == "private" or created.get("private") is True, created  # as newer and older clients ask for it

@@ -65,11 +65,25 @@ def metrics_line(step: int, **more: object) -> dict[str, object]:
     }  # fmt: skip
 
 
-def write_run(run: Path, **status: object) -> Path:
+FEW = (
+    "step",
+    "phase",
+    "loss",
+    "learning_rate",
+    "memory_gb",
+    "images_seen",
+    "gpu_hours",
+    "dollars",
+    "time",
+)  # three curves instead of twelve
+
+
+def write_run(run: Path, keys: tuple[str, ...] | None = None, **status: object) -> Path:
     (run / "samples").mkdir(parents=True)
     (run / "recipe.yaml").write_text("name: try\nseed: 7\n")
     held_out = {"held_out_loss": 0.5, "held_out_by_noise": [0.1] * 8, "quality_kid": 0.2, "quality_retrieval": 0.3}
     lines = [metrics_line(step, **(held_out if step % 200 == 0 else {})) for step in range(50, 1001, 50)]
+    lines = [{key: line[key] for key in keys or line} for line in lines]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     content = {
         "state": "finished", "reason": None, "name": "try", "step": 1000, "total_steps": 1000, "phase": "full", "loss": 0.09,
@@ -97,9 +111,13 @@ def decoded(address: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
 
 
-def test_a_page_is_whole_html_that_loads_nothing(tmp_path):
-    path = write_report(write_run(tmp_path / "run"))
-    assert path == tmp_path / "run" / "report.html"
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return write_report(write_run(tmp_path_factory.mktemp("runs") / "run"))
+
+
+def test_a_page_is_whole_html_that_loads_nothing(path):
+    assert path.parts[-2:] == ("run", "report.html")
     page = Page(path)
     assert all(load.startswith(("data:", "#")) for load in page.loads)
     assert "script" not in page.tags
@@ -109,8 +127,8 @@ def test_a_page_is_whole_html_that_loads_nothing(tmp_path):
     assert set(used) <= set(defined)
 
 
-def test_a_page_says_how_things_stand_and_what_they_cost(tmp_path):
-    page = Page(write_report(write_run(tmp_path / "run")))
+def test_a_page_says_how_things_stand_and_what_they_cost(path):
+    page = Page(path)
     assert page.titles[0] == "try"
     for title in ("Curves", "Samples", "Cost", "Origin"):
         assert title in page.titles
@@ -122,8 +140,7 @@ def test_a_page_says_how_things_stand_and_what_they_cost(tmp_path):
     assert "masked from the start, full from step 550." in words
 
 
-def test_every_series_has_its_curve_in_colours_of_the_page(tmp_path):
-    path = write_report(write_run(tmp_path / "run"))
+def test_every_series_has_its_curve_in_colours_of_the_page(path):
     titles = {
         "Loss", "Loss by noise level", "Held-out loss by noise level", "Learning rate", "Mask ratio", "Gradient norm", "Speed",
         "Model FLOP utilisation", "Waiting for data", "Peak memory", "Distance from real images", "Recognised images",
@@ -156,7 +173,7 @@ def test_text_of_recipes_and_names_is_escaped(tmp_path):
 
 
 def test_text_of_others_turns_no_reading_direction(tmp_path):
-    run = write_run(tmp_path / "run", name="photo\u202egnp.exe", reason="Stopped: \x1b[2J")
+    run = write_run(tmp_path / "run", FEW, name="photo\u202egnp.exe", reason="Stopped: \x1b[2J")
     page = Page(write_report(run))
     assert r"photo\u202egnp.exe" in page.words
     assert r"Stopped: \u001b[2J" in page.words
@@ -165,7 +182,7 @@ def test_text_of_others_turns_no_reading_direction(tmp_path):
 
 
 def test_half_a_line_is_counted_and_left_out(tmp_path):
-    run = write_run(tmp_path / "run")
+    run = write_run(tmp_path / "run", FEW)
     assert "could not be read" not in Page(write_report(run)).words
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1050, "lo')
@@ -193,7 +210,7 @@ def test_a_long_run_is_thinned_but_keeps_its_spikes():
 
 
 def test_a_run_that_diverged_shows_its_loss_as_not_finite(tmp_path):
-    words = Page(write_report(write_run(tmp_path / "run", state="failed", reason="The loss exploded.", loss=float("nan")))).words
+    words = Page(write_report(write_run(tmp_path / "run", FEW, state="failed", reason="The loss exploded.", loss=float("nan")))).words
     assert "not finite" in words
     assert "The loss exploded." in words
 
@@ -206,7 +223,7 @@ def test_a_run_that_has_just_begun_has_a_page_too(tmp_path):
 
 
 def test_of_many_samples_some_are_shown_and_the_page_says_so(tmp_path):
-    run = write_run(tmp_path / "run")
+    run = write_run(tmp_path / "run", FEW)
     for step in range(2000, 2100):
         write_sample(run, step, side=1000)
     page = Page(write_report(run))
@@ -219,7 +236,7 @@ def test_of_many_samples_some_are_shown_and_the_page_says_so(tmp_path):
 
 
 def test_a_damaged_picture_is_counted(tmp_path):
-    run = write_run(tmp_path / "run")
+    run = write_run(tmp_path / "run", FEW)
     whole = (run / "samples" / "step-00001000.png").read_bytes()
     (run / "samples" / "step-00001500.png").write_bytes(whole[: len(whole) // 2])
     page = Page(write_report(run))
@@ -229,7 +246,7 @@ def test_a_damaged_picture_is_counted(tmp_path):
 
 def test_phases_in_folders_of_their_own_share_a_page_in_order(tmp_path):
     for name in ("10-last", "2-full", "1-masked"):
-        write_run(tmp_path / name, name=name)
+        write_run(tmp_path / name, FEW, name=name)
     page = Page(write_report(tmp_path, tmp_path / "all.html"))
     assert not (tmp_path / "report.html").exists()
     headings = [title for title in page.titles if title in ("1-masked", "2-full", "10-last")]
@@ -246,14 +263,14 @@ def test_a_folder_without_a_run_is_refused_by_what_it_lacks(tmp_path):
 
 
 def test_a_page_that_cannot_be_written_is_said(tmp_path):
-    run = write_run(tmp_path / "run")
+    run = write_run(tmp_path / "run", FEW)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not be written"):
         write_report(run, tmp_path / "file" / "report.html")
 
 
 def test_a_page_can_be_called_off_at_every_line_picture_and_curve(tmp_path):
-    run = write_run(tmp_path / "run")
+    run = write_run(tmp_path / "run", FEW)
     calls = []
     report_page(run, lambda: calls.append(1))
     lines = len((run / "metrics.jsonl").read_text().splitlines())

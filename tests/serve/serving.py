@@ -29,5 +29,5 @@ def running(server: Server) -> Iterator[str]:
         yield url
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(600)
         assert not thread.is_alive()

@@ -16,7 +16,7 @@ from microdit.serve.endpoints import web_app
 from microdit.serve.queue import WorkQueue
 from tests.serve.serving import served
 
-WAIT = 60  # seconds, for what takes a fraction of one
+WAIT = 600  # seconds after which something hangs, for what takes a fraction of one
 IDLE = 300
 
 CROWD = """

@@ -297,7 +297,7 @@ def test_waiting_clients_get_an_error_when_the_server_ends(tiny):
         client.start()
         while not len(queue):
             threading.Event().wait(0.01)
-    client.join(30)
+    client.join(HANG)
     assert long.state == "cancelled"
     assert (responses[0].status_code, responses[0].headers["Retry-After"]) == (503, "2")
     assert "shutting down" in responses[0].json()["error"]["message"]

@@ -30,7 +30,7 @@ def page(browser, served_page):
     """Open the page. A request to another host, or an error in the script, fails the test."""
     _, url = served_page
     page = browser.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(1000 * HANG)
     expect.set_options(timeout=1000 * HANG)
     foreign: list[str] = []
     errors: list[str] = []

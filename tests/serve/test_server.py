@@ -13,7 +13,7 @@ def test_ports_and_hosts():
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         assert url_of(taken) == f"http://127.0.0.1:{port}"
-        socket.create_connection(("127.0.0.1", port), timeout=5).close()  # clients can connect before the server runs
+        socket.create_connection(("127.0.0.1", port), timeout=600).close()  # clients can connect before the server runs
         with pytest.raises(UserError, match=rf"Cannot listen on 127\.0\.0\.1:{port} \(.*\): choose another --port\."):
             listen("127.0.0.1", port)
     with pytest.raises(UserError, match=r"choose another --port or --host\."):

@@ -99,14 +99,14 @@ def test_votes_of_a_person_who_likes_a_are_all_for_a_wherever_it_stands(question
     file = VerdictFile(path, questions, HUMAN)
     thread = threading.Thread(target=lambda: results.append(collect_votes(file, 0, on_ready)), daemon=True)
     thread.start()
-    assert ready.wait(60)
+    assert ready.wait(600)
     client = Client(urls[0])
     state = client.state()
     assert (state["done"], state["total"]) == (0, 6)
     while "question" in state:
         state = client.vote_for_red(state)
     assert state == {"done": 6, "total": 6}
-    thread.join(60)
+    thread.join(600)
     result: Preference = results[0]
     assert (result.win_rate, result.pairs, result.consistency) == (1.0, 6, None)
     lines = lines_of(path)

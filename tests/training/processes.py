@@ -1,45 +1,59 @@
 """The real command line in real processes, forked from one that has imported everything: seconds saved at each start."""
 
 import json
-import multiprocessing
+import logging
+import multiprocessing.util
 import os
 import socket
 import sys
 import time
-import warnings
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.state_dict_loader import load
-
-import microdit
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 
 _context = multiprocessing.get_context("forkserver")
-_PRELOADED = (
-    *(
-        "cli.main",
-        "data.encode",
-        "evaluation.recognition",
-        "evaluation.evaluate",
-        "pipelines.open_model",
-        "lab.study_report",
-        "lab.run_study",
-    ),
-    *("training.multi_phase", "training.checkpointing"),
-)
-# The fork server passes over names that do not exist, and every process would import them for itself.
-assert all((Path(microdit.__file__).parent / f"{module.replace('.', '/')}.py").is_file() for module in _PRELOADED)
-_LAZY = ("typer._adapters", "transformers.models.bert.modeling_bert", "emoji")  # what commands would import each time anew
-_context.set_forkserver_preload([*(f"microdit.{module}" for module in _PRELOADED), *_LAZY])
+PRELOADED = "tests.training.preloaded"
+_context.set_forkserver_preload([PRELOADED])
 HANG = 600.0  # seconds after which a test says that something hangs: many times what anything takes, on a busy machine too
+
+
+def fork_the_server() -> None:
+    """Fork the fork server from this process, which has imported most of what it holds: ten seconds less than a new interpreter needs.
+
+    To be called outside of tests, when nothing is captured and there are no threads but those that wait for work.
+    """
+
+    def fork(path: str, arguments: list[str], kept: tuple[int, ...]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for number in map(int, os.listdir("/proc/self/fd")):
+                    if number > 2 and number not in kept:
+                        with suppress(OSError):  # the listing's own
+                            os.close(number)
+                patch.undo()
+                logging.getLogger().handlers.clear()  # pytest's
+                exec(arguments[-1])  # what the new interpreter would have been given
+            finally:
+                os._exit(0)
+        return pid
+
+    with pytest.MonkeyPatch.context() as patch:
+        resource_tracker.ensure_running()
+        patch.setattr(multiprocessing.util, "spawnv_passfds", fork)
+        forkserver.ensure_running()
 
 
 @dataclass
@@ -109,7 +123,7 @@ def bytes_read() -> int:
     return int(lines["rchar"])
 
 
-def on_each(work: Callable[..., None], ranks: int, machine: int, log_folder: Path, *arguments: object) -> Running:
+def on_each(work: Callable[..., None], ranks: int, machine: int, log_folder: Path, *arguments: object, threads: int = 1) -> Running:
     """Call a module's function in as many processes, `machine` of them on each pretended machine."""
     log_folder.mkdir(parents=True)
     port, logs, processes = free_port(), [log_folder / f"{rank}.log" for rank in range(ranks)], []
@@ -117,7 +131,7 @@ def on_each(work: Callable[..., None], ranks: int, machine: int, log_folder: Pat
         log.touch()
         world = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": machine, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {key: str(value) for key, value in world.items()}
-        process = _context.Process(target=_call, args=(log, environment, work, arguments))
+        process = _context.Process(target=_call, args=(log, environment, threads, work, arguments))
         process.start()
         processes.append(process)
     return Running(processes, logs)
@@ -143,12 +157,12 @@ def losses(run: Path) -> dict[int, float]:
 
 def tensors(run: Path, step: int) -> dict[str, Tensor]:
     """All that a checkpoint holds, whole: `model/NAME`, `ema/NAME`, `optimizer/NAME/exp_avg` and so on."""
-    reader = HuggingFaceStorageReader(str(run / "checkpoints" / f"step-{step:08d}" / "shards"))
-    whole = {name: torch.empty(about.size) for name, about in reader.read_metadata().state_dict_metadata.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")  # it is
-        load(whole, storage_reader=reader, no_dist=True)
-    return whole
+    pieces: dict[str, dict[int, Tensor]] = defaultdict(dict)  # by their first row
+    for path in (run / "checkpoints" / f"step-{step:08d}" / "shards").iterdir():
+        with safe_open(path, "pt") as shard:
+            for name, about in json.loads(shard.metadata()["DCP_SHARDING_INFO"]).items():
+                pieces[name][next(iter(about["saved_offsets"]), 0)] = shard.get_tensor(name)
+    return {name: torch.cat([of[row] for row in sorted(of)]) if len(of) > 1 else of.popitem()[1] for name, of in pieces.items()}
 
 
 def wait_for(condition, running: Running, seconds: float = HANG) -> None:
@@ -182,10 +196,10 @@ def _one_of_them(results: Any, rank: int, ranks: int, port: int, function: Calla
     stop_world()
 
 
-def _call(log: Path, environment: dict[str, str], work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+def _call(log: Path, environment: dict[str, str], threads: int, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
     os.environ.update(environment)
     _print_to(log)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     work(*arguments)
 
 
@@ -202,6 +216,7 @@ def _main(log: Path, arguments: list[str], environment: dict[str, str], cores: i
     from microdit.cli import main as cli
     from microdit.cli import terminal
 
+    assert PRELOADED in sys.modules  # the fork server is silent about what it cannot import: run the tests from the repository's folder
     os.environ.update(environment, XDG_CACHE_HOME=str(log.parent / "cache"))  # not the user's own
     os.chdir(cwd)
     _print_to(log)

@@ -6,6 +6,9 @@ grows on the way, where AdamW divides a tiny gradient by a tiny moment, and wher
 """
 
 import copy
+import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,8 +21,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C
 
+from microdit.cli import main as cli
 from microdit.config.schema import EngineRecipe
 from microdit.data.dataset import Batch
 from microdit.diffusion.edm import EDM
@@ -32,11 +37,11 @@ from microdit.models.microdit import MicroDiT
 from microdit.training.noise import NoiseSettings, sample_noise
 from microdit.training.optim import orthogonalized
 from microdit.training.parallel import DenoisingLoss, compile_elementwise, compute_dtype, mesh_of, sharding_of
-from tests.training.processes import HANG, RECIPE, losses, recorded, tensors, train
+from tests.training.processes import HANG, RECIPE, losses, on_each, recorded, tensors, train, wait_for
 
-SETTINGS = ("phases.0.steps=20", "phases.1.steps=12", "phases.0.learning_rate=4e-3", "phases.1.batch_size=8")  # 32 steps that learn
+SETTINGS = ("phases.0.steps=14", "phases.1.steps=8", "phases.0.learning_rate=4e-3", "phases.1.batch_size=8")  # 22 steps that learn
 STILL = (  # both phases from the same weights in every step; without memory, AdamW's first moment is the gradient
-    *("phases.0.steps=6", "phases.1.steps=4", "phases.1.batch_size=8", "phases.0.learning_rate=1e-30", "phases.1.learning_rate=1e-30"),
+    *("phases.0.steps=4", "phases.1.steps=2", "phases.1.batch_size=8", "phases.0.learning_rate=1e-30", "phases.1.learning_rate=1e-30"),
     *("optimizer.betas=[0, 0]", "record.checkpoint_every=2", "record.keep_checkpoints=5"),
 )
 LOOSE = 5e-3  # of whole runs, which learn far more
@@ -52,7 +57,7 @@ def trained(run: Path, data: Path, *more: object, ranks: int = 1) -> Path:
 def plain(tmp_path_factory, encoded_emoji) -> Path:
     run = trained(tmp_path_factory.mktemp("plain") / "run", encoded_emoji, *SETTINGS)
     slow = trained(run.with_name("slow"), encoded_emoji, *SETTINGS, "phases.0.learning_rate=1e-30", "phases.1.learning_rate=1e-30")
-    assert abs(losses(run)[32] - losses(slow)[32]) > 4 * LOOSE
+    assert abs(losses(run)[22] - losses(slow)[22]) > 4 * LOOSE
     return run
 
 
@@ -62,19 +67,18 @@ def still(tmp_path_factory, encoded_emoji, plain) -> Path:
 
 
 def assert_same_steps(run: Path, other: Path) -> None:
-    """Losses and gradients of every step, but for one in ten: there rounding may let an expert choose another of two tokens alike."""
+    """Losses and gradients of all steps but one at most: there rounding may let an expert choose another of two tokens alike."""
 
     def agree(near: list[bool]) -> bool:
-        return sum(near) >= 0.9 * len(near)
+        return sum(near) >= len(near) - 1
 
-    start, end = (load_file(place / "checkpoints" / "step-00000010" / "model.safetensors") for place in (other, run))
+    start, end = (load_file(place / "checkpoints" / "step-00000006" / "model.safetensors") for place in (other, run))
     assert all(start[name].equal(end[name]) for name in start)
     assert losses(run).keys() == losses(other).keys()
     assert agree([losses(run)[step] == pytest.approx(loss, abs=1e-6) for step, loss in losses(other).items()])
     norms = recorded(run, "grad_norm")
     assert agree([norms[step] == pytest.approx(norm, rel=1e-5) for step, norm in recorded(other, "grad_norm").items()])
-    steps = [2, 4, 6, 8, 10]
-    assert sum(same_gradients(tensors(run, step), tensors(other, step)) for step in steps) >= len(steps) - 1
+    assert agree([same_gradients(tensors(run, step), tensors(other, step)) for step in (2, 4, 6)])
 
 
 def same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
@@ -88,13 +92,14 @@ def same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor
 @pytest.mark.parametrize(
     ("engine", "ranks"),
     [
-        (["engine.sharding=fsdp"], 2),
-        (["engine.sharding=ddp"], 2),
-        (["engine.sharding=fsdp"], 1),
-        (["engine.micro_batch=2"], 1),
         (["engine.micro_batch=2", "engine.sharding=ddp"], 2),
         (["engine.micro_batch=2", "engine.sharding=fsdp", "engine.activation_checkpointing=true"], 2),
-        (["engine.activation_checkpointing=true"], 1),
+        # Each alone, which tells which of them is at fault where a pair above fails.
+        pytest.param(["engine.sharding=fsdp"], 2, marks=pytest.mark.slow),
+        pytest.param(["engine.sharding=ddp"], 2, marks=pytest.mark.slow),
+        pytest.param(["engine.sharding=fsdp"], 1, marks=pytest.mark.slow),
+        pytest.param(["engine.micro_batch=2"], 1, marks=pytest.mark.slow),
+        pytest.param(["engine.activation_checkpointing=true"], 1, marks=pytest.mark.slow),
     ],
     ids=lambda value: "-".join(setting.removeprefix("engine.") for setting in value) if isinstance(value, list) else str(value),
 )
@@ -111,21 +116,21 @@ def test_micro_batches_of_4_of_16_equal_the_whole(tmp_path, encoded_emoji, plain
 
 def test_sharded_steps_are_adamws_and_ema_follows_the_weights(tmp_path, encoded_emoji, plain):
     """By the formulas, from one checkpoint to the next. Two averages at once; the second begins later, as a copy."""
-    ema = "ema=[{decay: 0.9}, {decay: 0.5, start: 5}]"
-    every = ("record.checkpoint_every=1", "record.keep_checkpoints=9", "phases.0.steps=5", "phases.1.steps=4")
+    ema = "ema=[{decay: 0.9}, {decay: 0.5, start: 3}]"
+    every = ("record.checkpoint_every=1", "record.keep_checkpoints=9", "phases.0.steps=3", "phases.1.steps=2")
     run = trained(tmp_path / "run", encoded_emoji, ema, *every, f"init_from={plain}", "engine.sharding=fsdp", ranks=2)
-    rates, states = recorded(run, "learning_rate"), {step: tensors(run, step) for step in range(1, 10)}
-    for step in range(2, 10):
+    rates, states = recorded(run, "learning_rate"), {step: tensors(run, step) for step in range(1, 6)}
+    for step in range(2, 6):
         before, after = states[step - 1], states[step]
-        short, long = 0.5 if step > 5 else 0.0, min(0.9, step / (9 + step))
+        short, long = 0.5 if step > 3 else 0.0, min(0.9, step / (9 + step))
         for name in [name.removeprefix("model/") for name in before if name.startswith("model/")]:
             assert torch.allclose(after[f"model/{name}"], adamw(before, after, name, rates[step], step), atol=1e-7), (step, name)
             for ema_name, decay in (("ema", long), ("ema-0.5", short)):
                 expected = decay * before[f"{ema_name}/{name}"] + (1 - decay) * after[f"model/{name}"]
                 assert torch.allclose(after[f"{ema_name}/{name}"], expected, rtol=1e-6, atol=1e-7), (step, ema_name, name)
-    saved = load_file(run / "checkpoints" / "step-00000009" / "ema-0.5.safetensors")
-    assert all(tensor.equal(states[9][f"ema-0.5/{name}"]) for name, tensor in saved.items())
-    assert any(not tensor.equal(states[9][f"model/{name}"]) for name, tensor in saved.items())
+    saved = load_file(run / "checkpoints" / "step-00000005" / "ema-0.5.safetensors")
+    assert all(tensor.equal(states[5][f"ema-0.5/{name}"]) for name, tensor in saved.items())
+    assert any(not tensor.equal(states[5][f"model/{name}"]) for name, tensor in saved.items())
 
 
 def adamw(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], name: str, rate: float, step: int) -> torch.Tensor:
@@ -143,9 +148,9 @@ def test_a_whole_run_sharded_ends_near_the_plain_one(tmp_path, encoded_emoji, pl
 
 def test_each_step_of_a_sharded_muon_orthogonalizes_whole_matrices(tmp_path, encoded_emoji, plain):
     """By its formula, on the gradient that the momentum before and after the step tells of."""
-    every = ("optimizer.method=muon", "record.checkpoint_every=1", "record.keep_checkpoints=4", "phases.0.steps=2", "phases.1.steps=2")
+    every = ("optimizer.method=muon", "record.checkpoint_every=1", "record.keep_checkpoints=4", "phases.0.steps=2", "phases.1.steps=1")
     run = trained(tmp_path / "run", encoded_emoji, *every, f"init_from={plain}", "engine.sharding=fsdp", ranks=2)
-    rates, states = recorded(run, "learning_rate"), [tensors(run, step) for step in range(1, 5)]
+    rates, states = recorded(run, "learning_rate"), [tensors(run, step) for step in range(1, 4)]
     matrices = [name.split("/")[1] for name in states[0] if name.endswith("/momentum_buffer")]
     assert len(matrices) > 10
     for step, (before, after) in enumerate(pairwise(states), 2):
@@ -164,7 +169,7 @@ def test_bfloat16_is_near_float32_and_not_the_same(tmp_path, encoded_emoji, plai
         run = trained(tmp_path / name, encoded_emoji, *STILL, f"init_from={plain}", "engine.precision=bfloat16", *more)
         worst = max(abs(loss - exact[step]) for step, loss in losses(run).items())
         assert 1e-6 < worst < 0.05, name
-        saved = load_file(run / "checkpoints" / "step-00000010" / "model.safetensors")
+        saved = load_file(run / "checkpoints" / "step-00000006" / "model.safetensors")
         assert all(tensor.dtype == torch.float32 for tensor in saved.values())
 
 
@@ -264,14 +269,50 @@ def test_hybrid_machines_must_be_alike(monkeypatch):
         mesh_of("hybrid", UnlikeWorld(0, 12, torch.device("cpu"), None, None))
 
 
+def test_an_elastic_agent_starts_all_again_when_one_dies(tmp_path, encoded_emoji, plain):
+    """Two sharded processes of torchrun's agent; one is killed; the agent starts both again, and they go on from the checkpoint."""
+    run, pids = tmp_path / "run", tmp_path / "pids"
+    pids.mkdir()
+    agent = on_each(run_agent, 1, 1, tmp_path / "logs", pids, train_arguments(run, encoded_emoji))
+    wait_for(lambda: list((run / "checkpoints").glob("step-*")), agent)
+    first = {path.name: int(path.read_text()) for path in pids.iterdir()}
+    os.kill(first["1"], signal.SIGKILL)
+    assert agent.wait() == [0], agent.output
+    assert all(int((pids / rank).read_text()) != pid for rank, pid in first.items())
+    assert [start["from_step"] > 0 for start in json.loads((run / "run.json").read_text())["starts"]] == [False, True]
+    assert losses(run) == pytest.approx(losses(plain), abs=LOOSE)
+
+
+def train_arguments(run: Path, data: Path) -> list[str]:
+    more = ["--resume", "engine.sharding=fsdp", "record.checkpoint_every=8", *SETTINGS]
+    return [str(part) for part in ["train", RECIPE, f"data.path={data}", "--out", run, *more]]
+
+
+def run_agent(pids: Path, arguments: list[str]) -> None:
+    """What `torchrun --nproc-per-node 2 --max-restarts 2 --standalone` does, but its processes are forked and need not import anew."""
+    settings = LaunchConfig(1, 1, 2, max_restarts=2, monitor_interval=0.05, start_method="fork", rdzv_backend="c10d", run_id="test")
+    settings.rdzv_endpoint = "127.0.0.1:0"
+    elastic_launch(settings, run_worker)(pids, arguments)
+
+
+def run_worker(pids: Path, arguments: list[str]) -> None:
+    (pids / os.environ["RANK"]).write_text(str(os.getpid()))
+    sys.argv = ["microdit", *arguments]
+    try:
+        cli.main()
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+@pytest.mark.slow
 def test_torchrun_starts_all_again_when_one_dies(tmp_path, encoded_emoji, plain):
-    """Two sharded processes by torchrun; one is killed; the elastic agent starts both again, and they go on from the checkpoint."""
+    """The same by the real launcher: five processes that import everything."""
     run = tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--standalone"]
-    more = ["--resume", "engine.sharding=fsdp", "record.checkpoint_every=10", *SETTINGS]
-    command = [*launcher, "-m", "microdit", "train", RECIPE, f"data.path={encoded_emoji}", "--out", run, *more]
+    command = [*launcher, "-m", "microdit", *train_arguments(run, encoded_emoji)]
     with (tmp_path / "log").open("w") as log:
-        agent = subprocess.Popen([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT)
+        agent = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     wait_for_checkpoint(run, agent)
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     workers = [pid for pid in children if b"microdit" in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -57,22 +57,25 @@ def parts(recipe: Recipe, step: int, eight_bits: bool) -> list[StoredMicroBatch]
     return made
 
 
-def run(recipe: Recipe, device: torch.device) -> tuple[list[torch.Tensor], list]:
-    """All steps. Returns the weights, averages and moments, and the steps' numbers, unread."""
+def run(recipe: Recipe, device: torch.device, steps: int = STEPS) -> tuple[list[torch.Tensor], list]:
+    """The first `steps`. Returns the weights, averages and moments, and the steps' numbers, unread."""
     world = World(0, 1, device, None)
     state = TrainingState(recipe, architecture(recipe.model, 4, 12), world, None, fresh=True)
     guard = SpikeGuard(recipe.guard, device)
     readings = []
-    for step in range(STEPS):
+    for step in range(steps):
         readings.append(state.train_step(parts(recipe, step, eight_bits=step % 2 == 0), step, 1e-3, 1.0, guard))
     return [*state.tensors().values()], readings
 
 
 @pytest.mark.parametrize(
-    ("routing", "method", "precision"), [*((routing, "muon", "float32") for routing in METHODS), ("deferred", "adamw", "bfloat16")]
+    ("routing", "method", "precision"),
+    [*((routing, "adamw", "float32") for routing in METHODS), ("deferred", "muon", "float32"), ("deferred", "adamw", "bfloat16")],
 )
 def test_no_number_is_read_from_the_device_in_a_step(routing, method, precision):
-    tensors, readings = run(recipe(routing, method, precision, activation_checkpointing=routing == "tread"), META)
+    """Routings differ within the model alone; the steps of one show what later steps do, and those of its optimizers."""
+    steps = STEPS if routing == "deferred" else 1
+    tensors, readings = run(recipe(routing, method, precision, activation_checkpointing=routing == "tread"), META, steps)
     assert all(tensor.device.type in ("meta", "cpu") for tensor in tensors)
     with pytest.raises((NotImplementedError, RuntimeError)):  # and reading them would have raised
         readings[-1].values()

@@ -40,7 +40,7 @@ def test_prompts_are_worded_like_the_captions_and_are_the_same_for_a_seed():
 def test_the_judge_tells_true_pictures_from_false_ones(detector: EmojiDetector):
     generator, colours = np.random.default_rng(5), EmojiColours()
     right = []
-    for prompt in emoji_prompts(6, seed=5):
+    for prompt in emoji_prompts(3, seed=5):
         image = true_picture(prompt, generator)
         found = detector(image)
         for asked, expected in ((prompt, True), (made_false(prompt, generator), False)):
@@ -58,7 +58,7 @@ def test_a_false_prompt_asks_for_something_else_of_the_same_kind():
 
 
 def test_all_things_of_the_training_scenes_are_found_where_they_are(detector: EmojiDetector):
-    for i in range(12):
+    for i in range(6):
         truth = scene(i)
         found = detector(draw(truth))
         assert len(found) == len(truth.objects)
@@ -77,8 +77,8 @@ def test_a_coarse_picture_of_another_size_is_read_too(detector: EmojiDetector):
 def test_nothing_is_found_in_white_in_noise_and_in_most_other_emoji(detector: EmojiDetector):
     assert detector(Image.new("RGB", (64, 64), "white")) == []
     assert detector(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))) == []
-    others = [row.image for row in emoji_images("train") if row.caption not in PLURALS and "heart" not in row.caption][:400:20]
-    assert sum(detector(image) != [] for image in others) <= 2
+    others = [row.image for row in emoji_images("train") if row.caption not in PLURALS and "heart" not in row.caption][:400:40]
+    assert sum(detector(image) != [] for image in others) <= 1
 
 
 def test_every_shape_has_its_colour():

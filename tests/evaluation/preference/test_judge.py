@@ -117,7 +117,7 @@ def pictures(questions):
 
 
 def judge_at(url: str, **settings: float) -> VisionJudge:
-    return VisionJudge(url, "eyes-1", **{"backoff": 0.001, "timeout": 60, **settings})
+    return VisionJudge(url, "eyes-1", **{"backoff": 0.001, "timeout": 600, **settings})
 
 
 def new_exchange() -> Exchange:
@@ -317,7 +317,7 @@ def test_concurrent_requests_are_bounded(questions, tmp_path):
         with lock:
             running += 1
             most = max(most, running)
-        met.wait(60)
+        met.wait(600)
         with lock:
             running -= 1
         return perfect(handler, number, order)
@@ -371,7 +371,7 @@ from pathlib import Path
 from microdit.evaluation.preference.judge import VisionJudge, judge_all
 from microdit.evaluation.preference.verdicts import VerdictFile, both_orders, read_pairs
 root = Path(sys.argv[1])
-judge = VisionJudge(sys.argv[2], "eyes-1", timeout=60, backoff=0.001)
+judge = VisionJudge(sys.argv[2], "eyes-1", timeout=600, backoff=0.001)
 print(judge)
 file = VerdictFile(root / "verdicts.jsonl", both_orders(read_pairs(root / "a", root / "b")), "eyes-1")
 print(judge_all(file, judge, 3, print, print))
@@ -396,7 +396,7 @@ def test_repeated_kills_pay_twice_only_for_requests_in_flight(tmp_path):
     with serving(script) as server:
         while stops:
             child = start()
-            assert reached.wait(120)
+            assert reached.wait(600)
             child.send_signal(signal.SIGKILL)
             seen += child.communicate()[0]
             assert child.returncode == -signal.SIGKILL
