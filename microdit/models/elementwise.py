@@ -94,8 +94,8 @@ def compiled() -> Elementwise:
     """Return the functions compiled by torch.compile, at their first call, with dynamic sizes: no new shape compiles them again.
 
     Sizes that happen to be equal at the first call, such as a batch and a width, are not taken to be always equal, which a later call would
-    refute: the setting that says so is the process's. Static are the widths that are normalised, or taken to experts: a kernel that knows a row's width reads it once. Where autograd would
-    choose a slow backward pass, the compiled function has its own.
+    refute: the setting that says so is the process's. Static are the widths that are normalised, or taken to experts: a kernel that knows
+    a row's width reads it once. Where autograd would choose a slow backward pass, the compiled function has its own.
     """
     shapes_config.use_duck_shape = False
     return Elementwise(
