@@ -225,13 +225,13 @@ def test_a_run_that_has_just_begun_has_a_page_too(tmp_path):
 def test_of_many_samples_some_are_shown_and_the_page_says_so(tmp_path):
     run = write_run(tmp_path / "run", FEW)
     for step in range(2000, 2100):
-        write_sample(run, step, side=1000)
+        write_sample(run, step, side=700)
     page = Page(write_report(run))
     assert len(page.pictures) == PICTURES
     assert f"{PICTURES} of 102 images" in page.words
     assert "Step 2,099, the newest" in page.words
     assert "Step 500" in page.words
-    assert decoded(page.pictures[0]).size == (1000, 1000)
+    assert decoded(page.pictures[0]).size == (700, 700)
     assert {max(decoded(picture).size) for picture in page.pictures[1:-2]} == {640}
 
 

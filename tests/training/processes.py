@@ -9,7 +9,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import forkserver, resource_tracker
@@ -39,10 +38,10 @@ def fork_the_server() -> None:
         pid = os.fork()
         if pid == 0:
             try:
+                nothing = os.open(os.devnull, os.O_RDWR)
                 for number in map(int, os.listdir("/proc/self/fd")):
-                    if number > 2 and number not in kept:
-                        with suppress(OSError):  # the listing's own
-                            os.close(number)
+                    if number > 2 and number not in kept:  # not closed: whoever holds it may close it later, when the number is another's
+                        os.dup2(nothing, number, inheritable=False)
                 patch.undo()
                 logging.getLogger().handlers.clear()  # pytest's
                 exec(arguments[-1])  # what the new interpreter would have been given
