@@ -11,6 +11,7 @@ from PIL import Image
 
 from microdit.data.decode import Rejected, decode
 from microdit.data.sources.base import Record, Source, checked
+from microdit.data.sources.untrusted_files import sum_of_kinds
 
 MOST_PARTS = 20  # parts that are opened, evenly spread over the source
 SHOWN_SIDE = 512  # pixels; larger images are shrunk, so that many fit in memory
@@ -23,6 +24,7 @@ def look(source: Source, sample: int = 16, limit: int = 2000) -> tuple[list[Imag
     Where an image has several captions, the one with the largest weight counts. Nothing is written.
     """
     seen = 0
+    passed_over = dict(source.passed_over)
     problems: Counter[str] = Counter()
     digests: Counter[bytes] = Counter()
     captions: Counter[str] = Counter()
@@ -31,6 +33,7 @@ def look(source: Source, sample: int = 16, limit: int = 2000) -> tuple[list[Imag
     heaviest_first = sorted(source.caption_weights, key=source.caption_weights.__getitem__, reverse=True)
     for record in _some_records(source, heaviest_first, limit):
         seen += 1
+        passed_over = sum_of_kinds(passed_over, record.passed_over) if record.passed_over else passed_over
         try:
             image, caption = _usable(record)
         except Rejected as rejected:
@@ -44,6 +47,7 @@ def look(source: Source, sample: int = 16, limit: int = 2000) -> tuple[list[Imag
         "records": seen,
         "usable": len(sizes),
         "problems": dict(problems.most_common()),
+        "passed_over": passed_over,
         "width": _spread([width for width, _ in sizes]),
         "height": _spread([height for _, height in sizes]),
         "aspect_ratios": _aspect_ratios(sizes),
@@ -51,6 +55,7 @@ def look(source: Source, sample: int = 16, limit: int = 2000) -> tuple[list[Imag
         "duplicate_images": digests.total() - len(digests),
         "duplicate_captions": captions.total() - len(captions),
     }
+    numbers |= {"joined": source.joined()} if source.joined else {}
     shown = kept.chosen()
     return [image for image, _ in shown], [caption for _, caption in shown], numbers
 

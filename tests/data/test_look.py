@@ -35,6 +35,7 @@ def test_numbers_are_of_every_record():
         "records": 8,
         "usable": 4,
         "problems": {"listed twice": 2, "no caption": 1, unknown: 1},
+        "passed_over": {},
         "width": {"min": 10, "median": 20, "max": 30},
         "height": {"min": 20, "median": 20, "max": 20},
         "aspect_ratios": {"portrait": 1, "square": 2, "landscape": 1},

@@ -132,11 +132,11 @@ def test_what_the_datasets_library_loads_is_a_source(tmp_path, monkeypatch):
     for number, name in enumerate(("a.png", "b.png")):
         write_file(tmp_path / "set" / "train" / name, picture(number, "PNG"))
     write_file(tmp_path / "set" / "train" / "metadata.csv", b"file_name,caption\na.png,one\nb.png,two\n")
-    records = records_of(hub_source(str(tmp_path / "set"), "train"))
+    records = records_of(hub_source(str(tmp_path / "set"), None, "train"))
     assert [(record.image, record.captions["caption"]) for record in records] == [(picture(0, "PNG"), "one"), (picture(1, "PNG"), "two")]
-    assert len(records_of(hub_source(str(tmp_path / "set"), "train[:1]"))) == 1
+    assert len(records_of(hub_source(str(tmp_path / "set"), None, "train[:1]"))) == 1
     with pytest.raises(UserError, match=r"could not load .* split nosuch"):
-        hub_source(str(tmp_path / "set"), "nosuch")
+        hub_source(str(tmp_path / "set"), None, "nosuch")
 
 
 def test_files_beside_a_table_are_read_inside_its_folder_only(tmp_path):

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from microdit.data.sources.folders import folder_source, list_folder
-from microdit.data.sources.metadata import digest_of, find_lines, repeated_in
+from microdit.data.sources.lists import digest_of, find_lines, repeated_in
 from microdit.errors import UserError
 from tests.data.pictures import picture, problems_of, records_of, write_file
 
