@@ -136,27 +136,42 @@ def look_at_data(
     caption_drop: DropOption = None,
     file_column: FileColumnOption = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of records to read for the statistics.")] = 2000,
+    text_encoder: Annotated[str, typer.Option(help="Text encoder whose limit of tokens counts, as for encode.")] = "minilm",
+    html: Annotated[Path | None, typer.Option(help="HTML page to write as well, which shows captions in any script.")] = None,
 ) -> None:
-    """Inspect a source before encoding it: 16 pictures as a PNG; sizes, shapes, caption lengths, duplicates, problems.
+    """Inspect a source before encoding it: 16 pictures; sizes, shapes, languages and lengths of captions, duplicates, problems.
+
+    Warnings name the files that they are about. Nothing is written but the pictures and the page.
 
     Example: microdit data look my-pictures
+
+    Example: microdit data look my-pictures --text-encoder dfn-clip-h --html look.html
     """
-    from microdit.data.look import look
+    from microdit.data.look import TextLimit, look
     from microdit.data.sources.open import open_source
+    from microdit.encoders.text import load_text_encoder
     from microdit.reports.grids import draw_grid, save_png
+    from microdit.reports.look_page import write_look_page
 
     reading = CaptionOptions(captions_from, captions, caption_lines, caption_regex, tuple(caption_drop or ()), file_column)
     opened = open_source(source, _weights(caption), options=reading)
-    for sentence in opened.warnings:
-        warn(sentence)
-    pictures, captions_shown, statistics = look(opened, limit=limit)
+    encoder = load_text_encoder(text_encoder)
+    text = TextLimit(text_encoder, encoder.max_tokens, lambda caption: len(encoder.tokenize([caption])[0]))
+    pictures, shown, statistics = look(opened, limit=limit, text=text)
     console.print_json(data=statistics)
+    if statistics["is_sample"]:
+        console.print(f"These numbers are those of a sample of {statistics['records']:,} records; --limit sets its size.")
     if "joined" in statistics:
         console.print(joined_in_words(statistics["joined"]))
     if statistics["passed_over"]:
         console.print(f"passed over: {passed_over_in_words(statistics['passed_over'])}")
+    for sentence in statistics["warnings"]:
+        warn(sentence)
+    if html:
+        write_look_page(opened.name, pictures, shown, statistics, html)
+        console.print(joined("The page is ", styled(html)))
     if pictures:
-        save_png(draw_grid(pictures, captions_shown, columns=4), out)
+        save_png(draw_grid(pictures, shown, columns=4), out)
         console.print(joined(f"{len(pictures)} pictures in ", styled(out)))
 
 

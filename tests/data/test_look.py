@@ -30,6 +30,8 @@ def test_numbers_are_of_every_record():
     pictures, captions, numbers = look(source_of(records[:5], records[5:]))
     assert captions == ["one", "one two three", "one", "one two three four"]
     assert [image.size for image in pictures] == [(10, 20), (30, 20), (20, 20), (20, 20)]
+    more = {key: numbers.pop(key) for key in ("languages", "near_duplicates", "examples", "warnings", "is_sample")}
+    assert more["examples"]["listed twice"] == ["4", "5"]
     [unknown] = set(numbers["problems"]) - {"listed twice", "no caption"}
     assert numbers == {
         "records": 8,

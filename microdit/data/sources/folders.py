@@ -23,8 +23,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from microdit.data.sources.base import Part, Record, Source, passed_over_in_words
-from microdit.data.sources.lists import LinePosition, MetadataLines, caption_name, check_captions, digest_of, find_lines, repeated_in
-from microdit.data.sources.metadata import CAPTION_NAMES, CAPTION_PROBLEMS, from_sidecars, sidecars_for
+from microdit.data.sources.lists import (
+    DIGEST,
+    LinePosition,
+    MetadataLines,
+    caption_name,
+    check_captions,
+    digest_of,
+    find_lines,
+    repeated_in,
+)
+from microdit.data.sources.metadata import CAPTION_NAMES, CAPTION_PROBLEMS, NO_CAPTION, from_sidecars, sidecars_for
 from microdit.data.sources.untrusted_files import (
     IMAGE_SUFFIXES,
     LARGEST_TEXT,
@@ -139,17 +148,25 @@ def list_folder(folder: Path, captions: Sequence[str], file_column: str | None =
     if not lists:
         return Listing(found.images, passed_over=_passed_over(found, _sidecars(found, sidecars_for(captions))))
     lines, digests = find_lines(lists[0], captions, PART_SIZE, file_column)
+    in_lines, unlisted, passed_over = split_by_list(found, digests, lists[0].name)
+    return Listing(unlisted, replace(lines, repeated=np.flatnonzero(in_lines)), passed_over=passed_over)
+
+
+def split_by_list(found: FoundFiles, digests: bytearray, list_name: str) -> tuple[NDArray[np.bool_], ImageList, dict[str, int]]:
+    """Compare the files of a folder with those that its list names, given as `digest_of` each, concatenated.
+
+    Returns which digests repeat an earlier one, (N,), the images that the list does not name, and the counts of what is passed over.
+    """
+    count = len(digests) // DIGEST
     for start in range(0, len(found.images), PART_SIZE):
         for listed in found.images[start : start + PART_SIZE]:
             digests += digest_of(listed.file)
     for start in range(0, len(found.others), PART_SIZE):
         for name in found.others[start : start + PART_SIZE].to_pylist():
             digests += digest_of(os.fsdecode(name))
-    repeated = repeated_in(digests)  # a line whose file an earlier line names, or a file that a line names
-    in_lines, in_images, in_others = np.split(repeated, [len(lines), len(lines) + len(found.images)])
-    passed_over = _passed_over(found, in_others | pc.equal(found.others, lists[0].name.encode()).to_numpy(zero_copy_only=False))
-    unlisted = found.images.only(~in_images, otherwise="no caption")
-    return Listing(unlisted, replace(lines, repeated=np.flatnonzero(in_lines)), passed_over=passed_over)
+    in_list, in_images, in_others = np.split(repeated_in(digests), [count, count + len(found.images)])
+    used = in_others | pc.equal(found.others, list_name.encode()).to_numpy(zero_copy_only=False)
+    return in_list, found.images.only(~in_images, otherwise=NO_CAPTION), _passed_over(found, used)
 
 
 def _passed_over(found: FoundFiles, used: NDArray[np.bool_]) -> dict[str, int]:
@@ -189,7 +206,7 @@ def read_listed(folder: Path, listed: Iterable[ListedImage]) -> Iterator[Record]
     for item in listed:
         readable = not item.problem or item.problem in CAPTION_PROBLEMS
         image, trouble = read_file(folder / item.file, roots) if readable else (b"", item.problem)
-        yield Record(item.key, item.captions, image, trouble or item.problem, url=item.url)
+        yield Record(item.key, item.captions, image, item.problem or trouble, url=item.url)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import os
 import posixpath
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,7 +105,7 @@ class MetadataLines:
         key = f"{self.path.name}#{number}"
         if isinstance(fields, str):
             return ListedImage(key, "", problem=fields)
-        file = _file_of(fields, self.file_column, self.path.parent)
+        file = relative_file(file_named(fields, self.file_column), self.path.parent)
         if not file:
             return ListedImage(key, "", problem="metadata line names no file")
         if is_url(file):
@@ -137,7 +137,7 @@ def find_lines(path: Path, wanted: Sequence[str], step: int, file_column: str | 
             if isinstance(fields, dict):
                 names.update(name for name in fields if name in names or name in wanted or len(names) < MOST_NAMES)
                 captioned += find_name(fields, CAPTION_NAMES) is not None
-            file = _file_of(fields, file_column, path.parent) if isinstance(fields, dict) else ""
+            file = relative_file(file_named(fields, file_column), path.parent) if isinstance(fields, dict) else ""
             files, urls = files + bool(file), urls + is_url(file)
             digests += digest_of(file) if file else number.to_bytes(DIGEST, "big")  # without a name: differs from all others
             count += 1
@@ -219,12 +219,9 @@ def only_urls(path: Path, names: Collection[str], file_column: str | None = None
 CAPTION_HOW = "Say which hold captions: --caption NAME, or with weights --caption NAME=0.7 --caption OTHER=0.3."
 
 
-def _file_of(fields: Mapping[str, Any], column: str | None, folder: Path) -> str:
-    """Return the file that a line names, relative to the folder; empty if it names none."""
-    file = file_named(fields, column)
-    if not file or is_url(file):
-        return file
-    return posixpath.normpath(file.removeprefix(f"{folder.absolute().as_posix()}/"))
+def relative_file(file: str, folder: Path) -> str:
+    """Return a file name that a list in `folder` holds, relative to the folder; URLs, and empty names, as they are."""
+    return file if not file or is_url(file) else posixpath.normpath(file.removeprefix(f"{folder.absolute().as_posix()}/"))
 
 
 def _opened(path: Path) -> "_OpenList":

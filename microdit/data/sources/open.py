@@ -118,7 +118,7 @@ def _open_path(name: str, captions: dict[str, float] | None, list_once: ListOnce
         return table_source(files, captions, file_column=file_column)
     if len(files) == 1 and files[0].suffix.lower() in LIST_SUFFIXES:
         return list_source(files[0], captions, file_column)
-    raise UserError(f"{name} names neither archives only, nor tables only, nor one list. {_kinds()}")
+    raise UserError(f"{name} names neither archives only nor tables only, nor one list. {_kinds()}")
 
 
 def _matching(pattern: str) -> list[Path]:
@@ -146,11 +146,15 @@ _BRACES = re.compile(r"\{(?:(?P<first>[0-9]{1,9})\.\.(?P<last>[0-9]{1,9})|(?P<na
 
 def _open_folder(folder: Path, captions: dict[str, float] | None, list_once: ListOnce | None, file_column: str | None) -> Source:
     """Open a folder as what it holds at its top, or else anywhere."""
-    from microdit.data.sources.tables import saved_source, table_source
+    from microdit.data.sources.tables import listed_by_table, saved_source, table_source
 
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return saved_source(folder, captions)
     archives, tables, images = _at_the_top(folder)
+    if images and not archives and [table.name for table in tables] == ["metadata.parquet"]:
+        listed = listed_by_table(folder, tables[0], captions, file_column)
+        if listed is not None:
+            return listed
     if images and (archives or tables):
         raise UserError(f"{folder} holds images beside {min(archives or tables).name}: move one of them, or name the files by a pattern.")
     if not (archives or tables) and (images or has_images(folder)):

@@ -1,7 +1,7 @@
 """Read images from tables: Parquet files, and whatever the `datasets` library opens."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from microdit.data.sources.base import END, Part, Record, Source, relative_names
-from microdit.data.sources.lists import caption_column, check_captions, columns_in_words, only_urls
+from microdit.data.sources.folders import Listing, parts_of, split_by_list
+from microdit.data.sources.lists import caption_column, check_captions, columns_in_words, digest_of, only_urls, relative_file
 from microdit.data.sources.metadata import FILE_NAMES, find_name, from_fields, is_url, url_in
-from microdit.data.sources.untrusted_files import LARGEST_FILE, TOO_LARGE, Refused, Roots, open_file, read_file, roots_of
+from microdit.data.sources.untrusted_files import LARGEST_FILE, TOO_LARGE, Refused, Roots, find_files, open_file, read_file, roots_of
 from microdit.errors import UserError
 from microdit.io.untrusted_text import one_line
 
@@ -79,6 +80,23 @@ def table_source(
         raise UserError(f"{files[0]} is not a Parquet file, or is damaged{' like all the others' if len(files) > 1 else ''}.")
     title = files[0].name if len(files) == 1 else files[0].absolute().parent.name
     return Source(title, parts, weights, warnings=(_warning_of(largest),) if largest > LARGE_GROUP else ())
+
+
+def listed_by_table(folder: Path, path: Path, captions: dict[str, float] | None, file_column: str | None) -> Source | None:
+    """Return the images of a folder as a source, with the captions in a table beside them; None if the table holds images itself."""
+    roots = roots_of(folder)
+    source = table_source([path], captions, roots, file_column)
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER) as table:
+        column = _image_column(table.schema_arrow, str(path), file_column)
+        if not _holds_text(table.schema_arrow.field(column).type):
+            return None
+        digests = bytearray()
+        for batch in table.iter_batches(PART_SIZE, columns=[column]):
+            for name in batch.column(0).to_pylist():
+                digests += digest_of(relative_file(name or "", folder))
+    _, unlisted, passed_over = split_by_list(find_files(folder), digests, path.name)
+    parts = [*source.parts, *parts_of(Listing(unlisted), folder)]
+    return replace(source, name=folder.absolute().name, parts=parts, passed_over=passed_over)
 
 
 def _warning_of(size: int) -> str:

@@ -30,7 +30,16 @@ def fill(folder, **files):
 
 
 def test_what_is_no_picture_and_no_caption_is_counted_by_kind(tmp_path):
-    more = ["logo.svg", "in/logo.SVG", "film.mp4", "lonely.txt", "README", ".DS_Store", ".ipynb_checkpoints/a-checkpoint.png", "x.tar.gz"]
+    more = [
+        "logo.svg",
+        "in/logo.SVG",
+        "film.mp4",
+        "lonely.txt",
+        "README",
+        ".DS_Store",
+        ".ipynb_checkpoints/a-checkpoint.png",
+        "in/x.tar.gz",
+    ]
     folder = fill(tmp_path / "set", more=more)
     (folder / "again").symlink_to(folder / "in")
     source = open_source(str(folder))
@@ -70,6 +79,19 @@ def test_files_beside_archives_and_tables_are_counted_and_archives_are_found_at_
     write_file(tmp_path / "clone" / "README.md", b"")
     source = open_source(str(tmp_path / "clone"))
     assert (problems_of(records_of(source)), source.passed_over) == ({"train-0.parquet/0": ""}, {".md": 1})
+
+
+def test_a_table_beside_pictures_lists_them(tmp_path):
+    folder = fill(tmp_path / "set", more=["notes.md"])
+    columns = {"file_name": ["in/b.jpg", "gone.png"], "text": ["from the table", "x"]}
+    pq.write_table(pa.table(columns), folder / "metadata.parquet")
+    source = open_source(str(folder))
+    assert problems_of(records_of(source)) == {"metadata.parquet/0": "", "metadata.parquet/1": "no such file", "a.png": "no caption"}
+    assert records_of(source)[0].captions == {"text": "from the table"}
+    assert source.passed_over == {".txt": 2, ".md": 1}
+    pq.write_table(pa.table({"image": [picture()], "text": ["words"]}), folder / "metadata.parquet")
+    with pytest.raises(UserError, match=r"holds images beside metadata.parquet"):
+        open_source(str(folder))
 
 
 def test_a_folder_without_pictures_is_refused_with_what_it_holds(tmp_path):

@@ -109,7 +109,7 @@ def test_a_tail_of_zeros_is_named(tmp_path, kind):
     path = tmp_path / f"a.tar{'.' if kind else ''}{kind}"
     path.write_bytes(compressed(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2), kind))
     *good, last = read(path)
-    assert 15 < len(good) < 21
+    assert 15 < len(good) < 25
     assert (last.key, last.problem) == (f"{path.name}{END}", "archive ends in zeros, in place of what may have stood there")
     path.write_bytes(compressed(whole, kind))
     assert all(not record.problem for record in read(path))
