@@ -35,10 +35,10 @@ _SCRIPTS = (
 _WORDS = {
     "English": "the of and with in on is are an at for from by her his its two this that",
     "German": "der die das und mit ein eine einem einer auf im ist von zu den zwei auf nicht",
-    "French": "le la les et avec un une des du dans sur est au aux deux qui",
-    "Spanish": "el los las y con una en del por para es dos que su",
-    "Italian": "il lo gli e con uno di nel sul sono della due che",
-    "Portuguese": "o os as e com um uma do da no na em dois que",
+    "French": "le la les et avec un une de des du dans sur est au aux deux qui",
+    "Spanish": "el la los las y con un una en de del por para es dos que su",
+    "Italian": "il lo la gli e con un una uno di nel sul sono della due che",
+    "Portuguese": "o a os as e com um uma de do da no na em dois que",
     "Dutch": "de het en met een op in van zijn twee die",
 }
 _STOPWORDS = {language: frozenset(words.split()) for language, words in _WORDS.items()}
@@ -130,9 +130,7 @@ def warnings_of(seen: Sequence[Seen], pairs: Sequence[tuple[str, str]], encoder:
     if len(small) > few:
         sentences.append(f"{len(small):,} pictures have a side of less than {least} pixels. {_names(small)}")
     if len(odd) > few:
-        sentences.append(
-            f"{len(odd):,} pictures are more than {ODD_ASPECT:.0f} times as long as they are wide, or wide as long. {_names(odd)}"
-        )
+        sentences.append(f"{len(odd):,} pictures are more than {ODD_ASPECT:.0f} times as wide as high, or as high as wide. {_names(odd)}")
     if pairs:
         shown = "; ".join(f"{first} and {second}" for first, second in pairs[:NAMED])
         sentences.append(f"{len(pairs):,} pictures nearly repeat another one: {shown}{' and more' if len(pairs) > NAMED else ''}.")

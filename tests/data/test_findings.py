@@ -83,7 +83,7 @@ def test_small_and_odd_pictures_are_named():
     items = [seen(n, size=(500, 400)) for n in range(20)] + [seen(20, size=(90, 500)), seen(21, size=(400, 1300))]
     small, odd = warnings_of(items, [], "", 0)
     assert small == "1 pictures have a side of less than 100 pixels. They are 20.png."
-    assert odd == "2 pictures are more than 3 times as long as they are wide, or wide as long. They are 20.png, 21.png."
+    assert odd == "2 pictures are more than 3 times as wide as high, or as high as wide. They are 20.png, 21.png."
 
 
 def test_copies_in_other_sizes_and_qualities_are_near_duplicates():

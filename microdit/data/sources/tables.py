@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import pyarrow as pa
@@ -16,6 +16,7 @@ from microdit.data.sources.base import END, Part, Record, Source, relative_names
 from microdit.data.sources.folders import Listing, parts_of, split_by_list
 from microdit.data.sources.lists import caption_column, check_captions, columns_in_words, digest_of, only_urls, relative_file
 from microdit.data.sources.metadata import FILE_NAMES, find_name, from_fields, is_url, url_in
+from microdit.data.sources.parquet_pages import BinaryColumn, binary_values, large_column
 from microdit.data.sources.untrusted_files import LARGEST_FILE, TOO_LARGE, Refused, Roots, find_files, open_file, read_file, roots_of
 from microdit.errors import UserError
 from microdit.io.untrusted_text import one_line
@@ -59,8 +60,9 @@ def table_source(
                 schema = table.schema_arrow
                 groups = [table.metadata.row_group(n) for n in range(table.num_row_groups)]
                 rows = [group.num_rows for group in groups]
-                largest = max(largest, *(group.total_byte_size for group in groups), 0)
                 image = _image_column(schema, str(path), file_column)
+                in_pages = (group.total_byte_size for number, group in enumerate(groups) if large_column(table, number, image) is None)
+                largest = max(largest, *in_pages, 0)
                 if _holds_text(schema.field(image).type):
                     _check_not_urls(table, image, path)
         except Refused as refused:
@@ -165,13 +167,29 @@ def _dataset_source(name: str, prefix: str, dataset: Any, captions: dict[str, fl
 def _read_group(table: _Table, group: int, first: int) -> Iterator[Record]:
     row = first
     try:
-        with pq.ParquetFile(table.path, pre_buffer=False, buffer_size=READ_BUFFER) as file:
-            for batch in file.iter_batches(_rows_at_once(file, group), row_groups=[group], columns=list(table.columns)):
-                for fields in _rows(batch):
-                    yield _record(f"{table.name}/{row}", fields, table.image, table.wanted, table.path.parent, table.roots)
-                    row += 1
-    except (pa.ArrowException, OSError):
+        with open(table.path, "rb") as raw, pq.ParquetFile(table.path, pre_buffer=False, buffer_size=READ_BUFFER) as file:
+            large = large_column(file, group, table.image)
+            read = _group_rows(file, group, table.columns) if large is None else _with_large(file, raw, group, table, large)
+            for fields in read:
+                yield _record(f"{table.name}/{row}", fields, table.image, table.wanted, table.path.parent, table.roots)
+                row += 1
+    except (pa.ArrowException, OSError, ValueError):
         yield Record(f"{table.name}/{row}{END}", {}, b"", DAMAGED)
+
+
+def _group_rows(file: Any, group: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for batch in file.iter_batches(_rows_at_once(file, group), row_groups=[group], columns=list(columns)):
+        yield from _rows(batch)
+
+
+def _with_large(file: Any, raw: BinaryIO, group: int, table: _Table, large: BinaryColumn) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a group whose images are in pages that are too large to be read whole."""
+    kind = file.schema_arrow.field(table.image).type
+    beside = [f"{table.image}.path"] if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else []
+    columns = [*beside, *(name for name in table.columns if name != table.image)]
+    for fields, value in zip(_group_rows(file, group, columns), binary_values(raw, large), strict=True):
+        path = (fields.get(table.image) or {}).get("path") if beside else None
+        yield fields | {table.image: {"bytes": value, "path": path}}
 
 
 def _rows_at_once(table: Any, group: int) -> int:
@@ -240,6 +258,8 @@ def _image_bytes(value: Any, folder: Path, roots: Roots) -> tuple[bytes, str]:
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, str) and value:
         return (b"", "row names a URL and no file") if is_url(value) else read_file(folder / value, roots)
+    if isinstance(value, Refused):
+        return b"", value.reason
     if not isinstance(value, bytes):
         return b"", "no image"
     return (b"", TOO_LARGE) if len(value) > LARGEST_FILE else (value, "")
