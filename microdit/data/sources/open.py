@@ -124,7 +124,10 @@ def _open_path(name: str, captions: dict[str, float] | None, list_once: ListOnce
 def _matching(pattern: str) -> list[Path]:
     """Return the files that a pattern names. Those that braces enumerate are named whether they exist or not."""
     names = _expanded(pattern)
-    matching = [Path(file) for name in names for file in (sorted(glob.glob(name, recursive=True)) or ([name] if len(names) > 1 else []))]
+    matching: list[Path] = []
+    for name in names:
+        found = sorted(glob.glob(name, recursive=True))
+        matching += map(Path, found or ([] if len(names) == 1 or glob.has_magic(name) else [name]))
     return list(dict.fromkeys(matching))
 
 
