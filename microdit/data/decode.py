@@ -142,14 +142,14 @@ class TargetSizes:
                 )
         if not aspect_buckets:
             return cls([{resolution: (resolution, resolution) for resolution in resolutions}], min_side)
-        for step in BUCKET_STEPS:
-            if step % (2 * downsampling) == 0 or step == BUCKET_STEPS[0]:  # models join 2 x 2 latents
-                buckets = _aspect_buckets(resolutions, step)
-                if len(buckets) > 1:
-                    return cls(buckets, min_side)
+        steps = [step for step in BUCKET_STEPS if step % (2 * downsampling) == 0 or step == BUCKET_STEPS[0]]  # models join 2 x 2 latents
+        for step in steps:
+            buckets = _aspect_buckets(resolutions, step)
+            if len(buckets) > 1:
+                return cls(buckets, min_side)
         raise UserError(
-            f"--buckets keeps no aspect ratio at --resolutions {min(resolutions)}: sides in steps of {2 * downsampling} pixels, which this "
-            "autoencoder needs, allow squares only. Use a larger resolution, or leave out --buckets."
+            f"--buckets keeps no aspect ratio at --resolutions {min(resolutions)}: sides in steps of {steps[-1]} pixels, the smallest for this "
+            "autoencoder, allow squares only. Use a larger resolution, or leave out --buckets."
         )
 
     def bucket_of(self, height: int, width: int) -> int:

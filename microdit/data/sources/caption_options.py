@@ -16,6 +16,7 @@ from microdit.errors import UserError
 CaptionsFrom = Literal["text", "file", "folder"]
 CaptionLines = Literal["all", "first"]
 
+NONE_WANTED = {"": 1.0}  # captions to read from a source whose own captions are all replaced
 NO_MATCH = "caption does not match --caption-regex"
 NOTHING_LEFT = "--caption-drop leaves nothing of the caption"
 NO_FOLDER = "picture lies in no folder whose name could be its caption"
@@ -56,13 +57,15 @@ def own_captions(captions: dict[str, float] | None, options: CaptionOptions) -> 
     if options.captions_from != "text" and (captions or options.joined):
         raise UserError(f"--captions-from {options.captions_from} replaces all captions: leave out --caption and --captions.")
     joined = open_joined(options.joined, options.index_folder) if options.joined else None
+    if captions is None and (joined or options.captions_from != "text"):
+        return NONE_WANTED, joined
     if joined is None or captions is None:
         return captions, joined
     if joined.field not in captions:
         raise UserError(
             f"--captions {options.joined} adds captions named {joined.field}: give them a weight, --caption {joined.field}=0.5."
         )
-    return {name: weight for name, weight in captions.items() if name != joined.field} or None, joined
+    return {name: weight for name, weight in captions.items() if name != joined.field} or NONE_WANTED, joined
 
 
 def with_captions(source: Source, weights: dict[str, float] | None, joined: JoinedCaptions | None, options: CaptionOptions) -> Source:
@@ -77,7 +80,7 @@ def with_captions(source: Source, weights: dict[str, float] | None, joined: Join
         weights = {"caption": 1.0}
     elif joined:
         weights = weights or {joined.field: 1.0}
-    return replace(source, parts=parts, caption_weights=weights or source.caption_weights, joined=joined and joined.counts)
+    return replace(source, parts=parts, caption_weights=weights or source.caption_weights, joined=joined.counts if joined else None)
 
 
 def _known(part: Part, joined: JoinedCaptions | None, options: CaptionOptions) -> str:

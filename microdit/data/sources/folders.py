@@ -206,7 +206,8 @@ def read_listed(folder: Path, listed: Iterable[ListedImage]) -> Iterator[Record]
     for item in listed:
         readable = not item.problem or item.problem in CAPTION_PROBLEMS
         image, trouble = read_file(folder / item.file, roots) if readable else (b"", item.problem)
-        yield Record(item.key, item.captions, image, item.problem or trouble, url=item.url)
+        problem = trouble or item.problem if item.problem in ("", NO_CAPTION) else item.problem
+        yield Record(item.key, item.captions, image, problem, url=item.url)
 
 
 @contextmanager

@@ -193,7 +193,7 @@ def caption_column(names: Collection[str], where: str) -> str:
 def check_captions(names: Collection[str], wanted: Collection[str], where: str) -> None:
     """Raise UserError if one of the `wanted` captions is neither a column nor a field inside one."""
     met = {name.lower() for name in names}
-    missing = [name for name in wanted if name.lower() not in met and name.partition(".")[0] not in names]
+    missing = [name for name in wanted if name and name.lower() not in met and name.partition(".")[0] not in names]
     if missing and len(names) < MOST_NAMES:
         raise UserError(f"{where} has no column {', '.join(missing)}. {columns_in_words(names)} {CAPTION_HOW}")
 

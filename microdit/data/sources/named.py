@@ -10,10 +10,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from microdit.data.sources.archives import Sample, archive_names, archive_source, open_zip, read_archive, read_zipped
+from microdit.data.sources.archives import archive_names, archive_source, open_zip, read_archive, read_zipped
 from microdit.data.sources.base import Part, Record, Source, only_captions, relative_names
 from microdit.data.sources.folders import parts_of
 from microdit.data.sources.metadata import caption_text, from_fields, from_sidecars
+from microdit.data.sources.samples import Sample
 from microdit.data.sources.untrusted_files import (
     LARGEST_TEXT,
     ListedImage,

@@ -14,7 +14,7 @@ from pathlib import Path
 from microdit.data.sources.archives import archive_source
 from microdit.data.sources.base import ARCHIVES, END, Part, Record, Source, only_captions
 from microdit.data.sources.builtin import emoji_source, scenes_source
-from microdit.data.sources.caption_options import CaptionOptions, own_captions, with_captions
+from microdit.data.sources.caption_options import NONE_WANTED, CaptionOptions, own_captions, with_captions
 from microdit.data.sources.folders import ListOnce, folder_source, list_source
 from microdit.data.sources.lists import LIST_SUFFIXES
 from microdit.data.sources.named import NAMED, open_named
@@ -73,6 +73,8 @@ def open_source(
 
 def _open(name: str, captions: dict[str, float] | None, list_once: ListOnce | None, file_column: str | None) -> Source:
     kind, colon, rest = name.partition(":")
+    if captions == NONE_WANTED and (kind in ("emoji", "scenes") or kind in NAMED):
+        captions = None  # they have their own
     if kind in ("emoji", "scenes"):
         source = _open_embedded(name, kind, rest)
         return replace(source, caption_weights=only_captions(name, source.caption_weights, captions))

@@ -111,7 +111,7 @@ def _warning_of(size: int) -> str:
 def _columns(schema: pa.Schema, image: str, wanted: Iterable[str]) -> tuple[str, ...]:
     """Return the columns to read: that of the images, those with captions, and that of the addresses, if there is one."""
     by_lower = {name.lower(): name for name in reversed(schema.names)}
-    columns = (name if name in schema.names else by_lower.get(name.lower(), name.partition(".")[0]) for name in wanted)
+    columns = (name if name in schema.names else by_lower.get(name.lower(), name.partition(".")[0]) for name in wanted if name)
     return tuple(dict.fromkeys((image, *columns, *(name for name in schema.names if name == "url"))))
 
 

@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from microdit.data.sources.caption_options import CaptionOptions
@@ -47,7 +49,7 @@ def test_pictures_that_a_list_does_not_name_are_named_by_their_folder(tmp_path):
     write_file(tmp_path / "cats" / "1.png", picture())
     write_file(tmp_path / "metadata.jsonl", json.dumps({"file_name": "gone.png", "text": "x"}).encode())
     records = read(tmp_path, captions_from="folder")
-    assert texts(records) == {"gone.png": "no such file", "cats/1.png": "cats"} or problems_of(records)["gone.png"] == "no such file"
+    assert problems_of(records) == {"gone.png": "no such file", "cats/1.png": ""}
     assert {record.key: record.image for record in records}["cats/1.png"] == picture()
 
 
@@ -91,3 +93,18 @@ def test_other_options_are_other_records(tmp_path):
     prints = [open_source(str(tmp_path), options=options).parts[0].fingerprint() for options in made]
     assert len(set(prints)) == len(made)
     assert prints[0] == open_source(str(tmp_path)).parts[0].fingerprint()
+
+
+def test_sources_without_captions_need_none_where_they_come_from_elsewhere(tmp_path):
+    write_file(tmp_path / "set" / "red_hearts" / "1.png", picture(1))
+    write_file(tmp_path / "set" / "list.csv", b"file_name,width\nred_hearts/1.png,8\n")
+    pq.write_table(pa.table({"image": [picture()], "width": [8]}), tmp_path / "t.parquet")
+    write_file(tmp_path / "new.jsonl", b'{"key": "t.parquet/0", "text": "joined"}\n{"key": "1", "text": "by name"}\n')
+    options = {"joined": str(tmp_path / "new.jsonl"), "index_folder": tmp_path / "index"}
+    assert texts(read(tmp_path / "set" / "list.csv", captions_from="folder")) == {"red_hearts/1.png": "red hearts"}
+    assert texts(read(tmp_path / "set" / "list.csv", **options)) == {"red_hearts/1.png": "by name"}
+    assert texts(read(tmp_path / "t.parquet", **options)) == {"t.parquet/0": "joined"}
+    assert texts(read(tmp_path / "t.parquet", {"text": 1.0}, **options)) == {"t.parquet/0": "joined"}
+    assert set(texts(read("scenes:3", captions_from="file"))) == {record.key for record in read("scenes:3")}
+    with pytest.raises(UserError, match="has no caption, text, prompt"):
+        read(tmp_path / "set" / "list.csv")
