@@ -148,8 +148,8 @@ class TargetSizes:
             if len(buckets) > 1:
                 return cls(buckets, min_side)
         raise UserError(
-            f"--buckets keeps no aspect ratio at --resolutions {min(resolutions)}: sides in steps of {steps[-1]} pixels, the smallest for this "
-            "autoencoder, allow squares only. Use a larger resolution, or leave out --buckets."
+            f"--buckets keeps no aspect ratio at --resolutions {min(resolutions)}: sides in steps of {steps[-1]} pixels, the smallest for "
+            "this autoencoder, allow squares only. Use a larger resolution, or leave out --buckets."
         )
 
     def bucket_of(self, height: int, width: int) -> int:

@@ -88,7 +88,8 @@ def encode_source(
 
     The encoders are moved to the settings' device. The process that finds all shards complete finishes the folder and returns the manifest;
     the other ranks return None, including those that start when everything is done. `on_progress` is called from another thread. `warn` is
-    called if nothing is left to do, if a batch does not fit the GPU, and if parts have changed since they were encoded.
+    called with the source's note, if nothing is left to do, if a batch does not fit the GPU, and if parts have changed since they were
+    encoded.
 
     Raises UserError if `out` exists; if an unfinished encoding has other settings, belongs to another process or sees another source; if no
     record was kept; if a part changed during the encoding; if writing fails; or if not even one image fits the GPU.
@@ -96,12 +97,12 @@ def encode_source(
     sizes = TargetSizes.of(settings.resolutions, settings.min_side, settings.buckets, autoencoder.downsampling)
     plan = _plan_of(source, settings, sizes, autoencoder, text_encoder)
     folder = unfinished(out)
+    if source.note:
+        warn(source.note)
     try:
         with ExitStack() as held:
             if _is_done(out, plan, share, warn):
                 return None
-            for sentence in source.warnings:
-                warn(sentence)
             folder.mkdir(parents=True, exist_ok=True)
             with in_turn(folder / TURN):
                 if _is_done(out, plan, share, warn):  # the rank that held the folder until now may have finished it

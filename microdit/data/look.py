@@ -87,7 +87,10 @@ def _statistics(
         "near_duplicates": len(pairs),
         "duplicate_captions": captions.total() - len(captions),
         "examples": {reason: keys[:NAMED] for reason, keys in by_count},
-        "warnings": [*source.warnings, *warnings_of(seen, pairs, text.name if text else "", text.max_tokens if text else 0)],
+        "warnings": [
+            *([source.note] if source.note else []),
+            *warnings_of(seen, pairs, text.name if text else "", text.max_tokens if text else 0),
+        ],
     }
     if text:
         numbers["caption_tokens"] = histogram([item.tokens for item in seen], text.max_tokens)

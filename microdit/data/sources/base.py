@@ -73,7 +73,7 @@ class Source:
     `min_side` is the shortest side, in pixels, that an image should have, if the source recommends one. `passed_over` counts, by kind, the
     files beside the parts that are neither images nor captions; the records count those inside. `joined` counts the captions joined from
     another file, and the records, that found each other so far.
-    `warnings` are sentences for whoever uses the source.
+    `note` is a sentence for whoever encodes the source, such as what it lacks.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Source:
     min_side: int | None = None
     passed_over: Mapping[str, int] = field(default_factory=dict)
     joined: Callable[[], dict[str, Any]] | None = None
-    warnings: tuple[str, ...] = ()
+    note: str = ""
 
 
 def checked(records: Iterable[Record], captions: Collection[str]) -> Iterator[Record]:

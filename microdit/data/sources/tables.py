@@ -81,7 +81,7 @@ def table_source(
     if weights is None:
         raise UserError(f"{files[0]} is not a Parquet file, or is damaged{' like all the others' if len(files) > 1 else ''}.")
     title = files[0].name if len(files) == 1 else files[0].absolute().parent.name
-    return Source(title, parts, weights, warnings=(_warning_of(largest),) if largest > LARGE_GROUP else ())
+    return Source(title, parts, weights, note=_note_on(largest) if largest > LARGE_GROUP else "")
 
 
 def listed_by_table(folder: Path, path: Path, captions: dict[str, float] | None, file_column: str | None) -> Source | None:
@@ -101,7 +101,7 @@ def listed_by_table(folder: Path, path: Path, captions: dict[str, float] | None,
     return replace(source, name=folder.absolute().name, parts=parts, passed_over=passed_over)
 
 
-def _warning_of(size: int) -> str:
+def _note_on(size: int) -> str:
     return (
         f"A row group of the tables has {size / 1e6:,.0f} MB, and reading may take more than twice as much memory: its writer may have put "
         "it into a single page. Tables with row groups of 100 rows need little."
