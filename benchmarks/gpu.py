@@ -44,7 +44,9 @@ class Step:
 
 STEPS = (
     Step("ceilings", 45, 10, "products and copies at their fastest"),
-    Step("xl-compiled", 140, 30, "XL's step, compiled and recorded"),
+    Step("xl-compiled", 170, 30, "XL's step, compiled and recorded"),
+    Step("xl-by-hand", 110, 40, "XL's step with kernels by hand"),
+    Step("kernels", 90, 30, "the operations between XL's products, one by one"),
     Step("emoji", 60, 20, "emoji.yaml in float32, bfloat16, FSDP"),
     Step("demo", 70, 20, "emoji-fast by the command line, stopped and resumed"),
     Step("trainer", 100, 40, "XL by the real trainer"),

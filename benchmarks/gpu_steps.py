@@ -168,38 +168,45 @@ def xl_compiled(place: Place, results: Results) -> None:
     """Compile what lies between XL's products; record; find the batch that uses the chip best."""
     world = start_world()
     seconds = 0.1 if place.smoke else 2.0
-    small, large = ((2,), 3) if place.smoke else ((128, 64, 192), 256)
+    small, large = (2, 3) if place.smoke else (128, 256)
     training = compiled_training(place, results, world, "MicroDiT_XL_2", COMPILED)
     with results.attempt("replay"):
-        results.put("replay", replay_alike(training, small[0]))
-    for samples in (*small, large):
+        results.put("replay", replay_alike(training, small))
+    for samples in (small, large):
         with results.attempt(f"compiled, recorded {samples}"):
             training.forget_recorded()
             results.put(f"compiled, recorded {samples}", training.measure(samples, seconds))
             results.put(f"CPU alone, compiled, recorded {samples}", training.dispatch(samples))
-            if samples in (small[0], large):
-                results.put(f"kernels of compiled, recorded {samples}", training.kernels(samples))
+            results.put(f"kernels of compiled, recorded {samples}", training.kernels(samples))
     del training
     free_memory()
-    with results.attempt(f"compiled, FSDP {small[0]}"):
+    with results.attempt(f"compiled, FSDP {small}"):
         training = compiled_training(place, results, world, "MicroDiT_XL_2", replace(COMPILED, sharding="fsdp"))
-        results.put(f"compiled, FSDP {small[0]}", training.measure(small[0], seconds))
+        results.put(f"compiled, FSDP {small}", training.measure(small, seconds))
         del training
     stop_world()
 
 
 def replay_alike(training: "Training", samples: int) -> dict[str, Any]:
-    """Are replayed gradients those that are computed, from the same weights, on another batch than the recorded one?"""
+    """Are replayed gradients those that are computed, from the same weights, on another batch than the recorded one?
+
+    Weights that began at zero are random meanwhile: by adaLN-zero, hardly anything in the blocks would matter to the loss.
+    """
     gradients, weights = training.state.gradients, list(training.state.model.parameters())
+    zeros = [weight.detach() for weight in weights if weight.detach().abs().max() < 1e-3]
+    before = [weight.clone() for weight in zeros]
+    for weight in zeros:
+        weight.normal_(std=0.02)
 
     def found(batch: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
+        training.state.optimizers.zero_grad()
         gradients.begin()
         loss_B = gradients.add(batch, samples, last=True).detach().clone()
         return [weight.grad.clone() for weight in weights if weight.grad is not None], loss_B
 
     other, batch = training.batch(samples), training.batch(samples)
     computed, losses = found(batch)
-    again, _ = found(batch)  # experts add up in no fixed order
+    again, _ = found(batch)
     for _ in range(4):
         found(other)
     replayed, replayed_losses = found(batch)
@@ -209,6 +216,7 @@ def replay_alike(training: "Training", samples: int) -> dict[str, Any]:
         return float(distance / torch.stack([a.norm() for a in one]).norm())
 
     training.state.optimizers.zero_grad()
+    torch._foreach_copy_(zeros, before)
     return {
         "gradients_apart": apart(computed, replayed),
         "computed_twice_apart": apart(computed, again),
@@ -241,15 +249,16 @@ def tiny(place: Place, results: Results) -> None:
 
 
 def compiled_training(place: Place, results: Results, world: World, name: str, engine: EngineRecipe) -> "Training":
-    """Compiled by two steps on a small batch. Numbers of samples are left open, which a third step of another size shows.
+    """Compiled by two steps. Numbers of samples are left open, which a third step of another size shows.
 
-    Not on a CPU, where its compiler would take minutes for the smallest model.
+    The first size that a kernel meets is the one that it is tuned for, so it is as large as those that are measured. Not on a CPU, where
+    its compiler would take minutes for the smallest model.
     """
     from gpu_training import Training
 
     from microdit.planning.phases import STAGES
 
-    samples, compiled = 4 if place.smoke else 16, torch.cuda.is_available()
+    samples, compiled = 4 if place.smoke else 128, torch.cuda.is_available()
     training = Training(place, world, place.size(name), STAGES[0], replace(engine, compile=compiled))
     first = seconds_of(lambda: training.step(training.batch(samples)))
     second = seconds_of(lambda: training.step(training.batch(samples)))
@@ -604,10 +613,43 @@ def watch_while(work: Callable[[], None], note: Callable[[], bool], wait: bool) 
     note()
 
 
+def kernels(place: Place, results: Results) -> None:
+    """Ways to compute what lies between XL's products, against each other."""
+    import gpu_kernels
+
+    gpu_kernels.kernels(place, results)
+
+
+def xl_by_hand(place: Place, results: Results) -> None:
+    """The largest batch of `xl-compiled`, with the kernels of gpu_triton.py in the place of the package's."""
+    if not torch.cuda.is_available():
+        results.put("left out", {"why": "Triton has no kernels for a CPU"})
+        return
+    import gpu_triton
+
+    from microdit.models import blocks
+    from microdit.training import parallel
+
+    world, samples = start_world(), 256
+    for name in ("norms and experts by hand", "attention too"):
+        with results.attempt(name):
+            parallel.compiled = gpu_triton.by_hand
+            if name == "attention too":
+                blocks._attend = gpu_triton.attend_heads
+            training = compiled_training(place, results, world, "MicroDiT_XL_2", COMPILED)
+            results.put(name, training.measure(samples, 2.0))
+            results.put(f"kernels of {name}", training.kernels(samples))
+            del training
+        free_memory()
+    stop_world()
+
+
 STEPS: dict[str, Callable[[Place, Results], None]] = {
     "ceilings": ceilings,
     "xl": xl,
     "xl-compiled": xl_compiled,
+    "kernels": kernels,
+    "xl-by-hand": xl_by_hand,
     "emoji": emoji,
     "demo": demo,
     "tiny": tiny,

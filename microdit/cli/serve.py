@@ -36,28 +36,28 @@ def app(
     from microdit.pipelines.open_model import model_and_prompts, open_model
 
     with optional_package("The web page", "app"):
+        from microdit.serve.endpoints import web_app
         from microdit.serve.queue import WorkQueue
-        from microdit.serve.server import Server, is_local, listen, web_app
+        from microdit.serve.server import Server, is_local, listen, url_of
 
-    where = choose_device(device)
-    numbers = choose_dtype(dtype, where)
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen_device)
     places = models or [model_and_prompts([])[0]]
     opened = [open_model(place, warn) for place in places]
     names = [Path(place).resolve().name for place in places]
     if len(set(names)) < len(names):
         names = places
     if len(set(names)) < len(names):
-        raise UserError("A model is named twice: name each once; the page compares settings of one model, too.")
+        raise UserError("A model is named twice: name each once. The page can compare settings of the same model, too.")
     runs = {name: Path(model.about["run"]) for name, model in zip(names, opened, strict=True) if "run" in model.about}
     with device_errors_explained("serve fewer models, take --dtype bfloat16 or --device cpu, or close other programs that use it"):
         for model in opened:
-            model.pipeline.to(where, numbers)
+            model.pipeline.to(chosen_device, chosen_dtype)
     listener = listen(host, port)
     if not is_local(host):
-        warn(f"Whoever reaches {host}:{port} may draw here: there is no password. Without --host only this machine can.")
-    line = WorkQueue({name: model.pipeline for name, model in zip(names, opened, strict=True)}, queue)
-    console.print(describe_device(where, numbers))
-    shown = f"[{host}]" if ":" in host else host
-    console.print(f"http://{shown}:{listener.getsockname()[1]}  (Ctrl-C ends it)")
+        warn(f"Everybody who reaches {host}:{port} can generate images: there is no password. Without --host only this machine can.")
+    work = WorkQueue({name: model.pipeline for name, model in zip(names, opened, strict=True)}, queue)
+    console.print(describe_device(chosen_device, chosen_dtype))
+    console.print(f"{url_of(listener)}  (Ctrl-C ends it)")
     with contextlib.suppress(KeyboardInterrupt):
-        Server(web_app(line, runs=runs, recipes=recipes, local=is_local(host)), line).run([listener])
+        Server(web_app(work, runs=runs, recipes=recipes, local=is_local(host))).run([listener])

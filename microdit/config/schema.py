@@ -167,7 +167,7 @@ class EngineRecipe:
 
 @dataclass(frozen=True)
 class GuardRecipe:
-    """When to skip a step, and when to roll back to a checkpoint."""
+    """Thresholds for skipping a step and for rolling back to a checkpoint."""
 
     loss_jump: Annotated[float, Range(1, 10**9, above=True)] = (
         10.0  # skip a step whose loss exceeds this many times the median of the last 64

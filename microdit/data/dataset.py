@@ -186,7 +186,7 @@ class EncodedDataset:
 
     @cached_property
     def _ends(self) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-        """For each bucket, the number of its rows up to the end of each shard."""
+        """The number of rows up to the end of each shard, for each bucket."""
         buckets = range(len(self.manifest["sizes"]))
         return [np.cumsum([shard["buckets"].get(str(bucket), 0) for shard in self.manifest["shards"]]) for bucket in buckets]
 

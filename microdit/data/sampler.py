@@ -117,7 +117,7 @@ class BatchSampler:
 
     @cached_property
     def _earlier(self) -> list[dict[tuple[Members, int], int]]:
-        """For each phase, the number of samples of each (stream, bucket) that earlier phases used."""
+        """The number of samples of each (stream, bucket) that earlier phases used, for each phase."""
         taken: dict[tuple[Members, int], int] = {}
         earlier = []
         for phase in self.phases:

@@ -12,11 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 import yaml
 
 from microdit.config.load import with_todays_defaults
 from microdit.config.schema import Recipe
 from microdit.data.manifest import read_manifest
+from microdit.devices import device_name
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.console import QUIET, PlainConsole, Reporter
@@ -92,27 +94,33 @@ class ArmPlan:
 
 
 def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World, reporter: Reporter = QUIET) -> dict[str, ArmPlan]:
-    """Return the plan of all arms: those in `out`/plan.json, if it exists, and newly timed ones, which are added to the file.
+    """Return the plan of the study's arms: those in `out`/plan.json, if it exists, and newly timed ones, which are added to the file.
 
-    Raises UserError if arms in the file, the budgets, or the way quality is measured have changed since, or if arms train on different
-    images.
+    `recipes` may hold further arms, which are neither timed nor forgotten if the file has them.
+
+    Raises UserError if arms in the file, the budgets, the device, or the way quality is measured have changed since, or if arms train on
+    different images.
     """
     reference = study.reference.arm
-    asked = {
+    asked: dict[str, Any] = {
         "reference": asdict(study.reference),
         "measurement": measurement(study),
-        "arms": {arm: recipe.to_yaml() for arm, recipe in recipes.items()},
+        "arms": {arm: recipes[arm].to_yaml() for arm in study.arms},
     }
     plans: dict[str, ArmPlan] = {}
+    device = "CPU" if world.device.type == "cpu" else device_name(world.device)
     if (out / "plan.json").is_file():
         check_unchanged(study, recipes, out)
-        plans = read_plan(out)
-    _check_same_pictures(recipes)
-    new = [arm for arm in recipes if arm not in plans]
+        plans, before = read_plan(out), read_device(out)
+        asked["arms"] = _content(out)["asked"]["arms"] | asked["arms"]
+        if before != device:
+            raise UserError(f"{out} holds results of {before}, and this is {device}: seconds do not compare. Choose another --out.")
+    _check_same_pictures({arm: recipes[arm] for arm in study.arms})
+    new = [arm for arm in study.arms if arm not in plans]
     if new:
         timed = _time(study, {arm: recipes[arm] for arm in dict.fromkeys([reference, *new])}, plans.get(reference), world, reporter)
         plans |= {arm: timed[arm] for arm in new}
-    content = {"asked": asked, "arms": {arm: asdict(plan) for arm, plan in plans.items()}}
+    content = {"asked": asked, "device": device, "arms": {arm: asdict(plan) for arm, plan in plans.items()}}
     write_aside(out / "plan.json", json.dumps(content, indent=1).encode())
     return plans
 
@@ -123,6 +131,9 @@ def _time(study: Study, recipes: dict[str, Recipe], known: ArmPlan | None, world
         trainers = {arm: Trainer(recipe, Path(place) / arm, Reporter(PlainConsole(quiet=True)), world) for arm, recipe in recipes.items()}
         flops = {arm: flops_of_a_step(trainer) for arm, trainer in trainers.items()}
         seconds = seconds_of_a_step(trainers, reporter)
+        del trainers
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()  # for the processes that train beside this one
     reference = study.reference.arm
     first = seconds[reference] if known is None else known.seconds_per_step
     scaled = {arm: value * first / seconds[reference] for arm, value in seconds.items()}
@@ -176,6 +187,11 @@ def _plan(budgets: list[Budget], steps: int, reference_flops: float, reference_s
 def read_plan(out: Path) -> dict[str, ArmPlan]:
     """Return the plan of the results in `out`. Raises UserError if it is missing or damaged."""
     return {arm: ArmPlan(**values) for arm, values in _content(out)["arms"].items()}
+
+
+def read_device(out: Path) -> str:
+    """Return the device of the results in `out`: "CPU", or the name of a GPU. Raises UserError as `read_plan`."""
+    return str(_content(out).get("device", "CPU"))  # plans without this key are older, and of CPUs
 
 
 def _content(out: Path) -> dict[str, Any]:

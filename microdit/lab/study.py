@@ -5,6 +5,7 @@ steps are shares of the training here), a mask schedule or a decaying rate is tr
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,8 @@ OURS = (
 # Exceptions: arms may use other encoders of the same images (checked when the study is run), although losses then do not compare.
 FREE = ("data.path", "data.held_out")
 HIGHER_IS_BETTER = ("recognised",)
+
+ENCODED = "encoded"  # as a source: the rows of the encoded set itself, decoded
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -63,6 +66,16 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class ReducedForm:
+    """The form of a study for a CPU, where the whole one would take days: fewer steps, seeds and arms, and overrides of the base."""
+
+    steps: Every
+    seeds: Annotated[list[Seed], Range(1, 1000)]
+    arms: Annotated[list[Name], Range(1, 1000)]
+    overrides: Annotated[list[Override], Range(0, 1000)] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Study:
     """The settings of a study. `arms` holds overrides of the recipe `base`, whose path is relative to the study's file, by name."""
 
@@ -78,24 +91,53 @@ class Study:
     readings: Annotated[list[Share], Range(1, 1000)] = field(
         default_factory=lambda: [0.25, 0.5, 1.0]
     )  # shares of each budget at which quality is measured
-    source: FilePath = "emoji"  # the source of the encoded data, whose images are the reference set
+    # The reference set: the source of the encoded data, or `encoded` for the encoded data itself (microdit/lab/quality.py).
+    source: FilePath = "emoji"
     pictures: Annotated[int, Range(2, 10**6)] = 256  # generated for each measurement
     num_inference_steps: Annotated[int, Range(2, 1000)] = 10
     guidance_scale: Annotated[float, Range(-100, 100)] = 2.0
     prompts: Prompts = field(
         default_factory=lambda: ["red heart", "cat face", "green apple", "pizza", "owl", "fire engine"]
     )  # of the sample strips
+    on_cpu: ReducedForm | None = None
     notes: Sentences = ""  # remarks for the report
 
 
-def load_study(path: Path | str) -> tuple[Study, dict[str, Recipe]]:
-    """Load a study, from a file or by the name of a bundled one, and the recipe of each arm. Raises UserError naming file, arm and fix."""
+def load_study(path: Path | str, on_cpu: bool = False) -> tuple[Study, dict[str, Recipe]]:
+    """Load a study, from a file or by the name of a bundled one, and the recipe of each arm. Raises UserError naming file, arm and fix.
+
+    `on_cpu` asks for the reduced form, if the study has one.
+    """
     path = find_recipe(path, "lab")
     study = cast(Study, read_as(Study, read_yaml(path), str(path)))
     problems = _problems(study)
     if problems:
         raise UserError(f"{path} is not a valid study:\n  - " + "\n  - ".join(problems))
-    return study, {arm: _recipe_of(path, study, arm) for arm in study.arms}
+    overrides: list[str] = []
+    if on_cpu and (form := study.on_cpu):
+        study = replace(only_arms(study, form.arms), seeds=form.seeds, reference=replace(study.reference, steps=form.steps))
+        overrides = form.overrides
+    recipes = {arm: _recipe_of(path, study, arm, overrides) for arm in study.arms}
+    sets = {arm: recipe.data.path for arm, recipe in recipes.items()}
+    if study.source == ENCODED and (None in sets.values() or len(set(sets.values())) > 1):
+        raise UserError(f"{path}: source: {ENCODED} needs one data.path for all arms, and these have {sets}.")
+    return study, recipes
+
+
+def default_folder(study: Study, on_cpu: bool) -> Path:
+    """Return where results go by default: lab/NAME, and lab/NAME-cpu for a reduced form."""
+    return Path("lab") / (f"{study.name}-cpu" if on_cpu and study.on_cpu else study.name)
+
+
+def only_arms(study: Study, arms: Collection[str]) -> Study:
+    """Restrict a study to some of its arms, and to the claims about them. Raises UserError for an unknown arm, or without the reference."""
+    unknown = [arm for arm in arms if arm not in study.arms]
+    if unknown:
+        raise UserError(f"The study {study.name} has no arm {', '.join(unknown)}. Its arms: {', '.join(study.arms)}.")
+    if study.reference.arm not in arms:
+        raise UserError(f"The arm {study.reference.arm} defines the budgets of the study {study.name}, and must be among those run.")
+    claims = [claim for claim in study.claims if claim.better in arms and claim.worse in arms]
+    return replace(study, arms={arm: overrides for arm, overrides in study.arms.items() if arm in arms}, claims=claims)
 
 
 def measurement(study: Study) -> dict[str, Any]:
@@ -122,7 +164,7 @@ def stretched(recipe: Recipe, steps: int) -> Recipe:
 
 
 def _problems(study: Study) -> list[str]:
-    problems = _measuring_problems(study)
+    problems = _measuring_problems(study) + _reduced_problems(study)
     odd = [name for name in (study.name, *study.arms) if not FILE_NAME.fullmatch(name)]
     problems += [f"{name!r} names a folder: use letters, digits, dots, - and _, beginning with a letter or digit." for name in odd]
     if study.reference.arm not in study.arms:
@@ -163,11 +205,25 @@ def _measuring_problems(study: Study) -> list[str]:
     return [sentence for fine, sentence in checks if not fine]
 
 
-def _recipe_of(path: Path, study: Study, arm: str) -> Recipe:
-    """Load an arm's recipe, with as many steps as the reference arm takes."""
-    base = load_recipe(path.parent / study.base)
+def _reduced_problems(study: Study) -> list[str]:
+    if study.on_cpu is None:
+        return []
+    form, problems = study.on_cpu, []
+    unknown = [arm for arm in form.arms if arm not in study.arms]
+    if unknown:
+        problems.append(f"on_cpu.arms names {', '.join(unknown)}, which is not an arm.")
+    if study.reference.arm not in form.arms:
+        problems.append(f"on_cpu.arms must name the reference arm, {study.reference.arm}.")
+    if len(set(form.seeds)) < len(form.seeds):
+        problems.append(f"on_cpu.seeds {form.seeds} must be distinct.")
+    return problems
+
+
+def _recipe_of(path: Path, study: Study, arm: str, overrides: list[str]) -> Recipe:
+    """Load an arm's recipe, with as many steps as the reference arm takes. `overrides` of the base come before the arm's own."""
+    base = load_recipe(path.parent / study.base, overrides)
     try:
-        recipe = load_recipe(path.parent / study.base, [*study.arms[arm], f"name={study.name}-{arm}"])
+        recipe = load_recipe(path.parent / study.base, [*overrides, *study.arms[arm], f"name={study.name}-{arm}"])
     except UserError as error:
         raise UserError(f"{path}: the arm {arm}: {error}") from error
     if "images" in study.budgets and any(phase.batch_size != base.phases[0].batch_size for phase in recipe.phases):

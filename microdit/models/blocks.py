@@ -4,24 +4,19 @@ Notable:
 - queries and keys are layer-normalised over all heads together, without parameters;
 - the attention of a block may be narrower than the model (layer-wise width scaling, 2407.15811 section 3);
 - adaLN (Peebles & Xie 2023) modulates self-attention and feed-forward, while the caption's tokens enter by cross-attention;
-- the element-wise operations between matrix products are free functions, which `compiled` turns into one kernel each: on a GPU they are
-  bound by memory bandwidth. All blocks share them, so compiling takes seconds, where 26 blocks of different shapes would take minutes.
+- what lies between the matrix products is in `elementwise.py`.
 
 Shape legend: B batch, T tokens, L caption tokens, D dim, A attention width, N heads, H head dim, F feed-forward width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from microdit.models.elementwise import EAGER, NORM_EPS
 from microdit.models.moe import ExpertChoice
-
-NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -120,10 +115,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, key_mask_BT: Tensor | None = None) -> Tensor:
         """Map (B, T, D) -> (B, T, D). No token attends to those where `key_mask_BT` is False."""
-        q_BTA, k_BTA, v_BTA = self.qkv(x_BTD).chunk(3, dim=-1)
-        normalised = self.elementwise.normalised
-        keys_values = KeysValues(_heads(normalised(k_BTA), self.head_dim), _heads(v_BTA, self.head_dim))
-        return self.out(_attend(_heads(normalised(q_BTA), self.head_dim), keys_values, key_mask_BT))
+        q_BNTH, k_BNTH, v_BNTH = (_heads(part_BTA, self.head_dim) for part_BTA in self.elementwise.split_normalised(self.qkv(x_BTD), 3))
+        return self.out(_attend(q_BNTH, KeysValues(k_BNTH, v_BNTH), key_mask_BT))
 
     def init_weights(self, output_std: float) -> None:
         nn.init.trunc_normal_(self.qkv.weight, std=0.02)
@@ -148,8 +141,7 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, caption_BLD: Tensor) -> KeysValues:
         """Project caption tokens (B, L, D) to keys and values. Nothing in them depends on the image tokens."""
-        k_BLD, v_BLD = self.kv(caption_BLD).chunk(2, dim=-1)
-        return KeysValues(_heads(self.elementwise.normalised(k_BLD), self.head_dim), _heads(v_BLD, self.head_dim))
+        return KeysValues(*(_heads(part_BLD, self.head_dim) for part_BLD in self.elementwise.split_normalised(self.kv(caption_BLD), 2)))
 
     def init_weights(self, output_std: float) -> None:
         nn.init.trunc_normal_(self.q.weight, std=0.02)
@@ -207,56 +199,3 @@ def _attend(q_BNTH: Tensor, keys_values: KeysValues, key_mask_BL: Tensor | None)
 def _heads(x_BTA: Tensor, head_dim: int) -> Tensor:
     """Split the heads: (B, T, N * H) -> (B, N, T, H)."""
     return x_BTA.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-
-
-class Elementwise(NamedTuple):
-    """The element-wise functions that a block calls, eager or compiled."""
-
-    modulated_norm: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    gated_sum: Callable[[Tensor, Tensor, Tensor], Tensor]
-    gated_sum_norm: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    sum_modulated_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    normalised: Callable[[Tensor], Tensor]
-    gated_silu: Callable[[Tensor, Tensor], Tensor]
-
-
-def modulated_norm(x_BTD: Tensor, weight_D: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """Return the layer norm of x, scaled and shifted for each sample: adaLN (Peebles & Xie 2023)."""
-    return torch.addcmul(shift_B1D, F.layer_norm(x_BTD, weight_D.shape, weight_D, None, NORM_EPS), 1 + scale_B1D)
-
-
-def gated_sum(x_BTD: Tensor, gate_B1D: Tensor, y_BTD: Tensor) -> Tensor:
-    """Return x + gate * y."""
-    return torch.addcmul(x_BTD, gate_B1D, y_BTD)
-
-
-def gated_sum_norm(x_BTD: Tensor, gate_B1D: Tensor, y_BTD: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x + gate * y and its layer norm."""
-    x_BTD = gated_sum(x_BTD, gate_B1D, y_BTD)
-    return x_BTD, F.layer_norm(x_BTD, weight_D.shape, weight_D, None, NORM_EPS)
-
-
-def sum_modulated_norm(x_BTD: Tensor, y_BTD: Tensor, weight_D: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x + y and its modulated norm."""
-    x_BTD = x_BTD + y_BTD
-    return x_BTD, modulated_norm(x_BTD, weight_D, shift_B1D, scale_B1D)
-
-
-def normalised(x_BTA: Tensor) -> Tensor:
-    """Return the layer norm of queries or keys over all heads together, without parameters."""
-    return F.layer_norm(x_BTA, (x_BTA.shape[-1],), eps=NORM_EPS)
-
-
-def gated_silu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
-    """Return silu(gate) * up (Shazeer 2020, 2002.05202)."""
-    return F.silu(gate_BTF) * up_BTF
-
-
-EAGER = Elementwise(modulated_norm, gated_sum, gated_sum_norm, sum_modulated_norm, normalised, gated_silu)
-
-
-@cache
-def compiled() -> Elementwise:
-    """Return the functions compiled by torch.compile, at their first call, with dynamic sizes: no new shape compiles them again."""
-    functions: list[Callable[..., Any]] = [torch.compile(function, fullgraph=True, dynamic=True) for function in EAGER]
-    return Elementwise(*functions)

@@ -3,12 +3,15 @@
 Notable: each expert picks its own tokens, so the load is even by construction and no auxiliary loss is needed. Tokens are gathered
 into one (E, B*K, D) batch of matrix products and added back; no one-hot dispatch matrix is ever built.
 
-Shape legend: B batch, T tokens, D dim, E experts, K tokens an expert takes from one sample, F hidden width of an expert.
+Shape legend: B batch, T tokens, D dim, E experts, K tokens an expert takes from one sample, F hidden width of an expert,
+N = B * K tokens that an expert takes from the batch.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from microdit.models.elementwise import EAGER
 
 
 class ExpertChoice(nn.Module):
@@ -18,6 +21,7 @@ class ExpertChoice(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         self.capacity = capacity
+        self.elementwise = EAGER
         self.router = nn.Linear(dim, num_experts, bias=False)
         self.w_in = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w_out = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
@@ -30,16 +34,13 @@ class ExpertChoice(nn.Module):
         probabilities_BTE = logits_BTE.softmax(dim=-1, dtype=torch.promote_types(logits_BTE.dtype, torch.float32))
         weight_BEK, token_BEK = probabilities_BTE.transpose(1, 2).topk(tokens_per_expert, dim=-1)
 
-        # One flat index serves both gather and scatter. The experts' dimension comes first, so that each expert is one matrix product.
+        # The experts' dimension comes first, so that each expert is one matrix product.
         first_token_B11 = torch.arange(0, B * T, T, device=x_BTD.device).view(B, 1, 1)
-        flat_token = (token_BEK + first_token_B11).transpose(0, 1).reshape(-1)
-        chosen_END = x_BTD.reshape(B * T, D).index_select(0, flat_token).view(self.num_experts, -1, D)
+        token_EN = (token_BEK + first_token_B11).transpose(0, 1).flatten(1)
+        chosen_END = self.elementwise.take_chosen(x_BTD.reshape(B * T, D), token_EN)
         hidden_ENF = F.gelu(torch.bmm(chosen_END, self.w_in))
         output_END = torch.bmm(hidden_ENF, self.w_out)
-        output_END = output_END * weight_BEK.to(output_END.dtype).transpose(0, 1).reshape(self.num_experts, -1, 1)
-
-        mixed = torch.zeros(B * T, D, dtype=output_END.dtype, device=x_BTD.device)
-        return mixed.index_add(0, flat_token, output_END.view(-1, D)).view(B, T, D)
+        return self.elementwise.add_weighted(output_END, weight_BEK.transpose(0, 1).flatten(1), token_EN, B * T).view(B, T, D)
 
     def init_weights(self, output_std: float) -> None:
         """Draw truncated normals: std 0.02 for the router and into the experts, `output_std` out of them."""

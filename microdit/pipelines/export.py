@@ -29,7 +29,7 @@ CARD = "README.md"
 def export_run(
     run: Path, out: Path, warn: Callable[[str], None], weights: str | None = None, dtype: Dtype = "float32", flops: float | None = None
 ) -> int:
-    """Write the newest whole checkpoint of `run` to the folder `out`. `flops` of the whole training go into the record.
+    """Write the newest intact checkpoint of `run` to the folder `out`. `flops` of the whole training go into the record.
 
     Returns the folder's size in bytes. Raises UserError if there is no such checkpoint, if `out` is not empty, or if it cannot be written.
     """

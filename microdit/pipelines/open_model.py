@@ -68,7 +68,7 @@ def opened_run(run: Path, pipeline: MicroDiTPipeline, checkpoint: Checkpoint, we
 
 
 def is_our_pipeline(place: str) -> bool:
-    """Whether a folder, or what the hub has under that id, is a `MicroDiTPipeline`. Raises UserError if the hub does not answer."""
+    """Return whether a folder or hub id holds a `MicroDiTPipeline`. Raises UserError if the hub does not respond."""
     folder = Path(place)
     if not folder.exists():
         if not is_place(place):

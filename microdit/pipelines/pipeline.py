@@ -131,7 +131,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         Args:
             torch_dtype: what matrix products are computed in, float32 by default; `dtype` is the same. See `to`.
             device: where to move the pipeline, the CPU by default.
-            weights: of a run, its newest whole checkpoint's model, ema, or ema-DECAY; by default ema where there is one.
+            weights: model, ema, or ema-DECAY of a run's newest intact checkpoint; by default ema if the checkpoint has it.
             **kwargs: diffusers' own, such as `variant`, for folders and ids. Weights are read from safetensors alone.
 
         Raises UserError for what is no model, is damaged, or could run code.
@@ -232,7 +232,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has set `_interrupt`, which stops the sampling after its step."""
+        """True if a callback has set `_interrupt`, which stops the sampling after its step."""
         return self._interrupt
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -533,7 +533,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether a place is to be read as a run: it has a recipe, or is a folder without a model_index.json."""
+    """Return whether a folder is to be read as a run: it has a recipe, or it has no model_index.json."""
     return is_run(folder) or (folder.exists() and not (folder / INDEX).is_file())
 
 
@@ -570,7 +570,7 @@ def _checked_latents(latents_BCHW: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _same_weights(one: nn.Module | None, other: nn.Module | None) -> bool:
-    """Whether two encoders have the same weights, at the precision of float16, in which they may have been exported."""
+    """Return whether two encoders have the same weights, compared in float16, in which they may have been exported."""
     if one is None or other is None or one is other:
         return one is other
     mine, theirs = (getattr(part, "network", part).state_dict() for part in (one, other))

@@ -1,4 +1,4 @@
-"""From noise and embedded captions to latents: where EDM, guidance, solvers and numerical precision come together.
+"""Sampling, from noise and embedded captions to latents: where EDM, guidance, solvers and numerical precision come together.
 
 Shape legend: B batch, C channels, H W height and width, L caption tokens, E caption channels.
 """

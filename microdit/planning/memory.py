@@ -350,7 +350,7 @@ class PhaseMemory:
 
     @property
     def _has_machines(self) -> bool:
-        """Whether the GPUs fill several machines."""
+        """True if the GPUs fill several machines."""
         return self.ranks > MACHINE and self.ranks % MACHINE == 0
 
     def _sharding(self, engine: EngineRecipe, card_gb: float) -> Sharding:

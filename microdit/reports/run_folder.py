@@ -42,7 +42,7 @@ class RunFolder:
 
     @property
     def has_damaged_record(self) -> bool:
-        """Whether there is a run.json whose checksum differs."""
+        """True if there is a run.json whose checksum differs."""
         return not self.record and (self.path / RUN).is_file()
 
     @property

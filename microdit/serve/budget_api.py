@@ -1,4 +1,4 @@
-"""Budgets for the page, and the thread that computes them and the reports.
+"""Budgets for the page, and the thread that computes them and the run reports.
 
 Computations run one after another, for a bounded time, and only as long as their clients are connected.
 """
@@ -24,46 +24,46 @@ from microdit.planning.estimate_tables import print_estimate, print_plan
 from microdit.planning.hardware import Machine, find_machine, measurements_file
 from microdit.planning.planner import plan_for_dollars, recipe_files
 from microdit.planning.workload import KnownShapes
-from microdit.serve.queue import QueueClosedError
-from microdit.serve.schemas import AskedWronglyError, BudgetRequest, Limits
+from microdit.serve.json_requests import APIError
+from microdit.serve.schemas import BudgetRequest
 
-LOOK_EVERY = 0.05  # seconds between two looks at whether a computation has ended, or its client gone
+POLL_SECONDS = 0.05  # between two checks whether a computation has ended or its client has disconnected
 T = TypeVar("T")
 
 
 class Computations:
-    """A thread that runs the computations of all requests in turn, until `close`."""
+    """A thread that runs the computations of all requests in turn, until `close`.
 
-    def __init__(self, limits: Limits):
-        self._limits = limits
+    At most `capacity` requests are served at the same time; each computation may take `seconds`.
+    """
+
+    def __init__(self, capacity: int = 8, seconds: float = 20):
+        self._capacity, self._seconds = capacity, seconds
         self._thread = ThreadPoolExecutor(1, "computations")
         self._clients = 0
         self._closed = threading.Event()
 
-    async def answer(self, request: Request, compute: Callable[[Callable[[], None]], T]) -> T:
-        """Return the result of `compute(check)`, which has to call `check` often: it raises when the time is up or the client has gone.
+    async def run(self, request: Request, compute: Callable[[Callable[[], None]], T]) -> T:
+        """Return `compute(check)`, which must call `check` often: it raises UserError when time is up or the client has disconnected.
 
-        Raises AskedWronglyError if too many wait already, ClientDisconnect if the client goes, QueueClosedError if the server ends.
+        Raises APIError if too many computations are waiting or the server is closing, ClientDisconnect if the client disconnects.
         """
         self._check_open()
-        if self._clients >= self._limits.computations:
-            raise AskedWronglyError(
-                f"{self._clients} computations are waiting already, and no more may: ask again in a few seconds.",
-                status=429,
-                code="queue_full",
-            )
-        gone = threading.Event()
+        if self._clients >= self._capacity:
+            sentence = f"The maximum of {self._capacity} computations are waiting: try again in a few seconds."
+            raise APIError(sentence, status=429, code="queue_full")
+        cancelled = threading.Event()
         self._clients += 1
-        future = self._thread.submit(lambda: compute(self._check(gone)))
+        future = self._thread.submit(lambda: compute(self._check(cancelled)))
         try:
             while not future.done():
                 if await request.is_disconnected():
                     raise ClientDisconnect
-                await asyncio.sleep(LOOK_EVERY)
+                await asyncio.sleep(POLL_SECONDS)
             self._check_open()
             return future.result()
         finally:
-            gone.set()
+            cancelled.set()
             future.cancel()
             self._clients -= 1
 
@@ -73,33 +73,32 @@ class Computations:
 
     def _check_open(self) -> None:
         if self._closed.is_set():
-            raise QueueClosedError("The server is shutting down: ask again when it is back.")
+            raise APIError("The server is shutting down: try again when it is back.", status=503, code="shutting_down")
 
-    def _check(self, gone: threading.Event) -> Callable[[], None]:
-        """Return the check of a computation that begins now."""
-        seconds = self._limits.computation_seconds
-        end = time.monotonic() + seconds
+    def _check(self, cancelled: threading.Event) -> Callable[[], None]:
+        """Return the check of a computation that starts now."""
+        end = time.monotonic() + self._seconds
 
         def check() -> None:
-            if gone.is_set() or self._closed.is_set():
-                raise UserError("The computation was called off: nobody waits for it any more.")
+            if cancelled.is_set() or self._closed.is_set():
+                raise UserError("The computation was cancelled because its client has disconnected or the server is shutting down.")
             if time.monotonic() > end:
                 raise UserError(
-                    f"This takes more than {seconds:g} seconds, too long for the page: microdit budget and microdit report, in a terminal, "
-                    "have no limit."
+                    f"This takes more than {self._seconds:g} seconds, too long for the page: run microdit budget or microdit report in a "
+                    "terminal, where there is no limit."
                 )
 
         return check
 
 
-DATA = "data/pictures"  # that bought recipes name: not data/mine, which may be there already, encoded for smaller pictures
-LONGEST_NAME = 200  # characters
+DATA = "data/pictures"  # in planned recipes: not data/mine, which may exist already, encoded for smaller pictures
+MAX_NAME = 200  # characters
 
 
-def bill_text(request: BudgetRequest, recipes: Path, check: Callable[[], None]) -> str:
-    """Return the bill as the terminal shows it: of a recipe in the folder `recipes`, of a recipe's text, or of what a sum buys.
+def estimate_text(request: BudgetRequest, recipes: Path, check: Callable[[], None]) -> str:
+    """Return the output of `microdit budget` for a recipe in the folder `recipes`, for a recipe's text, or for a sum of money.
 
-    `check` is called between the parts, and may raise to call it off. Raises UserError.
+    `check` is called between the parts, and may raise to cancel the computation. Raises UserError for what cannot be estimated.
     """
     machine = find_machine(request.chip, request.count, request.price, request.mfu, None, measurements_file())
     console = PlainConsole(file=io.StringIO(), width=100, no_color=True, record=True)
@@ -107,11 +106,11 @@ def bill_text(request: BudgetRequest, recipes: Path, check: Callable[[], None]) 
         print_estimate(estimate(_read_recipes(request, recipes), machine, images=request.images, check=check), console)
         return console.export_text()
     if request.text is not None:
-        raise UserError("Give a file, to see what it costs, or dollars, to see what they buy: one of the two.")
-    return _bought(request.dollars, machine, request.images, console)
+        raise UserError("Give a file, to see what it costs, or dollars, to see what they buy, not both.")
+    return _plan_text(request.dollars, machine, request.images, console)
 
 
-def _bought(dollars: float, machine: Machine, images: int | None, console: PlainConsole) -> str:
+def _plan_text(dollars: float, machine: Machine, images: int | None, console: PlainConsole) -> str:
     """Return the plan for `dollars` and the text of its recipes."""
     plan = plan_for_dollars(dollars, machine, KnownShapes(), DATA, images)
     print_plan(plan, estimate(plan.recipes, machine, images=images), console)
@@ -123,7 +122,7 @@ def _read_recipes(request: BudgetRequest, recipes: Path) -> dict[str, Recipe]:
         return {"recipe": recipe_of_text(request.text, "recipe.yaml")}
     name = request.recipe or ""
     chosen = recipes / name
-    is_name = len(name) <= LONGEST_NAME and name.isprintable()
+    is_name = len(name) <= MAX_NAME and name.isprintable()
     if not is_name or recipes.resolve() not in chosen.resolve().parents or not chosen.exists():
-        raise UserError("There is no such recipe here: choose one, or give a file of your own.")
+        raise UserError("There is no such recipe here: choose one, or give your own file.")
     return load_recipes(chosen, None)

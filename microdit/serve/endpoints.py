@@ -1,4 +1,4 @@
-"""The endpoints: OpenAI's images API (POST /v1/images/generations, GET /v1/models), and the web page with the API of its script.
+"""The image server: OpenAI's images API (POST /v1/images/generations, GET /v1/models), and the web page with the API of its script.
 
 The page's API starts, shows and cancels jobs, and returns a run's report or a recipe's budget. The page loads nothing from other hosts.
 """
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse
 from PIL import Image
 from torch import Tensor
 
 from microdit import __version__
+from microdit.config.recipes import RECIPES
 from microdit.devices import device_errors_explained
 from microdit.diffusion.samplers import Solver
 from microdit.pipelines.pipeline import MicroDiTPipeline
@@ -27,38 +27,46 @@ from microdit.pipelines.settings import DEFAULT_SETTINGS
 from microdit.planning.hardware import CHIPS
 from microdit.reports.grids import png_bytes
 from microdit.reports.run_page import report_page
-from microdit.serve.budget_api import Computations, bill_text
-from microdit.serve.queue import LESS_MEMORY, Drawing, Job, WorkQueue
-from microdit.serve.schemas import MAX_IMAGES, AskedWronglyError, BudgetRequest, ImageRequest, Limits, read_object
+from microdit.serve.budget_api import Computations, estimate_text
+from microdit.serve.connections import LIMITS, Limits
+from microdit.serve.json_requests import APIError, read_json
+from microdit.serve.queue import LESS_MEMORY, Job, JobSpec, QueueClosedError, QueueFullError, WorkQueue
+from microdit.serve.schemas import MAX_IMAGES, BudgetRequest, ImageRequest
+from microdit.serve.server import WebApp, page_router
 
-LOOK_EVERY = 0.05  # seconds between two looks at whether a job has ended, or its client gone
+POLL_SECONDS = 0.05  # between two checks whether a job has ended or its client has disconnected
 
 
-class ServerFailedError(Exception):
-    """A failure of the server, with a sentence for the client. `status` is the HTTP status."""
+def web_app(
+    queue: WorkQueue, limits: Limits = LIMITS, *, runs: dict[str, Path] | None = None, recipes: Path = RECIPES, local: bool = True
+) -> WebApp:
+    """Return the image server over `queue`, which is closed with it. For `runs` and `recipes` see `page_api`, for `local` WebApp."""
+    computations = Computations()
 
-    def __init__(self, sentence: str, status: int = 500):
-        super().__init__(sentence)
-        self.status = status
+    def close() -> None:
+        queue.close()
+        computations.close()
+
+    page = page_api(queue, computations, limits, runs or {}, recipes)
+    return WebApp(images_api(queue, limits), page, page_router("page"), local=local, close=close)
 
 
 def images_api(queue: WorkQueue, limits: Limits) -> APIRouter:
     router = APIRouter()
-    opened = int(time.time())
+    created = int(time.time())
 
     @router.post("/v1/images/generations")
     async def generations(request: Request) -> dict[str, Any]:
-        drawing = ImageRequest.read(await read_json(request, limits)).drawing(queue.models)
-        job = queue.add(drawing)
+        job = await _queue_job(request, queue, limits)
         try:
             while not job.ended.is_set():
                 if await request.is_disconnected():
                     break
-                await asyncio.sleep(LOOK_EVERY)
+                await asyncio.sleep(POLL_SECONDS)
         finally:
-            queue.cancel(job)  # whoever does not wait for it any more gets none of the machine; without effect on one that has ended
-        answer_for_failure(job)
-        files = await asyncio.to_thread(lambda: [png_of(picture, drawing, i) for i, picture in enumerate(job.pictures)])
+            queue.cancel(job)  # if the client has disconnected; without effect on a job that has ended
+        raise_for_failure(job)
+        files = await asyncio.to_thread(lambda: [png_of(image, job.spec, i) for i, image in enumerate(job.images)])
         data = [{"b64_json": base64.b64encode(file).decode()} for file in files]
         return {"created": int(time.time()), "data": data, **({"warnings": list(job.warnings)} if job.warnings else {})}
 
@@ -66,75 +74,55 @@ def images_api(queue: WorkQueue, limits: Limits) -> APIRouter:
     async def models() -> dict[str, Any]:
         return {
             "object": "list",
-            "data": [{"id": name, "object": "model", "created": opened, "owned_by": "microdit"} for name in queue.models],
+            "data": [{"id": name, "object": "model", "created": created, "owned_by": "microdit"} for name in queue.models],
         }
 
     @router.get("/health")
     async def health() -> dict[str, Any]:
         if queue.is_closed:
-            raise ServerFailedError("The server is shutting down.", 503)
-        return {"status": "ok", "waiting": len(queue), "queue": queue.waiting}
+            raise APIError("The server is shutting down.", status=503, code="shutting_down")
+        return {"status": "ok", "waiting": len(queue), "queue": queue.capacity}
 
     return router
 
 
-async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
-    """Return the JSON object in the body. Raises AskedWronglyError if there is none, or if the content type is not JSON."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise AskedWronglyError("Send JSON, with the header Content-Type: application/json.", status=415, code="not_json")
-    return read_object(await _read_body(request, limits))
-
-
-async def _read_body(request: Request, limits: Limits) -> bytes:
-    """Return the body. Raises AskedWronglyError if it is too large or too slow."""
-    too_large = AskedWronglyError(f"The body is larger than {limits.body_bytes:,} bytes.", status=413, code="too_large")
-    announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced[:12]) > limits.body_bytes:
-        raise too_large
-    body = bytearray()
+async def _queue_job(request: Request, queue: WorkQueue, limits: Limits) -> Job:
+    """Queue the job of an image request. Raises APIError if the request is invalid, or the queue is full or closed."""
+    spec = ImageRequest.parse(await read_json(request, limits)).job_spec(queue.models)
     try:
-        async with asyncio.timeout(limits.body_seconds):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > limits.body_bytes:
-                    raise too_large
-    except TimeoutError as error:
-        raise AskedWronglyError(f"The body did not come within {limits.body_seconds:g} seconds.", status=408, code="timeout") from error
-    return bytes(body)
+        return queue.add(spec)
+    except QueueFullError as error:
+        raise APIError(str(error), status=429, code="queue_full") from error
+    except QueueClosedError as error:
+        raise APIError(str(error), status=503, code="shutting_down") from error
 
 
-def answer_for_failure(job: Job) -> None:
-    """Raise the error that the client is told, unless the job succeeded."""
+def raise_for_failure(job: Job) -> None:
+    """Raises APIError unless the job succeeded."""
     if job.state == "failed":
-        raise AskedWronglyError(job.error) if job.at_fault == "user" else ServerFailedError(job.error)
+        raise APIError(job.error, status=400 if job.fault == "client" else 500)
     if job.state != "done":
-        raise ServerFailedError("The job was called off: the server is shutting down, or nobody waited for it.", 503)
+        raise APIError("The job was cancelled: the server is shutting down, or the client has disconnected.", status=503)
 
 
-def png_of(picture: Image.Image, drawing: Drawing, number: int) -> bytes:
-    """Return a PNG file whose text chunks say how to draw it again."""
+def png_of(image: Image.Image, spec: JobSpec, number: int) -> bytes:
+    """Return image `number` of a job as a PNG file whose text chunks hold everything that is needed to generate it again."""
     about = {
-        "prompt": drawing.prompt,
-        "negative_prompt": drawing.negative_prompt,
-        "seed": str(drawing.seed + number),
-        "settings": json.dumps(asdict(drawing.settings)),
-        "model": drawing.model,
+        "prompt": spec.prompt,
+        "negative_prompt": spec.negative_prompt,
+        "seed": str(spec.seed + number),
+        "settings": json.dumps(asdict(spec.settings)),
+        "model": spec.model,
         "software": f"microdit {__version__}",
     }
-    return png_bytes(picture, about)
+    return png_bytes(image, about)
 
 
-STATIC = Path(__file__).parent / "static"
-FILES = {"": "page.html", "page.js": "page.js", "page.css": "page.css"}
-POLICY = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
-    "frame-src 'self'"
-}
 KEPT_JOBS = 64  # that a page may still ask for
 
 
-class Watched:
-    """The newest jobs of all pages, by names that cannot be guessed. The oldest are cancelled and dropped."""
+class PageJobs:
+    """The newest jobs of all pages, by names that cannot be guessed. The oldest are cancelled and forgotten."""
 
     def __init__(self, queue: WorkQueue):
         self._queue = queue
@@ -143,30 +131,30 @@ class Watched:
     def add(self, job: Job) -> str:
         name = uuid.uuid4().hex
         self._jobs[name] = job
-        while len(self._jobs) > KEPT_JOBS + self._queue.waiting:
+        while len(self._jobs) > KEPT_JOBS + self._queue.capacity:
             self._queue.cancel(self._jobs.popitem(last=False)[1])
         return name
 
     def __getitem__(self, name: str) -> Job:
         job = self._jobs.get(name)
         if job is None:
-            raise AskedWronglyError("This job is not known here any more.", status=404)
+            raise APIError("This job is not known here any more.", status=404)
         return job
 
 
 def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs: dict[str, Path], recipes: Path) -> APIRouter:
-    """Return the page's endpoints. `runs` are the folders of models that are runs; `recipes` is the folder of recipes to offer."""
+    """Return the endpoints of the page's script. `runs` are the folders of models that are runs; `recipes` is the folder to offer."""
     router = APIRouter()
-    watched, decoding = Watched(queue), threading.Lock()
+    jobs, decoding = PageJobs(queue), threading.Lock()
 
     @router.get("/api/about")
     def about() -> dict[str, Any]:
         """Return the choices and the defaults of the page's fields."""
-        sides = {name: _side(pipeline) for name, pipeline in queue.models.items()}
+        sizes = {name: _training_size(pipeline) for name, pipeline in queue.models.items()}
         offered = sorted(str(path.relative_to(recipes)) for path in recipes.glob("*.yaml"))
         offered += sorted(path.name for path in recipes.iterdir() if any(path.glob("1-*.yaml"))) if recipes.is_dir() else []
         return {
-            "models": sides,
+            "models": sizes,
             "solvers": get_args(Solver),
             "steps": DEFAULT_SETTINGS.num_inference_steps,
             "guidance": DEFAULT_SETTINGS.guidance_scale,
@@ -177,57 +165,50 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
         }
 
     @router.post("/api/jobs")
-    async def begin(request: Request) -> dict[str, str]:
-        drawing = ImageRequest.read(await read_json(request, limits)).drawing(queue.models)
-        return {"id": watched.add(queue.add(drawing))}
+    async def start_job(request: Request) -> dict[str, str]:
+        return {"id": jobs.add(await _queue_job(request, queue, limits))}
 
     @router.get("/api/jobs/{name}")
-    def look(name: str) -> dict[str, Any]:
-        job = watched[name]
-        told: dict[str, Any] = {"state": job.state, "place": queue.place(job), "done": job.done_steps, "all": job.all_steps}
-        told["seed"], told["error"], told["warnings"] = job.drawing.seed, job.error, list(job.warnings)
+    def job_status(name: str) -> dict[str, Any]:
+        job = jobs[name]
+        status: dict[str, Any] = {"state": job.state, "place": queue.place(job), "done": job.done_steps, "all": job.all_steps}
+        status["seed"], status["error"], status["warnings"] = job.spec.seed, job.error, list(job.warnings)
         if job.state == "done":
-            told["pictures"] = [_address(png_of(picture, job.drawing, number)) for number, picture in enumerate(job.pictures)]
+            status["pictures"] = [_data_url(png_of(image, job.spec, number)) for number, image in enumerate(job.images)]
         elif (latents_BCHW := job.latents_BCHW) is not None:
-            told["pictures"] = [_address(png_bytes(picture)) for picture in _decode(queue.models[job.drawing.model], latents_BCHW)]
-        return told
+            status["pictures"] = [_data_url(png_bytes(image)) for image in _decode(queue.models[job.spec.model], latents_BCHW)]
+        return status
 
     @router.delete("/api/jobs/{name}")
-    def cancel(name: str) -> dict[str, str]:
-        queue.cancel(watched[name])
-        return {"state": watched[name].state}
+    def cancel_job(name: str) -> dict[str, str]:
+        queue.cancel(jobs[name])
+        return {"state": jobs[name].state}
 
     @router.get("/api/runs/{name}")
     async def run(name: str, request: Request) -> Response:
         if name not in runs:
-            raise AskedWronglyError("There is no such run here.", status=404)
-        page = await computations.answer(request, lambda check: report_page(runs[name], check))
+            raise APIError("There is no such run here.", status=404)
+        page = await computations.run(request, lambda check: report_page(runs[name], check))
         return Response(page, media_type="text/html", headers={"X-Frame-Options": "SAMEORIGIN"})
 
     @router.post("/api/budget")
     async def budget(request: Request) -> dict[str, str]:
-        wanted = BudgetRequest.read(await read_json(request, limits))
-        return {"text": await computations.answer(request, lambda check: bill_text(wanted, recipes, check))}
-
-    @router.get("/")
-    @router.get("/page.js")
-    @router.get("/page.css")
-    def page(request: Request) -> Response:
-        return FileResponse(STATIC / FILES[request.url.path[1:]], headers={**POLICY, "Cache-Control": "no-cache"})
+        wanted = BudgetRequest.parse(await read_json(request, limits))
+        return {"text": await computations.run(request, lambda check: estimate_text(wanted, recipes, check))}
 
     def _decode(pipeline: MicroDiTPipeline, latents_BCHW: Tensor) -> list[Image.Image]:
-        with decoding, device_errors_explained(LESS_MEMORY):  # many pages that look at once take turns
+        with decoding, device_errors_explained(LESS_MEMORY):  # the previews of many pages are decoded one after another
             return pipeline.decode(latents_BCHW)
 
     return router
 
 
-def _side(pipeline: MicroDiTPipeline) -> str:
+def _training_size(pipeline: MicroDiTPipeline) -> str:
     """Return the size of the training images as WIDTHxHEIGHT."""
     _, height, width = pipeline.latent_shape
     scale = pipeline.config.vae_scale_factor
     return f"{width * scale}x{height * scale}"
 
 
-def _address(png: bytes) -> str:
+def _data_url(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,6 +1,6 @@
-"""A line of work before one worker, which owns the models: jobs wait, are drawn one after another, and can be called off at any time.
+"""The work queue of the image server: one worker thread, which owns the models, runs the jobs in turn; each can be cancelled at any time.
 
-The line is bounded, so that any number of people who ask cost no more memory than it holds. Nothing here knows of a network.
+The queue is bounded, so the number of clients does not affect its memory. Nothing here depends on HTTP.
 """
 
 import logging
@@ -20,27 +20,30 @@ from microdit.pipelines.pipeline import MicroDiTPipeline
 from microdit.pipelines.settings import SamplerSettings
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
-OUR_MISTAKE = "The picture could not be drawn, by a mistake of this program and not of yours; its log says more."
-LESS_MEMORY = "ask for fewer pictures, or for smaller ones; or start the server with --dtype bfloat16"
+GENERATION_FAILED = "The image could not be generated because of an internal error. The server's log has the details."
+LESS_MEMORY = "request fewer or smaller images, or start the server with --dtype bfloat16"
 
 log = logging.getLogger(__name__)
 
 
 class QueueFullError(UserError):
-    """As many jobs wait as may."""
+    """The maximum number of jobs are waiting already."""
 
 
 class QueueClosedError(UserError):
-    """The worker is going home."""
+    """The queue is closed and takes no more jobs."""
 
 
-class _CalledOffError(Exception):
+class _CancelledError(Exception):
     """Raised between two steps of the sampler, to end it."""
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """What is to be drawn: `count` pictures of one prompt, of the seeds `seed`, `seed` + 1, ... Sides in pixels; None: as in training."""
+class JobSpec:
+    """The images that a job generates: `count` images of one prompt, from the seeds `seed`, `seed` + 1, ...
+
+    `height` and `width` are in pixels; None selects the training size.
+    """
 
     model: str
     prompt: str
@@ -53,60 +56,56 @@ class Drawing:
 
 
 class Job:
-    """A drawing on its way. All may be read from any thread; `cancel` may be called from any.
+    """The state of a job. Attributes may be read, and `cancel` called, from any thread.
 
-    `done_steps`, of `all_steps`, count each picture's. `latents_BCHW`: what the pictures are taken for so far; None before the first step.
-    `warnings` say which part of the prompt the text encoder does not read. `error` is a sentence, and `at_fault` who is to blame for it,
-    once the state is "failed".
+    `done_steps`, out of `all_steps`, counts the sampling steps of all images. `latents_BCHW` is the denoised estimate after the latest
+    step, None before the first. `warnings` name the parts of the prompt that the text encoder does not read. In the state "failed", `error`
+    is a sentence, and `fault` tells whether the request or the server caused it.
     """
 
-    def __init__(self, drawing: Drawing):
-        self.drawing = drawing
+    def __init__(self, spec: JobSpec):
+        self.spec = spec
         self.state: State = "waiting"
         self.done_steps = 0
-        self.all_steps = drawing.count * drawing.settings.num_inference_steps
+        self.all_steps = spec.count * spec.settings.num_inference_steps
         self.latents_BCHW: Tensor | None = None
-        self.pictures: list[Image.Image] = []
+        self.images: list[Image.Image] = []
         self.error = ""
         self.warnings: list[str] = []
-        self.at_fault: Literal["user", "us"] = "user"
+        self.fault: Literal["client", "server"] = "client"
         self.ended = threading.Event()
-        self._called_off = threading.Event()
+        self._cancelled = threading.Event()
 
     def cancel(self) -> None:
-        """At once if it waits, after the current step if it runs, and without effect if it has ended."""
-        self._called_off.set()
-
-    @property
-    def called_off(self) -> bool:
-        return self._called_off.is_set()
+        """Stop the job after its current step; without effect if it has ended."""
+        self._cancelled.set()
 
     def after_step(self, step: Step) -> None:
-        """For `on_denoised` of a pipeline."""
-        if self.called_off:
-            raise _CalledOffError
+        """Record a step, as the `on_denoised` callback of a pipeline."""
+        if self._cancelled.is_set():
+            raise _CancelledError
         self.latents_BCHW = step.denoised_BCHW.cpu()
         self.done_steps += len(step.denoised_BCHW)
 
-    def end(self, state: State, error: str = "", at_fault: Literal["user", "us"] = "user") -> None:
-        self.error, self.at_fault, self.state = error, at_fault, state
-        self.latents_BCHW = None  # of thousands of ended jobs none may hold on to more than its pictures
+    def end(self, state: State, error: str = "", fault: Literal["client", "server"] = "client") -> None:
+        self.error, self.fault, self.state = error, fault, state
+        self.latents_BCHW = None  # thousands of ended jobs may be kept: only their images remain
         self.ended.set()
 
 
 class WorkQueue:
-    """`waiting` jobs at most stand in line behind the one that is drawn. `models` by name. Use as a context manager, or call `close`."""
+    """A queue of at most `capacity` waiting jobs behind the running one. `models` by name. Use as a context manager, or call `close`."""
 
-    def __init__(self, models: Mapping[str, MicroDiTPipeline], waiting: int):
-        if waiting < 1:
-            raise UserError(f"The queue must hold at least 1 waiting job, not {waiting}.")
+    def __init__(self, models: Mapping[str, MicroDiTPipeline], capacity: int):
+        if capacity < 1:
+            raise UserError(f"The queue must hold at least 1 waiting job, not {capacity}.")
         self.models = models
-        self.waiting = waiting
-        self._line: deque[Job] = deque()
+        self.capacity = capacity
+        self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._closed = False
         self._changed = threading.Condition()
-        self._worker = threading.Thread(target=self._work, name="pictures", daemon=True)
+        self._worker = threading.Thread(target=self._work, name="images", daemon=True)
         self._worker.start()
 
     def __enter__(self) -> "WorkQueue":
@@ -116,45 +115,45 @@ class WorkQueue:
         self.close()
 
     def __len__(self) -> int:
-        """How many wait."""
-        return len(self._line)
+        """Return the number of waiting jobs."""
+        return len(self._waiting)
 
     @property
     def is_closed(self) -> bool:
         return self._closed
 
-    def add(self, drawing: Drawing) -> Job:
-        """To the end of the line. Raises QueueFullError, QueueClosedError."""
-        job = Job(drawing)
+    def add(self, spec: JobSpec) -> Job:
+        """Append a job. Raises QueueFullError or QueueClosedError."""
+        job = Job(spec)
         with self._changed:
             if self._closed:
-                raise QueueClosedError("The server is shutting down: ask again when it is back.")
-            if len(self._line) >= self.waiting:
-                raise QueueFullError(f"{self.waiting} jobs are waiting already, and no more may: ask again in a few seconds.")
-            self._line.append(job)
+                raise QueueClosedError("The server is shutting down: try again when it is back.")
+            if len(self._waiting) >= self.capacity:
+                raise QueueFullError(f"The queue is full with {self.capacity} waiting jobs: try again in a few seconds.")
+            self._waiting.append(job)
             self._changed.notify_all()
         return job
 
     def cancel(self, job: Job) -> None:
-        """Whether it waits or runs. One that waits leaves the line at once."""
+        """Cancel a job: a waiting one at once, a running one after its current step."""
         with self._changed:
             job.cancel()
-            if job in self._line:
-                self._line.remove(job)
+            if job in self._waiting:
+                self._waiting.remove(job)
                 job.end("cancelled")
 
     def place(self, job: Job) -> int:
-        """How many are drawn before it, the running one included; 0 if it is no longer waiting."""
+        """Return the number of jobs before this one, including the running one; 0 if it is no longer waiting."""
         with self._changed:
-            return self._line.index(job) + (self._running is not None) if job in self._line else 0
+            return self._waiting.index(job) + (self._running is not None) if job in self._waiting else 0
 
     def close(self, seconds: float = 30) -> None:
-        """Call off all jobs, waiting and running, and let the worker end."""
+        """Cancel all jobs, waiting and running, and wait up to `seconds` for the worker to end."""
         with self._changed:
             self._closed = True
-            for job in self._line:
+            for job in self._waiting:
                 job.end("cancelled")
-            self._line.clear()
+            self._waiting.clear()
             if self._running:
                 self._running.cancel()
             self._changed.notify_all()
@@ -163,36 +162,36 @@ class WorkQueue:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._line or self._closed)
+                self._changed.wait_for(lambda: self._waiting or self._closed)
                 if self._closed:
                     return
-                job = self._running = self._line.popleft()
+                job = self._running = self._waiting.popleft()
                 job.state = "running"
-            self._draw(job)
+            self._run(job)
             with self._changed:
                 self._running = None
 
-    def _draw(self, job: Job) -> None:
-        """Whatever happens, the job ends and the worker lives."""
-        drawing = job.drawing
+    def _run(self, job: Job) -> None:
+        """Run a job to its end; an error ends the job, never the worker."""
+        spec = job.spec
         try:
             with device_errors_explained(LESS_MEMORY):
-                job.pictures = self.models[drawing.model].generate(
-                    [drawing.prompt] * drawing.count,
-                    drawing.settings,
-                    drawing.seed,
-                    height=drawing.height,
-                    width=drawing.width,
-                    negative_prompts=[drawing.negative_prompt] if drawing.negative_prompt else None,
+                job.images = self.models[spec.model].generate(
+                    [spec.prompt] * spec.count,
+                    spec.settings,
+                    spec.seed,
+                    height=spec.height,
+                    width=spec.width,
+                    negative_prompts=[spec.negative_prompt] if spec.negative_prompt else None,
                     on_denoised=job.after_step,
                     warn=job.warnings.append,
                 )
-        except _CalledOffError:
+        except _CancelledError:
             job.end("cancelled")
         except UserError as error:
             job.end("failed", str(error))
         except Exception:
-            log.exception("a picture of %r could not be drawn", drawing.prompt)
-            job.end("failed", OUR_MISTAKE, "us")
+            log.exception("The images of %r could not be generated.", spec.prompt)
+            job.end("failed", GENERATION_FAILED, "server")
         else:
             job.end("done")

@@ -1,168 +1,174 @@
-"""The web server: endpoints put together, errors as sentences, and its start and end."""
+"""The web server of both applications, the image server and the vote page.
+
+It answers each error in one JSON sentence, and only programs and its own pages.
+"""
 
 import asyncio
-import contextlib
 import ipaddress
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
-from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from microdit.config.recipes import RECIPES
 from microdit.errors import UserError
-from microdit.serve.budget_api import Computations
-from microdit.serve.connections import LOGGING, Connection, possible_connections
-from microdit.serve.endpoints import ServerFailedError, images_api, page_api
-from microdit.serve.queue import OUR_MISTAKE, QueueClosedError, QueueFullError, WorkQueue
-from microdit.serve.schemas import AskedWronglyError, Limits
+from microdit.serve.connections import LIMITS, LOGGING, Connection, Limits, possible_connections
+from microdit.serve.json_requests import APIError, encodable
 
-LIMITS = Limits()
 RETRY_SECONDS = 2
-BACKLOG = 2048  # connections that wait to be taken: as many as uvicorn has by default
-TAKEN_AT_ONCE = 8  # before any of them is looked at
+BACKLOG = 2048  # connections that wait to be accepted: uvicorn's default
+ACCEPTED_AT_ONCE = 8  # before any of them is served
 LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
+INTERNAL_ERROR = "The request failed because of an internal error. The server's log has the details."
+STATIC = Path(__file__).parent / "static"
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "frame-src 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
 
 log = logging.getLogger(__name__)
 
 
-def web_app(
-    queue: WorkQueue, limits: Limits = LIMITS, *, runs: dict[str, Path] | None = None, recipes: Path = RECIPES, local: bool = True
-) -> FastAPI:
-    """All that is served over `queue`, which is closed as the server ends: the endpoint, and the page with its `runs` and `recipes`.
+class WebApp(FastAPI):
+    """An application for `Server`: the endpoints of `routers`, behind the checks and with the error responses that all share.
 
-    `local`: answer only to this machine's own names, so that no page from elsewhere reaches in under a name of its own.
+    With `local` it answers only to this machine's own names, so that no other site can reach it under a name of its own (DNS rebinding).
+    `close` releases what the endpoints hold; the server calls it as soon as it is to end.
     """
-    computations = Computations(limits)
 
-    @contextlib.asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        queue.close()
-        computations.close()
-
-    def own_names_only(request: Request) -> None:
-        if local and request.url.hostname not in LOCAL_NAMES:
-            raise AskedWronglyError("This server answers only as 127.0.0.1 or localhost.", status=403, code="wrong_host")
-
-    # Without the pages of its own that FastAPI offers: they load scripts from elsewhere.
-    app = FastAPI(
-        lifespan=life, docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(own_names_only), Depends(own_pages_only)]
-    )
-    app.include_router(images_api(queue, limits))
-    app.include_router(page_api(queue, computations, limits, runs or {}, recipes))
-    _answer_errors(app)
-    return app
+    def __init__(self, *routers: APIRouter, local: bool = True, close: Callable[[], None] = lambda: None):
+        checks = [Depends(check_host), Depends(check_origin)] if local else [Depends(check_origin)]
+        # Without FastAPI's documentation pages, which load scripts from other hosts.
+        super().__init__(docs_url=None, redoc_url=None, openapi_url=None, dependencies=checks)
+        self.close = close
+        for router in routers:
+            self.include_router(router)
+        for kind in (UserError, HTTPException, ClientDisconnect):
+            self.add_exception_handler(kind, _respond_to_error)
+        self.add_exception_handler(Exception, _respond_to_internal_error)
 
 
-def own_pages_only(request: Request) -> None:
-    """Raises AskedWronglyError for what a browser asks because a page from elsewhere told it to. Programs say neither header, and pass."""
-    if request.method in ("GET", "HEAD") and not request.url.path.startswith("/api/"):
-        return
-    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
-    is_own = origin is None or origin.partition("://")[2] == request.headers.get("host")
-    if not is_own or site not in ("none", "same-origin"):
-        raise AskedWronglyError("This server answers only its own page, and programs.", status=403, code="wrong_origin")
+class Server(uvicorn.Server):
+    """Serves a `WebApp`, and closes it before waiting for responses in progress, so that none waits for a long computation."""
+
+    def __init__(self, app: WebApp, limits: Limits = LIMITS):
+        limits = replace(limits, connections=possible_connections(limits.connections))
+        config = uvicorn.Config(
+            app,
+            http=cast(Any, partial(Connection, limits=limits)),
+            ws="none",
+            lifespan="off",
+            log_config=LOGGING,
+            log_level="warning",
+            access_log=False,
+            backlog=ACCEPTED_AT_ONCE,
+            timeout_keep_alive=limits.keep_alive_seconds,
+            timeout_graceful_shutdown=5,
+            server_header=False,
+        )
+        super().__init__(config)
+        self._app = app
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(BACKLOG)  # asyncio takes one number for waiting connections and for those accepted at once
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await asyncio.to_thread(self._app.close)
+        await super().shutdown(sockets)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket; port 0 selects a free port. Raises UserError if the port is taken or not permitted."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Declared as TCP, without which asyncio leaves small responses waiting for acknowledgements (40 ms each).
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG)  # so that clients can connect to the printed address before the server is ready
+    except (OSError, OverflowError) as error:
+        listener.close()
+        options = "--port" if host == "127.0.0.1" else "--port or --host"
+        raise UserError(f"Cannot listen on {host}:{port} ({error}): choose another {options}.") from error
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Return the address to open in a browser."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine reaches a server there."""
+    """Return whether a server at this address can be reached from this machine only."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Port 0 takes a free one. Raises UserError if it is taken or not ours."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Named as TCP, without which asyncio leaves small answers waiting for acknowledgements (40 ms each).
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(BACKLOG)  # so that whoever is told the address may connect, before the server is ready to answer
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise UserError(f"Nothing can be served at {host}:{port} ({error}): choose another with --port or --host.") from error
-    return listener
+def page_router(name: str) -> APIRouter:
+    """Return the endpoints of a page: static/NAME.html at the root, and its script and style sheet."""
+    router = APIRouter()
+
+    @router.get("/")
+    @router.get(f"/{name}.js")
+    @router.get(f"/{name}.css")
+    def page(request: Request) -> Response:
+        return FileResponse(STATIC / (request.url.path[1:] or f"{name}.html"), headers=PAGE_HEADERS)
+
+    return router
 
 
-class Server(uvicorn.Server):
-    """Calls off all jobs as soon as it is to end: their clients are answered, and nobody waits for a long drawing."""
-
-    def __init__(self, app: FastAPI, queue: WorkQueue, limits: Limits = LIMITS):
-        limits = replace(limits, connections=possible_connections(limits.connections))
-        config = uvicorn.Config(
-            app,
-            http=cast(Any, partial(Connection, limits=limits)),
-            ws="none",
-            log_config=LOGGING,
-            log_level="warning",
-            access_log=False,
-            backlog=TAKEN_AT_ONCE,
-            timeout_keep_alive=limits.keep_alive_seconds,
-            timeout_graceful_shutdown=5,
-            server_header=False,
-        )
-        super().__init__(config)
-        self._queue = queue
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for listener in sockets or []:
-            listener.listen(BACKLOG)  # asyncio takes one number for those that wait and for those that it takes at once
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await asyncio.to_thread(self._queue.close)
-        await super().shutdown(sockets)
+def check_host(request: Request) -> None:
+    """Raises APIError if the server is addressed by another name than this machine's own."""
+    if request.url.hostname not in LOCAL_NAMES:
+        raise APIError("This server answers only as 127.0.0.1 or localhost.", status=403, code="wrong_host")
 
 
-def error_answer(status: int, sentence: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    """In OpenAI's form."""
-    kinds = {429: "rate_limit_error", 404: "not_found_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+def check_origin(request: Request) -> None:
+    """Raises APIError for what a browser requests on behalf of another site. Programs send neither header, and pass."""
+    if request.method in ("GET", "HEAD") and not request.url.path.startswith("/api/"):
+        return
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
+    is_own = origin is None or origin.partition("://")[2] == request.headers.get("host")
+    if not is_own or site not in ("none", "same-origin"):
+        raise APIError("This server answers only programs and its own page.", status=403, code="wrong_origin")
+
+
+def error_response(status: int, sentence: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+    """Return an error in the format of OpenAI's API."""
+    types = {429: "rate_limit_error", 404: "not_found_error"}
+    error_type = types.get(status, "server_error" if status >= 500 else "invalid_request_error")
     headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
-    sentence = sentence.encode("utf-8", "replace").decode()  # JSON may say half a letter, as "\\ud800", and it cannot be sent back
-    return JSONResponse({"error": {"message": sentence, "type": kind, "param": param, "code": code}}, status, headers)
+    return JSONResponse({"error": {"message": encodable(sentence), "type": error_type, "param": param, "code": code}}, status, headers)
 
 
-def _answer_errors(app: FastAPI) -> None:
-    """One sentence for each; what none of us expected is logged, and never shown."""
-
-    async def answer(_: Request, error: Exception) -> Response:
-        match error:
-            case AskedWronglyError():
-                return error_answer(error.status, str(error), error.param, error.code)
-            case QueueFullError():
-                return error_answer(429, str(error), code="queue_full")
-            case QueueClosedError():
-                return error_answer(503, str(error), code="shutting_down")
-            case ServerFailedError():
-                return error_answer(error.status, str(error))
-            case HTTPException():
-                return error_answer(error.status_code, _http_sentence(error.status_code))
-            case ClientDisconnect():
-                return Response(status_code=499)
-        return error_answer(400, str(error))
-
-    async def own_mistake(request: Request, error: Exception) -> Response:
-        log.error("%s %r failed", request.method, request.url.path, exc_info=error)
-        return error_answer(500, OUR_MISTAKE)
-
-    for kind in (UserError, ServerFailedError, HTTPException, ClientDisconnect):
-        app.add_exception_handler(kind, answer)
-    app.add_exception_handler(Exception, own_mistake)
+async def _respond_to_error(_: Request, error: Exception) -> Response:
+    match error:
+        case APIError():
+            return error_response(error.status, str(error), error.param, error.code)
+        case HTTPException():
+            sentences = {404: "There is nothing at this address.", 405: "This address does not support that method."}
+            return error_response(error.status_code, sentences.get(error.status_code, "The request cannot be answered."))
+        case ClientDisconnect():
+            return Response(status_code=499)
+    return error_response(400, str(error))
 
 
-def _http_sentence(status: int) -> str:
-    known = {404: "There is nothing at this address.", 405: "This address does not know that method."}
-    return known.get(status, "The request cannot be answered.")
+async def _respond_to_internal_error(request: Request, error: Exception) -> Response:
+    """Log an unexpected error; the client gets no details."""
+    log.error("%s %r failed", request.method, request.url.path, exc_info=error)
+    return error_response(500, INTERNAL_ERROR)

@@ -123,7 +123,7 @@ class CheckpointWriter:
         try:
             done.append(work())
         except Exception as error:  # kept, and told by `finish`
-            problem = _in_words(error)
+            problem = _describe(error)
         answers = self.world.gather((problem, done), self.world.saving)
         if problem := next((found for found, _ in answers if found), None):
             raise _SaveFailedError(problem)
@@ -303,6 +303,6 @@ def _flushed_checksum(path: Path) -> str:
     return sha256_of(path)
 
 
-def _in_words(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     """Return the error's message, or its type if that is empty."""
     return str(error) or type(error).__name__

@@ -164,7 +164,7 @@ def _forget_after(path: Path, step: int, warn: Callable[[str], None]) -> None:
 
 @contextmanager
 def _written(run: Path) -> Iterator[None]:
-    """Nothing is trained without a record of how it began."""
+    """Turn a failed write of the run record into a UserError, so that no training starts without it."""
     try:
         yield
     except OSError as error:

@@ -175,10 +175,10 @@ class Meters:
         self._progress.update(self._task, numbers=numbers)
 
 
-def in_words(
+def progress_text(
     loss: float | None, images_per_second: float, mfu: float, seconds_left: float, dollars: float | None, to_go: float | None
 ) -> str:
-    """Return the numbers at the end of the progress line."""
+    """Return the text at the end of the progress line."""
     parts = ["no loss" if loss is None else f"loss {loss:.4f}", f"{images_per_second:.0f} images/s", f"{mfu:.0%} MFU", _clock(seconds_left)]
     if dollars is not None:
         parts.append(f"${dollars:.2f}" + ("" if to_go is None else f", ${to_go:.2f} to go"))

@@ -29,7 +29,7 @@ from microdit.devices import choose_dtype
 from microdit.diffusion.edm import EDM, edm_loss
 from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.models.blocks import compiled
+from microdit.models.elementwise import compiled
 from microdit.models.microdit import MicroDiT
 from microdit.planning.memory import LARGE, SPARE, STATE_BYTES, WHOLE, Sharding
 from microdit.training.noise import TrainingBatch

@@ -61,7 +61,7 @@ class PlateauDetector:
 
 @dataclass(frozen=True)
 class SpikeDecision:
-    """Whether a step was applied or skipped, as read from the device. `usual` is the median of recent losses, infinite if there are few."""
+    """The decision on a step, as read from the device: applied if `taken`. `usual` is the median of recent losses, infinite for few."""
 
     loss: float
     grad_norm: float

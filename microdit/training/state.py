@@ -192,9 +192,9 @@ class TrainingState:
         load_into(checkpoint, self.tensors(), self._world)
 
 
-def _build(config: ModelConfig, recipe: Recipe, drawn: bool, device: torch.device) -> MicroDiT:
+def _build(config: ModelConfig, recipe: Recipe, random_weights: bool, device: torch.device) -> MicroDiT:
     """Build the model on `device` with random weights, or on the meta device if others are to be loaded."""
-    if not drawn:
+    if not random_weights:
         with torch.device("meta"):
             return MicroDiT(config).train()
     torch.manual_seed(recipe.seed)  # of the initial weights, the same on all processes; every later draw has its own generator

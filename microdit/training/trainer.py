@@ -34,7 +34,7 @@ from microdit.reports.grids import save_png
 from microdit.training.checkpointing import CheckpointWriter, newest_intact
 from microdit.training.init_from import find_initial_weights
 from microdit.training.logging import Cost, RunRecord, last_cost
-from microdit.training.meters import Meters, PendingStep, StepResult, in_words
+from microdit.training.meters import Meters, PendingStep, StepResult, progress_text
 from microdit.training.noise import MicroBatch, StoredMicroBatch, noise_settings, sample_noise
 from microdit.training.optim import learning_rate
 from microdit.training.parallel import compute_dtype, keep_compiled
@@ -272,7 +272,7 @@ class Trainer:
         self._last = values
         self._status("running")
         shown = (numbers["loss"], numbers["images_per_second"], numbers["mfu"], seconds_left, dollars, self.cost.to_go(seconds_left))
-        meters.show(in_words(*shown))
+        meters.show(progress_text(*shown))
 
     def _status(self, state: str, reason: str | None = None) -> None:
         if self.record is None:

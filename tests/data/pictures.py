@@ -58,3 +58,23 @@ def keys_of(part: Part) -> list[str]:
 
 def problems_of(records: list[Record]) -> dict[str, str]:
     return {record.key: record.problem for record in records}
+
+
+RED_HEART = '<path fill="#dd2e44" d="M2 2h12v12h-12z"/>'
+OWL = '<defs><circle id="a" cx="8" cy="8" r="7"/></defs><use href="#a" fill="#662113"/>'
+
+
+def write_icons(folder: Path, package: str, icons: dict[str, object], **more: object) -> Path:
+    """Write a set of icons as npm installs it, and return its folder.
+
+    It names a red heart, an owl, a keycap, a flag, an emoji without a drawing, and a skin tone.
+    """
+    place = folder / "node_modules" / "@iconify-json" / package
+    chars = {"2764": "red-heart", "1f989": "owl", "0031-20e3": "keycap-1", "1f1ef-1f1f5": "flag-japan", "1f34e": "red-apple"}
+    write_json(place / "chars.json", chars | {"1f44d-1f3fb": "thumbs-up-light"})
+    write_json(
+        place / "info.json", {"name": "A set", "author": {"name": "Somebody"}, "license": {"title": "CC BY 4.0", "spdx": "CC-BY-4.0"}}
+    )
+    drawings = {name: body if isinstance(body, dict) else {"body": body} for name, body in icons.items()}
+    write_json(place / "icons.json", {"prefix": package, "icons": drawings, "width": 16, "height": 16, **more})
+    return place

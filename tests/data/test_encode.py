@@ -233,6 +233,13 @@ def test_unfinished_work_of_other_versions_is_refused_and_damage_seen(tmp_path, 
     assert said == ["These parts have changed since they were encoded and are encoded again: shard-00000.json."]
 
 
+def test_what_a_source_lacks_is_said(tmp_path, text_encoder):
+    said: list[str] = []
+    source = dataclasses.replace(source_of([good(1)]), note="Half of it is not installed.")
+    encode_source(source, tmp_path / "set", SMALL, Pixels(), text_encoder, warn=said.append)
+    assert said == ["Half of it is not installed."]
+
+
 def test_two_encodings_of_one_folder_are_refused_with_who_is_at_it(tmp_path, text_encoder):
     tried = []
 

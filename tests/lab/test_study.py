@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from microdit.config.recipes import RECIPES
 from microdit.config.schema import ModelRecipe, PhaseRecipe, Recipe
 from microdit.errors import UserError
-from microdit.lab.study import is_scheduled, load_study, stretched
+from microdit.lab.study import default_folder, is_scheduled, load_study, only_arms, stretched
 
 MODEL = ModelRecipe(dim=32, depth=2, head_dim=8, mixer_dim=32, mixer_depth=1)
 BASE = """
@@ -88,6 +88,9 @@ def test_a_study_is_data_and_its_text_stays_as_written(tmp_path, monkeypatch):
         ("worse: none", "worse: deferred", "compares deferred with itself"),
         ("[model.routing=none]", "[model.routng=none]", "the arm none: .*did you mean model.routing"),
         ("[model.routing=none]", "['']", "the arm none: '' is not an override"),
+        ("name: small", "name: small\non_cpu: {steps: 2, seeds: [0], arms: [none, tread]}", "on_cpu.arms names tread, which is not an arm"),
+        ("name: small", "name: small\non_cpu: {steps: 2, seeds: [0], arms: [deferred]}", "on_cpu.arms must name the reference arm, none"),
+        ("name: small", "name: small\non_cpu: {steps: 2, seeds: [1, 1], arms: [none]}", r"on_cpu.seeds \[1, 1\] must be distinct"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(tmp_path, old, new, sentence):
@@ -140,3 +143,51 @@ def test_the_studies_that_come_with_the_project_are_whole():
             assert path.stem == study.name
             assert len(recipes) >= 2
             assert len(study.seeds) >= 2 or not study.claims  # one seed may look for settings, and says nothing of claims
+
+
+REDUCED = """
+on_cpu:
+  steps: 3
+  seeds: [4]
+  arms: [none, deferred]
+  overrides: [phases.0.batch_size=2, phases.0.learning_rate=1e-4]
+"""
+THIRD = STUDY.replace("claims:", "  naive: [model.routing=naive, phases.0.learning_rate=1e-5]\nclaims:").replace(
+    "}]", "}, {says: so, better: deferred, worse: naive}]"
+)
+
+
+def test_a_study_has_a_reduced_form_for_a_cpu(tmp_path):
+    whole, recipes = load(tmp_path, THIRD + REDUCED)
+    assert (list(whole.arms), whole.seeds, whole.reference.steps) == (["none", "deferred", "naive"], [0, 1, 2], 8)
+    assert recipes["none"].phases[0].batch_size == 4
+    reduced, recipes = load_study(tmp_path / "study.yaml", on_cpu=True)
+    assert (list(reduced.arms), list(recipes), reduced.seeds) == (["none", "deferred"], ["none", "deferred"], [4])
+    assert reduced.reference.steps == recipes["deferred"].phases[0].steps == 3
+    assert [claim.worse for claim in reduced.claims] == ["none"]  # naive is not run
+    assert {(recipe.phases[0].batch_size, recipe.phases[0].learning_rate) for recipe in recipes.values()} == {(2, 1e-4)}
+    assert default_folder(whole, on_cpu=False) != default_folder(whole, on_cpu=True)  # their results never mix
+    assert default_folder(load(tmp_path)[0], on_cpu=True) == Path("lab/small")
+
+
+def test_an_arm_overrides_what_the_reduced_form_sets(tmp_path):
+    load(tmp_path, (THIRD + REDUCED).replace("[none, deferred]\n  over", "[none, naive]\n  over"))
+    _, recipes = load_study(tmp_path / "study.yaml", on_cpu=True)
+    assert (recipes["none"].phases[0].learning_rate, recipes["naive"].phases[0].learning_rate) == (1e-4, 1e-5)
+
+
+def test_a_study_is_restricted_to_some_arms_and_claims_about_them(tmp_path):
+    study, _ = load(tmp_path, THIRD)
+    chosen = only_arms(study, ["naive", "none"])
+    assert (list(chosen.arms), chosen.claims) == (["none", "naive"], [])
+    with pytest.raises(UserError, match=r"has no arm tread\. Its arms: none, deferred, naive"):
+        only_arms(study, ["none", "tread"])
+    with pytest.raises(UserError, match="The arm none defines the budgets of the study small"):
+        only_arms(study, ["deferred"])
+
+
+def test_arms_measured_against_the_encoded_set_share_it(tmp_path):
+    encoded = STUDY.replace("name: small", "name: small\nsource: encoded")
+    assert load(tmp_path, encoded)[0].source == "encoded"
+    with pytest.raises(UserError, match=r"source: encoded needs one data\.path for all arms"):
+        load(tmp_path, encoded.replace("[model.routing=none]", "[data.path=other]"))

@@ -16,7 +16,7 @@ from microdit.pipelines.export import export_run
 from microdit.pipelines.pipeline import DEMO, MicroDiTPipeline
 from microdit.pipelines.settings import SamplerSettings
 from microdit.reports.grids import draw_grid
-from microdit.serve.queue import Drawing, WorkQueue
+from microdit.serve.queue import JobSpec, WorkQueue
 from tests.commands import microdit
 from tests.training.processes import HANG
 
@@ -78,9 +78,9 @@ def test_every_door_draws_the_same_and_says_that_a_prompt_is_cut(workplace, run,
         assert bytes_of(loaded.generate(prompts, SETTINGS, 7, negative_prompts=[negative])) == bytes_of(wanted)
 
     with WorkQueue({"tiny": pipeline}, 2) as queue:
-        job = queue.add(Drawing("tiny", LONG.strip(), SETTINGS, seed=7, count=2, negative_prompt=negative))
+        job = queue.add(JobSpec("tiny", LONG.strip(), SETTINGS, seed=7, count=2, negative_prompt=negative))
         assert job.ended.wait(HANG)
-    assert bytes_of(job.pictures) == bytes_of(wanted)
+    assert bytes_of(job.images) == bytes_of(wanted)
     assert "is cut" in job.warnings[0]
 
     options = ["--solver", "dpm", "--steps", 3, "--guidance", 3, "--guidance-rescale", 0.5, "--seed", 7, "--device", "cpu"]

@@ -1,5 +1,7 @@
-"""The tiny trained model, as the app holds it."""
+"""The tiny trained model, and a browser."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,8 @@ import pytest
 from microdit.pipelines.pipeline import MicroDiTPipeline
 from microdit.pipelines.settings import SamplerSettings
 
-LONG = SamplerSettings(num_inference_steps=1000)  # long enough to be called off on any machine
+LONG = SamplerSettings(num_inference_steps=1000)  # long enough to be cancelled on any machine
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def pytest_pycollect_makemodule() -> None:
@@ -23,3 +26,15 @@ def tiny_run(workplace: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_run: Path) -> MicroDiTPipeline:
     return MicroDiTPipeline.from_pretrained(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium on this machine: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.getuid() == 0 else [])
+        yield browser
+        browser.close()

@@ -1,4 +1,4 @@
-"""Picture the page for the documentation: python tests/app/screenshot.py MODEL OUT.png. Draws with a run or an exported folder."""
+"""Take the screenshot of the documentation: python tests/serve/screenshot.py MODEL OUT.png, with a run or an exported folder."""
 
 import os
 import shutil
@@ -8,8 +8,8 @@ from pathlib import Path
 from playwright.sync_api import expect, sync_playwright
 
 from microdit.pipelines.open_model import open_model
+from microdit.serve.endpoints import web_app
 from microdit.serve.queue import WorkQueue
-from microdit.serve.server import web_app
 from tests.serve.serving import served
 
 PROMPTS = ["flag of Japan", "pizza", "green apple", "red heart"]
@@ -20,7 +20,7 @@ def main(model: str, out: Path) -> None:
     runs = {name: Path(model)} if (Path(model) / "recipe.yaml").is_file() else {}
     queue = WorkQueue({name: open_model(model, print).pipeline}, 4)
     chromium = shutil.which("chromium") or sys.exit("There is no chromium on this machine: apt-get install chromium")
-    with served(web_app(queue, runs=runs), queue) as url, sync_playwright() as playwright:
+    with served(web_app(queue, runs=runs)) as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"] if os.getuid() == 0 else [])
         page = browser.new_page(viewport={"width": 1160, "height": 760})
         page.goto(url)

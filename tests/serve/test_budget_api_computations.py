@@ -1,4 +1,4 @@
-"""Computations for requests: in turn, for a bounded time, for clients that are there."""
+"""Computations for requests: one after another, for a bounded time, for connected clients only."""
 
 import asyncio
 import threading
@@ -10,14 +10,13 @@ from starlette.requests import ClientDisconnect
 
 from microdit.errors import UserError
 from microdit.serve.budget_api import Computations
-from microdit.serve.queue import QueueClosedError
-from microdit.serve.schemas import AskedWronglyError, Limits
+from microdit.serve.json_requests import APIError
 
 WAIT = 30  # seconds, for what takes milliseconds
 
 
 class Client:
-    """Of a request: goes away when told so."""
+    """The client of a request, which disconnects when `gone` is set."""
 
     def __init__(self) -> None:
         self.gone = asyncio.Event()
@@ -38,24 +37,24 @@ def endless(check: Callable[[], None]) -> None:
 
 @pytest.fixture
 def computations():
-    made = Computations(Limits(computations=2, computation_seconds=3600))
+    made = Computations(capacity=2, seconds=3600)
     yield made
     made.close()
 
 
-def test_what_is_computed_is_answered_and_mistakes_come_through(computations):
+def test_results_are_returned_and_exceptions_raised(computations):
     async def ask():
-        assert await computations.answer(Client().request(), lambda check: (check(), 42)[1]) == 42
+        assert await computations.run(Client().request(), lambda check: (check(), 42)[1]) == 42
         with pytest.raises(ZeroDivisionError):
-            await computations.answer(Client().request(), lambda check: 1 / 0)
+            await computations.run(Client().request(), lambda check: 1 / 0)
 
     asyncio.run(ask())
 
 
 def test_a_computation_ends_when_its_time_is_up():
-    computations = Computations(Limits(computation_seconds=0.05))
+    computations = Computations(seconds=0.05)
     with pytest.raises(UserError, match=r"more than 0\.05 seconds"):
-        asyncio.run(computations.answer(Client().request(), endless))
+        asyncio.run(computations.run(Client().request(), endless))
     computations.close()
 
 
@@ -68,18 +67,18 @@ def test_a_client_that_goes_takes_its_computation_with_it(computations):
 
     async def ask():
         working, waiting, refused, last = Client(), Client(), Client(), Client()
-        at_work = asyncio.create_task(computations.answer(working.request(), first))
+        at_work = asyncio.create_task(computations.run(working.request(), first))
         assert await asyncio.to_thread(began.wait, WAIT)
-        never = asyncio.create_task(computations.answer(waiting.request(), lambda check: pytest.fail("nobody waits for this")))
+        never = asyncio.create_task(computations.run(waiting.request(), lambda check: pytest.fail("nobody waits for this")))
         await asyncio.sleep(0)
-        with pytest.raises(AskedWronglyError, match="2 computations are waiting already") as full:
-            await computations.answer(refused.request(), lambda check: None)
+        with pytest.raises(APIError, match="maximum of 2 computations are waiting") as full:
+            await computations.run(refused.request(), lambda check: None)
         assert full.value.status == 429
         for client, task in ((waiting, never), (working, at_work)):
             client.gone.set()
             with pytest.raises(ClientDisconnect):
                 await task
-        assert await asyncio.wait_for(computations.answer(last.request(), lambda check: "free again"), WAIT) == "free again"
+        assert await asyncio.wait_for(computations.run(last.request(), lambda check: "free again"), WAIT) == "free again"
 
     asyncio.run(ask())
 
@@ -87,12 +86,12 @@ def test_a_client_that_goes_takes_its_computation_with_it(computations):
 def test_a_server_that_ends_waits_for_none(computations):
     async def ask():
         client = Client()
-        task = asyncio.create_task(computations.answer(client.request(), endless))
+        task = asyncio.create_task(computations.run(client.request(), endless))
         await asyncio.sleep(0)
         await asyncio.to_thread(computations.close)
-        with pytest.raises(QueueClosedError):
-            await task
-        with pytest.raises(QueueClosedError):
-            await computations.answer(client.request(), lambda check: None)
+        for request in (task, computations.run(client.request(), lambda check: None)):
+            with pytest.raises(APIError, match="shutting down") as closed:
+                await request
+            assert closed.value.status == 503
 
     asyncio.run(ask())

@@ -1,4 +1,4 @@
-"""Connections that send half of a request, or nothing: a real server, clients by hand."""
+"""Connections that stall or flood: a real server, and clients on bare sockets."""
 
 import contextlib
 import os
@@ -11,10 +11,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from microdit.serve.connections import possible_connections
+from microdit.serve.connections import Limits, possible_connections
+from microdit.serve.endpoints import web_app
 from microdit.serve.queue import WorkQueue
-from microdit.serve.schemas import Limits
-from microdit.serve.server import web_app
 from tests.serve.serving import served
 
 WAIT = 60  # seconds, for what takes a fraction of one
@@ -32,15 +31,14 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def server(limits: Limits) -> Iterator[tuple[str, int]]:
-    """Without a model. Its host and port."""
-    queue = WorkQueue({}, 4)
-    with served(web_app(queue, limits), queue, limits) as url:
+    """Serve the image server without a model, and yield host and port."""
+    with served(web_app(WorkQueue({}, 4), limits), limits) as url:
         host, port = url.removeprefix("http://").split(":")
         yield host, int(port)
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether the server closes it, with an answer before that or without."""
+    """Return whether the server closes the connection, with or without a response before that."""
     connection.settimeout(WAIT)
     try:
         while connection.recv(65536):
@@ -60,7 +58,7 @@ HALVES = {
 }
 
 
-def test_what_is_half_sent_is_closed_in_time():
+def test_half_sent_requests_are_closed_in_time():
     with server(Limits(header_seconds=0.2, body_seconds=0.2, keep_alive_seconds=1)) as address:
         connections = {name: socket.create_connection(address, WAIT) for name in HALVES}
         for name, half in HALVES.items():
@@ -69,7 +67,7 @@ def test_what_is_half_sent_is_closed_in_time():
         assert httpx.get(f"http://{address[0]}:{address[1]}/health", timeout=WAIT).json()["status"] == "ok"
 
 
-def test_a_request_that_comes_letter_by_letter_is_not_waited_for():
+def test_a_request_sent_byte_by_byte_is_closed_in_time():
     with server(Limits(header_seconds=0.3)) as address, socket.create_connection(address, WAIT) as connection:
         connection.settimeout(0.01)
         for _ in range(100 * WAIT):
@@ -78,22 +76,22 @@ def test_a_request_that_comes_letter_by_letter_is_not_waited_for():
                 if connection.recv(10) == b"":
                     break
         else:
-            pytest.fail("it may go on for ever")
+            pytest.fail("the connection stays open for ever")
 
 
-def ask_without_end(connection: socket.socket) -> None:
-    """Until all buffers on the way are full, and the server has had enough."""
+def request_endlessly(connection: socket.socket) -> None:
+    """Send requests until all buffers on the way are full and the server drops the connection."""
     while True:
         connection.sendall(b"GET /page.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 100)
 
 
-def test_an_answer_that_nobody_takes_is_dropped():
-    with server(Limits(answer_seconds=0.2)) as address, socket.socket() as connection:
+def test_a_response_that_nobody_reads_is_dropped():
+    with server(Limits(response_seconds=0.2)) as address, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(address)
         connection.settimeout(WAIT)
         with pytest.raises(ConnectionError):
-            ask_without_end(connection)
+            request_endlessly(connection)
 
 
 def test_the_longest_idle_makes_room_for_the_newest_and_it_is_logged_once(capfd):
@@ -101,12 +99,12 @@ def test_the_longest_idle_makes_room_for_the_newest_and_it_is_logged_once(capfd)
         crowd = [socket.create_connection(address, WAIT) for _ in range(12)]
         assert all(is_closed(connection) for connection in crowd[:8])
         assert httpx.get(f"http://{address[0]}:{address[1]}/health", timeout=WAIT).status_code == 200
-    assert capfd.readouterr().err.count("no more may be") == 1
+    assert capfd.readouterr().err.count("limit of 4 connections is reached") == 1
 
 
 @pytest.fixture
 def few_files() -> Iterator[None]:
-    """This process may have about as many files open as under `ulimit -n 200`."""
+    """Limit the open files of this process to about 200, as `ulimit -n 200` does."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = max(200, 2 * len(os.listdir("/dev/fd")) + 120)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, before[1]))
@@ -115,7 +113,7 @@ def few_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_service_goes_on_where_files_are_few_and_idle_connections_many(few_files, capfd):
+def test_many_idle_connections_do_not_exhaust_few_files(few_files, capfd):
     with server(Limits()) as address:
         command = [sys.executable, "-S", "-c", CROWD, str(address[1]), str(2 * IDLE)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as crowd:

@@ -1,8 +1,6 @@
-"""The page in a real browser: Debian's Chromium without a window, the tiny trained model, a real server."""
+"""The page in a real browser, served by a real server with the tiny trained model."""
 
-import os
 import re
-import shutil
 
 import httpx
 import pytest
@@ -11,50 +9,38 @@ from microdit.planning.hardware import ASSUMED_UTILISATION, find_machine
 from microdit.planning.planner import plan_for_dollars, write_recipes
 from microdit.planning.workload import KnownShapes
 from microdit.serve.budget_api import DATA
+from microdit.serve.endpoints import web_app
 from microdit.serve.queue import WorkQueue
-from microdit.serve.server import web_app
 from tests.serve.serving import served
 from tests.training.processes import HANG
 
 playwright = pytest.importorskip("playwright.sync_api")
-Page, expect, sync_playwright = playwright.Page, playwright.expect, playwright.sync_playwright
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+Page, expect = playwright.Page, playwright.expect
 
 
 @pytest.fixture(scope="module")
 def served_page(tiny, tiny_run):
     queue = WorkQueue({"tiny": tiny}, 4)
-    with served(web_app(queue, runs={"tiny": tiny_run}), queue) as url:
+    with served(web_app(queue, runs={"tiny": tiny_run})) as url:
         yield queue, url
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium on this machine: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.getuid() == 0 else [])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(browser, served_page):
-    """Opened; whatever it asks of elsewhere, and whatever its script trips over, fails the test."""
+    """Open the page. A request to another host, or an error in the script, fails the test."""
     _, url = served_page
     page = browser.new_page()
     page.set_default_timeout(60_000)
     expect.set_options(timeout=1000 * HANG)
-    elsewhere: list[str] = []
-    mistakes: list[str] = []
-    page.on("request", lambda request: elsewhere.append(request.url) if not request.url.startswith((url, "data:")) else None)
-    page.on("pageerror", lambda error: mistakes.append(str(error)))
+    foreign: list[str] = []
+    errors: list[str] = []
+    page.on("request", lambda request: foreign.append(request.url) if not request.url.startswith((url, "data:")) else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(url)
     expect(page.get_by_label("Model").first).to_have_value("tiny")
     yield page
     page.close()
-    assert (elsewhere, mistakes) == ([], [])
+    assert (foreign, errors) == ([], [])
 
 
 def fill(page: Page, **fields: str) -> None:
@@ -62,7 +48,7 @@ def fill(page: Page, **fields: str) -> None:
         page.locator(f"#draw-form [name={name}]").fill(value)
 
 
-def test_a_prompt_becomes_a_picture_and_stays_in_the_gallery(page):
+def test_a_prompt_becomes_an_image_and_stays_in_the_gallery(page):
     fill(page, prompt="red heart", steps="2", n="2", seed="7")
     page.click("#generate")
     expect(page.locator("#state")).to_have_text("Done.")
@@ -70,16 +56,16 @@ def test_a_prompt_becomes_a_picture_and_stays_in_the_gallery(page):
     expect(images).to_have_count(2)
     assert images.first.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
     expect(page.locator("#gallery img")).to_have_count(2)
-    page.click("#draw-form [title='Another seed']")
+    page.click("#draw-form [title='Random seed']")
     assert page.locator("#draw-form [name=seed]").input_value() != "7"
 
 
-def test_a_long_drawing_is_seen_on_its_way_and_can_be_cancelled(page, served_page):
+def test_a_long_job_shows_previews_and_can_be_cancelled(page, served_page):
     queue, _ = served_page
     fill(page, prompt="red heart", steps="1000", n="8")
     page.click("#generate")
     expect(page.locator("#result.unfinished img")).to_have_count(8)
-    expect(page.locator("#state")).to_have_text(re.compile("Drawing: "))
+    expect(page.locator("#state")).to_have_text(re.compile("Generating: "))
     page.click("#cancel")
     expect(page.locator("#state")).to_have_text("Cancelled.")
     expect(page.locator("#generate")).to_be_enabled()
@@ -87,7 +73,7 @@ def test_a_long_drawing_is_seen_on_its_way_and_can_be_cancelled(page, served_pag
     expect(page.locator("#gallery img")).to_have_count(0)
 
 
-def test_a_bad_size_is_said_in_a_sentence(page):
+def test_a_bad_size_is_an_error_in_a_sentence(page):
     fill(page, prompt="red heart", size="65x64")
     page.click("#generate")
     expect(page.locator("#message")).to_have_text(re.compile(r"^width 65 must be a multiple of \d+: [^\n]*\.$"))
@@ -120,41 +106,41 @@ def test_the_report_of_the_run_and_the_budget_of_a_recipe(page):
     page.locator("#budget [name=recipe]").select_option("microdit-xl")
     page.locator("#budget [name=price]").fill("2.5")
     page.click("#budget .main")
-    expect(page.locator("#bill")).to_contain_text("What it costs")
-    expect(page.locator("#bill")).to_contain_text("$2.50 a GPU-hour")
-    expect(page.locator("#bill")).to_contain_text(f"utilisation {ASSUMED_UTILISATION:.1%} (assumed")
+    expect(page.locator("#estimate")).to_contain_text("What it costs")
+    expect(page.locator("#estimate")).to_contain_text("$2.50 a GPU-hour")
+    expect(page.locator("#estimate")).to_contain_text(f"utilisation {ASSUMED_UTILISATION:.1%} (assumed")
     page.locator("#budget [name=mfu]").fill("0.5")
     page.click("#budget .main")
-    expect(page.locator("#bill")).to_contain_text("utilisation 50.0% (--mfu)")
+    expect(page.locator("#estimate")).to_contain_text("utilisation 50.0% (--mfu)")
     page.locator("#budget [name=file]").set_input_files({"name": "my.yaml", "mimeType": "text/yaml", "buffer": b"name: [\n"})
     page.click("#budget .main")
     expect(page.locator("#message")).to_be_visible()
 
 
-def test_a_sum_is_answered_with_what_it_buys_and_the_recipes(page):
+def test_a_budget_becomes_a_plan_and_its_recipes(page):
     page.get_by_role("tab", name="Budget").click()
     for name, value in {"count": "1", "price": "2", "images": "200000", "dollars": "3"}.items():
         page.locator(f"#budget [name={name}]").fill(value)
     page.click("#budget .main")
-    expect(page.locator("#bill")).to_contain_text("encode 200,000 images")
-    expect(page.locator("#bill")).to_contain_text("of $3.00.")
-    expect(page.locator("#bill")).to_contain_text("--- 1-256-masked.yaml")
+    expect(page.locator("#estimate")).to_contain_text("encode 200,000 images")
+    expect(page.locator("#estimate")).to_contain_text("of $3.00.")
+    expect(page.locator("#estimate")).to_contain_text("--- 1-256-masked.yaml")
 
 
-def test_the_recipes_of_a_sum_are_those_that_the_command_writes(served_page, tmp_path):
-    asked = {"chip": "rtx4090", "count": 1, "price": 0.5, "mfu": 0.3, "dollars": 40, "images": 10_000}
-    text = httpx.post(served_page[1] + "/api/budget", json=asked, timeout=HANG).json()["text"]
+def test_a_budgets_recipes_are_those_that_the_command_writes(served_page, tmp_path):
+    wanted = {"chip": "rtx4090", "count": 1, "price": 0.5, "mfu": 0.3, "dollars": 40, "images": 10_000}
+    text = httpx.post(served_page[1] + "/api/budget", json=wanted, timeout=HANG).json()["text"]
     machine = find_machine("rtx4090", 1, 0.5, 0.3, None, tmp_path / "none.json")
     write_recipes(plan_for_dollars(40, machine, KnownShapes(), DATA, 10_000), tmp_path / "out")
-    bill, *recipes = text.split("\n--- ")
-    assert "$40.00: " in bill
+    plan, *recipes = text.split("\n--- ")
+    assert "$40.00: " in plan
     assert dict(part.split("\n", 1) for part in recipes) == {f.name: f.read_text() for f in sorted((tmp_path / "out").iterdir())}
 
 
 @pytest.mark.parametrize("name", ["../pyproject.toml", "/etc/passwd", "", "nothing.yaml"])
-def test_only_recipes_of_the_folder_are_reckoned(served_page, name):
-    answer = httpx.post(served_page[1] + "/api/budget", json={"recipe": name, "chip": "h100"})
-    assert (answer.status_code, "no such recipe" in answer.json()["error"]["message"]) == (400, True)
+def test_only_recipes_of_the_folder_are_estimated(served_page, name):
+    response = httpx.post(served_page[1] + "/api/budget", json={"recipe": name, "chip": "h100"})
+    assert (response.status_code, "no such recipe" in response.json()["error"]["message"]) == (400, True)
 
 
 @pytest.mark.parametrize(
@@ -163,24 +149,24 @@ def test_only_recipes_of_the_folder_are_reckoned(served_page, name):
         ({"count": 0}, "whole number"),
         ({"count": True}, "number of GPUs must be a whole number"),
         ({"price": "x"}, "price"),
-        ({"price": 10**400}, "price must be dollars"),
+        ({"price": 10**400}, "price must be in dollars"),
         ({"chip": "abacus"}, "no chip named abacus"),
         ({"price": -1}, "0 or more"),
-        ({"mfu": "x"}, "utilisation must be the share"),
+        ({"mfu": "x"}, "utilisation must be a share"),
         ({"mfu": 1.5}, "must lie in (0, 1]"),
-        ({"mfu": True}, "utilisation must be the share"),
+        ({"mfu": True}, "utilisation must be a share"),
         ({"images": 0}, "number of images must be a whole number"),
         ({"images": 1.5}, "number of images must be a whole number"),
-        ({"dollars": "x"}, "sum must be dollars"),
+        ({"dollars": "x"}, "budget must be in dollars"),
         ({"dollars": -5}, "must be a sum above 0"),
         ({"dollars": 1e300}, "more than we plan with"),
-        ({"dollars": 5, "text": "name: x"}, "one of the two"),
+        ({"dollars": 5, "text": "name: x"}, "not both"),
     ],
 )
-def test_a_budget_that_cannot_be_is_a_sentence(served_page, fields, words):
-    answer = httpx.post(served_page[1] + "/api/budget", json={"recipe": "emoji.yaml", **fields})
-    assert answer.status_code == 400
-    assert words in answer.json()["error"]["message"]
+def test_an_invalid_budget_is_an_error_in_a_sentence(served_page, fields, words):
+    response = httpx.post(served_page[1] + "/api/budget", json={"recipe": "emoji.yaml", **fields})
+    assert response.status_code == 400
+    assert words in response.json()["error"]["message"]
 
 
 def test_unknown_jobs_and_runs_are_not_found(served_page):

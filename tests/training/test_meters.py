@@ -17,7 +17,7 @@ from microdit.io.console import PlainConsole
 from microdit.models.config import Size, resolve
 from microdit.planning.workload import FlopCounter
 from microdit.training.logging import Cost, RunRecord, last_cost
-from microdit.training.meters import Meters, StepResult, in_words
+from microdit.training.meters import Meters, StepResult, progress_text
 from microdit.training.noise import TrainingBatch
 from microdit.training.parallel import DenoisingLoss
 from microdit.training.validation import HeldOut
@@ -62,8 +62,8 @@ def test_meters_give_means_and_rates():
     assert numbers["mfu"] == pytest.approx(3e8 / 2e9, rel=0.05)
     assert meters.seconds_left(6e8) == pytest.approx(2, rel=0.05)
     assert meters.read()["loss"] is None
-    assert in_words(0.5, 100.0, 0.41, 3700, 1.5, 2.25) == "loss 0.5000  100 images/s  41% MFU  1:01:40 left  $1.50, $2.25 to go"
-    assert "2 d 3 h left" in in_words(None, 1.0, 0.1, 2 * 86400 + 3 * 3600, None, None)
+    assert progress_text(0.5, 100.0, 0.41, 3700, 1.5, 2.25) == "loss 0.5000  100 images/s  41% MFU  1:01:40 left  $1.50, $2.25 to go"
+    assert "2 d 3 h left" in progress_text(None, 1.0, 0.1, 2 * 86400 + 3 * 3600, None, None)
 
 
 def test_metrics_wait_while_the_disk_is_full_and_are_written_later(tmp_path):

@@ -25,8 +25,9 @@ from microdit.data.dataset import Batch
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.models.blocks import EAGER, layer_norm
+from microdit.models.blocks import layer_norm
 from microdit.models.config import Size, resolve
+from microdit.models.elementwise import EAGER
 from microdit.models.microdit import MicroDiT
 from microdit.training.noise import NoiseSettings, sample_noise
 from microdit.training.optim import orthogonalized

@@ -70,10 +70,10 @@ class Source:
     """A named list of parts.
 
     `caption_weights` says how often each caption is chosen where an image has several; captions without a weight are not used.
-    `min_side` is the shortest side, in pixels, that an image should have, if the source recommends one. `passed_over` counts, by kind, the
-    files beside the parts that are neither images nor captions; the records count those inside. `joined` counts the captions joined from
-    another file, and the records, that found each other so far.
-    `note` is a sentence for whoever encodes the source, such as what it lacks.
+    `min_side` is the shortest side, in pixels, that an image should have, if the source recommends one. `note` is a sentence for whoever
+    encodes the source, such as what it lacks. `passed_over` counts, by kind, the files beside the parts that are neither images nor
+    captions; the records count those inside. `joined` counts the captions joined from another file, and the records, that found each other
+    so far.
     """
 
     name: str
@@ -81,9 +81,9 @@ class Source:
     caption_weights: dict[str, float] = field(default_factory=lambda: {"caption": 1.0})
     license: str = ""
     min_side: int | None = None
+    note: str = ""
     passed_over: Mapping[str, int] = field(default_factory=dict)
     joined: Callable[[], dict[str, Any]] | None = None
-    note: str = ""
 
 
 def checked(records: Iterable[Record], captions: Collection[str]) -> Iterator[Record]:

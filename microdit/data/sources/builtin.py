@@ -82,6 +82,28 @@ def emoji_source(split: Split, named: bool = True) -> Source:
     return Source(f"emoji:{kind}" if kind else "emoji", parts, license="CC-BY 4.0")
 
 
+def named_emoji() -> list[tuple[str, str]]:
+    """Return (code points, name) of each fully qualified emoji without a skin tone, in the order of the `emoji` package.
+
+    The code points are written as in the names of Twemoji's files: hexadecimal, joined by "-".
+    """
+    with optional_package("The embedded data set", "demo"):
+        import emoji
+
+    named = []
+    for characters, entry in emoji.EMOJI_DATA.items():
+        if entry["status"] != emoji.STATUS["fully_qualified"]:
+            continue
+        codepoints = [f"{ord(character):x}" for character in characters]
+        if SKIN_TONES & set(codepoints):
+            continue
+        # Twemoji leaves the variation selector out of a name unless the emoji is a joined sequence.
+        if "200d" not in codepoints:
+            codepoints = [c for c in codepoints if c != "fe0f"]
+        named.append(("-".join(codepoints), _caption(entry["en"], codepoints)))
+    return named
+
+
 def is_held_out(caption: str) -> bool:
     """Return whether this caption is kept for evaluation, as about one in 20 is.
 
@@ -134,24 +156,8 @@ def _emoji_records(captions: list[tuple[str, str]]) -> Iterator[Record]:
 
 
 def _emoji_captions() -> list[tuple[str, str]]:
-    """Return (file stem, caption) of each fully qualified emoji that Twemoji has drawn, in the order of the `emoji` package."""
-    with optional_package("The embedded data set", "demo"):
-        import emoji
-
-    captions = []
-    for characters, entry in emoji.EMOJI_DATA.items():
-        if entry["status"] != emoji.STATUS["fully_qualified"]:
-            continue
-        codepoints = [f"{ord(character):x}" for character in characters]
-        if SKIN_TONES & set(codepoints):
-            continue
-        # Twemoji leaves the variation selector out of a name unless the emoji is a joined sequence.
-        if "200d" not in codepoints:
-            codepoints = [c for c in codepoints if c != "fe0f"]
-        stem = "-".join(codepoints)
-        if (_twemoji_folder() / f"{stem}.png").exists():  # a few of the newest emoji are not drawn yet
-            captions.append((stem, _caption(entry["en"], codepoints)))
-    return captions
+    """Return (file stem, caption) of each emoji that Twemoji has drawn: a few of the newest are not drawn yet."""
+    return [(stem, name) for stem, name in named_emoji() if (_twemoji_folder() / f"{stem}.png").exists()]
 
 
 def _caption(name: str, codepoints: list[str]) -> str:

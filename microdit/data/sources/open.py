@@ -13,9 +13,10 @@ from pathlib import Path
 
 from microdit.data.sources.archives import archive_source
 from microdit.data.sources.base import ARCHIVES, END, Part, Record, Source, only_captions
-from microdit.data.sources.builtin import emoji_source, scenes_source
+from microdit.data.sources.builtin import Split, emoji_source, scenes_source
 from microdit.data.sources.caption_options import NONE_WANTED, CaptionOptions, own_captions, with_captions
 from microdit.data.sources.folders import ListOnce, folder_source, list_source
+from microdit.data.sources.icons import icons_source
 from microdit.data.sources.lists import LIST_SUFFIXES
 from microdit.data.sources.named import NAMED, open_named
 from microdit.data.sources.untrusted_files import (
@@ -29,11 +30,14 @@ from microdit.data.sources.untrusted_files import (
 )
 from microdit.errors import UserError
 
+EMBEDDED = ("emoji", "scenes", "icons")
 MOST_NAMES = 1_000_000  # that the braces of a pattern stand for
 
 _KINDS = """A source is one of
   emoji, emoji:held_out          the built-in images; in emoji:unnamed and emoji:unnamed_held_out all have the same caption
   scenes, scenes:5000            scenes composed of them, and how many
+  icons, icons:held_out          emoji in several styles, from npm packages; icons:styles and icons:styles_held_out name the style only;
+                                 icons:FOLDER, icons:held_out:FOLDER, ...: of the packages in FOLDER
   NAME:FOLDER                    one of the paper's data sets: {named}
   a folder                       of images with .txt files or metadata.jsonl, of archives, of tables, or written by Dataset.save_to_disk
   a file, or a pattern in quotes .tar, .tgz, .tar.gz, .tar.zst, .tar.bz2, .zip or .parquet; {{000..099}}.tar names a hundred files
@@ -73,9 +77,9 @@ def open_source(
 
 def _open(name: str, captions: dict[str, float] | None, list_once: ListOnce | None, file_column: str | None) -> Source:
     kind, colon, rest = name.partition(":")
-    if captions == NONE_WANTED and (kind in ("emoji", "scenes") or kind in NAMED):
+    if captions == NONE_WANTED and (kind in EMBEDDED or kind in NAMED):
         captions = None  # they have their own
-    if kind in ("emoji", "scenes"):
+    if kind in EMBEDDED:
         source = _open_embedded(name, kind, rest)
         return replace(source, caption_weights=only_captions(name, source.caption_weights, captions))
     if kind in NAMED and rest:
@@ -102,7 +106,17 @@ def _open_embedded(name: str, kind: str, rest: str) -> Source:
         return emoji_source("held_out" if rest.endswith("held_out") else "train", named=not rest.startswith("unnamed"))
     if kind == "scenes" and (not rest or (rest.isdecimal() and int(rest) > 0)):
         return scenes_source(int(rest)) if rest else scenes_source()
+    if kind == "icons":
+        return _open_icons(rest)
     raise UserError(f"There is no source '{name}'. {_kinds()}")
+
+
+def _open_icons(rest: str) -> Source:
+    choice, colon, folder = rest.partition(":")
+    if choice not in ("", "train", "held_out", "styles", "styles_held_out"):  # a folder alone
+        choice, colon, folder = "", ":", rest
+    split: Split = "held_out" if choice.endswith("held_out") else "train"
+    return icons_source(split, named=not choice.startswith("styles"), folder=Path(folder).expanduser() if colon else None)
 
 
 def _open_path(name: str, captions: dict[str, float] | None, list_once: ListOnce | None, file_column: str | None) -> Source:

@@ -63,7 +63,7 @@ class GenEvalPrompt:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Whether an image is correct, and a sentence for each mistake if it is not."""
+    """The verdict on an image: `correct`, or else `reasons`, a sentence for each mistake."""
 
     correct: bool
     reasons: tuple[str, ...]

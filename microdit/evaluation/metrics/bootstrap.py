@@ -36,10 +36,10 @@ def bootstrap_interval(
         )
     generator = torch.Generator().manual_seed(seed)
     value = metric(samples)
-    drawn = np.array(
+    resampled = np.array(
         [metric(samples[torch.randint(len(samples), (len(samples),), generator=generator).to(samples.device)]) for _ in range(resamples)]
     )
-    below, above = np.quantile(drawn - drawn.mean(), [(1 - confidence) / 2, (1 + confidence) / 2])
+    below, above = np.quantile(resampled - resampled.mean(), [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(value, value - float(above), value - float(below))
 
 

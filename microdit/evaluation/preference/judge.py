@@ -1,8 +1,8 @@
 """A vision-language model as the judge of image pairs, through any endpoint with OpenAI's chat completions API.
 
 - The key is read from MICRODIT_JUDGE_KEY or OPENAI_API_KEY and sent in the request's header only.
-- Transient failures (busy, broken or slow servers) are retried; all others end in one sentence.
-- Every request and answer is logged (request_log.py), so only requests in flight when a process dies may be paid twice.
+- Transient failures (busy, broken or slow servers) are retried; all others raise UserError.
+- Every request and answer is logged (request_log.py), so only requests in flight when a process dies may be billed twice.
 - The standard library's HTTP client suffices: each thread sends one small request at a time.
 """
 
@@ -38,7 +38,7 @@ INSTRUCTIONS = """Two pictures, A and B, were made for this prompt:
 Which picture follows the prompt better and looks better? Following the prompt counts more. The order in which they are shown \
 means nothing. If neither is better, it is a TIE. Answer with a single word: A, B or TIE."""
 REMINDER = "\n\nWrite one of these three words and nothing else."
-ASKS = 3  # times that a question is asked in all while answers are unreadable
+MAX_REQUESTS = 3  # per question, while answers are unreadable
 LONGEST_WAIT = 600.0  # seconds that a server may ask to wait before the judge gives up
 LONGEST_ANSWER, LONGEST_WORDS = 1_000_000, 10_000  # bytes read of an answer, and of an error
 TEXT_TOKENS = 150  # estimated tokens of the instructions, a prompt and the answer
@@ -54,13 +54,13 @@ def judge_all(
     """Put all open questions of `file` to `ask` (such as a VisionJudge), `concurrency` at a time, and return the summary.
 
     Requests and answers are logged beside `file`; `warn` is called if an earlier process left requests without an answer. After a failure
-    no new question is asked, but answers in flight are awaited and kept. Raises what `ask` raises, and UserError if no pair got clear
+    no new request is sent, but responses in flight are awaited and kept. Raises what `ask` raises, and UserError if no pair got clear
     verdicts.
     """
     with RequestLog(file.path.with_name(REQUESTS), file.questions, file.model) as log, ThreadPoolExecutor(concurrency) as threads:
         if log.lost and warn is not None:
             requests = "1 request was" if log.lost == 1 else f"{log.lost} requests were"
-            warn(f"{requests} in flight when an earlier process ended: the questions are asked again and may be paid twice.")
+            warn(f"{requests} in flight when an earlier process ended: the same questions are sent again and may be billed twice.")
 
         def answer(question: Question) -> Verdict | None:
             return file.add(question, ask(question.pair.prompt, *question.pictures(), log.exchange(question)))
@@ -109,11 +109,11 @@ def key_from_environment() -> str:
 
 @dataclass(frozen=True)
 class VisionJudge:
-    """Asks `model` at `base_url` (the API's root, such as .../v1) which of two PNG files is better.
+    """The vision model `model` at `base_url` (the API's root, such as .../v1), which chooses the better of two PNG files.
 
-    A server may be silent for `timeout` seconds and take `longest` seconds for one answer. A request is retried `retries` times, with
-    exponential backoff from `backoff` seconds and 50% jitter, or after the time that the server asks for. Raises UserError if `base_url`
-    is not a valid address.
+    A server may be silent for `timeout` seconds and take `longest` seconds for one response. A request is retried `retries` times, with
+    exponential backoff from `backoff` seconds and 50% jitter, or after the time in the server's Retry-After header. Raises UserError if
+    `base_url` is not a valid address.
     """
 
     base_url: str
@@ -131,10 +131,10 @@ class VisionJudge:
             )
 
     def __call__(self, prompt: str, first: Path, second: Path, exchange: Exchange) -> Reply:
-        """Return the judge's reply. An unreadable answer is asked for again up to twice, then the choice is "unclear".
+        """Return the judge's reply. After an unreadable answer the request is repeated up to twice, then the choice is "unclear".
 
         Answers that an earlier process logged in `exchange` count. Raises UserError if the endpoint is down, the key is wrong, the model is
-        unknown, or the request is refused.
+        unknown, or the request is rejected.
         """
         while (reply := reply_of(exchange.answers)) is None:
             text = INSTRUCTIONS.format(prompt=json.dumps(prompt, ensure_ascii=False)) + (REMINDER if exchange.answers else "")
@@ -203,7 +203,7 @@ class VisionJudge:
             return f"The judge at {self.base_url} has no model '{self.model}', or this is not its API's root (404): {words}"
         if 300 <= refused.status < 400:
             return f"The judge at {self.base_url} has moved ({refused.status}): use its new address."
-        return f"The judge at {self.base_url} answers {refused.status}: {words}"
+        return f"The judge at {self.base_url} responds with status {refused.status}: {words}"
 
     def _cut(self, words: str) -> str:
         words = one_line(self._redact(words)).rstrip(".")
@@ -214,11 +214,11 @@ class VisionJudge:
 
 
 def reply_of(answers: list[Answer]) -> Reply | None:
-    """Return the reply that the answers to one question amount to, or None if the question must be asked again."""
+    """Return the reply that the answers to one question amount to, or None if the request must be repeated."""
     if not answers:
         return None
     choice = read_choice(answers[-1].answer)
-    if choice is None and len(answers) < ASKS:
+    if choice is None and len(answers) < MAX_REQUESTS:
         return None
     return Reply(choice or "unclear", answers[-1].answer, sum(answer.tokens for answer in answers))
 

@@ -1,7 +1,7 @@
 """Log of a judge's requests and answers: requests.jsonl beside the verdicts.
 
 Each request is logged before it is sent, and each answer as it arrives. An answered request is never sent again. A request without a
-logged answer is sent again and may be paid twice: it was in flight when the process was killed, or its connection broke.
+logged answer is sent again and may be billed twice: it was in flight when the process was killed, or its connection broke.
 """
 
 from dataclasses import asdict, dataclass

@@ -2,7 +2,7 @@
 
 - A vision model sees each pair in both orders, and a model wins a pair only if both verdicts agree; otherwise the pair is a tie. A judge
   with a position bias therefore favours neither model.
-- Every verdict is on disk before the next one counts, so an interrupted comparison resumes (see request_log.py for what may be paid twice).
+- Every verdict is on disk before the next one counts, so an interrupted comparison resumes (see request_log.py for requests billed twice).
 """
 
 import errno
@@ -24,7 +24,7 @@ from microdit.io.untrusted_text import parse_json
 
 Order = Literal["AB", "BA"]  # the model whose image is shown first comes first
 ORDERS: tuple[Order, Order] = ("AB", "BA")
-Choice = Literal["first", "second", "tie", "unclear"]  # a judge's answer, which does not know the models
+Choice = Literal["first", "second", "tie", "unclear"]  # a judge's choice; judges do not know the models
 Winner = Literal["A", "B", "tie", "unclear"]
 
 
@@ -164,10 +164,10 @@ class VerdictFile:
         """Summarise the verdicts. Raises UserError until at least one pair has all its verdicts, all of them clear."""
         with self._lock:
             verdicts = dict(self._verdicts)
-        asked: dict[int, list[tuple[int, Order]]] = {}
+        keys_by_pair: dict[int, list[tuple[int, Order]]] = {}
         for question in self.questions:
-            asked.setdefault(question.pair.index, []).append(_key(question))
-        judged = [[verdicts[key].verdict for key in keys] for keys in asked.values() if all(key in verdicts for key in keys)]
+            keys_by_pair.setdefault(question.pair.index, []).append(_key(question))
+        judged = [[verdicts[key].verdict for key in keys] for keys in keys_by_pair.values() if all(key in verdicts for key in keys)]
         return _summarise(judged, sum(verdict.tokens for verdict in verdicts.values()))
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class VerdictFile:
             verdict = _parse(line)
             if verdict is None:
                 raise UserError(
-                    f"Line {number} of {self.path} is not a verdict: repair it, or remove the line to have its question asked again."
+                    f"Line {number} of {self.path} is not a verdict: repair it, or remove the line so that its question is judged again."
                 )
             pair = known.get((verdict.pair, verdict.order))
             if pair is None or (pair.prompt, pair.fingerprints) != (verdict.prompt, verdict.pictures) or verdict.model != self.model:
@@ -207,7 +207,7 @@ class LineFile:
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}.") from None
         try:
-            self._take_hold()
+            self._lock_file()
             self.lines = self._read()
         except BaseException:
             self._file.close()
@@ -232,7 +232,7 @@ class LineFile:
         """Close the file and release its lock."""
         self._file.close()
 
-    def _take_hold(self) -> None:
+    def _lock_file(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

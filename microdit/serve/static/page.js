@@ -1,20 +1,20 @@
 "use strict";
-// The page of `microdit app`: it begins jobs, looks at them until they end, and shows their pictures.
+// The page of `microdit app`: it starts jobs, polls them until they end, and shows their images.
 
-const LOOK_EVERY = 250; // milliseconds
-const GALLERY = 200; // pictures that the page keeps
+const POLL_MILLISECONDS = 250;
+const GALLERY = 200; // images that the page keeps
 const byId = (id) => document.getElementById(id);
 
-async function ask(method, address, body) {
-  let answer;
+async function request(method, address, body) {
+  let response;
   try {
-    answer = await fetch(address, { method, headers: { "Content-Type": "application/json" }, body: body && JSON.stringify(body) });
+    response = await fetch(address, { method, headers: { "Content-Type": "application/json" }, body: body && JSON.stringify(body) });
   } catch {
-    throw new Error("The server does not answer: is microdit app still running?");
+    throw new Error("The server does not respond: is microdit app still running?");
   }
-  const told = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(told.error ? told.error.message : `The server answered ${answer.status}.`);
-  return told;
+  const content = await response.json().catch(() => ({}));
+  if (!response.ok) throw new Error(content.error ? content.error.message : `The server responded with status ${response.status}.`);
+  return content;
 }
 
 function say(sentence) {
@@ -28,7 +28,7 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-// Fields: [name, label, element, wide]. Text is kept as it is; numbers are read by the server, which says what is wrong with them.
+// Add a labelled field to a form. Its value is checked by the server, whose errors the page shows.
 function field(form, name, label, element, wide) {
   element.name = name;
   const inside = name === "seed" ? make("span", { className: "dice" }, element, dice(element)) : element;
@@ -36,8 +36,8 @@ function field(form, name, label, element, wide) {
 }
 
 function dice(input) {
-  const throwIt = () => (input.value = Math.floor(Math.random() * 2 ** 31));
-  return make("button", { type: "button", textContent: "⚄", title: "Another seed", onclick: throwIt });
+  const roll = () => (input.value = Math.floor(Math.random() * 2 ** 31));
+  return make("button", { type: "button", textContent: "⚄", title: "Random seed", onclick: roll });
 }
 
 const number = (value, more) => make("input", { type: "number", step: "any", value, ...more });
@@ -52,13 +52,13 @@ function settingsFields(form, about) {
 
 function promptFields(form, about) {
   field(form, "prompt", "Prompt", make("textarea", { placeholder: "red heart" }), true);
-  field(form, "negative_prompt", "Not this (negative prompt)", make("input"), true);
+  field(form, "negative_prompt", "Negative prompt", make("input"), true);
 }
 
-function pictureFields(form, about) {
+function imageFields(form, about) {
   field(form, "seed", "Seed", number(0));
   field(form, "size", "Size", make("input", { value: Object.values(about.models)[0] }));
-  field(form, "n", "Pictures", number(4, { min: 1, max: about.pictures }));
+  field(form, "n", "Images", number(4, { min: 1, max: about.pictures }));
 }
 
 const NUMBERS = ["guidance_scale", "steps", "seed", "n"];
@@ -74,55 +74,55 @@ function read(...places) {
   return fields;
 }
 
-class Watch {
-  // One job. `show(told)` is called each time that it is looked at.
+// Follows one job: `show(status)` is called with each status that the server returns.
+class JobWatch {
   constructor(show) {
     this.show = show;
     this.id = null;
   }
-  async draw(fields) {
-    this.id = (await ask("POST", "api/jobs", fields)).id;
+  async run(fields) {
+    this.id = (await request("POST", "api/jobs", fields)).id;
     for (;;) {
-      const told = await ask("GET", `api/jobs/${this.id}`);
-      this.show(told);
-      if (["done", "failed", "cancelled"].includes(told.state)) return told;
-      await new Promise((later) => setTimeout(later, LOOK_EVERY));
+      const status = await request("GET", `api/jobs/${this.id}`);
+      this.show(status);
+      if (["done", "failed", "cancelled"].includes(status.state)) return status;
+      await new Promise((later) => setTimeout(later, POLL_MILLISECONDS));
     }
   }
   async cancel() {
-    if (this.id) await ask("DELETE", `api/jobs/${this.id}`);
+    if (this.id) await request("DELETE", `api/jobs/${this.id}`);
   }
 }
 
-function words(told) {
-  return [state(told), ...(told.warnings ?? [])].join(" ");
+function statusText(status) {
+  return [stateText(status), ...(status.warnings ?? [])].join(" ");
 }
 
-function state(told) {
-  if (told.state === "waiting") return told.place ? `Waiting: ${told.place} before.` : "Waiting.";
-  if (told.state === "running") return `Drawing: ${Math.floor((100 * told.done) / told.all)}%`;
-  return { done: "Done.", cancelled: "Cancelled.", failed: "Failed." }[told.state];
+function stateText(status) {
+  if (status.state === "waiting") return status.place ? `Waiting behind ${status.place} ${status.place === 1 ? "job" : "jobs"}.` : "Waiting.";
+  if (status.state === "running") return `Generating: ${Math.floor((100 * status.done) / status.all)}%`;
+  return { done: "Done.", cancelled: "Cancelled.", failed: "Failed." }[status.state];
 }
 
-function showPictures(place, told, prompt) {
-  if (!told.pictures) return told.state === "cancelled" && place.replaceChildren();
-  place.classList.toggle("unfinished", told.state !== "done");
-  place.replaceChildren(...told.pictures.map((address, i) => picture(address, prompt, told.seed + i)));
+function showImages(place, status, prompt) {
+  if (!status.pictures) return status.state === "cancelled" && place.replaceChildren();
+  place.classList.toggle("unfinished", status.state !== "done");
+  place.replaceChildren(...status.pictures.map((address, i) => figure(address, prompt, status.seed + i)));
 }
 
-function picture(address, prompt, seed) {
-  const image = make("img", { src: address, alt: prompt || "picture" });
+function figure(address, prompt, seed) {
+  const image = make("img", { src: address, alt: prompt || "image" });
   return make("figure", { title: `${prompt} (seed ${seed})` }, image, make("figcaption", { textContent: `${seed} · ${prompt || "empty prompt"}` }));
 }
 
-function keep(told, prompt) {
+function addToGallery(status, prompt) {
   const gallery = byId("gallery");
   gallery.querySelector("p")?.remove();
-  gallery.prepend(...told.pictures.map((address, i) => picture(address, prompt, told.seed + i)));
+  gallery.prepend(...status.pictures.map((address, i) => figure(address, prompt, status.seed + i)));
   while (gallery.children.length > GALLERY) gallery.lastChild.remove();
 }
 
-// While `work` is done its button rests and `cancel` may be pressed; what goes wrong is said on the page.
+// Run `work` with the form's button disabled and `cancel` enabled, and show its errors on the page.
 async function busy(form, cancel, watches, work) {
   const button = form.querySelector(".main");
   say("");
@@ -144,19 +144,19 @@ function startDraw(about) {
   const form = byId("draw-form"), fields = form.querySelector(".fields");
   promptFields(fields, about);
   settingsFields(fields, about);
-  pictureFields(fields, about);
+  imageFields(fields, about);
   form.onsubmit = (event) => {
     event.preventDefault();
-    const asked = read(fields);
-    const watch = new Watch((told) => {
-      byId("progress").value = told.done / told.all;
-      byId("state").textContent = words(told);
-      showPictures(byId("result"), told, asked.prompt);
+    const wanted = read(fields);
+    const watch = new JobWatch((status) => {
+      byId("progress").value = status.done / status.all;
+      byId("state").textContent = statusText(status);
+      showImages(byId("result"), status, wanted.prompt);
     });
     busy(form, byId("cancel"), [watch], async () => {
-      const told = await watch.draw(asked);
-      if (told.state === "failed") say(told.error);
-      if (told.state === "done") keep(told, asked.prompt);
+      const status = await watch.run(wanted);
+      if (status.state === "failed") say(status.error);
+      if (status.state === "done") addToGallery(status, wanted.prompt);
     });
   };
 }
@@ -168,20 +168,20 @@ function startCompare(about) {
   if (models.length > 1) sides[1].querySelector("[name=model]").value = models[1];
   else sides[1].querySelector("[name=guidance_scale]").value = 2 * about.guidance;
   promptFields(shared, about);
-  pictureFields(shared, about);
+  imageFields(shared, about);
   form.onsubmit = (event) => {
     event.preventDefault();
     const watches = ["left", "right"].map((name, i) => {
-      const asked = read(shared, sides[i]);
-      return Object.assign(new Watch((told) => {
-        byId(`${name}-state`).textContent = `${words(told)} ${asked.model}, guidance ${asked.guidance_scale}, ${asked.steps} steps of ${asked.solver}`;
-        showPictures(byId(name), told, asked.prompt);
-      }), { asked });
+      const wanted = read(shared, sides[i]);
+      return Object.assign(new JobWatch((status) => {
+        byId(`${name}-state`).textContent = `${statusText(status)} ${wanted.model}, guidance ${wanted.guidance_scale}, ${wanted.steps} steps of ${wanted.solver}`;
+        showImages(byId(name), status, wanted.prompt);
+      }), { wanted });
     });
     busy(form, byId("compare-cancel"), watches, async () => {
-      for (const told of await Promise.all(watches.map((watch) => watch.draw(watch.asked)))) {
-        if (told.state === "failed") say(told.error);
-        if (told.state === "done") keep(told, watches[0].asked.prompt);
+      for (const status of await Promise.all(watches.map((watch) => watch.run(watch.wanted)))) {
+        if (status.state === "failed") say(status.error);
+        if (status.state === "done") addToGallery(status, watches[0].wanted.prompt);
       }
     });
   };
@@ -192,7 +192,7 @@ function startRun(about) {
   document.querySelector("[data-tab=run]").hidden = false;
   byId("run-name").replaceChildren(...choice(about.runs).children);
   const load = () => (byId("run-page").src = `api/runs/${encodeURIComponent(byId("run-name").value)}`);
-  byId("run-name").onchange = byId("run-again").onclick = load;
+  byId("run-name").onchange = byId("run-reload").onclick = load;
   document.querySelector("[data-tab=run]").addEventListener("click", load);
 }
 
@@ -205,13 +205,13 @@ function startBudget(about) {
     event.preventDefault();
     say("");
     try {
-      const file = inputs.file.files[0], asked = { chip: inputs.chip.value };
-      for (const name of ["count", "price", "mfu", "images", "dollars"]) asked[name] = inputs[name].value === "" ? null : Number(inputs[name].value);
-      if (file) asked.text = await file.text();
-      else asked.recipe = inputs.recipe.value;
-      byId("bill").textContent = (await ask("POST", "api/budget", asked)).text;
+      const file = inputs.file.files[0], wanted = { chip: inputs.chip.value };
+      for (const name of ["count", "price", "mfu", "images", "dollars"]) wanted[name] = inputs[name].value === "" ? null : Number(inputs[name].value);
+      if (file) wanted.text = await file.text();
+      else wanted.recipe = inputs.recipe.value;
+      byId("estimate").textContent = (await request("POST", "api/budget", wanted)).text;
     } catch (error) {
-      byId("bill").textContent = "";
+      byId("estimate").textContent = "";
       say(error.message);
     }
   };
@@ -229,7 +229,7 @@ async function start() {
   for (const tab of document.querySelectorAll("[role=tab]")) tab.addEventListener("click", () => openTab(tab.dataset.tab));
   openTab("draw");
   try {
-    const about = await ask("GET", "api/about");
+    const about = await request("GET", "api/about");
     for (const begin of [startDraw, startCompare, startRun, startBudget]) begin(about);
   } catch (error) {
     say(error.message);

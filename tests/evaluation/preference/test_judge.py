@@ -1,4 +1,4 @@
-"""Against a real server on this machine, with scripted answers and faults."""
+"""The vision model as the judge: a real server on this machine, with scripted responses and faults."""
 
 import base64
 import contextlib
@@ -29,7 +29,7 @@ KEY = "sk-very-secret-0123456789"
 
 
 class ScriptedServer(ThreadingHTTPServer):
-    """Calls `script(number, order)` for each request: it returns the judge's words, or answers through the handler itself."""
+    """Calls `script(number, order)` for each request: it returns the judge's answer, or writes its own response to the handler."""
 
     def __init__(self, script: Callable[["Handler", int, str], str | None]):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -37,7 +37,7 @@ class ScriptedServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.bodies: list[dict] = []
         self.headers: list[dict[str, str]] = []
-        self.asked: Counter[tuple[str, str]] = Counter()  # each is paid, whether its answer arrives or not
+        self.requests: Counter[tuple[str, str]] = Counter()  # each is billed, whether its response arrives or not
         self.answered: Counter[tuple[str, str]] = Counter()
 
     @property
@@ -45,7 +45,7 @@ class ScriptedServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, *_: object) -> None:
-        """Clients that were killed are nothing to print."""
+        """Print nothing for clients that were killed."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -60,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.bodies.append(body)
             self.server.headers.append({"path": self.path, **self.headers})
-            self.server.asked[key] += 1
+            self.server.requests[key] += 1
             number = len(self.server.bodies) - 1
         words = self.server.script(self, number, order)
         if words is not None:
@@ -121,7 +121,7 @@ def judge_at(url: str, **settings: float) -> VisionJudge:
 
 
 def new_exchange() -> Exchange:
-    """One that is not written down."""
+    """Return an exchange without a log file."""
     return Exchange(lambda *_, **__: None)
 
 
@@ -129,8 +129,8 @@ def test_a_perfect_judge_gives_everything_to_the_better_model(questions, tmp_pat
     with serving(perfect) as server:
         result = judge_all(VerdictFile(tmp_path / "verdicts.jsonl", questions, "eyes-1"), judge_at(server.url))
     assert (result.win_rate, result.a_wins, result.consistency, result.tokens) == (1.0, 12, 1.0, 2400)
-    assert set(server.asked.values()) == {1}
-    assert len(server.asked) == 24
+    assert set(server.requests.values()) == {1}
+    assert len(server.requests) == 24
     body, headers = server.bodies[0], server.headers[0]
     assert body["model"] == "eyes-1"
     assert headers["path"] == "/v1/chat/completions"
@@ -144,18 +144,18 @@ def test_a_judge_that_always_says_a_gives_half_and_never_agrees(questions, tmp_p
 
 
 def faulty(handler: Handler, number: int, order: str) -> str | None:
-    """Every second request fails, each time in another way."""
+    """Let every second request fail, each time in another way."""
     fault = number // 2 % 7 if number % 2 == 0 else None
     if fault == 0:
         handler.send(500, "oh no")
     elif fault == 1:
         handler.send(429, '{"error": {"message": "slow down"}}', Retry_After="0")
-    elif fault == 2:  # closed in the middle of the answer
+    elif fault == 2:  # closed in the middle of the response
         handler.send_response(200)
         handler.send_header("Content-Length", "1000")
         handler.end_headers()
         handler.wfile.write(b'{"choices": [{"mess')
-    elif fault == 3:  # closed before any answer
+    elif fault == 3:  # closed before any response
         handler.connection.shutdown(socket.SHUT_RDWR)
     elif fault == 4:
         handler.send(200, '{"choices": [')
@@ -200,8 +200,8 @@ def test_requests_are_logged_before_sending_and_answers_on_arrival(questions, tm
     ]
 
 
-def test_answers_of_an_earlier_start_are_not_asked_for_again(questions, tmp_path):
-    """Nonsense counts among the three times that a question is asked; a clear answer whose verdict was not written yet makes it."""
+def test_answers_of_an_earlier_start_are_not_requested_again(questions, tmp_path):
+    """Unreadable answers count among the three requests of a question; a clear answer whose verdict is missing yields the verdict."""
     with RequestLog(tmp_path / REQUESTS, questions[:4], "eyes-1") as log:
         for question, words in zip(questions[:3], (["A"], ["Cats!"], ["Cats!", "Cats!"]), strict=True):
             for word in words:
@@ -209,19 +209,21 @@ def test_answers_of_an_earlier_start_are_not_asked_for_again(questions, tmp_path
                 log.exchange(question).answered(Answer(word, 100))
         log.exchange(questions[1]).sending()
         log.exchange(questions[3]).sending()
-    told: list[str] = []
+    warnings: list[str] = []
     with serving(lambda *_: "Dogs!") as server:
         file = VerdictFile(tmp_path / "verdicts.jsonl", questions[:4], "eyes-1")
         with pytest.raises(UserError, match="No pair has clear verdicts"):
-            judge_all(file, judge_at(server.url), warn=told.append)
+            judge_all(file, judge_at(server.url), warn=warnings.append)
     assert len(server.bodies) == 0 + 2 + 1 + 3
     verdicts = {(line["pair"], line["order"]): line for line in lines_of(file.path)}
     assert [verdicts[question.pair.index, question.order]["tokens"] for question in questions[:4]] == [100, 300, 300, 300]
     assert verdicts[0, "AB"]["verdict"] == "A"
-    assert told == ["2 requests were in flight when an earlier process ended: the questions are asked again and may be paid twice."]
+    assert warnings == [
+        "2 requests were in flight when an earlier process ended: the same questions are sent again and may be billed twice."
+    ]
 
 
-def test_an_answer_without_an_end_is_not_read_to_its_end(pictures):
+def test_an_endless_response_is_cut_off(pictures):
     sent = 0
 
     def script(handler: Handler, number: int, order: str) -> None:
@@ -234,7 +236,7 @@ def test_an_answer_without_an_end_is_not_read_to_its_end(pictures):
 
     with (
         serving(script) as server,
-        pytest.raises(UserError, match=f"answers 200: more than {LONGEST_ANSWER:,} bytes, which is no chat completion"),
+        pytest.raises(UserError, match=f"responds with status 200: more than {LONGEST_ANSWER:,} bytes, which is no chat completion"),
     ):
         judge_at(server.url)("a cat", *pictures, new_exchange())
     assert len(server.bodies) == 1
@@ -249,7 +251,7 @@ DRIPS = {
 
 
 @pytest.mark.parametrize("place", DRIPS)
-def test_a_server_that_sends_a_byte_now_and_then_is_left_after_a_while(pictures, place):
+def test_a_server_that_sends_single_bytes_times_out(pictures, place):
     released = threading.Event()
 
     def script(handler: Handler, number: int, order: str) -> None:
@@ -265,8 +267,10 @@ def test_a_server_that_sends_a_byte_now_and_then_is_left_after_a_while(pictures,
 
 
 @pytest.mark.parametrize("status", [200, 400])
-def test_an_answer_that_is_nested_too_deeply_is_a_sentence(pictures, status):
-    sentence = r"its answer is no chat completion\. Given up after 2 tries" if status == 200 else r"answers 400: \{\"error\":\[\[\["
+def test_a_response_nested_too_deeply_is_an_error_in_a_sentence(pictures, status):
+    sentence = (
+        r"its answer is no chat completion\. Given up after 2 tries" if status == 200 else r"responds with status 400: \{\"error\":\[\[\["
+    )
     with (
         serving(lambda handler, *_: handler.send(status, '{"error":' + "[" * 100_000)) as server,
         pytest.raises(UserError, match=sentence),
@@ -274,14 +278,14 @@ def test_an_answer_that_is_nested_too_deeply_is_a_sentence(pictures, status):
         judge_at(server.url, retries=1)("a cat", *pictures, new_exchange())
 
 
-def test_what_a_server_says_is_shown_without_its_commands_to_the_terminal(pictures):
+def test_control_characters_of_a_server_are_escaped(pictures):
     words = json.dumps({"error": {"message": "bad \x1b[2J\r\n\u202e model"}})
     with serving(lambda handler, *_: handler.send(400, words)) as server, pytest.raises(UserError) as caught:
         judge_at(server.url)("a cat", *pictures, new_exchange())
-    assert str(caught.value).endswith(r"answers 400: bad \u001b[2J \u202e model")
+    assert str(caught.value).endswith(r"responds with status 400: bad \u001b[2J \u202e model")
 
 
-def test_a_slow_answer_is_asked_for_again(pictures):
+def test_a_slow_response_is_requested_again(pictures):
     released = threading.Event()
 
     def script(handler: Handler, number: int, order: str) -> str:
@@ -297,14 +301,14 @@ def test_a_slow_answer_is_asked_for_again(pictures):
 
 
 @pytest.mark.parametrize(("nonsense", "choice", "tokens"), [(1, "first", 200), (2, "first", 300), (3, "unclear", 300)])
-def test_nonsense_is_asked_again_twice_and_then_unclear(pictures, nonsense, choice, tokens):
+def test_after_three_unreadable_answers_the_choice_is_unclear(pictures, nonsense, choice, tokens):
     with serving(lambda handler, number, order: "I like cats." if number < nonsense else "A") as server:
         reply = judge_at(server.url)("a cat", *pictures, new_exchange())
     assert (reply.choice, reply.tokens, len(server.bodies)) == (choice, tokens, tokens // 100)
     assert reply.answer == ("I like cats." if choice == "unclear" else "A")
 
 
-def test_no_more_requests_run_at_a_time_than_are_allowed(questions, tmp_path):
+def test_concurrent_requests_are_bounded(questions, tmp_path):
     running, most, lock = 0, 0, threading.Lock()
     met = threading.Barrier(3)  # three at a time do come, or this breaks
 
@@ -329,11 +333,11 @@ def test_no_more_requests_run_at_a_time_than_are_allowed(questions, tmp_path):
         (401, f'{{"error": {{"message": "Incorrect API key {KEY}"}}}}', r"refuses the key \(401\): set MICRODIT_JUDGE_KEY"),
         (403, "", r"refuses the key \(403\)"),
         (404, '{"error": {"message": "no such model"}}', r"has no model 'eyes-1', .* \(404\): no such model"),
-        (400, json.dumps({"error": {"message": f"bad {KEY} " + "x" * 1000}}), r"answers 400: bad \*\*\* x{100,200}\.\.\.$"),
+        (400, json.dumps({"error": {"message": f"bad {KEY} " + "x" * 1000}}), r"responds with status 400: bad \*\*\* x{100,200}\.\.\.$"),
         (307, "", r"has moved \(307\)"),
     ],
 )
-def test_what_does_not_pass_is_one_sentence_at_once(pictures, status, body, sentence):
+def test_lasting_errors_are_one_sentence_without_retries(pictures, status, body, sentence):
     elsewhere = {"Location": "http://127.0.0.1:1/"} if status == 307 else {}
     with serving(lambda handler, *_: handler.send(status, body, **elsewhere)) as server, pytest.raises(UserError, match=sentence) as caught:
         judge_at(server.url)("a cat", *pictures, new_exchange())
@@ -341,10 +345,10 @@ def test_what_does_not_pass_is_one_sentence_at_once(pictures, status, body, sent
     assert KEY not in str(caught.value)
 
 
-def test_faults_that_do_not_pass_are_given_up(pictures):
+def test_repeated_faults_are_given_up(pictures):
     with (
         serving(lambda handler, *_: handler.send(500, "oh no")) as server,
-        pytest.raises(UserError, match="answers 500: oh no Given up after 3 tries"),
+        pytest.raises(UserError, match="responds with status 500: oh no Given up after 3 tries"),
     ):
         judge_at(server.url, retries=2)("a cat", *pictures, new_exchange())
     assert len(server.bodies) == 3
@@ -352,7 +356,7 @@ def test_faults_that_do_not_pass_are_given_up(pictures):
         judge_at(server.url, retries=1)("a cat", *pictures, new_exchange())
 
 
-def test_a_server_that_wants_hours_is_not_waited_for(pictures):
+def test_a_retry_after_of_hours_is_not_waited_for(pictures):
     with (
         serving(lambda handler, *_: handler.send(429, "quota", Retry_After="7200")) as server,
         pytest.raises(UserError, match="asks to wait 7200 seconds"),
@@ -409,15 +413,15 @@ def test_repeated_kills_pay_twice_only_for_requests_in_flight(tmp_path):
     events = Counter(line["event"] for line in lines_of(tmp_path / REQUESTS))
     assert 3 <= events["failed"] <= 3 * 3  # three kills, with one to three requests under way
     assert (events["sent"], events["answered"]) == (24 + events["failed"], 24)
-    assert 24 + 3 <= sum(server.asked.values()) <= events["sent"]  # a request may be noted and not be sent any more
-    told = re.findall(r"(\d+) requests? w\w+ in flight when an earlier process ended: .* may be paid twice", seen)
-    assert 1 <= sum(map(int, told)) <= events["failed"]  # a process that was killed may have had no time to tell
+    assert 24 + 3 <= sum(server.requests.values()) <= events["sent"]  # a request may be logged and then not sent
+    reported = re.findall(r"(\d+) requests? w\w+ in flight when an earlier process ended: .* may be billed twice", seen)
+    assert 1 <= sum(map(int, reported)) <= events["failed"]  # a killed process may have had no time to report
     assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
     assert KEY not in seen
     assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_a_key_that_a_server_repeats_is_not_written_down(pictures):
+def test_a_key_that_a_server_repeats_is_redacted(pictures):
     with serving(lambda *_: f"A is better, {KEY}") as server:
         assert judge_at(server.url)("a cat", *pictures, new_exchange()).answer == "A is better, ***"
 
@@ -441,7 +445,7 @@ def test_the_key_is_optional_and_a_damaged_one_is_not_repeated(pictures, monkeyp
     "url",
     ["", "api.openai.com/v1", "ftp://x/v1", "http://me:secret@host/v1", "http://host:abc/v1", "http://a b", "http://host/v1?key=secret"],
 )
-def test_an_address_that_is_none_is_refused(url):
+def test_an_invalid_address_is_refused(url):
     with pytest.raises(UserError, match="must look like") as caught:
         judge_at(url)
     assert "secret" not in str(caught.value)

@@ -18,7 +18,7 @@ from microdit.evaluation.preference.verdicts import (
 
 
 def write_folders(root: Path, count: int) -> tuple[Path, Path]:
-    """Pictures of A are red, those of B blue; no two are the same."""
+    """Write images that all differ: red ones for A, blue ones for B."""
     folders = root / "a", root / "b"
     for folder, channel in zip(folders, (0, 2), strict=True):
         folder.mkdir()
@@ -35,7 +35,7 @@ def likes_red(prompt: str, first: Path, second: Path, *_: object) -> Reply:
 
 
 def ask_nobody(prompt: str, first: Path, second: Path, *_: object) -> Reply:
-    raise AssertionError("paid twice")
+    raise AssertionError("billed twice")
 
 
 @pytest.fixture
@@ -82,13 +82,13 @@ def test_nothing_but_unclear_verdicts_is_said_in_a_sentence(questions, tmp_path)
         judge_all(VerdictFile(tmp_path / "verdicts.jsonl", questions, "eyes"), lambda *_: Reply("unclear", "?"))
 
 
-def test_a_failure_keeps_answers_and_the_next_run_asks_the_rest(questions, tmp_path):
-    path, asked = tmp_path / "verdicts.jsonl", []
+def test_a_failure_keeps_verdicts_and_the_next_run_gets_the_rest(questions, tmp_path):
+    path, judged = tmp_path / "verdicts.jsonl", []
 
     def judge(prompt: str, first: Path, second: Path, *_: object) -> Reply:
-        if len(asked) == 7:
+        if len(judged) == 7:
             raise UserError("The endpoint is down.")
-        asked.append((first, second))
+        judged.append((first, second))
         return likes_red(prompt, first, second)
 
     file = VerdictFile(path, questions, "eyes")
@@ -98,17 +98,17 @@ def test_a_failure_keeps_answers_and_the_next_run_asks_the_rest(questions, tmp_p
     assert len(lines_of(path)) == 7
 
     def second_judge(prompt: str, first: Path, second: Path, *_: object) -> Reply:
-        asked.append((first, second))
+        judged.append((first, second))
         return likes_red(prompt, first, second)
 
     file = VerdictFile(path, questions, "eyes")
     assert judge_all(file, second_judge).win_rate == 1.0
-    assert len(asked) == len(set(asked)) == 20
+    assert len(judged) == len(set(judged)) == 20
     assert judge_all(file, ask_nobody).tokens == 200
 
 
 @pytest.mark.parametrize("kept", [1, 20, 60])
-def test_a_last_line_that_was_cut_off_is_asked_again(questions, tmp_path, kept):
+def test_a_question_whose_line_was_cut_off_is_judged_again(questions, tmp_path, kept):
     path = tmp_path / "verdicts.jsonl"
     file = VerdictFile(path, questions, "eyes")
     judge_all(file, likes_red, concurrency=1)
@@ -173,7 +173,7 @@ def test_answers_of_any_characters_come_back(questions, tmp_path):
     assert len(VerdictFile(path, questions, "eyes").waiting()) == 19
 
 
-def test_people_see_each_pair_once_in_an_order_that_the_seed_draws(tmp_path):
+def test_people_see_each_pair_once_in_the_seeds_order(tmp_path):
     pairs = read_pairs(*write_folders(tmp_path, 100))
     questions = random_order(pairs, seed=1)
     assert sorted(question.pair.index for question in questions) == list(range(100))

@@ -1,11 +1,12 @@
-"""What the budget tab answers to a recipe that somebody wrote to do harm."""
+"""Estimates for hostile recipes and requests."""
 
 import pytest
 
 from microdit.config.recipes import RECIPES
 from microdit.errors import UserError
-from microdit.serve.budget_api import bill_text
-from microdit.serve.schemas import AskedWronglyError, BudgetRequest
+from microdit.serve.budget_api import estimate_text
+from microdit.serve.json_requests import APIError
+from microdit.serve.schemas import BudgetRequest
 
 RECIPE = """
 name: NAME
@@ -17,8 +18,8 @@ phases:
 """
 
 
-def bill(fields: dict, check=lambda: None) -> str:
-    return bill_text(BudgetRequest.read({"chip": "h100", **fields}), RECIPES, check)
+def estimated(fields: dict, check=lambda: None) -> str:
+    return estimate_text(BudgetRequest.parse({"chip": "h100", **fields}), RECIPES, check)
 
 
 @pytest.mark.parametrize(
@@ -35,34 +36,34 @@ def bill(fields: dict, check=lambda: None) -> str:
 def test_a_recipe_that_is_too_large_or_asks_for_secrets_is_a_sentence(monkeypatch, old, new, sentence):
     monkeypatch.setenv("API_KEY", "the-secret")
     with pytest.raises(UserError, match=sentence) as refused:
-        bill({"text": RECIPE.replace(old, new)})
+        estimated({"text": RECIPE.replace(old, new)})
     assert "the-secret" not in str(refused.value)
 
 
 def test_a_secret_named_in_a_recipe_stays_a_name(monkeypatch):
     monkeypatch.setenv("API_KEY", "the-secret")
-    text = bill({"text": RECIPE.replace("NAME", "${oc.env:API_KEY}")})
+    text = estimated({"text": RECIPE.replace("NAME", "${oc.env:API_KEY}")})
     assert "the-secret" not in text
 
 
-def test_a_bill_can_be_called_off_between_its_parts():
+def test_an_estimate_can_be_cancelled_between_its_parts():
     checked = []
-    bill({"text": RECIPE}, lambda: checked.append(1))
+    estimated({"text": RECIPE}, lambda: checked.append(1))
     assert len(checked) >= 4 * (1 + 1)  # four models laid out, and at least one way for each
     with pytest.raises(UserError, match="enough"):
-        bill({"text": RECIPE}, lambda: (_ for _ in ()).throw(UserError("enough")))
+        estimated({"text": RECIPE}, lambda: (_ for _ in ()).throw(UserError("enough")))
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 100_000, "../pyproject.toml", "\ud800"])
 def test_a_name_of_no_recipe_is_a_sentence(name):
     with pytest.raises(UserError, match="There is no such recipe here"):
-        bill({"recipe": name})
+        estimated({"recipe": name})
 
 
 @pytest.mark.parametrize(
     ("fields", "param"), [({"count": None}, "count"), ({"chip": None}, "chip"), ({"recipe": 5}, "recipe"), ({"text": []}, "text")]
 )
 def test_a_field_of_another_type_is_named(fields, param):
-    with pytest.raises(AskedWronglyError) as refused:
-        bill(fields)
+    with pytest.raises(APIError) as refused:
+        estimated(fields)
     assert (refused.value.status, refused.value.param) == (400, param)

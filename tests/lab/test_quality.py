@@ -1,0 +1,71 @@
+"""Quality measured against an encoded set alone, without the images and the text encoder."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from microdit.data.dataset import EncodedDataset
+from microdit.distributed import start_world
+from microdit.encoders.autoencoder import load_autoencoder
+from microdit.evaluation.features import EfficientNetFeatures
+from microdit.evaluation.metrics.frechet import fit_gaussian, sample_distance
+from microdit.io.console import QUIET
+from microdit.lab.quality import QualityEvaluator
+from microdit.lab.study import ReferenceArm, Study
+from microdit.pipelines.pipeline import MicroDiTPipeline
+from microdit.pipelines.settings import SamplerSettings
+from tests.commands import microdit
+
+STUDY = Study("s", "?", source="encoded", reference=ReferenceArm("a", 1), arms={"a": []}, pictures=12, num_inference_steps=3)
+
+
+@pytest.fixture(scope="module")
+def measured(workplace):
+    """A short run on a set in 16 bits, what the lab measures of it, and the folder of both."""
+    exact = ["--store-latents", "fp16", "--store-captions", "fp16"]
+    encoded = microdit("data", "encode", "emoji:held_out", *exact, "--out", "data/exact", cwd=workplace)
+    assert encoded.returncode == 0, encoded.output
+    recipe = "name: r\ndata: {path: data/exact}\nmodel: {dim: 32, depth: 2, head_dim: 8, mixer_dim: 32, mixer_depth: 1, num_experts: 0}\n"
+    (workplace / "exact.yaml").write_text(
+        recipe + "phases: [{name: all, steps: 3, batch_size: 4, learning_rate: 1e-3}]\nema: [{decay: 0.9}]"
+    )
+    trained = microdit("train", "exact.yaml", "--out", "runs/exact", cwd=workplace)
+    assert trained.returncode == 0, trained.output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
+        patch.setattr("microdit.encoders.text.MiniLM.__init__", lambda *_: pytest.fail("the text encoder is not needed"))
+        data = EncodedDataset(workplace / "data/exact")
+        evaluator = QualityEvaluator(STUDY, data, start_world("cpu"), QUIET)
+        found = evaluator.measure(workplace / "runs/exact", str(workplace / "data/exact"))
+        again = QualityEvaluator(STUDY, data, start_world("cpu"), QUIET).measure(workplace / "runs/exact", str(workplace / "data/exact"))
+    assert len(list((workplace / "cache/microdit/features").glob("encoded-*.safetensors"))) == 1
+    assert again[0] == found[0]  # from the cache
+    return workplace, data, *found
+
+
+def test_images_of_stored_captions_are_those_of_their_text(measured):
+    workplace, data, _, strip, captions = measured
+    rows = torch.linspace(0, len(data) - 1, 12, dtype=torch.float64).round().long().tolist()
+    texts = [data.column("captions")[row][0] for row in rows]
+    images = MicroDiTPipeline.from_pretrained(workplace / "runs/exact").generate(texts, SamplerSettings(3, 2.0))
+    shown = [texts.index(caption) for caption in captions]
+    assert shown == sorted(set(shown))
+    assert len(shown) == 8
+    for index, image in zip(shown, strip, strict=True):
+        apart = np.abs(np.asarray(image, dtype=float) - np.asarray(images[index], dtype=float))
+        assert apart.max() <= 3  # captions were rounded to 16 bits
+    assert len({image.tobytes() for image in strip}) == 8
+
+
+def test_the_distance_is_to_the_decoded_rows(measured):
+    workplace, data, metrics, _, _ = measured
+    autoencoder, network = load_autoencoder("icon"), EfficientNetFeatures()
+    latents = data.latents([data.read(0, row)[0] for row in range(len(data))], 0)
+    pixels = ((autoencoder.decode(latents).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    real = network([Image.fromarray(image) for image in pixels])
+    rows = torch.linspace(0, len(data) - 1, 12, dtype=torch.float64).round().long().tolist()
+    texts = [data.column("captions")[row][0] for row in rows]
+    drawn = network(MicroDiTPipeline.from_pretrained(workplace / "runs/exact").generate(texts, SamplerSettings(3, 2.0)))
+    assert metrics.frechet_distance == pytest.approx(sample_distance(drawn, fit_gaussian(real)), rel=0.01)
+    assert metrics.held_out_loss > 0
