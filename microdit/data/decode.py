@@ -26,8 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from microdit.data.colours import to_srgb, without_metadata
+from microdit.data.colours import Stored, to_srgb, without_metadata
 from microdit.data.sources.base import Record
+from microdit.data.sources.svg import is_svg, read_svg, render_svg
+from microdit.data.sources.untrusted_files import CAN_DRAW, Refused
 from microdit.errors import UserError
 
 # Recognised by content, not by file name. Pillow knows more formats, but EPS starts a program, and others are vector formats or rare. TGA
@@ -36,6 +38,8 @@ _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000; anything larger may be a decompression bomb
 EXIF_ORIENTATION = 0x0112
 ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that swap height and width
+NOMINAL_SIDE = 512  # pixels; the shorter side of a drawing where nothing else is asked for
+LARGEST_RENDERED = 1024  # pixels; the longer side of a rendered drawing, which may take seconds, is larger only after resizing
 DRAFT_MARGIN = 2  # a JPEG is decoded at a reduced size as long as that is at least this many times the requested size
 
 AHEAD = 2  # chunks that workers decode before they are requested
@@ -71,10 +75,19 @@ class Rejected(Exception):  # noqa: N818
 
 
 class ImageFile:
-    """An image file before decoding. `height` and `width` are those of the full image, upright. Raises Rejected."""
+    """An image file before decoding. `height` and `width` are those of the full image, upright. Raises Rejected.
+
+    A drawing has no pixels of its own: `is_drawing` says so, and its nominal size is NOMINAL_SIDE.
+    """
 
     def __init__(self, content: bytes):
+        self.is_drawing = CAN_DRAW and is_svg(content)
         with _as_rejected(content):
+            if self.is_drawing:
+                self._body, self._view = read_svg(content)
+                scale = NOMINAL_SIDE / min(self._view.width, self._view.height)
+                self.width, self.height = round(self._view.width * scale), round(self._view.height * scale)
+                return
             self._stored = without_metadata(content)
             self._image = _open(self._stored.content)
             self._orientation = self._image.getexif().get(EXIF_ORIENTATION, 1)
@@ -86,9 +99,11 @@ class ImageFile:
 
         If the image will be shrunk to `height` x `width`, the decoder scales a JPEG to a half, a quarter or an eighth of its size, in a
         fraction of the time. The antialiased resizing still starts from at least DRAFT_MARGIN times the requested size, so the result is
-        within 4 of 255 of what the full image would give.
+        within 4 of 255 of what the full image would give. A drawing is rendered at the requested size, up to LARGEST_RENDERED.
         """
         with _as_rejected():
+            if self.is_drawing:
+                return self._draw(height or self.height, width or self.width)
             if height and width:
                 self._draft(DRAFT_MARGIN * height, DRAFT_MARGIN * width)
             self._image.load()
@@ -96,6 +111,17 @@ class ImageFile:
             if image.mode == "F" or (image.mode == "I" and self._image.format != "PPM"):
                 raise Rejected(f"pixels are {'floating-point' if image.mode == 'F' else '32-bit'} numbers of unknown range")
             return to_srgb(image, self._stored)
+
+    def _draw(self, height: int, width: int) -> Image.Image:
+        """Render a drawing so that it just covers height x width. It is rendered as a square, from which its own shape is cut."""
+        scale = max(height / self.height, width / self.width)
+        scale = min(scale, LARGEST_RENDERED / max(self.height, self.width))
+        rows, columns = max(1, round(self.height * scale)), max(1, round(self.width * scale))
+        side = max(rows, columns)
+        png = render_svg(self._body, self._view, side)
+        left, top = (side - columns) // 2, (side - rows) // 2
+        image = Image.open(io.BytesIO(png), formats=["PNG"]).crop((left, top, left + columns, top + rows))
+        return to_srgb(image, Stored(png))
 
     def _draft(self, height: int, width: int) -> None:
         least = (height, width) if self._on_its_side else (width, height)
@@ -302,7 +328,7 @@ def _prepare_one(sizes: TargetSizes, content: bytes) -> DecodedImage | str:
         image = file.decode(max(height for height, _ in shapes), max(width for _, width in shapes))
     except Rejected as rejected:
         return rejected.reason
-    if min(file.height, file.width) < sizes.min_side:
+    if not file.is_drawing and min(file.height, file.width) < sizes.min_side:
         return f"a side is shorter than {sizes.min_side} pixels"
     return bucket, [fit(image, height, width) for height, width in shapes]
 
@@ -342,6 +368,8 @@ def _as_rejected(content: bytes = b"") -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         raise Rejected(_unknown(content)) from error.with_traceback(None)
+    except Refused as refused:  # a drawing
+        raise Rejected(refused.reason) from None
     except Image.DecompressionBombError as error:  # raised at twice Pillow's own limit
         raise Rejected(f"more than {MAX_PIXELS:,} pixels") from error.with_traceback(None)
     except Exception as error:  # Pillow's decoders raise exceptions of many types
@@ -352,6 +380,8 @@ def _unknown(content: bytes) -> str:
     """Return what a file is that has none of the formats."""
     if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
         return "HEIC picture, which needs pip install 'microdit[heif]'"
+    if is_svg(content):
+        return "SVG drawing, which needs pip install 'microdit[svg]'"
     if content.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return "JPEG XL picture, which needs pip install pillow-jxl-plugin"
     return "no picture of a kind that is read"

@@ -168,6 +168,10 @@ class _Group:
         """Return the sample that these units form. Of several images, none is taken."""
         images = [member for unit in units for member in unit.images]
         captions = [member for unit in units for member in unit.captions]
+        drawings = [member for member in images if member.extension.endswith("svg")]
+        if 0 < len(drawings) < len(images):  # the drawing of a picture that is there as well
+            self._pass_over(drawings)
+            images = [member for member in images if member not in drawings]
         self._pass_over(images[1:])
         problem = SEVERAL if len(images) > 1 else next((member.problem for member in images + captions if member.problem), "")
         return Sample(

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, AnyStr, BinaryIO, Self
@@ -23,8 +24,11 @@ from numpy.typing import NDArray
 
 LARGEST_FILE = 200_000_000  # bytes of an image file
 LARGEST_TEXT = 4_000_000  # bytes of a caption file, or of a line of a list
+CAN_DRAW = find_spec("resvg_py") is not None  # the extra `svg` is installed
+
 # The usual suffixes of the formats that `decode.py` recognises by content, with or without a plugin.
 IMAGE_SUFFIXES = (
+    *((".svg",) if CAN_DRAW else ()),
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"),
     *(".jp2", ".j2k", ".jpf", ".jpx", ".jxl", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi", ".pcx", ".sgi"),
 )

@@ -31,8 +31,8 @@ def fill(folder, **files):
 
 def test_what_is_no_picture_and_no_caption_is_counted_by_kind(tmp_path):
     more = [
-        "logo.svg",
-        "in/logo.SVG",
+        "logo.psd",
+        "in/logo.PSD",
         "film.mp4",
         "lonely.txt",
         "README",
@@ -45,7 +45,7 @@ def test_what_is_no_picture_and_no_caption_is_counted_by_kind(tmp_path):
     source = open_source(str(folder))
     assert problems_of(records_of(source)) == {"a.png": "", "in/b.jpg": ""}
     assert source.passed_over == {
-        ".svg": 2,
+        ".psd": 2,
         ".mp4": 1,
         ".txt": 1,
         ".gz": 1,
@@ -96,21 +96,21 @@ def test_a_table_beside_pictures_lists_them(tmp_path):
 
 def test_a_folder_without_pictures_is_refused_with_what_it_holds(tmp_path):
     for number in range(3):
-        write_file(tmp_path / f"{number}.svg", b"<svg/>")
-    with pytest.raises(UserError, match=r"holds no images .*, archives or tables, only 3 \.svg\."):
+        write_file(tmp_path / f"{number}.psd", b"8BPS")
+    with pytest.raises(UserError, match=r"holds no images .*, archives or tables, only 3 \.psd\."):
         open_source(str(tmp_path))
 
 
 def test_encode_and_look_say_what_was_passed_over(tmp_path, text_encoder, capsys):
     files = [("a.png", picture(1, "PNG")), ("a.txt", b"words"), ("b.png", b""), ("b.txt", b"words"), ("c.mp4", b""), ("d.mp4", b"")]
     write_tar(tmp_path / "set" / "0.tar", files)
-    write_file(tmp_path / "set" / "logo.svg", b"")
+    write_file(tmp_path / "set" / "logo.psd", b"")
     source = open_source(str(tmp_path / "set"))
     manifest = encode_source(source, tmp_path / "out", EncodeSettings((8,)), Pixels(), text_encoder)
-    assert (manifest["rows"], sum(manifest["rejected"].values()), manifest["passed_over"]) == (1, 1, {".mp4": 2, ".svg": 1})
-    assert look(source)[2]["passed_over"] == {".svg": 1, ".mp4": 2}
+    assert (manifest["rows"], sum(manifest["rejected"].values()), manifest["passed_over"]) == (1, 1, {".mp4": 2, ".psd": 1})
+    assert look(source)[2]["passed_over"] == {".psd": 1, ".mp4": 2}
     _report_encoded(manifest, tmp_path / "out")
-    assert "passed over: 2 .mp4, 1 .svg" in capsys.readouterr().out
+    assert "passed over: 2 .mp4, 1 .psd" in capsys.readouterr().out
 
 
 def test_another_process_counts_the_same(tmp_path):
@@ -125,7 +125,7 @@ def test_another_process_counts_the_same(tmp_path):
 NAMES = st.tuples(
     st.sampled_from(["", "in/", "in/deeper/", ".hidden/", "x.y/"]),
     st.sampled_from(["a", "b", "a.b", ".c", "\u00fc"]),
-    st.sampled_from([".png", ".jpg", ".txt", ".json", ".svg", ".md", "", ".TXT"]),
+    st.sampled_from([".png", ".jpg", ".txt", ".json", ".psd", ".md", "", ".TXT"]),
 ).map("".join)
 
 

@@ -126,7 +126,7 @@ def test_a_compressed_archive_cut_anywhere_says_so(tmp_path, kind):
 
 STEMS = st.sampled_from(["0", "1", "2024", "in/0", "x.y/0"])
 MIDDLES = st.sampled_from(["", ".05.01", ".05.02", ".seg", ".image", ".1"])
-SUFFIXES = st.sampled_from([".png", ".jpg", ".txt", ".json", ".mp4", ".svg", "", ".PNG"])
+SUFFIXES = st.sampled_from([".png", ".jpg", ".txt", ".json", ".mp4", ".psd", "", ".PNG"])
 NAMES = st.one_of(
     st.builds(lambda *parts: "".join(parts), STEMS, MIDDLES, SUFFIXES), st.sampled_from([".DS_Store", ".git/0.png", "a/.b.txt"])
 )
