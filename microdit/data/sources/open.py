@@ -18,6 +18,7 @@ from microdit.data.sources.caption_options import NONE_WANTED, CaptionOptions, o
 from microdit.data.sources.folders import ListOnce, folder_source, list_source
 from microdit.data.sources.icons import icons_source
 from microdit.data.sources.lists import LIST_SUFFIXES
+from microdit.data.sources.mds import is_mds, mds_source
 from microdit.data.sources.named import NAMED, open_named
 from microdit.data.sources.untrusted_files import (
     IMAGE_SUFFIXES,
@@ -39,7 +40,8 @@ _KINDS = """A source is one of
   icons, icons:held_out          emoji in several styles, from npm packages; icons:styles and icons:styles_held_out name the style only;
                                  icons:FOLDER, icons:held_out:FOLDER, ...: of the packages in FOLDER
   NAME:FOLDER                    one of the paper's data sets: {named}
-  a folder                       of images with .txt files or metadata.jsonl, of archives, of tables, or written by Dataset.save_to_disk
+  a folder                       of images with .txt files or metadata.jsonl, of archives, of tables, of MDS shards, or written by
+                                 Dataset.save_to_disk
   a file, or a pattern in quotes .tar, .tgz, .tar.gz, .tar.zst, .tar.bz2, .zip or .parquet; {{000..099}}.tar names a hundred files
   a list                         .csv, .tsv, .jsonl: the files beside it that its lines name, with their captions
   hf:NAME, hf:NAME:SPLIT         anything that datasets.load_dataset can load; hf:NAME:CONFIG:SPLIT chooses a configuration"""
@@ -169,6 +171,8 @@ def _open_folder(folder: Path, captions: dict[str, float] | None, list_once: Lis
 
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return saved_source(folder, captions)
+    if is_mds(folder):
+        return mds_source(folder, find_files(folder), captions)
     archives, tables, images = _at_the_top(folder)
     if images and not archives and [table.name for table in tables] == ["metadata.parquet"]:
         listed = listed_by_table(folder, tables[0], captions, file_column)
