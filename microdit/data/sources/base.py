@@ -5,7 +5,6 @@ order and their content must therefore depend on nothing but the source itself. 
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +97,7 @@ def checked(records: Iterable[Record], captions: Collection[str]) -> Iterator[Re
 
 def passed_over_in_words(counts: Mapping[str, int]) -> str:
     """Return the counts as words, the most frequent kind first: "248 .svg, 3 .mp4"."""
-    return ", ".join(f"{count:,} {kind}" for kind, count in Counter(counts).most_common())
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def only_captions(name: str, own: Mapping[str, float], captions: Mapping[str, float] | None) -> dict[str, float]:

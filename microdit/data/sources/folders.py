@@ -46,6 +46,7 @@ from microdit.data.sources.untrusted_files import (
     kind_of,
     read_file,
     roots_of,
+    sum_of_kinds,
 )
 from microdit.errors import UserError
 from microdit.io.files import aside_of, from_checked_json, sha256_of, to_checked_json, write_aside
@@ -176,7 +177,7 @@ def _passed_over(found: FoundFiles, used: NDArray[np.bool_]) -> dict[str, int]:
     for start in range(0, len(left), PART_SIZE):
         for kind, times in Counter(kind_of(os.fsdecode(name)) for name in left[start : start + PART_SIZE].to_pylist()).items():
             count_kind(counts, kind, times)
-    return dict(counts.most_common())
+    return sum_of_kinds(counts)
 
 
 def _sidecars(found: FoundFiles, kinds: Iterable[str]) -> NDArray[np.bool_]:

@@ -233,6 +233,5 @@ def _hash_of(name: str) -> int:
     """Return 64 bits of a digest of a key: of a URL as it is, of a file without its suffix."""
     if not is_url(name):
         name = name.removeprefix("./")
-        suffix = next((suffix for suffix in IMAGE_SUFFIXES if name.lower().endswith(suffix)), "")
-        name = name[: len(name) - len(suffix)]
+        name = name.rpartition(".")[0] if name.lower().endswith(IMAGE_SUFFIXES) else name
     return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest(), "big", signed=True)

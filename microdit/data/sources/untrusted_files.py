@@ -229,12 +229,12 @@ def count_kind(counts: Counter[str], kind: str, times: int = 1) -> None:
 
 
 def sum_of_kinds(*counts: Mapping[str, int]) -> dict[str, int]:
-    """Return the sum of several counts, by kind."""
+    """Return the sum of several counts, by kind, the most frequent first."""
     total: Counter[str] = Counter()
     for some in counts:
         for kind, times in some.items():
             count_kind(total, kind, times)
-    return dict(total.most_common())
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
 def is_folder(entry: os.DirEntry[Any]) -> bool:
