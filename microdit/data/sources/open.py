@@ -194,7 +194,7 @@ def _open_folder(folder: Path, captions: dict[str, float] | None, list_once: Lis
     read = {*archives, *tables}
     left = Counter(kind_of(path.name) for path in others if path not in read)
     images_left = Counter(listed.problem or kind_of(listed.file) for listed in found.images[:])
-    return replace(source, name=folder.absolute().name, passed_over=sum_of_kinds(found.passed_over, images_left, left))
+    return replace(source, passed_over=sum_of_kinds(found.passed_over, images_left, left))
 
 
 def _at_the_top(folder: Path) -> tuple[list[Path], list[Path], bool]:
