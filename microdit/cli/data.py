@@ -12,9 +12,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from microdit.cli.terminal import SOURCE_HELP, Device, Dtype, console, share, warn
 from microdit.data.packing import CaptionPacking, LatentPacking
+from microdit.data.sources.base import passed_over_in_words
+from microdit.data.sources.caption_options import CaptionLines, CaptionOptions, CaptionsFrom
 from microdit.devices import choose_dtype, choose_own_device, describe_device, device_errors_explained
 from microdit.errors import UserError
 from microdit.io.console import LineOfProgress, PlainColumn, joined, styled
+
+CaptionsFromOption = Annotated[CaptionsFrom, typer.Option("--captions-from", help="text, or the name of each picture's file or folder.")]
+JoinedOption = Annotated[
+    str | None,
+    typer.Option(
+        "--captions",
+        help="FILE or FILE:KEY_COLUMN:COLUMN with captions (JSON lines, CSV, Parquet), joined by key, path or URL, in place of the own.",
+    ),
+]
+LinesOption = Annotated[CaptionLines, typer.Option("--caption-lines", help="Keep all lines of a caption, or the first one.")]
+RegexOption = Annotated[
+    str | None, typer.Option("--caption-regex", help="Keep what this regular expression matches, or its first group; reject the others.")
+]
+DropOption = Annotated[
+    list[str] | None, typer.Option("--caption-drop", help="Remove what this regular expression matches from captions; repeatable.")
+]
+FileColumnOption = Annotated[str | None, typer.Option("--file-column", help="Column of a list or table that names the files.")]
 
 data_app = typer.Typer(no_args_is_help=True, help="Encode data sets, look at sources, and verify checksums.")
 
@@ -35,12 +54,21 @@ def encode_data(
     store_latents: Annotated[LatentPacking, typer.Option(help="Storage format of latents; int8 has one scale per channel.")] = "int8",
     store_captions: Annotated[CaptionPacking, typer.Option(help="Storage format of captions; ids are embedded during training.")] = "int8",
     caption: Annotated[list[str] | None, typer.Option("--caption", help="Which captions to use: NAME or NAME=WEIGHT; repeatable.")] = None,
+    captions_from: CaptionsFromOption = "text",
+    captions: JoinedOption = None,
+    caption_lines: LinesOption = "all",
+    caption_regex: RegexOption = None,
+    caption_drop: DropOption = None,
+    file_column: FileColumnOption = None,
     min_side: Annotated[
         int | None, typer.Option(help="Reject pictures with a shorter side than this. [default: the source's own, or the resolution]")
     ] = None,
     fraction: Annotated[float, typer.Option(min=0, max=1, help="Use only this fraction of the source, chosen by key.")] = 1.0,
     buckets: Annotated[
-        bool, typer.Option("--buckets", help="Keep aspect ratios (sides in steps of 64) instead of cropping to squares.")
+        bool,
+        typer.Option(
+            "--buckets", help="Keep aspect ratios (sides in steps of 64 pixels, of 32 or 16 below 192) instead of cropping to squares."
+        ),
     ] = False,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Pictures and captions per batch of the encoders. [default: by the device]")
@@ -67,8 +95,10 @@ def encode_data(
     from microdit.encoders.text import load_text_encoder
 
     rank, world = share()
+    drop = tuple(caption_drop or ())
+    reading = CaptionOptions(captions_from, captions, caption_lines, caption_regex, drop, file_column, unfinished(out))
     with listed_once(out, unfinished(out), world) as list_once:
-        opened = open_source(source, _weights(caption), fraction, list_once)
+        opened = open_source(source, _weights(caption), fraction, list_once, reading)
         sides = tuple(resolutions or [64])
         chosen = choose_own_device(device)
         numbers = choose_dtype(dtype, chosen)
@@ -99,20 +129,49 @@ def look_at_data(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
     out: Annotated[Path, typer.Option(help="PNG file to write: 16 pictures with their captions.")] = Path("look.png"),
     caption: Annotated[list[str] | None, typer.Option("--caption", help="As for encode.")] = None,
+    captions_from: CaptionsFromOption = "text",
+    captions: JoinedOption = None,
+    caption_lines: LinesOption = "all",
+    caption_regex: RegexOption = None,
+    caption_drop: DropOption = None,
+    file_column: FileColumnOption = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of records to read for the statistics.")] = 2000,
+    text_encoder: Annotated[str, typer.Option(help="Text encoder whose limit of tokens counts, as for encode.")] = "minilm",
+    html: Annotated[Path | None, typer.Option(help="HTML page to write as well, which shows captions in any script.")] = None,
 ) -> None:
-    """Inspect a source before encoding it: 16 pictures as a PNG; sizes, shapes, caption lengths, duplicates, problems.
+    """Inspect a source before encoding it: 16 pictures; sizes, shapes, languages and lengths of captions, duplicates, problems.
+
+    Warnings name the files that they are about. Nothing is written but the pictures and the page.
 
     Example: microdit data look my-pictures
-    """
-    from microdit.data.look import look
-    from microdit.data.sources.open import open_source
-    from microdit.reports.grids import draw_grid, save_png
 
-    pictures, captions, statistics = look(open_source(source, _weights(caption)), limit=limit)
+    Example: microdit data look my-pictures --text-encoder dfn-clip-h --html look.html
+    """
+    from microdit.data.look import TextLimit, look
+    from microdit.data.sources.open import open_source
+    from microdit.encoders.text import load_text_encoder
+    from microdit.reports.grids import draw_grid, save_png
+    from microdit.reports.look_page import write_look_page
+
+    reading = CaptionOptions(captions_from, captions, caption_lines, caption_regex, tuple(caption_drop or ()), file_column)
+    opened = open_source(source, _weights(caption), options=reading)
+    encoder = load_text_encoder(text_encoder)
+    text = TextLimit(text_encoder, encoder.max_tokens, lambda caption: len(encoder.tokenize([caption])[0]))
+    pictures, shown, statistics = look(opened, limit=limit, text=text)
     console.print_json(data=statistics)
+    if statistics["is_sample"]:
+        console.print(f"These numbers are those of a sample of {statistics['records']:,} records; --limit sets its size.")
+    if "joined" in statistics:
+        console.print(joined_in_words(statistics["joined"]))
+    if statistics["passed_over"]:
+        console.print(f"passed over: {passed_over_in_words(statistics['passed_over'])}")
+    for sentence in statistics["warnings"]:
+        warn(sentence)
+    if html:
+        write_look_page(opened.name, pictures, shown, statistics, html)
+        console.print(joined("The page is ", styled(html)))
     if pictures:
-        save_png(draw_grid(pictures, captions, columns=4), out)
+        save_png(draw_grid(pictures, shown, columns=4), out)
         console.print(joined(f"{len(pictures)} pictures in ", styled(out)))
 
 
@@ -160,14 +219,32 @@ def _report_encoded(manifest: dict[str, Any], out: Path) -> None:
             f", {size / 1e6:,.1f} MB ({size / rows:,.0f} bytes each, captions of {manifest['tokens'] / manifest['captions']:.1f} tokens)",
         )
     )
+    if manifest["settings"]["buckets"]:
+        shapes = [f"{height} x {width}" for height, width in (bucket[min(bucket, key=int)] for bucket in manifest["sizes"])]
+        console.print(f"  {len(shapes)} aspect ratios, as height x width: {', '.join(shapes)}")
     for reason, count in manifest["rejected"].items():
         console.print(f"  rejected {count:,}: {reason}")
     if manifest["rejected"]:
         console.print(f"  each by name in {out}/*.rejected.jsonl")
+    if manifest["passed_over"]:
+        console.print(f"  passed over: {passed_over_in_words(manifest['passed_over'])}")
+    if "joined" in manifest:
+        console.print(f"  {joined_in_words(manifest['joined'])}")
     if manifest["captions_cut"]:
         console.print(
             f"  {manifest['captions_cut']:,} captions were longer than the text encoder's {manifest['max_tokens']} tokens, and cut"
         )
+
+
+def joined_in_words(joined: dict[str, Any]) -> str:
+    """Return a sentence on how many records and rows of a file with captions found each other."""
+    records = joined["records_matched"] + joined["records_unmatched"]
+    broken = f"; {joined['rows_broken']:,} rows are broken" if joined["rows_broken"] else ""
+    repeated = f"; {joined['rows_repeated']:,} rows repeat a key" if joined["rows_repeated"] else ""
+    return (
+        f"captions of {joined['file']}: {joined['records_matched']:,} of {records:,} pictures found theirs; "
+        f"{joined['rows_unmatched']:,} of its rows found no picture{repeated}{broken}"
+    )
 
 
 def _weights(captions: list[str] | None) -> dict[str, float] | None:

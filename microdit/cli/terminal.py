@@ -13,8 +13,8 @@ from microdit.io.untrusted_text import printable
 
 SOURCE_HELP = (
     "emoji and scenes are built in, icons are emoji from npm packages. Otherwise: a folder of pictures with .txt files, metadata.jsonl or "
-    "metadata.csv; .tar files (WebDataset); .parquet files; hf:NAME[:SPLIT] for a data set of the hub or a path; or NAME:PATH with cc12m, "
-    "sa1b, textcaps, journeydb, diffusiondb or coco2014."
+    "metadata.csv; such a list alone; .tar files (WebDataset); .parquet files; hf:NAME, with :SPLIT or :CONFIG:SPLIT, for a data set of "
+    "the hub or a path; or NAME:PATH with cc12m, sa1b, textcaps, journeydb, diffusiondb or coco2014."
 )
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps. auto: the GPU if there is one.")]

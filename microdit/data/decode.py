@@ -1,12 +1,14 @@
 """Decode image files to RGB pixels of the requested sizes, in worker processes.
 
-Transparent images are composited on white, EXIF rotations are applied, 16 bits are reduced to 8, CMYK is converted to RGB, and the first
-frame of an animation is taken. An image that cannot be used is rejected with a reason. Workers decode in the order of the records, a few
-chunks ahead of the consumer. If a worker crashes inside a decoder, only the file that caused the crash is lost, and it is named.
+Transparent images are composited on white, orientations are applied, colour profiles are converted to sRGB, 16 bits are reduced to 8, and
+the first frame of an animation is taken. An image that cannot be used is rejected with a reason. Workers decode in the order of the
+records, a few chunks ahead of the consumer. If a worker crashes inside a decoder, only the file that caused the crash is lost, and it is
+named.
 
 This module does not import torch, so that workers start fast and stay small.
 """
 
+import importlib
 import io
 import math
 import multiprocessing
@@ -24,21 +26,42 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from microdit.data.colours import Stored, to_srgb, without_metadata
 from microdit.data.sources.base import Record
+from microdit.data.sources.svg import is_svg, read_svg, render_svg
+from microdit.data.sources.untrusted_files import CAN_DRAW, Refused
 from microdit.errors import UserError
 
-# Recognised by content, not by file name. Pillow knows more formats, but EPS starts a program, and others are vector formats or rare.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# Recognised by content, not by file name. Pillow knows more formats, but EPS starts a program, and others are vector formats or rare. TGA
+# is tried last, since it is recognised by a few plausible numbers only.
+_WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "PCX", "SGI", "HEIF", "JXL", "TGA")
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000; anything larger may be a decompression bomb
-BAND_PIXELS = 1_000_000  # composited on white at a time
 EXIF_ORIENTATION = 0x0112
 ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that swap height and width
+NOMINAL_SIDE = 512  # pixels; the shorter side of a drawing where nothing else is asked for
+LARGEST_RENDERED = 1024  # pixels; the longer side of a rendered drawing, which may take seconds, is larger only after resizing
 DRAFT_MARGIN = 2  # a JPEG is decoded at a reduced size as long as that is at least this many times the requested size
 
 AHEAD = 2  # chunks that workers decode before they are requested
 MOST_BYTES = 256_000_000  # of the files in a chunk of more than one record; no chunk is started while so many are waiting
-BUCKET_STEP = 64  # pixels; the sides of aspect-ratio buckets are multiples of it
+BUCKET_STEPS = (64, 32, 16)  # pixels; the sides of aspect-ratio buckets are multiples of the first step that allows more than squares
 MAX_ASPECT = 2.0
+
+
+def _formats() -> tuple[str, ...]:
+    """Return the wanted formats that Pillow and its installed plugins read."""
+    Image.init()
+    for name, register in (("pillow_heif", "register_heif_opener"), ("pillow_jxl", "")):
+        try:
+            plugin = importlib.import_module(name)
+        except ImportError:
+            continue
+        if register:
+            getattr(plugin, register)()
+    return tuple(name for name in _WANTED if name in Image.OPEN)
+
+
+FORMATS = _formats()
 
 DecodedImage = tuple[int, list[NDArray[np.uint8]]]  # bucket, pixels (H, W, 3) at every resolution
 
@@ -52,11 +75,21 @@ class Rejected(Exception):  # noqa: N818
 
 
 class ImageFile:
-    """An image file before decoding. `height` and `width` are those of the full image, upright. Raises Rejected."""
+    """An image file before decoding. `height` and `width` are those of the full image, upright. Raises Rejected.
+
+    A drawing has no pixels of its own: `is_drawing` says so, and its nominal size is NOMINAL_SIDE.
+    """
 
     def __init__(self, content: bytes):
-        with _as_rejected():
-            self._image = _open(content)
+        self.is_drawing = CAN_DRAW and is_svg(content)
+        with _as_rejected(content):
+            if self.is_drawing:
+                self._body, self._view = read_svg(content)
+                scale = NOMINAL_SIDE / min(self._view.width, self._view.height)
+                self.width, self.height = round(self._view.width * scale), round(self._view.height * scale)
+                return
+            self._stored = without_metadata(content)
+            self._image = _open(self._stored.content)
             self._orientation = self._image.getexif().get(EXIF_ORIENTATION, 1)
         self._on_its_side = self._orientation in ON_ITS_SIDE
         self.width, self.height = self._image.size[::-1] if self._on_its_side else self._image.size
@@ -66,13 +99,29 @@ class ImageFile:
 
         If the image will be shrunk to `height` x `width`, the decoder scales a JPEG to a half, a quarter or an eighth of its size, in a
         fraction of the time. The antialiased resizing still starts from at least DRAFT_MARGIN times the requested size, so the result is
-        within 4 of 255 of what the full image would give.
+        within 4 of 255 of what the full image would give. A drawing is rendered at the requested size, up to LARGEST_RENDERED.
         """
         with _as_rejected():
+            if self.is_drawing:
+                return self._draw(height or self.height, width or self.width)
             if height and width:
                 self._draft(DRAFT_MARGIN * height, DRAFT_MARGIN * width)
             self._image.load()
-            return _to_rgb(ImageOps.exif_transpose(self._image) if self._orientation != 1 else self._image)
+            image = ImageOps.exif_transpose(self._image) if self._orientation != 1 else self._image
+            if image.mode == "F" or (image.mode == "I" and self._image.format != "PPM"):
+                raise Rejected(f"pixels are {'floating-point' if image.mode == 'F' else '32-bit'} numbers of unknown range")
+            return to_srgb(image, self._stored)
+
+    def _draw(self, height: int, width: int) -> Image.Image:
+        """Render a drawing so that it just covers height x width. It is rendered as a square, from which its own shape is cut."""
+        scale = max(height / self.height, width / self.width)
+        scale = min(scale, LARGEST_RENDERED / max(self.height, self.width))
+        rows, columns = max(1, round(self.height * scale)), max(1, round(self.width * scale))
+        side = max(rows, columns)
+        png = render_svg(self._body, self._view, side)
+        left, top = (side - columns) // 2, (side - rows) // 2
+        image = Image.open(io.BytesIO(png), formats=["PNG"]).crop((left, top, left + columns, top + rows))
+        return to_srgb(image, Stored(png))
 
     def _draft(self, height: int, width: int) -> None:
         least = (height, width) if self._on_its_side else (width, height)
@@ -108,7 +157,10 @@ class TargetSizes:
 
     @classmethod
     def of(cls, resolutions: tuple[int, ...], min_side: int, aspect_buckets: bool, downsampling: int) -> "TargetSizes":
-        """Choose the sizes for these resolutions. Raises UserError if one is no multiple of the autoencoder's `downsampling`."""
+        """Choose the sizes for these resolutions.
+
+        Raises UserError if one is no multiple of the autoencoder's `downsampling`, or if aspect ratios cannot be kept at such sizes.
+        """
         for resolution in resolutions:
             if resolution % downsampling:
                 raise UserError(
@@ -116,7 +168,15 @@ class TargetSizes:
                 )
         if not aspect_buckets:
             return cls([{resolution: (resolution, resolution) for resolution in resolutions}], min_side)
-        return cls(_aspect_buckets(resolutions), min_side)
+        steps = [step for step in BUCKET_STEPS if step % (2 * downsampling) == 0 or step == BUCKET_STEPS[0]]  # models join 2 x 2 latents
+        for step in steps:
+            buckets = _aspect_buckets(resolutions, step)
+            if len(buckets) > 1:
+                return cls(buckets, min_side)
+        raise UserError(
+            f"--buckets keeps no aspect ratio at --resolutions {min(resolutions)}: sides in steps of {steps[-1]} pixels, the smallest for "
+            "this autoencoder, allow squares only. Use a larger resolution, or leave out --buckets."
+        )
 
     def bucket_of(self, height: int, width: int) -> int:
         """Return the bucket whose aspect ratio is nearest on a logarithmic scale."""
@@ -268,35 +328,35 @@ def _prepare_one(sizes: TargetSizes, content: bytes) -> DecodedImage | str:
         image = file.decode(max(height for height, _ in shapes), max(width for _, width in shapes))
     except Rejected as rejected:
         return rejected.reason
-    if min(file.height, file.width) < sizes.min_side:
+    if not file.is_drawing and min(file.height, file.width) < sizes.min_side:
         return f"a side is shorter than {sizes.min_side} pixels"
     return bucket, [fit(image, height, width) for height, width in shapes]
 
 
-def _aspect_buckets(resolutions: tuple[int, ...]) -> list[dict[int, tuple[int, int]]]:
-    """Return shapes of about resolution**2 pixels whose sides are multiples of 64, with aspect ratios of up to 2:1 either way.
+def _aspect_buckets(resolutions: tuple[int, ...], step: int) -> list[dict[int, tuple[int, int]]]:
+    """Return shapes of about resolution**2 pixels whose sides are multiples of `step`, with aspect ratios of up to 2:1 either way.
 
     The smallest resolution determines the ratios; at the others, each bucket has the nearest such shape.
     """
     least = min(resolutions)
     shapes = set()
-    for side in range(BUCKET_STEP, 2 * least, BUCKET_STEP):
-        other = max(BUCKET_STEP, round(least**2 / side / BUCKET_STEP) * BUCKET_STEP)
+    for side in range(step, 2 * least, step):
+        other = max(step, round(least**2 / side / step) * step)
         if max(side / other, other / side) <= MAX_ASPECT:
             shapes |= {(side, other), (other, side)}
     return [
-        {resolution: (_scaled(h, resolution / least), _scaled(w, resolution / least)) for resolution in resolutions}
+        {resolution: (_scaled(h, resolution / least, step), _scaled(w, resolution / least, step)) for resolution in resolutions}
         for h, w in sorted(shapes)
     ]
 
 
-def _scaled(side: int, factor: float) -> int:
-    return max(BUCKET_STEP, round(side * factor / BUCKET_STEP) * BUCKET_STEP)
+def _scaled(side: int, factor: float, step: int) -> int:
+    return max(step, round(side * factor / step) * step)
 
 
 @contextmanager
-def _as_rejected() -> Iterator[None]:
-    """Turn whatever Pillow raises into Rejected.
+def _as_rejected(content: bytes = b"") -> Iterator[None]:
+    """Turn whatever Pillow raises into Rejected. `content` tells what a file is that is not opened.
 
     The traceback is dropped: its frames keep the file in memory, in a reference cycle from Python 3.12 on.
     """
@@ -307,11 +367,24 @@ def _as_rejected() -> Iterator[None]:
     except Rejected:
         raise
     except UnidentifiedImageError as error:
-        raise Rejected(f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture") from error.with_traceback(None)
+        raise Rejected(_unknown(content)) from error.with_traceback(None)
+    except Refused as refused:  # a drawing
+        raise Rejected(refused.reason) from None
     except Image.DecompressionBombError as error:  # raised at twice Pillow's own limit
         raise Rejected(f"more than {MAX_PIXELS:,} pixels") from error.with_traceback(None)
     except Exception as error:  # Pillow's decoders raise exceptions of many types
         raise Rejected("picture is damaged") from error.with_traceback(None)
+
+
+def _unknown(content: bytes) -> str:
+    """Return what a file is that has none of the formats."""
+    if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
+        return "HEIC picture, which needs pip install 'microdit[heif]'"
+    if is_svg(content):
+        return "SVG drawing, which needs pip install 'microdit[svg]'"
+    if content.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "JPEG XL picture, which needs pip install pillow-jxl-plugin"
+    return "no picture of a kind that is read"
 
 
 def _open(content: bytes) -> Image.Image:
@@ -323,21 +396,3 @@ def _open(content: bytes) -> Image.Image:
     if image.format not in ("JPEG", "MPO"):
         image.load()  # for other formats, only this tells the size and the orientation
     return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit greyscale, for which Pillow has several modes
-        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise Rejected("pixels are floating-point numbers of unknown range")
-    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """Composite an image on white, in bands of rows: processed whole, it would be in memory four times."""
-    rgb = Image.new("RGB", image.size)
-    rows = max(1, BAND_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        band = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
-        rgb.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
-    return rgb

@@ -7,7 +7,8 @@ Notable:
 - Each part of the source becomes one shard, whichever process encodes it, so 1 rank and 64 ranks write the same files. After a kill, a run
   continues behind the last complete shard, and encodes again what has changed in the source since.
 - Memory holds a few batches, whatever the size of the source.
-- Every record is either kept or rejected with a reason, and the manifest counts both.
+- Every record is either kept or rejected with a reason, and files that are neither images nor captions are passed over; the manifest counts
+  all of them.
 """
 
 from collections import Counter
@@ -25,6 +26,7 @@ from microdit.data.packing import CaptionPacking, LatentPacking
 from microdit.data.shard_writer import BatchEncoder, Packer, PartInWork, ShardsThread, remove_shard, shard_entry_path
 from microdit.data.sources.base import Part, Record, Source, checked
 from microdit.data.sources.folders import TURN
+from microdit.data.sources.untrusted_files import sum_of_kinds
 from microdit.devices import DTYPES
 from microdit.encoders.autoencoder import Autoencoder
 from microdit.encoders.text import TextEncoder
@@ -118,7 +120,7 @@ def encode_source(
             packer = Packer(settings.resolutions, settings.latents, settings.captions, source.caption_weights)
             with Decoder(sizes, settings.workers) as decoder, ShardsThread(folder, packer, on_written) as shards:
                 _encode_parts(source, missing, settings, decoder, encoder, shards)
-            return _complete(folder, out, plan, source.parts)
+            return _complete(folder, out, plan, source)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and _is_done(out, plan, share, warn):  # another rank was faster
             return None
@@ -220,6 +222,8 @@ def _usable(part: Part, caption_weights: dict[str, float], work: PartInWork) -> 
     """Yield the records of a part without a problem, and reject the others."""
     work.fingerprint = part.fingerprint()  # taken before the first record is read, so that later changes are noticed
     for record in checked(part.records(), caption_weights):
+        if record.passed_over:
+            work.passed_over = sum_of_kinds(work.passed_over, record.passed_over)
         if record.problem:
             work.rejected.append((record.key, record.problem))
         else:
@@ -273,8 +277,9 @@ def _planned(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in free}
 
 
-def _complete(folder: Path, out: Path, plan: dict[str, Any], parts: list[Part]) -> Manifest | None:
+def _complete(folder: Path, out: Path, plan: dict[str, Any], source: Source) -> Manifest | None:
     """Write the manifest and rename the folder to `out`, if all shards exist and no other rank was faster; otherwise return None."""
+    parts = source.parts
     entries = [shard_entry_path(folder, number) for number in range(len(parts))]
     if not all(path.is_file() for path in entries):
         return None
@@ -289,7 +294,8 @@ def _complete(folder: Path, out: Path, plan: dict[str, Any], parts: list[Part]) 
         if not any(shard["rows"] for shard in shards):
             rejected = sum((Counter(shard["rejected"]) for shard in shards), Counter())
             raise UserError(f"No image of the source {plan['source']} could be kept; rejected: {dict(rejected) or 'none either'}.")
-        manifest = write_manifest(folder, plan, shards)
+        joined = {"joined": source.joined()} if source.joined else {}
+        manifest = write_manifest(folder, plan | joined, shards, source.passed_over)
         folder.rename(out)
         for hidden in out.glob(".*"):  # locks and the listing of the source
             hidden.unlink(missing_ok=True)

@@ -3,56 +3,98 @@
 import hashlib
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from PIL import Image
 
 from microdit.data.decode import Rejected, decode
+from microdit.data.findings import NAMED, Seen, colour_of, histogram, languages, near_duplicates, shape_of, warnings_of
 from microdit.data.sources.base import Record, Source, checked
+from microdit.data.sources.untrusted_files import sum_of_kinds
 
 MOST_PARTS = 20  # parts that are opened, evenly spread over the source
 SHOWN_SIDE = 512  # pixels; larger images are shrunk, so that many fit in memory
 PORTRAIT, LANDSCAPE = 0.8, 1.25  # width / height
 
 
-def look(source: Source, sample: int = 16, limit: int = 2000) -> tuple[list[Image.Image], list[str], dict[str, Any]]:
+@dataclass(frozen=True)
+class TextLimit:
+    """The text encoder that will read the captions: its name, its longest caption in tokens, and the length of a caption, at most that."""
+
+    name: str
+    max_tokens: int
+    count: Callable[[str], int]
+
+
+def look(
+    source: Source, sample: int = 16, limit: int = 2000, text: TextLimit | None = None
+) -> tuple[list[Image.Image], list[str], dict[str, Any]]:
     """Return `sample` images evenly spread over up to `limit` records, their captions, and statistics of all these records.
 
-    Where an image has several captions, the one with the largest weight counts. Nothing is written.
+    Where an image has several captions, the one with the largest weight counts. `text` counts their tokens. Nothing is written.
     """
-    seen = 0
-    problems: Counter[str] = Counter()
+    passed_over = dict(source.passed_over)
+    problems: dict[str, list[str]] = {}
     digests: Counter[bytes] = Counter()
-    captions: Counter[str] = Counter()
-    sizes: list[tuple[int, int]] = []
+    seen: list[Seen] = []
     kept = _EvenlySpread(sample)
     heaviest_first = sorted(source.caption_weights, key=source.caption_weights.__getitem__, reverse=True)
     for record in _some_records(source, heaviest_first, limit):
-        seen += 1
+        passed_over = sum_of_kinds(passed_over, record.passed_over) if record.passed_over else passed_over
         try:
             image, caption = _usable(record)
         except Rejected as rejected:
-            problems[rejected.reason] += 1
+            problems.setdefault(rejected.reason, []).append(record.key)
             continue
         digests[hashlib.sha256(record.image).digest()] += 1
-        captions[caption] += 1
-        sizes.append(image.size)
+        tokens = text.count(caption) if text else 0
+        seen.append(Seen(record.key, caption, *image.size, shape_of(image), colour_of(image), tokens))
         kept.add((image, caption))
+    shown = kept.chosen()
+    is_sample = len(source.parts) > MOST_PARTS or len(seen) + sum(map(len, problems.values())) >= limit
+    numbers = _statistics(source, seen, problems, passed_over, digests, text, is_sample)
+    return [image for image, _ in shown], [caption for _, caption in shown], numbers
+
+
+def _statistics(
+    source: Source,
+    seen: list[Seen],
+    problems: dict[str, list[str]],
+    passed_over: dict[str, int],
+    digests: Counter[bytes],
+    text: TextLimit | None,
+    is_sample: bool,
+) -> dict[str, Any]:
+    captions = Counter(item.caption for item in seen)
+    sizes = [(item.width, item.height) for item in seen]
+    pairs = near_duplicates(seen)
+    by_count = sorted(problems.items(), key=lambda item: -len(item[1]))
     numbers = {
-        "records": seen,
-        "usable": len(sizes),
-        "problems": dict(problems.most_common()),
+        "records": len(seen) + sum(map(len, problems.values())),
+        "usable": len(seen),
+        "is_sample": is_sample,
+        "problems": {reason: len(keys) for reason, keys in by_count},
+        "passed_over": passed_over,
         "width": _spread([width for width, _ in sizes]),
         "height": _spread([height for _, height in sizes]),
         "aspect_ratios": _aspect_ratios(sizes),
         "caption_words": _spread([len(caption.split()) for caption in captions.elements()], mean=True),
+        "languages": languages(seen),
         "duplicate_images": digests.total() - len(digests),
+        "near_duplicates": len(pairs),
         "duplicate_captions": captions.total() - len(captions),
+        "examples": {reason: keys[:NAMED] for reason, keys in by_count},
+        "warnings": [
+            *([source.note] if source.note else []),
+            *warnings_of(seen, pairs, text.name if text else "", text.max_tokens if text else 0),
+        ],
     }
-    shown = kept.chosen()
-    return [image for image, _ in shown], [caption for _, caption in shown], numbers
+    if text:
+        numbers["caption_tokens"] = histogram([item.tokens for item in seen], text.max_tokens)
+    return numbers | ({"joined": source.joined()} if source.joined else {})
 
 
 def _some_records(source: Source, captions: list[str], limit: int) -> Iterator[Record]:

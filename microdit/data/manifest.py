@@ -2,12 +2,14 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from microdit.data.shard_index import schema
+from microdit.data.sources.untrusted_files import sum_of_kinds
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.files import from_checked_json, sha256_of, to_checked_json, write_aside
@@ -19,15 +21,19 @@ READ_FORMATS = (2, 3, 4)  # shards of format 3 have no index; format 2 has check
 Manifest = dict[str, Any]
 
 
-def write_manifest(folder: Path, plan: dict[str, Any], shards: list[dict[str, Any]]) -> Manifest:
+def write_manifest(
+    folder: Path, plan: dict[str, Any], shards: list[dict[str, Any]], passed_over: Mapping[str, int] | None = None
+) -> Manifest:
     """Write the manifest: the plan of the encoding, the shards' entries, and the sums of their counts.
 
-    Also writes the two files that let `datasets.load_from_disk` open the folder.
+    `passed_over` counts the files beside the parts of the source; those that the shards count are added. Also writes the two files that let
+    `datasets.load_from_disk` open the folder.
     """
     manifest: Manifest = {key: value for key, value in plan.items() if key != "parts"}
     for key in ("rows", "seen", "captions", "tokens", "captions_cut"):
         manifest[key] = sum(shard[key] for shard in shards)
     manifest["rejected"] = dict(sum((Counter(shard["rejected"]) for shard in shards), Counter()))
+    manifest["passed_over"] = sum_of_kinds(passed_over or {}, *(shard.get("passed_over", {}) for shard in shards))
     manifest["shards"] = shards
     _write_datasets_files(folder, schema(plan["settings"]["resolutions"]), [shard["name"] for shard in shards], shards[0]["sha256"])
     write_aside(folder / MANIFEST, to_checked_json(manifest))

@@ -7,7 +7,7 @@ GPU's memory is halved. Encoding continues while `ShardsThread` packs, writes an
 
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,7 +150,7 @@ class BatchEncoder:
 class PartInWork:
     """A part of the source that becomes shard `number`: its rejected records, and its counts of captions and tokens.
 
-    `fingerprint` is that of the part when reading began.
+    `fingerprint` is that of the part when reading began. `passed_over` counts the files in it that are neither images nor captions.
     """
 
     number: int
@@ -158,6 +158,7 @@ class PartInWork:
     fingerprint: str = ""
     rejected: list[tuple[str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,7 @@ class ShardsThread:
             "rows": writer.rows,
             "seen": writer.rows + len(part.rejected),
             "rejected": dict(sorted(Counter(reason for _, reason in part.rejected).items())),
+            "passed_over": dict(part.passed_over),
             "buckets": {str(bucket): writer.buckets[bucket] for bucket in sorted(writer.buckets)},
             "bytes": writer.path.stat().st_size,
             "sha256": sha256_of(writer.path),

@@ -5,6 +5,7 @@
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -19,7 +20,7 @@ from microdit.encoders.model_files import dtype_argument, is_place, lasting_name
 from microdit.errors import UserError
 from microdit.io.files import write_aside
 from microdit.io.locks import sole_writer
-from microdit.io.untrusted_text import parse_json
+from microdit.io.untrusted_text import decode_text, parse_json
 from microdit.pipelines.open_model import OpenedModel, is_our_pipeline, open_model
 from microdit.pipelines.pipeline import BATCH
 from microdit.pipelines.settings import SamplerSettings
@@ -181,20 +182,54 @@ def steps_to_draw(count: int, generator: ImageGenerator, settings: DrawSettings,
 
 
 def read_prompt_file(path: Path) -> list[str]:
-    """Read one prompt per line: JSON with a key `prompt` if the file ends in .jsonl, else plain text.
+    """Read one prompt per line: a JSON object with a key `prompt`, or plain text. A JSON list of strings or of such objects is read too.
 
     Raises UserError if the file cannot be read, a line is malformed, or there is no prompt.
     """
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv", ".parquet", ".gz"):
+        raise UserError(f"{path} is no file of prompts: write one prompt per line in a .txt file, or JSON objects in a .jsonl file.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        prompts = [parse_json(line)["prompt"] if path.suffix == ".jsonl" else line.strip() for line in lines if line.strip()]
+        text = decode_text(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'Each line of {path} must be a JSON object with a key "prompt" ({error}).') from error
+        raise UserError(f"{path} cannot be read: {error}. Save it as UTF-8.") from error
+    lines = {number: line.strip() for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1) if line.strip()}  # no other line ends
+    as_json = suffix in (".json", ".jsonl", ".ndjson")
+    listed = _prompts_listed(text) if as_json or text.lstrip().startswith("[") else None
+    if listed is not None:
+        prompts = [_prompt_of(item, f"item {number} of {path}") for number, item in enumerate(listed, 1)]
+    elif as_json or _is_object(next(iter(lines.values()), "")):
+        prompts = [_prompt_of(_parsed(line), f"line {number} of {path}") for number, line in lines.items()]
+    else:
+        prompts = list(lines.values())
     if not prompts:
         raise UserError(f"{path} contains no prompts: write one per line.")
     return prompts
+
+
+def _prompts_listed(text: str) -> list[Any] | None:
+    """Return the items of a file that is one JSON list, else None."""
+    items = _parsed(text)
+    return items if isinstance(items, list) else None
+
+
+def _is_object(line: str) -> bool:
+    return isinstance(_parsed(line), dict)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError:
+        return None
+
+
+def _prompt_of(item: Any, where: str) -> str:
+    """Return the prompt in an item of a list, or in a line. Raises UserError if there is none."""
+    prompt = item.get("prompt") if isinstance(item, dict) else item
+    if isinstance(prompt, str) and prompt.strip():
+        return prompt.strip()
+    raise UserError(f'The {where} must be a JSON object with a key "prompt", which holds text.')
 
 
 def _starts(count: int, batch: int, world: World) -> range:

@@ -1,9 +1,10 @@
-"""Untrusted text: JSON from elsewhere, and names, captions, recipes and command lines made safe to show.
+"""Untrusted text: text files and JSON from elsewhere, and names, captions, recipes and command lines made safe to show.
 
 `printable` and `one_line` escape text for terminals, `plain`, `code` and `block` for Markdown. `command_line` hides secrets in command
 lines that are kept in shared records.
 """
 
+import codecs
 import json
 import re
 import shlex
@@ -11,6 +12,24 @@ import unicodedata
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
+
+_MARKS = (  # that of UTF-32 begins with that of UTF-16
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+def decode_text(content: bytes) -> str:
+    """Decode a text file: UTF-8, or UTF-16 or UTF-32 with a byte order mark. Raises UnicodeDecodeError if it is anything else."""
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            return content[len(mark) :].decode(encoding)
+    if (place := content.find(b"\0")) >= 0:
+        raise UnicodeDecodeError("utf-8", content, place, place + 1, "it holds null characters, as UTF-16 does")
+    return content.decode()
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -1,6 +1,9 @@
+import json
+
 import pytest
 
 from tests.commands import microdit
+from tests.data.pictures import picture, write_file
 
 
 @pytest.mark.parametrize(
@@ -42,3 +45,45 @@ def test_the_line_of_device_and_dtype_and_an_encoding_in_bfloat16(tmp_path):
     assert "Encoding on CPU" in done.output
     assert "bfloat16." in done.output
     assert '"dtype": "bfloat16"' in (tmp_path / "set" / "card.json").read_text()
+
+
+def fill(folder):
+    """Write five pictures of which one lacks a caption, files of other kinds, and a file with other captions."""
+    for number in range(5):
+        write_file(folder / "set" / f"{number}.png", picture(number, "PNG", (48, 32 + 8 * number)))
+        write_file(folder / "set" / f"{number}.txt", f"Stock photo of number {number}".encode())
+    (folder / "set" / "4.txt").unlink()
+    for name in ("logo.psd", "film.mp4", "second.psd", ".hidden"):
+        write_file(folder / "set" / name, b"")
+    rows = [{"key": f"{number}.png", "llava": f"long number {number}"} for number in (0, 1, 9)]
+    write_file(folder / "new.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return folder
+
+
+def test_every_file_of_a_folder_is_accounted_for_and_captions_are_edited(tmp_path):
+    options = ["--device", "cpu", "--resolutions", "64", "--min-side", "16", "--autoencoder", "pixels", "--workers", "0", "--buckets"]
+    done = microdit("data", "encode", "set", "--out", "out", *options, "--caption-drop", "stock photo of ", cwd=fill(tmp_path))
+    assert done.returncode == 0, done.output
+    output = " ".join(done.output.split())
+    assert "4 of 5 records kept at 64 px" in output
+    assert "rejected 1: no caption" in output
+    assert "passed over: 2 .psd, 1 .mp4, 1 hidden file" in output
+    assert "5 aspect ratios, as height x width: 48 x 80, 48 x 96, 64 x 64, 80 x 48, 96 x 48" in output
+    assert b"number 3" in b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.arrow"))
+    assert b"tock photo" not in b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.arrow"))
+
+
+def test_look_joins_captions_and_writes_a_page(tmp_path):
+    fill(tmp_path)
+    done = microdit("data", "look", "set", "--captions", "new.jsonl:key:llava", "--html", "look.html", cwd=tmp_path)
+    assert done.returncode == 0, done.output
+    output = " ".join(done.output.split())
+    assert "captions of new.jsonl: 2 of 5 pictures found theirs; 1 of its rows found no picture" in output
+    assert "passed over: 4 .txt, 2 .psd, 1 .mp4, 1 hidden file" in output
+    assert "long number 1" in (tmp_path / "look.html").read_text()
+    assert (tmp_path / "look.png").is_file()
+    done = microdit("data", "look", "set", "--captions", "new.jsonl", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "new.jsonl has no column with captions under a usual name. Its columns are key, llava. Name both" in " ".join(
+        done.output.split()
+    )

@@ -44,7 +44,7 @@ def test_order_and_count_are_the_sources(workers):
     bucket, (small, large) = outcomes[3][1]
     assert (bucket, small.shape, large.shape) == (0, (8, 8, 3), (16, 16, 3))
     assert small[0, 0].tolist() == [13, 20, 0]
-    assert outcomes[-2][1] == "no JPEG, PNG, WEBP, GIF, BMP or TIFF picture"
+    assert outcomes[-2][1] == "no picture of a kind that is read"
     assert outcomes[-1][1] == "a side is shorter than 8 pixels"
 
 
@@ -150,3 +150,19 @@ def test_aspect_buckets_hold_about_the_resolutions_pixels_in_steps_of_64():
 def test_a_resolution_that_the_autoencoder_cannot_take_is_refused():
     with pytest.raises(UserError, match="--resolutions 60 must be a multiple of 8"):
         TargetSizes.of((60,), 0, False, 8)
+
+
+@pytest.mark.parametrize(
+    ("resolutions", "downsampling", "step"), [((64,), 8, 16), ((128,), 8, 32), ((64, 512), 8, 16), ((128, 256), 1, 32), ((192,), 8, 64)]
+)
+def test_small_resolutions_have_aspect_buckets_in_smaller_steps(resolutions, downsampling, step):
+    sizes = TargetSizes.of(resolutions, 0, True, downsampling)
+    shapes = {bucket[min(resolutions)] for bucket in sizes.buckets}
+    assert len(shapes) > 1
+    assert all(side % step == 0 for shape in shapes for side in shape)
+    assert sizes.buckets[sizes.bucket_of(30, 50)][min(resolutions)][0] < min(resolutions)
+
+
+def test_where_only_squares_fit_buckets_are_refused():
+    with pytest.raises(UserError, match=r"--buckets keeps no aspect ratio at --resolutions 64: sides in steps of 64 pixels"):
+        TargetSizes.of((64,), 0, True, 32)

@@ -30,11 +30,14 @@ def test_numbers_are_of_every_record():
     pictures, captions, numbers = look(source_of(records[:5], records[5:]))
     assert captions == ["one", "one two three", "one", "one two three four"]
     assert [image.size for image in pictures] == [(10, 20), (30, 20), (20, 20), (20, 20)]
+    more = {key: numbers.pop(key) for key in ("languages", "near_duplicates", "examples", "warnings", "is_sample")}
+    assert more["examples"]["listed twice"] == ["4", "5"]
     [unknown] = set(numbers["problems"]) - {"listed twice", "no caption"}
     assert numbers == {
         "records": 8,
         "usable": 4,
         "problems": {"listed twice": 2, "no caption": 1, unknown: 1},
+        "passed_over": {},
         "width": {"min": 10, "median": 20, "max": 30},
         "height": {"min": 20, "median": 20, "max": 20},
         "aspect_ratios": {"portrait": 1, "square": 2, "landscape": 1},

@@ -1,30 +1,33 @@
 """Read images from tar (WebDataset) and zip archives, without unpacking them.
 
-Files belong together if their paths are equal up to the first dot of the file name: each such group is one sample.
+Files belong together if their paths are equal up to the first dot of the file name, as in WebDataset. Where such a group holds several
+images, those with a caption of their own (`2024.05.01.png`, `2024.05.01.txt`) are samples of their own; `samples.py` decides.
 
-Tar archives, plain or gzipped, are read as a stream with one member in memory. Only the parsing of single headers is left to `tarfile`. It
-would read a header's data whole, however large the header says they are; follow chains of headers by recursion; keep all members in memory;
-take anything that is not a header for the end of the archive; and raise whatever its parsers stumble over.
+Tar archives, plain or compressed, are read as a stream with one member in memory. Only the parsing of single headers is left to `tarfile`.
+It would read a header's data whole, however large the header says they are; follow chains of headers by recursion; keep all members in
+memory; take anything that is not a header for the end of the archive; and raise whatever its parsers stumble over.
 """
 
+import bz2
 import gzip
 import io
 import shutil
 import tarfile
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
+
+import pyarrow as pa
 
 from microdit.data.sources.base import END, TARS, Part, Record, Source, relative_names
-from microdit.data.sources.metadata import from_sidecars, sidecars_for
+from microdit.data.sources.metadata import captions_in, sidecar_fields, sidecars_for, url_in
+from microdit.data.sources.samples import Member, Sample, grouped, split_name, use_of
 from microdit.data.sources.untrusted_files import (
-    IMAGE_SUFFIXES,
     LARGEST_FILE,
     LARGEST_TEXT,
     TOO_LARGE,
@@ -36,23 +39,15 @@ from microdit.data.sources.untrusted_files import (
 
 LARGEST_HEADER = 1_000_000  # bytes of an extended header, which holds a long name; no honest archive has a larger one
 ZIP_BLOCK = 4096  # bytes read at a time; what bzip2 and LZMA expand them to, tens of megabytes at most, is held in memory
+SKIPPED_AT_ONCE = 1 << 20  # bytes, of streams that cannot seek
+PADDING = 21  # zero blocks with which a whole archive ends at most: two, and more up to a multiple of 20 blocks
+MOST_ZEROS = 131_072  # zero blocks after which nothing more is expected: 64 MiB
 DAMAGED = "archive is damaged from here on"
+ZEROS = "archive ends in zeros, in place of what may have stood there"
 SPARSE = "sparse file, which only tar itself can unpack"
 BROKEN_HEADER = "tar header is damaged"
 
-Stream = IO[bytes] | gzip.GzipFile
-
-
-@dataclass
-class Sample:
-    """The files of one key. `sidecars` maps a file's extension to its content."""
-
-    key: str
-    image: bytes = b""
-    sidecars: dict[str, bytes] = field(default_factory=dict)
-    problem: str = ""
-    extensions: set[str] = field(default_factory=set)  # of all files met, whether read or not
-    ends: bool = False  # not a sample, but the report that the rest of the archive cannot be read
+Stream = IO[bytes] | gzip.GzipFile | bz2.BZ2File | Any  # Any: the streams of pyarrow
 
 
 def archive_source(files: list[Path], captions: dict[str, float] | None = None, roots: Roots | None = None) -> Source:
@@ -71,12 +66,12 @@ def read_archive(path: Path, sidecars: frozenset[str], roots: Roots | None) -> I
 
     If the archive is damaged, the samples before the damage are followed by one that reports it.
     """
-    return _grouped(_archive_members(path, sidecars, roots), need_sidecar=bool(sidecars))
+    return grouped(_archive_members(path, sidecars, roots), path.name + END, need_sidecar=bool(sidecars))
 
 
 def archive_names(path: Path, roots: Roots | None) -> Iterator[str]:
     """Yield the keys of an archive's files, as far as it can be read."""
-    return (member.key for member in _archive_members(path, None, roots) if not member.ends)
+    return (member.key for member in _archive_members(path, None, roots) if member.key and not member.ends)
 
 
 def read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> tuple[bytes, str]:
@@ -102,112 +97,44 @@ def open_zip(file: BinaryIO) -> zipfile.ZipFile | None:
 
 def _read(path: Path, roots: Roots | None, captions: tuple[str, ...]) -> Iterator[Record]:
     for sample in read_archive(path, sidecars_for(captions), roots):
-        found, problem = from_sidecars(sample.sidecars, captions)
-        yield Record(sample.key, found, sample.image, sample.problem or problem)
+        fields, broken = sidecar_fields(sample.sidecars)
+        found, problem = captions_in(fields, broken, captions)
+        yield Record(sample.key, found, sample.image, sample.problem or problem, sample.passed_over, url_in(fields))
 
 
-@dataclass(frozen=True)
-class _Member:
-    key: str
-    extension: str
-    content: bytes = b""
-    problem: str = ""
-    ends: bool = False
-
-
-def _archive_members(path: Path, sidecars: frozenset[str] | None, roots: Roots | None) -> Iterator[_Member]:
+def _archive_members(path: Path, sidecars: frozenset[str] | None, roots: Roots | None) -> Iterator[Member]:
     """Yield the members of an archive. If `sidecars` is None, no content is read, not even that of images."""
     try:
         with open_file(path, roots) as file:
             yield from (_tar_members if path.name.lower().endswith(TARS) else _zip_members)(file, sidecars)
     except DamagedTar:
-        yield _Member(path.name + END, "", problem=DAMAGED, ends=True)
+        yield Member(path.name + END, "", problem=DAMAGED, ends=True)
     except Refused as refused:
-        yield _Member(path.name + END, "", problem=refused.reason, ends=True)
+        yield Member(path.name + END, "", problem=refused.reason, ends=True)
 
 
-def _tar_members(file: BinaryIO, sidecars: frozenset[str] | None) -> Iterator[_Member]:
+def _tar_members(file: BinaryIO, sidecars: frozenset[str] | None) -> Iterator[Member]:
     for stored in tar_members(file):
-        key, extension = _split(stored.name)
-        if stored.is_folder or not key:
-            continue
-        yield _tar_member(stored, key, extension) if _is_read(extension, sidecars) else _Member(key, extension)
+        if not stored.is_folder:
+            key, extension = split_name(stored.name)
+            use = use_of(extension, sidecars) if key and sidecars is not None else ""
+            problem = stored.problem or ("" if stored.is_file else UNREADABLE) or (TOO_LARGE if stored.size > _MOST[use] else "")
+            yield Member(key, extension, use, stored.read() if use and not problem else b"", problem)
 
 
-def _tar_member(stored: "TarMember", key: str, extension: str) -> _Member:
-    problem = stored.problem or ("" if stored.is_file else UNREADABLE) or (TOO_LARGE if stored.size > _most(extension) else "")
-    return _Member(key, extension, b"" if problem else stored.read(), problem)
-
-
-def _zip_members(file: BinaryIO, sidecars: frozenset[str] | None) -> Iterator[_Member]:
+def _zip_members(file: BinaryIO, sidecars: frozenset[str] | None) -> Iterator[Member]:
     archive = open_zip(file)
     if archive is None:
         raise Refused(DAMAGED)
     # A zip archive has a table of contents, so files that belong together need not be adjacent.
-    infos = sorted((info for info in archive.infolist() if not info.is_dir()), key=lambda info: _split(info.filename))
+    infos = sorted((info for info in archive.infolist() if not info.is_dir()), key=lambda info: split_name(info.filename))
     for info in infos:
-        key, extension = _split(info.filename)
-        if key:
-            content, problem = read_zipped(archive, info, _most(extension)) if _is_read(extension, sidecars) else (b"", "")
-            yield _Member(key, extension, content, problem)
+        key, extension = split_name(info.filename)
+        use = use_of(extension, sidecars) if key and sidecars is not None else ""
+        yield Member(key, extension, use, *(read_zipped(archive, info, _MOST[use]) if use else (b"", "")))
 
 
-def _most(extension: str) -> int:
-    return LARGEST_FILE if f".{extension}" in IMAGE_SUFFIXES else LARGEST_TEXT
-
-
-def _split(path: str) -> tuple[str, str]:
-    """Split "a/b.seg.png" into ("a/b", "seg.png"). The key of a hidden file is empty."""
-    folder, slash, name = path.removeprefix("./").rpartition("/")
-    stem, _, extension = name.partition(".")
-    return (folder + slash + stem if stem else ""), extension.lower()
-
-
-def _is_read(extension: str, sidecars: frozenset[str] | None) -> bool:
-    return sidecars is not None and (f".{extension}" in IMAGE_SUFFIXES or extension in sidecars)
-
-
-def _grouped(members: Iterable[_Member], need_sidecar: bool) -> Iterator[Sample]:
-    sample, key = None, ""
-    times: Counter[str] = Counter()
-    for member in members:
-        if member.ends:
-            # The last sample may lack a file that was to follow. It counts as complete if it can be used as it is.
-            if sample and sample.image and not sample.problem and (sample.sidecars or not need_sidecar):
-                yield sample
-            yield Sample(member.key, problem=member.problem, ends=True)
-            return
-        if sample is None or member.key != key or member.extension in sample.extensions:
-            if sample:
-                yield _finish_sample(sample)
-            sample, key = _start_sample(member.key, times), member.key
-        _add(sample, member)
-    if sample:
-        yield _finish_sample(sample)
-
-
-def _start_sample(key: str, times: Counter[str]) -> Sample:
-    times[key] += 1
-    if times[key] == 1:
-        return Sample(key)
-    while f"{key}#{times[key]}" in times:  # another file really has that name
-        times[key] += 1
-    return Sample(f"{key}#{times[key]}", problem="duplicate key")
-
-
-def _add(sample: Sample, member: _Member) -> None:
-    sample.extensions.add(member.extension)
-    sample.problem = sample.problem or member.problem
-    if f".{member.extension}" in IMAGE_SUFFIXES:
-        sample.image = sample.image or member.content
-    elif member.content:
-        sample.sidecars[member.extension] = member.content
-
-
-def _finish_sample(sample: Sample) -> Sample:
-    if not sample.problem and not any(f".{extension}" in IMAGE_SUFFIXES for extension in sample.extensions):
-        sample.problem = "no image"
-    return sample
+_MOST = {"image": LARGEST_FILE, "caption": LARGEST_TEXT, "": LARGEST_FILE}  # bytes that are read
 
 
 class DamagedTar(Exception):  # noqa: N818
@@ -253,10 +180,18 @@ class TarMember:
 
 def tar_members(file: BinaryIO) -> Iterator[TarMember]:
     """Yield the members in order. Raises DamagedTar where the archive is damaged or ends too early."""
-    gzipped = file.read(2) == b"\x1f\x8b"
+    start = file.read(4)
     file.seek(0)
     with _as_damaged_tar():
-        yield from _members(gzip.GzipFile(fileobj=file) if gzipped else file)
+        yield from _members(_uncompressed(file, start))
+
+
+def _uncompressed(file: BinaryIO, start: bytes) -> Stream:
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=file)
+    if start.startswith(b"BZh"):
+        return bz2.BZ2File(file)
+    return pa.CompressedInputStream(file, "zstd") if start == b"\x28\xb5\x2f\xfd" else file
 
 
 @contextmanager
@@ -270,7 +205,7 @@ def _as_damaged_tar() -> Iterator[None]:
 
 def _members(stream: Stream) -> Iterator[TarMember]:
     extended = _Extended()
-    while any(block := _exactly(stream, tarfile.BLOCKSIZE)):  # a complete archive ends with a block of zeros
+    while block := _next_header(stream):
         header = tarfile.TarInfo.frombuf(_without_sparse_map(block), "utf-8", "surrogateescape")
         if header.size < 0:
             raise DamagedTar("negative size")
@@ -289,6 +224,25 @@ def _members(stream: Stream) -> Iterator[TarMember]:
         yield member
         member.skip()
         extended = _Extended()
+
+
+def _next_header(stream: Stream) -> bytes:
+    """Return the next header, after blocks of zeros too, since archives may have been joined end to end; b"" at the end.
+
+    Raises DamagedTar if there is no block of zeros at the end, and Refused if there are more than any tool writes there: a download that
+    reserved its space and was cut off looks like that.
+    """
+    block, zeros = _exactly(stream, tarfile.BLOCKSIZE), 0
+    while not any(block):
+        zeros += 1
+        block = stream.read(tarfile.BLOCKSIZE)
+        if (not block and zeros > PADDING) or zeros > MOST_ZEROS:
+            raise Refused(ZEROS)
+        if not block:
+            return b""
+    if len(block) < tarfile.BLOCKSIZE:
+        raise DamagedTar("bytes after the end that are no header")
+    return block
 
 
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -358,4 +312,8 @@ def _exactly(stream: Stream, size: int) -> bytes:
 
 
 def _skip(stream: Stream, size: int) -> None:
-    stream.seek(size, io.SEEK_CUR)
+    if stream.seekable():
+        stream.seek(size, io.SEEK_CUR)
+        return
+    while size and (skipped := len(stream.read(min(size, SKIPPED_AT_ONCE)))):
+        size -= skipped

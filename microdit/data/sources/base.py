@@ -8,13 +8,14 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from microdit.encoders.captions import MAX_CAPTION, clean_caption
 from microdit.errors import UserError
 
 LONGEST_KEY = 1000  # characters
 
-TARS = (".tar", ".tgz", ".tar.gz")
+TARS = (".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2")
 ARCHIVES = (*TARS, ".zip")
 END = "#end"  # suffix of the key of a record that reports that the rest of its part cannot be read
 
@@ -25,13 +26,16 @@ class Record:
 
     `key` is unique within its part. `captions` maps the name of a caption ("caption", "alt") to its text. `image` is the content of the
     image file. `problem` is the reason why the record cannot be used, if the source already knows one; records with the same problem have
-    the same words, so that they can be counted.
+    the same words, so that they can be counted. `passed_over` counts, by kind, the files met since the previous record that are neither
+    images nor captions. `url` is where the image comes from, if the source says so.
     """
 
     key: str
     captions: dict[str, str]
     image: bytes
     problem: str = ""
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,9 @@ class Source:
 
     `caption_weights` says how often each caption is chosen where an image has several; captions without a weight are not used.
     `min_side` is the shortest side, in pixels, that an image should have, if the source recommends one. `note` is a sentence for whoever
-    encodes the source, such as what it lacks.
+    encodes the source, such as what it lacks. `passed_over` counts, by kind, the files beside the parts that are neither images nor
+    captions; the records count those inside. `joined` counts the captions joined from another file, and the records, that found each other
+    so far.
     """
 
     name: str
@@ -75,6 +81,8 @@ class Source:
     license: str = ""
     min_side: int | None = None
     note: str = ""
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    joined: Callable[[], dict[str, Any]] | None = None
 
 
 def checked(records: Iterable[Record], captions: Collection[str]) -> Iterator[Record]:
@@ -84,7 +92,12 @@ def checked(records: Iterable[Record], captions: Collection[str]) -> Iterator[Re
         cleaned = {name: text for name in captions if (text := _clean(record.captions.get(name, "")))}
         problem = record.problem or _key_problem(record.key, met) or ("" if cleaned else "no caption")
         met.add(record.key)
-        yield Record(record.key, cleaned, b"" if problem else record.image, problem)
+        yield Record(record.key, cleaned, b"" if problem else record.image, problem, record.passed_over)
+
+
+def passed_over_in_words(counts: Mapping[str, int]) -> str:
+    """Return the counts as words, the most frequent kind first: "248 .svg, 3 .mp4"."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def only_captions(name: str, own: Mapping[str, float], captions: Mapping[str, float] | None) -> dict[str, float]:

@@ -10,17 +10,18 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from microdit.data.sources.archives import Sample, archive_names, archive_source, open_zip, read_archive, read_zipped
+from microdit.data.sources.archives import archive_names, archive_source, open_zip, read_archive, read_zipped
 from microdit.data.sources.base import Part, Record, Source, only_captions, relative_names
 from microdit.data.sources.folders import parts_of
 from microdit.data.sources.metadata import caption_text, from_fields, from_sidecars
+from microdit.data.sources.samples import Sample
 from microdit.data.sources.untrusted_files import (
     LARGEST_TEXT,
     ListedImage,
     Refused,
     Roots,
     bounded_lines,
-    find_images,
+    find_files,
     open_file,
     read_file,
     roots_of,
@@ -79,7 +80,7 @@ def _read_sa1b(tar: Path) -> Iterator[Record]:
         text, missing = read_file(_sa1b_caption(tar, sample.key), roots, LARGEST_TEXT)
         found, problem = from_sidecars({} if missing else {"txt": text}, ["caption"])
         captions = {"llava": found["caption"]} if found else {}
-        yield Record(sample.key, captions, sample.image, sample.problem or problem)
+        yield Record(sample.key, captions, sample.image, sample.problem or problem, sample.passed_over)
 
 
 def _files_of_sa1b(tar: Path) -> Iterator[Path]:
@@ -277,7 +278,7 @@ def _samples(place: Path, roots: Roots) -> Iterator[Sample]:
     if not place.is_dir():
         yield from read_archive(place, frozenset(), roots)
         return
-    for listed in find_images(place)[:]:
+    for listed in find_files(place).images[:]:
         image, problem = (b"", listed.problem) if listed.problem else read_file(place / listed.file, roots)
         yield Sample(str(Path(listed.file).with_suffix("")), image, problem=problem)
 
@@ -287,7 +288,7 @@ def _files_of(place: Path, more: tuple[Path, ...]) -> Iterator[Path]:
     yield from more
     yield place
     if place.is_dir():
-        yield from (place / listed.file for listed in find_images(place)[:])
+        yield from (place / listed.file for listed in find_files(place).images[:])
 
 
 def _joined(place: Path, samples: Iterator[Sample], listed: dict[str, tuple[dict[str, str], str]]) -> Iterator[Record]:
@@ -303,7 +304,7 @@ def _joined(place: Path, samples: Iterator[Sample], listed: dict[str, tuple[dict
         met.add(stem)
         damaged |= sample.ends
         captions, problem = listed.get(stem, ({}, "no caption"))
-        yield Record(f"{folder}/{stem}", captions, sample.image, sample.problem or problem)
+        yield Record(f"{folder}/{stem}", captions, sample.image, sample.problem or problem, sample.passed_over)
     if not damaged:  # otherwise the missing images may lie behind the damage
         yield from (Record(f"{folder}/{stem}", captions, b"", "no such file") for stem, (captions, _) in listed.items() if stem not in met)
 

@@ -35,6 +35,12 @@ NUMBERS = {
 }
 # fmt: on
 
+LARGEST_BOX = 1_000_000.0  # width and height of a drawing, in its own units
+MOST_ASPECT = 20.0  # width / height, or the other way round
+_ROOT = re.compile(r"<svg\b([^<>]{0,4000})>")
+_ATTRIBUTE = re.compile(r"""([\w:.-]+)\s*=\s*("[^"]*"|'[^']*')""")
+_NOTES = ("title", "desc", "metadata")  # elements for readers, which are not drawn
+_OF_ROOT = {"id", "x", "y", "width", "height", "viewBox"}
 _HREF = re.compile(r"#(\S+)")
 _URL = re.compile(r"url\(#([^\s()'\"]+)\)")
 _HUGE = re.compile(r"(?<![\d.])\d{8}|\d[eE]\+?\d")  # ten million or more, or a positive exponent
@@ -57,6 +63,44 @@ class _Cost:
     shapes: int
     characters: int
     depth: int
+
+
+def is_svg(content: bytes) -> bool:
+    """Return whether a file is an SVG drawing, by its beginning."""
+    start = content[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
+    return start.startswith((b"<svg", b"<?xml", b"<!")) and b"<svg" in start
+
+
+def read_svg(content: bytes) -> tuple[str, ViewBox]:
+    """Return the body of an SVG file and its view box. What its first element says of all shapes becomes a group. Raises Refused."""
+    if len(content) > LARGEST_DRAWING:
+        raise Refused("drawing is too large")
+    text = content.decode("utf-8-sig", "replace")
+    root = _ROOT.search(text)
+    end = text.rfind("</svg>")
+    if root is None or end < root.end():
+        raise Refused("drawing is not valid XML")
+    attributes = {name: value[1:-1] for name, value in _ATTRIBUTE.findall(root[1])}
+    box = attributes.get("viewBox") or f"0 0 {attributes.get('width', '')} {attributes.get('height', '')}".replace("px", "")
+    try:
+        left, top, width, height = map(float, re.split(r"[\s,]+", box.strip()))
+    except ValueError:
+        raise Refused("drawing does not say its size") from None
+    if not (0 < width <= LARGEST_BOX and 0 < height <= LARGEST_BOX and max(width, height) <= MOST_ASPECT * min(width, height)):
+        raise Refused("drawing has an impossible size")
+    of_shapes = {name: value for name, value in attributes.items() if (name in WORDS or name in NUMBERS or name == "style")}
+    kept = " ".join(f'{name}="{value}"' for name, value in of_shapes.items() if name not in _OF_ROOT and '"' not in value)
+    return f"<g {kept}>{_without_notes(text[root.end() : end])}</g>", ViewBox(left, top, width, height)
+
+
+def _without_notes(body: str) -> str:
+    for name in _NOTES:
+        kept, place = [], 0
+        while (begin := body.find(f"<{name}", place)) >= 0 and (end := body.find(f"</{name}>", begin)) >= 0:
+            kept.append(body[place:begin])
+            place = end + len(name) + 3
+        body = "".join([*kept, body[place:]])
+    return body
 
 
 def render_svg(body: str, view: ViewBox, side: int) -> bytes:

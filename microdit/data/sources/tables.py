@@ -1,9 +1,11 @@
 """Read images from tables: Parquet files, and whatever the `datasets` library opens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import pyarrow as pa
@@ -11,57 +13,126 @@ import pyarrow.parquet as pq
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from microdit.data.sources.base import END, Part, Record, Source, relative_names
-from microdit.data.sources.metadata import CAPTION_NAMES, from_fields
-from microdit.data.sources.untrusted_files import LARGEST_FILE, TOO_LARGE, Refused, Roots, open_file, read_file, roots_of
+from microdit.data.sources.folders import Listing, parts_of, split_by_list
+from microdit.data.sources.lists import caption_column, check_captions, columns_in_words, digest_of, only_urls, relative_file
+from microdit.data.sources.metadata import FILE_NAMES, find_name, from_fields, is_url, url_in
+from microdit.data.sources.parquet_pages import BinaryColumn, binary_values, large_column
+from microdit.data.sources.untrusted_files import LARGEST_FILE, TOO_LARGE, Refused, Roots, find_files, open_file, read_file, roots_of
 from microdit.errors import UserError
 from microdit.io.untrusted_text import one_line
 
 IMAGE_NAMES = ("image", "jpg", "png", "bytes")
 DAMAGED = "table is damaged from here on"
+SEVERAL = "several pictures in one row"
 PART_SIZE = 1000  # rows of a part, in a data set without row groups
 READ_ROWS = 64  # rows that are held in memory at a time, at most
 READ_BYTES = 64_000_000  # size of these rows, at most, estimated from the mean of their row group
 READ_BUFFER = 1 << 20  # bytes of the file; without a buffer size, whole columns of a row group would be read
+LARGE_GROUP = 250_000_000  # bytes; pages are read whole, and many writers put a thousand rows into one
 
 
-def table_source(files: list[Path], captions: dict[str, float] | None = None, roots: Roots | None = None) -> Source:
-    """Return a source of Parquet files with one part for each row group. Raises UserError if all are damaged, or if columns are missing.
+@dataclass(frozen=True)
+class _Table:
+    """An open table of a source: where it is, its row groups, and the columns that are read."""
 
-    Links must not lead out of the folders `roots`. Without `roots`, the files may be links to anywhere.
+    path: Path
+    name: str
+    image: str
+    wanted: tuple[str, ...]
+    columns: tuple[str, ...]
+    roots: Roots
+
+
+def table_source(
+    files: list[Path], captions: dict[str, float] | None = None, roots: Roots | None = None, file_column: str | None = None
+) -> Source:
+    """Return a source of Parquet files with one part for each row group, of binary images or of the files that its cells name.
+
+    Links must not lead out of the folders `roots`. Without `roots`, the tables may be links to anywhere. Raises UserError if all are
+    damaged, if columns are missing, or if the images are only addresses.
     """
     weights = captions
-    parts = []
+    parts: list[Part] = []
+    largest = 0
     for name, path in zip(relative_names(files), files, strict=True):
         try:
             with open_file(path, roots) as file, pq.ParquetFile(file) as table:
-                schema, groups = table.schema_arrow, [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
+                schema = table.schema_arrow
+                groups = [table.metadata.row_group(n) for n in range(table.num_row_groups)]
+                rows = [group.num_rows for group in groups]
+                image = _image_column(schema, str(path), file_column)
+                in_pages = (group.total_byte_size for number, group in enumerate(groups) if large_column(table, number, image) is None)
+                largest = max(largest, *in_pages, 0)
+                if _holds_text(schema.field(image).type):
+                    _check_not_urls(table, image, path)
         except Refused as refused:
             parts.append(Part(name, partial(_nothing_but, name, refused.reason), partial(iter, (path,))))
             continue
         except (pa.ArrowException, OSError):
             parts.append(Part(name, partial(_nothing_but, name, DAMAGED), partial(iter, (path,))))
             continue
-        weights = weights or {_caption_column(schema.names, str(path)): 1.0}
-        image = _image_column(schema, str(path))
-        _check_columns(schema.names, weights, str(path))
-        first = 0
-        for number, rows in enumerate(groups):
-            read = partial(_read_group, path, name, number, first, image, list(weights))
-            parts.append(Part(f"{name}/{first}", read, partial(_files_of_group, path, number, image)))
-            first += rows
+        weights = weights or {caption_column([column for column in schema.names if column != image], str(path)): 1.0}
+        check_captions(schema.names, weights, str(path))
+        known = _Table(path, name, image, tuple(weights), _columns(schema, image, weights), roots or roots_of(path.parent))
+        for number, first in enumerate(accumulate(rows, initial=0)):
+            if number < len(rows):
+                files_of = partial(_files_of_group, path, number, image)
+                parts.append(Part(f"{name}/{first}", partial(_read_group, known, number, first), files_of))
     if weights is None:
         raise UserError(f"{files[0]} is not a Parquet file, or is damaged{' like all the others' if len(files) > 1 else ''}.")
-    return Source(files[0].name if len(files) == 1 else files[0].absolute().parent.name, parts, weights)
+    title = files[0].name if len(files) == 1 else files[0].absolute().parent.name
+    return Source(title, parts, weights, note=_note_on(largest) if largest > LARGE_GROUP else "")
 
 
-def hub_source(name: str, split: str, captions: dict[str, float] | None = None) -> Source:
+def listed_by_table(folder: Path, path: Path, captions: dict[str, float] | None, file_column: str | None) -> Source | None:
+    """Return the images of a folder as a source, with the captions in a table beside them; None if the table holds images itself."""
+    roots = roots_of(folder)
+    source = table_source([path], captions, roots, file_column)
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER) as table:
+        column = _image_column(table.schema_arrow, str(path), file_column)
+        if not _holds_text(table.schema_arrow.field(column).type):
+            return None
+        digests = bytearray()
+        for batch in table.iter_batches(PART_SIZE, columns=[column]):
+            for name in batch.column(0).to_pylist():
+                digests += digest_of(relative_file(name or "", folder))
+    _, unlisted, passed_over = split_by_list(find_files(folder), digests, path.name)
+    parts = [*source.parts, *parts_of(Listing(unlisted), folder)]
+    return replace(source, name=folder.absolute().name, parts=parts, passed_over=passed_over)
+
+
+def _note_on(size: int) -> str:
+    return (
+        f"A row group of the tables has {size / 1e6:,.0f} MB, and reading may take more than twice as much memory: its writer may have put "
+        "it into a single page. Tables with row groups of 100 rows need little."
+    )
+
+
+def _columns(schema: pa.Schema, image: str, wanted: Iterable[str]) -> tuple[str, ...]:
+    """Return the columns to read: that of the images, those with captions, and that of the addresses, if there is one."""
+    by_lower = {name.lower(): name for name in reversed(schema.names)}
+    columns = (name if name in schema.names else by_lower.get(name.lower(), name.partition(".")[0]) for name in wanted if name)
+    return tuple(dict.fromkeys((image, *columns, *(name for name in schema.names if name == "url"))))
+
+
+def _check_not_urls(table: Any, image: str, path: Path) -> None:
+    """Raise UserError if the first cells hold nothing but addresses."""
+    batch = next(table.iter_batches(READ_ROWS, columns=[image]), None)
+    cells = [cell for cell in batch.column(0).to_pylist() if isinstance(cell, str) and cell] if batch is not None else []
+    if cells and all(is_url(cell) for cell in cells):
+        raise UserError(only_urls(path, table.schema_arrow.names, image))
+
+
+def hub_source(name: str, config: str | None, split: str, captions: dict[str, float] | None = None) -> Source:
     """Return a data set that `datasets.load_dataset` opens, by name or path, as a source. Raises UserError if it cannot be loaded."""
+    title = ":".join(filter(None, (name, config, split)))
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"datasets.load_dataset could not load {name}, split {split}: {one_line(str(error))}") from error
+        chosen = f"configuration {config}, split {split}" if config else f"split {split}"
+        raise UserError(f"datasets.load_dataset could not load {name}, {chosen}: {one_line(str(error))}") from error
     roots = [*((Path(name),) if Path(name).is_dir() else ()), Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
-    return _dataset_source(f"hf:{name}:{split}", split, loaded, captions, tuple(real for root in roots for real in roots_of(root)))
+    return _dataset_source(f"hf:{title}", split, loaded, captions, tuple(real for root in roots for real in roots_of(root)))
 
 
 def saved_source(folder: Path, captions: dict[str, float] | None = None) -> Source:
@@ -80,9 +151,11 @@ def saved_source(folder: Path, captions: dict[str, float] | None = None) -> Sour
 def _dataset_source(name: str, prefix: str, dataset: Any, captions: dict[str, float] | None, roots: Roots) -> Source:
     """Return a source whose keys begin with `prefix`, which does not depend on where the data set lies."""
     image = _image_column(dataset.features.arrow_schema, name)
-    weights = captions or {_caption_column(dataset.column_names, name): 1.0}
-    _check_columns(dataset.column_names, weights, name)
-    dataset = dataset.select_columns([image, *weights]).with_format("arrow")  # as stored: images remain encoded files
+    weights = captions or {caption_column([column for column in dataset.column_names if column != image], name): 1.0}
+    check_captions(dataset.column_names, weights, name)
+    dataset = dataset.select_columns(list(_columns(dataset.features.arrow_schema, image, weights))).with_format(
+        "arrow"
+    )  # as stored: images remain encoded files
     files = partial(iter, [Path(file["filename"]) for file in dataset.cache_files])
     # The folders of the cache are named by their content.
     known = " ".join(Path(*Path(file["filename"]).parts[-2:]).as_posix() for file in dataset.cache_files)
@@ -91,16 +164,32 @@ def _dataset_source(name: str, prefix: str, dataset: Any, captions: dict[str, fl
     return Source(name, [Part(f"{start:09d}", partial(read, start), files, partial(str, known)) for start in starts], weights)
 
 
-def _read_group(path: Path, name: str, group: int, first: int, image: str, wanted: list[str]) -> Iterator[Record]:
-    row, roots = first, roots_of(path.parent)
+def _read_group(table: _Table, group: int, first: int) -> Iterator[Record]:
+    row = first
     try:
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER) as table:
-            for batch in table.iter_batches(_rows_at_once(table, group), row_groups=[group], columns=[image, *wanted]):
-                for fields in _rows(batch):
-                    yield _record(f"{name}/{row}", fields, image, wanted, path.parent, roots)
-                    row += 1
-    except (pa.ArrowException, OSError):
-        yield Record(f"{name}/{row}{END}", {}, b"", DAMAGED)
+        with open(table.path, "rb") as raw, pq.ParquetFile(table.path, pre_buffer=False, buffer_size=READ_BUFFER) as file:
+            large = large_column(file, group, table.image)
+            read = _group_rows(file, group, table.columns) if large is None else _with_large(file, raw, group, table, large)
+            for fields in read:
+                yield _record(f"{table.name}/{row}", fields, table.image, table.wanted, table.path.parent, table.roots)
+                row += 1
+    except (pa.ArrowException, OSError, ValueError):
+        yield Record(f"{table.name}/{row}{END}", {}, b"", DAMAGED)
+
+
+def _group_rows(file: Any, group: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for batch in file.iter_batches(_rows_at_once(file, group), row_groups=[group], columns=list(columns)):
+        yield from _rows(batch)
+
+
+def _with_large(file: Any, raw: BinaryIO, group: int, table: _Table, large: BinaryColumn) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a group whose images are in pages that are too large to be read whole."""
+    kind = file.schema_arrow.field(table.image).type
+    beside = [f"{table.image}.path"] if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else []
+    columns = [*beside, *(name for name in table.columns if name != table.image)]
+    for fields, value in zip(_group_rows(file, group, columns), binary_values(raw, large), strict=True):
+        path = (fields.get(table.image) or {}).get("path") if beside else None
+        yield fields | {table.image: {"bytes": value, "path": path}}
 
 
 def _rows_at_once(table: Any, group: int) -> int:
@@ -114,7 +203,9 @@ def _files_of_group(path: Path, group: int, image: str) -> Iterator[Path]:
     try:
         with pq.ParquetFile(path) as table:
             kind = table.schema_arrow.field(image).type
-            if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+            if _holds_text(kind):
+                yield from (path.parent / cell for cell in table.read_row_group(group, [image]).column(image).to_pylist() if cell)
+            elif pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
                 cells = table.read_row_group(group, [f"{image}.path"]).column(image).to_pylist()
                 yield from (path.parent / cell["path"] for cell in cells if cell and isinstance(cell["path"], str))
     except (pa.ArrowException, OSError, ValueError, KeyError):
@@ -148,54 +239,61 @@ def _nothing_but(name: str, problem: str) -> Iterator[Record]:
     yield Record(name + END, {}, b"", problem)
 
 
-def _record(key: str, fields: dict[str, Any], image: str, wanted: list[str], folder: Path, roots: Roots) -> Record:
+def _record(key: str, fields: dict[str, Any], image: str, wanted: Sequence[str], folder: Path, roots: Roots) -> Record:
     content, trouble = _image_bytes(fields[image], folder, roots)
     captions, problem = from_fields(fields, wanted)
-    return Record(key, captions, content, trouble or problem)
+    return Record(key, captions, content, trouble or problem, url=url_in(fields))
 
 
 def _image_bytes(value: Any, folder: Path, roots: Roots) -> tuple[bytes, str]:
     """Return the image in a cell and "", or b"" and the problem.
 
-    The cell holds bytes, or {bytes, path}, where a file may take the place of missing bytes.
+    The cell holds bytes, the path of a file, or {bytes, path}, where a file may take the place of missing bytes; or a list of one of them.
     """
+    if isinstance(value, (list, tuple)):
+        if len(value) > 1:
+            return b"", SEVERAL
+        value = value[0] if value else None
     if isinstance(value, dict):
-        if value.get("bytes") is None and isinstance(value.get("path"), str) and value["path"]:
-            return read_file(folder / value["path"], roots)
-        value = value.get("bytes")
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, str) and value:
+        return (b"", "row names a URL and no file") if is_url(value) else read_file(folder / value, roots)
+    if isinstance(value, Refused):
+        return b"", value.reason
     if not isinstance(value, bytes):
         return b"", "no image"
     return (b"", TOO_LARGE) if len(value) > LARGEST_FILE else (value, "")
 
 
-def _image_column(schema: pa.Schema, where: str) -> str:
-    """Return the column of images. Raises UserError if there is none, or if it is ambiguous."""
+def _image_column(schema: pa.Schema, where: str, file_column: str | None = None) -> str:
+    """Return the column of images, or of the files that hold them. Raises UserError if there is none, or if it is ambiguous."""
+    if file_column:
+        if file_column not in schema.names:
+            raise UserError(f"{where} has no column {file_column}. {columns_in_words(schema.names)}")
+        return file_column
     fitting = [column.name for column in schema if _may_hold_images(column.type)]
     for name in IMAGE_NAMES:
         if name in fitting:
             return name
-    if len(fitting) != 1:
+    if len(fitting) == 1:
+        return fitting[0]
+    named = find_name([column.name for column in schema if _holds_text(column.type)], FILE_NAMES) if not fitting else None
+    if named is None:
+        what = "several columns of binary data" if fitting else "no column of binary data, and none that names files"
         raise UserError(
-            f"{where} has {'several columns' if fitting else 'no column'} of binary data. Name the one with the images 'image'."
+            f"{where} has {what}. {columns_in_words(schema.names)} Say which of them holds the images, or names their files: "
+            "--file-column NAME."
         )
-    return fitting[0]
+    return named
 
 
 def _may_hold_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(kind.field(n).name == "bytes" and _may_hold_images(kind.field(n).type) for n in range(kind.num_fields))
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _may_hold_images(kind.value_type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
-def _caption_column(columns: list[str], where: str) -> str:
-    """Return the column of captions. Raises UserError if there is none."""
-    for name in CAPTION_NAMES:
-        if name in columns:
-            return name
-    raise UserError(f"{where} has no {', '.join(CAPTION_NAMES)}: say which of its columns hold captions ({', '.join(columns)}).")
-
-
-def _check_columns(columns: list[str], wanted: dict[str, float], where: str) -> None:
-    missing = sorted(set(wanted) - set(columns))
-    if missing:
-        raise UserError(f"{where} has no column {', '.join(missing)}; it has {', '.join(columns)}.")
+def _holds_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

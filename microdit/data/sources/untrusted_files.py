@@ -6,10 +6,13 @@ there may be millions.
 """
 
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, AnyStr, BinaryIO, Self
@@ -21,7 +24,14 @@ from numpy.typing import NDArray
 
 LARGEST_FILE = 200_000_000  # bytes of an image file
 LARGEST_TEXT = 4_000_000  # bytes of a caption file, or of a line of a list
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+CAN_DRAW = find_spec("resvg_py") is not None  # the extra `svg` is installed
+
+# The usual suffixes of the formats that `decode.py` recognises by content, with or without a plugin.
+IMAGE_SUFFIXES = (
+    *((".svg",) if CAN_DRAW else ()),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"),
+    *(".jp2", ".j2k", ".jpf", ".jpx", ".jxl", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi", ".pcx", ".sgi"),
+)
 BLOCK = 10_000  # names that are held as Python objects at a time
 
 NO_FILE = "no such file"
@@ -30,6 +40,14 @@ NOT_REGULAR = "not a regular file"
 TOO_LARGE = "file is too large"
 OUTSIDE = "link leads out of the source"
 LOCKED = "folder cannot be read"
+
+# Kinds of files that are passed over; all other kinds are suffixes.
+HIDDEN_FILE = "hidden file"
+HIDDEN_FOLDER = "hidden folder"
+LINKED_FOLDER = "linked folder"
+NO_SUFFIX = "without a suffix"
+OTHER_KINDS = "of other kinds"
+MOST_KINDS = 100  # counted separately; hostile sources have any number
 
 Roots = tuple[Path, ...]  # the folders in which files may lie, with all links resolved
 
@@ -96,12 +114,13 @@ def bounded_lines(file: IO[AnyStr], most: int = LARGEST_TEXT) -> Iterator[AnyStr
 
 @dataclass(frozen=True)
 class ListedImage:
-    """An image that is known but not yet read: its key, its `file` relative to the folder, its captions or its problem."""
+    """An image that is known but not yet read: its key, its `file` relative to the folder, its captions or its problem, and its address."""
 
     key: str
     file: str
     captions: dict[str, str] = field(default_factory=dict)
     problem: str = ""
+    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,14 +155,26 @@ class ImageList:
         return type(self)(*_arrays_of(array.filter(pa.array(chosen))), self.problems, otherwise)
 
 
-def find_images(folder: Path) -> ImageList:
-    """List the images below `folder`, sorted by name.
+@dataclass(frozen=True)
+class FoundFiles:
+    """The files below a folder: its `images`, and the names of its `others`, an Arrow array of bytes, both sorted.
+
+    `passed_over` counts what was not searched: hidden files and folders, and linked folders whose files are met at their own place.
+    """
+
+    images: ImageList
+    others: Any
+    passed_over: dict[str, int]
+
+
+def find_files(folder: Path) -> FoundFiles:
+    """List the files below `folder`.
 
     Folders that are not searched, because they cannot be read or are links that lead out of the source, are listed with a problem.
     """
-    blocks: list[pa.LargeBinaryArray] = []
-    names: list[bytes] = []
+    images, others = _Names(), _Names()
     problems: dict[bytes, str] = {}
+    passed_over: Counter[str] = Counter()
     top, roots = os.fsencode(folder), roots_of(folder)
     suffixes = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
     waiting = [b""]  # folders to search, each with a trailing slash
@@ -152,22 +183,58 @@ def find_images(folder: Path) -> ImageList:
         try:
             with os.scandir(os.path.join(top, inside)) as entries:
                 for entry in entries:
-                    name = inside + entry.name
+                    name, hidden = inside + entry.name, entry.name.startswith(b".")
                     if is_folder(entry):
-                        if not entry.is_symlink():
+                        if hidden:
+                            passed_over[HIDDEN_FOLDER] += 1
+                        elif not entry.is_symlink():
                             waiting.append(name + b"/")
-                        elif not lies_in(folder / os.fsdecode(name), roots):
+                        elif lies_in(folder / os.fsdecode(name), roots):
+                            passed_over[LINKED_FOLDER] += 1
+                        else:
                             problems[name] = OUTSIDE
-                    elif name.lower().endswith(suffixes) and not entry.name.startswith(b"."):
-                        names.append(name)
-                    if len(names) >= BLOCK:
-                        blocks.append(pa.array(names, pa.large_binary()))
-                        names = []
+                    elif hidden:
+                        passed_over[HIDDEN_FILE] += 1
+                    else:
+                        (images if name.lower().endswith(suffixes) else others).add(name)
         except OSError:
             problems[inside.rstrip(b"/") or b"."] = LOCKED
-    array = pa.chunked_array([*blocks, pa.array([*names, *problems], pa.large_binary())]).combine_chunks()
-    del blocks, names
-    return ImageList(*_arrays_of(array.take(pc.sort_indices(array))), {os.fsdecode(name): problem for name, problem in problems.items()})
+    listed = ImageList(*_arrays_of(images.sorted([*problems])), {os.fsdecode(name): problem for name, problem in problems.items()})
+    return FoundFiles(listed, others.sorted(), dict(passed_over))
+
+
+def has_images(folder: Path) -> bool:
+    """Return whether there is an image below `folder`."""
+    for _, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") for name in files):
+            return True
+    return False
+
+
+def is_hidden(path: str) -> bool:
+    """Return whether the file or a folder in its path has a name that begins with a dot."""
+    return (path.startswith(".") or "/." in path) and any(part.strip(".") and part.startswith(".") for part in path.split("/"))
+
+
+def kind_of(path: str) -> str:
+    """Return the kind as which a file is counted where it is passed over: its suffix, if it has a short one."""
+    suffix = _SUFFIX.search(path)
+    return HIDDEN_FILE if is_hidden(path) else suffix[0].lower() if suffix else NO_SUFFIX
+
+
+def count_kind(counts: Counter[str], kind: str, times: int = 1) -> None:
+    """Count files of a kind. Beyond `MOST_KINDS`, further kinds are counted together."""
+    counts[kind if kind in counts or len(counts) < MOST_KINDS else OTHER_KINDS] += times
+
+
+def sum_of_kinds(*counts: Mapping[str, int]) -> dict[str, int]:
+    """Return the sum of several counts, by kind, the most frequent first."""
+    total: Counter[str] = Counter()
+    for some in counts:
+        for kind, times in some.items():
+            count_kind(total, kind, times)
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
 def is_folder(entry: os.DirEntry[Any]) -> bool:
@@ -176,6 +243,29 @@ def is_folder(entry: os.DirEntry[Any]) -> bool:
         return entry.is_dir()
     except OSError:
         return False
+
+
+_SUFFIX = re.compile(r"(?<=[^/])\.[A-Za-z0-9]{1,9}$")
+
+
+class _Names:
+    """A growing list of names, most of them in Arrow arrays instead of Python objects."""
+
+    def __init__(self) -> None:
+        self._blocks: list[pa.LargeBinaryArray] = []
+        self._names: list[bytes] = []
+
+    def add(self, name: bytes) -> None:
+        self._names.append(name)
+        if len(self._names) >= BLOCK:
+            self._blocks.append(pa.array(self._names, pa.large_binary()))
+            self._names = []
+
+    def sorted(self, more: Sequence[bytes] = ()) -> Any:
+        """Return all names and `more` as one sorted array. The list is empty afterwards."""
+        array = pa.chunked_array([*self._blocks, pa.array([*self._names, *more], pa.large_binary())]).combine_chunks()
+        self._blocks, self._names = [], []
+        return array.take(pc.sort_indices(array))
 
 
 def _real(path: Path) -> Path:

@@ -125,3 +125,25 @@ def test_what_is_no_source_is_refused_with_the_kinds(name, tmp_path, monkeypatch
         open_source(name)
     for word in (name, "emoji:held_out", "scenes", "cc12m, sa1b, textcaps, journeydb, diffusiondb, coco2014", ".parquet", "hf:NAME:SPLIT"):
         assert word in str(refusal.value)
+
+
+def test_braces_name_many_files_and_missing_ones_are_named(tmp_path):
+    for name in ("train/000.tar", "train/001.tar", "train/003.tar", "more/a.tar"):
+        write_tar(tmp_path / name, [(f"{name.replace('/', '-')}.jpg".replace(".tar", ""), picture()), ("x.cls", b"1")])
+    records = records_of(open_source(f"{tmp_path}/train/{{000..003}}.tar"))
+    assert {record.key: record.problem for record in records} == {
+        "train-000": "no caption",
+        "train-001": "no caption",
+        "002.tar#end": "no such file",
+        "train-003": "no caption",
+    }
+    assert [part.name for part in open_source(f"{tmp_path}/{{train,more}}/*.tar").parts] == [
+        *("train/000.tar", "train/001.tar", "train/003.tar", "more/a.tar"),
+    ]
+    assert [part.name for part in open_source(f"{tmp_path}/train/00{{0..1}}.tar").parts] == ["000.tar", "001.tar"]
+    write_tar(tmp_path / "{0..9}.tar", [("0.jpg", picture()), ("0.txt", b"words")])  # a file may have such a name
+    assert keys(f"{tmp_path}/{{0..9}}.tar") == ["0"]
+    with pytest.raises(UserError, match="names more than 1,000,000 files"):
+        open_source(f"{tmp_path}/{{0..99999999}}.tar")
+    with pytest.raises(UserError, match="There is no file or folder"):
+        open_source(f"{tmp_path}/{{none,neither}}/*.tar")

@@ -48,7 +48,7 @@ def test_fields_of_a_json_file_beside_the_picture_can_be_captions(tmp_path):
     [record] = records_of(folder_source(tmp_path, {"alt": 0.7, "caption": 0.3}))
     assert record.captions == {"alt": "long", "caption": "short"}
     [record] = records_of(folder_source(tmp_path, {"width": 1.0}))
-    assert (record.captions, record.problem) == ({}, "no caption")
+    assert (record.captions, record.problem) == ({}, "caption is not text")
     write_file(tmp_path / "a.json", b"{")
     assert problems_of(records_of(folder_source(tmp_path, {"alt": 1.0}))) == {"a.png": "sidecar is not JSON"}
 
@@ -120,7 +120,7 @@ def test_folders_that_cannot_be_read_are_refused_with_the_fix(tmp_path):
         folder_source(tmp_path)
     write_file(tmp_path / "a.png", picture())
     write_file(tmp_path / "metadata.jsonl", b'{"file_name": "a.png", "alt": "x"}')
-    with pytest.raises(UserError, match=r"metadata.jsonl has no caption, text, prompt: say which .* \(alt\)"):
+    with pytest.raises(UserError, match=r"metadata.jsonl has no caption, text, prompt\. Its columns are alt, file_name\. Say which"):
         folder_source(tmp_path)
     write_file(tmp_path / "metadata.csv", b"file_name,text\n")
     with pytest.raises(UserError, match=r"both metadata.jsonl and metadata.csv"):

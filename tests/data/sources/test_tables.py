@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from microdit.data.sources.open import open_source
 from microdit.data.sources.tables import hub_source, saved_source, table_source
 from microdit.errors import UserError
 from tests.data.pictures import keys_of, picture, problems_of, records_of, write_file
@@ -90,9 +91,9 @@ def test_a_damaged_file_does_not_hide_the_others(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "captions", "sentence"),
     [
-        ({"image": [b""], "alt": [""]}, None, r"no caption, text, prompt: say which of its columns hold captions \(image, alt\)"),
-        ({"image": [b""], "alt": [""]}, {"alt": 1.0, "long": 1.0}, "no column long; it has image, alt"),
-        ({"text": [""]}, None, "no column of binary data"),
+        ({"image": [b""], "alt": [""]}, None, r"no caption, text, prompt\. Its columns are alt\. Say which hold captions: --caption NAME"),
+        ({"image": [b""], "alt": [""]}, {"alt": 1.0, "long": 1.0}, r"has no column long\. Its columns are alt, image\."),
+        ({"text": [""]}, None, r"no column of binary data, and none that names files\. Its columns are text\. .*--file-column"),
         ({"a": [b""], "b": [b""], "text": [""]}, None, "several columns of binary data"),
     ],
 )
@@ -132,11 +133,11 @@ def test_what_the_datasets_library_loads_is_a_source(tmp_path, monkeypatch):
     for number, name in enumerate(("a.png", "b.png")):
         write_file(tmp_path / "set" / "train" / name, picture(number, "PNG"))
     write_file(tmp_path / "set" / "train" / "metadata.csv", b"file_name,caption\na.png,one\nb.png,two\n")
-    records = records_of(hub_source(str(tmp_path / "set"), "train"))
+    records = records_of(hub_source(str(tmp_path / "set"), None, "train"))
     assert [(record.image, record.captions["caption"]) for record in records] == [(picture(0, "PNG"), "one"), (picture(1, "PNG"), "two")]
-    assert len(records_of(hub_source(str(tmp_path / "set"), "train[:1]"))) == 1
+    assert len(records_of(hub_source(str(tmp_path / "set"), None, "train[:1]"))) == 1
     with pytest.raises(UserError, match=r"could not load .* split nosuch"):
-        hub_source(str(tmp_path / "set"), "nosuch")
+        hub_source(str(tmp_path / "set"), None, "nosuch")
 
 
 def test_files_beside_a_table_are_read_inside_its_folder_only(tmp_path):
@@ -165,3 +166,80 @@ def test_rows_that_are_large_are_read_a_few_at_a_time(tmp_path, monkeypatch):
         before = pa.total_allocated_bytes()
         held[bound] = max(pa.total_allocated_bytes() - before for _ in table_source([path]).parts[0].records())
     assert held[1_000_000] < 6_000_000 < 12_000_000 < held[100_000_000]
+
+
+def test_columns_and_captions_have_usual_names_in_any_case(tmp_path):
+    path = write_table(tmp_path / "a.parquet", {"Image": [picture()], "Title": ["a title"], "Text": ["a text"]})
+    source = table_source([path])
+    assert source.caption_weights == {"Text": 1.0}
+    assert records_of(table_source([path], {"text": 1.0}))[0].captions == {"text": "a text"}
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.list_(pa.binary())])
+def test_pictures_of_every_binary_type_are_read(tmp_path, kind):
+    cells = [[picture()]] if pa.types.is_list(kind) else [picture()]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": pa.array(cells, kind), "text": ["words"]}), path)
+    (record,) = records_of(table_source([path]))
+    assert (record.image, record.captions) == (picture(), {"text": "words"})
+
+
+def test_a_list_of_several_pictures_is_named(tmp_path):
+    cells = [[picture(), picture(1)], [], [{"bytes": picture(), "path": None}][:0]]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": pa.array(cells, pa.list_(pa.binary())), "text": ["words"] * 3}), path)
+    assert [record.problem for record in records_of(table_source([path]))] == ["several pictures in one row", "no image", "no image"]
+
+
+def test_pictures_may_be_files_that_the_table_names(tmp_path):
+    for name in ("in/a.png", "b.png"):
+        write_file(tmp_path / "set" / name, picture(len(name)))
+    write_file(tmp_path / "secret.png", picture())
+    names = ["in/a.png", "b.png", "../secret.png", "gone.png", None, "https://example.org/c.png", str(tmp_path / "set" / "b.png")]
+    path = write_table(tmp_path / "set" / "t.parquet", {"file_name": names, "caption": ["words"] * 7}, row_group_size=3)
+    records = records_of(table_source([path]))
+    assert [record.problem for record in records] == [
+        *("", "", "link leads out of the source", "no such file", "no image", "row names a URL and no file", ""),
+    ]
+    assert records[0].image == picture(len("in/a.png"))
+    parts = table_source([path]).parts
+    before = [part.fingerprint() for part in parts]
+    write_file(tmp_path / "set" / "b.png", picture(77))
+    assert [old == part.fingerprint() for old, part in zip(before, parts, strict=True)] == [False, True, False]
+
+
+def test_fields_inside_columns_can_be_captions(tmp_path):
+    columns = {"image": [picture()] * 2, "meta": [{"caption": "in a struct"}, None], "json": ['{"a": {"b": "in text"}}', "{"]}
+    path = write_table(tmp_path / "a.parquet", columns)
+    first, second = records_of(table_source([path], {"meta.caption": 0.5, "json.a.b": 0.5}))
+    assert first.captions == {"meta.caption": "in a struct", "json.a.b": "in text"}
+    assert second.problem == "no caption"
+
+
+def test_a_table_of_addresses_is_refused_with_the_command_that_fetches_them(tmp_path):
+    columns = {"URL": ["https://example.org/a.jpg", None], "TEXT": ["words", "words"]}
+    path = write_table(tmp_path / "my set.parquet", columns)
+    with pytest.raises(
+        UserError, match=r"img2dataset --url_list '.*my set.parquet' --input_format parquet --url_col URL --caption_col TEXT"
+    ):
+        table_source([path])
+
+
+def test_a_large_row_group_is_warned_of(tmp_path, monkeypatch):
+    path = write_table(tmp_path / "a.parquet", {"image": image_cells(50), "text": ["words"] * 50})
+    assert table_source([path]).note == ""
+    monkeypatch.setattr("microdit.data.sources.tables.LARGE_GROUP", 1000)  # pages of this small column are left to pyarrow
+    assert "reading may take more than twice as much memory" in table_source([path]).note
+
+
+def test_a_configuration_of_a_hub_data_set_is_chosen_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("small", "large"))
+    write_file(tmp_path / "set" / "README.md", f"---\nconfigs:\n{configs}---\n".encode())
+    for name in ("small", "large"):
+        (tmp_path / "set" / name).mkdir()
+        write_table(tmp_path / "set" / name / "train.parquet", {"image": [picture()], "text": [name]})
+    source = open_source(f"hf:{tmp_path / 'set'}:large:train[:1]")
+    assert [record.captions["text"] for record in records_of(source)] == ["large"]
+    with pytest.raises(UserError, match=r"write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"):
+        open_source("hf:a:b:c:d")
