@@ -3,7 +3,6 @@
 import fcntl
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +20,7 @@ from microdit.models.microdit import MicroDiT
 from microdit.models.routing import METHODS
 from microdit.process_limits import keep_freed_memory
 from tests.commands import microdit
-from tests.training.processes import RECIPE, fork_the_server
+from tests.training.processes import RECIPE
 
 settings.register_profile("machine", deadline=None)  # how long an example takes says more of the machine than of the code
 settings.load_profile("machine")
@@ -32,13 +31,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one threa
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FIXTURES = Path(__file__).parent / "fixtures"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop() -> None:
-    """Give the commands that the tests start all that the tests have imported, if that is most of the package."""
-    if sys.platform == "linux" and "microdit.pipelines.pipeline" in sys.modules:
-        fork_the_server()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
 """The real command line in real processes, forked from one that has imported everything: seconds saved at each start."""
 
 import json
-import logging
-import multiprocessing.util
+import multiprocessing
 import os
 import socket
 import sys
@@ -11,11 +10,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -26,33 +23,6 @@ _context = multiprocessing.get_context("forkserver")
 PRELOADED = "tests.training.preloaded"
 _context.set_forkserver_preload([PRELOADED])
 HANG = 600.0  # seconds after which a test says that something hangs: many times what anything takes, on a busy machine too
-
-
-def fork_the_server() -> None:
-    """Fork the fork server from this process, which has imported most of what it holds: ten seconds less than a new interpreter needs.
-
-    To be called outside of tests, when nothing is captured and there are no threads but those that wait for work.
-    """
-
-    def fork(path: str, arguments: list[str], kept: tuple[int, ...]) -> int:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                nothing = os.open(os.devnull, os.O_RDWR)
-                for number in map(int, os.listdir("/proc/self/fd")):
-                    if number > 2 and number not in kept:  # not closed: whoever holds it may close it later, when the number is another's
-                        os.dup2(nothing, number, inheritable=False)
-                patch.undo()
-                logging.getLogger().handlers.clear()  # pytest's
-                exec(arguments[-1])  # what the new interpreter would have been given
-            finally:
-                os._exit(0)
-        return pid
-
-    with pytest.MonkeyPatch.context() as patch:
-        resource_tracker.ensure_running()
-        patch.setattr(multiprocessing.util, "spawnv_passfds", fork)
-        forkserver.ensure_running()
 
 
 @dataclass
