@@ -35,9 +35,9 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop() -> None:
+def pytest_runtestloop(session: pytest.Session) -> None:
     """Give the commands that the tests start all that the tests have imported, if that is most of the package."""
-    if sys.platform == "linux" and "microdit.pipelines.pipeline" in sys.modules:
+    if sys.platform == "linux" and "microdit.pipelines.pipeline" in sys.modules and not session.config.option.collectonly:
         fork_the_server()
 
 
