@@ -15,10 +15,11 @@ from microdit.checkpoint import (
     check_architecture,
     check_encoders,
     checkpoint_folders,
+    objective_record,
     open_checkpoint,
 )
 from microdit.config.load import with_todays_defaults
-from microdit.config.schema import ModelRecipe, PhaseRecipe, Recipe, architecture
+from microdit.config.schema import ModelRecipe, PhaseRecipe, Recipe, architecture, objective_of
 from microdit.data.dataset import EncodedDataset, MixedDataset
 from microdit.data.sampler import SamplerPhase
 from microdit.distributed import World
@@ -217,10 +218,9 @@ def _differences(then: Any, now: Any, key: str = "") -> list[str]:
 
 def describe(recipe: Recipe, config: ModelConfig, data: EncodedDataset, sets: list[EncodedDataset]) -> dict[str, Any]:
     """Return what a checkpoint records besides tensors and position: enough to generate images, and to know what it was trained with."""
-    diffusion = recipe.diffusion
     return {
         "model": asdict(config),
-        "edm": {"sigma_data": diffusion.sigma_data, "P_mean": diffusion.P_mean, "P_std": diffusion.P_std},
+        **objective_record(objective_of(recipe.diffusion)),
         "mask_padding": recipe.model.mask_padding,
         "data": data.summary(),
         "sets": fingerprints(recipe, sets),
