@@ -24,9 +24,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from microdit.diffusion.edm import EDM
-from microdit.diffusion.flow import Flow
-from microdit.diffusion.objective import Objective
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.files import from_checked_json, sha256_of
@@ -140,19 +137,6 @@ def deal(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
 def first_looks(world: World | None, look: Callable[[], T]) -> T:
     """Return `look()`, called by the first process only if there are several."""
     return look() if world is None else world.look(look)
-
-
-def objective_record(objective: Objective) -> dict[str, Any]:
-    """Return what a checkpoint's state says of the objective: its name, edm or flow, and its settings."""
-    if isinstance(objective, EDM):
-        return {"edm": {"sigma_data": objective.sigma_data, "P_mean": objective.P_mean, "P_std": objective.P_std}}
-    assert isinstance(objective, Flow)
-    return {"flow": asdict(objective)}
-
-
-def recorded_objective(state: Mapping[str, Any]) -> Objective:
-    """Return the objective of a checkpoint's state."""
-    return Flow(**state["flow"]) if "flow" in state else EDM(**state["edm"])
 
 
 def config_of_fields(saved: Mapping[str, Any]) -> ModelConfig:

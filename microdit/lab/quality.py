@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from microdit.checkpoint import Checkpoint, default_weights, find_weights, recorded_objective
+from microdit.checkpoint import Checkpoint, default_weights, find_weights
 from microdit.data.dataset import EncodedDataset
 from microdit.data.pixels import to_image
 from microdit.data.shards import DamagedShard
@@ -40,7 +40,7 @@ from microdit.io.files import write_aside
 from microdit.lab.study import ENCODED, Study
 from microdit.pipelines.components import check_unchanged
 from microdit.pipelines.pipeline import BATCH, Encoders, MicroDiTPipeline, load_encoders
-from microdit.pipelines.sampling import frozen_model
+from microdit.pipelines.sampling import frozen_model, recorded_objective
 from microdit.pipelines.settings import SamplerSettings
 from microdit.training.parallel import DenoisingLoss
 from microdit.training.validation import HeldOut

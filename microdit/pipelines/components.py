@@ -191,9 +191,8 @@ def check_scheduler(scheduler: object) -> None:
 
 def _foreign_scheduler(name: str) -> str:
     return (
-        f"A {PIPELINE} cannot sample with {name}: its scheduler is EDMSettings or FlowSettings, the noise settings that the model was trained "
-        "with. "
-        'Leave the scheduler as it is, and choose solver="heun", "dpm" or "euler" when you draw.'
+        f"A {PIPELINE} cannot sample with {name}: its scheduler is EDMSettings or FlowSettings, the noise settings that the model was "
+        'trained with. Leave the scheduler as it is, and choose solver="heun", "dpm" or "euler" when you draw.'
     )
 
 

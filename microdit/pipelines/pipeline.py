@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from microdit.checkpoint import Checkpoint, check_finite, default_weights, find_weights, recorded_objective
+from microdit.checkpoint import Checkpoint, check_finite, default_weights, find_weights
 from microdit.data.pixels import to_image
 from microdit.diffusion.guidance import GuidanceKind, Guide, Text
 from microdit.diffusion.objective import Objective
@@ -49,7 +49,7 @@ from microdit.pipelines.components import (
     noise_settings_of,
 )
 from microdit.pipelines.prompts import GivenPrompts, aligned, check_negatives, repeated
-from microdit.pipelines.sampling import draw_latents, frozen_model, round_matrices
+from microdit.pipelines.sampling import draw_latents, frozen_model, recorded_objective, round_matrices
 from microdit.pipelines.settings import DEFAULT_SETTINGS, SamplerSettings
 from microdit.reports.run_folder import is_run
 

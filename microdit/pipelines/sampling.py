@@ -3,8 +3,9 @@
 Shape legend: B batch, C channels, H W height and width, L caption tokens, E caption channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from microdit.devices import HALF
 from microdit.diffusion.edm import EDM
+from microdit.diffusion.flow import Flow
 from microdit.diffusion.guidance import Guide, Text, guided_denoiser
 from microdit.diffusion.objective import Objective
 from microdit.diffusion.samplers import OnStep, solve
@@ -79,6 +81,19 @@ def frozen_model(config: ModelConfig, weights: dict[str, Tensor]) -> MicroDiT:
         model = MicroDiT(config)
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def objective_record(objective: Objective) -> dict[str, Any]:
+    """Return what a checkpoint's state says of the objective: its name, edm or flow, and its settings."""
+    if isinstance(objective, EDM):
+        return {"edm": {"sigma_data": objective.sigma_data, "P_mean": objective.P_mean, "P_std": objective.P_std}}
+    assert isinstance(objective, Flow)
+    return {"flow": asdict(objective)}
+
+
+def recorded_objective(state: Mapping[str, Any]) -> Objective:
+    """Return the objective of a checkpoint's state."""
+    return Flow(**state["flow"]) if "flow" in state else EDM(**state["edm"])
 
 
 def round_matrices(model: MicroDiT, dtype: torch.dtype) -> None:

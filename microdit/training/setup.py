@@ -15,7 +15,6 @@ from microdit.checkpoint import (
     check_architecture,
     check_encoders,
     checkpoint_folders,
-    objective_record,
     open_checkpoint,
 )
 from microdit.config.load import with_todays_defaults
