@@ -412,12 +412,12 @@ def last(run: Path, key: str) -> Any:
 
 def draw_stored_captions(place: Place, run: Path) -> dict[str, Any]:
     """Draw captions of the emoji as they are stored, without a text encoder: OUT/pictures.png, each row above the pictures of the data."""
-    from microdit.checkpoint import default_weights, find_weights, recorded_objective
+    from microdit.checkpoint import default_weights, find_weights
     from microdit.data.dataset import EncodedDataset
     from microdit.data.pixels import to_image
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.evaluation.recognition import spread_ids
-    from microdit.pipelines.sampling import draw_latents, first_noise, frozen_model
+    from microdit.pipelines.sampling import draw_latents, first_noise, frozen_model, recorded_objective
     from microdit.pipelines.settings import SamplerSettings
     from microdit.reports.grids import draw_grid
 

@@ -26,6 +26,7 @@ from microdit.errors import UserError
 from microdit.io.console import joined, styled
 from microdit.io.locks import LOCK
 from microdit.models.microdit import ModelConfig
+from microdit.pipelines.sampling import objective_record
 from microdit.training.checkpointing import newest_intact
 from microdit.training.state import TrainingState
 

@@ -29,18 +29,18 @@ def gaussian_denoiser(x, sigma):
     return MEAN + t * DEVIATION**2 / (t**2 * DEVIATION**2 + (sigma * SCALE) ** 2) * (x - t * MEAN)
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("dpm", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 0.95), ("heun", 1.95), ("dpm", 1.5)])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_each_solver_converges_to_the_exact_solution_with_its_order(solver, order, shift):
-    """The exact flow takes the noise n to MEAN + DEVIATION n, whatever its scale."""
+    """The exact flow takes the noise n to MEAN + DEVIATION n, whatever its scale.
+
+    DPM-Solver's order is 2 up to a logarithm: the last of equal steps halve and quarter sigma, however many there are.
+    """
     noise = torch.linspace(-2, 2, 32, dtype=torch.float64).view(2, 1, 4, 4)
-    flow = Flow(noise_scale=SCALE, shift=shift)
-    errors = [
-        (solve(solver, gaussian_denoiser, noise, flow, steps).double() - (MEAN + DEVIATION * noise)).abs().mean().item()
-        for steps in (20, 40)
-    ]
-    assert errors[1] < {1: 0.02, 2: 0.005}[order]
-    assert math.log2(errors[0] / errors[1]) > order - 0.3
+    flow, exact = Flow(noise_scale=SCALE, shift=shift), MEAN + DEVIATION * noise
+    errors = [(solve(solver, gaussian_denoiser, noise, flow, steps).double() - exact).abs().mean().item() for steps in (400, 800)]
+    assert errors[1] < 5e-3
+    assert math.log2(errors[0] / errors[1]) > order
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
