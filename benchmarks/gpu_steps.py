@@ -415,10 +415,9 @@ def draw_stored_captions(place: Place, run: Path) -> dict[str, Any]:
     from microdit.checkpoint import default_weights, find_weights
     from microdit.data.dataset import EncodedDataset
     from microdit.data.pixels import to_image
-    from microdit.diffusion.edm import EDM
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.evaluation.recognition import spread_ids
-    from microdit.pipelines.sampling import draw_latents, first_noise, frozen_model
+    from microdit.pipelines.sampling import draw_latents, first_noise, frozen_model, recorded_objective
     from microdit.pipelines.settings import SamplerSettings
     from microdit.reports.grids import draw_grid
 
@@ -435,7 +434,7 @@ def draw_stored_captions(place: Place, run: Path) -> dict[str, Any]:
     settings = SamplerSettings(2 if place.smoke else 12, 2.5, "dpm", noise_range=(0.05, 20.0))
     started = time.perf_counter()
     drawn_BCHW = draw_latents(
-        model, EDM(**checkpoint.state["edm"]), noise_BCHW.to(device), text_BLE.to(device), mask_BL.to(device), settings
+        model, recorded_objective(checkpoint.state), noise_BCHW.to(device), text_BLE.to(device), mask_BL.to(device), settings
     )
     seconds = time.perf_counter() - started
     true_BCHW = data.latents([latents for latents, _ in stored], 0)

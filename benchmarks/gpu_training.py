@@ -76,7 +76,7 @@ class Training:
             torch.full((samples,), self.place.caption[0]),
         )
         grid = (side // self.recipe.model.patch_size,) * 2
-        settings = NoiseSettings(self.state.edm, phase.mask_ratio, self.recipe.diffusion.caption_dropout)
+        settings = NoiseSettings(self.state.objective, phase.mask_ratio, self.recipe.diffusion.caption_dropout)
 
         def add_noise(batch: Batch) -> TrainingBatch:
             return sample_noise(batch, settings, 0, 0, range(samples), (grid[0], grid[1]))

@@ -16,9 +16,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from microdit.diffusion.edm import EDM, edm_loss
+from microdit.diffusion.edm import EDM
 from microdit.diffusion.guidance import guided_denoiser
-from microdit.diffusion.samplers import heun, noise_schedule
+from microdit.diffusion.objective import denoising_loss
+from microdit.diffusion.samplers import heun
 from microdit.errors import UserError
 from microdit.models.microdit import MicroDiT
 from microdit.models.official import convert_to_official, export_official, load_official
@@ -75,7 +76,7 @@ def comparisons(model: MicroDiT, edm: EDM, tensors: dict[str, Tensor]) -> Iterat
     for name, reference in _named(tensors, r"sample\.heun\d+"):
         steps, guidance = _number(name, "heun", 8), _number(name, "cfg", 1)
         denoiser = guided_denoiser(model, edm, text, guidance_scale=guidance)
-        yield name, heun(denoiser, tensors["sample.init"], noise_schedule(edm, int(steps))), reference
+        yield name, heun(denoiser, tensors["sample.init"], edm.noise_schedule(int(steps))), reference
 
 
 @torch.no_grad()
@@ -107,7 +108,7 @@ def _losses_and_gradients(model: MicroDiT, edm: EDM, tensors: dict[str, Tensor])
     for name, reference in _named(tensors, r"loss\.(full|masked)"):
         keep_ids = tensors[name.replace("loss.masked", "loss.ids_keep")] if "masked" in name else None
         caption = model.embed_caption(tensors["in.caption"].squeeze(1))
-        loss = edm_loss(model, edm, latents, caption, sigma, noise, keep_ids).mean()
+        loss = denoising_loss(model, edm, latents, caption, sigma, noise, keep_ids).mean()
         model.zero_grad()
         loss.backward()
         ours = {n: w.grad.clone() for n, w in model.named_parameters() if w.grad is not None}

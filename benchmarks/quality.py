@@ -58,7 +58,7 @@ def cost(trainer: Trainer, recipe: Recipe, world: World) -> tuple[float, float]:
     """Seconds at the start, and each time."""
     data = trainer.held_out.data if trainer.held_out else trainer.data
     started = time.monotonic()
-    quality = Quality(data, recipe, trainer.state.edm, world)
+    quality = Quality(data, recipe, trainer.state.objective, world)
     start = time.monotonic() - started
     return start, sorted(quality.measure(trainer.state.ema_model())["quality_seconds"] for _ in range(3))[1]
 

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from microdit.data.sources.builtin import emoji_source
-from microdit.diffusion.edm import EDM, denoise
+from microdit.diffusion.edm import EDM
 from microdit.diffusion.guidance import guided_denoiser
-from microdit.diffusion.samplers import Denoiser, heun, noise_schedule
+from microdit.diffusion.objective import denoise
+from microdit.diffusion.samplers import Denoiser, heun
 from microdit.distributed import start_world
 from microdit.evaluation.extraction import extract, feature_cache
 from microdit.evaluation.features import EfficientNetFeatures
@@ -119,7 +120,7 @@ def time_caches(args: argparse.Namespace) -> list[Row]:
         for name, way in ways.items():
             started = time.perf_counter()
             with torch.no_grad():
-                heun(way(), noise, noise_schedule(EDM(), args.steps))
+                heun(way(), noise, EDM().noise_schedule(args.steps))
             seconds[name].append((time.perf_counter() - started) / args.pictures)
     base = min(seconds["at every call"])
     return [

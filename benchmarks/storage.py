@@ -20,7 +20,7 @@ from microdit.data.dataset import EncodedDataset
 from microdit.data.encode import EncodeSettings, encode_source
 from microdit.data.packing import CaptionPacking, LatentPacking, bytes_of_row
 from microdit.data.sources.builtin import emoji_source
-from microdit.diffusion.edm import draw_sigma, edm_loss
+from microdit.diffusion.objective import denoising_loss, draw_sigma
 from microdit.distributed import start_world
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.text import load_text_encoder
@@ -91,10 +91,10 @@ def exact_loss(trainer: Trainer, data: EncodedDataset) -> float:
     latents_BCHW = data.latents([latents for latents, _ in blobs], 0)
     text_BLE, mask_BL = data.text([text for _, text in blobs])
     generator = torch.Generator().manual_seed(0)
-    sigma_B = draw_sigma(trainer.state.edm, len(data), generator)
+    sigma_B = draw_sigma(trainer.state.objective, len(data), generator)
     noise_BCHW = torch.randn(latents_BCHW.shape, generator=generator)
     caption = trainer.state.model.embed_caption(text_BLE, mask_BL)
-    return float(edm_loss(trainer.state.model, trainer.state.edm, latents_BCHW, caption, sigma_B, noise_BCHW).mean())
+    return float(denoising_loss(trainer.state.model, trainer.state.objective, latents_BCHW, caption, sigma_B, noise_BCHW).mean())
 
 
 if __name__ == "__main__":

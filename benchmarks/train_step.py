@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from microdit.config.schema import OptimizerRecipe
-from microdit.diffusion.edm import EDM, draw_sigma, edm_loss
+from microdit.diffusion.edm import EDM
+from microdit.diffusion.objective import denoising_loss, draw_sigma
 from microdit.models.config import SIZES, resolve
 from microdit.models.flops import training_flops
 from microdit.models.microdit import MicroDiT
@@ -81,7 +82,7 @@ def build_loss(size: str, batch: int, mask_ratio: float) -> Callable[[], Tensor]
     def loss() -> Tensor:
         keep_ids = choose_kept(torch.rand(batch, tokens, device=device), mask_ratio)
         sigma = draw_sigma(EDM(), batch, device=device)
-        return edm_loss(model, EDM(), latents, model.embed_caption(text), sigma, torch.randn_like(latents), keep_ids).mean()
+        return denoising_loss(model, EDM(), latents, model.embed_caption(text), sigma, torch.randn_like(latents), keep_ids).mean()
 
     loss.model = model  # type: ignore[attr-defined]
     return loss

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from microdit.config.schema import Recipe
     from microdit.data.dataset import EncodedDataset
     from microdit.data.sources.open import open_source
-    from microdit.diffusion.edm import EDM, edm_loss
+    from microdit.diffusion.edm import EDM
+    from microdit.diffusion.flow import Flow
+    from microdit.diffusion.objective import denoising_loss
     from microdit.errors import UserError
     from microdit.models.config import create_model, list_models
     from microdit.models.microdit import MicroDiT, ModelConfig
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "EDM": "microdit.diffusion.edm",
     "EncodedDataset": "microdit.data.dataset",
+    "Flow": "microdit.diffusion.flow",
     "MicroDiT": "microdit.models.microdit",
     "MicroDiTPipeline": "microdit.pipelines.pipeline",
     "ModelConfig": "microdit.models.microdit",
@@ -33,7 +36,7 @@ _EXPORTS = {
     "SamplerSettings": "microdit.pipelines.settings",
     "UserError": "microdit.errors",
     "create_model": "microdit.models.config",
-    "edm_loss": "microdit.diffusion.edm",
+    "denoising_loss": "microdit.diffusion.objective",
     "encode_dataset": "microdit.api",
     "evaluate": "microdit.api",
     "list_models": "microdit.models.config",
@@ -46,6 +49,7 @@ _EXPORTS = {
 __all__ = [
     "EDM",
     "EncodedDataset",
+    "Flow",
     "MicroDiT",
     "MicroDiTPipeline",
     "ModelConfig",
@@ -54,7 +58,7 @@ __all__ = [
     "UserError",
     "__version__",
     "create_model",
-    "edm_loss",
+    "denoising_loss",
     "encode_dataset",
     "evaluate",
     "list_models",

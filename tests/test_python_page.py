@@ -30,7 +30,7 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["sample", "encode_dataset", "train", "evaluate", "create_model", "list_models", "edm_loss", "load_recipe"]
+    "name", ["sample", "encode_dataset", "train", "evaluate", "create_model", "list_models", "denoising_loss", "load_recipe"]
 )
 def test_the_page_shows_every_function(name):
     assert f"microdit.{name}(" in PAGE.read_text()

@@ -7,7 +7,7 @@ from typing import Any, cast
 import yaml
 
 from microdit.config.recipes import find_recipe
-from microdit.config.schema import DataRecipe, EngineRecipe, ModelRecipe, PhaseRecipe, Recipe
+from microdit.config.schema import DataRecipe, DiffusionRecipe, EngineRecipe, ModelRecipe, PhaseRecipe, Recipe
 from microdit.devices import KNOWN_DEVICES, is_device_name
 from microdit.errors import UserError
 from microdit.io.strict_yaml import Tree, override, parse_yaml, read_as, read_yaml
@@ -97,6 +97,7 @@ def _problems(recipe: Recipe) -> list[str]:
         need(width % model.head_dim == 0, f"model.{name} ({width}) is not divisible by model.head_dim ({model.head_dim}): try {near}.")
     need(model.dim % 4 == 0, f"model.dim ({model.dim}) must be divisible by 4, for positions in two dimensions.")
     found += _routing_problems(model)
+    found += _diffusion_problems(recipe.diffusion)
     need(len({ema.decay for ema in recipe.ema}) == len(recipe.ema), "ema names a decay twice.")
     found += engine_problems(recipe.engine)
     need(
@@ -157,6 +158,28 @@ def _routing_problems(model: ModelRecipe) -> list[str]:
         ),
     ]
     return [sentence for ok, sentence in checks if not ok]
+
+
+_EDM_FIELDS = ("sigma_data", "P_mean", "P_std")
+_FLOW_FIELDS = ("t_mean", "t_std", "shift", "noise_scale", "training_floor", "sampling_floor")
+_PREDICTIONS = {"edm": ("denoised",), "flow": ("velocity", "image", "noise")}
+
+
+def _diffusion_problems(diffusion: DiffusionRecipe) -> list[str]:
+    """Return one sentence for each setting that belongs to the other objective."""
+    objective, default = diffusion.objective, DiffusionRecipe()
+    other, fields = ("edm", _EDM_FIELDS) if objective == "flow" else ("flow", _FLOW_FIELDS)
+    found = [
+        f"diffusion.{name} is a setting of diffusion.objective {other}, and the objective is {objective}: leave it out."
+        for name in fields
+        if getattr(diffusion, name) != getattr(default, name)
+    ]
+    if diffusion.prediction not in (None, *_PREDICTIONS[objective]):
+        found.append(
+            f"diffusion.prediction is {diffusion.prediction}, and with diffusion.objective {objective} the network predicts "
+            f"{' or '.join(_PREDICTIONS[objective])}: take that, or leave it out."
+        )
+    return found
 
 
 def _mask_problems(phase: PhaseRecipe, model: ModelRecipe) -> list[str]:

@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
+from microdit.diffusion.edm import EDM
+from microdit.diffusion.flow import Flow
+from microdit.diffusion.objective import Objective
 from microdit.models.config import Size, resolve
 from microdit.models.microdit import ModelConfig
 from microdit.models.routing import Pattern
@@ -88,12 +91,42 @@ def architecture(model: ModelRecipe, in_channels: int, caption_channels: int) ->
 
 @dataclass(frozen=True)
 class DiffusionRecipe:
-    """The distribution of noise levels in training (EDM, 2206.00364, table 1) and caption dropout."""
+    """The objective, the distribution of its noise levels in training, and caption dropout.
+
+    `sigma_data`, `P_mean` and `P_std` are settings of EDM (2206.00364, table 1); those from `t_mean` to `sampling_floor` belong to flow
+    matching and are described at `Flow`.
+    """
 
     sigma_data: Factor = 0.9
     P_mean: Annotated[float, Range(-20, 20)] = -0.6
     P_std: Annotated[float, Range(0, 20, above=True)] = 1.2
     caption_dropout: ShareBelow1 = 0.1  # share of captions replaced by zeros, for classifier-free guidance
+    objective: Literal["edm", "flow"] = "edm"
+    # what the network predicts: denoised (EDM's preconditioned output) with edm; velocity (the default), image or noise with flow
+    prediction: Literal["denoised", "velocity", "image", "noise"] | None = None
+    t_mean: Annotated[float, Range(-20, 20)] = 0.0
+    t_std: Annotated[float, Range(0, 20, above=True)] = 1.0
+    shift: Factor = 1.0
+    noise_scale: Factor = 1.0
+    training_floor: Annotated[float, Range(0, 1, above=True)] = 0.01
+    sampling_floor: Annotated[float, Range(0, 1, above=True)] = 0.05
+
+
+def objective_of(diffusion: DiffusionRecipe) -> Objective:
+    """Return the objective of a recipe whose settings fit each other."""
+    if diffusion.objective == "edm":
+        return EDM(diffusion.sigma_data, diffusion.P_mean, diffusion.P_std)
+    prediction = diffusion.prediction or "velocity"
+    assert prediction != "denoised", "checked when the recipe is loaded"
+    return Flow(
+        prediction,
+        diffusion.t_mean,
+        diffusion.t_std,
+        diffusion.shift,
+        diffusion.noise_scale,
+        diffusion.training_floor,
+        diffusion.sampling_floor,
+    )
 
 
 @dataclass(frozen=True)

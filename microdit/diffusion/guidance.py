@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from microdit.diffusion.edm import EDM, denoise
+from microdit.diffusion.objective import Objective, denoise
 from microdit.diffusion.samplers import Denoiser
 from microdit.errors import UserError
 from microdit.models.caption import Caption, join
@@ -27,10 +27,10 @@ GuidanceKind = Literal["classifier-free", "path-drop", "autoguidance"]
 
 
 class Guide(NamedTuple):
-    """The weak model of autoguidance. It must have been trained with the same autoencoder and text encoder."""
+    """The weak model of autoguidance. It must have been trained with the same autoencoder, text encoder and kind of objective."""
 
     model: MicroDiT
-    edm: EDM
+    objective: Objective
 
 
 class Text(NamedTuple):
@@ -42,7 +42,7 @@ class Text(NamedTuple):
 
 def guided_denoiser(
     model: MicroDiT,
-    edm: EDM,
+    objective: Objective,
     text_BLE: Tensor,
     text_mask_BL: Tensor | None = None,
     guidance_scale: float = 1.0,
@@ -62,10 +62,10 @@ def guided_denoiser(
     _check_guidance(model, guidance, negative, guide)
     caption = model.precompute_kv(model.embed_caption(text_BLE, text_mask_BL))
     if guidance_scale == 1:
-        return _plain(model, edm, caption)
+        return _plain(model, objective, caption)
     if guidance == "autoguidance":
         assert guide is not None
-        strong = _plain(model, edm, caption)
+        strong = _plain(model, objective, caption)
         weak = _plain(*guide, guide.model.precompute_kv(guide.model.embed_caption(text_BLE, text_mask_BL)))
         pair = _one_by_one(strong, weak)
     else:
@@ -73,12 +73,12 @@ def guided_denoiser(
         opposite = negative or Text(torch.zeros_like(text_BLE[:1]), None if text_mask_BL is None else text_mask_BL[:1])
         away = model.precompute_kv(model.embed_caption(*opposite)).map(lambda x: x.expand(len(text_BLE), *x.shape[1:]))
         if guidance == "path-drop":
-            strong = _plain(model, edm, caption)
-            pair = _one_by_one(strong, _plain(model, edm, away, drop_path=True))
+            strong = _plain(model, objective, caption)
+            pair = _one_by_one(strong, _plain(model, objective, away, drop_path=True))
         else:
             both = join(caption, away)
-            strong = _plain(model, edm, both.map(lambda x: x[: len(text_BLE)]))
-            pair = _doubled(model, edm, both)
+            strong = _plain(model, objective, both.map(lambda x: x[: len(text_BLE)]))
+            pair = _doubled(model, objective, both)
 
     def denoiser(noisy_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
         inside_B = None if interval is None else (interval[0] < sigma_B) & (sigma_B <= interval[1])
@@ -114,19 +114,19 @@ _Pair = tuple[Tensor, Tensor]
 _PairDenoiser = Callable[[Tensor, Tensor], _Pair]
 
 
-def _plain(model: MicroDiT, edm: EDM, caption: Caption, drop_path: bool = False) -> Denoiser:
-    return lambda noisy_BCHW, sigma_B: denoise(model, edm, noisy_BCHW, sigma_B, caption, drop_path)
+def _plain(model: MicroDiT, objective: Objective, caption: Caption, drop_path: bool = False) -> Denoiser:
+    return lambda noisy_BCHW, sigma_B: denoise(model, objective, noisy_BCHW, sigma_B, caption, drop_path)
 
 
 def _one_by_one(strong: Denoiser, weak: Denoiser) -> _PairDenoiser:
     return lambda noisy_BCHW, sigma_B: (strong(noisy_BCHW, sigma_B), weak(noisy_BCHW, sigma_B))
 
 
-def _doubled(model: MicroDiT, edm: EDM, both: Caption) -> _PairDenoiser:
+def _doubled(model: MicroDiT, objective: Objective, both: Caption) -> _PairDenoiser:
     """Compute both in one call of the model, since small batches use a GPU badly."""
 
     def pair(noisy_BCHW: Tensor, sigma_B: Tensor) -> _Pair:
-        doubled = denoise(model, edm, torch.cat([noisy_BCHW] * 2), torch.cat([sigma_B] * 2), both)
+        doubled = denoise(model, objective, torch.cat([noisy_BCHW] * 2), torch.cat([sigma_B] * 2), both)
         towards, away_from = doubled.chunk(2)
         return towards, away_from
 

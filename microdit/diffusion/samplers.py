@@ -1,8 +1,9 @@
-"""Samplers: from noise to latents, by solvers of EDM's differential equation that are functions over a denoiser.
+"""Samplers: from noise to latents, by solvers of the objective's differential equation that are functions over a denoiser.
 
-`heun` is our own (2206.00364, algorithms 1 and 2); `euler` and `dpm` drive the EDM schedulers of diffusers step by step. Those schedulers
-expect the raw network F (2206.00364, eq. 7) and precondition it themselves, while guidance works on D, so D is converted for each of them.
-All follow the noise levels of `noise_schedule`, the schedulers in float32.
+`heun` is our own (2206.00364, algorithms 1 and 2) and serves both objectives, and so are `flow_euler` and `flow_dpm` for flow matching.
+`edm_euler` and `edm_dpm` drive the EDM schedulers of diffusers step by step. Those schedulers expect the raw network F (2206.00364, eq. 7)
+and precondition it themselves, while guidance works on D, so D is converted for each of them. All follow the noise levels of the
+objective's `noise_schedule`, the schedulers in float32.
 
 Shape legend: B batch, C channels, H W height and width.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from microdit.diffusion.edm import EDM
+from microdit.diffusion.objective import Objective
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(noisy latents (B, C, H, W), sigma (B,)) -> denoised latents (B, C, H, W)."""
@@ -65,26 +67,25 @@ def solve(
     solver: Solver,
     denoiser: Denoiser,
     noise_BCHW: Tensor,
-    edm: EDM,
+    objective: Objective,
     num_steps: int,
     on_step: OnStep | None = None,
     churn: Churn = DETERMINISTIC,
     draw_noise: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """Return latents (B, C, H, W) from standard normal noise. Only heun takes `churn`; `draw_noise` returns noise like `noise_BCHW`."""
+    """Return latents (B, C, H, W) from standard normal noise.
+
+    Only heun takes `churn`, and only with EDM, whose noise it adds; `draw_noise` returns noise like `noise_BCHW`.
+    """
+    assert churn == DETERMINISTIC or (solver == "heun" and isinstance(objective, EDM)), "only heun takes churn, with EDM"
+    if isinstance(objective, EDM) and solver != "heun":
+        return (edm_dpm if solver == "dpm" else edm_euler)(denoiser, noise_BCHW, objective, num_steps, on_step)
+    noise_BCHW, sigmas, floor = noise_BCHW * objective.noise_scale, objective.noise_schedule(num_steps), objective.slope_floor
     if solver == "heun":
-        return heun(denoiser, noise_BCHW, noise_schedule(edm, num_steps), on_step, churn, draw_noise)
-    assert churn == DETERMINISTIC, "only heun takes churn"
-    return (dpm if solver == "dpm" else euler)(denoiser, noise_BCHW, edm, num_steps, on_step)
-
-
-def noise_schedule(edm: EDM, num_steps: int) -> Tensor:
-    """Return num_steps noise levels from sigma_max down to sigma_min, and 0 (2206.00364, eq. 5), in float64. Needs at least 2 steps."""
-    if num_steps < 2:
-        raise ValueError(f"the sampler needs at least 2 steps, got {num_steps}")
-    ramp = torch.arange(num_steps, dtype=torch.float64) / (num_steps - 1)
-    low, high = edm.sigma_min ** (1 / edm.rho), edm.sigma_max ** (1 / edm.rho)
-    return torch.cat([(high + ramp * (low - high)) ** edm.rho, torch.zeros(1, dtype=torch.float64)])
+        return heun(denoiser, noise_BCHW, sigmas, on_step, churn, draw_noise, floor)
+    if solver == "euler":
+        return flow_euler(denoiser, noise_BCHW, sigmas, on_step, floor)
+    return flow_dpm(denoiser, noise_BCHW, sigmas, on_step)
 
 
 @torch.no_grad()
@@ -95,10 +96,12 @@ def heun(
     on_step: OnStep | None = None,
     churn: Churn = DETERMINISTIC,
     draw_noise: Callable[[], Tensor] | None = None,
+    floor: float = 0.0,
 ) -> Tensor:
     """Sample with Heun's second-order method along `sigmas` (2206.00364, algorithm 1, or 2 with churn).
 
-    `noise_BCHW` is standard normal, and `draw_noise`, needed only with churn, returns more of it. The state is float64 (see `state_dtype`),
+    `noise_BCHW` is normal, and `draw_noise`, needed only with churn, returns more of it. Slopes are divided by noise levels no lower than
+    `floor`. The state is float64 (see `state_dtype`),
     while the denoiser computes in float32. Noise levels are Python numbers, so no step synchronises with a GPU.
     """
     levels = sigmas.tolist()
@@ -109,17 +112,61 @@ def heun(
             x = x + sigma * math.sqrt((1 + gamma) ** 2 - 1) * churn.S_noise * draw_noise().to(x)
             sigma = sigma * (1 + gamma)
         denoised = _denoised_at(denoiser, x, sigma)
-        slope = (x - denoised) / sigma
+        slope = (x - denoised) / max(sigma, floor)
         x_next = x + (next_sigma - sigma) * slope
         if next_sigma > 0:  # the last step, to 0, is of first order
-            next_slope = (x_next - _denoised_at(denoiser, x_next, next_sigma)) / next_sigma
+            next_slope = (x_next - _denoised_at(denoiser, x_next, next_sigma)) / max(next_sigma, floor)
             x_next = x + (next_sigma - sigma) * (slope + next_slope) / 2
         x = _after_step(on_step, Step(index, sigma, denoised.float(), x_next))
     return x.float()
 
 
 @torch.no_grad()
-def euler(denoiser: Denoiser, noise_BCHW: Tensor, edm: EDM, num_steps: int, on_step: OnStep | None = None) -> Tensor:
+def flow_euler(denoiser: Denoiser, noise_BCHW: Tensor, sigmas: Tensor, on_step: OnStep | None = None, floor: float = 0.0) -> Tensor:
+    """Sample with Euler's first-order method, as FlowMatchEulerDiscreteScheduler of diffusers does, but with a float64 state.
+
+    See `heun` for the arguments.
+    """
+    levels = sigmas.tolist()
+    x = noise_BCHW.to(state_dtype(noise_BCHW.device)) * levels[0]
+    for index, (sigma, next_sigma) in enumerate(pairwise(levels)):
+        denoised = _denoised_at(denoiser, x, sigma)
+        x_next = x + (next_sigma - sigma) * (x - denoised) / max(sigma, floor)
+        x = _after_step(on_step, Step(index, sigma, denoised.float(), x_next))
+    return x.float()
+
+
+@torch.no_grad()
+def flow_dpm(denoiser: Denoiser, noise_BCHW: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+    """Sample with DPM-Solver++(2M) (2211.01095, algorithm 2) on straight paths, where alpha is 1 - sigma.
+
+    It is of second order, with one call of the denoiser per step; the last step, to 0, is of first order. The solver extrapolates D rather
+    than dividing by noise levels, and so needs no floor.
+    """
+    levels = sigmas.tolist()
+    x = noise_BCHW.to(state_dtype(noise_BCHW.device)) * levels[0]
+    previous, step_before = x, math.inf  # the denoised estimate and the step in log(alpha / sigma) before this one
+    for index, (sigma, next_sigma) in enumerate(pairwise(levels)):
+        denoised = _denoised_at(denoiser, x, sigma)
+        estimate = denoised
+        if next_sigma > 0:
+            step = _log_signal_to_noise(next_sigma) - _log_signal_to_noise(sigma)
+            if index and math.isfinite(step_before):  # from sigma = 1 the step is infinite, and of first order
+                estimate = denoised + step / (2 * step_before) * (denoised - previous)
+            step_before = step
+        x_next = next_sigma / sigma * x + (1 - next_sigma / sigma) * estimate
+        previous = denoised
+        x = _after_step(on_step, Step(index, sigma, denoised.float(), x_next))
+    return x.float()
+
+
+def _log_signal_to_noise(sigma: float) -> float:
+    """Return log(alpha / sigma) on straight paths."""
+    return math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf
+
+
+@torch.no_grad()
+def edm_euler(denoiser: Denoiser, noise_BCHW: Tensor, edm: EDM, num_steps: int, on_step: OnStep | None = None) -> Tensor:
     """Sample with EDMEulerScheduler of diffusers: first order, one call of the denoiser per step, with a float32 state."""
     from diffusers import EDMEulerScheduler  # slow to import
 
@@ -135,7 +182,7 @@ def euler(denoiser: Denoiser, noise_BCHW: Tensor, edm: EDM, num_steps: int, on_s
 
 
 @torch.no_grad()
-def dpm(denoiser: Denoiser, noise_BCHW: Tensor, edm: EDM, num_steps: int, on_step: OnStep | None = None) -> Tensor:
+def edm_dpm(denoiser: Denoiser, noise_BCHW: Tensor, edm: EDM, num_steps: int, on_step: OnStep | None = None) -> Tensor:
     """Sample with EDMDPMSolverMultistepScheduler of diffusers: DPM-Solver++(2M) (2211.01095).
 
     It is of second order, with one call of the denoiser per step. The state is float64 (see `state_dtype`).

@@ -27,7 +27,6 @@ from microdit.data.dataset import EncodedDataset
 from microdit.data.pixels import to_image
 from microdit.data.shards import DamagedShard
 from microdit.data.sources.open import open_source
-from microdit.diffusion.edm import EDM
 from microdit.distributed import World
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.errors import UserError
@@ -41,7 +40,7 @@ from microdit.io.files import write_aside
 from microdit.lab.study import ENCODED, Study
 from microdit.pipelines.components import check_unchanged
 from microdit.pipelines.pipeline import BATCH, Encoders, MicroDiTPipeline, load_encoders
-from microdit.pipelines.sampling import frozen_model
+from microdit.pipelines.sampling import frozen_model, recorded_objective
 from microdit.pipelines.settings import SamplerSettings
 from microdit.training.parallel import DenoisingLoss
 from microdit.training.validation import HeldOut
@@ -101,8 +100,8 @@ class QualityEvaluator:
 
     def _held_out_loss(self, pipeline: MicroDiTPipeline, side: int, folder: str | None) -> float:
         assert folder is not None
-        held_out = HeldOut(Path(folder), side, HELD_OUT, pipeline.edm, self._world)
-        found = held_out.measure(DenoisingLoss(pipeline.model, pipeline.edm, pipeline.config.mask_padding))["held_out_loss"]
+        held_out = HeldOut(Path(folder), side, HELD_OUT, pipeline.objective, self._world)
+        found = held_out.measure(DenoisingLoss(pipeline.model, pipeline.objective, pipeline.config.mask_padding))["held_out_loss"]
         assert isinstance(found, float)
         return found
 
@@ -189,7 +188,13 @@ class _EncodedReferences:
         model = frozen_model(checkpoint.model_config, checkpoint.tensors(default_weights(checkpoint)))
         _, height, width = state["data"]["latent_shape"]
         pipeline = MicroDiTPipeline.of_parts(
-            model, EDM(**state["edm"]), self._autoencoder, None, (height, width), state["mask_padding"], state["data"]["captions"] == "full"
+            model,
+            recorded_objective(state),
+            self._autoencoder,
+            None,
+            (height, width),
+            state["mask_padding"],
+            state["data"]["captions"] == "full",
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -97,7 +97,7 @@ class ModelConfig:
 
 
 class MicroDiT(nn.Module):
-    """The denoising network F of EDM (2206.00364, eq. 7): noisy latents, noise level and caption in, patches out.
+    """The denoising network F of `Objective.preconditioning`: noisy latents, noise level and caption in, patches out.
 
     >>> import torch
     >>> from microdit import create_model
@@ -154,7 +154,7 @@ class MicroDiT(nn.Module):
         """Return F on all patches, (B, T, P), or on the kept ones, (B, K, P), in the order of `keep_ids_BK`.
 
         Only the routings naive and deferred return the kept ones alone; the others restore all tokens before the head. Without
-        `keep_ids_BK` nothing is dropped. `c_noise_B` is that of 2206.00364, table 1.
+        `keep_ids_BK` nothing is dropped. `c_noise_B` is the objective's (see `Objective.preconditioning`).
 
         With routing sprint, `path_keep_mask_B` is 0 for samples whose sparse blocks are replaced by mask tokens, and with K = 0 the sparse
         blocks are not run at all.

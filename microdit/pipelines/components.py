@@ -1,4 +1,4 @@
-"""Components of a pipeline folder: the denoiser, EDM's noise settings, and encoders that the folder names instead of holding.
+"""Components of a pipeline folder: the denoiser, its objective's noise settings, and encoders that the folder names, not holds.
 
 `MicroDiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")` loads the denoiser alone. Its config.json holds the
 architecture block by block, and its weights are safetensors.
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from microdit.checkpoint import config_of_fields
 from microdit.diffusion.edm import EDM
+from microdit.diffusion.flow import Flow, FlowPrediction
+from microdit.diffusion.objective import Objective
 from microdit.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder
 from microdit.encoders.model_files import check_complete, loading
 from microdit.encoders.text import FrozenTextEncoder, TextEncoder, load_text_encoder
@@ -107,7 +109,7 @@ class MicroDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Compute the network F of EDM (2206.00364, eq. 7), (B, C, H, W), on all patches.
+        """Compute the network F of `Objective.preconditioning`, (B, C, H, W), on all patches.
 
         `hidden_states` are the noisy latents (B, C, H, W) times c_in; `timestep` is c_noise, (B,); `encoder_hidden_states` are the
         caption's vectors, (B, L, E), with `encoder_attention_mask`, (B, L), true at real tokens.
@@ -119,8 +121,25 @@ class MicroDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return Transformer2DModelOutput(sample=sample_BCHW) if return_dict else (sample_BCHW,)
 
 
-class EDMSettings(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
-    """The fields of `EDM` (2206.00364, table 1), saved as scheduler_config.json. The solver is a setting of each call."""
+class NoiseSettings(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """The fields of an objective, saved as scheduler_config.json. The solver is a setting of each call."""
+
+    objective: Objective
+    kind: type[Any]
+
+    @classmethod
+    def from_config(cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Load from settings. Raises UserError for those of another scheduler, of which diffusers would accept the keys it knows."""
+        strange = [name for name in config if not name.startswith("_") and name not in asdict(cls.kind())]
+        if strange or config.get("_class_name", cls.__name__) != cls.__name__:
+            raise UserError(_foreign_scheduler(config.get("_class_name", "another scheduler's settings")))
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+
+class EDMSettings(NoiseSettings):
+    """The fields of `EDM` (2206.00364, table 1)."""
+
+    kind = EDM
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -132,31 +151,48 @@ class EDMSettings(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sigma_max: float = 80.0,
         rho: float = 7.0,
     ):
-        self.edm = EDM(sigma_data, P_mean, P_std, sigma_min, sigma_max, rho)
+        self.objective = EDM(sigma_data, P_mean, P_std, sigma_min, sigma_max, rho)
 
-    @classmethod
-    def around(cls, edm: EDM) -> Self:
-        return cls(**asdict(edm))
 
-    @classmethod
-    def from_config(cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Load from settings. Raises UserError for those of another scheduler, of which diffusers would accept the keys it knows."""
-        strange = [name for name in config if not name.startswith("_") and name not in asdict(EDM())]
-        if strange or config.get("_class_name", cls.__name__) != cls.__name__:
-            raise UserError(_foreign_scheduler(config.get("_class_name", "another scheduler's settings")))
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+class FlowSettings(NoiseSettings):
+    """The fields of `Flow`."""
+
+    kind = Flow
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        prediction: FlowPrediction = "velocity",
+        t_mean: float = 0.0,
+        t_std: float = 1.0,
+        shift: float = 1.0,
+        noise_scale: float = 1.0,
+        training_floor: float = 0.01,
+        sampling_floor: float = 0.05,
+        sigma_min: float = 0.0,
+        sigma_max: float = 1.0,
+    ):
+        self.objective = Flow(prediction, t_mean, t_std, shift, noise_scale, training_floor, sampling_floor, sigma_min, sigma_max)
+
+
+def noise_settings_of(objective: Objective) -> NoiseSettings:
+    """Return an objective as the scheduler of a pipeline."""
+    if isinstance(objective, EDM):
+        return EDMSettings(**asdict(objective))
+    assert isinstance(objective, Flow)
+    return FlowSettings(**asdict(objective))
 
 
 def check_scheduler(scheduler: object) -> None:
-    """Raise UserError unless `scheduler` is an `EDMSettings`."""
-    if not isinstance(scheduler, EDMSettings):
+    """Raise UserError unless `scheduler` is an `EDMSettings` or a `FlowSettings`."""
+    if not isinstance(scheduler, NoiseSettings):
         raise UserError(_foreign_scheduler(type(scheduler).__name__))
 
 
 def _foreign_scheduler(name: str) -> str:
     return (
-        f"A {PIPELINE} cannot sample with {name}: its scheduler is EDMSettings, the noise settings that the model was trained with. "
-        'Leave the scheduler as it is, and choose solver="heun", "dpm" or "euler" when you draw.'
+        f"A {PIPELINE} cannot sample with {name}: its scheduler is EDMSettings or FlowSettings, the noise settings that the model was "
+        'trained with. Leave the scheduler as it is, and choose solver="heun", "dpm" or "euler" when you draw.'
     )
 
 
@@ -239,7 +275,7 @@ _OURS = "microdit.pipelines.components"
 _MODULES_BEFORE = ("microdit.hub.transformer", "microdit.hub.scheduler", "microdit.hub.references")  # of folders exported by version 0
 _COMPONENTS: dict[str, set[tuple[str, str]]] = {
     "transformer": {(_OURS, "MicroDiTTransformer2DModel")},
-    "scheduler": {(_OURS, "EDMSettings")},
+    "scheduler": {(_OURS, "EDMSettings"), (_OURS, "FlowSettings")},
     "vae": {*(("diffusers", name) for name in ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")), (_OURS, "ReferencedAutoencoder")},
     "text_encoder": {*(("transformers", name) for name in _TEXT_MODELS), (_OURS, "ReferencedTextEncoder")},
 }

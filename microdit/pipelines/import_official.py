@@ -28,7 +28,7 @@ from microdit.errors import UserError
 from microdit.io.files import sha256_of
 from microdit.models.microdit import MicroDiT
 from microdit.models.official import load_official
-from microdit.pipelines.components import EDMSettings, MicroDiTTransformer2DModel, ReferencedAutoencoder, ReferencedTextEncoder
+from microdit.pipelines.components import MicroDiTTransformer2DModel, ReferencedAutoencoder, ReferencedTextEncoder, noise_settings_of
 from microdit.pipelines.export import Dtype, check_is_free, convert_parts, save_pipeline
 from microdit.pipelines.model_card import card_of_official
 from microdit.pipelines.pipeline import MicroDiTPipeline
@@ -153,7 +153,7 @@ def _pipeline(denoiser: MicroDiT, side: int, settings: ImportSettings) -> MicroD
     _check_fits("autoencoder", vae, denoiser.config.in_channels)
     return MicroDiTPipeline(
         MicroDiTTransformer2DModel.around(denoiser, (side, side)),
-        EDMSettings.around(EDM()),
+        noise_settings_of(EDM()),
         vae.model if isinstance(vae, DiffusersAutoencoder) else ReferencedAutoencoder(vae_name),
         text.loaded.model if isinstance(text, FrozenTextEncoder) else ReferencedTextEncoder(settings.text_encoder),
         text.loaded.tokenizer if isinstance(text, FrozenTextEncoder) else None,

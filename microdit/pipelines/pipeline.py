@@ -28,8 +28,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from microdit.checkpoint import Checkpoint, check_finite, default_weights, find_weights
 from microdit.data.pixels import to_image
-from microdit.diffusion.edm import EDM
 from microdit.diffusion.guidance import GuidanceKind, Guide, Text
+from microdit.diffusion.objective import Objective
 from microdit.diffusion.samplers import OnStep, Solver, Step
 from microdit.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, Pixels, load_autoencoder
 from microdit.encoders.captions import clean_caption, clean_prompts, warn_of_unread
@@ -38,17 +38,18 @@ from microdit.encoders.text import FrozenTextEncoder, MiniLM, TextEncoder, as_te
 from microdit.errors import UserError
 from microdit.models.microdit import MicroDiT
 from microdit.pipelines.components import (
-    EDMSettings,
     MicroDiTTransformer2DModel,
+    NoiseSettings,
     ReferencedAutoencoder,
     ReferencedTextEncoder,
     check_autoencoder_is_whole,
     check_scheduler,
     check_unchanged,
     checked_components,
+    noise_settings_of,
 )
 from microdit.pipelines.prompts import GivenPrompts, aligned, check_negatives, repeated
-from microdit.pipelines.sampling import draw_latents, frozen_model, round_matrices
+from microdit.pipelines.sampling import draw_latents, frozen_model, recorded_objective, round_matrices
 from microdit.pipelines.settings import DEFAULT_SETTINGS, SamplerSettings
 from microdit.reports.run_folder import is_run
 
@@ -94,12 +95,12 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
     transformer: MicroDiTTransformer2DModel
-    scheduler: EDMSettings
+    scheduler: NoiseSettings
 
     def __init__(
         self,
         transformer: MicroDiTTransformer2DModel,
-        scheduler: EDMSettings,
+        scheduler: NoiseSettings,
         vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | ReferencedAutoencoder | None = None,
         text_encoder: PreTrainedModel | ReferencedTextEncoder | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -119,7 +120,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         self._guide: Guide | None = None  # the weak model of autoguidance
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a component. Raises UserError for a scheduler that is not an `EDMSettings`."""
+        """Set a component. Raises UserError for a scheduler that holds no noise settings of ours."""
         if name == "scheduler":
             check_scheduler(value)
         super().__setattr__(name, value)
@@ -165,14 +166,14 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         check_unchanged(autoencoder, data["autoencoder"]["fingerprint"])
         check_unchanged(text_encoder, data["text_encoder"]["fingerprint"])
         _, height, width = data["latent_shape"]
-        edm, full = EDM(**state["edm"]), data["captions"] == "full"
-        return cls.of_parts(model, edm, autoencoder, text_encoder, (height, width), state["mask_padding"], full)
+        objective, full = recorded_objective(state), data["captions"] == "full"
+        return cls.of_parts(model, objective, autoencoder, text_encoder, (height, width), state["mask_padding"], full)
 
     @classmethod
     def of_parts(
         cls,
         model: MicroDiT,
-        edm: EDM,
+        objective: Objective,
         autoencoder: Autoencoder,
         text_encoder: TextEncoder | None,
         latent_size: tuple[int, int],
@@ -186,7 +187,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         )  # MiniLM, which is large
         return cls(
             MicroDiTTransformer2DModel.around(model, latent_size),
-            EDMSettings.around(edm),
+            noise_settings_of(objective),
             autoencoder.model if isinstance(autoencoder, DiffusersAutoencoder) else None,
             held.loaded.model if held else by_name,
             held.loaded.tokenizer if held else None,
@@ -201,8 +202,8 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         return self.transformer.denoiser
 
     @property
-    def edm(self) -> EDM:
-        return self.scheduler.edm
+    def objective(self) -> Objective:
+        return self.scheduler.objective
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -260,14 +261,17 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Raises UserError if that was trained on latents or captions of another kind.
         """
-        alike = [(one.latent_shape, one.config.mask_padding, one.config.full_captions) for one in (self, weak)]
+        alike = [
+            (one.latent_shape, one.config.mask_padding, one.config.full_captions, type(one.objective), one.objective.noise_scale)
+            for one in (self, weak)
+        ]
         if alike[0] != alike[1] or not all(_same_weights(getattr(self, name), getattr(weak, name)) for name in ("vae", "text_encoder")):
             raise UserError(
-                "The weak model of autoguidance was trained with other encoders, sizes or caption padding: "
+                "The weak model of autoguidance was trained with another objective, other encoders, sizes or caption padding: "
                 "name an earlier or smaller run on the same encoded data."
             )
         guided = copy.copy(self)
-        guided._guide = Guide(weak.model, weak.edm)
+        guided._guide = Guide(weak.model, weak.objective)
         return guided
 
     @torch.no_grad()
@@ -522,7 +526,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> Tensor:
         _onload(self.transformer)
         guide = self._guide if settings.guidance == "autoguidance" else None
-        return draw_latents(self.model, self.edm, noise_BCHW, *text, settings, negative, guide, on_step, draw)
+        return draw_latents(self.model, self.objective, noise_BCHW, *text, settings, negative, guide, on_step, draw)
 
     def _draw_noise(self, shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
         """Draw standard normal noise: on the CPU for the CPU's generators, whatever the device of the model."""

@@ -1,11 +1,11 @@
-"""Sampling, from noise and embedded captions to latents: where EDM, guidance, solvers and numerical precision come together.
+"""Sampling, from noise and embedded captions to latents: where objective, guidance, solvers and numerical precision come together.
 
 Shape legend: B batch, C channels, H W height and width, L caption tokens, E caption channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,8 +13,11 @@ from torch import Tensor
 
 from microdit.devices import HALF
 from microdit.diffusion.edm import EDM
+from microdit.diffusion.flow import Flow
 from microdit.diffusion.guidance import Guide, Text, guided_denoiser
+from microdit.diffusion.objective import Objective
 from microdit.diffusion.samplers import OnStep, solve
+from microdit.errors import UserError
 from microdit.models.microdit import MicroDiT, ModelConfig
 from microdit.pipelines.settings import SamplerSettings
 
@@ -22,7 +25,7 @@ from microdit.pipelines.settings import SamplerSettings
 @torch.no_grad()
 def draw_latents(
     model: MicroDiT,
-    edm: EDM,
+    objective: Objective,
     noise_BCHW: Tensor,
     text_BLE: Tensor,
     text_mask_BL: Tensor | None,
@@ -34,8 +37,13 @@ def draw_latents(
 ) -> Tensor:
     """Sample latents (B, C, H, W) of embedded captions. Noise and captions may be on any device; the model's is computed on.
 
-    `noise_BCHW` is standard normal, and `draw` makes more of it, for churn. See `guided_denoiser` for `negative` and `guide`.
+    `noise_BCHW` is standard normal, and `draw` makes more of it, for churn. See `guided_denoiser` for `negative` and `guide`. Raises
+    UserError for settings that the objective has no use for.
     """
+    if settings.churn and not isinstance(objective, EDM):
+        raise UserError("Churn adds the noise of EDM, and this model was trained by flow matching: leave churn at 0.")
+    if settings.noise_range:
+        objective = objective.with_noise_range(*settings.noise_range)
     device = model.patch_embed.weight.device
 
     def moved(text_BLE: Tensor, mask_BL: Tensor | None) -> Text:
@@ -44,7 +52,7 @@ def draw_latents(
     with autocast_like(model):
         guided = guided_denoiser(
             model,
-            edm,
+            objective,
             *moved(text_BLE, text_mask_BL),
             settings.guidance_scale,
             settings.guidance,
@@ -58,10 +66,8 @@ def draw_latents(
         with autocast_like(model):
             return guided(noisy_BCHW, sigma_B)
 
-    if settings.noise_range:
-        edm = replace(edm, sigma_min=settings.noise_range[0], sigma_max=settings.noise_range[1])
     noise_BCHW, steps = noise_BCHW.to(device), settings.num_inference_steps
-    return solve(settings.solver, denoiser, noise_BCHW, edm, steps, on_step, settings.churn_settings, draw)
+    return solve(settings.solver, denoiser, noise_BCHW, objective, steps, on_step, settings.churn_settings, draw)
 
 
 def first_noise(shape: tuple[int, int, int], seed: int) -> Tensor:
@@ -75,6 +81,19 @@ def frozen_model(config: ModelConfig, weights: dict[str, Tensor]) -> MicroDiT:
         model = MicroDiT(config)
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def objective_record(objective: Objective) -> dict[str, Any]:
+    """Return what a checkpoint's state says of the objective: its name, edm or flow, and its settings."""
+    if isinstance(objective, EDM):
+        return {"edm": {"sigma_data": objective.sigma_data, "P_mean": objective.P_mean, "P_std": objective.P_std}}
+    assert isinstance(objective, Flow)
+    return {"flow": asdict(objective)}
+
+
+def recorded_objective(state: Mapping[str, Any]) -> Objective:
+    """Return the objective of a checkpoint's state."""
+    return Flow(**state["flow"]) if "flow" in state else EDM(**state["edm"])
 
 
 def round_matrices(model: MicroDiT, dtype: torch.dtype) -> None:

@@ -16,10 +16,11 @@ MAX_SHEET_IMAGES = 200
 class SamplerSettings:
     """Settings of the sampler. Raises UserError for those with which no image can be drawn.
 
-    Noise levels are sigma, from 80 (noise alone) down to 0.002 unless `noise_range` says otherwise. `guidance_interval` holds the noise
+    Noise levels are sigma, from 80 (noise alone) down to 0.002 unless `noise_range` says otherwise; those of a model trained by flow
+    matching are 1 - t, from 1 down to 0, and such a model takes no churn. `guidance_interval` holds the noise
     levels, above the first and up to the second, at which guidance acts (2404.07724); `guidance_rescale` lies between 0, which leaves it
     out, and 1 (2305.08891). `churn`, `churn_interval` and `churn_noise` are S_churn, (S_tmin, S_tmax) and S_noise of 2206.00364,
-    algorithm 2. `noise_range` is the last noise level before the jump to 0, and the first; None takes EDM's.
+    algorithm 2. `noise_range` is the last noise level before the jump to 0, and the first; None takes the objective's.
 
     >>> SamplerSettings(num_inference_steps=12, solver="dpm", guidance_interval=(0.2, 5)).guidance_scale
     2.0

@@ -103,5 +103,5 @@ def _random_batch(recipe: Recipe, shapes: Shapes, state: TrainingState, size: in
     _, height, width = shapes.sides[0]
     text = torch.randn(size, shapes.caption_tokens, shapes.caption_channels)
     samples = Batch(torch.randn(size, shapes.latent_channels, height, width), text, torch.ones(text.shape[:2], dtype=torch.bool))
-    settings = noise_settings(recipe, state.edm, phase, 0)
+    settings = noise_settings(recipe, state.objective, phase, 0)
     return sample_noise(samples, settings, recipe.seed, 0, range(size), (height // p, width // p))

@@ -12,7 +12,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID
 from torch import Tensor
 
-from microdit.diffusion.edm import EDM
+from microdit.diffusion.objective import Objective
 from microdit.io.console import LineOfProgress, PlainColumn, PlainConsole
 
 BINS = 8
@@ -20,10 +20,9 @@ SUMS = 2 * BINS + 2  # sums of losses, numbers of samples, two kinds of stop req
 SMOOTHING = 0.3  # weight of the newest speed in the average that predicts the time left
 
 
-def noise_bins(sigma_B: Tensor, edm: EDM) -> Tensor:
+def noise_bins(sigma_B: Tensor, objective: Objective) -> Tensor:
     """Return the bin of each noise level, 0 to 7 from low to high. Each bin holds an eighth of the training distribution."""
-    quantile_B = torch.special.ndtr((sigma_B.log() - edm.P_mean) / edm.P_std)
-    return (quantile_B * BINS).long().clamp(0, BINS - 1)
+    return (objective.quantile(sigma_B) * BINS).long().clamp(0, BINS - 1)
 
 
 class LossStats:
@@ -35,8 +34,8 @@ class LossStats:
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(SUMS, dtype=exact_dtype(device), device=device)
 
-    def add(self, loss_B: Tensor, sigma_B: Tensor, edm: EDM) -> None:
-        bins_B = noise_bins(sigma_B, edm)
+    def add(self, loss_B: Tensor, sigma_B: Tensor, objective: Objective) -> None:
+        bins_B = noise_bins(sigma_B, objective)
         self.sums.index_add_(0, bins_B, loss_B.detach().to(self.sums.dtype))
         self.sums.index_add_(0, bins_B + BINS, torch.ones_like(loss_B, dtype=self.sums.dtype))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from microdit.config.schema import PhaseRecipe, Recipe
 from microdit.data.dataset import Batch, StoredBatch
-from microdit.diffusion.edm import EDM
+from microdit.diffusion.objective import Objective
 from microdit.models.routing import METHODS, Pattern, choose_kept
 from microdit.splitmix import as_int64, shift_right, splitmix64
 
@@ -75,19 +75,19 @@ MicroBatch = TrainingBatch | StoredMicroBatch
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """Distributions of a step's random numbers: the noise levels of `edm`, and the probabilities of dropping tokens, captions and paths."""
+    """Distributions of a step's random numbers: noise levels, and the probabilities of dropping tokens, captions and paths."""
 
-    edm: EDM
+    objective: Objective
     mask_ratio: float
     caption_dropout: float
     path_drop: float = 0.0
     mask_pattern: Pattern = "random"
 
 
-def noise_settings(recipe: Recipe, edm: EDM, phase: PhaseRecipe, step_in_phase: int) -> NoiseSettings:
+def noise_settings(recipe: Recipe, objective: Objective, phase: PhaseRecipe, step_in_phase: int) -> NoiseSettings:
     """Return the settings of step number `step_in_phase` (from 0) of a phase."""
     path_drop = METHODS[recipe.model.routing].path_drop
-    return NoiseSettings(edm, phase.mask_ratio_at(step_in_phase), recipe.diffusion.caption_dropout, path_drop, phase.mask_pattern)
+    return NoiseSettings(objective, phase.mask_ratio_at(step_in_phase), recipe.diffusion.caption_dropout, path_drop, phase.mask_pattern)
 
 
 def sample_noise(batch: Batch, settings: NoiseSettings, seed: int, step: int, numbers: range, grid: tuple[int, int]) -> TrainingBatch:
@@ -95,7 +95,6 @@ def sample_noise(batch: Batch, settings: NoiseSettings, seed: int, step: int, nu
 
     `numbers` are the indices of these samples in the global batch; `grid` is the number of (rows, columns) of patches in an image.
     """
-    edm = settings.edm
     latents_BCHW = batch.latents_BCHW
     size, (rows, columns) = latents_BCHW[0].numel(), grid
     key_B = _keys(seed, step, numbers, latents_BCHW.device)
@@ -107,7 +106,7 @@ def sample_noise(batch: Batch, settings: NoiseSettings, seed: int, step: int, nu
         latents_BCHW,
         batch.text_BLE,
         batch.text_mask_BL,
-        sigma_B=(normal_BN[:, size] * edm.P_std + edm.P_mean).exp(),
+        sigma_B=settings.objective.training_sigma(normal_BN[:, size]),
         noise_BCHW=normal_BN[:, :size].reshape(latents_BCHW.shape),
         caption_kept_B=(caption_B >= settings.caption_dropout).float(),
         keep_ids_BK=choose_kept(scores_BT, settings.mask_ratio, settings.mask_pattern, columns),

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from microdit.config.schema import EngineRecipe
 from microdit.devices import choose_dtype
-from microdit.diffusion.edm import EDM, edm_loss
+from microdit.diffusion.objective import Objective, denoising_loss
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.models.elementwise import compiled
@@ -38,16 +38,16 @@ from microdit.training.noise import TrainingBatch
 class DenoisingLoss(nn.Module):
     """The model and its loss as one module, which FSDP can wrap: forward(batch) -> the loss of each sample, (B,), float32."""
 
-    def __init__(self, model: MicroDiT, edm: EDM, mask_padding: bool):
+    def __init__(self, model: MicroDiT, objective: Objective, mask_padding: bool):
         super().__init__()
-        self.model, self.edm, self.mask_padding = model, edm, mask_padding
+        self.model, self.objective, self.mask_padding = model, objective, mask_padding
 
     def forward(self, batch: TrainingBatch) -> Tensor:
         mask_BL = batch.text_mask_BL if self.mask_padding else None
         text_BLE = batch.text_BLE * batch.caption_kept_B.view(-1, 1, 1)
         caption = self.model.embed_caption(text_BLE.to(self.model.patch_embed.weight.dtype), mask_BL)
         noise = batch.sigma_B, batch.noise_BCHW, batch.keep_ids_BK, batch.path_keep_mask_B
-        return edm_loss(self.model, self.edm, batch.latents_BCHW, caption, *noise)
+        return denoising_loss(self.model, self.objective, batch.latents_BCHW, caption, *noise)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from microdit.checkpoint import (
     open_checkpoint,
 )
 from microdit.config.load import with_todays_defaults
-from microdit.config.schema import ModelRecipe, PhaseRecipe, Recipe, architecture
+from microdit.config.schema import ModelRecipe, PhaseRecipe, Recipe, architecture, objective_of
 from microdit.data.dataset import EncodedDataset, MixedDataset
 from microdit.data.sampler import SamplerPhase
 from microdit.distributed import World
@@ -26,6 +26,7 @@ from microdit.errors import UserError
 from microdit.io.console import joined, styled
 from microdit.io.locks import LOCK
 from microdit.models.microdit import ModelConfig
+from microdit.pipelines.sampling import objective_record
 from microdit.training.checkpointing import newest_intact
 from microdit.training.state import TrainingState
 
@@ -217,10 +218,9 @@ def _differences(then: Any, now: Any, key: str = "") -> list[str]:
 
 def describe(recipe: Recipe, config: ModelConfig, data: EncodedDataset, sets: list[EncodedDataset]) -> dict[str, Any]:
     """Return what a checkpoint records besides tensors and position: enough to generate images, and to know what it was trained with."""
-    diffusion = recipe.diffusion
     return {
         "model": asdict(config),
-        "edm": {"sigma_data": diffusion.sigma_data, "P_mean": diffusion.P_mean, "P_std": diffusion.P_std},
+        **objective_record(objective_of(recipe.diffusion)),
         "mask_padding": recipe.model.mask_padding,
         "data": data.summary(),
         "sets": fingerprints(recipe, sets),

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from microdit.checkpoint import Checkpoint
-from microdit.config.schema import EMARecipe, Recipe
-from microdit.diffusion.edm import EDM
+from microdit.config.schema import EMARecipe, Recipe, objective_of
 from microdit.distributed import World
 from microdit.models.microdit import MicroDiT, ModelConfig
 from microdit.pipelines.sampling import frozen_model
@@ -93,15 +92,14 @@ class TrainingState:
         """Build and shard the model. `fill` loads initial weights into it afterwards; without it they are random (by the recipe's seed) if
         `fresh`, and otherwise undefined until `load` is called.
         """
-        diffusion = recipe.diffusion
-        self.edm = EDM(diffusion.sigma_data, diffusion.P_mean, diffusion.P_std)
+        self.objective = objective_of(recipe.diffusion)
         self.model = _build(config, recipe, fresh and fill is None, world.device)
         parameters = sum(weight.numel() for weight in self.model.parameters())
         self.sharding = world.share(sharding_of(recipe.engine, world, parameters))
         self.parameters = parameters
         self.mesh = mesh_of(self.sharding, world)
         dtype = compute_dtype(recipe.engine, world.device)
-        loss = DenoisingLoss(self.model, self.edm, recipe.model.mask_padding)
+        loss = DenoisingLoss(self.model, self.objective, recipe.model.mask_padding)
         prepare_blocks(self.model, recipe.engine, self.mesh, world.device)
         if self.mesh is not None:
             shard_the_rest(loss, recipe.engine, self.mesh, world.device)
@@ -142,7 +140,7 @@ class TrainingState:
         for number, part in enumerate(micro_batches, start=1):
             batch = part.to(device)
             loss_B = self.gradients.add(batch, samples, last=number == len(micro_batches))
-            stats.add(loss_B, batch.sigma_B, self.edm)
+            stats.add(loss_B, batch.sigma_B, self.objective)
         stats.add_stops(*stops)
         self._world.sum(stats.sums)
         loss, grad_norm = stats.loss, self.clip(grad_clip)

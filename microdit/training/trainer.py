@@ -112,8 +112,8 @@ class Trainer:
         self._last: dict[str, Any] = {}  # metrics
         if checkpoint:
             self._restore(checkpoint)
-        self.held_out = open_held_out(recipe, self.data, self.state.edm, world)
-        self.quality = open_quality(recipe, self.held_out.data if self.held_out else self.data, self.state.edm, world)
+        self.held_out = open_held_out(recipe, self.data, self.state.objective, world)
+        self.quality = open_quality(recipe, self.held_out.data if self.held_out else self.data, self.state.objective, world)
         self.prompt_grid = PromptGrid(recipe, world, compute_dtype(recipe.engine, world.device), self.reporter.warn)
         self.checkpoints = CheckpointWriter(run, world, recipe.record.keep_checkpoints, recipe.record.keep_every, self.reporter.warn)
         if checkpoint:
@@ -167,7 +167,7 @@ class Trainer:
         stored = self.mixture.stored(step, world.rank, world.size, CAPTION_MULTIPLE if on_gpu and recipe.model.mask_padding else 1)
         height, width = stored.sides
         grid = height // self.config.patch_size, width // self.config.patch_size
-        settings = noise_settings(recipe, self.state.edm, phase, step_in_phase)
+        settings = noise_settings(recipe, self.state.objective, phase, step_in_phase)
         add_noise = partial(sample_noise, settings=settings, seed=recipe.seed, step=step, grid=grid)
         numbers, size = range(world.rank, phase.batch_size, world.size), recipe.engine.micro_batch or len(stored)
         parts = [

@@ -19,7 +19,7 @@ from microdit.config.schema import LEAST_QUALITY_SAMPLES, Recipe
 from microdit.data.dataset import Batch, EncodedDataset, check_compatible
 from microdit.data.pixels import to_image
 from microdit.data.shards import DamagedShard
-from microdit.diffusion.edm import EDM
+from microdit.diffusion.objective import Objective
 from microdit.distributed import World
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.encoders.captions import clean_prompts, warn_of_unread
@@ -39,11 +39,11 @@ from microdit.training.noise import TrainingBatch
 MICRO_BATCH = 32
 
 
-def open_held_out(recipe: Recipe, data: EncodedDataset, edm: EDM, world: World) -> "HeldOut | None":
+def open_held_out(recipe: Recipe, data: EncodedDataset, objective: Objective, world: World) -> "HeldOut | None":
     """Open the held-out set that the recipe names, which must have the encoders of `data`; None if it names none. Raises UserError."""
     if recipe.data.held_out is None:
         return None
-    held_out = HeldOut(Path(recipe.data.held_out), data.resolution, recipe.record.held_out_samples, edm, world)
+    held_out = HeldOut(Path(recipe.data.held_out), data.resolution, recipe.record.held_out_samples, objective, world)
     check_compatible([data, held_out.data])
     return held_out
 
@@ -51,12 +51,12 @@ def open_held_out(recipe: Recipe, data: EncodedDataset, edm: EDM, world: World) 
 class HeldOut:
     """The held-out loss on the first samples of an encoded set. Sample i of n has the noise level of quantile (i + 1/2) / n and no mask."""
 
-    def __init__(self, folder: Path, resolution: int, count: int, edm: EDM, world: World):
+    def __init__(self, folder: Path, resolution: int, count: int, objective: Objective, world: World):
         """Open the set. Raises UserError if it is missing, lacks the resolution, or has fewer samples than there are processes."""
         self.data = EncodedDataset(folder, resolution, world)
         self._bucket = self.data.largest_bucket
         rows = self.data.bucket_sizes[self._bucket]
-        self._edm, self._world = edm, world
+        self._objective, self._world = objective, world
         # Every process must call the model equally often, so the remainder after even shares is dropped.
         self.count = min(count, rows) // world.size * world.size
         if not self.count:
@@ -72,7 +72,7 @@ class HeldOut:
         for start in range(0, len(mine), MICRO_BATCH):
             batch = self._batch(mine[start : start + MICRO_BATCH]).to(self._world.device)
             with torch.set_grad_enabled(compiled):
-                stats.add(loss(batch), batch.sigma_B, self._edm)
+                stats.add(loss(batch), batch.sigma_B, self._objective)
         self._world.sum(stats.sums)
         sums = StepResult.of(stats.sums.tolist())
         return {"held_out_loss": sums.loss, "held_out_by_noise": by_noise(sums.losses, sums.counts)}
@@ -84,7 +84,7 @@ class HeldOut:
             raise UserError(f"{damage}. The held-out loss is measured on it: encode that set again, or leave it out.") from damage
         batch = Batch(self.data.latents([latents for latents, _ in stored], self._bucket), *self.data.text([text for _, text in stored]))
         quantile_B = (torch.tensor(list(numbers), dtype=torch.float64) + 0.5) / self.count
-        sigma_B = (torch.special.ndtri(quantile_B) * self._edm.P_std + self._edm.P_mean).exp().float()
+        sigma_B = self._objective.training_sigma(torch.special.ndtri(quantile_B)).float()
         noise = [first_noise(self.data.latent_shape(self._bucket), number) for number in numbers]
         everything = torch.ones(len(numbers))
         return TrainingBatch(batch.latents_BCHW, batch.text_BLE, batch.text_mask_BL, sigma_B, torch.stack(noise), everything, None)
@@ -94,20 +94,20 @@ REFERENCES = 512  # images that a generated one is compared with in retrieval
 GROUP = 16  # images that one process generates together
 
 
-def open_quality(recipe: Recipe, data: EncodedDataset, edm: EDM, world: World) -> "Quality | None":
+def open_quality(recipe: Recipe, data: EncodedDataset, objective: Objective, world: World) -> "Quality | None":
     """Return the quality measurement; None if the recipe does not ask for it. Raises UserError."""
-    return Quality(data, recipe, edm, world) if recipe.record.quality_every else None
+    return Quality(data, recipe, objective, world) if recipe.record.quality_every else None
 
 
 class Quality:
     """Image quality on evenly spread rows of a set's largest bucket. Some of their captions are generated; all serve as references."""
 
-    def __init__(self, data: EncodedDataset, recipe: Recipe, edm: EDM, world: World):
+    def __init__(self, data: EncodedDataset, recipe: Recipe, objective: Objective, world: World):
         """Compute the features of the references, once. All processes must call this.
 
         Raises UserError if the set has too few rows or a damaged one, or if the feature network is missing.
         """
-        self._data, self._record, self._edm, self._world = data, recipe.record, edm, world
+        self._data, self._record, self._objective, self._world = data, recipe.record, objective, world
         self._bucket, count = data.largest_bucket, recipe.record.quality_samples
         rows = data.bucket_sizes[self._bucket]
         if not LEAST_QUALITY_SAMPLES <= count <= rows:
@@ -141,7 +141,7 @@ class Quality:
             noise_BCHW = torch.stack([first_noise(shape, number) for number in numbers])
             mask_BL = None if self._mask_BL is None else self._mask_BL[part]
             settings = SamplerSettings(self._record.sample_steps, self._record.guidance_scale)
-            return draw_latents(model, self._edm, noise_BCHW, self._text_BLE[part], mask_BL, settings)
+            return draw_latents(model, self._objective, noise_BCHW, self._text_BLE[part], mask_BL, settings)
 
         return self.compare(draw)
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microdit.diffusion.edm import EDM, denoise, denoise_patches, draw_sigma, edm_loss, preconditioning
+from microdit.diffusion.edm import EDM
+from microdit.diffusion.objective import denoise, denoise_patches, denoising_loss, draw_sigma
 from microdit.models.config import Size
 from microdit.models.patches import patchify, unpatchify
 from microdit.models.routing import METHODS, put_tokens, take_tokens
@@ -16,7 +17,7 @@ EDM_SETTINGS = EDM()
 
 @given(sigma=st.floats(0.002, 80), sigma_data=st.floats(0.1, 2))
 def test_preconditioning_is_table_1_of_the_edm_paper(sigma, sigma_data):
-    c_skip, c_out, c_in, c_noise = (c.item() for c in preconditioning(EDM(sigma_data=sigma_data), torch.tensor(sigma, dtype=torch.float64)))
+    c_skip, c_out, c_in, c_noise = (c.item() for c in EDM(sigma_data=sigma_data).preconditioning(torch.tensor(sigma, dtype=torch.float64)))
     assert c_skip == pytest.approx(sigma_data**2 / (sigma**2 + sigma_data**2))
     assert c_out == pytest.approx(sigma * sigma_data / math.sqrt(sigma**2 + sigma_data**2))
     assert c_in == pytest.approx(1 / math.sqrt(sigma**2 + sigma_data**2))
@@ -28,7 +29,7 @@ def test_preconditioning_gives_the_network_unit_variance_in_and_out(sigma):
     """Where the scalings come from (2206.00364, appendix B.6)."""
     clean = torch.randn(400_000, dtype=torch.float64) * EDM_SETTINGS.sigma_data
     noisy = clean + torch.randn_like(clean) * sigma
-    c_skip, c_out, c_in, _ = preconditioning(EDM_SETTINGS, torch.tensor(sigma, dtype=torch.float64))
+    c_skip, c_out, c_in, _ = EDM_SETTINGS.preconditioning(torch.tensor(sigma, dtype=torch.float64))
     assert (c_in * noisy).var().item() == pytest.approx(1, rel=0.02)
     assert ((clean - c_skip * noisy) / c_out).var().item() == pytest.approx(1, rel=0.02)
 
@@ -48,7 +49,7 @@ def test_loss_equals_the_definition_on_whole_pictures(tiny_model, masked):
     sigma = torch.tensor([0.4, 3.0], dtype=torch.float64)
     caption = tiny_model.embed_caption(torch.randn(2, 3, 12, generator=generator, dtype=torch.float64))
     keep_ids = torch.tensor([[0, 5, 10, 15], [1, 2, 7, 8]]) if masked else None
-    loss = edm_loss(tiny_model, EDM_SETTINGS, latents, caption, sigma, noise, keep_ids)
+    loss = denoising_loss(tiny_model, EDM_SETTINGS, latents, caption, sigma, noise, keep_ids)
     for sample in range(2):
         s, sd = sigma[sample].item(), EDM_SETTINGS.sigma_data
         noisy = latents + sigma.view(2, 1, 1, 1) * noise
@@ -73,7 +74,7 @@ def test_the_loss_is_the_networks_error_at_every_noise_level(tiny_model, sigma_d
     sigma = torch.tensor(LEVELS, dtype=torch.float64)
     latents, noise = torch.randn(2, len(LEVELS), 4, 8, 8, generator=generator, dtype=torch.float64)
     caption = tiny_model.embed_caption(torch.randn(len(LEVELS), 3, 12, generator=generator, dtype=torch.float64))
-    loss = edm_loss(tiny_model, edm, latents, caption, sigma, noise)
+    loss = denoising_loss(tiny_model, edm, latents, caption, sigma, noise)
     s = sigma.view(-1, 1, 1, 1)
     root = (s**2 + sigma_data**2).sqrt()
     noisy = latents + s * noise
@@ -89,7 +90,7 @@ def test_the_loss_of_a_zero_network_matches_the_formula():
     latents, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     caption = model.embed_caption(torch.zeros(1, 3, 12, dtype=torch.float64))
     for level in LEVELS:
-        found = edm_loss(model, EDM_SETTINGS, latents, caption, torch.tensor([level], dtype=torch.float64), noise).item()
+        found = denoising_loss(model, EDM_SETTINGS, latents, caption, torch.tensor([level], dtype=torch.float64), noise).item()
         error = (sigma_data**2 * level * noise - level**2 * latents) / (level**2 + sigma_data**2)
         weight = 1 / level**2 + 1 / sigma_data**2
         assert found == pytest.approx(weight * error.square().mean().item(), rel=1e-9), level
@@ -103,9 +104,9 @@ def test_each_rows_loss_equals_its_definition_patch_by_patch(routing):
     sigma, sigma_data = torch.tensor([0.4, 3.0], dtype=torch.float64), EDM_SETTINGS.sigma_data
     caption = model.embed_caption(torch.randn(2, 3, 12, generator=generator, dtype=torch.float64))
     keep_ids = torch.tensor([[0, 5, 10, 15], [1, 2, 7, 8]])
-    loss = edm_loss(model, EDM_SETTINGS, latents, caption, sigma, noise, keep_ids)
+    loss = denoising_loss(model, EDM_SETTINGS, latents, caption, sigma, noise, keep_ids)
 
-    c_skip, c_out, c_in, c_noise = preconditioning(EDM_SETTINGS, sigma)
+    c_skip, c_out, c_in, c_noise = EDM_SETTINGS.preconditioning(sigma)
     noisy = latents + sigma.view(2, 1, 1, 1) * noise
     out = model(c_in.view(2, 1, 1, 1) * noisy, c_noise, caption, keep_ids)
     clean, noisy = patchify(latents, 2), patchify(noisy, 2)
@@ -136,7 +137,7 @@ def test_maskdits_decoder_learns_from_the_reconstruction():
     sigma, keep_ids = torch.tensor([0.7], dtype=torch.float64), torch.tensor([[0, 5, 10, 15]])
     caption = model.embed_caption(torch.randn(1, 3, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     weights = [*model.decoder.parameters(), model.restore.mask_token]
-    loss = edm_loss(model, EDM_SETTINGS, latents, caption, sigma, noise, keep_ids)
+    loss = denoising_loss(model, EDM_SETTINGS, latents, caption, sigma, noise, keep_ids)
     denoised = denoise_patches(model, EDM_SETTINGS, latents + sigma.view(1, 1, 1, 1) * noise, sigma, caption, keep_ids)
     error = (take_tokens(denoised, keep_ids) - take_tokens(patchify(latents, 2), keep_ids)).square().mean()
     denoising = (sigma**2 + EDM_SETTINGS.sigma_data**2) / (sigma * EDM_SETTINGS.sigma_data) ** 2 * error

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from microdit.diffusion.edm import EDM, denoise
+from microdit.diffusion.edm import EDM
 from microdit.diffusion.guidance import Guide, Text, guided_denoiser
+from microdit.diffusion.objective import denoise
 from microdit.errors import UserError
 from microdit.models.config import Size
 from tests.conftest import busy_model

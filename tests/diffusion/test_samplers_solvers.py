@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from microdit.diffusion.edm import EDM
-from microdit.diffusion.samplers import Churn, Step, heun, noise_schedule, solve
+from microdit.diffusion.samplers import Churn, Step, heun, solve
 
 EDM_SETTINGS = EDM()
 MEAN, DEVIATION = 0.3, 0.9
@@ -23,21 +23,21 @@ def exact_solution(noise, sigma_max):
 
 
 def test_schedule_runs_from_sigma_max_to_sigma_min_and_then_zero():
-    sigmas = noise_schedule(EDM_SETTINGS, 18)
+    sigmas = EDM_SETTINGS.noise_schedule(18)
     assert len(sigmas) == 19
     assert sigmas[0].item() == pytest.approx(80)
     assert sigmas[-2].item() == pytest.approx(0.002)
     assert sigmas[-1] == 0
     assert (sigmas.diff() < 0).all()
     with pytest.raises(ValueError, match="at least 2 steps"):
-        noise_schedule(EDM_SETTINGS, 1)
+        EDM_SETTINGS.noise_schedule(1)
 
 
 def test_heun_meets_the_exact_solution_and_is_of_second_order():
     noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     errors = {}
     for steps in (32, 64, 128):
-        drawn = heun(gaussian_denoiser, noise, noise_schedule(EDM_SETTINGS, steps))
+        drawn = heun(gaussian_denoiser, noise, EDM_SETTINGS.noise_schedule(steps))
         errors[steps] = (drawn - exact_solution(noise, 80)).abs().max().item()
     assert errors[128] < 5e-3
     assert errors[32] / errors[64] > 3  # halving the step quarters the error
@@ -46,7 +46,7 @@ def test_heun_meets_the_exact_solution_and_is_of_second_order():
 
 def test_samples_have_the_datas_mean_and_deviation():
     noise = torch.randn(4, 1, 64, 64, generator=torch.Generator().manual_seed(0))
-    drawn = heun(gaussian_denoiser, noise, noise_schedule(EDM_SETTINGS, 32))
+    drawn = heun(gaussian_denoiser, noise, EDM_SETTINGS.noise_schedule(32))
     assert drawn.mean().item() == pytest.approx(MEAN, abs=0.03)
     assert drawn.std().item() == pytest.approx(DEVIATION, abs=0.03)
 
@@ -71,7 +71,7 @@ def wavy_denoiser(x, sigma):
 
 def test_the_schedulers_of_diffusers_come_to_what_heun_comes_to():
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    limit = heun(wavy_denoiser, noise, noise_schedule(EDM_SETTINGS, 1000))
+    limit = heun(wavy_denoiser, noise, EDM_SETTINGS.noise_schedule(1000))
     assert (solve("dpm", wavy_denoiser, noise, EDM_SETTINGS, 500) - limit).abs().max() < 2e-3
     euler = {steps: (solve("euler", wavy_denoiser, noise, EDM_SETTINGS, steps) - limit).abs().mean().item() for steps in (200, 400)}
     assert euler[200] / euler[400] == pytest.approx(2, rel=0.15)
@@ -80,7 +80,7 @@ def test_the_schedulers_of_diffusers_come_to_what_heun_comes_to():
 def test_the_schedulers_of_diffusers_take_our_denoiser_as_it_is():
     """A step of each against its formula: Euler's, and DPM-Solver++'s first and second (2211.01095, algorithm 2), in float64."""
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    sigmas = noise_schedule(EDM_SETTINGS, 6)
+    sigmas = EDM_SETTINGS.noise_schedule(6)
     x = noise.double() * sigmas[0]
     y, before = x.clone(), None
     for index, (sigma, lower) in enumerate(pairwise(sigmas)):
@@ -128,7 +128,7 @@ def test_steps_show_what_the_denoiser_says_and_can_end_the_sampling(solver):
     noise, steps = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)), []
     drawn = solve(solver, gaussian_denoiser, noise, EDM_SETTINGS, 8, steps.append)
     assert [step.index for step in steps] == list(range(8))
-    assert [step.sigma for step in steps] == pytest.approx(noise_schedule(EDM_SETTINGS, 8)[:-1].tolist(), rel=1e-5)
+    assert [step.sigma for step in steps] == pytest.approx(EDM_SETTINGS.noise_schedule(8)[:-1].tolist(), rel=1e-5)
     assert torch.allclose(steps[-1].denoised_BCHW, drawn, atol=1e-6)
 
     def stop(step: Step):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from microdit.diffusion.edm import EDM, edm_loss
+from microdit.diffusion.edm import EDM
+from microdit.diffusion.objective import denoising_loss
 from microdit.models.config import SIZES, Size, resolve
 from microdit.models.flops import forward_flops, training_flops
 from microdit.models.microdit import MicroDiT, ModelConfig
@@ -44,7 +45,7 @@ def counted(config: ModelConfig, side: int, kept: int | None, caption_tokens: in
         keep_ids = None if kept is None else torch.zeros(B, kept, dtype=torch.long)
 
         def loss():
-            return edm_loss(model, EDM(), latents, model.embed_caption(text), sigma, torch.randn_like(latents), keep_ids).mean()
+            return denoising_loss(model, EDM(), latents, model.embed_caption(text), sigma, torch.randn_like(latents), keep_ids).mean()
 
         # The math kernel is made of plain matrix products, which the counter knows on every device.
         with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from microdit.diffusion.edm import EDM, edm_loss
+from microdit.diffusion.edm import EDM
+from microdit.diffusion.objective import denoising_loss
 from microdit.models.config import Size, resolve
 from microdit.models.microdit import MicroDiT
 from microdit.models.routing import METHODS, Routing, choose_kept, kept_tokens, make_route, put_tokens, take_tokens
@@ -241,7 +242,7 @@ def test_every_weight_has_a_gradient_with_and_without_a_drop():
             model.zero_grad()
             caption = model.embed_caption(torch.randn(2, 5, 12, dtype=torch.float64))
             latents, c_noise, _ = _inputs(model)
-            edm_loss(model, EDM(), latents, caption, c_noise.exp(), torch.randn_like(latents), keep_ids).sum().backward()
+            denoising_loss(model, EDM(), latents, caption, c_noise.exp(), torch.randn_like(latents), keep_ids).sum().backward()
             silent = {name for name, weight in model.named_parameters() if weight.grad is None}
             still = {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.abs().max() == 0}
             assert silent == set()

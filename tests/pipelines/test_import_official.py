@@ -150,7 +150,7 @@ def test_a_negative_prompt_of_zeros_is_no_negative_prompt(official_fixture, tmp_
     denoiser = import_official(tmp_path / "bare.pt", tmp_path / "out", SETTINGS).denoiser
     numbers = load_file(official_fixture)
     text = numbers["in.caption"].squeeze(1)
-    edm = MicroDiTPipeline.from_pretrained(tmp_path / "out", text_encoder=None, vae=None).scheduler.edm
+    edm = MicroDiTPipeline.from_pretrained(tmp_path / "out", text_encoder=None, vae=None).scheduler.objective
     one_for_all, one_each = [
         draw_latents(denoiser, edm, numbers["sample.init"], text, None, SamplerSettings(4, 3.0), negative)
         for negative in (None, Text(torch.zeros_like(text), None))

@@ -154,7 +154,7 @@ def test_a_variant_round_trips(pipeline, exported, tmp_path):
 
 
 def test_a_foreign_scheduler_is_refused_when_it_is_loaded(exported, tmp_path):
-    sentence = "cannot sample with EulerDiscreteScheduler: its scheduler is EDMSettings"
+    sentence = "cannot sample with EulerDiscreteScheduler: its scheduler is EDMSettings or FlowSettings"
     with pytest.raises(UserError, match=sentence):
         MicroDiTPipeline.from_pretrained(exported, scheduler=EulerDiscreteScheduler())
     pipeline = MicroDiTPipeline.from_pretrained(exported)

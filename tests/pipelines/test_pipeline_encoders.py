@@ -47,4 +47,4 @@ def check(tmp_path, save_text, save_vae, full):
     drawn = loaded(PROMPTS, num_inference_steps=2, generator=[torch.Generator().manual_seed(1 + i) for i in range(3)]).images
     for pictures in (drawn, loaded.generate(PROMPTS, SamplerSettings(2), seed=1)):
         assert [image.tobytes() for image in pictures] == [image.tobytes() for image in images]
-    assert (loaded.edm, loaded.latent_shape) == (ours.edm, ours.latent_shape)
+    assert (loaded.objective, loaded.latent_shape) == (ours.objective, ours.latent_shape)

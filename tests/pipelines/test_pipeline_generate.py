@@ -246,7 +246,7 @@ def test_half_precision_rounds_matrices_and_nothing_else():
     assert {weight.dtype for weight in pipeline.model.parameters() if weight.dim() < 2} == {torch.float32}
     assert pipeline.model.patch_embed.weight.dtype == torch.float32
     assert pipeline.model.head.linear.weight.dtype == torch.bfloat16
-    drawn_BCHW = draw_latents(pipeline.model, pipeline.edm, noise_BCHW, *text, small_steps)
+    drawn_BCHW = draw_latents(pipeline.model, pipeline.objective, noise_BCHW, *text, small_steps)
     assert drawn_BCHW.dtype == torch.float32
     assert torch.equal(drawn_BCHW, autocast_BCHW)
     error = (drawn_BCHW - wanted_BCHW).norm() / wanted_BCHW.norm()

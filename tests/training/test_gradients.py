@@ -60,7 +60,7 @@ def test_in_bfloat16_they_are_those_of_fsdp_and_near_those_of_float32():
     engine, world = EngineRecipe(precision="bfloat16", sharding="fsdp"), start_world("cpu")
     mesh = mesh_of("fsdp", world)
     prepare_blocks(other.model, engine, mesh, world.device)
-    sharded = DenoisingLoss(other.model, other.edm, True)
+    sharded = DenoisingLoss(other.model, other.objective, True)
     shard_the_rest(sharded, engine, mesh, world.device)
     theirs, their_losses = summed(AutogradGradients(sharded), other.model)
     assert torch.allclose(our_losses, their_losses, rtol=1e-4)
