@@ -50,7 +50,7 @@ class DrawingOptions:
         tuple[float, float] | None,
         typer.Option(
             metavar="LOW HIGH",
-            help="The last and the first noise level. 0.05 20 suits the demo model. [default: 0.002 80; 1 / STEPS and 1 after flow matching]",
+            help="The last and the first noise level. 0.05 20 suits the demo model. [default: 0.002 80; about 0 1 for flow matching]",
         ),
     ] = None
     negative: Annotated[str | None, typer.Option(help="Negative prompt: what the pictures should not show.")] = None
