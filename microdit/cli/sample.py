@@ -48,7 +48,10 @@ class DrawingOptions:
     churn: Annotated[float, typer.Option(help="Noise that heun adds at each step (EDM's S_churn): 0 is none, 40 is much.")] = 0.0
     noise_range: Annotated[
         tuple[float, float] | None,
-        typer.Option(metavar="LOW HIGH", help="The last and the first noise level. 0.05 20 suits the demo model. [default: 0.002 80]"),
+        typer.Option(
+            metavar="LOW HIGH",
+            help="The last and the first noise level. 0.05 20 suits the demo model. [default: 0.002 80; about 0 1 for flow matching]",
+        ),
     ] = None
     negative: Annotated[str | None, typer.Option(help="Negative prompt: what the pictures should not show.")] = None
     height: Annotated[int | None, typer.Option(help="Height in pixels. [default: as in training]")] = None

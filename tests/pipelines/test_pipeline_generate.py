@@ -121,7 +121,7 @@ def test_autoguidance_needs_a_weak_model_of_the_same_data(pipeline, text_encoder
     itself = pipeline.guided_by(pipeline).generate(["owl"], settings)
     assert not far_apart(itself, pipeline.generate(["owl"], replace(QUICK, guidance_scale=1.0)))
     for changes in ({"latent_size": (16, 16)}, {"mask_padding": False}):
-        with pytest.raises(UserError, match="trained with other encoders, sizes or caption padding"):
+        with pytest.raises(UserError, match="trained with another objective, other encoders, sizes or caption padding"):
             pipeline.guided_by(small_pipeline(text_encoder, **changes))
 
 
