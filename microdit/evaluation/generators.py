@@ -188,6 +188,8 @@ def read_prompt_file(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         prompts = [parse_json(line)["prompt"] if path.suffix == ".jsonl" else line.strip() for line in lines if line.strip()]
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("a prompt is not text")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     except (ValueError, KeyError, TypeError) as error:
