@@ -9,10 +9,12 @@ import typer
 from microdit.cli.terminal import Device, console, reporter, warn
 from microdit.errors import UserError
 from microdit.io.console import joined, styled
+from microdit.ranges import Range
 
 lab_app = typer.Typer(no_args_is_help=True, help="Compare training methods at equal cost: studies of arms and seeds, and their reports.")
 
 
+MINUTES = Range(0, 1_000_000)
 Arms = Annotated[str | None, typer.Option(help="Only these arms, such as none,deferred. The reference arm must be one of them.")]
 
 
@@ -23,7 +25,7 @@ def run(
     keep: Annotated[bool, typer.Option("--keep", help="Keep the run folders of finished arms.")] = False,
     device: Device = "auto",
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Train so many arms at once, each in a process of its own.")] = 1,
-    minutes: Annotated[float | None, typer.Option(min=0, help="Stop cleanly after so many minutes. Run again to continue.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop cleanly after so many minutes. Run again to continue.")] = None,
     arms: Arms = None,
 ) -> None:
     """Train every arm of a study with every seed at equal FLOPs and at equal time. Continues where it was stopped.
@@ -40,9 +42,11 @@ def run(
     from microdit.lab.side_by_side import run_side_by_side
     from microdit.lab.study import default_folder, load_study, only_arms
 
+    if minutes is not None and not MINUTES.holds(minutes):
+        raise UserError(f"--minutes is {minutes}: it must be {MINUTES}.")
     on_cpu = choose_device(device).type == "cpu"
     loaded, recipes = load_study(study, on_cpu)
-    chosen = loaded if arms is None else only_arms(loaded, arms.split(","))
+    chosen = loaded if arms is None else only_arms(loaded, [arm.strip() for arm in arms.split(",")])
     folder = out or default_folder(loaded, on_cpu)
     with stoppable(minutes):
         if jobs == 1:
@@ -75,6 +79,9 @@ def report(
     device = read_device(folder)
     loaded, recipes = load_study(study, on_cpu=device == "CPU")
     plans = read_plan(folder)
+    strange = {line["arm"] for line in results} - plans.keys()
+    if strange:
+        raise UserError(f"{folder} holds results of {', '.join(sorted(strange))}, which its plan.json does not know: delete those lines.")
     missing = [arm for arm in loaded.arms if arm not in plans]
     if missing:
         warn(f"{folder} has no results yet of {', '.join(missing)}: the report leaves them out. Run them: microdit lab run {study}.")

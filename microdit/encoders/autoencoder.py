@@ -13,6 +13,7 @@ from microdit.encoders.model_files import (
     dtype_argument,
     find_folder,
     fingerprint_of,
+    is_file_name,
     is_place,
     lasting_name,
     loading,
@@ -172,7 +173,7 @@ def _load(name: str, folder: Path) -> DiffusersAutoencoder:
     files = _safe_weights(folder)
     _check_record(folder)
     class_name = read_json(folder / "config.json", DOWNLOAD_AGAIN).get("_class_name")
-    if class_name not in _LATENTS:
+    if not isinstance(class_name, str) or class_name not in _LATENTS:
         raise UserError(f"{folder / 'config.json'} says _class_name {class_name}; only {', '.join(_LATENTS)} can be used.")
     import diffusers  # slow to import
 
@@ -190,6 +191,8 @@ def _check_record(folder: Path) -> None:
         return
     try:
         written = from_checked_json((folder / RECORD).read_bytes()).get("files") or {}
+        if not isinstance(written, dict) or not all(map(is_file_name, written)):
+            raise ValueError("it lists no files of its folder")
         damaged = [name for name, checksum in written.items() if sha256_of(folder / name) != checksum]
     except (OSError, ValueError) as error:
         raise UserError(

@@ -77,13 +77,18 @@ def weight_files(folder: Path, stem: str, ending: str) -> list[Path]:
     if not index.is_file():
         return []
     parts = read_json(index, DOWNLOAD_AGAIN).get("weight_map")
-    if not isinstance(parts, dict) or not parts:
-        raise UserError(f"{index} lists no files (weight_map): download it again.")
-    files = [folder / str(name) for name in sorted(set(parts.values()))]
+    if not isinstance(parts, dict) or not parts or not all(map(is_file_name, parts.values())):
+        raise UserError(f"{index} lists no files of its folder (weight_map): download it again.")
+    files = [folder / name for name in sorted(set(parts.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}, which {index.name} lists: download the folder again.")
     return files
+
+
+def is_file_name(name: object) -> bool:
+    """Return whether `name`, from a file that may be anybody's, is that of a file without a path: it leads to no other folder."""
+    return isinstance(name, str) and name != "" and Path(name).name == name
 
 
 def fingerprint_of(files: list[Path]) -> str:

@@ -183,7 +183,7 @@ def load_text_model(place: str) -> TextModel:
     if not (folder / "config.json").is_file():
         raise UserError(f"There is no text encoder in {folder}: it has neither config.json nor {OPEN_CLIP_CONFIG}.")
     model_type = read_json(folder / "config.json", DOWNLOAD_AGAIN).get("model_type")
-    if model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise UserError(f"{folder / 'config.json'} says model_type {model_type}; only {', '.join(_FAMILIES)} can be used.")
     return _load_transformers(place, folder, model_type)
 

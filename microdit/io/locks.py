@@ -31,7 +31,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        if not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path):
+        if not try_lock(file, path):
             raise _in_use_error(file, what)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -48,6 +48,18 @@ def in_turn(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Yield whether no other process holds the file `path`, created if missing, and hold it until the block ends if so."""
+    with path.open("ab") as file:
+        yield try_lock(file, path)
+
+
+def try_lock(file: BinaryIO, path: Path) -> bool:
+    """Lock the open file `path` until it is closed, also in processes that inherited it; return False if another process holds it."""
+    return _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
+
+
+@contextmanager
 def in_use(path: Path) -> Iterator[None]:
     """Hold a shared lock on the file `path` until the block ends."""
     with path.open("a+b") as file:
@@ -58,7 +70,7 @@ def in_use(path: Path) -> Iterator[None]:
 def is_held(path: Path) -> bool:
     """Return whether a process holds the file's lock, exclusive or shared. Only one process may call this at a time."""
     with path.open("a+b") as file:
-        return not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
+        return not try_lock(file, path)
 
 
 def check_unlocked(path: Path, what: str) -> None:

@@ -4,7 +4,6 @@ FLOPs are computed by formula. Seconds are measured once, with all arms timed in
 its seconds per step. Equal images means equal steps, since all arms have the same batch size.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,8 +21,8 @@ from microdit.devices import device_name
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.console import QUIET, PlainConsole, Reporter
-from microdit.io.files import write_aside
-from microdit.io.untrusted_text import parse_json_object
+from microdit.io.files import from_checked_json, to_checked_json, write_aside
+from microdit.io.strict_yaml import parse_yaml
 from microdit.lab.study import Budget, Study, measurement
 from microdit.training.trainer import Trainer
 
@@ -121,7 +120,7 @@ def make_plan(study: Study, recipes: dict[str, Recipe], out: Path, world: World,
         timed = _time(study, {arm: recipes[arm] for arm in dict.fromkeys([reference, *new])}, plans.get(reference), world, reporter)
         plans |= {arm: timed[arm] for arm in new}
     content = {"asked": asked, "device": device, "arms": {arm: asdict(plan) for arm, plan in plans.items()}}
-    write_aside(out / "plan.json", json.dumps(content, indent=1).encode())
+    write_aside(out / "plan.json", to_checked_json(content))
     return plans
 
 
@@ -199,9 +198,20 @@ def _content(out: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no {path}: run the study first, with microdit lab run.")
     try:
-        content = parse_json_object(path.read_bytes())
-        if not {"asked", "arms"} <= content.keys():
-            raise ValueError("asked or arms are missing")
-    except (ValueError, AttributeError) as error:
+        content = from_checked_json(path.read_bytes())
+        _check_content(content)  # plans of earlier versions have no checksum
+    except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{path} is damaged ({error}), and the study cannot continue without it: choose another --out.") from error
-    return dict(content)
+    return content
+
+
+def _check_content(content: dict[str, Any]) -> None:
+    """Raise an exception unless a plan holds what is read of it."""
+    asked, plans = content["asked"], {arm: ArmPlan(**values) for arm, values in content["arms"].items()}
+    if asked["reference"]["arm"] not in plans or asked["arms"].keys() != plans.keys():
+        raise ValueError("the recipe or the plan of an arm is missing")
+    if not all(isinstance(parse_yaml(recipe, "a recipe"), dict) for recipe in asked["arms"].values()):
+        raise ValueError("a recipe is none")
+    numbers = [n for plan in plans.values() for n in (plan.flops_per_step, plan.seconds_per_step, *plan.steps.values())]
+    if not all(type(number) in (int, float) and number > 0 for number in numbers):
+        raise ValueError("a cost or a number of steps is none")

@@ -10,7 +10,6 @@ Several processes may share a study: each claims an arm and seed that no other i
 the others wait.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -28,17 +27,16 @@ from microdit.distributed import World
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, DivergedError, StoppedError
 from microdit.io.console import QUIET, PlainConsole, Reporter
 from microdit.io.files import keep_damaged, write_aside
-from microdit.io.locks import sole_writer
+from microdit.io.locks import claimed, in_turn, sole_writer
 from microdit.io.untrusted_text import parse_json
 from microdit.lab.equal_cost import ArmPlan, make_plan
 from microdit.lab.quality import QualityEvaluator
-from microdit.lab.study import Study, is_scheduled, stretched
+from microdit.lab.study import MEASURES, Study, is_scheduled, stretched
 from microdit.reports.grids import draw_grid, save_png
 from microdit.training.trainer import Trainer
 
 RESULTS = "results.jsonl"
-MEASUREMENT = ("arm", "seed", "step")  # the keys of each line; then `diverged`, or
-COSTS = ("flops", "seconds")  # and the quality metrics
+COSTS = ("flops", "seconds")
 
 
 def run_study(study: Study, recipes: dict[str, Recipe], out: Path, world: World, keep: bool = False, reporter: Reporter = QUIET) -> None:
@@ -200,11 +198,18 @@ def _parse_results(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
             result = parse_json(line)
         except ValueError:
             result = None
-        if isinstance(result, dict) and ({*MEASUREMENT, "diverged"} <= result.keys() or {*MEASUREMENT, *COSTS} <= result.keys()):
+        if _is_result(result):
             results.append(result)
         else:
             damaged.append(number)
     return results, damaged
+
+
+def _is_result(line: Any) -> bool:
+    """Return whether a line holds an arm, a seed and a step, and either the reason why training diverged or costs and quality metrics."""
+    if not isinstance(line, dict) or [type(line.get(key)) for key in ("arm", "seed", "step")] != [str, int, int]:
+        return False
+    return isinstance(line.get("diverged"), str) or all(type(line.get(key)) in (int, float) for key in (*COSTS, *MEASURES))
 
 
 def _lines(numbers: list[int]) -> str:
@@ -216,19 +221,13 @@ def _claimed(out: Path, arm: str, seed: int) -> Iterator[bool]:
     """Claim an arm and seed until the end of the block; yield whether no other process has claimed it."""
     path = out / ".claims" / f"{arm}-{seed}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released with the file, also when the process is killed
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    with claimed(path) as mine:
+        yield mine
 
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Wait for the lock of `out`, and hold it until the end of the block."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with in_turn(out / ".lock"):
         yield

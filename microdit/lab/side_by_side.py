@@ -6,11 +6,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
 from microdit.config.schema import Recipe
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, StoppedError, UserError
 from microdit.io.console import Reporter
+from microdit.io.locks import try_lock
 from microdit.io.untrusted_text import printable
 from microdit.lab.equal_cost import ArmPlan, read_plan
 from microdit.lab.run_study import measured_steps, read_results
@@ -24,19 +27,19 @@ LAST_LINES = 2000  # characters of a failed process's log
 def run_side_by_side(study: Study, recipes: dict[str, Recipe], command: list[str], out: Path, jobs: int, reporter: Reporter) -> None:
     """Run `command`, which trains arms of `study` into `out`, in `jobs` processes at once until all have ended.
 
-    Their output goes to OUT/logs/N.txt. Ctrl-C and SIGTERM are passed on to them. Raises StoppedError after such a request, and UserError
-    with the end of its log if a process fails.
+    Their output goes to OUT/logs/N.txt, with numbers that no running process uses. Ctrl-C and SIGTERM are passed on to them. Raises
+    StoppedError after such a request, and UserError with the end of its log if a process fails.
     """
-    logs = [out / "logs" / f"{number}.txt" for number in range(jobs)]
     group = _Group()
     with group.signals_passed_on():
-        for log in logs:
-            group.start(command, log, cores=max(1, (os.cpu_count() or 1) // jobs))
+        for _ in range(jobs):
+            group.start(command, out / "logs", cores=max(1, (os.cpu_count() or 1) // jobs))
         _watch(study, recipes, group, out, reporter)
-    failed = [log for log, process in zip(logs, group.processes, strict=True) if process.returncode not in group.fine]
-    if failed and not group.asked_to_stop:
-        end = printable(failed[0].read_text(errors="replace").strip()[-LAST_LINES:], LAST_LINES)
-        raise UserError(f"{len(failed)} of {jobs} processes failed. The end of {failed[0]}: {end}")
+    if group.failed and not group.asked_to_stop:
+        log, process = group.failed[0]
+        killed = f", killed by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else ""
+        end = printable(log.read_text(errors="replace").strip()[-LAST_LINES:], LAST_LINES)
+        raise UserError(f"{len(group.failed)} of {jobs} processes failed{killed}. The end of {log}: {end or '(nothing)'}")
     if any(process.returncode for process in group.processes):
         raise StoppedError("The study was asked to stop. The same command continues it where it stopped.", EXIT_RESTART)
 
@@ -44,28 +47,37 @@ def run_side_by_side(study: Study, recipes: dict[str, Recipe], command: list[str
 class _Group:
     """Processes that are stopped together."""
 
-    fine = (0, EXIT_RESTART, EXIT_BY_USER)
-
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.logs: list[Path] = []
         self.asked_to_stop = False
+        self._fine = {0, EXIT_RESTART, EXIT_BY_USER}
 
-    def start(self, command: list[str], log: Path, cores: int) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
+    def start(self, command: list[str], logs: Path, cores: int) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
         environment = {"OMP_NUM_THREADS": str(cores), **os.environ}
-        with log.open("wb") as file:
+        log, file = _unused_log(logs)
+        with file:
             # In a session of its own, a process is not reached by the terminal's Ctrl-C, which would end it before it is asked to stop.
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
         self.processes.append(process)
+        self.logs.append(log)
+
+    @property
+    def failed(self) -> list[tuple[Path, subprocess.Popen[bytes]]]:
+        """The processes that have failed, with their logs."""
+        ended = zip(self.logs, self.processes, strict=True)
+        return [(log, process) for log, process in ended if process.poll() not in (None, *self._fine)]
 
     @property
     def running(self) -> bool:
         """Whether any process runs. If one has failed, the others are stopped."""
-        if any(process.poll() not in (None, *self.fine) for process in self.processes):
+        if self.failed:
             self.stop()
         return any(process.poll() is None for process in self.processes)
 
     def stop(self) -> None:
+        self._fine.add(-signal.SIGTERM)  # the end of a process that is asked to stop before it has a handler
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -96,6 +108,18 @@ class _Group:
             if time.monotonic() > deadline:
                 for process in self.processes:
                     process.kill()
+
+
+def _unused_log(folder: Path) -> tuple[Path, BinaryIO]:
+    """Open the first log that no running process writes to. It is locked until all that inherit it have ended."""
+    for number in count():
+        log = folder / f"{number}.txt"
+        file = log.open("ab")
+        if try_lock(file, log):
+            file.truncate(0)
+            return log, file
+        file.close()
+    raise AssertionError("counting does not end")
 
 
 def _watch(study: Study, recipes: dict[str, Recipe], group: _Group, out: Path, reporter: Reporter) -> None:

@@ -204,7 +204,7 @@ def _spread_text(spread: Spread) -> str:
 def _join_strips(study: Study, plans: dict[str, ArmPlan], out: Path, path: Path) -> bool:
     """Stack the strips of the first seed at the end of the first budget. Without any, an existing image is kept."""
     names = [out / "strips" / f"{arm}-{study.seeds[0]}-{plans[arm].steps[study.budgets[0]]}.png" for arm in study.arms]
-    strips = [Image.open(name, formats=["PNG"]) for name in names if name.is_file()]
+    strips = [_read_strip(name) for name in names if name.is_file()]
     if not strips:
         return path.is_file()
     joined = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
@@ -214,6 +214,15 @@ def _join_strips(study: Study, plans: dict[str, ArmPlan], out: Path, path: Path)
         top += strip.height
     save_png(joined, path)
     return True
+
+
+def _read_strip(path: Path) -> Image.Image:
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a complete PNG file ({error}): delete it, and the report leaves it out.") from error
+    return image
 
 
 def at_budget(results: list[dict[str, Any]], arm: str, step: int, measure: str) -> Spread | None:

@@ -11,7 +11,7 @@ from microdit.errors import UserError
 from microdit.evaluation.preference.verdicts import Preference, VerdictFile
 from microdit.evaluation.preference.votes import Vote, VotingSession
 from microdit.serve.connections import LIMITS, Limits
-from microdit.serve.json_requests import APIError, JSONRequest, read_json
+from microdit.serve.json_requests import APIError, JSONRequest, encodable, read_json
 from microdit.serve.server import Server, WebApp, listen, page_router, url_of
 
 HOST = "127.0.0.1"
@@ -57,7 +57,7 @@ def votes_api(session: VotingSession, on_last_vote: Callable[[], None], limits: 
 
     @router.get("/api/state")
     def state() -> dict[str, Any]:
-        return session.state()
+        return _encodable(session.state())
 
     @router.get("/api/images/{number}/{side}")
     def image(number: str, side: str) -> Response:
@@ -66,8 +66,8 @@ def votes_api(session: VotingSession, on_last_vote: Callable[[], None], limits: 
             raise APIError("There is no such image.", status=404)
         try:
             content = path.read_bytes()
-        except FileNotFoundError as error:
-            raise APIError("The image was removed after the server was started.", status=404) from error
+        except OSError as error:
+            raise APIError("The image was removed, or cannot be read any more, since the server was started.", status=404) from error
         # Not kept: another comparison on the same port shows other images. Neither a file name nor a date reveals the model.
         return Response(content, media_type="image/png", headers={"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"})
 
@@ -84,6 +84,11 @@ def votes_api(session: VotingSession, on_last_vote: Callable[[], None], limits: 
             raise APIError(f"Question {wanted.question} has its vote already: the first one counts.", status=409)
         if session.is_over:
             on_last_vote()
-        return session.state()
+        return _encodable(session.state())
 
     return router
+
+
+def _encodable(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state with a prompt that can be sent: a file's JSON can hold halves of characters."""
+    return {key: encodable(value) if isinstance(value, str) else value for key, value in state.items()}

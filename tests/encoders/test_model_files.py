@@ -1,12 +1,13 @@
 """Find models of the hub without a network, in the cache of earlier downloads."""
 
+import json
 import shutil
 
 import pytest
 from huggingface_hub import constants
 
 from microdit.encoders.autoencoder import load_autoencoder
-from microdit.encoders.model_files import find_folder
+from microdit.encoders.model_files import find_folder, weight_files
 from microdit.encoders.text import load_text_encoder
 from microdit.errors import UserError
 from tests.encoders.tiny_models import save_kl, save_open_clip, save_t5
@@ -70,3 +71,29 @@ def test_a_cache_that_cannot_be_written_is_told_with_the_way_out(monkeypatch):
     monkeypatch.setattr("microdit.encoders.model_files.snapshot_download", refuse)
     with pytest.raises(UserError, match=r"owner/name cannot be stored .*/cache/hub.*set HF_HOME to a writable folder"):
         find_folder("owner/name", ["*"])
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/dev/zero", "", ".", ["model.safetensors"], 7, None])
+def test_an_index_names_files_of_its_own_folder_only(tmp_path, name):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": name}}))
+    with pytest.raises(UserError, match="lists no files of its folder"):
+        weight_files(tmp_path, "model", ".safetensors")
+
+
+@pytest.mark.parametrize("files", [["config.json"], {"/dev/zero": "0"}, {"../../config.json": "0"}, "config.json", 7])
+def test_a_record_names_files_of_its_own_folder_only(tmp_path, files):
+    """Not an endless device, whose checksum would never be computed."""
+    save_kl(tmp_path)
+    (tmp_path / "record.json").write_text(json.dumps({"files": files}))
+    with pytest.raises(UserError, match=r"record\.json does not match the files beside it \(it lists no files of its folder\)"):
+        load_autoencoder(str(tmp_path))
+
+
+def test_a_class_that_is_no_word_is_refused(tmp_path):
+    save_kl(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": ["AutoencoderKL"]}')
+    with pytest.raises(UserError, match="says _class_name"):
+        load_autoencoder(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": {}}')
+    with pytest.raises(UserError, match="says model_type"):
+        load_text_encoder(str(tmp_path))

@@ -5,7 +5,7 @@ from PIL import Image
 
 from microdit.distributed import start_world
 from microdit.errors import UserError
-from microdit.evaluation.generators import DrawSettings, draw_pictures
+from microdit.evaluation.generators import DrawSettings, draw_pictures, read_prompt_file
 from microdit.io.locks import sole_writer
 
 SETTINGS = DrawSettings(num_inference_steps=2)
@@ -34,3 +34,11 @@ def test_damaged_settings_are_a_sentence(tmp_path, content):
     (tmp_path / "settings.json").write_bytes(content)
     with pytest.raises(UserError, match=r"settings.json is damaged, so it is unknown how the images beside it were generated"):
         draw_pictures(Grey(), ["owl"], tmp_path, SETTINGS, start_world("cpu"))
+
+
+@pytest.mark.parametrize("line", ['{"prompt": 5}', '{"prompt": ["owl"]}', '{"prompt": null}', '["owl"]', "owl", "[" * 100_000])
+def test_a_prompt_that_is_no_text_is_refused(tmp_path, line):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"prompt": "owl"}}\n{line}\n')
+    with pytest.raises(UserError, match=f'Each line of {file} must be a JSON object with a key "prompt"'):
+        read_prompt_file(file)

@@ -5,9 +5,13 @@ import shutil
 
 import pytest
 
+from microdit.errors import UserError
 from microdit.io.console import PlainConsole, Reporter
+from microdit.lab.equal_cost import read_plan
 from microdit.lab.run_study import drop_damaged, read_results
+from microdit.lab.study import MEASURES
 from tests.commands import microdit
+from tests.damage import flips
 from tests.training.processes import start, wait_for
 
 BASE = """
@@ -37,6 +41,8 @@ claims:
   - {says: masking is cheaper, better: deferred, worse: none, measure: held_out_loss}
   - {says: wild is good, better: wild, worse: none}
 """.replace("REST", "batch_size: 4, learning_rate: 1e-3")
+
+STRANGE_PLANS = ({"flops_per_step": "much"}, {"seconds_per_step": 0}, {"steps": [1]}, {"steps": {"flops": None}}, {"more": 1})
 
 LONGER = STUDY.replace("  wild:", "  half: [phases.0.mask_ratio=0.5]\n  wild:")
 
@@ -103,8 +109,9 @@ def test_an_arm_may_be_added_and_what_was_done_stays(laboratory):
     out = laboratory / "lab" / "small"
     (laboratory / "small.yaml").write_text(LONGER)
     plan, results = json.loads((out / "plan.json").read_text()), read_results(out)
-    # As a version wrote it that did not know this key: its default is what was done then.
-    (out / "plan.json").write_text(json.dumps(plan).replace("  gated_ffn: true\\n", ""))
+    # As a version wrote it that did not know this key, and wrote no checksum: its default is what was done then.
+    older = {key: value for key, value in plan.items() if key not in ("checked_by", "self_sha256")}
+    (out / "plan.json").write_text(json.dumps(older).replace("  gated_ffn: true\\n", ""))
     assert "gated_ffn" not in (out / "plan.json").read_text()
     early = microdit("lab", "report", "small.yaml", "--to", "docs-small", cwd=laboratory)
     assert (early.returncode, "has no results yet of half" in early.output) == (0, True), early.output
@@ -138,7 +145,7 @@ def test_a_study_that_changed_is_not_mixed_with_its_old_results(laboratory):
 
 
 def test_damaged_results_are_left_out_and_dropped_once_with_a_copy_kept(tmp_path, capsys):
-    good = {"arm": "none", "seed": 0, "step": 4, "flops": 1.0, "seconds": 2.0, "kid": 0.5}
+    good = {"arm": "none", "seed": 0, "step": 4, "flops": 1.0, "seconds": 2, **dict.fromkeys(MEASURES, 0.5)}
     content = json.dumps(good) + '\nnot JSON\n{"arm": "none"}\n[1]\n' + json.dumps(good | {"seed": 1}) + '\n\xff\n{"arm": "no'
     (tmp_path / "results.jsonl").write_bytes(content.encode("latin-1"))
     reporter = Reporter(PlainConsole())
@@ -152,10 +159,34 @@ def test_damaged_results_are_left_out_and_dropped_once_with_a_copy_kept(tmp_path
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("key", ["arm", "seed", "step", "flops", "seconds", "held_out_loss", "recognised"])
+@pytest.mark.parametrize("value", [None, [1], {}, True])
+def test_a_line_of_other_types_is_damaged(tmp_path, key, value):
+    good = {"arm": "none", "seed": 0, "step": 4, "flops": 1.0, "seconds": 2, **dict.fromkeys(MEASURES, 0.5)}
+    lost = {"arm": "none", "seed": 0, "step": 4, "diverged": "why"}
+    lines = [good, good | {key: value}, lost, lost | {"diverged": value}]
+    (tmp_path / "results.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert read_results(tmp_path) == [good, lost]
+
+
 def test_a_damaged_plan_is_named(laboratory):
     (laboratory / "small.yaml").write_text(LONGER)
     out = laboratory / "damaged"
     shutil.copytree(laboratory / "lab" / "small", out)
+    older = {key: value for key, value in json.loads((out / "plan.json").read_text()).items() if key not in ("checked_by", "self_sha256")}
+    lacking = [{key: value for key, value in older.items() if key != lost} for lost in ("asked", "arms")]
+    strange = [older | {"arms": dict.fromkeys(older["arms"], older["arms"]["none"] | change)} for change in STRANGE_PLANS]
+    no_recipe = older | {"asked": older["asked"] | {"arms": dict.fromkeys(older["arms"], "[" * 5000)}}
+    for content in (*lacking, *strange, no_recipe, older | {"asked": []}, older | {"arms": []}):
+        (out / "plan.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"plan\.json is damaged"):
+            read_plan(out)
+    (out / "plan.json").write_text(json.dumps(older))
+    assert read_plan(out) == read_plan(laboratory / "lab" / "small")
+    shutil.copy(laboratory / "lab" / "small" / "plan.json", out)
+    for _ in flips(out / "plan.json", range(0, (out / "plan.json").stat().st_size, 7)):
+        with pytest.raises(UserError, match=r"plan\.json is damaged"):
+            read_plan(out)
     (out / "plan.json").write_text("{}")
     refused = microdit("lab", "run", "small.yaml", "--out", "damaged", cwd=laboratory)
     assert (refused.returncode, "plan.json is damaged" in refused.output) == (1, True), refused.output

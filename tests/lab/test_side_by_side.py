@@ -1,10 +1,16 @@
 """`microdit lab run --jobs`: processes that share a study, which are stopped together and continue."""
 
 import re
+import sys
 
 import pytest
 
+from microdit.errors import UserError
+from microdit.io.console import QUIET
+from microdit.io.locks import try_lock
 from microdit.lab.run_study import read_results
+from microdit.lab.side_by_side import run_side_by_side
+from microdit.lab.study import load_study
 from tests.commands import microdit
 from tests.lab.test_run_study import BASE
 from tests.training.processes import start, wait_for
@@ -62,6 +68,41 @@ def test_time_that_is_up_stops_a_study_cleanly(place):
     stopped = microdit("lab", "run", "shared.yaml", "--minutes", "0", "--arms", "none", "--out", "lab/short", cwd=place)
     assert stopped.returncode == 75, stopped.output
     assert "The same command continues it" in stopped.output
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "-1", "1e9"])
+def test_a_time_that_is_none_is_refused(place, minutes):
+    refused = microdit("lab", "run", "shared.yaml", "--minutes", minutes, cwd=place)
+    assert refused.returncode == 1
+    assert refused.output.endswith(f"Error: --minutes is {float(minutes)}: it must be from 0 to 1,000,000.")
+
+
+def test_a_process_that_is_killed_is_named_with_its_signal_and_the_others_stop(tmp_path):
+    """The first to start is killed; the other, which would sleep for an hour, is asked to stop."""
+    script = "import os, sys, time; os.mkdir('first') if not os.path.exists('first') else time.sleep(3600); print('begun', flush=True)"
+    command = [sys.executable, "-c", f"import os, signal; os.chdir({str(tmp_path)!r}); {script}; os.kill(os.getpid(), signal.SIGKILL)"]
+    study, recipes = load_study("lab/masking")
+    with pytest.raises(UserError) as failure:
+        run_side_by_side(study, recipes, command, tmp_path / "out", 2, QUIET)
+    assert re.fullmatch(
+        rf"1 of 2 processes failed, killed by SIGKILL\. The end of {tmp_path}/out/logs/[01]\.txt: begun", str(failure.value)
+    )
+
+
+def test_processes_of_two_commands_have_logs_of_their_own(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "1.txt").write_text("of a process that has ended")
+    study, recipes = load_study("lab/masking")
+    with (tmp_path / "logs" / "0.txt").open("w") as of_another_command:
+        of_another_command.write("kept")
+        of_another_command.flush()
+        assert try_lock(of_another_command, tmp_path)
+        run_side_by_side(study, recipes, [sys.executable, "-c", "print('done')"], tmp_path, 2, QUIET)
+    assert {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()} == {
+        "0.txt": "kept",
+        "1.txt": "done\n",
+        "2.txt": "done\n",
+    }
 
 
 def test_a_process_that_fails_is_shown_by_the_end_of_its_log(place):

@@ -308,10 +308,22 @@ def test_an_image_reveals_neither_a_file_name_nor_a_date(client):
     assert headers == {"date", "content-type", "content-length", "cache-control", "x-content-type-options"}
 
 
+def test_half_a_character_in_a_prompt_is_shown_as_a_question_mark(tmp_path):
+    folders = write_folders(tmp_path, 1)
+    for folder in folders:
+        (folder / "prompts.jsonl").write_text('{"prompt": "half \\ud83d a letter"}\n')
+    file = VerdictFile(tmp_path / "verdicts.jsonl", random_order(read_pairs(*folders), seed=3), HUMAN)
+    with serving(file) as client:
+        assert client.state() == {"done": 0, "total": 1, "question": 0, "prompt": "half ? a letter"}
+
+
 def test_an_image_that_was_removed_is_said_in_a_sentence(client, questions):
-    questions[0].pictures()[0].unlink()
-    status, content = client.send("GET", "/api/images/0/first")
-    assert (status, json.loads(content)["error"]["message"]) == (404, "The image was removed after the server was started.")
+    image = questions[0].pictures()[0]
+    for change in (image.unlink, image.mkdir):
+        change()
+        status, content = client.send("GET", "/api/images/0/first")
+        sentence = "The image was removed, or cannot be read any more, since the server was started."
+        assert (status, json.loads(content)["error"]["message"]) == (404, sentence)
     assert client.send("GET", "/api/images/0/second")[0] == 200
 
 

@@ -222,7 +222,7 @@ def _find_pictures(pictures: Path, prompts: list[GenEvalPrompt]) -> Iterator[tup
         if number >= len(prompts):
             raise UserError(f"{folder} belongs to prompt number {number}, but there are only {len(prompts)}, counted from 0.")
         metadata = folder / "metadata.jsonl"
-        if metadata.is_file() and parse_prompt(metadata.read_text(encoding="utf-8"), str(metadata)) != prompts[number]:
+        if metadata.is_file() and parse_prompt(metadata.read_bytes(), str(metadata)) != prompts[number]:
             raise UserError(f"{metadata} differs from prompt number {number}: the images were generated from other prompts.")
         for path in sorted(folder.glob("samples/*.png")):
             if re.fullmatch(r"\d+", path.stem):
@@ -230,11 +230,13 @@ def _find_pictures(pictures: Path, prompts: list[GenEvalPrompt]) -> Iterator[tup
 
 
 def _known_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the results of an earlier call by the identity of what was judged. Truncated lines are skipped."""
+    """Return the results of an earlier call by the identity of what was judged. Truncated and damaged lines are skipped."""
     known = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             line = parse_json(text)
+            if line["tag"] not in TASKS or type(line["correct"]) is not bool:
+                continue
             known[json.dumps({key: line[key] for key in ("filename", "metadata", "picture", "judges")})] = line
         except (ValueError, KeyError, TypeError):
             continue

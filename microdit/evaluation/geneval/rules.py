@@ -90,7 +90,7 @@ def read_prompts(path: Path) -> list[GenEvalPrompt]:
     return prompts
 
 
-def parse_prompt(line: str, where: str) -> GenEvalPrompt:
+def parse_prompt(line: str | bytes, where: str) -> GenEvalPrompt:
     """Parse one line of such a file. Raises UserError, with a message that begins with `where`."""
     try:
         entry = parse_json_object(line)

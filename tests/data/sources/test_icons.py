@@ -132,6 +132,7 @@ def test_the_licence_is_made_harmless_and_must_be_there(tmp_path):
         ({"body": 7}, "no drawing of that name"),
         ({"body": BLUE, "width": "16"}, "size of the drawing is not a number"),
         ({"body": BLUE, "height": 1e300}, "size of the drawing is not a number"),
+        ({"body": BLUE, "height": 10**400}, "size of the drawing is not a number"),
         ({"body": BLUE, "left": True}, "size of the drawing is not a number"),
         ({"body": BLUE, "width": 0}, "drawing is smaller than one unit"),
     ],

@@ -222,7 +222,8 @@ def test_who_is_stopped_goes_on_with_what_is_missing(tmp_path: Path, pictures: P
         evaluate_geneval(pictures, prompts, stopped, Red(), out, quiet)
     results = out / "results.jsonl"
     assert len(lines_of(out)) == 4
-    results.write_text(results.read_text()[:-20])  # the last line cut off
+    damaged = b'\xff\n{"tag": []}\n'
+    results.write_bytes(damaged + results.read_bytes()[:-20])  # the last line cut off
     again, heard = Known(), []
     summary = evaluate_geneval(pictures, prompts, again, Red(), out, quiet, lambda done, count: heard.append((done, count)))
     assert again.asked == 3
