@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from microdit.config.schema import Recipe
     from microdit.data.dataset import EncodedDataset
     from microdit.data.sources.open import open_source
-    from microdit.diffusion.edm import EDM
+    from microdit.diffusion.edm import EDM, edm_loss
     from microdit.diffusion.flow import Flow
     from microdit.diffusion.objective import denoising_loss
     from microdit.errors import UserError
@@ -37,6 +37,7 @@ _EXPORTS = {
     "UserError": "microdit.errors",
     "create_model": "microdit.models.config",
     "denoising_loss": "microdit.diffusion.objective",
+    "edm_loss": "microdit.diffusion.edm",
     "encode_dataset": "microdit.api",
     "evaluate": "microdit.api",
     "list_models": "microdit.models.config",
@@ -59,6 +60,7 @@ __all__ = [
     "__version__",
     "create_model",
     "denoising_loss",
+    "edm_loss",
     "encode_dataset",
     "evaluate",
     "list_models",

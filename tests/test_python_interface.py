@@ -30,6 +30,7 @@ NEEDED = {  # by what is imported: the libraries that may come along, of HEAVY
     "microdit:list_models": ARRAYS,
     "microdit:EDM": ARRAYS,
     "microdit:denoising_loss": ARRAYS,
+    "microdit:edm_loss": ARRAYS,
     "microdit:SamplerSettings": PICTURES,
     "microdit:EncodedDataset": PICTURES | {"datasets"},  # whose folders `datasets` reads as well
     "microdit:MicroDiTPipeline": DIFFUSERS,

@@ -6,7 +6,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from microdit.diffusion.objective import Objective
+from microdit.diffusion.objective import Objective, denoising_loss
+
+edm_loss = denoising_loss  # its name for those who want the EDM loss alone, with an `EDM` as the objective
 
 
 @dataclass(frozen=True)
