@@ -29,6 +29,7 @@ NEEDED = {  # by what is imported: the libraries that may come along, of HEAVY
     "microdit:create_model": ARRAYS,
     "microdit:list_models": ARRAYS,
     "microdit:EDM": ARRAYS,
+    "microdit:Flow": ARRAYS,
     "microdit:denoising_loss": ARRAYS,
     "microdit:edm_loss": ARRAYS,
     "microdit:SamplerSettings": PICTURES,
