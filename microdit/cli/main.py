@@ -1,5 +1,6 @@
 """The command line: its application, and how errors end it. The commands are in the other files of this folder."""
 
+import errno
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ from microdit.errors import StoppedError, UserError
 from microdit.io.console import PlainConsole, joined, styled
 from microdit.process_limits import raise_limit
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the machine's, not the program's
 OLDEST_TORCH = (2, 9)  # as pyproject.toml says
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, help=(
@@ -47,8 +49,13 @@ def main() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    except Exception:
-        print_traceback()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            where = f" ({error.filename})" if error.filename else ""
+            sentence = f" {error.strerror}{where}: make room there, or choose another place, and start the command again."
+            PlainConsole(stderr=True).print(joined(styled("Error:", "bold red"), sentence), soft_wrap=True)
+        else:
+            print_traceback()
         sys.exit(1)
 
 

@@ -126,11 +126,12 @@ class _SourceReferences:
     def __init__(self, study: Study, side: int, network: EfficientNetFeatures, world: World, reporter: Reporter):
         self._study, self._reporter = study, reporter
         records = [record for part in open_source(study.source).parts for record in part.records()]
-        self.right_N = spread_ids(len(records), study.pictures)
-        self._captions = [records[i].captions["caption"] for i in self.right_N]
         parts = [lambda: (record.image for record in records)]
-        self.features_MD = extract(network, study.source, parts, side, feature_cache(), world, reporter).features_ND
+        found = extract(network, study.source, parts, side, feature_cache(), world, reporter)  # without images that cannot be read
+        self.features_MD = found.features_ND
         self.gaussian = fit_gaussian(self.features_MD)
+        self.right_N = spread_ids(len(self.features_MD), study.pictures)
+        self._captions = [next(iter(records[found.numbers_N[row]].captions.values())) for row in self.right_N]
         self._encoders: dict[tuple[str, str], Encoders] = {}  # by their names, so that each is loaded once
 
     def pipeline(self, checkpoint: Checkpoint) -> MicroDiTPipeline:

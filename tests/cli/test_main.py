@@ -1,5 +1,6 @@
 """The commands, one after the other, as a person would run them."""
 
+import errno
 import json
 import os
 import threading
@@ -236,3 +237,19 @@ def test_an_autoencoder_is_not_trained_into_a_locked_folder(tmp_path):
     assert isinstance(done.exception, UserError)
     assert f"ae is in use by process {os.getpid()} on" in str(done.exception)
     assert not (tmp_path / "ae").exists()
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")])
+def test_a_disk_that_is_full_or_read_only_is_a_sentence(monkeypatch, capsys, number, words):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), "/mnt/runs/a\x1b[2J")
+
+    monkeypatch.setattr(cli, "app", refuse)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    printed = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 1
+    assert f"Error: {words} (/mnt/runs/a" in printed
+    assert "make room there, or choose another place" in printed
+    assert "\x1b" not in printed
+    assert "Traceback" not in printed
