@@ -11,7 +11,7 @@ from microdit.encoders.autoencoder import load_autoencoder
 from microdit.evaluation.features import EfficientNetFeatures
 from microdit.evaluation.metrics.frechet import fit_gaussian, sample_distance
 from microdit.io.console import QUIET
-from microdit.lab.quality import QualityEvaluator
+from microdit.lab.quality import QualityEvaluator, _SourceReferences
 from microdit.lab.study import ReferenceArm, Study
 from microdit.pipelines.pipeline import MicroDiTPipeline
 from microdit.pipelines.settings import SamplerSettings
@@ -69,3 +69,18 @@ def test_the_distance_is_to_the_decoded_rows(measured):
     drawn = network(MicroDiTPipeline.from_pretrained(workplace / "runs/exact").generate(texts, SamplerSettings(3, 2.0)))
     assert metrics.frechet_distance == pytest.approx(sample_distance(drawn, fit_gaussian(real)), rel=0.01)
     assert metrics.held_out_loss > 0
+
+
+def test_captions_are_those_of_the_images_that_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, colour in (("a", "red"), ("b", "green"), ("c", "blue")):
+        Image.new("RGB", (64, 64), colour).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"{colour} square")
+    (folder / "b.png").write_bytes(b"no image")
+    study = Study("s", "?", source=str(folder), reference=ReferenceArm("a", 1), arms={"a": []}, pictures=3)
+    references = _SourceReferences(study, 64, EfficientNetFeatures(), start_world("cpu"), QUIET)
+    assert references._captions == ["red square", "blue square"]
+    assert references.right_N.tolist() == [0, 1]
+    assert len(references.features_MD) == 2
