@@ -40,5 +40,5 @@ def test_damaged_settings_are_a_sentence(tmp_path, content):
 def test_a_prompt_that_is_no_text_is_refused(tmp_path, line):
     file = tmp_path / "prompts.jsonl"
     file.write_text(f'{{"prompt": "owl"}}\n{line}\n')
-    with pytest.raises(UserError, match=f'Each line of {file} must be a JSON object with a key "prompt"'):
+    with pytest.raises(UserError, match=f'The line 2 of {file} must be a JSON object with a key "prompt"'):
         read_prompt_file(file)

@@ -254,7 +254,7 @@ def test_nothing_but_the_images_can_be_fetched(client, path):
         ("POST", "/api/votes", TIE, {**JSON, "Sec-Fetch-Site": "cross-site"}, 403),
         ("GET", "/api/state", None, {"Sec-Fetch-Site": "cross-site"}, 403),
         ("GET", "/api/images/0/first", None, {"Sec-Fetch-Site": "cross-site"}, 403),
-        ("POST", "/api/votes", b"{}", {**JSON, "Content-Length": "-1"}, 400),
+        ("POST", "/api/votes", None, {**JSON, "Content-Length": "-1"}, 400),  # a body that stays unread would reset the connection
         ("POST", "/api/votes", b"{}", {**JSON, "Content-Length": "100000000"}, 413),
         ("POST", "/", b"{}", JSON, 405),
         ("POST", "/verdicts.jsonl", b"{}", JSON, 404),
