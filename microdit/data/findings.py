@@ -47,7 +47,7 @@ _IN_SCRIPT = [(name, re.compile(f"[{span}]")) for name, span in _SCRIPTS]
 
 @dataclass(frozen=True)
 class Seen:
-    """What a preview keeps of each usable record: `shape` and `colour` are those of its pixels, `tokens` is the length of its caption."""
+    """A usable record, as a preview keeps it: `shape` and `colour` are those of its pixels, `tokens` is the length of its caption."""
 
     key: str
     caption: str

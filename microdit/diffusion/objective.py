@@ -21,7 +21,7 @@ RECONSTRUCTION = 0.1  # weight of the dropped patches' reconstruction (2306.0930
 
 
 class Objective(ABC):
-    """What trainer and samplers need to know of an objective. Noise levels `sigma` grow with the noise and are 0 at the data.
+    """An objective, as the trainer and the samplers see it. Noise levels `sigma` grow with the noise and are 0 at the data.
 
     In sampling, latents follow dx/dsigma = (x - D(x; sigma)) / max(sigma, slope_floor), which holds for both objectives: for EDM by
     2206.00364, eq. 1, with a floor of 0; for flow matching since the velocity of a straight path from noise to data is (D - x) / sigma.

@@ -54,6 +54,15 @@ def laboratory(workplace):
     return workplace
 
 
+@pytest.fixture(scope="module")
+def finished(laboratory):
+    """The same place with the study's results, whichever test comes first."""
+    if not (laboratory / "lab" / "small" / "plan.json").is_file():
+        done = microdit("lab", "run", "small.yaml", cwd=laboratory)
+        assert done.returncode == 0, done.output
+    return laboratory
+
+
 def test_a_study_that_is_killed_goes_on_and_its_report_says_what_happened(laboratory):
     out = laboratory / "lab" / "small"
     running = start(laboratory / ".logs", ["lab", "run", "small.yaml"], cwd=laboratory)
@@ -105,18 +114,18 @@ def test_a_study_that_is_killed_goes_on_and_its_report_says_what_happened(labora
         assert (laboratory / "docs-small" / name).stat().st_size > 100
 
 
-def test_an_arm_may_be_added_and_what_was_done_stays(laboratory):
-    out = laboratory / "lab" / "small"
-    (laboratory / "small.yaml").write_text(LONGER)
+def test_an_arm_may_be_added_and_what_was_done_stays(finished):
+    out = finished / "lab" / "small"
+    (finished / "small.yaml").write_text(LONGER)
     plan, results = json.loads((out / "plan.json").read_text()), read_results(out)
     # As a version wrote it that did not know this key, and wrote no checksum: its default is what was done then.
     older = {key: value for key, value in plan.items() if key not in ("checked_by", "self_sha256")}
     (out / "plan.json").write_text(json.dumps(older).replace("  gated_ffn: true\\n", ""))
     assert "gated_ffn" not in (out / "plan.json").read_text()
-    early = microdit("lab", "report", "small.yaml", "--to", "docs-small", cwd=laboratory)
+    early = microdit("lab", "report", "small.yaml", "--to", "docs-small", cwd=finished)
     assert (early.returncode, "has no results yet of half" in early.output) == (0, True), early.output
-    assert "| half |" not in (laboratory / "docs-small" / "README.md").read_text()
-    done = microdit("lab", "run", "small.yaml", cwd=laboratory)
+    assert "| half |" not in (finished / "docs-small" / "README.md").read_text()
+    done = microdit("lab", "run", "small.yaml", cwd=finished)
     assert done.returncode == 0, done.output
     plan_now, results_now = json.loads((out / "plan.json").read_text()), read_results(out)
     half = plan_now["arms"].pop("half")
@@ -128,18 +137,18 @@ def test_an_arm_may_be_added_and_what_was_done_stays(laboratory):
     assert {(line["arm"], line["seed"]) for line in results_now[len(results) :]} == {("half", 0), ("half", 1)}
 
 
-def test_a_study_that_changed_is_not_mixed_with_its_old_results(laboratory):
-    (laboratory / "small.yaml").write_text(LONGER.replace("mask_ratio=0.75", "mask_ratio=0.25"))
-    refused = microdit("lab", "run", "small.yaml", cwd=laboratory)
+def test_a_study_that_changed_is_not_mixed_with_its_old_results(finished):
+    (finished / "small.yaml").write_text(LONGER.replace("mask_ratio=0.75", "mask_ratio=0.25"))
+    refused = microdit("lab", "run", "small.yaml", cwd=finished)
     assert refused.returncode == 1
     assert "holds results from before deferred changed: choose another --out" in refused.output
     for key, value in (("pictures: 4", "pictures: 13"), ("readings:", "budgets: [flops]\nreadings:")):
-        (laboratory / "small.yaml").write_text(LONGER.replace(key, value))
+        (finished / "small.yaml").write_text(LONGER.replace(key, value))
         for command in ("run", "report"):
-            otherwise = microdit("lab", command, "small.yaml", cwd=laboratory)
+            otherwise = microdit("lab", command, "small.yaml", cwd=finished)
             assert otherwise.returncode == 1
             assert f"from before {'pictures' if '13' in value else 'the budget'} changed" in otherwise.output
-    nothing = microdit("lab", "report", "small.yaml", "--out", "nowhere", cwd=laboratory)
+    nothing = microdit("lab", "report", "small.yaml", "--out", "nowhere", cwd=finished)
     assert nothing.returncode == 1
     assert "There are no results in nowhere: run the study first" in nothing.output
 
@@ -169,10 +178,10 @@ def test_a_line_of_other_types_is_damaged(tmp_path, key, value):
     assert read_results(tmp_path) == [good, lost]
 
 
-def test_a_damaged_plan_is_named(laboratory):
-    (laboratory / "small.yaml").write_text(LONGER)
-    out = laboratory / "damaged"
-    shutil.copytree(laboratory / "lab" / "small", out)
+def test_a_damaged_plan_is_named(finished):
+    (finished / "small.yaml").write_text(LONGER)
+    out = finished / "damaged"
+    shutil.copytree(finished / "lab" / "small", out)
     older = {key: value for key, value in json.loads((out / "plan.json").read_text()).items() if key not in ("checked_by", "self_sha256")}
     lacking = [{key: value for key, value in older.items() if key != lost} for lost in ("asked", "arms")]
     strange = [older | {"arms": dict.fromkeys(older["arms"], older["arms"]["none"] | change)} for change in STRANGE_PLANS]
@@ -182,15 +191,15 @@ def test_a_damaged_plan_is_named(laboratory):
         with pytest.raises(UserError, match=r"plan\.json is damaged"):
             read_plan(out)
     (out / "plan.json").write_text(json.dumps(older))
-    assert read_plan(out) == read_plan(laboratory / "lab" / "small")
-    shutil.copy(laboratory / "lab" / "small" / "plan.json", out)
+    assert read_plan(out) == read_plan(finished / "lab" / "small")
+    shutil.copy(finished / "lab" / "small" / "plan.json", out)
     for _ in flips(out / "plan.json", range(0, (out / "plan.json").stat().st_size, 7)):
         with pytest.raises(UserError, match=r"plan\.json is damaged"):
             read_plan(out)
     (out / "plan.json").write_text("{}")
-    refused = microdit("lab", "run", "small.yaml", "--out", "damaged", cwd=laboratory)
+    refused = microdit("lab", "run", "small.yaml", "--out", "damaged", cwd=finished)
     assert (refused.returncode, "plan.json is damaged" in refused.output) == (1, True), refused.output
-    elsewhere = microdit("lab", "report", "small.yaml", "--to", "base.yaml", cwd=laboratory)
+    elsewhere = microdit("lab", "report", "small.yaml", "--to", "base.yaml", cwd=finished)
     assert (elsewhere.returncode, "The report's folder base.yaml cannot be created" in elsewhere.output) == (1, True), elsewhere.output
 
 

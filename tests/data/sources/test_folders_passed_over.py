@@ -66,7 +66,7 @@ def test_captions_beside_pictures_are_passed_over_where_a_list_has_them(tmp_path
     assert source.passed_over == {".txt": 2, ".md": 1}
 
 
-def test_files_beside_archives_and_tables_are_counted_and_archives_are_found_at_any_depth(tmp_path):
+def test_archives_are_found_at_any_depth_and_files_beside_them_are_counted(tmp_path):
     for name in ("0.tar", "deep/1.tar"):
         write_tar(tmp_path / "tars" / name, [("a.png", picture()), ("a.txt", b"words"), ("a.cls", b"1")])
     for name in ("stats.json", "deep/0.parquet", "examples/a.png", ".git/config"):
