@@ -45,7 +45,7 @@ def test_each_solver_converges_to_the_exact_solution_with_its_order(solver, orde
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_denoised_estimate_is_the_same_from_a_velocity_an_image_and_a_noise(prediction):
+def test_the_denoised_estimate_is_the_same_from_every_prediction(prediction):
     data, noise, sigma = torch.randn(3, 1, 2, 2).double(), torch.randn(3, 1, 2, 2).double(), torch.tensor([0.1, 0.5, 0.9]).double()
     flow = Flow(prediction, noise_scale=SCALE)
     noisy = flow.add_noise(data, sigma, noise)

@@ -77,7 +77,7 @@ def test_a_time_that_is_none_is_refused(place, minutes):
     assert refused.output.endswith(f"Error: --minutes is {float(minutes)}: it must be from 0 to 1,000,000.")
 
 
-def test_a_process_that_is_killed_is_named_with_its_signal_and_the_others_stop(tmp_path):
+def test_a_killed_process_is_named_with_its_signal_and_the_others_stop(tmp_path):
     """The first to start is killed; the other, which would sleep for an hour, is asked to stop."""
     script = "import os, sys, time; os.mkdir('first') if not os.path.exists('first') else time.sleep(3600); print('begun', flush=True)"
     command = [sys.executable, "-c", f"import os, signal; os.chdir({str(tmp_path)!r}); {script}; os.kill(os.getpid(), signal.SIGKILL)"]

@@ -46,7 +46,7 @@ def test_compiled_equals_eager_at_any_batch_size_with_one_compilation(name):
     assert len(set(graphs)) == 1
 
 
-def test_a_token_that_no_expert_took_gets_zero_even_beside_infinite_outputs():
+def test_a_token_without_experts_gets_zero_beside_infinite_outputs():
     y_EMD = torch.full((2, 1, 3), torch.inf)
     sums_ND = compiled().add_weighted(y_EMD, torch.ones(2, 1), torch.tensor([[1], [1]]), 4)
     assert torch.equal(sums_ND[[0, 2, 3]], torch.zeros(3, 3))

@@ -222,7 +222,7 @@ def test_line_separators_of_unicode_are_part_of_captions(tmp_path):
         ("metadata.jsonl", b'[\n{"file_name": "a.png", "text": "red"}\n]\n', r"is one JSON list, .* Convert it: jq -c '\.\[\]'"),
     ],
 )
-def test_lists_in_other_forms_are_refused_with_the_command_that_converts_them(tmp_path, name, content, sentence):
+def test_lists_in_other_forms_are_refused_with_a_converting_command(tmp_path, name, content, sentence):
     fill(tmp_path, content, name, "a")
     with pytest.raises(UserError, match=sentence):
         folder_source(tmp_path)

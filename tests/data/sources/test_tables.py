@@ -216,7 +216,7 @@ def test_fields_inside_columns_can_be_captions(tmp_path):
     assert second.problem == "no caption"
 
 
-def test_a_table_of_addresses_is_refused_with_the_command_that_fetches_them(tmp_path):
+def test_a_table_of_addresses_is_refused_with_the_fetching_command(tmp_path):
     columns = {"URL": ["https://example.org/a.jpg", None], "TEXT": ["words", "words"]}
     path = write_table(tmp_path / "my set.parquet", columns)
     with pytest.raises(
