@@ -117,7 +117,8 @@ def _head(
 ) -> str:
     plan, steps = plans[study.reference.arm], study.reference.steps
     flops, seconds = steps * plan.flops_per_step, steps * plan.seconds_per_step
-    number = len({line["seed"] for line in results})
+    ends = [at_budget(results, arm, plans[arm].steps[budget], study.measures[0]) for arm in study.arms for budget in study.budgets]
+    number = max((spread.seeds for spread in ends if spread), default=1)  # the latest seed may not have come that far
     seeds = f"{number} seeds" if number > 1 else "One seed"
     lost = [
         f"{plain(arm)} diverged for seed {line['seed']} before step {line['step']:,}"
