@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 
 from microdit.data.dataset import EncodedDataset
+from microdit.data.encode import EncodeSettings, encode_source
+from microdit.data.sources.builtin import emoji_source
 from microdit.distributed import start_world
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.evaluation.features import EfficientNetFeatures
@@ -16,16 +18,17 @@ from microdit.lab.study import ReferenceArm, Study
 from microdit.pipelines.pipeline import MicroDiTPipeline
 from microdit.pipelines.settings import SamplerSettings
 from tests.commands import microdit
+from tests.conftest import first_of
 
 STUDY = Study("s", "?", source="encoded", reference=ReferenceArm("a", 1), arms={"a": []}, pictures=12, num_inference_steps=3)
 
 
 @pytest.fixture(scope="module")
-def measured(workplace):
+def measured(workplace, text_encoder):
     """A short run on a set in 16 bits, what the lab measures of it, and the folder of both."""
-    exact = ["--store-latents", "fp16", "--store-captions", "fp16"]
-    encoded = microdit("data", "encode", "emoji:held_out", *exact, "--out", "data/exact", cwd=workplace)
-    assert encoded.returncode == 0, encoded.output
+    source = first_of(emoji_source("held_out"), 40)
+    settings = EncodeSettings((64,), "fp16", "fp16")
+    encode_source(source, workplace / "data/exact", settings, load_autoencoder("icon"), text_encoder)
     recipe = "name: r\ndata: {path: data/exact}\nmodel: {dim: 32, depth: 2, head_dim: 8, mixer_dim: 32, mixer_depth: 1, num_experts: 0}\n"
     (workplace / "exact.yaml").write_text(
         recipe + "phases: [{name: all, steps: 3, batch_size: 4, learning_rate: 1e-3}]\nema: [{decay: 0.9}]"
