@@ -10,9 +10,10 @@ Shapes: N images, D features.
 """
 
 import hashlib
+import json
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -106,6 +107,28 @@ def extract(
     return _join(paths, counts, reporter)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a cache file of tensors and metadata, with a checksum over all of them."""
+    metadata = dict(metadata or {})
+    write_aside(path, save(dict(tensors), {**metadata, "checksum": _checksum(tensors, metadata)}))
+
+
+def read_tensors(path: Path, names: Iterable[str], reporter: Reporter) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Return the tensors and the metadata of `write_tensors`. None if there is no such file, or, after a warning, if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata())
+            tensors = {name: file.get_tensor(name) for name in names}
+        if metadata.pop("checksum") not in (_checksum(tensors, metadata), _checksum_of_values(tensors)):
+            raise ValueError("its checksum differs")
+        return tensors, metadata
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        reporter.warn(f"{path} is damaged ({error}): its features are computed again.")
+        return None
+
+
 def pick(parts: Sequence[Pictures], counts: Sequence[int], numbers: Sequence[int]) -> Iterator[tuple[int, bytes]]:
     """Yield (number, image) for these increasing numbers. Parts that hold none of them are not opened.
 
@@ -172,24 +195,16 @@ def _write(path: Path, network: ImageFeatures, side: int | None, block: Sequence
         numbers.append(number)
     features_ND = network(images) if images else torch.zeros(0, 0)
     tensors = {"features": features_ND.contiguous(), "numbers": torch.tensor(numbers, dtype=torch.long)}
-    metadata = {"pictures": str(len(block)), "enlarged": str(enlarged), "checksum": _checksum(tensors)}
-    write_aside(path, save(tensors, metadata))
+    write_tensors(path, tensors, {"pictures": str(len(block)), "enlarged": str(enlarged)})
 
 
 def _read(path: Path, reporter: Reporter) -> tuple[Tensor, Tensor, int, int] | None:
     """Return a block's features, image numbers, image count and count of enlarged images; None if it is missing or damaged."""
-    if not path.is_file():
+    found = read_tensors(path, ("features", "numbers"), reporter)
+    if found is None:
         return None
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in ("features", "numbers")}
-        if metadata["checksum"] != _checksum(tensors):
-            raise ValueError("its checksum differs")
-        return tensors["features"], tensors["numbers"], int(metadata["pictures"]), int(metadata["enlarged"])
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        reporter.warn(f"{path} is damaged ({error}): its features are computed again.")
-        return None
+    tensors, metadata = found
+    return tensors["features"], tensors["numbers"], int(metadata["pictures"]), int(metadata["enlarged"])
 
 
 def _join(blocks: list[Path], counts: tuple[int, ...], reporter: Reporter) -> Features:
@@ -207,5 +222,11 @@ def _join(blocks: list[Path], counts: tuple[int, ...], reporter: Reporter) -> Fe
     return Features(features_ND, torch.cat(numbers) if numbers else torch.zeros(0, dtype=torch.long), counts, enlarged, fingerprint)
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    shapes = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in sorted(tensors.items())]
+    return hashlib.sha256(json.dumps([shapes, sorted(metadata.items()), _checksum_of_values(tensors)]).encode()).hexdigest()
+
+
+def _checksum_of_values(tensors: Mapping[str, Tensor]) -> str:
+    """Return the checksum that the files of earlier versions hold."""
     return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()

@@ -18,8 +18,6 @@ from typing import Protocol
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from microdit.checkpoint import Checkpoint, default_weights, find_weights
@@ -30,13 +28,12 @@ from microdit.data.sources.open import open_source
 from microdit.distributed import World
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.errors import UserError
-from microdit.evaluation.extraction import extract, feature_cache
+from microdit.evaluation.extraction import extract, feature_cache, read_tensors, write_tensors
 from microdit.evaluation.features import EfficientNetFeatures
 from microdit.evaluation.metrics.frechet import Gaussian, fit_gaussian, sample_distance
 from microdit.evaluation.metrics.kid import kid
 from microdit.evaluation.recognition import retrieval, spread_ids
 from microdit.io.console import Reporter
-from microdit.io.files import write_aside
 from microdit.lab.study import ENCODED, Study
 from microdit.pipelines.components import check_unchanged
 from microdit.pipelines.pipeline import BATCH, Encoders, MicroDiTPipeline, load_encoders
@@ -168,11 +165,8 @@ class _EncodedReferences:
         shards = [shard["sha256"] for shard in self._data.manifest["shards"]]
         facts = [shards, self._data.resolution, self._network.fingerprint, self._world.device.type]
         path = feature_cache() / f"encoded-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
-        if path.is_file():
-            try:
-                return load_file(path)["features"]
-            except (OSError, KeyError, SafetensorError) as error:
-                self._reporter.warn(f"{path} is damaged ({error}): its features are computed again.")
+        if (found := read_tensors(path, ("features",), self._reporter)) is not None:
+            return found[0]["features"]
         features = []
         with self._reporter.progress(f"features of {self._data.folder}, decoded", self._rows) as advance:
             for rows in _batches(range(self._rows)):
@@ -181,7 +175,7 @@ class _EncodedReferences:
                 features.append(self._network([to_image(pixels) for pixels in pixels_BCHW]))
                 advance(len(rows))
         features_MD = torch.cat(features)
-        write_aside(path, save({"features": features_MD}))
+        write_tensors(path, {"features": features_MD})
         return features_MD
 
     def pipeline(self, checkpoint: Checkpoint) -> MicroDiTPipeline:

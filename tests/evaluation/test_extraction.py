@@ -17,8 +17,9 @@ from microdit.data.decode import fit
 from microdit.distributed import World, start_world
 from microdit.errors import UserError
 from microdit.evaluation import extraction
-from microdit.evaluation.extraction import Features, Pictures, extract, pick
+from microdit.evaluation.extraction import Features, Pictures, extract, pick, read_tensors, write_tensors
 from microdit.io.console import Reporter
+from tests.damage import flips
 
 
 class Listener(Reporter):
@@ -140,6 +141,23 @@ def test_a_damaged_block_is_said_to_be_and_computed_again(tmp_path, world, damag
     assert len(warnings) == 1
     assert "is damaged" in warnings[0]
     assert "computed again" in warnings[0]
+
+
+def test_every_flipped_bit_of_a_cache_file_is_noticed_or_harmless(tmp_path):
+    tensors = {"features": torch.randn(3, 2), "numbers": torch.tensor([0, 1, 3])}
+    path = tmp_path / "block.safetensors"
+    write_tensors(path, tensors, {"pictures": "4", "enlarged": "1"})
+    noticed, places = 0, 0
+    for _ in flips(path):
+        said: list[str] = []
+        found = read_tensors(path, tensors, Listener(said.append))
+        places += 1
+        noticed += found is None
+        assert (found is None) == bool(said)
+        if found is not None:  # a space that only fills up the header
+            assert found[1] == {"pictures": "4", "enlarged": "1"}
+            assert all(torch.equal(found[0][name], tensors[name]) for name in tensors)
+    assert noticed > 0.9 * places
 
 
 def former_names(network: MeanColours, side: int | None, contents: list[bytes]) -> list[str]:
