@@ -5,14 +5,16 @@ python benchmarks/lab_claims.py --write   # put it into docs/lab/README.md, betw
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from microdit.config.recipes import RECIPES
 from microdit.io.files import write_aside
+from microdit.lab.claims import check_claims, holm, relative_deviation, without_jumps
 from microdit.lab.equal_cost import read_plan
 from microdit.lab.run_study import read_results
 from microdit.lab.study import Study, load_study
-from microdit.lab.study_report import check_claims, claim_cells
+from microdit.lab.study_report import claim_cells
 
 PROJECT = Path(__file__).parents[1]
 LAB = PROJECT / "docs" / "lab"
@@ -25,6 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     table = claims(studies())
     print(table)
+    print(f"\nStandard deviation over seeds, relative to the mean, over all studies: {usual_spread():.3f}")
     if arguments.write:
         page = LAB / "README.md"
         write_aside(page, with_table(page.read_text(), table).encode())
@@ -40,12 +43,31 @@ def studies() -> list[Study]:
 def claims(asked: list[Study]) -> str:
     """One row a claim; then the arms that are one training under several names."""
     rows = ["| study | claim | measured here | holds? |", "|---|---|---|---|"]
-    for study in asked:
-        outcomes = check_claims(study, read_plan(LAB / study.name), read_results(LAB / study.name))
-        rows += [f"| [{study.name}]({study.name}/README.md) | {' | '.join(claim_cells(outcome))} |" for outcome in outcomes]
+    outcomes = [
+        (study.name, outcome)
+        for study in asked
+        for outcome in check_claims(study, read_plan(LAB / study.name), read_results(LAB / study.name))
+    ]
+    corrected = holm([outcome.chance for _, outcome in outcomes])
+    for (name, outcome), chance in zip(outcomes, corrected, strict=True):
+        rows.append(f"| [{name}]({name}/README.md) | {' | '.join(claim_cells(outcome, chance))} |")
     same = [" = ".join(arms) for arms in shared_arms(asked)]
     lines = [f"One training under several names, so no independent evidence: {'; '.join(same)}."] if same else []
     return "\n".join([*rows, "", *lines])
+
+
+def usual_spread() -> float:
+    """The relative deviation of the Frechet distance, pooled over the studies with several seeds; each study counts once."""
+    found = [
+        spread
+        for study in studies()
+        if (
+            spread := relative_deviation(
+                read_plan(LAB / study.name), without_jumps(read_results(LAB / study.name)), "images", "frechet_distance"
+            )
+        )
+    ]
+    return math.sqrt(sum(spread**2 for spread in found) / len(found))
 
 
 def shared_arms(asked: list[Study]) -> list[list[str]]:

@@ -43,6 +43,7 @@ Measure = Literal["held_out_loss", "frechet_distance", "kid", "recognised"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 BUDGETS: tuple[Budget, ...] = get_args(Budget)
 Sentences = Annotated[str, Range(0, 10_000)]
+Figure = Annotated[float, Range(0, 10**6, above=True)]
 Override = Annotated[str, Range(0, 10_000)]
 
 
@@ -56,13 +57,17 @@ class ReferenceArm:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim from the literature: arm `better` beats arm `worse` by `measure` at equal `budget`."""
+    """A claim from the literature: arm `better` beats arm `worse` by `measure` at equal `budget`.
+
+    `published` holds the figures of both in the literature, by a measure of theirs: their ratio is the size of the difference to look for.
+    """
 
     says: Sentences
     better: Name
     worse: Name
     measure: Measure = "frechet_distance"
     budget: Budget = "flops"
+    published: tuple[Figure, Figure] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,42 +1,33 @@
-"""`microdit lab report`: a study's results as Markdown with figures: means and spreads at equal budgets, and whether claims hold.
-
-A claim holds if the means of its arms over seeds differ as claimed with p < 0.05 (Welch's t-test, which accounts for small numbers of
-seeds). It does not hold if they differ as clearly the other way. Otherwise it is open.
-"""
+"""`microdit lab report`: a study's results as Markdown with figures: means and spreads at equal budgets, and whether claims hold."""
 
 import io
 import math
 import shlex
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy.stats import ttest_ind_from_stats
 
 from microdit.config.schema import Recipe
 from microdit.errors import UserError
 from microdit.io.files import write_aside
 from microdit.io.untrusted_text import code, plain
+from microdit.lab.claims import CLEAR, MOST_SEEDS, ClaimResult, Spread, at_budget, check_claims, diverged, holm, jumped
 from microdit.lab.equal_cost import ArmPlan
-from microdit.lab.study import HIGHER_IS_BETTER, Budget, Claim, Study
-from microdit.reports.formats import figure
+from microdit.lab.study import HIGHER_IS_BETTER, Budget, Study
+from microdit.reports.formats import duration, figure
 from microdit.reports.grids import save_png
 
-CLEAR = 0.05  # two-sided significance level
-JUMPED = 1.15  # ratio to the lowest held-out loss of an arm's seeds above which a loss has jumped; seeds usually differ by a few percent
+AFFORDABLE = 2 * 3600  # seconds on the study's device that deciding a claim may take
 TITLES = {
     "held_out_loss": "Held-out loss",
     "frechet_distance": "Frechet distance, EfficientNet-Lite0",
     "kid": "KID, EfficientNet-Lite0",
     "recognised": "Recognised among the 10 nearest",
 }
-ANSWERS = {True: "holds", False: "does not hold", None: "open"}
 COLOURS = ("#1f5fbf", "#c2500a", "#14713a", "#7a3fb0", "#b3261e", "#5d6675", "#008b8b", "#b8860b", "#d6338a", "#3b3b3b")
 MARKERS = "osD^vPX*<>"
 AXES: dict[Budget, tuple[str, float]] = {
@@ -45,37 +36,6 @@ AXES: dict[Budget, tuple[str, float]] = {
     "images": ("batches of training", 1.0),
 }
 EQUAL: dict[Budget, str] = {"flops": "equal FLOPs", "seconds": "equal seconds", "images": "equal images"}
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and standard deviation over seeds. The deviation is NaN for one seed."""
-
-    mean: float
-    deviation: float
-    seeds: int
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Spread":
-        return cls(mean(values), stdev(values) if len(values) > 1 else math.nan, len(values))
-
-    def chance(self, other: "Spread") -> float:
-        """Return the p-value of Welch's t-test for equal means. Both spreads need at least two seeds."""
-        if self.deviation == other.deviation == 0:
-            return float(self.mean == other.mean)
-        ours, theirs = ((spread.mean, spread.deviation, spread.seeds) for spread in (self, other))
-        return float(ttest_ind_from_stats(*ours, *theirs, equal_var=False).pvalue)
-
-
-@dataclass(frozen=True)
-class ClaimResult:
-    """The outcome of a claim. `holds` is None if it is open; `why` gives the p-value or the reason."""
-
-    claim: Claim
-    holds: bool | None
-    better: Spread | None
-    worse: Spread | None
-    why: str
 
 
 def write_report(
@@ -167,17 +127,36 @@ def _jumps(results: list[dict[str, Any]]) -> list[str]:
 
 def _claims(outcomes: list[ClaimResult]) -> str:
     """Return the table of claims and their outcomes."""
-    rows = [f"| {' | '.join(claim_cells(outcome))} |" for outcome in outcomes]
+    corrected = holm([outcome.chance for outcome in outcomes])
+    rows = [f"| {' | '.join(claim_cells(outcome, chance))} |" for outcome, chance in zip(outcomes, corrected, strict=True)]
     return "\n".join(["| claim | measured here | holds? |", "|---|---|---|", *rows]) if rows else ""
 
 
-def claim_cells(outcome: ClaimResult) -> list[str]:
-    """Return a table row: the claim, what was measured, and whether it holds."""
+def claim_cells(outcome: ClaimResult, corrected: float | None) -> list[str]:
+    """Return a table row: the claim, what was measured, and whether it holds. `corrected` is the p-value corrected for their number."""
     claim, found = outcome.claim, outcome.why
     if outcome.better and outcome.worse:
         arms = f"{claim.better} {_spread_text(outcome.better)}, {claim.worse} {_spread_text(outcome.worse)}"
         found = f"{TITLES[claim.measure]}: {arms}; {outcome.why}"
-    return [plain(claim.says), plain(found), f"**{ANSWERS[outcome.holds]}** ({EQUAL[claim.budget]})"]
+    return [plain(claim.says), plain(found), f"{_verdict(outcome, corrected)} ({EQUAL[claim.budget]})"]
+
+
+def _verdict(outcome: ClaimResult, corrected: float | None) -> str:
+    """Return whether the claim holds, before and after correction; or how many seeds would decide it, and whether that is affordable."""
+    if outcome.holds is not None:
+        assert corrected is not None
+        after = "" if corrected < CLEAR else ", not clear after correction"
+        return f"**{'holds' if outcome.holds else 'does not hold'}**, p = {corrected:.2g} corrected{after}"
+    needed = outcome.needed
+    if needed is None:
+        return "**not decidable**: an arm diverges"
+    size = f"a difference of {needed.difference:.1%} ({needed.origin})"
+    if outcome.excluded:
+        return f"**does not show**: {size} lies outside the 95% interval"
+    if needed.seeds is None or needed.seconds is None:
+        return f"**not decidable at this size**: {size} needs over {MOST_SEEDS:,} seeds"
+    cost = f"{needed.seeds:,} seeds for {size}, {duration(needed.seconds)} of training"
+    return f"**open**: {cost}" if needed.seconds <= AFFORDABLE else f"**not decidable at this size**: {cost}"
 
 
 def _table(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], budget: Budget) -> str:
@@ -224,67 +203,6 @@ def _read_strip(path: Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a complete PNG file ({error}): delete it, and the report leaves it out.") from error
     return image
-
-
-def at_budget(results: list[dict[str, Any]], arm: str, step: int, measure: str) -> Spread | None:
-    """Return the spread over the seeds that reached `step`, or None if none did."""
-    values = [line[measure] for line in results if line["arm"] == arm and line["step"] == step and not line.get("diverged")]
-    return Spread.of(values) if values else None
-
-
-def diverged(results: Iterable[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
-    """Return the results of an arm that record a divergence."""
-    return [line for line in results if line["arm"] == arm and line.get("diverged")]
-
-
-def check_claims(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]]) -> list[ClaimResult]:
-    """Return the outcome of each claim of the study."""
-    return [_check_claim(claim, plans, results) for claim in study.claims]
-
-
-def _check_claim(claim: Claim, plans: dict[str, ArmPlan], results: list[dict[str, Any]]) -> ClaimResult:
-    better, worse = _both(claim, plans, results)
-    lost = {arm: len(diverged(results, arm)) for arm in (claim.better, claim.worse)}
-    if any(lost.values()):
-        return ClaimResult(
-            claim, None, better, worse, ", ".join(f"{count} seeds of {arm} diverged" for arm, count in lost.items() if count)
-        )
-    if better is None or worse is None:
-        return ClaimResult(claim, None, better, worse, "not run yet")
-    if min(better.seeds, worse.seeds) < 2:
-        return ClaimResult(claim, None, better, worse, "a single seed allows no test")
-    ahead = (better.mean - worse.mean) * (1 if claim.measure in HIGHER_IS_BETTER else -1)
-    chance = better.chance(worse)
-    why = f"p = {chance:.2g}, {better.seeds} and {worse.seeds} seeds"
-    return ClaimResult(claim, None if chance >= CLEAR else ahead > 0, better, worse, why + _without_jumps(claim, plans, results))
-
-
-def _both(claim: Claim, plans: dict[str, ArmPlan], results: list[dict[str, Any]]) -> tuple[Spread | None, Spread | None]:
-    better, worse = (at_budget(results, arm, plans[arm].steps[claim.budget], claim.measure) for arm in (claim.better, claim.worse))
-    return better, worse
-
-
-def _without_jumps(claim: Claim, plans: dict[str, ArmPlan], results: list[dict[str, Any]]) -> str:
-    """Return the claim's result without runs whose loss had jumped, as text; empty if there are none."""
-    steps = {arm: plans[arm].steps[claim.budget] for arm in (claim.better, claim.worse)}
-    out = [line for line in jumped(results) if steps.get(line["arm"]) == line["step"]]
-    if not out:
-        return ""
-    arms = " and ".join(f"{line['arm']}, seed {line['seed']}" for line in out)
-    better, worse = _both(claim, plans, [line for line in results if line not in out])
-    if better is None or worse is None or min(better.seeds, worse.seeds) < 2:
-        return f"; the loss of {arms} had jumped, and too few seeds remain without it"
-    return f"; without {arms}, whose loss had jumped: {better.mean:.3g} and {worse.mean:.3g}, p = {better.chance(worse):.2g}"
-
-
-def jumped(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the results whose held-out loss is far above that of the same arm's best seed at the same step."""
-    lines = [line for line in results if not line.get("diverged")]
-    lowest: dict[tuple[str, int], float] = {}
-    for line in lines:
-        place = (line["arm"], line["step"])
-        lowest[place] = min(line["held_out_loss"], lowest.get(place, math.inf))
-    return [line for line in lines if line["held_out_loss"] > JUMPED * lowest[line["arm"], line["step"]]]
 
 
 def draw_study(study: Study, plans: dict[str, ArmPlan], results: list[dict[str, Any]], measure: str, title: str, path: Path) -> None:
