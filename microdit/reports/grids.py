@@ -7,6 +7,7 @@ import io
 import textwrap
 import unicodedata
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -36,9 +37,8 @@ def draw_grid(images: list[Image.Image], captions: list[str], columns: int = 8, 
     cell_width, cell_height = CELL + GAP, CELL + LINES * LINE_HEIGHT + GAP
     canvas = Image.new("RGB", (GAP + columns * cell_width, top + rows * cell_height), "white")
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(12)
     if title:
-        draw.text((GAP, GAP), _drawable(title), "black", font)
+        _draw_line(draw, _drawable(title), GAP, GAP)
     for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left = GAP + index % columns * cell_width
         y = top + index // columns * cell_height
@@ -55,7 +55,7 @@ def draw_sheet(rows: list[list[Image.Image]], row_labels: list[str], column_labe
     canvas = Image.new("RGB", (left + len(column_labels) * step, top + len(rows) * step), "white")
     draw = ImageDraw.Draw(canvas)
     if title:
-        draw.text((GAP, GAP), _drawable(title), "black", ImageFont.load_default(12))
+        _draw_line(draw, _drawable(title), GAP, GAP)
     for index, label in enumerate(column_labels):
         _write(draw, label, left + index * step, top - LINES * LINE_HEIGHT)
     for number, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
@@ -74,7 +74,13 @@ def _paste(canvas: Image.Image, image: Image.Image, left: int, top: int) -> None
 def _write(draw: ImageDraw.ImageDraw, text: str, left: int, top: int) -> None:
     """Write as many lines as fit into a cell."""
     for number, line in enumerate(textwrap.wrap(_drawable(text), 20)[:LINES]):
-        draw.text((left, top + number * LINE_HEIGHT), line, "black", ImageFont.load_default(12))
+        _draw_line(draw, line, left, top + number * LINE_HEIGHT)
+
+
+def _draw_line(draw: ImageDraw.ImageDraw, line: str, left: int, top: int) -> None:
+    """Draw ASCII in Pillow's own font, and anything else in DejaVu Sans, which comes with Matplotlib."""
+    font = ImageFont.load_default(12) if line.isascii() else ImageFont.truetype(str(_dejavu()), 11)
+    draw.text((left, top), line, "black", font)
 
 
 def _to_cell(image: Image.Image) -> Image.Image:
@@ -85,9 +91,24 @@ def _to_cell(image: Image.Image) -> Image.Image:
 
 
 def _drawable(caption: str) -> str:
-    """Replace characters that Pillow's built-in font lacks: accented letters by plain ones, others by question marks."""
-    plain = unicodedata.normalize("NFKD", one_line(caption, LONGEST).replace("\u2019", "'"))
-    return "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace").decode()
+    """Return a caption as one printable line, with a replacement character for what DejaVu Sans lacks, such as Chinese."""
+    line = unicodedata.normalize("NFC", one_line(caption, LONGEST).replace("\u2019", "'"))
+    return line if line.isascii() else "".join(c if c in _glyphs() else "\ufffd" for c in line)
+
+
+def _dejavu() -> Path:
+    import matplotlib  # late: grids are also drawn where it is not needed for anything else
+
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
+@cache
+def _glyphs() -> frozenset[str]:
+    """Return the characters that DejaVu Sans has."""
+    from fontTools.ttLib import TTFont  # comes with Matplotlib
+
+    with TTFont(_dejavu()) as font:
+        return frozenset(map(chr, font.getBestCmap()))
 
 
 def png_bytes(image: Image.Image, about: dict[str, str] | None = None) -> bytes:

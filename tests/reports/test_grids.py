@@ -1,4 +1,5 @@
-from PIL import Image
+import pytest
+from PIL import Image, ImageDraw, ImageFont
 
 from microdit.reports.grids import CELL, LONGEST, _drawable, draw_grid, save_png
 
@@ -28,3 +29,30 @@ def test_endless_captions_are_cut_and_control_characters_are_harmless():
     assert _drawable("a\x1b[2J\n\u202e\tb") == r"a\u001b[2J \u202e b"
     endless = draw_grid([Image.new("RGB", (4, 4))], ["x" * 10_000_000], title="y" * 10_000_000)
     assert endless.size == draw_grid([Image.new("RGB", (4, 4))], ["x"], title="y").size
+
+
+def ink(caption: str) -> bytes:
+    """What is drawn below an empty picture."""
+    grid = draw_grid([Image.new("RGB", (4, 4), "white")], [caption])
+    return grid.crop((0, 8 + CELL, grid.width, grid.height)).tobytes()
+
+
+@pytest.mark.parametrize(
+    "caption", ["b\u00e4r", "\u0442\u0438\u0433\u0440", "\u03c4\u03af\u03b3\u03c1\u03b7\u03c2", "\u0646\u0645\u0631", "\u05e0\u05de\u05e8"]
+)
+def test_captions_in_other_scripts_are_drawn_in_their_letters(caption):
+    assert _drawable(caption) == caption
+    assert ink(caption) != ink("\ufffd" * len(caption))
+    assert len({ink(letter) for letter in caption if letter != "\u0440"}) == len(set(caption) - {"\u0440"})  # Cyrillic er looks like p
+
+
+def test_letters_that_the_font_lacks_are_seen_to_be_missing():
+    assert _drawable("a \u8001\u864e") == "a \ufffd\ufffd"
+    assert ink("\u8001") == ink("\ufffd") != ink("")
+
+
+def test_english_is_drawn_as_ever():
+    """In Pillow's own font, so that committed pictures stay the same."""
+    plain = Image.new("RGB", (8 + CELL + 8, 3 * 15 + 8), "white")
+    ImageDraw.Draw(plain).text((8, 2), "red heart", "black", ImageFont.load_default(12))
+    assert ink("red heart")[: plain.width * 3 * 20] == plain.tobytes()[: plain.width * 3 * 20]
