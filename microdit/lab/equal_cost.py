@@ -27,6 +27,7 @@ from microdit.lab.study import Budget, Study, measurement
 from microdit.training.trainer import Trainer
 
 ROUNDS = 12  # of timing, of which the fastest counts: other load can only slow a step down
+ROUNDS_UNTIMED = 2  # if seconds are no budget of the study: they are then only an estimate for people
 MOMENTS = 4  # steps that are timed per training, more if it has more phases
 
 
@@ -36,12 +37,12 @@ def flops_of_a_step(trainer: Trainer) -> float:
     return trainer.flops.remaining(0, batch.tokens, batch.caption_tokens) / trainer.recipe.total_steps
 
 
-def seconds_of_a_step(trainers: dict[str, Trainer], reporter: Reporter = QUIET) -> dict[str, float]:
+def seconds_of_a_step(trainers: dict[str, Trainer], reporter: Reporter = QUIET, rounds: int = ROUNDS) -> dict[str, float]:
     """Return the seconds per step, averaged over each training, by the trainers' names. All are timed in turns."""
     steps = {name: [(share, stepper(trainer, step)) for step, share in moments(trainer.recipe)] for name, trainer in trainers.items()}
     times: dict[str, list[float]] = {name: [] for name in trainers}
-    with reporter.progress("time a step of each arm", ROUNDS * len(trainers)) as advance:
-        for _ in range(ROUNDS):
+    with reporter.progress("time a step of each arm", rounds * len(trainers)) as advance:
+        for _ in range(rounds):
             for name, timed in steps.items():
                 times[name].append(sum(share * _seconds(step) for share, step in timed))
                 advance(1)
@@ -129,7 +130,7 @@ def _time(study: Study, recipes: dict[str, Recipe], known: ArmPlan | None, world
     with TemporaryDirectory() as place:
         trainers = {arm: Trainer(recipe, Path(place) / arm, Reporter(PlainConsole(quiet=True)), world) for arm, recipe in recipes.items()}
         flops = {arm: flops_of_a_step(trainer) for arm, trainer in trainers.items()}
-        seconds = seconds_of_a_step(trainers, reporter)
+        seconds = seconds_of_a_step(trainers, reporter, ROUNDS if "seconds" in study.budgets else ROUNDS_UNTIMED)
         del trainers
     if world.device.type == "cuda":
         torch.cuda.empty_cache()  # for the processes that train beside this one
