@@ -38,7 +38,17 @@ CPU = torch.device("cpu")
 CHUNK_BATCHES = 4  # batches per chunk; captions are sorted by length within a chunk, which keeps padding short
 MOST_NAMED = 5
 
-Progress = Callable[[int, int], None]  # called with the numbers of records and parts completed since the last call
+
+@dataclass(frozen=True)
+class EncodeEvents:
+    """Functions that an encoding calls.
+
+    `on_progress`, from another thread, gets the numbers of records and parts completed since the last call. `on_complete` gets the folder
+    once all shards are in it, before it receives its final name; only the process that completes the folder calls it.
+    """
+
+    on_progress: Callable[[int, int], None] = lambda records, parts: None
+    on_complete: Callable[[Path], None] = lambda folder: None
 
 
 @dataclass(frozen=True)
@@ -81,15 +91,14 @@ def encode_source(
     autoencoder: Autoencoder,
     text_encoder: TextEncoder,
     share: tuple[int, int] = (0, 1),
-    on_progress: Progress | None = None,
+    events: EncodeEvents = EncodeEvents(),
     warn: Callable[[str], None] = lambda sentence: None,
 ) -> Manifest | None:
     """Encode this process's share (rank, number of ranks) of the parts of a source into the folder `out`.
 
     The encoders are moved to the settings' device. The process that finds all shards complete finishes the folder and returns the manifest;
-    the other ranks return None, including those that start when everything is done. `on_progress` is called from another thread. `warn` is
-    called with the source's note, if nothing is left to do, if a batch does not fit the GPU, and if parts have changed since they were
-    encoded.
+    the other ranks return None, including those that start when everything is done. `warn` is called with the source's note, if nothing is
+    left to do, if a batch does not fit the GPU, and if parts have changed since they were encoded.
 
     Raises UserError if `out` exists; if an unfinished encoding has other settings, belongs to another process or sees another source; if no
     record was kept; if a part changed during the encoding; if writing fails; or if not even one image fits the GPU.
@@ -110,17 +119,16 @@ def encode_source(
                 _join(folder, plan, source.parts, share, held, warn)
                 mine = range(share[0], len(source.parts), share[1])
                 missing = [number for number in mine if not shard_entry_path(folder, number).is_file()]
-            on_written = on_progress or (lambda records, parts: None)
-            on_written(0, len(mine) - len(missing))
+            events.on_progress(0, len(mine) - len(missing))
             if settings.device.type == "cuda":
                 torch.cuda.set_device(settings.device)
             autoencoder.to(settings.device, DTYPES[settings.dtype])
             text_encoder.to(settings.device, DTYPES[settings.dtype])
             encoder = BatchEncoder(autoencoder, text_encoder, settings.device, settings.captions, settings.batch_size, warn)
             packer = Packer(settings.resolutions, settings.latents, settings.captions, source.caption_weights)
-            with Decoder(sizes, settings.workers) as decoder, ShardsThread(folder, packer, on_written) as shards:
+            with Decoder(sizes, settings.workers) as decoder, ShardsThread(folder, packer, events.on_progress) as shards:
                 _encode_parts(source, missing, settings, decoder, encoder, shards)
-            return _complete(folder, out, plan, source)
+            return _complete(folder, out, plan, source, events.on_complete)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and _is_done(out, plan, share, warn):  # another rank was faster
             return None
@@ -277,7 +285,7 @@ def _planned(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in free}
 
 
-def _complete(folder: Path, out: Path, plan: dict[str, Any], source: Source) -> Manifest | None:
+def _complete(folder: Path, out: Path, plan: dict[str, Any], source: Source, on_complete: Callable[[Path], None]) -> Manifest | None:
     """Write the manifest and rename the folder to `out`, if all shards exist and no other rank was faster; otherwise return None."""
     parts = source.parts
     entries = [shard_entry_path(folder, number) for number in range(len(parts))]
@@ -296,6 +304,7 @@ def _complete(folder: Path, out: Path, plan: dict[str, Any], source: Source) -> 
             raise UserError(f"No image of the source {plan['source']} could be kept; rejected: {dict(rejected) or 'none either'}.")
         joined = {"joined": source.joined()} if source.joined else {}
         manifest = write_manifest(folder, plan | joined, shards, source.passed_over)
+        on_complete(folder)
         folder.rename(out)
         for hidden in out.glob(".*"):  # locks and the listing of the source
             hidden.unlink(missing_ok=True)
