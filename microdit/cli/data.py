@@ -11,6 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from microdit.cli.terminal import SOURCE_HELP, Device, Dtype, console, reporter, share, warn
+from microdit.data.latent_statistics import common_std
 from microdit.data.packing import CaptionPacking, LatentPacking
 from microdit.data.sources.base import passed_over_in_words
 from microdit.data.sources.caption_options import CaptionLines, CaptionOptions, CaptionsFrom
@@ -240,6 +241,12 @@ def _report_encoded(manifest: dict[str, Any], out: Path) -> None:
     if manifest["settings"]["buckets"]:
         shapes = [f"{height} x {width}" for height, width in (bucket[min(bucket, key=int)] for bucket in manifest["sizes"])]
         console.print(f"  {len(shapes)} aspect ratios, as height x width: {', '.join(shapes)}")
+    for resolution, statistics in manifest.get("latents", {}).items():
+        stds = statistics["std"]
+        console.print(
+            f"  latents at {resolution} px: standard deviation {common_std([(1.0, statistics)]):.3f} "
+            f"(by channel {min(stds):.3f} to {max(stds):.3f}, means {min(statistics['mean']):.3f} to {max(statistics['mean']):.3f})"
+        )
     for reason, count in manifest["rejected"].items():
         console.print(f"  rejected {count:,}: {reason}")
     if manifest["rejected"]:
