@@ -1,4 +1,4 @@
-"""The commands about data: microdit data encode, look, verify."""
+"""The commands about data: microdit data encode, import-latents, look, verify."""
 
 import os
 import time
@@ -128,6 +128,38 @@ def encode_data(
             manifest = encode_source(opened, out, settings, *encoders, (rank, world), EncodeEvents(on_progress, show), warn)
         if manifest:
             _report_encoded(manifest, out)
+
+
+@data_app.command("import-latents")
+def import_encoded_latents(
+    folder: Annotated[Path, typer.Argument(help="Folder of MDS shards that precompute.py of the paper's code wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    autoencoder: Annotated[str, typer.Option(help="The autoencoder that made the latents, as for encode.")] = "sdxl",
+    text_encoder: Annotated[str, typer.Option(help="The text encoder that made the caption vectors, as for encode.")] = "dfn-clip-h",
+    store_latents: Annotated[LatentPacking, typer.Option(help="Storage format of latents, as for encode.")] = "fp16",
+    store_captions: Annotated[CaptionPacking, typer.Option(help="Storage format of captions, as for encode; full is as stored.")] = "full",
+) -> None:
+    """Import latents and caption vectors of the paper's own data sets, without encoding anything again.
+
+    The encoders are loaded, since drawing needs them too: the numbers stored must be as many as theirs, and the first captions, embedded
+    again, must give the vectors that are stored. If it was interrupted, the same command continues; under torchrun each rank imports its
+    share of the shards.
+
+    Example: microdit data import-latents cc12m/mds_latents_sdxl1_dfnclipH14 --out data/cc12m
+    """
+    from microdit.data.encode import EncodeEvents
+    from microdit.data.import_latents import import_latents, latents_source
+    from microdit.encoders.autoencoder import load_autoencoder
+    from microdit.encoders.text import load_text_encoder
+
+    rank, world = share()
+    source, _ = latents_source(folder)
+    encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
+    with _parts_progress(f"import {source.name}", len(range(rank, len(source.parts), world))) as on_progress:
+        packing = store_latents, store_captions
+        manifest = import_latents(folder, out, *encoders, packing, (rank, world), EncodeEvents(on_progress), warn)
+    if manifest:
+        _report_encoded(manifest, out)
 
 
 @data_app.command("look")

@@ -104,7 +104,34 @@ def encode_source(
     record was kept; if a part changed during the encoding; if writing fails; or if not even one image fits the GPU.
     """
     sizes = TargetSizes.of(settings.resolutions, settings.min_side, settings.buckets, autoencoder.downsampling)
-    plan = _plan_of(source, settings, sizes, autoencoder, text_encoder)
+    plan = plan_of(source, settings, sizes, autoencoder, text_encoder)
+
+    def encode(folder: Path, missing: list[int]) -> None:
+        if settings.device.type == "cuda":
+            torch.cuda.set_device(settings.device)
+        autoencoder.to(settings.device, DTYPES[settings.dtype])
+        text_encoder.to(settings.device, DTYPES[settings.dtype])
+        encoder = BatchEncoder(autoencoder, text_encoder, settings.device, settings.captions, settings.batch_size, warn)
+        packer = Packer(settings.resolutions, settings.latents, settings.captions, source.caption_weights)
+        with Decoder(sizes, settings.workers) as decoder, ShardsThread(folder, packer, events.on_progress) as shards:
+            _encode_parts(source, missing, settings, decoder, encoder, shards)
+
+    return make_set(source, out, plan, encode, share, events, warn)
+
+
+def make_set(
+    source: Source,
+    out: Path,
+    plan: dict[str, Any],
+    make_shards: Callable[[Path, list[int]], None],
+    share: tuple[int, int],
+    events: EncodeEvents,
+    warn: Callable[[str], None],
+) -> Manifest | None:
+    """Make an encoded set: `make_shards(folder, parts)` writes the shards of this process's parts that are still missing.
+
+    Everything else, what happens if it is interrupted, and what is raised and returned, is as in `encode_source`.
+    """
     folder = unfinished(out)
     if source.note:
         warn(source.note)
@@ -120,14 +147,7 @@ def encode_source(
                 mine = range(share[0], len(source.parts), share[1])
                 missing = [number for number in mine if not shard_entry_path(folder, number).is_file()]
             events.on_progress(0, len(mine) - len(missing))
-            if settings.device.type == "cuda":
-                torch.cuda.set_device(settings.device)
-            autoencoder.to(settings.device, DTYPES[settings.dtype])
-            text_encoder.to(settings.device, DTYPES[settings.dtype])
-            encoder = BatchEncoder(autoencoder, text_encoder, settings.device, settings.captions, settings.batch_size, warn)
-            packer = Packer(settings.resolutions, settings.latents, settings.captions, source.caption_weights)
-            with Decoder(sizes, settings.workers) as decoder, ShardsThread(folder, packer, events.on_progress) as shards:
-                _encode_parts(source, missing, settings, decoder, encoder, shards)
+            make_shards(folder, missing)
             return _complete(folder, out, plan, source, events.on_complete)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and _is_done(out, plan, share, warn):  # another rank was faster
@@ -143,7 +163,7 @@ def unfinished(out: Path) -> Path:
     return out.with_name(f".{out.name}.part")
 
 
-def _plan_of(
+def plan_of(
     source: Source, settings: EncodeSettings, sizes: TargetSizes, autoencoder: Autoencoder, text_encoder: TextEncoder
 ) -> dict[str, Any]:
     """Return everything that determines an encoding, which an unfinished one must share to be continued."""
@@ -207,7 +227,7 @@ def _encode_parts(
     source: Source, numbers: list[int], settings: EncodeSettings, decoder: Decoder, encoder: BatchEncoder, shards: ShardsThread
 ) -> None:
     parts = [PartInWork(number, source.parts[number].name) for number in numbers]
-    usable = (_usable(source.parts[part.number], source.caption_weights, part) for part in parts)
+    usable = (usable(source.parts[part.number], source.caption_weights, part) for part in parts)
     chunks = decoder.chunks(usable, settings.batch_size * CHUNK_BATCHES)
     for part in parts:
         for chunk in chunks:
@@ -226,7 +246,7 @@ def _encode_parts(
                 break
 
 
-def _usable(part: Part, caption_weights: dict[str, float], work: PartInWork) -> Iterator[Record]:
+def usable(part: Part, caption_weights: dict[str, float], work: PartInWork) -> Iterator[Record]:
     """Yield the records of a part without a problem, and reject the others."""
     work.fingerprint = part.fingerprint()  # taken before the first record is read, so that later changes are noticed
     for record in checked(part.records(), caption_weights):
