@@ -227,8 +227,8 @@ def _encode_parts(
     source: Source, numbers: list[int], settings: EncodeSettings, decoder: Decoder, encoder: BatchEncoder, shards: ShardsThread
 ) -> None:
     parts = [PartInWork(number, source.parts[number].name) for number in numbers]
-    usable = (usable(source.parts[part.number], source.caption_weights, part) for part in parts)
-    chunks = decoder.chunks(usable, settings.batch_size * CHUNK_BATCHES)
+    records = (usable(source.parts[part.number], source.caption_weights, part) for part in parts)
+    chunks = decoder.chunks(records, settings.batch_size * CHUNK_BATCHES)
     for part in parts:
         for chunk in chunks:
             kept: list[tuple[Record, DecodedImage]] = []
