@@ -33,7 +33,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from microdit.data.dataset import EncodedDataset, MixedDataset
-from microdit.data.encode import EncodeSettings, encode_source
+from microdit.data.encode import EncodeEvents, EncodeSettings, encode_source
 from microdit.data.manifest import write_manifest
 from microdit.data.packing import pack_latents, pack_text
 from microdit.data.pixels import normalise
@@ -306,7 +306,7 @@ def encode_a_while(records: int, out: Path) -> float:
         nonlocal most
         most = max(most, anonymous_megabytes() - before)
 
-    encode_source(source, out, settings, *encoders, on_progress=watch)
+    encode_source(source, out, settings, *encoders, events=EncodeEvents(watch))
     return most
 
 

@@ -31,7 +31,7 @@ if __name__ != "__mp_main__":  # the workers that decode import this file too, a
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
     from microdit.cli.data import default_workers
-    from microdit.data.encode import EncodeSettings, default_batch_size, encode_source
+    from microdit.data.encode import EncodeEvents, EncodeSettings, default_batch_size, encode_source
     from microdit.data.pixels import normalise
     from microdit.data.sources.base import Part, Record, Source
     from microdit.devices import DTYPES, choose_device, choose_dtype, describe_device
@@ -98,7 +98,9 @@ def measure(
                 if records:
                     written.append((time.perf_counter(), written[-1][1] + records))
 
-            encode_source(source, Path(place) / f"{turn}", settings, autoencoder, text_encoder, on_progress=on_progress, warn=print)
+            encode_source(
+                source, Path(place) / f"{turn}", settings, autoencoder, text_encoder, events=EncodeEvents(on_progress), warn=print
+            )
             (first, before), (last, after) = written[1 if len(written) > 2 else 0], written[-1]
             whole.append((after - before) / (last - first))
     speeds = {"bare": statistics.median(bare[1:]), "encode": statistics.median(whole[1:])}

@@ -85,11 +85,12 @@ def encode_dataset(
     (12, (8, 8, 8))
     """
     from microdit.data.dataset import EncodedDataset
-    from microdit.data.encode import EncodeSettings, default_batch_size, encode_source
+    from microdit.data.encode import EncodeEvents, EncodeSettings, default_batch_size, encode_source
     from microdit.data.sources.open import open_source
     from microdit.devices import choose_device, choose_dtype
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
+    from microdit.evaluation.reconstruction import save_reconstructions
 
     opened = open_source(source) if isinstance(source, str) else source
     where, sides = choose_device(device), tuple(resolutions)
@@ -101,8 +102,13 @@ def encode_dataset(
         batch_size=default_batch_size(where, sides),
     )
     encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
+
+    def show(folder: Path) -> None:
+        save_reconstructions(opened, folder, encoders[0], min(sides), reporter)
+
     with reporter.progress(f"encode {opened.name}", len(opened.parts)) as advance:
-        encode_source(opened, Path(out), settings, *encoders, on_progress=lambda _, parts: advance(parts), warn=reporter.warn)
+        events = EncodeEvents(lambda _, parts: advance(parts), show)
+        encode_source(opened, Path(out), settings, *encoders, events=events, warn=reporter.warn)
     return EncodedDataset(Path(out), sides[0])
 
 

@@ -1,4 +1,4 @@
-"""The commands about data: microdit data encode, look, verify."""
+"""The commands about data: microdit data encode, import-latents, look, verify."""
 
 import os
 import time
@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-from microdit.cli.terminal import SOURCE_HELP, Device, Dtype, console, share, warn
+from microdit.cli.terminal import SOURCE_HELP, Device, Dtype, console, reporter, share, warn
+from microdit.data.latent_statistics import common_std
 from microdit.data.packing import CaptionPacking, LatentPacking
 from microdit.data.sources.base import passed_over_in_words
 from microdit.data.sources.caption_options import CaptionLines, CaptionOptions, CaptionsFrom
@@ -88,11 +89,12 @@ def encode_data(
 
     Example: microdit data encode my-pictures --out data/mine --resolutions 256 512 --autoencoder sdxl --text-encoder dfn-clip-h
     """
-    from microdit.data.encode import EncodeSettings, default_batch_size, encode_source, unfinished
+    from microdit.data.encode import EncodeEvents, EncodeSettings, default_batch_size, encode_source, unfinished
     from microdit.data.sources.folders import listed_once
     from microdit.data.sources.open import open_source
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
+    from microdit.evaluation.reconstruction import save_reconstructions
 
     rank, world = share()
     drop = tuple(caption_drop or ())
@@ -119,9 +121,45 @@ def encode_data(
             device_errors_explained("the encoders need --dtype bfloat16 (half of float32), or --device cpu"),
         ):
             encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
-            manifest = encode_source(opened, out, settings, *encoders, (rank, world), on_progress, warn)
+
+            def show(folder: Path) -> None:
+                save_reconstructions(opened, folder, encoders[0], min(sides), reporter)
+
+            manifest = encode_source(opened, out, settings, *encoders, (rank, world), EncodeEvents(on_progress, show), warn)
         if manifest:
             _report_encoded(manifest, out)
+
+
+@data_app.command("import-latents")
+def import_encoded_latents(
+    folder: Annotated[Path, typer.Argument(help="Folder of MDS shards that precompute.py of the paper's code wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    autoencoder: Annotated[str, typer.Option(help="The autoencoder that made the latents, as for encode.")] = "sdxl",
+    text_encoder: Annotated[str, typer.Option(help="The text encoder that made the caption vectors, as for encode.")] = "dfn-clip-h",
+    store_latents: Annotated[LatentPacking, typer.Option(help="Storage format of latents, as for encode.")] = "fp16",
+    store_captions: Annotated[CaptionPacking, typer.Option(help="Storage format of captions, as for encode; full is as stored.")] = "full",
+) -> None:
+    """Import latents and caption vectors of the paper's own data sets, without encoding anything again.
+
+    The encoders are loaded, since drawing needs them too: the numbers stored must be as many as theirs, and the first captions, embedded
+    again, must give the vectors that are stored. If it was interrupted, the same command continues; under torchrun each rank imports its
+    share of the shards.
+
+    Example: microdit data import-latents cc12m/mds_latents_sdxl1_dfnclipH14 --out data/cc12m
+    """
+    from microdit.data.encode import EncodeEvents
+    from microdit.data.import_latents import import_latents, latents_source
+    from microdit.encoders.autoencoder import load_autoencoder
+    from microdit.encoders.text import load_text_encoder
+
+    rank, world = share()
+    source, _ = latents_source(folder)
+    encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
+    with _parts_progress(f"import {source.name}", len(range(rank, len(source.parts), world))) as on_progress:
+        packing = store_latents, store_captions
+        manifest = import_latents(folder, out, *encoders, packing, (rank, world), EncodeEvents(on_progress), warn)
+    if manifest:
+        _report_encoded(manifest, out)
 
 
 @data_app.command("look")
@@ -137,19 +175,24 @@ def look_at_data(
     file_column: FileColumnOption = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of records to read for the statistics.")] = 2000,
     text_encoder: Annotated[str, typer.Option(help="Text encoder whose limit of tokens counts, as for encode.")] = "minilm",
+    autoencoder: Annotated[str | None, typer.Option(help="Also show what this autoencoder makes of the pictures, as for encode.")] = None,
+    resolution: Annotated[int, typer.Option(min=8, help="Side in pixels at which --autoencoder is tried.")] = 64,
     html: Annotated[Path | None, typer.Option(help="HTML page to write as well, which shows captions in any script.")] = None,
 ) -> None:
     """Inspect a source before encoding it: 16 pictures; sizes, shapes, languages and lengths of captions, duplicates, problems.
 
-    Warnings name the files that they are about. Nothing is written but the pictures and the page.
+    Warnings name the files that they are about. Nothing is written but the pictures and the page. With --autoencoder, a second picture
+    (look-reconstructions.png) shows the reconstructions, beyond which no training can improve.
 
     Example: microdit data look my-pictures
 
-    Example: microdit data look my-pictures --text-encoder dfn-clip-h --html look.html
+    Example: microdit data look my-pictures --autoencoder icon --html look.html
     """
     from microdit.data.look import TextLimit, look
     from microdit.data.sources.open import open_source
+    from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
+    from microdit.evaluation.reconstruction import reconstruct
     from microdit.reports.grids import draw_grid, save_png
     from microdit.reports.look_page import write_look_page
 
@@ -158,6 +201,10 @@ def look_at_data(
     encoder = load_text_encoder(text_encoder)
     text = TextLimit(text_encoder, encoder.max_tokens, lambda caption: len(encoder.tokenize([caption])[0]))
     pictures, shown, statistics = look(opened, limit=limit, text=text)
+    made = reconstruct(load_autoencoder(autoencoder), pictures, resolution) if autoencoder and pictures else None
+    if made:
+        statistics["reconstructions"] = made.figures()
+        statistics["warnings"] += filter(None, [made.warning()])
     console.print_json(data=statistics)
     if statistics["is_sample"]:
         console.print(f"These numbers are those of a sample of {statistics['records']:,} records; --limit sets its size.")
@@ -168,11 +215,15 @@ def look_at_data(
     for sentence in statistics["warnings"]:
         warn(sentence)
     if html:
-        write_look_page(opened.name, pictures, shown, statistics, html)
+        write_look_page(opened.name, pictures, shown, statistics, html, made.draw() if made else None)
         console.print(joined("The page is ", styled(html)))
     if pictures:
         save_png(draw_grid(pictures, shown, columns=4), out)
         console.print(joined(f"{len(pictures)} pictures in ", styled(out)))
+    if made:
+        rebuilt = out.with_stem(f"{out.stem}-reconstructions")
+        made.save(rebuilt)
+        console.print(joined(made.describe(), " They are in ", styled(rebuilt)))
 
 
 @data_app.command("verify")
@@ -222,6 +273,12 @@ def _report_encoded(manifest: dict[str, Any], out: Path) -> None:
     if manifest["settings"]["buckets"]:
         shapes = [f"{height} x {width}" for height, width in (bucket[min(bucket, key=int)] for bucket in manifest["sizes"])]
         console.print(f"  {len(shapes)} aspect ratios, as height x width: {', '.join(shapes)}")
+    for resolution, statistics in manifest.get("latents", {}).items():
+        stds = statistics["std"]
+        console.print(
+            f"  latents at {resolution} px: standard deviation {common_std([(1.0, statistics)]):.3f} "
+            f"(by channel {min(stds):.3f} to {max(stds):.3f}, means {min(statistics['mean']):.3f} to {max(statistics['mean']):.3f})"
+        )
     for reason, count in manifest["rejected"].items():
         console.print(f"  rejected {count:,}: {reason}")
     if manifest["rejected"]:

@@ -9,6 +9,7 @@ import yaml
 from microdit.config.recipes import find_recipe
 from microdit.config.schema import DataRecipe, DiffusionRecipe, EngineRecipe, ModelRecipe, PhaseRecipe, Recipe
 from microdit.devices import KNOWN_DEVICES, is_device_name
+from microdit.diffusion.edm import EDM
 from microdit.errors import UserError
 from microdit.io.strict_yaml import Tree, override, parse_yaml, read_as, read_yaml
 from microdit.models.routing import GRID_RATIOS, METHODS
@@ -172,7 +173,8 @@ def _diffusion_problems(diffusion: DiffusionRecipe) -> list[str]:
     found = [
         f"diffusion.{name} is a setting of diffusion.objective {other}, and the objective is {objective}: leave it out."
         for name in fields
-        if getattr(diffusion, name) != getattr(default, name)
+        # Recipes that earlier versions wrote out also name EDM's default sigma_data.
+        if getattr(diffusion, name) not in (getattr(default, name), getattr(EDM, name, None))
     ]
     if diffusion.prediction not in (None, *_PREDICTIONS[objective]):
         found.append(

@@ -97,7 +97,7 @@ class DiffusionRecipe:
     matching and are described at `Flow`.
     """
 
-    sigma_data: Factor = 0.9
+    sigma_data: Factor | None = None  # by default the standard deviation of the data's latents, or 0.9 if that was not measured
     P_mean: Annotated[float, Range(-20, 20)] = -0.6
     P_std: Annotated[float, Range(0, 20, above=True)] = 1.2
     caption_dropout: ShareBelow1 = 0.1  # share of captions replaced by zeros, for classifier-free guidance
@@ -115,7 +115,8 @@ class DiffusionRecipe:
 def objective_of(diffusion: DiffusionRecipe) -> Objective:
     """Return the objective of a recipe whose settings fit each other."""
     if diffusion.objective == "edm":
-        return EDM(diffusion.sigma_data, diffusion.P_mean, diffusion.P_std)
+        sigma_data = EDM.sigma_data if diffusion.sigma_data is None else diffusion.sigma_data
+        return EDM(sigma_data, diffusion.P_mean, diffusion.P_std)
     prediction = diffusion.prediction or "velocity"
     assert prediction != "denoised", "checked when the recipe is loaded"
     return Flow(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from microdit.data.latent_statistics import Statistics
 from microdit.data.manifest import open_manifest
 from microdit.data.packing import StoredRows, stack, unpack, unpack_ids
 from microdit.data.sampler import BatchSampler, SampleRef, SamplerPhase
@@ -124,6 +125,11 @@ class EncodedDataset:
         height, width = self.manifest["sizes"][bucket][str(self.resolution)]
         down = self.manifest["downsampling"]
         return self.manifest["latent_channels"], height // down, width // down
+
+    @property
+    def latent_statistics(self) -> Statistics | None:
+        """Mean and standard deviation of each channel of the latents; None for sets encoded by versions that did not measure them."""
+        return self.manifest.get("latents", {}).get(str(self.resolution))
 
     def summary(self) -> dict[str, Any]:
         """Return what a model trained on this data set needs to generate images: encoders, latent shape, resolution, source."""

@@ -38,7 +38,17 @@ CPU = torch.device("cpu")
 CHUNK_BATCHES = 4  # batches per chunk; captions are sorted by length within a chunk, which keeps padding short
 MOST_NAMED = 5
 
-Progress = Callable[[int, int], None]  # called with the numbers of records and parts completed since the last call
+
+@dataclass(frozen=True)
+class EncodeEvents:
+    """Functions that an encoding calls.
+
+    `on_progress`, from another thread, gets the numbers of records and parts completed since the last call. `on_complete` gets the folder
+    once all shards are in it, before it receives its final name; only the process that completes the folder calls it.
+    """
+
+    on_progress: Callable[[int, int], None] = lambda records, parts: None
+    on_complete: Callable[[Path], None] = lambda folder: None
 
 
 @dataclass(frozen=True)
@@ -81,21 +91,47 @@ def encode_source(
     autoencoder: Autoencoder,
     text_encoder: TextEncoder,
     share: tuple[int, int] = (0, 1),
-    on_progress: Progress | None = None,
+    events: EncodeEvents = EncodeEvents(),
     warn: Callable[[str], None] = lambda sentence: None,
 ) -> Manifest | None:
     """Encode this process's share (rank, number of ranks) of the parts of a source into the folder `out`.
 
     The encoders are moved to the settings' device. The process that finds all shards complete finishes the folder and returns the manifest;
-    the other ranks return None, including those that start when everything is done. `on_progress` is called from another thread. `warn` is
-    called with the source's note, if nothing is left to do, if a batch does not fit the GPU, and if parts have changed since they were
-    encoded.
+    the other ranks return None, including those that start when everything is done. `warn` is called with the source's note, if nothing is
+    left to do, if a batch does not fit the GPU, and if parts have changed since they were encoded.
 
     Raises UserError if `out` exists; if an unfinished encoding has other settings, belongs to another process or sees another source; if no
     record was kept; if a part changed during the encoding; if writing fails; or if not even one image fits the GPU.
     """
     sizes = TargetSizes.of(settings.resolutions, settings.min_side, settings.buckets, autoencoder.downsampling)
-    plan = _plan_of(source, settings, sizes, autoencoder, text_encoder)
+    plan = plan_of(source, settings, sizes, autoencoder, text_encoder)
+
+    def encode(folder: Path, missing: list[int]) -> None:
+        if settings.device.type == "cuda":
+            torch.cuda.set_device(settings.device)
+        autoencoder.to(settings.device, DTYPES[settings.dtype])
+        text_encoder.to(settings.device, DTYPES[settings.dtype])
+        encoder = BatchEncoder(autoencoder, text_encoder, settings.device, settings.captions, settings.batch_size, warn)
+        packer = Packer(settings.resolutions, settings.latents, settings.captions, source.caption_weights)
+        with Decoder(sizes, settings.workers) as decoder, ShardsThread(folder, packer, events.on_progress) as shards:
+            _encode_parts(source, missing, settings, decoder, encoder, shards)
+
+    return make_set(source, out, plan, encode, share, events, warn)
+
+
+def make_set(
+    source: Source,
+    out: Path,
+    plan: dict[str, Any],
+    make_shards: Callable[[Path, list[int]], None],
+    share: tuple[int, int],
+    events: EncodeEvents,
+    warn: Callable[[str], None],
+) -> Manifest | None:
+    """Make an encoded set: `make_shards(folder, parts)` writes the shards of this process's parts that are still missing.
+
+    Everything else, what happens if it is interrupted, and what is raised and returned, is as in `encode_source`.
+    """
     folder = unfinished(out)
     if source.note:
         warn(source.note)
@@ -110,17 +146,9 @@ def encode_source(
                 _join(folder, plan, source.parts, share, held, warn)
                 mine = range(share[0], len(source.parts), share[1])
                 missing = [number for number in mine if not shard_entry_path(folder, number).is_file()]
-            on_written = on_progress or (lambda records, parts: None)
-            on_written(0, len(mine) - len(missing))
-            if settings.device.type == "cuda":
-                torch.cuda.set_device(settings.device)
-            autoencoder.to(settings.device, DTYPES[settings.dtype])
-            text_encoder.to(settings.device, DTYPES[settings.dtype])
-            encoder = BatchEncoder(autoencoder, text_encoder, settings.device, settings.captions, settings.batch_size, warn)
-            packer = Packer(settings.resolutions, settings.latents, settings.captions, source.caption_weights)
-            with Decoder(sizes, settings.workers) as decoder, ShardsThread(folder, packer, on_written) as shards:
-                _encode_parts(source, missing, settings, decoder, encoder, shards)
-            return _complete(folder, out, plan, source)
+            events.on_progress(0, len(mine) - len(missing))
+            make_shards(folder, missing)
+            return _complete(folder, out, plan, source, events.on_complete)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and _is_done(out, plan, share, warn):  # another rank was faster
             return None
@@ -135,7 +163,7 @@ def unfinished(out: Path) -> Path:
     return out.with_name(f".{out.name}.part")
 
 
-def _plan_of(
+def plan_of(
     source: Source, settings: EncodeSettings, sizes: TargetSizes, autoencoder: Autoencoder, text_encoder: TextEncoder
 ) -> dict[str, Any]:
     """Return everything that determines an encoding, which an unfinished one must share to be continued."""
@@ -199,8 +227,8 @@ def _encode_parts(
     source: Source, numbers: list[int], settings: EncodeSettings, decoder: Decoder, encoder: BatchEncoder, shards: ShardsThread
 ) -> None:
     parts = [PartInWork(number, source.parts[number].name) for number in numbers]
-    usable = (_usable(source.parts[part.number], source.caption_weights, part) for part in parts)
-    chunks = decoder.chunks(usable, settings.batch_size * CHUNK_BATCHES)
+    records = (usable(source.parts[part.number], source.caption_weights, part) for part in parts)
+    chunks = decoder.chunks(records, settings.batch_size * CHUNK_BATCHES)
     for part in parts:
         for chunk in chunks:
             kept: list[tuple[Record, DecodedImage]] = []
@@ -218,7 +246,7 @@ def _encode_parts(
                 break
 
 
-def _usable(part: Part, caption_weights: dict[str, float], work: PartInWork) -> Iterator[Record]:
+def usable(part: Part, caption_weights: dict[str, float], work: PartInWork) -> Iterator[Record]:
     """Yield the records of a part without a problem, and reject the others."""
     work.fingerprint = part.fingerprint()  # taken before the first record is read, so that later changes are noticed
     for record in checked(part.records(), caption_weights):
@@ -277,7 +305,7 @@ def _planned(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in free}
 
 
-def _complete(folder: Path, out: Path, plan: dict[str, Any], source: Source) -> Manifest | None:
+def _complete(folder: Path, out: Path, plan: dict[str, Any], source: Source, on_complete: Callable[[Path], None]) -> Manifest | None:
     """Write the manifest and rename the folder to `out`, if all shards exist and no other rank was faster; otherwise return None."""
     parts = source.parts
     entries = [shard_entry_path(folder, number) for number in range(len(parts))]
@@ -296,6 +324,7 @@ def _complete(folder: Path, out: Path, plan: dict[str, Any], source: Source) -> 
             raise UserError(f"No image of the source {plan['source']} could be kept; rejected: {dict(rejected) or 'none either'}.")
         joined = {"joined": source.joined()} if source.joined else {}
         manifest = write_manifest(folder, plan | joined, shards, source.passed_over)
+        on_complete(folder)
         folder.rename(out)
         for hidden in out.glob(".*"):  # locks and the listing of the source
             hidden.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from microdit.data.latent_statistics import statistics_of_shards
 from microdit.data.shard_index import schema
 from microdit.data.sources.untrusted_files import sum_of_kinds
 from microdit.distributed import World
@@ -24,7 +25,7 @@ Manifest = dict[str, Any]
 def write_manifest(
     folder: Path, plan: dict[str, Any], shards: list[dict[str, Any]], passed_over: Mapping[str, int] | None = None
 ) -> Manifest:
-    """Write the manifest: the plan of the encoding, the shards' entries, and the sums of their counts.
+    """Write the manifest: the plan of the encoding, the shards' entries, the sums of their counts, and the statistics of all latents.
 
     `passed_over` counts the files beside the parts of the source; those that the shards count are added. Also writes the two files that let
     `datasets.load_from_disk` open the folder.
@@ -34,7 +35,9 @@ def write_manifest(
         manifest[key] = sum(shard[key] for shard in shards)
     manifest["rejected"] = dict(sum((Counter(shard["rejected"]) for shard in shards), Counter()))
     manifest["passed_over"] = sum_of_kinds(passed_over or {}, *(shard.get("passed_over", {}) for shard in shards))
-    manifest["shards"] = shards
+    if (statistics := statistics_of_shards(shards)) is not None:
+        manifest["latents"] = statistics
+    manifest["shards"] = [{key: value for key, value in shard.items() if key != "latent_sums"} for shard in shards]
     _write_datasets_files(folder, schema(plan["settings"]["resolutions"]), [shard["name"] for shard in shards], shards[0]["sha256"])
     write_aside(folder / MANIFEST, to_checked_json(manifest))
     return manifest

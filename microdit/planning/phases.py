@@ -126,7 +126,7 @@ def stage_recipe(
         init_from=file_stem(STAGES[number - 1]) if number else None,
         data=DataRecipe(data, resolution=stage.resolution, autoencoder="sdxl", text_encoder="dfn-clip-h"),
         model=ModelRecipe(**asdict(size), position_scale=2.0 if at_512 else 1.0),
-        diffusion=DiffusionRecipe(P_mean=0.0, P_std=0.6) if at_512 else DiffusionRecipe(),
+        diffusion=DiffusionRecipe(0.9, P_mean=0.0, P_std=0.6) if at_512 else DiffusionRecipe(0.9),  # of SDXL's latents
         phases=[phase],
         optimizer=optimizer,
         ema=[EMARecipe(decay, start)] if stage.ema_decay or last else [],

@@ -9,15 +9,24 @@ from PIL import Image
 
 from microdit.errors import UserError
 from microdit.io.files import write_aside
+from microdit.reports.grids import png_bytes
 from microdit.reports.html import image_data_url, load_template
 
 SIDE = 512  # pixels; larger pictures are shrunk
 
 
-def write_look_page(title: str, pictures: Sequence[Image.Image], captions: Sequence[str], numbers: dict[str, Any], out: Path) -> None:
+def write_look_page(
+    title: str,
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str],
+    numbers: dict[str, Any],
+    out: Path,
+    reconstructions: Image.Image | None = None,
+) -> None:
     """Write the page of these pictures with their captions and of the statistics of `look`. Raises UserError if that fails."""
     shown = [{"address": _address(image), "caption": caption} for image, caption in zip(pictures, captions, strict=True)]
-    page = load_template("look.html.jinja").render(title=title, pictures=shown, numbers=numbers)
+    rebuilt = image_data_url("png", png_bytes(reconstructions)) if reconstructions else None
+    page = load_template("look.html.jinja").render(title=title, pictures=shown, numbers=numbers, reconstructions=rebuilt)
     try:
         write_aside(out, page.encode())
     except OSError as error:

@@ -18,6 +18,7 @@ from microdit.reports.formats import finite
 
 RECIPE = "recipe.yaml"  # its presence makes a folder a run folder
 RUN, METRICS = "run.json", "metrics.jsonl"
+RECONSTRUCTIONS = "reconstructions.png"  # in the folder of an encoded set: what the autoencoder makes of its pictures
 LARGEST_STEP = 2**53  # larger numbers are damage
 SILENCE = 15 * 60  # seconds without an update after which a run on another host counts as killed
 

@@ -13,10 +13,11 @@ from PIL import Image
 
 from microdit.errors import UserError
 from microdit.io.files import write_aside
+from microdit.io.untrusted_text import parse_json_object
 from microdit.reports import formats
 from microdit.reports.curves import Curve, draw_curves
 from microdit.reports.html import image_data_url, load_template
-from microdit.reports.run_folder import RECIPE, RunFolder, is_run, state_of
+from microdit.reports.run_folder import RECIPE, RECONSTRUCTIONS, RunFolder, is_run, state_of
 
 TEMPLATE = "report.html.jinja"
 PICTURES = 24  # at most per run, spread evenly, including the first and the newest
@@ -30,6 +31,15 @@ class Picture:
 
     step: int
     address: str
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What the autoencoder of an encoded set makes of its pictures, as a data URL, and their figures, which may be missing."""
+
+    name: str
+    address: str
+    figures: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class RunPart:
     phases: list[tuple[int, str]]  # first step and name of each
     curves: list[Curve]
     pictures: list[Picture]  # newest first
+    ceilings: list[Ceiling]
     samples: int  # images on disk
     unreadable: int  # of the images chosen for the page
     recipe: str
@@ -99,20 +110,22 @@ def _read(run: RunFolder, check: Callable[[], None]) -> RunPart:
     phases = [
         (line["step"], str(line.get("phase"))) for before, line in pairwise([{}, *metrics]) if line.get("phase") != before.get("phase")
     ]
-    data = record.get("data")
+    sets = record.get("data")
+    data = {name: one for name, one in sets.items() if isinstance(one, dict)} if isinstance(sets, dict) else {}
     return RunPart(
         folder=run.path.resolve().name,
         name=str(status.get("name") or record.get("name") or run.path.resolve().name),
         state=state_of(status),
         facts={key: value for line in (*metrics, status) for key, value in line.items() if value is not None},
         starts=run.starts,
-        data={name: one for name, one in data.items() if isinstance(one, dict)} if isinstance(data, dict) else {},
+        data=data,
         measured=len(metrics),
         damaged_lines=damaged_lines,
         has_damaged_record=run.has_damaged_record,
         phases=phases,
         curves=draw_curves(metrics, check),
         pictures=pictures,
+        ceilings=[ceiling for name, one in data.items() if (ceiling := _ceiling(name, Path(str(one.get("path")))))],
         samples=len(samples),
         unreadable=len(chosen) - len(pictures),
         recipe=run.recipe_text,
@@ -128,20 +141,45 @@ def _evenly(items: list[tuple[int, Path]], most: int) -> list[tuple[int, Path]]:
 
 def _picture(step: int, path: Path, newest: bool) -> Picture | None:
     """Encode a sample grid; None if the file is damaged, since it may be incomplete yet."""
+    read = _read_png(path)
+    if read is None:
+        return None
+    content, image = read
+    if newest and len(content) <= NEWEST_BYTES:
+        return Picture(step, image_data_url("png", content))
+    return Picture(step, _shrunk(image, NEWEST_SIDE if newest else THUMBNAIL_SIDE, quality=90 if newest else 80))
+
+
+def _ceiling(name: str, encoded: Path) -> Ceiling | None:
+    """Return the reconstructions in the folder of an encoded set; None if there are none, as of sets encoded by earlier versions."""
+    read = _read_png(encoded / RECONSTRUCTIONS)
+    if read is None:
+        return None
+    _, image = read
+    try:
+        figures = parse_json_object(str(image.info.get("reconstructions")))
+    except ValueError:
+        figures = {}
+    return Ceiling(name, _shrunk(image, NEWEST_SIDE, quality=90), figures)
+
+
+def _read_png(path: Path) -> tuple[bytes, Image.Image] | None:
+    """Return the content of a PNG file and its image; None if it is missing or damaged."""
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             image.load()
-            if newest and len(content) <= NEWEST_BYTES:
-                return Picture(step, image_data_url("png", content))
-            small = image.convert("RGB")
+            return content, image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow raises SyntaxError for a broken PNG
         return None
-    side = NEWEST_SIDE if newest else THUMBNAIL_SIDE
+
+
+def _shrunk(image: Image.Image, side: int, quality: int) -> str:
+    small = image.convert("RGB")
     small.thumbnail((side, side))
     buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=90 if newest else 80)
-    return Picture(step, image_data_url("webp", buffer.getvalue()))
+    small.save(buffer, "WEBP", quality=quality)
+    return image_data_url("webp", buffer.getvalue())
 
 
 def _totals(parts: list[RunPart]) -> dict[str, float | None]:

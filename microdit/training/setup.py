@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from microdit.checkpoint import (
 from microdit.config.load import with_todays_defaults
 from microdit.config.schema import ModelRecipe, PhaseRecipe, Recipe, architecture, objective_of
 from microdit.data.dataset import EncodedDataset, MixedDataset
+from microdit.data.latent_statistics import common_std
 from microdit.data.sampler import SamplerPhase
+from microdit.diffusion.edm import EDM
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.console import joined, styled
@@ -53,6 +55,46 @@ def open_dataset(recipe: Recipe, warn: Callable[[str], None], world: World | Non
 def _phase_order(phase: PhaseRecipe, names: list[str], repeats: tuple[int, ...]) -> SamplerPhase:
     weights = None if phase.weights is None else tuple(phase.weights.get(name, 0.0) for name in names)
     return SamplerPhase(phase.steps, phase.batch_size, repeats, weights)
+
+
+SIGMA_MISMATCH = 0.2  # the share by which sigma_data may differ from the data before a warning is due
+
+
+def with_sigma_data(recipe: Recipe, sets: list[EncodedDataset], before: Checkpoint | None, warn: Callable[[str], None]) -> Recipe:
+    """Return the recipe with EDM's `sigma_data` filled in, if it leaves that open, and warn if the value does not suit the data.
+
+    `before` is the checkpoint whose weights training starts from, if any: its value is kept, because its network was trained with that.
+    Otherwise sigma_data is the standard deviation of the latents that the run will see, or the paper's 0.9 if a set does not record it.
+    """
+    if recipe.diffusion.objective != "edm":
+        return recipe
+    measured = _latent_std(recipe, sets)
+    sigma_data = recipe.diffusion.sigma_data
+    if sigma_data is None and before is not None and "edm" in before.state:
+        sigma_data = float(before.state["edm"]["sigma_data"])
+    elif sigma_data is None:
+        sigma_data = EDM.sigma_data if measured is None else round(measured, 4)
+    if measured is not None and abs(sigma_data - measured) > SIGMA_MISMATCH * measured:
+        folders = ", ".join(str(encoded.folder) for encoded in sets)
+        warn(
+            f"sigma_data is {sigma_data:g}, and the latents of {folders} have a standard deviation of {measured:.3g}: the noise levels and "
+            "the scale of the network's input were made for other data. Leave out diffusion.sigma_data, and a run from scratch takes that "
+            "of the data."
+        )
+    return replace(recipe, diffusion=replace(recipe.diffusion, sigma_data=sigma_data))
+
+
+def _latent_std(recipe: Recipe, sets: list[EncodedDataset]) -> float | None:
+    """Return the standard deviation of the latents of all samples of the run; None if a set does not record its own, or it is zero."""
+    names, shares = list(recipe.data.named_sets), [0.0] * len(sets)
+    by_size = {name: len(encoded) * item.repeat for (name, item), encoded in zip(recipe.data.named_sets.items(), sets, strict=True)}
+    for phase in recipe.phases:
+        weights = by_size if phase.weights is None else phase.weights
+        for number, name in enumerate(names):
+            shares[number] += phase.steps * phase.batch_size * weights.get(name, 0.0) / sum(weights.values())
+    used = [(share, encoded.latent_statistics) for share, encoded in zip(shares, sets, strict=True) if share]
+    measured = [(share, statistics) for share, statistics in used if statistics is not None]
+    return (common_std(measured) or None) if len(measured) == len(used) else None
 
 
 FREE_TO_CHANGE = {"record", "engine", "guard", "name"}  # keys of a recipe that may change on resume without changing the result
@@ -192,6 +234,8 @@ def _changes(checkpoint: Checkpoint, recipe: Recipe, sets: list[EncodedDataset])
 
 def _recipe_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     then, now = with_todays_defaults(checkpoint.state["recipe"]), yaml.safe_load(recipe.to_yaml())
+    if now["diffusion"]["sigma_data"] is None:  # what the data gave at the start stays
+        now["diffusion"]["sigma_data"] = then.get("diffusion", {}).get("sigma_data")
     for key, used in _used_data(checkpoint).items():
         if then["data"].get(key) is None and now["data"][key] is not None:
             then["data"][key] = used  # naming what was used all along is not a change

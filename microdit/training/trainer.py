@@ -40,7 +40,16 @@ from microdit.training.optim import learning_rate
 from microdit.training.parallel import compute_dtype, keep_compiled
 from microdit.training.preemption import StopRequests, stop_requests
 from microdit.training.prefetch import Prefetcher
-from microdit.training.setup import check_recipe_fits, describe, find_checkpoint, fingerprints, model_config, open_dataset, start_message
+from microdit.training.setup import (
+    check_recipe_fits,
+    describe,
+    find_checkpoint,
+    fingerprints,
+    model_config,
+    open_dataset,
+    start_message,
+    with_sigma_data,
+)
 from microdit.training.stability import SpikeDecision, SpikeGuard
 from microdit.training.state import TrainingState, read_step
 from microdit.training.validation import PromptGrid, open_held_out, open_quality
@@ -102,6 +111,8 @@ class Trainer:
             with world.together():
                 keep_compiled(run)
         first = None if checkpoint else find_initial_weights(recipe, run, self.config, self.data, world, self.reporter.warn, initial)
+        before = checkpoint or (first and first.checkpoint)
+        self.recipe = recipe = with_sigma_data(recipe, self.mixture.sets, before, self.reporter.warn)
         fill = None if first is None else partial(first.fill, world=world)
         self.state = TrainingState(recipe, self.config, world, fill, fresh=checkpoint is None)
         self.guard = SpikeGuard(recipe.guard, world.device)

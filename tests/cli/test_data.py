@@ -3,7 +3,7 @@ import json
 import pytest
 
 from tests.commands import microdit
-from tests.data.pictures import picture, write_file
+from tests.data.pictures import picture, write_file, write_photographs
 
 
 @pytest.mark.parametrize(
@@ -87,3 +87,19 @@ def test_look_joins_captions_and_writes_a_page(tmp_path):
     assert "new.jsonl has no column with captions under a usual name. Its columns are key, llava. Name both" in " ".join(
         done.output.split()
     )
+
+
+def test_photographs_do_not_go_through_the_icon_autoencoder_without_a_word(tmp_path):
+    write_photographs(tmp_path / "photos", 16)
+    looked = microdit("data", "look", "photos", "--autoencoder", "icon", "--html", "look.html", cwd=tmp_path)
+    assert looked.returncode == 0, looked.output
+    encoded = microdit("data", "encode", "photos", "--out", "set", "--device", "cpu", "--workers", "0", cwd=tmp_path)
+    assert encoded.returncode == 0, encoded.output
+    for done in (looked, encoded):
+        output = " ".join(done.output.split())
+        assert "16 pictures through the autoencoder icon: PSNR" in output
+        assert "of 16 pictures are poor" in output
+        assert "no training makes pictures better than these" in output
+    assert (tmp_path / "look-reconstructions.png").is_file()
+    assert (tmp_path / "set" / "reconstructions.png").is_file()
+    assert "<h2>Reconstructions</h2>" in (tmp_path / "look.html").read_text()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from microdit.config.load import load_recipe, recipe_of_text, with_todays_defaults
 from microdit.config.recipes import RECIPES
-from microdit.config.schema import PhaseRecipe, Recipe
+from microdit.config.schema import PhaseRecipe, Recipe, objective_of
 from microdit.errors import UserError
 from microdit.lab.study import Study
 from microdit.ranges import Range
@@ -46,7 +46,7 @@ def test_every_recipe_of_ours_loads(path):
 def test_numbers_are_numbers_and_defaults_are_the_papers(recipe_file):
     recipe = load_recipe(recipe_file)
     assert recipe.phases[0].learning_rate == 3e-4  # a string to plain YAML
-    assert (recipe.diffusion.P_mean, recipe.diffusion.P_std, recipe.diffusion.sigma_data) == (-0.6, 1.2, 0.9)
+    assert (recipe.diffusion.P_mean, recipe.diffusion.P_std, objective_of(recipe.diffusion).sigma_data) == (-0.6, 1.2, 0.9)
     assert recipe.optimizer.betas == (0.9, 0.999)
     assert recipe.model.attention_range == (0.5, 1.0)
 

@@ -2,9 +2,11 @@
 
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 
+from matplotlib.cbook import get_sample_data
 from PIL import Image
 
 from microdit.data.sources.base import Part, Record, Source
@@ -78,3 +80,23 @@ def write_icons(folder: Path, package: str, icons: dict[str, object], **more: ob
     drawings = {name: body if isinstance(body, dict) else {"body": body} for name, body in icons.items()}
     write_json(place / "icons.json", {"prefix": package, "icons": drawings, "width": 16, "height": 16, **more})
     return place
+
+
+def photographs(count: int, side: int) -> list[Image.Image]:
+    """Return square crops of a real photograph, the one that matplotlib carries."""
+    photograph = Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
+    generator, crops = random.Random(0), []
+    for _ in range(count):
+        size = generator.randint(side, min(photograph.size))
+        left, top = generator.randint(0, photograph.width - size), generator.randint(0, photograph.height - size)
+        crops.append(photograph.crop((left, top, left + size, top + size)).resize((side, side), Image.Resampling.LANCZOS))
+    return crops
+
+
+def write_photographs(folder: Path, count: int, side: int = 64) -> Path:
+    """Write the crops into a folder, with captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(photographs(count, side)):
+        image.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"part {number} of a portrait")
+    return folder

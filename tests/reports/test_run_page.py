@@ -13,6 +13,7 @@ from PIL import Image
 
 from microdit.errors import UserError
 from microdit.reports.curves import NOISE, draw_curves
+from microdit.reports.grids import save_png
 from microdit.reports.run_page import PICTURES, report_page, write_report
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -156,6 +157,25 @@ def test_every_series_has_its_curve_in_colours_of_the_page(path):
         assert text.count(f"--{variable}:") == 2  # light and dark
     drawn = set(re.findall(r"(?:fill|stroke): (#\w+)", text[text.index("</style>") :]))
     assert drawn <= {"#ffffff"}  # the paper behind, which is transparent
+
+
+def test_the_ceiling_of_a_data_set_is_shown_beside_the_samples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "run", FEW)
+    assert "Ceiling" not in Page(write_report(run)).titles  # sets of earlier versions have no such picture
+    figures = {"psnr_db": 18.25, "perceptual_distance": 0.71, "poor": 14, "pictures": 16, "autoencoder": "icon", "side": 64}
+    (tmp_path / "data" / "main").mkdir(parents=True)
+    picture = tmp_path / "data" / "main" / "reconstructions.png"
+    save_png(Image.new("RGB", (300, 200), (0, 90, 200)), picture, {"reconstructions": json.dumps(figures)})
+    page = Page(write_report(run))
+    assert page.titles[page.titles.index("Samples") :].count("Ceiling") == 1
+    assert "main: PSNR 18.2 dB, perceptual distance 0.71, 14 of 16 are poor." in " ".join(page.words.split())
+    shown = [decoded(address) for address in page.pictures]
+    assert (300, 200) in [image.size for image in shown]
+    save_png(Image.new("RGB", (300, 200)), picture, {"reconstructions": '{"psnr_db": "<b>", "perceptual_distance": [], "poor": 0}'})
+    assert "main: PSNR – dB." in " ".join(Page(write_report(run)).words.split())
+    picture.write_bytes(picture.read_bytes()[:100])
+    assert "Ceiling" not in Page(write_report(run)).titles
 
 
 def test_text_of_recipes_and_names_is_escaped(tmp_path):

@@ -9,9 +9,10 @@ import bz2
 import gzip
 import io
 import os
+import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,12 +46,13 @@ DAMAGED = "shard is damaged from here on"
 IMAGES = ("jpeg", "png", "pil", "bytes")  # encodings of columns that may hold pictures
 IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "picture")
 TEXTS = ("str", "json")
+LATENTS = re.compile(r"latents_(\d{2,4})")  # columns of the paper's code, by resolution in pixels
 MOST_SAMPLES = 50_000_000  # of a shard
 MOST_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True)
-class _Shard:
+class MdsShard:
     """A shard as the index describes it. `sizes` are the bytes of the columns' values, None where they differ."""
 
     file: str
@@ -71,10 +73,7 @@ def mds_source(folder: Path, found: FoundFiles, captions: dict[str, float] | Non
 
     Raises UserError if the index is damaged, or if its columns hold no pictures or no captions.
     """
-    try:
-        shards = [_shard_of(entry, folder) for entry in _index_of(folder)["shards"]]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"{folder / INDEX} is damaged, or of another format than MDS: {error!r}. Fetch it again.") from error
+    shards = read_shards(folder)
     columns = dict(zip(shards[0].columns, shards[0].encodings, strict=True))
     image = _image_column(columns, folder)
     texts = [name for name, encoding in columns.items() if encoding in TEXTS]
@@ -90,6 +89,14 @@ def mds_source(folder: Path, found: FoundFiles, captions: dict[str, float] | Non
     return Source(folder.absolute().name, parts, weights, passed_over=sum_of_kinds(found.passed_over, images, others))
 
 
+def read_shards(folder: Path) -> list[MdsShard]:
+    """Return the shards that the index of a folder describes. Raises UserError if it is damaged."""
+    try:
+        return [_shard_of(entry, folder) for entry in _index_of(folder)["shards"]]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(f"{folder / INDEX} is damaged, or of another format than MDS: {error!r}. Fetch it again.") from error
+
+
 def _index_of(folder: Path) -> dict[str, Any]:
     """Return the index of a folder; empty if it cannot be read."""
     content, _ = read_file(folder / INDEX, roots_of(folder))
@@ -99,13 +106,13 @@ def _index_of(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _shard_of(entry: dict[str, Any], folder: Path) -> _Shard:
+def _shard_of(entry: dict[str, Any], folder: Path) -> MdsShard:
     raw, zipped = entry["raw_data"]["basename"], (entry.get("zip_data") or {}).get("basename")
     file = zipped if zipped and not (folder / raw).is_file() else raw
     if entry["format"] != "mds" or not all(isinstance(name, str) for name in (file, *entry["column_names"])):
         raise ValueError(f"a shard of the format {entry['format']}")
     sizes = tuple(size if size is None else int(size) for size in entry["column_sizes"])
-    shard = _Shard(file, tuple(entry["column_names"]), tuple(entry["column_encodings"]), sizes, int(entry["samples"]))
+    shard = MdsShard(file, tuple(entry["column_names"]), tuple(entry["column_encodings"]), sizes, int(entry["samples"]))
     if not len(shard.columns) == len(shard.encodings) == len(shard.sizes) or not 0 <= shard.samples <= MOST_SAMPLES:
         raise ValueError("columns without encodings or sizes")
     return shard
@@ -118,18 +125,24 @@ def _image_column(columns: dict[str, str], folder: Path) -> str:
             return name
     described = ", ".join(f"{name} ({encoding})" for name, encoding in columns.items())
     what = "several columns" if fitting else "no column"
-    raise UserError(
-        f"{folder / INDEX} has {what} of pictures: {described}. Latents and caption vectors that were encoded elsewhere are not read; use "
-        "a folder with the pictures."
-    )
+    advice = "Latents and caption vectors are imported by 'microdit data import-latents'" if any(map(LATENTS.fullmatch, columns)) else ""
+    raise UserError(f"{folder / INDEX} has {what} of pictures: {described}. {advice or 'Use a folder with the pictures'}.")
 
 
-def _read(folder: Path, shard: _Shard, image: str, wanted: Sequence[str]) -> Iterator[Record]:
+def _read(folder: Path, shard: MdsShard, image: str, wanted: Sequence[str]) -> Iterator[Record]:
+    return records_of_shard(folder, shard, lambda key, sample: _record(key, sample, shard, image, wanted))
+
+
+def records_of_shard(folder: Path, shard: MdsShard, record: Callable[[str, bytes | None], Record]) -> Iterator[Record]:
+    """Yield `record(key, sample)` for each sample of a shard, and a record with a problem where the shard cannot be read any further.
+
+    A sample is None if it is too large.
+    """
     row = 0
     try:
         with open_file(folder / shard.file, roots_of(folder)) as file:
             for sample in _samples(_uncompressed(file, shard.file), shard):
-                yield _record(f"{shard.file}/{row}", sample, shard, image, wanted)
+                yield record(f"{shard.file}/{row}", sample)
                 row += 1
     except Refused as refused:
         yield Record(f"{shard.file}/{row}{END}", {}, b"", refused.reason)
@@ -150,7 +163,7 @@ def _uncompressed(file: BinaryIO, name: str) -> Any:
     return file
 
 
-def _samples(stream: Any, shard: _Shard) -> Iterator[bytes | None]:
+def _samples(stream: Any, shard: MdsShard) -> Iterator[bytes | None]:
     """Yield each sample, or None in place of one that is too large. Raises ValueError or EOFError where the shard is damaged."""
     (count,) = struct.unpack("<I", _exactly(stream, 4))
     if count != shard.samples:
@@ -170,21 +183,21 @@ def _samples(stream: Any, shard: _Shard) -> Iterator[bytes | None]:
         place = end
 
 
-def _record(key: str, sample: bytes | None, shard: _Shard, image: str, wanted: Sequence[str]) -> Record:
+def _record(key: str, sample: bytes | None, shard: MdsShard, image: str, wanted: Sequence[str]) -> Record:
     if sample is None:
         return Record(key, {}, b"", TOO_LARGE)
     fields: dict[str, Any] = {}
     picture = b""
-    for name, encoding, value in _values(sample, shard):
+    for name, encoding, value in values_of(sample, shard):
         if name == image:
             picture = _from_pil(value) if encoding == "pil" else value
         elif encoding in TEXTS:
-            fields[name] = _text(value, encoding)
+            fields[name] = text_of(value, encoding)
     captions, problem = from_fields(fields, wanted)
     return Record(key, captions, picture, problem if picture else NO_IMAGE, url=url_in(fields))
 
 
-def _values(sample: bytes, shard: _Shard) -> Iterator[tuple[str, str, bytes]]:
+def values_of(sample: bytes, shard: MdsShard) -> Iterator[tuple[str, str, bytes]]:
     """Yield name, encoding and content of each value: first come the sizes of those whose size differs, then all contents."""
     varying = sum(size is None for size in shard.sizes)
     sizes = iter(struct.unpack_from(f"<{varying}I", sample))
@@ -197,7 +210,7 @@ def _values(sample: bytes, shard: _Shard) -> Iterator[tuple[str, str, bytes]]:
         place += size
 
 
-def _text(value: bytes, encoding: str) -> Any:
+def text_of(value: bytes, encoding: str) -> Any:
     try:
         text = value.decode()
         return parse_json(text) if encoding == "json" else text

@@ -44,7 +44,8 @@ _KINDS = """A source is one of
                                  Dataset.save_to_disk
   a file, or a pattern in quotes .tar, .tgz, .tar.gz, .tar.zst, .tar.bz2, .zip or .parquet; {{000..099}}.tar names a hundred files
   a list                         .csv, .tsv, .jsonl: the files beside it that its lines name, with their captions
-  hf:NAME, hf:NAME:SPLIT         anything that datasets.load_dataset can load; hf:NAME:CONFIG:SPLIT chooses a configuration"""
+  hf:NAME, hf:NAME:SPLIT         anything that datasets.load_dataset can load; hf:NAME:CONFIG:SPLIT chooses a configuration
+  hf-stream:NAME, ...:SPLIT      the same, read from the hub file by file, with nothing kept on this disk"""
 
 
 def open_source(
@@ -90,6 +91,10 @@ def _open(name: str, captions: dict[str, float] | None, list_once: ListOnce | No
         from microdit.data.sources.tables import hub_source
 
         return hub_source(*_hub_name(rest), captions)
+    if kind == "hf-stream" and rest:
+        from microdit.data.sources.tables import streamed_source
+
+        return streamed_source(*_hub_name(rest), captions)
     if colon and kind.isidentifier() and not glob.glob(name):
         raise UserError(f"There is no source '{name}'. {_kinds()}")
     return _open_path(name, captions, list_once, file_column)

@@ -10,7 +10,9 @@ from typing import Any, BinaryIO
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import dataset_info
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HfHubHTTPError
 
 from microdit.data.sources.base import END, Part, Record, Source, relative_names
 from microdit.data.sources.folders import Listing, parts_of, split_by_list
@@ -133,6 +135,50 @@ def hub_source(name: str, config: str | None, split: str, captions: dict[str, fl
         raise UserError(f"datasets.load_dataset could not load {name}, {chosen}: {one_line(str(error))}") from error
     roots = [*((Path(name),) if Path(name).is_dir() else ()), Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
     return _dataset_source(f"hf:{title}", split, loaded, captions, tuple(real for root in roots for real in roots_of(root)))
+
+
+def streamed_source(name: str, config: str | None, split: str, captions: dict[str, float] | None = None) -> Source:
+    """Return a data set that `datasets.load_dataset` streams as a source, with one part for each of its files: nothing is kept on disk.
+
+    Raises UserError if it cannot be opened, and while it is read if the connection is lost for longer than `datasets` tries again.
+    """
+    title = ":".join(filter(None, (name, config, split)))
+    try:
+        loaded = datasets.load_dataset(name, config, split=split, streaming=True)
+        first = next(iter(loaded.with_format("arrow").iter(batch_size=1)), None)
+        known = "" if Path(name).is_dir() else str(dataset_info(name).sha)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
+        chosen = f"configuration {config}, split {split}" if config else f"split {split}"
+        raise UserError(f"datasets.load_dataset could not open {name}, {chosen}, as a stream: {one_line(str(error))}") from error
+    if first is None:
+        raise UserError(f"The data set {title} has no rows.")
+    image = _image_column(first.schema, title)
+    weights = captions or {caption_column([column for column in first.schema.names if column != image], title): 1.0}
+    check_captions(first.schema.names, weights, title)
+    columns = list(_columns(first.schema, image, weights))
+    rows = loaded.select_columns(columns).with_format("arrow")
+    folder = Path(name)
+    roots = roots_of(folder) if folder.is_dir() else ()
+    files = partial(sorted, [path for path in folder.rglob("*") if path.is_file()]) if folder.is_dir() else tuple
+    read = partial(_read_stream, title, rows, split, image, tuple(weights), roots)
+    parts = [Part(f"{number:05d}", partial(read, number), files, partial(str, known)) for number in range(loaded.num_shards)]
+    return Source(f"hf-stream:{title}", parts, weights)
+
+
+def _read_stream(title: str, dataset: Any, split: str, image: str, wanted: Sequence[str], roots: Roots, number: int) -> Iterator[Record]:
+    row = 0
+    try:
+        for table in dataset.shard(num_shards=dataset.num_shards, index=number).iter(batch_size=READ_ROWS):
+            for fields in _rows(table):
+                yield _record(f"{split}/{number:05d}/{row}", fields, image, wanted, Path(), roots)
+                row += 1
+    except pa.ArrowException:
+        yield Record(f"{split}/{number:05d}/{row}{END}", {}, b"", DAMAGED)
+    except OSError as error:
+        raise UserError(
+            f"The stream of {title} broke off at row {row:,} of file {number:,}: {one_line(str(error))}. Run the same command again, which "
+            "continues with that file."
+        ) from error
 
 
 def saved_source(folder: Path, captions: dict[str, float] | None = None) -> Source:
