@@ -142,7 +142,7 @@ def first_looks(world: World | None, look: Callable[[], T]) -> T:
 def config_of_fields(saved: Mapping[str, Any]) -> ModelConfig:
     """Return the architecture from its JSON fields. Raises TypeError or ValueError if they are invalid."""
     fields = dict(saved)
-    for stack in ("blocks", "mixer", "decoder"):
+    for stack in ("blocks", "mixer", "decoder", "preamble"):
         fields[stack] = tuple(BlockShape(**shape) for shape in fields.get(stack, ()))
     if "dense_blocks" in fields:
         fields["dense_blocks"] = tuple(fields["dense_blocks"])
