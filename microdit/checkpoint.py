@@ -142,7 +142,7 @@ def first_looks(world: World | None, look: Callable[[], T]) -> T:
 def config_of_fields(saved: Mapping[str, Any]) -> ModelConfig:
     """Return the architecture from its JSON fields. Raises TypeError or ValueError if they are invalid."""
     fields = dict(saved)
-    for stack in ("blocks", "mixer", "decoder"):
+    for stack in ("blocks", "mixer", "decoder", "preamble"):
         fields[stack] = tuple(BlockShape(**shape) for shape in fields.get(stack, ()))
     if "dense_blocks" in fields:
         fields["dense_blocks"] = tuple(fields["dense_blocks"])
@@ -215,9 +215,9 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def check_architecture(checkpoint: Checkpoint, config: ModelConfig, except_for: frozenset[str] = frozenset()) -> None:
-    """Raise UserError, naming the differences, if the checkpoint's architecture is not the recipe's."""
-    saved, wanted = asdict(checkpoint.model_config), asdict(config)
+def check_architecture(saved_config: ModelConfig, where: str, config: ModelConfig, except_for: frozenset[str] = frozenset()) -> None:
+    """Raise UserError, naming the differences, if the architecture of the weights in `where` is not the recipe's."""
+    saved, wanted = asdict(saved_config), asdict(config)
     different = [
         f"{key}: {_short(saved[key])} in the checkpoint, {_short(wanted[key])} in the recipe"
         for key in wanted
@@ -225,7 +225,7 @@ def check_architecture(checkpoint: Checkpoint, config: ModelConfig, except_for: 
     ]
     if different:
         raise UserError(
-            f"{checkpoint.folder} is of another architecture than the recipe asks for:\n  - "
+            f"{where} is of another architecture than the recipe asks for:\n  - "
             + "\n  - ".join(different)
             + "\nGo back to the recipe that made it, or start a new run with another --out."
         )

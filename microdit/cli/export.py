@@ -1,4 +1,4 @@
-"""The commands for model exchange: microdit export, microdit import-official."""
+"""The commands for model exchange: microdit export, microdit import-official, microdit import-minit2i."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -55,6 +55,30 @@ def import_official(
     model = import_official(checkpoint, out, ImportSettings(text_encoder, autoencoder, head_dim, dtype.value))
     millions, channels = sum(weight.numel() for weight in model.parameters()) / 1e6, model.config.in_channels
     console.print(f'{millions:,.1f} M parameters, {channels} channels. Pictures: microdit sample {out} "..." --guidance 5')
+
+
+def import_minit2i(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A file of MiniT2I's weights: Flax .msgpack, or a PyTorch copy as .safetensors or .pt.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    text_encoder: Annotated[
+        str, typer.Option(help="A folder, which is copied, or a name that is looked up when pictures are generated.")
+    ] = "google/flan-t5-large",
+    resolution: Annotated[int, typer.Option(min=1, help="Pixels of a side of the images that it was trained on.")] = 512,
+    caption_length: Annotated[int, typer.Option(min=1, help="Tokens that it was trained on.")] = 256,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.float32,
+) -> None:
+    """Convert a checkpoint of MiniT2I. None of its code is run; sizes are read from the tensors' shapes.
+
+    Example: microdit import-minit2i checkpoint.msgpack minit2i-b-16
+    """
+    from microdit.pipelines.import_minit2i import MiniT2ISettings, import_minit2i
+
+    model = import_minit2i(checkpoint, out, MiniT2ISettings(text_encoder, resolution, caption_length, dtype.value))
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    steps = "--guidance 6 --steps 100 --solver euler"
+    console.print(f'{millions:,.1f} M parameters, {resolution} px. Pictures: microdit sample {out} "..." {steps}')
 
 
 def _training_flops(run: Path) -> float | None:

@@ -10,7 +10,7 @@ import typer
 
 from microdit.cli.data import data_app
 from microdit.cli.evaluate import compare, draw, evaluate, geneval, prefer
-from microdit.cli.export import export, import_official
+from microdit.cli.export import export, import_minit2i, import_official
 from microdit.cli.lab import lab_app
 from microdit.cli.plan import bench, budget
 from microdit.cli.recipes import recipes
@@ -83,6 +83,7 @@ app.command(no_args_is_help=True)(sample)
 app.command("train-autoencoder")(train_autoencoder)
 app.command("app")(web_page)
 app.command("import-official")(import_official)
+app.command("import-minit2i")(import_minit2i)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,18 @@ def _problems(recipe: Recipe) -> list[str]:
         near = max(1, round(width / model.head_dim)) * model.head_dim
         need(width % model.head_dim == 0, f"model.{name} ({width}) is not divisible by model.head_dim ({model.head_dim}): try {near}.")
     need(model.dim % 4 == 0, f"model.dim ({model.dim}) must be divisible by 4, for positions in two dimensions.")
+    need(
+        model.positions == "sincos" or model.head_dim % 4 == 0,
+        f"model.head_dim ({model.head_dim}) must be divisible by 4, for rotary positions in two dimensions.",
+    )
+    need(
+        model.mask_padding or model.caption_length is None,
+        "model.caption_length puts a learnt token in the place of padding, so model.mask_padding cannot be false: leave one of them out.",
+    )
+    need(
+        not model.unread_text or model.attention == "joint",
+        "model.unread_text is for model.attention joint: cross-attention never changes the caption's tokens.",
+    )
     found += _routing_problems(model)
     found += _diffusion_problems(recipe.diffusion)
     need(len({ema.decay for ema in recipe.ema}) == len(recipe.ema), "ema names a decay twice.")

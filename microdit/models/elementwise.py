@@ -3,8 +3,8 @@
 On a GPU they are bound by memory bandwidth, so they are free functions, which `compiled` turns into one kernel each where the eager ones
 take several. All blocks share them: compiling takes seconds, where 26 blocks of different shapes would take minutes.
 
-Shape legend: B batch, T tokens, D dim, A attention width, P parts side by side, F feed-forward width;
-N tokens of the whole batch, E experts, M tokens that an expert takes from the batch.
+Shape legend: B batch, T tokens, D dim, A attention width, N heads, H head dim, P parts side by side, F feed-forward width;
+in the functions of experts N tokens of the whole batch, E experts, M tokens that an expert takes from the batch.
 """
 
 from collections.abc import Callable
@@ -23,37 +23,46 @@ NORM_EPS = 1e-6
 class Elementwise(NamedTuple):
     """The functions that a block calls between its matrix products, eager or compiled."""
 
-    modulated_norm: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    gated_sum: Callable[[Tensor, Tensor, Tensor], Tensor]
-    gated_sum_norm: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    sum_modulated_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    modulated_norm: Callable[..., Tensor]
+    gated_sum: Callable[[Tensor, Tensor | None, Tensor], Tensor]
+    sum_norm: Callable[..., tuple[Tensor, Tensor]]
     gated_silu: Callable[[Tensor, Tensor], Tensor]
     normalised: Callable[[Tensor], Tensor]
     split_normalised: Callable[[Tensor, int], tuple[Tensor, ...]]
+    head_normalised: Callable[[Tensor, Tensor], Tensor]
+    rotated: Callable[[Tensor, Tensor, Tensor], Tensor]
     take_chosen: Callable[[Tensor, Tensor], Tensor]
     add_weighted: Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
-def modulated_norm(x_BTD: Tensor, weight_D: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """Return the layer norm of x, scaled and shifted for each sample: adaLN (Peebles & Xie 2023)."""
-    return torch.addcmul(shift_B1D, F.layer_norm(x_BTD, weight_D.shape, weight_D, None, NORM_EPS), 1 + scale_B1D)
+def modulated_norm(
+    x_BTD: Tensor, weight_D: Tensor, shift_B1D: Tensor | None = None, scale_B1D: Tensor | None = None, rms: bool = False
+) -> Tensor:
+    """Return the layer norm of x, or its RMS norm, scaled and shifted for each sample: adaLN (Peebles & Xie 2023)."""
+    if rms:
+        normed_BTD = F.rms_norm(x_BTD, weight_D.shape, weight_D.to(x_BTD.dtype), NORM_EPS)
+    else:
+        normed_BTD = F.layer_norm(x_BTD, weight_D.shape, weight_D, None, NORM_EPS)
+    return normed_BTD if shift_B1D is None or scale_B1D is None else torch.addcmul(shift_B1D, normed_BTD, 1 + scale_B1D)
 
 
-def gated_sum(x_BTD: Tensor, gate_B1D: Tensor, y_BTD: Tensor) -> Tensor:
-    """Return x + gate * y."""
-    return torch.addcmul(x_BTD, gate_B1D, y_BTD)
+def gated_sum(x_BTD: Tensor, gate_B1D: Tensor | None, y_BTD: Tensor) -> Tensor:
+    """Return x + gate * y, or x + y without a gate."""
+    return x_BTD + y_BTD if gate_B1D is None else torch.addcmul(x_BTD, gate_B1D, y_BTD)
 
 
-def gated_sum_norm(x_BTD: Tensor, gate_B1D: Tensor, y_BTD: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x + gate * y and its layer norm."""
+def sum_norm(
+    x_BTD: Tensor,
+    gate_B1D: Tensor | None,
+    y_BTD: Tensor,
+    weight_D: Tensor,
+    shift_B1D: Tensor | None = None,
+    scale_B1D: Tensor | None = None,
+    rms: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the gated sum of x and y, and its modulated norm."""
     x_BTD = gated_sum(x_BTD, gate_B1D, y_BTD)
-    return x_BTD, F.layer_norm(x_BTD, weight_D.shape, weight_D, None, NORM_EPS)
-
-
-def sum_modulated_norm(x_BTD: Tensor, y_BTD: Tensor, weight_D: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x + y and its modulated norm."""
-    x_BTD = x_BTD + y_BTD
-    return x_BTD, modulated_norm(x_BTD, weight_D, shift_B1D, scale_B1D)
+    return x_BTD, modulated_norm(x_BTD, weight_D, shift_B1D, scale_B1D, rms)
 
 
 def gated_silu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
@@ -72,6 +81,17 @@ def split_normalised(x_BTPA: Tensor, parts: int) -> tuple[Tensor, ...]:
     return *map(normalised, others), last_BTA
 
 
+def head_normalised(x_BTA: Tensor, weight_H: Tensor) -> Tensor:
+    """Return the RMS norm of queries or keys in each head, (B, T, N, H)."""
+    return F.rms_norm(x_BTA.unflatten(-1, (-1, len(weight_H))), weight_H.shape, weight_H.to(x_BTA.dtype), NORM_EPS)
+
+
+def rotated(x_BTNH: Tensor, cos_BT1H: Tensor, sin_BT1H: Tensor) -> Tensor:
+    """Return queries or keys with each pair of channels i and i + H/2 rotated by its angle (RoFormer, 2104.09864, section 3.2.2)."""
+    first, second = x_BTNH.chunk(2, dim=-1)
+    return (x_BTNH * cos_BT1H + torch.cat([-second, first], dim=-1) * sin_BT1H).to(x_BTNH.dtype)
+
+
 def take_chosen(x_ND: Tensor, token_EM: Tensor) -> Tensor:
     """Return the tokens that each expert takes, (E, M, D). No expert takes a token twice."""
     return x_ND.index_select(0, token_EM.reshape(-1)).view(*token_EM.shape, x_ND.shape[-1])
@@ -85,7 +105,16 @@ def add_weighted(y_EMD: Tensor, weight_EM: Tensor, token_EM: Tensor, tokens: int
 
 
 EAGER = Elementwise(
-    modulated_norm, gated_sum, gated_sum_norm, sum_modulated_norm, gated_silu, normalised, split_normalised, take_chosen, add_weighted
+    modulated_norm,
+    gated_sum,
+    sum_norm,
+    gated_silu,
+    normalised,
+    split_normalised,
+    head_normalised,
+    rotated,
+    take_chosen,
+    add_weighted,
 )
 
 
@@ -101,11 +130,12 @@ def compiled() -> Elementwise:
     return Elementwise(
         _dynamic(modulated_norm),
         _dynamic(gated_sum),
-        _dynamic(gated_sum_norm),
-        _dynamic(sum_modulated_norm),
+        _dynamic(sum_norm),
         _dynamic(gated_silu),
         _static_width(normalised),
         _SplitNormalised.apply,
+        _dynamic(head_normalised),
+        _dynamic(rotated),
         _TakeChosen.apply,
         _AddWeighted.apply,
     )

@@ -29,44 +29,76 @@ def training_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: 
 def recomputed_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: int, share: float) -> int:
     """Return the FLOPs that activation checkpointing adds: a second forward pass of the first `share` of all blocks."""
     first = config.tokens_by_block(tokens, kept)[: config.recomputed(share)]
-    return sum(2 * _block(config, shape, width, seen, caption_tokens) for shape, width, seen in first)
+    length = config.caption_length or caption_tokens
+    return sum(2 * _block(config, shape, width, seen, length) for shape, width, seen in first)
 
 
 def _without_input_gradient(config: ModelConfig, tokens: int, caption_tokens: int) -> int:
-    """Count the multiply-adds of the first layers, on patches, noise level and caption."""
-    return config.dim * (tokens * config.patch_values + TIME_FREQUENCIES + caption_tokens * config.caption_channels)
+    """Count the multiply-adds of the first layers, on patches, noise level and caption (if no mask token is learnt in front of that)."""
+    patches = tokens * config.patch_values * (config.patch_channels or config.dim)
+    noise_level = 0 if config.conditioning == "none" else TIME_FREQUENCIES * config.dim
+    caption = 0 if config.caption_length else caption_tokens * config.caption_channels * config.dim
+    return patches + noise_level + caption
 
 
 def _with_input_gradient(config: ModelConfig, tokens: int, kept: int, caption_tokens: int) -> int:
     """Count the multiply-adds of all other products."""
-    dim, mixer_dim, method = config.dim, config.mixer_dim, METHODS[config.routing]
-    total = dim * dim + _caption(config, caption_tokens)
+    dim, mixer_dim, method, length = config.dim, config.mixer_dim, METHODS[config.routing], config.caption_length or caption_tokens
+    total = _caption(config, length) + sum(_text_block(shape, dim, length) for shape in config.preamble)
+    total += tokens * (config.patch_channels or 0) * dim
+    if config.conditioning != "none":
+        total += dim * dim + 2 * dim * config.last_dim  # of the noise level, and of the head
     for shape, width, seen in config.tokens_by_block(tokens, kept):
-        total += _block(config, shape, width, seen, caption_tokens)
+        total += _block(config, shape, width, seen, length)
+    if config.conditioning == "shared":
+        total += (12 if config.joint else 6) * dim * sum(config.modulated_widths)
 
     if config.mixer and mixer_dim != dim:
         into_mixer = kept if method.drop == "patches" else tokens
         out_of_mixer = tokens if method.drop == "blocks" else kept
-        total += (into_mixer + caption_tokens + out_of_mixer) * dim * mixer_dim
+        total += (into_mixer + (2 if config.joint else 1) * length + out_of_mixer) * dim * mixer_dim
     if config.decoder and mixer_dim != dim:
-        total += (kept + caption_tokens) * dim * mixer_dim
+        total += (kept + length) * dim * mixer_dim
     if method.restore == "fused":
         total += tokens * 2 * dim * dim
 
-    return total + 2 * dim * config.last_dim + config.last_tokens(tokens, kept) * config.last_dim * config.patch_values
+    return total + config.last_tokens(tokens, kept) * config.last_dim * config.patch_values
 
 
 def _caption(config: ModelConfig, tokens: int) -> int:
     dim = config.dim
+    project = tokens * config.caption_channels * dim if config.caption_length else 0
+    pool = 0 if config.conditioning == "none" else 2 * dim * dim
+    if config.caption_embedding == "linear":
+        return project + pool
     attention = 4 * tokens * dim * dim + 2 * tokens * tokens * dim
-    return tokens * dim * dim + attention + 3 * tokens * dim * config.caption_ffn_dim + 2 * dim * dim
+    return project + tokens * dim * dim + attention + 3 * tokens * dim * config.caption_ffn_dim + pool
+
+
+def _text_block(shape: BlockShape, dim: int, tokens: int) -> int:
+    return 4 * tokens * dim * shape.attention_dim + 2 * tokens * tokens * shape.attention_dim + _dense(shape, dim, tokens)
 
 
 def _block(config: ModelConfig, shape: BlockShape, dim: int, tokens: int, caption_tokens: int) -> int:
-    modulation = 6 * config.dim * dim
-    attention = 4 * tokens * dim * shape.attention_dim + 2 * tokens * tokens * shape.attention_dim
-    cross = 2 * (tokens + caption_tokens) * dim * dim + 2 * tokens * caption_tokens * dim
+    width, both = shape.attention_dim, tokens + caption_tokens
+    modulated = 6
+    if shape.kind == "cross":
+        attention = 4 * tokens * dim * width + 2 * tokens * tokens * width
+        others = 2 * both * dim * dim + 2 * tokens * caption_tokens * dim
+    elif shape.kind == "joint":
+        modulated = 12
+        attention = 4 * both * dim * width + 2 * both * both * width
+        others = _dense(shape, dim, caption_tokens)
+    else:
+        modulated = 8
+        attention = (4 * tokens + 2 * caption_tokens) * dim * width + 2 * tokens * both * width
+        others = 0
+    modulation = modulated * config.dim * dim if config.conditioning == "adaln" else 0
     if not shape.num_experts:
-        return modulation + attention + cross + (3 if shape.gated else 2) * tokens * dim * shape.ffn_dim
+        return modulation + attention + others + _dense(shape, dim, tokens)
     chosen = shape.num_experts * int(config.expert_capacity * tokens / shape.num_experts)
-    return modulation + attention + cross + tokens * dim * shape.num_experts + 2 * chosen * dim * shape.ffn_dim
+    return modulation + attention + others + tokens * dim * shape.num_experts + 2 * chosen * dim * shape.ffn_dim
+
+
+def _dense(shape: BlockShape, dim: int, tokens: int) -> int:
+    return (3 if shape.gated else 2) * tokens * dim * shape.ffn_dim

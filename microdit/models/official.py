@@ -5,7 +5,7 @@ shape and order). Two of theirs are not weights: `pos_embed` equals our `sincos_
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from microdit.errors import UserError
 from microdit.models.blocks import BlockShape
 from microdit.models.microdit import MicroDiT, ModelConfig
-from microdit.models.patches import sincos_positions
+from microdit.models.positions import sincos_positions
 
 # (theirs, ours): one is replaced at the start of a name ...
 PREFIXES = [
@@ -86,6 +86,20 @@ def export_official(model: MicroDiT, grid_size: int) -> dict[str, Tensor]:
     config = model.config
     if config.routing in ("maskdit", "sprint"):
         raise UserError(f"The official layout has no place for the weights of routing {config.routing}.")
+    plain = ModelConfig(config.dim, config.head_dim, config.blocks, config.mixer_dim, config.mixer, config.caption_ffn_dim)
+    new = (
+        "conditioning",
+        "positions",
+        "norm",
+        "qk_norm",
+        "attention_bias",
+        "patch_channels",
+        "caption_embedding",
+        "caption_length",
+        "preamble",
+    )
+    if config.joint or any(getattr(config, name) != getattr(plain, name) for name in new):
+        raise UserError("The official layout has no place for joint attention, nor for another conditioning, norm or embedding.")
     if any(not shape.gated and not shape.num_experts for shape in config.blocks + config.mixer):
         raise UserError("The official layout has no place for feed-forwards without a gate (model.gated_ffn: false).")
     official = convert_to_official(model.state_dict(), config)
@@ -104,7 +118,8 @@ def load_official(official: Mapping[str, Tensor], head_dim: int | None = None, e
     with torch.device("meta"):
         model = MicroDiT(config)
     weights = convert_from_official(official)
-    problems = _misfits(model.state_dict(), weights, config) + _position_misfits(official, config)
+    problems = misfits(model.state_dict(), weights, lambda name: _rename(name, source=1))
+    problems += _head_misfits(config) + _position_misfits(official, config)
     if problems:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise UserError("This is not a MicroDiT checkpoint of the official layout:\n  - " + "\n  - ".join([*problems[:SHOWN], *more]))
@@ -177,25 +192,21 @@ def _position_scale(pos_embed_1TD: Tensor) -> float:
     return round(1 / torch.atan2(sine, cosine).item(), 4)
 
 
-def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
-    """Describe each tensor that is missing, unknown or misshapen, one line each, by its official name."""
-
-    def official_name(name: str) -> str:
-        return _rename(name, source=1)
-
-    problems = [f"{official_name(name)} is missing" for name in expected if name not in found]
-    problems += [f"{official_name(name)} is not a part of this architecture" for name in found if name not in expected]
+def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], their_name: Callable[[str], str]) -> list[str]:
+    """Describe each tensor that is missing, unknown or misshapen, one line each, by its name in the layout of others."""
+    problems = [f"{their_name(name)} is missing" for name in expected if name not in found]
+    problems += [f"{their_name(name)} is not a part of this architecture" for name in found if name not in expected]
     for name in expected.keys() & found.keys():
         if expected[name].shape != found[name].shape:
-            shapes = f"{tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
-            problems.append(f"{official_name(name)} has shape {shapes}")
+            problems.append(f"{their_name(name)} has shape {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}")
         elif not found[name].is_floating_point():
-            problems.append(f"{official_name(name)} holds {found[name].dtype}, not floating-point numbers")
-    widths = {shape.attention_dim for shape in config.blocks + config.mixer}
-    problems += [
-        f"an attention of width {w} is not a whole number of heads of {config.head_dim}" for w in sorted(widths) if w % config.head_dim
-    ]
+            problems.append(f"{their_name(name)} holds {found[name].dtype}, not floating-point numbers")
     return sorted(problems)
+
+
+def _head_misfits(config: ModelConfig) -> list[str]:
+    widths = {shape.attention_dim for shape in config.blocks + config.mixer}
+    return [f"an attention of width {w} is not a whole number of heads of {config.head_dim}" for w in sorted(widths) if w % config.head_dim]
 
 
 def _position_misfits(official: Mapping[str, Tensor], config: ModelConfig) -> list[str]:

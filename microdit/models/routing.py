@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from microdit.models.positions import Rotary
+
 Routing = Literal["none", "naive", "deferred", "maskdit", "tread", "sprint"]
 Place = Literal["patches", "mixer", "blocks"]
 Pattern = Literal["random", "grid"]
@@ -72,11 +74,17 @@ class Route:
     keep_ids_BK: Tensor | None
     path_keep_mask_B: Tensor | None
 
-    def drop(self, place: Place, x_BTD: Tensor) -> Tensor:
-        """Drop tokens if the method does so at `place`: (B, T, D) -> (B, K, D); else return them all."""
+    def drop(self, place: Place, x_BTD: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Rotary | None]:
+        """Drop tokens if the method does so at `place`, (B, T, D) -> (B, K, D), and their rotary positions; else return them all."""
         if self.keep_ids_BK is None or self.method.drop != place:
-            return x_BTD
-        return take_tokens(x_BTD, self.keep_ids_BK)
+            return x_BTD, rotary
+        return take_tokens(x_BTD, self.keep_ids_BK), None if rotary is None else rotary.take(self.keep_ids_BK)
+
+    def keep_path(self, text_BLD: Tensor, earlier_BLD: Tensor) -> Tensor:
+        """Return the caption's tokens behind the sparse blocks, or those in front of them for samples whose blocks are left out."""
+        if self.path_keep_mask_B is None:
+            return text_BLD
+        return torch.where(self.path_keep_mask_B.view(-1, 1, 1) > 0, text_BLD, earlier_BLD)
 
     def put_back(self, x_BKD: Tensor, onto_BTD: Tensor) -> Tensor:
         """Put the kept tokens in their places in `onto_BTD`: (B, K, D), (B, T, D) -> (B, T, D)."""

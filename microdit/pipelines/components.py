@@ -30,7 +30,9 @@ from microdit.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, loa
 from microdit.encoders.model_files import check_complete, loading
 from microdit.encoders.text import FrozenTextEncoder, TextEncoder, load_text_encoder
 from microdit.errors import UserError
-from microdit.models.microdit import MicroDiT
+from microdit.models.blocks import Conditioning, Norm, QKNorm
+from microdit.models.caption import CaptionEmbedding
+from microdit.models.microdit import MicroDiT, Positions
 from microdit.models.patches import unpatchify
 from microdit.models.routing import Routing
 from microdit.pipelines.sampling import autocast_like
@@ -63,6 +65,15 @@ class MicroDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         expert_capacity: float = 2.0,
         bias: bool = False,
         position_scale: float = 1.0,
+        conditioning: Conditioning = "adaln",
+        positions: Positions = "sincos",
+        norm: Norm = "layer",
+        qk_norm: QKNorm = "all_heads",
+        attention_bias: bool = False,
+        patch_channels: int | None = None,
+        caption_embedding: CaptionEmbedding = "block",
+        caption_length: int | None = None,
+        preamble: Sequence[Mapping[str, int]] = (),
         sample_size: Sequence[int] = (32, 32),
     ):
         """Build the denoiser. Raises TypeError or ValueError if the arguments are not a valid architecture."""

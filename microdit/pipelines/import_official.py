@@ -3,26 +3,15 @@
 Two layouts: the denoiser's weights alone, under their names or with `dit.` before them (a `LatentDiffusion` saved whole); and the state of
 their trainer (Composer), where they lie at state -> model -> `dit.*`, as nested dictionaries or as one name with dots. The words that
 compiled and wrapped modules put into the names are removed. Sizes are read off the tensors.
-
-A .pt is a pickle: it is read as bare tensors, numbers and containers, and refused if it holds anything that could run.
 """
 
-import re
-import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from microdit.diffusion.edm import EDM
 from microdit.encoders.autoencoder import DiffusersAutoencoder, load_autoencoder
-from microdit.encoders.model_files import loading
 from microdit.encoders.text import FrozenTextEncoder, load_text_encoder
 from microdit.errors import UserError
 from microdit.io.files import sha256_of
@@ -30,6 +19,7 @@ from microdit.models.microdit import MicroDiT
 from microdit.models.official import load_official
 from microdit.pipelines.components import MicroDiTTransformer2DModel, ReferencedAutoencoder, ReferencedTextEncoder, noise_settings_of
 from microdit.pipelines.export import Dtype, check_is_free, convert_parts, save_pipeline
+from microdit.pipelines.foreign_checkpoint import check_fits, copied, in_float32, read_tensors
 from microdit.pipelines.model_card import card_of_official
 from microdit.pipelines.pipeline import MicroDiTPipeline
 
@@ -37,17 +27,6 @@ TEXT_ENCODER = "dfn-clip-h"
 AUTOENCODERS = {4: "sdxl", 16: "16ch"}  # by the channels of the latents
 DOWNSAMPLING = 8  # of both
 
-_rebuild_array = np.empty(0).__reduce__()[0]
-# What a trainer's state holds beside tensors: times, and the state of numpy's generator. None of them runs anything.
-_HARMLESS: list[Any] = [
-    timedelta,
-    np.ndarray,
-    np.dtype,
-    type(np.dtype(np.uint32)),
-    _rebuild_array,
-    (_rebuild_array, "numpy.core.multiarray._reconstruct"),  # as numpy 1 called it
-]
-_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PREFIXES = ("state.model.dit.", "model.dit.", "dit.")
 
 
@@ -97,43 +76,12 @@ def import_official(checkpoint: Path, out: Path, settings: ImportSettings = Impo
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Read the denoiser's tensors by the authors' names, in float32. Raises UserError; nothing in the file is run."""
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint at {path}.")
-    found = {_WRAPPERS.sub("", name): tensor for name, tensor in _flat(_read(path), "")}
+    found = read_tensors(path)
     for prefix in _PREFIXES:
         if any(name.startswith(prefix) for name in found):
             found = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
             break
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    if path.suffix == ".safetensors":
-        with loading(path):
-            return load_file(path)
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is no checkpoint as torch has written them since 2020, or it is cut off: download it again.")
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what a strange file leads to is not foreseeable
-        strange = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it holds {strange[1]}, which could run code" if strange else "it is damaged, or holds more than tensors"
-        raise UserError(f"{path} is refused: {why}; nothing in it was run.") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not weights by name: it is no checkpoint of MicroDiT.")
-    return content
-
-
-def _flat(content: Mapping[str, Any], prefix: str) -> list[tuple[str, Tensor]]:
-    """Name tensors by their path through nested dictionaries: state.model.dit.blocks.0..."""
-    found: list[tuple[str, Tensor]] = []
-    for key, value in content.items():
-        if isinstance(value, Tensor):
-            found.append((f"{prefix}{key}", value))
-        elif isinstance(value, Mapping):
-            found += _flat(value, f"{prefix}{key}.")
-    return found
+    return in_float32(found)
 
 
 def _autoencoder_name(denoiser: MicroDiT, settings: ImportSettings) -> str:
@@ -146,11 +94,11 @@ def _autoencoder_name(denoiser: MicroDiT, settings: ImportSettings) -> str:
 
 def _pipeline(denoiser: MicroDiT, side: int, settings: ImportSettings) -> MicroDiTPipeline:
     """Build the pipeline. The model sees captions with all vectors at padding, as the authors trained it."""
-    text = _copied(settings.text_encoder, load_text_encoder)
+    text = copied(settings.text_encoder, load_text_encoder)
     vae_name = _autoencoder_name(denoiser, settings)
-    vae = _copied(vae_name, load_autoencoder)
-    _check_fits("text encoder", text, denoiser.config.caption_channels)
-    _check_fits("autoencoder", vae, denoiser.config.in_channels)
+    vae = copied(vae_name, load_autoencoder)
+    check_fits("text encoder", text, denoiser.config.caption_channels)
+    check_fits("autoencoder", vae, denoiser.config.in_channels)
     return MicroDiTPipeline(
         MicroDiTTransformer2DModel.around(denoiser, (side, side)),
         noise_settings_of(EDM()),
@@ -162,13 +110,3 @@ def _pipeline(denoiser: MicroDiT, side: int, settings: ImportSettings) -> MicroD
         full_captions=True,
         pad_token_id=text.loaded.pad_id if isinstance(text, FrozenTextEncoder) else None,
     )
-
-
-def _copied(name: str, load: Any) -> Any:
-    """Load the encoder if `name` is a folder, which is then copied; None if it stays a name, which may be one on the hub."""
-    return load(name) if Path(name).is_dir() else None
-
-
-def _check_fits(kind: str, encoder: Any, channels: int) -> None:
-    if encoder is not None and encoder.channels != channels:
-        raise UserError(f"The {kind} {encoder.name} has {encoder.channels} channels, and the checkpoint's model wants {channels}.")

@@ -43,6 +43,20 @@ def card_of_official(name: str, record: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def card_of_minit2i(name: str, record: dict[str, Any]) -> str:
+    """Return the card of MiniT2I's weights: what the file shows, and who made it."""
+    rows = {key.replace("_", " "): record[key] for key in ("file", "sha256", "parameters", "resolution", "dtype", "text_encoder")}
+    parts = [
+        _front_matter({"license": "mit"}),
+        f"# {plain(name)}\n\nWeights of [MiniT2I](https://github.com/PeppaKing8/minit2i-jax), released by its authors, whose code is under "
+        "the MIT licence, in a form that diffusers and microdit load. They were converted bit for bit but for the type of their numbers, "
+        "not trained anew.",
+        "## The checkpoint\n\n" + _table(rows),
+        usage(name, "a photograph of an astronaut riding a horse", 6.0),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def usage(name: str, prompt: str, guidance_scale: float) -> str:
     """Say how to draw with it, from Python and from the command line. Both are safe to paste, whatever the prompt."""
     words, options = f"{shlex.quote(one_line(name))} {shlex.quote(one_line(prompt))}", f"--guidance {guidance_scale:g} --out picture.png"

@@ -167,7 +167,7 @@ def _gathered(model: MicroDiT, layout: Layout, everything: int) -> int:
     blocks: dict[str, int] = {}
     for name, weight in model.named_parameters():
         stack, number = name.split(".")[:2]
-        group = f"{stack}.{number}" if stack in ("blocks", "mixer", "decoder") else "caption" if stack == "caption" else "rest"
+        group = f"{stack}.{number}" if stack in ("blocks", "mixer", "decoder", "preamble") else "caption" if stack == "caption" else "rest"
         blocks[group] = blocks.get(group, 0) + weight.numel()
     # One block computes while the next one comes in.
     return (blocks.pop("rest") + 2 * max(blocks.values())) * layout.element
@@ -179,41 +179,78 @@ def activations(config: ModelConfig, tokens: int, kept: int, caption_tokens: int
     The first blocks may be recomputed: of these it keeps the inputs, plus all activations of one block at a time, at a moment when those of
     the later blocks are freed.
     """
+    L = config.caption_length or caption_tokens
     by_block = config.tokens_by_block(tokens, kept)
-    blocks = [_block(shape, width, n, caption_tokens, config.expert_capacity) for shape, width, n in by_block]
+    blocks = [_block(config, shape, width, n, L) for shape, width, n in by_block]
     again = config.recomputed(recomputed)
-    inputs = sum(n * width for _, width, n in by_block[:again])
-    return inputs + max([sum(blocks[again:]), *blocks[:again]]) + _outside(config, tokens, kept, caption_tokens)
+    inputs = sum((n + (L if config.joint else 0)) * width for _, width, n in by_block[:again])
+    return inputs + max([sum(blocks[again:]), *blocks[:again]]) + _outside(config, tokens, kept, L)
 
 
-def _block(shape: BlockShape, dim: int, n: int, caption_tokens: int, capacity: float) -> int:
-    D, A, F, L = dim, shape.attention_dim, shape.ffn_dim, caption_tokens
-    # residual, its norm, modulated; qkv, q and k normed, output twice (as heads and flat); projected
-    attention = 3 * n * D + 3 * n * A + 2 * n * A + 2 * n * A + n * D
-    # residual, its norm, q, q normed, output twice; k and v, k normed
-    cross = 2 * n * D + 2 * n * D + 2 * n * D + 3 * L * D
-    # residual, its norm, modulated; then gate, its activation, up, their product (or up and its activation), and the output
-    feed_forward = 3 * n * D + (4 if shape.gated else 2) * n * F + n * D
-    if shape.num_experts:
-        chosen = shape.num_experts * int(capacity * n / shape.num_experts)
-        # the tokens that experts take, hidden before and after its activation, their output, weighted; the sum
-        feed_forward = 3 * n * D + chosen * D + 2 * chosen * F + chosen * D + n * D
-    return attention + cross + feed_forward + 6 * D
+def _block(config: ModelConfig, shape: BlockShape, dim: int, n: int, caption_tokens: int) -> int:
+    D, A, L, kept_norm, gated = dim, shape.attention_dim, caption_tokens, _norm(config), config.conditioning != "none"
+    per_head = config.qk_norm == "per_head"  # the norm before it is weighted
+    # residual, its norm, modulated, and the branch's output, for the gate; twice
+    streams = 2 * n * D * (kept_norm + 2 * gated)
+    if shape.kind == "cross":
+        # qkv, q and k normed, output twice (as heads and flat)
+        attention = (3 + 2 + 2 + 2 * per_head) * n * A
+        # residual, its norm, q, q normed, output twice; k and v, k normed
+        attention += (kept_norm + 4 + per_head) * n * D + (3 + per_head) * L * D
+        return streams + attention + _feed_forward(config, shape, D, n) + 6 * D * gated
+    both = n + L
+    if shape.kind == "joint":
+        # qkv, all three of them side by side, output twice
+        attention = (3 + 3 + 2 + 2 * per_head) * both * A
+        texts = 2 * L * D * (kept_norm + 2 * gated) + _dense(shape, L)
+        return streams + texts + attention + _feed_forward(config, shape, D, n) + 12 * D * gated
+    # of the caption k and v alone
+    attention = (3 * n + 2 * L + (1 + per_head) * n + (2 + per_head) * both + 2 * n) * A
+    texts = L * D * (kept_norm + gated)
+    return streams + texts + attention + _feed_forward(config, shape, D, n) + 8 * D * gated
+
+
+def _norm(config: ModelConfig) -> int:
+    """Return what an unmodulated norm keeps for each number: its input and its output, and an RMS norm also the one without weight."""
+    return 3 if config.norm == "rms" else 2
+
+
+def _feed_forward(config: ModelConfig, shape: BlockShape, dim: int, n: int) -> int:
+    if not shape.num_experts:
+        return _dense(shape, n)
+    chosen = shape.num_experts * int(config.expert_capacity * n / shape.num_experts)
+    # the tokens that experts take, hidden before and after its activation, their output, weighted
+    return chosen * dim + 2 * chosen * shape.ffn_dim + chosen * dim
+
+
+def _dense(shape: BlockShape, n: int) -> int:
+    """Count gate, its activation, up, their product (or up and its activation)."""
+    return (4 if shape.gated else 2) * n * shape.ffn_dim
 
 
 def _outside(config: ModelConfig, tokens: int, kept: int, caption_tokens: int) -> int:
-    D, M, L, F = config.dim, config.mixer_dim, caption_tokens, config.caption_ffn_dim
-    # text; projected, activated, normed, projected; the caption block's attention and feed-forward
-    caption = L * (config.caption_channels + 4 * D) + L * (2 * D + 7 * D) + L * (2 * D + 4 * F)
+    D, M, L, F, kept_norm = config.dim, config.mixer_dim, caption_tokens, config.caption_ffn_dim, _norm(config)
+    gated, per_head = config.conditioning != "none", config.qk_norm == "per_head"
+    caption = L * config.caption_channels  # text
+    if config.caption_embedding == "block":
+        # projected, activated, normed, projected; the caption block's attention and feed-forward
+        caption += L * (2 + kept_norm) * D + L * (kept_norm + 7 + 2 * per_head) * D + L * (kept_norm * D + 4 * F)
+    for shape in config.preamble:
+        caption += L * (2 * kept_norm * D + (7 + 2 * per_head) * shape.attention_dim) + _dense(shape, L)
     method, P = METHODS[config.routing], config.patch_values
     projections = 0
     if config.mixer and M != D:  # into the mixer, its caption, and out of it
-        projections += 2 * (kept if method.drop == "patches" else tokens) * D + L * (D + M)
-        projections += 2 * (tokens if method.drop == "blocks" else kept) * M
+        projections += kept_norm * (kept if method.drop == "patches" else tokens) * D + L * ((kept_norm - 1) * D + M)
+        projections += kept_norm * (tokens if method.drop == "blocks" else kept) * M
+        projections += kept_norm * L * M * config.joint
     if config.decoder and M != D:
-        projections += 2 * kept * D + L * (D + M)
+        projections += kept_norm * kept * D + L * ((kept_norm - 1) * D + M)
     fused = 2 * tokens * D if method.restore == "fused" else 0
-    return caption + projections + fused + tokens * P + config.last_tokens(tokens, kept) * (3 * config.last_dim + 4 * P)
+    first = tokens * (P + (config.patch_channels or 0))
+    rotary = 0 if config.positions == "sincos" else 2 * kept * config.head_dim
+    return (
+        caption + projections + fused + first + rotary + config.last_tokens(tokens, kept) * ((kept_norm + gated) * config.last_dim + 4 * P)
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Initial weights from another run (`init_from`): find them, check them, and load them into a model that may be sharded."""
+"""Initial weights from another run or from a pipeline's folder (`init_from`): find them, check them, and load them, sharded or whole."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +20,14 @@ from microdit.checkpoint import (
 from microdit.config.schema import Recipe
 from microdit.data.dataset import EncodedDataset
 from microdit.distributed import World
+from microdit.encoders.model_files import DOWNLOAD_AGAIN
 from microdit.errors import UserError
-from microdit.models.microdit import ModelConfig
+from microdit.io.files import read_json
+from microdit.models.microdit import MicroDiT, ModelConfig
 from microdit.training.checkpointing import load_into
 from microdit.training.parallel import Shard, shards_of
+
+INDEX = "model_index.json"  # of a pipeline's folder
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,20 @@ class InitialWeights:
             check_finite({shard.name: shard.leaf for shard in shards}, what)
 
 
+@dataclass(frozen=True)
+class PipelineWeights:
+    """The denoiser's weights in the folder of a pipeline, as `microdit export` and the import commands write it."""
+
+    folder: Path
+
+    def fill(self, model: nn.Module, world: World) -> None:
+        """Load the weights into the model in place. Each process reads them whole. Raises UserError if they cannot be read."""
+        with world.together():
+            weights = _denoiser_in(self.folder).state_dict()
+            for shard in shards_of(model):
+                shard.leaf.detach().copy_(shard.own(weights[shard.name]))
+
+
 def find_initial_weights(
     recipe: Recipe,
     run: Path,
@@ -55,8 +73,10 @@ def find_initial_weights(
     world: World,
     warn: Callable[[str], None],
     known: Checkpoint | None,
-) -> InitialWeights | None:
-    """Return the weights `init_weights` of the run `init_from`; None if the recipe names none. All processes must call this.
+) -> InitialWeights | PipelineWeights | None:
+    """Return the weights `init_weights` of `init_from`, a run or a pipeline's folder; None if the recipe names none.
+
+    All processes must call this.
 
     `known` is that run's newest checkpoint if it was verified already, and is not read again. Warns about damaged checkpoints, which are
     skipped, and about a run that was not trained to its end. The position scale may differ, since positions are not weights. Raises
@@ -65,13 +85,15 @@ def find_initial_weights(
     if recipe.init_from is None:
         return None
     places = [run.parent / recipe.init_from, Path(recipe.init_from)]
+    if known is None and (folder := world.look(lambda: next((place for place in places if (place / INDEX).is_file()), None))):
+        return _of_pipeline(folder, recipe, config, data, world)
     checkpoint = known or _found(places, recipe.init_weights, world, warn)
     names = world.look(lambda: checkpoint.weights)
     if recipe.init_weights not in names:
         raise UserError(f"{checkpoint.folder} holds no weights named {recipe.init_weights}, only {', '.join(names)}.")
     if damaged := checkpoint.damage_of(recipe.init_weights, world):
         raise UserError(f"{checkpoint.folder} is damaged ({', '.join(damaged)}: not what was written, or gone).")
-    check_architecture(checkpoint, config, except_for=frozenset({"position_scale"}))
+    check_architecture(checkpoint.model_config, str(checkpoint.folder), config, except_for=frozenset({"position_scale"}))
     check_encoders(checkpoint, data.manifest, data.folder)
     return InitialWeights(checkpoint, recipe.init_weights)
 
@@ -87,6 +109,38 @@ def _found(places: list[Path], weights: str, world: World, warn: Callable[[str],
         f"init_from is {places[-1]}, and there is no checkpoint in {' nor in '.join(str(place) for place in places)}: "
         "train that run first, or name another."
     )
+
+
+def _of_pipeline(folder: Path, recipe: Recipe, config: ModelConfig, data: EncodedDataset, world: World) -> PipelineWeights:
+    """Return the weights of a pipeline's folder. Raises UserError if they are of another architecture, or for another text encoder."""
+    if recipe.init_weights != "model":
+        raise UserError(f"{folder} holds one set of weights, and init_weights is {recipe.init_weights}: leave it out.")
+    with world.together():
+        found, text_encoder = _denoiser_in(folder).config, _text_encoder_of(folder)
+        check_architecture(found, str(folder), config, except_for=frozenset({"position_scale"}))
+        name = data.manifest["text_encoder"]["name"]
+        if text_encoder not in (None, name):
+            raise UserError(
+                f"{folder} was trained with the text encoder {text_encoder}, and {data.folder} was encoded with {name}: encode the data "
+                f"again with --text-encoder {text_encoder}."
+            )
+    return PipelineWeights(folder)
+
+
+def _denoiser_in(folder: Path) -> MicroDiT:
+    """Load the denoiser of a pipeline's folder, on the CPU. Raises UserError if it is damaged."""
+    from microdit.pipelines.components import MicroDiTTransformer2DModel  # diffusers, which is slow to import
+
+    model: MicroDiT = MicroDiTTransformer2DModel.from_pretrained(folder, subfolder="transformer").denoiser
+    check_finite(model.state_dict(), f"The weights of {folder}")
+    return model
+
+
+def _text_encoder_of(folder: Path) -> str | None:
+    """Return the name of the text encoder that the folder refers to; None if it holds one itself."""
+    config = folder / "text_encoder" / "config.json"
+    found = read_json(config, DOWNLOAD_AGAIN).get("name") if config.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def _own_folder(place: Path) -> Checkpoint | None:

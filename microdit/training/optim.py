@@ -96,8 +96,8 @@ class Optimizers:
         experts = {id(weight) for module in model.modules() if isinstance(module, ExpertChoice) for weight in (module.w_in, module.w_out)}
         muon: set[int] = set()
         if recipe.method == "muon":
-            adaln = {id(block.modulation.weight) for block in model.all_blocks}
-            inner = [weight for part in (model.caption, *model.all_blocks) for weight in part.parameters() if weight.dim() == 2]
+            adaln = {id(weight) for name, weight in model.named_parameters() if "modulation" in name}
+            inner = [weight for part in model.inner_parts for weight in part.parameters() if weight.dim() == 2]
             muon = {id(weight) for weight in inner} - adaln
         rest = [shard for shard in self.shards if id(shard.weight) not in muon]
 

@@ -192,15 +192,14 @@ def compute_dtype(engine: EngineRecipe, device: torch.device) -> torch.dtype:
 def prepare_blocks(model: MicroDiT, engine: EngineRecipe, mesh: DeviceMesh | None, device: torch.device) -> None:
     """Compile, mark for recomputing and shard the blocks over a `mesh`, in place. The weights may still be on the meta device."""
     model.recompute_first(engine.activation_checkpointing)
-    blocks = model.all_blocks
     if engine.compile:
         compile_elementwise(model)
     if mesh is not None:
         policy = _policy(engine, device)
         parameters = sum(weight.numel() for weight in model.parameters())
         again = not spare(parameters * compute_dtype(engine, device).itemsize, device)
-        for block in (model.caption, *blocks):
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+        for part in model.inner_parts:
+            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
 
 
 def shard_the_rest(loss: DenoisingLoss, engine: EngineRecipe, mesh: DeviceMesh, device: torch.device) -> None:

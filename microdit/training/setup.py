@@ -143,7 +143,7 @@ def find_checkpoint(
         return None
     checkpoint = newest_intact(run, world, warn)
     if checkpoint is not None:
-        check_architecture(checkpoint, model_config(recipe, sets[0]))
+        check_architecture(checkpoint.model_config, str(checkpoint.folder), model_config(recipe, sets[0]))
         check_encoders(checkpoint, sets[0].manifest, sets[0].folder)
         changes = _changes(checkpoint, recipe, sets)
         if changes and not accept_changes:

@@ -86,6 +86,18 @@ def test_phases_follow_each_other(recipe_file):
         ("engine.precision=float16", "engine.precision: float16 needs losses that are scaled, .*: take bfloat16, or float32"),
         ("engine.precision=float64", "engine.precision is float64, and must be one of auto, float32, bfloat16"),
         ("model.init_scale=-1", "model.init_scale is -1, and must be a number from above 0 to 1,000"),
+        (
+            "model={dim: 60, depth: 2, head_dim: 6, mixer_dim: 60, mixer_depth: 1, positions: rotary}",
+            r"model.head_dim \(6\) must be divisible by 4, for rotary",
+        ),
+        (
+            "model={dim: 64, depth: 2, head_dim: 16, mixer_dim: 32, mixer_depth: 1, caption_length: 77, mask_padding: false}",
+            "model.caption_length puts a learnt token in the place of padding",
+        ),
+        ("model.unread_text=true", "model.unread_text is for model.attention joint"),
+        ("model.conditioning=adaLN", "model.conditioning is adaLN, and must be one of adaln, shared, none"),
+        ("model.attention=both", "model.attention is both, and must be one of cross, joint"),
+        ("model.caption_length=0", "model.caption_length is 0, and must be"),
         ("model.routing=none", "phases.0.mask_ratio must be 0, since model.routing is none"),
         ("model.routing=deffered", "model.routing is deffered, and must be one of none, naive, deferred"),
         ("phases.0.routing=naive", "unknown key phases.0.routing; did you mean model.routing"),

@@ -55,7 +55,7 @@ def counted(config: ModelConfig, side: int, kept: int | None, caption_tokens: in
     return forward.get_total_flops() // B, (forward.get_total_flops() + backward.get_total_flops()) // B
 
 
-@hypothesis_settings(max_examples=25)
+@hypothesis_settings(max_examples=60)
 @given(
     size=st.builds(
         Size,
@@ -68,6 +68,16 @@ def counted(config: ModelConfig, side: int, kept: int | None, caption_tokens: in
         experts_every=st.integers(1, 3),
         round_ffn_to=st.just(8),
         gated_ffn=st.booleans(),
+        attention=st.sampled_from(["cross", "joint"]),
+        conditioning=st.sampled_from(["adaln", "shared", "none"]),
+        positions=st.sampled_from(["sincos", "both"]),
+        norm=st.sampled_from(["layer", "rms"]),
+        qk_norm=st.sampled_from(["all_heads", "per_head"]),
+        patch_channels=st.sampled_from([None, 12]),
+        caption_embedding=st.sampled_from(["block", "linear"]),
+        caption_length=st.sampled_from([None, 7]),
+        preamble_depth=st.integers(0, 2),
+        unread_text=st.booleans(),
     ),
     capacity=st.sampled_from([1.0, 1.3, 2.0]),
     patch_size=st.sampled_from([1, 2]),

@@ -84,6 +84,27 @@ def test_feed_forwards_without_a_gate_are_not_exported():
         export_official(model, grid_size=4)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention": "joint"},
+        {"conditioning": "shared"},
+        {"positions": "both"},
+        {"norm": "rms"},
+        {"qk_norm": "per_head"},
+        {"attention_bias": True},
+        {"patch_channels": 4},
+        {"caption_embedding": "linear"},
+        {"caption_length": 7},
+        {"preamble_depth": 1},
+    ],
+)
+def test_networks_of_another_kind_are_not_exported(settings):
+    model = busy_model(Size(dim=32, depth=2, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=0, round_ffn_to=8, **settings))
+    with pytest.raises(UserError, match="no place for joint attention, nor for another conditioning"):
+        export_official(model, grid_size=4)
+
+
 def test_what_does_not_fit_is_listed(official_fixture):
     state = {n.removeprefix("state."): t for n, t in load_file(official_fixture).items() if n.startswith("state.")}
     del state["blocks.2.norm2.weight"]

@@ -1,11 +1,9 @@
-import math
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microdit.models.patches import patchify, sincos_positions, unpatchify
+from microdit.models.patches import patchify, unpatchify
 
 small = st.integers(1, 4)
 
@@ -30,21 +28,3 @@ def test_sizes_that_do_not_divide_are_refused():
         patchify(torch.zeros(1, 1, 5, 4), 2)
     with pytest.raises(ValueError, match="needs 4"):
         unpatchify(torch.zeros(1, 3, 4), 2, 4, 4)
-
-
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_positions_equal_the_formula(scale):
-    rows, columns, dim = 3, 5, 16
-    table = sincos_positions(rows, columns, dim, scale)
-    for row in range(rows):
-        for column in range(columns):
-            expected = []
-            for place in (column / scale, row / scale):
-                angles = [place / 10000 ** (i / (dim // 4)) for i in range(dim // 4)]
-                expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-            assert table[row * columns + column].tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_at_scale_2_a_doubled_grid_meets_the_old_positions():
-    old, new = sincos_positions(4, 4, 16), sincos_positions(8, 8, 16, scale=2.0)
-    assert torch.allclose(new.view(8, 8, 16)[::2, ::2], old.view(4, 4, 16))

@@ -57,6 +57,28 @@ def test_activations_of_every_routing_are_within_a_tenth(routing, mixer_depth):
         assert estimated.activations == pytest.approx(held(model, 32, kept), rel=0.1), kept
 
 
+@pytest.mark.parametrize("routing", ["deferred", "sprint"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention": "joint"},
+        {"attention": "joint", "unread_text": True, "preamble_depth": 2, "conditioning": "shared", "num_experts": 0},
+        {"attention": "joint", "conditioning": "none", "norm": "rms", "qk_norm": "per_head", "caption_length": 24},
+        {"norm": "rms", "qk_norm": "per_head", "positions": "rotary", "caption_embedding": "linear", "patch_channels": 8},
+        {"conditioning": "none", "positions": "both", "preamble_depth": 1},
+    ],
+)
+def test_activations_of_every_kind_of_network_are_within_a_tenth(settings, routing):
+    model = MicroDiT(resolve(routed(replace(SIZE, depth=8, **settings), routing), caption_channels=96)).train()
+    for kept in (None, 64):
+        estimated = footprint(model, 4, 256, kept or 256, 16, Layout(element=4))
+        assert estimated.activations == pytest.approx(held(model, 32, kept), rel=0.1), kept
+    model.recompute_first(1.0)
+    inside = [_block(model.config, shape, width, n, 24) for shape, width, n in model.config.tokens_by_block(256, 64)]
+    estimated = footprint(model, 4, 256, 64, 16, Layout(element=4, recomputed=1.0)).activations - 4 * 4 * max(inside)
+    assert estimated == pytest.approx(held(model, 32, 64), rel=0.15)
+
+
 def small() -> MicroDiT:
     return MicroDiT(resolve(SIZE, caption_channels=96))
 
@@ -113,7 +135,7 @@ def test_what_recomputed_blocks_keep_is_counted(share):
     again = model.config.recomputed(share)
     assert 0 < again <= len(model.all_blocks)
     by_block = model.config.tokens_by_block(256, 64)
-    inside = [_block(shape, width, n, 16, model.config.expert_capacity) for shape, width, n in by_block]
+    inside = [_block(model.config, shape, width, n, 16) for shape, width, n in by_block]
     while_computing_anew = max(0, max(inside[:again]) - sum(inside[again:]))
     estimated = footprint(model, 4, 256, 64, 16, Layout(element=4, recomputed=share)).activations - 4 * 4 * while_computing_anew
     assert estimated == pytest.approx(held(model, 32, 64), rel=0.1)

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from microdit.training.setup import model_config
 from microdit.training.state import TrainingState
 from tests.training.processes import RECIPE, bytes_read, together
 from tests.training.untrained import save_untrained
+
+MINIT2I = Path(__file__).parents[1] / "fixtures" / "minit2i_a.safetensors"
 
 
 def all_of(number: float):
@@ -145,3 +148,26 @@ def test_each_process_begins_with_its_share(scattered, encoded_emoji):
     assert sizes[0][1::2] == sizes[1][1::2] == [every] * 4
     assert [a + b for a, b in zip(sizes[0][::2], sizes[1][::2], strict=True)] == [every] * 4
     assert max(sizes[0][0], sizes[1][0]) < 0.6 * every
+
+
+def test_a_run_begins_with_the_weights_of_a_pipelines_folder(made, begin, tmp_path, encoded_emoji):
+    """Of one that `microdit export` or an import command wrote, with the data's text encoder or another."""
+    from microdit.pipelines.export import export_run
+
+    export_run(made, tmp_path / "exported", pytest.fail, "model")
+    assert begin(tmp_path / "run", pytest.fail, init_from="exported") == 40
+    assert begin(made, pytest.fail, init_from=str(tmp_path / "exported")) == 40
+    with pytest.raises(UserError, match="holds one set of weights, and init_weights is ema"):
+        begin(tmp_path / "run", pytest.fail, init_from="exported", init_weights="ema")
+    named = tmp_path / "exported" / "text_encoder" / "config.json"
+    named.write_text(named.read_text().replace('"minilm"', '"google/flan-t5-large"'))
+    with pytest.raises(UserError, match=r"with the text encoder google/flan-t5-large, and .* was encoded with minilm: encode"):
+        begin(tmp_path / "run", pytest.fail, init_from="exported")
+
+
+def test_a_folder_of_another_architecture_is_no_beginning(begin, tmp_path):
+    from microdit.pipelines.import_minit2i import MiniT2ISettings, import_minit2i
+
+    import_minit2i(MINIT2I, tmp_path / "minit2i", MiniT2ISettings(resolution=32))
+    with pytest.raises(UserError, match="minit2i is of another architecture than the recipe asks for"):
+        begin(tmp_path / "run", pytest.fail, init_from="minit2i")

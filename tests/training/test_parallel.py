@@ -30,7 +30,7 @@ from microdit.data.dataset import Batch
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.models.blocks import layer_norm
+from microdit.models.blocks import make_norm
 from microdit.models.config import Size, resolve
 from microdit.models.elementwise import EAGER
 from microdit.models.microdit import MicroDiT
@@ -175,7 +175,7 @@ def test_bfloat16_is_near_float32_and_not_the_same(tmp_path, encoded_emoji, plai
 
 def test_norms_compute_in_float32_whatever_comes_in():
     """The model's layer norms on bfloat16 tokens: the float32 result, rounded once, but for ties of rounding."""
-    norm = layer_norm(1024)
+    norm = make_norm(1024, "layer")
     x = (torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)) * 3 + 5).bfloat16()
     in_float32 = norm(x.float()).bfloat16()
     rounded = norm.bfloat16()(x)
