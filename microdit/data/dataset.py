@@ -5,7 +5,7 @@ if the recipe allows it, replaces the row by another one and counts the replacem
 """
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -179,6 +179,17 @@ class EncodedDataset:
     def column(self, name: str) -> list[Any]:
         """Return the column `key`, `captions` or `weights` of all rows, shard by shard."""
         return [value for number in range(len(self.manifest["shards"])) for value in self._shard(number).column(name)]
+
+    def some_captions(self, count: int) -> list[str]:
+        """Return the first caption of `count` rows, or of all if there are fewer, evenly spread over as many shards."""
+        filled = [number for number, shard in enumerate(self.manifest["shards"]) if shard["rows"]]
+        chosen = [filled[number * len(filled) // count] for number in range(count)]
+        found: list[str] = []
+        for number, wanted in Counter(chosen).items():
+            rows = self._shard(number).column("captions")
+            wanted = min(wanted, len(rows))
+            found += [rows[row * len(rows) // wanted][0] for row in range(wanted)]
+        return found
 
     def verify(self) -> list[str]:
         """Return the names of damaged shards, whose checksums differ."""

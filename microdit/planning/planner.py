@@ -267,7 +267,7 @@ def recipe_files(plan: Plan) -> dict[str, str]:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    return yaml.safe_dump(_sparse(recipe), sort_keys=False, width=140)
+    return yaml.safe_dump(_sparse(recipe), sort_keys=False, width=140, allow_unicode=True)
 
 
 def _sparse(item: Any) -> dict[str, Any]:

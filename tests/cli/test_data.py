@@ -82,9 +82,8 @@ def test_a_share_is_held_out_as_a_second_set_and_the_same_command_goes_on(tmp_pa
     command = ["data", "encode", "set", "--out", "out", "--resolutions", "16", "--autoencoder", "pixels", "--workers", "0"]
     done = microdit(*command, "--hold-out", "9", cwd=tmp_path)
     assert done.returncode == 0, done.output
-    output = " ".join(done.output.split())
-    assert "30 to train on + 9 held out + 1 rejected = 40 records" in output
-    assert "data.held_out: out-held-out" in output
+    assert "30 to train on + 9 held out + 1 rejected = 40 records" in done.output
+    assert "data.held_out: out-held-out" in done.output
     before = (tmp_path / "out" / "shard-00000.arrow").read_bytes()
     shutil.rmtree(tmp_path / "out")  # as if it had been stopped between the two
     again = microdit(*command, "--hold-out", "9", cwd=tmp_path)
@@ -94,7 +93,7 @@ def test_a_share_is_held_out_as_a_second_set_and_the_same_command_goes_on(tmp_pa
     shutil.rmtree(tmp_path / "out")
     other = microdit(*command, "--hold-out", "20%", cwd=tmp_path)
     assert other.returncode == 1
-    assert "out-held-out exists already: delete it" in " ".join(other.output.split())
+    assert "out-held-out exists already: delete it" in other.output
 
 
 def test_look_joins_captions_and_writes_a_page(tmp_path):
