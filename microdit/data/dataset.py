@@ -5,8 +5,8 @@ if the recipe allows it, replaces the row by another one and counts the replacem
 """
 
 import math
-from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -180,16 +180,18 @@ class EncodedDataset:
         """Return the column `key`, `captions` or `weights` of all rows, shard by shard."""
         return [value for number in range(len(self.manifest["shards"])) for value in self._shard(number).column(name)]
 
-    def some_captions(self, count: int) -> list[str]:
-        """Return the first caption of `count` rows, or of all if there are fewer, evenly spread over as many shards."""
-        filled = [number for number, shard in enumerate(self.manifest["shards"]) if shard["rows"]]
-        chosen = [filled[number * len(filled) // count] for number in range(count)]
-        found: list[str] = []
-        for number, wanted in Counter(chosen).items():
-            rows = self._shard(number).column("captions")
-            wanted = min(wanted, len(rows))
-            found += [rows[row * len(rows) // wanted][0] for row in range(wanted)]
-        return found
+    def spread(self, count: int) -> Iterator[tuple[int, memoryview, list[str]]]:
+        """Yield the bucket, the stored latents and the captions of `count` rows (or all), evenly spread over the set."""
+        ends, count = np.cumsum([shard["rows"] for shard in self.manifest["shards"]]), min(count, len(self))
+        columns: dict[int, tuple[list[int], list[list[str]]]] = {}  # of the shard that is being read
+        for number in range(count):
+            position = number * len(self) // count
+            which = int(np.searchsorted(ends, position, side="right"))
+            row, shard = position - (int(ends[which - 1]) if which else 0), self._shard(which)
+            if which not in columns:
+                columns = {which: (shard.column("bucket"), shard.column("captions"))}
+            bucket, captions = (column[row] for column in columns[which])
+            yield bucket, shard.latents(row, self.resolution, bucket), captions
 
     def verify(self) -> list[str]:
         """Return the names of damaged shards, whose checksums differ."""

@@ -169,7 +169,7 @@ def _for_source(place: str, choices: Choices) -> NewRecipe:
 def _for_encoded(folder: Path, choices: Choices) -> NewRecipe:
     encoded = EncodedDataset(folder, choices.resolution or min(read_manifest(folder)["settings"]["resolutions"]))
     held_out = held_out_folder(folder)
-    found = Survey(len(encoded), False, encoded.some_captions(2 * PROMPTS))
+    found = Survey(len(encoded), False, [captions[0] for _, _, captions in encoded.spread(2 * PROMPTS)])
     data = DataRecipe(
         str(folder),
         resolution=encoded.resolution,
