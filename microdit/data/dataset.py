@@ -190,8 +190,8 @@ class EncodedDataset:
             row, shard = position - (int(ends[which - 1]) if which else 0), self._shard(which)
             if which not in columns:
                 columns = {which: (shard.column("bucket"), shard.column("captions"))}
-            bucket, captions = (column[row] for column in columns[which])
-            yield bucket, shard.latents(row, self.resolution, bucket), captions
+            buckets, captions = columns[which]
+            yield buckets[row], shard.latents(row, self.resolution, buckets[row]), captions[row]
 
     def verify(self) -> list[str]:
         """Return the names of damaged shards, whose checksums differ."""
