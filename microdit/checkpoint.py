@@ -215,13 +215,11 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def check_architecture(checkpoint: Checkpoint, config: ModelConfig, except_for: frozenset[str] = frozenset()) -> None:
+def check_architecture(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Raise UserError, naming the differences, if the checkpoint's architecture is not the recipe's."""
     saved, wanted = asdict(checkpoint.model_config), asdict(config)
     different = [
-        f"{key}: {_short(saved[key])} in the checkpoint, {_short(wanted[key])} in the recipe"
-        for key in wanted
-        if saved[key] != wanted[key] and key not in except_for
+        f"{key}: {_short(saved[key])} in the checkpoint, {_short(wanted[key])} in the recipe" for key in wanted if saved[key] != wanted[key]
     ]
     if different:
         raise UserError(

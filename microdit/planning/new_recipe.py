@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from microdit.config.load import load_recipe
-from microdit.config.schema import DataRecipe, EMARecipe, Recipe
+from microdit.config.schema import DataRecipe, EMARecipe, Recipe, short_yaml
 from microdit.data.dataset import EncodedDataset
 from microdit.data.decode import Rejected, decode
 from microdit.data.encode import held_out_folder
@@ -26,7 +26,6 @@ from microdit.data.sources.open import open_source
 from microdit.data.sources.subsets import HoldOut
 from microdit.errors import UserError
 from microdit.io.untrusted_text import one_line
-from microdit.planning.planner import recipe_text
 
 SURVEYED = 500  # records that are decoded
 COUNTED = 20_000  # records that are counted one by one; the number of further ones is estimated
@@ -115,7 +114,7 @@ def recipe_file(new: NewRecipe, place: str) -> str:
     return (
         f"# For {one_line(place)}, by microdit new: {images:,} pictures seen in {recipe.total_steps:,} steps.\n"
         f"# If the samples are blurred or do not follow their captions, train longer first (phases: steps), and then a wider model (dim).\n"
-        f"{recipe_text(recipe)}"
+        f"{short_yaml(recipe)}"
     )
 
 
