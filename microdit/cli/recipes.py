@@ -29,6 +29,10 @@ def new(
     hold_out: Annotated[
         str | None, typer.Option(help="Share (5%) or number (500) of pictures to hold out. [default: 5% of 100 pictures or more]")
     ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option("--from", help="Start from the weights of a run, an exported or imported model, or demo: the recipe fits them."),
+    ] = None,
     chip: Annotated[
         str | None, typer.Option(help="Estimate cost and memory on this GPU, such as rtx4090. [default: measure this machine]")
     ] = None,
@@ -41,6 +45,8 @@ def new(
 
     Example: microdit new my-pictures
 
+    Example: microdit new my-pictures --from demo
+
     Example: microdit new data/mine --out mine.yaml --chip rtx4090
 
     Example: microdit new photos --autoencoder sdxl --text-encoder dfn-clip-h --hold-out 500 --chip h100
@@ -50,7 +56,7 @@ def new(
     from microdit.planning.new_recipe import Choices, new_recipe, recipe_file
 
     held_out = HoldOut.parse(hold_out) if hold_out else None
-    found = new_recipe(source, Choices(data, autoencoder, text_encoder, resolution, held_out))
+    found = new_recipe(source, Choices(data, autoencoder, text_encoder, resolution, held_out, init_from))
     place = out or Path(f"{found.recipe.name}.yaml")
     if place.exists():
         raise UserError(f"{place} exists already: name another file with --out, or delete it.")

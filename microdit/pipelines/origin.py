@@ -3,16 +3,17 @@
 An origin is a checkpoint of a run, or a pipeline's folder: an exported run, imported official weights, or the demo model.
 """
 
+import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from microdit.checkpoint import Checkpoint, config_of_fields
-from microdit.config.schema import ModelRecipe, architecture
+from microdit.config.schema import DiffusionRecipe, ModelRecipe, architecture
 from microdit.diffusion.edm import EDM
 from microdit.diffusion.flow import Flow
 from microdit.diffusion.objective import Objective
@@ -22,13 +23,16 @@ from microdit.io.strict_yaml import parse_yaml, read_as
 from microdit.models.config import SIZES, Size
 from microdit.models.microdit import ModelConfig
 from microdit.pipelines.export import read_record
-from microdit.pipelines.pipeline import DEMO, INDEX
+from microdit.pipelines.pipeline import DEMO, INDEX, newest_checkpoint
 from microdit.pipelines.sampling import recorded_objective
+from microdit.reports.run_folder import is_run
 
 AGAIN = "export or import it again"
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 _ROUNDED_TO = (256, 128, 64, 32, 16, 8, 4)  # values of model.round_ffn_to to try
 _EVERY = (2, 1, 3, 4)  # and of model.experts_every
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,23 @@ def pipeline_place(init_from: str, places: list[Path]) -> Path | None:
     """Return the first of `places` that is a pipeline's folder; for "demo", if there is no such place, the model of this package."""
     found = next((place for place in places if (place / INDEX).is_file()), None)
     return DEMO if found is None and init_from == "demo" and not any(place.exists() for place in places) else found
+
+
+def find_origin(place: str) -> Origin:
+    """Return the origin at `place`: a pipeline's folder, "demo", or a run's newest intact checkpoint. Raises UserError if there is none."""
+    folder = Path(place)
+    if pipeline := pipeline_place(place, [folder]):
+        return origin_of_pipeline(pipeline)
+    if not is_run(folder):
+        raise UserError(f"{place} is neither a run nor an exported or imported model, so no recipe can start from it.")
+    return origin_of_checkpoint(newest_checkpoint(folder, log.warning))
+
+
+def diffusion_of(objective: Objective) -> DiffusionRecipe:
+    """Return the part `diffusion:` of a recipe with this objective."""
+    known = {one.name for one in fields(DiffusionRecipe)}
+    values = {key: value for key, value in asdict(objective).items() if key in known}  # type: ignore[call-overload]
+    return DiffusionRecipe(**values, objective="edm" if isinstance(objective, EDM) else "flow")
 
 
 def origin_of_checkpoint(checkpoint: Checkpoint) -> Origin:

@@ -26,10 +26,12 @@ from microdit.data.sources.open import open_source
 from microdit.data.sources.subsets import HoldOut
 from microdit.errors import UserError
 from microdit.io.untrusted_text import one_line
+from microdit.pipelines.origin import Origin, diffusion_of, find_origin
 
 SURVEYED = 500  # records that are decoded
 COUNTED = 20_000  # records that are counted one by one; the number of further ones is estimated
 PROMPTS, LONGEST_PROMPT = 8, 200
+FINE_STEPS, FINE_LEARNING_RATE = 0.25, 0.3  # of those from scratch, where a recipe starts from a trained model
 FEW = 1000  # images, below which a model repeats them rather than learning from them
 LEAST_HELD_OUT = 20  # images, below which none is held out
 HOLD_OUT = "5%"
@@ -68,6 +70,7 @@ class Choices:
     text_encoder: str = "minilm"
     resolution: int | None = None
     hold_out: HoldOut | None = None
+    init_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,14 @@ def new_recipe(place: str, choices: Choices) -> NewRecipe:
     Raises UserError if there is neither, or if none of the records looked at is usable.
     """
     folder = Path(place).expanduser()
-    if (folder / MANIFEST).is_file():
-        return _for_encoded(folder, choices)
     if (folder / "recipe.yaml").is_file() or folder.suffix == ".yaml":
         raise UserError(f"{place} is a run or a recipe, not pictures: name a source of pictures with captions, or an encoded set.")
-    return _for_source(place, choices)
+    origin = find_origin(choices.init_from) if choices.init_from else None
+    if origin:
+        names = {key: str(encoder["name"]) for key, encoder in origin.encoders.items() if "name" in encoder}
+        choices = replace(choices, **names)  # the weights fit no other encoders
+    found = _for_encoded(folder, choices) if (folder / MANIFEST).is_file() else _for_source(place, choices)
+    return replace(found, recipe=_fine_tuned(found.recipe, origin, choices)) if origin else found
 
 
 def recipe_file(new: NewRecipe, place: str) -> str:
@@ -201,6 +207,28 @@ def _scaled(name: str, images: int, captions: list[str], data: DataRecipe) -> Re
     )
     ema = [EMARecipe(0.999, phases[0].steps)] if others else first.ema
     return replace(first, name=name, data=data, phases=phases, diffusion=diffusion, ema=ema, record=record)
+
+
+def _fine_tuned(recipe: Recipe, origin: Origin, choices: Choices) -> Recipe:
+    """Return the recipe with the origin's model and objective, a quarter of the steps, and smaller learning rates."""
+    if origin.model is None:
+        raise UserError(f"No part model: of a recipe describes {origin.place}: write the recipe by hand, or start from another model.")
+    phases = [
+        replace(
+            phase,
+            steps=_times(phase.steps, FINE_STEPS),
+            warmup_steps=round(phase.warmup_steps * FINE_STEPS),
+            learning_rate=phase.learning_rate * FINE_LEARNING_RATE,
+            mask_ratio=0.0,
+        )
+        for phase in recipe.phases
+    ]
+    total = sum(phase.steps for phase in phases)
+    record = replace(
+        recipe.record, samples_every=max(1, total // 4), checkpoint_every=max(1, total // 4), held_out_every=max(1, total // 8)
+    )
+    diffusion = diffusion_of(origin.objective)
+    return replace(recipe, init_from=choices.init_from, model=origin.model, diffusion=diffusion, phases=phases, record=record)
 
 
 def _times(steps: int, factor: float) -> int:

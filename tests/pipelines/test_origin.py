@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from microdit.config.schema import ModelRecipe, architecture
+from microdit.config.schema import ModelRecipe, architecture, objective_of
+from microdit.diffusion.edm import EDM
+from microdit.diffusion.flow import Flow
 from microdit.errors import UserError
 from microdit.models.config import SIZES
-from microdit.pipelines.origin import describing_recipe, origin_of_pipeline, pipeline_place
+from microdit.pipelines.origin import describing_recipe, diffusion_of, origin_of_pipeline, pipeline_place
 from microdit.pipelines.pipeline import DEMO
 
 
@@ -36,6 +38,11 @@ def test_the_demo_model_says_what_it_is():
     assert origin.model is not None
     assert (origin.model.dim, origin.model.routing) == (128, "none")
     assert origin.encoders["autoencoder"]["name"] == "icon"
+
+
+@pytest.mark.parametrize("objective", [EDM(0.5, 0.1, 0.7), Flow("image", t_mean=-0.8, noise_scale=2.0)])
+def test_an_objective_becomes_the_part_of_a_recipe_that_makes_it(objective):
+    assert objective_of(diffusion_of(objective)) == objective
 
 
 def test_a_damaged_folder_is_a_sentence(tmp_path):

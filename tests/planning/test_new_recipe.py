@@ -94,6 +94,20 @@ def test_the_number_of_records_beyond_those_counted_is_estimated(monkeypatch):
     assert survey(Source("few", source.parts[:1])).is_estimate is False
 
 
+def test_a_recipe_that_starts_from_the_demo_model_has_its_size_and_encoders(drawings, tmp_path):
+    scratch = new_recipe(str(drawings), Choices()).recipe
+    found = new_recipe(str(drawings), Choices(autoencoder="sdxl", init_from="demo"))
+    (tmp_path / "mine.yaml").write_text(recipe_file(found, str(drawings)))
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert recipe == found.recipe
+    assert (recipe.init_from, recipe.data.autoencoder, recipe.data.resolution) == ("demo", "icon", 64)
+    assert (recipe.model.dim, recipe.model.depth, recipe.diffusion.P_mean) == (128, 4, 0.8)
+    assert recipe.total_steps == round(scratch.total_steps / 4)
+    assert recipe.phases[0].learning_rate == pytest.approx(0.3 * scratch.phases[0].learning_rate)
+    with pytest.raises(UserError, match="nowhere is neither a run nor an exported or imported model"):
+        new_recipe(str(drawings), Choices(init_from="nowhere"))
+
+
 def test_what_cannot_be_trained_on_is_a_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no images"):
