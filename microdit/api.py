@@ -146,19 +146,20 @@ def train(
 
 def evaluate(
     model: Path | str,
-    reference: Source | str,
-    count: int = 256,
+    reference: Source | str | None = None,
+    count: int | None = None,
     metrics: Sequence[str] | None = None,
     out: Path | str | None = None,
     *,
     device: str = "auto",
     reporter: Reporter = QUIET,
 ) -> Mapping[str, Any]:
-    """Compare images that a model generates with a reference set, as `microdit evaluate --reference` does.
+    """Compare images that a model generates with a reference set, as `microdit evaluate` does.
 
-    The captions of `count` records of the reference are the prompts. `metrics` are names such as "fid" and "kid", by default all that
-    need no download. Returns what metrics.json in the folder `out` holds (by default MODEL/evaluation): under "metrics" each value with
-    its 95% interval and network. A report.html lies beside it.
+    The reference is by default the run's own held-out set, or else its training set, as the autoencoder decodes them. The captions of
+    `count` of its records are the prompts, by default 256, or all of the run's own if they are fewer. `metrics` are names such as "fid"
+    and "kid", by default all that need no download. Returns what metrics.json in the folder `out` holds (by default MODEL/evaluation):
+    under "metrics" each value with its 95% interval and network. A report.html lies beside it.
 
     >>> figures = evaluate("runs/my-pictures", "my-pictures", count=8, metrics=["kid"])
     >>> sorted(figures["metrics"]["kid"])[:3]
@@ -171,15 +172,20 @@ def evaluate(
     from microdit.evaluation.evaluate import evaluate as compare_with_reference
     from microdit.evaluation.generators import Compute, DrawSettings, open_generator
     from microdit.evaluation.metrics.registry import choose_metrics
+    from microdit.evaluation.own_reference import COUNT, own_count, own_reference
     from microdit.pipelines.pipeline import DEMO
 
     place = DEMO if model == "demo" else model
-    settings, question = DrawSettings(), EvaluationSettings(choose_metrics(",".join(metrics) if metrics else None), count)
+    chosen = choose_metrics(",".join(metrics) if metrics else None)
+    settings, folder = DrawSettings(), Path(out) if out is not None else Path(place) / "evaluation"
     source = open_source(reference) if isinstance(reference, str) else reference
     world = start_world(device)
     try:
+        if source is None:
+            source = own_reference(Path(place), folder, world, reporter)
+            count = count or own_count(source)
+        question = EvaluationSettings(chosen, count or COUNT)
         generator = open_generator(str(place), settings, reporter.warn, Compute(world.device, choose_dtype("auto", world.device)))
-        folder = Path(out) if out is not None else Path(place) / "evaluation"
         return compare_with_reference(generator, source, question, settings, folder, world, reporter=reporter)
     finally:
         stop_world()

@@ -215,17 +215,15 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def check_architecture(saved_config: ModelConfig, where: str, config: ModelConfig, except_for: frozenset[str] = frozenset()) -> None:
-    """Raise UserError, naming the differences, if the architecture of the weights in `where` is not the recipe's."""
-    saved, wanted = asdict(saved_config), asdict(config)
+def check_architecture(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raise UserError, naming the differences, if the checkpoint's architecture is not the recipe's."""
+    saved, wanted = asdict(checkpoint.model_config), asdict(config)
     different = [
-        f"{key}: {_short(saved[key])} in the checkpoint, {_short(wanted[key])} in the recipe"
-        for key in wanted
-        if saved[key] != wanted[key] and key not in except_for
+        f"{key}: {_short(saved[key])} in the checkpoint, {_short(wanted[key])} in the recipe" for key in wanted if saved[key] != wanted[key]
     ]
     if different:
         raise UserError(
-            f"{where} is of another architecture than the recipe asks for:\n  - "
+            f"{checkpoint.folder} is of another architecture than the recipe asks for:\n  - "
             + "\n  - ".join(different)
             + "\nGo back to the recipe that made it, or start a new run with another --out."
         )

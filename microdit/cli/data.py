@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
@@ -18,6 +18,12 @@ from microdit.data.sources.caption_options import CaptionLines, CaptionOptions, 
 from microdit.devices import choose_dtype, choose_own_device, describe_device, device_errors_explained
 from microdit.errors import UserError
 from microdit.io.console import LineOfProgress, PlainColumn, joined, styled
+
+if TYPE_CHECKING:
+    from microdit.data.encode import EncodeSettings
+    from microdit.data.sources.base import Source
+    from microdit.encoders.autoencoder import Autoencoder
+    from microdit.encoders.text import TextEncoder
 
 CaptionsFromOption = Annotated[CaptionsFrom, typer.Option("--captions-from", help="text, or the name of each picture's file or folder.")]
 JoinedOption = Annotated[
@@ -65,6 +71,10 @@ def encode_data(
         int | None, typer.Option(help="Reject pictures with a shorter side than this. [default: the source's own, or the resolution]")
     ] = None,
     fraction: Annotated[float, typer.Option(min=0, max=1, help="Use only this fraction of the source, chosen by key.")] = 1.0,
+    hold_out: Annotated[
+        str | None,
+        typer.Option(help="Encode this share (5%) or number (500) of the pictures, chosen by key, as a second set, OUT-held-out."),
+    ] = None,
     buckets: Annotated[
         bool,
         typer.Option(
@@ -87,17 +97,19 @@ def encode_data(
 
     Example: microdit data encode emoji --out data/emoji
 
+    Example: microdit data encode my-pictures --out data/mine --hold-out 5%
+
     Example: microdit data encode my-pictures --out data/mine --resolutions 256 512 --autoencoder sdxl --text-encoder dfn-clip-h
     """
-    from microdit.data.encode import EncodeEvents, EncodeSettings, default_batch_size, encode_source, unfinished
+    from microdit.data.encode import EncodeSettings, default_batch_size, held_out_folder, unfinished
     from microdit.data.sources.folders import listed_once
     from microdit.data.sources.open import open_source
+    from microdit.data.sources.subsets import HoldOut, split_off
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
-    from microdit.evaluation.reconstruction import save_reconstructions
 
-    rank, world = share()
-    drop = tuple(caption_drop or ())
+    world, drop = share()[1], tuple(caption_drop or ())
+    held_out = HoldOut.parse(hold_out) if hold_out else None
     reading = CaptionOptions(captions_from, captions, caption_lines, caption_regex, drop, file_column, unfinished(out))
     with listed_once(out, unfinished(out), world) as list_once:
         opened = open_source(source, _weights(caption), fraction, list_once, reading)
@@ -116,18 +128,37 @@ def encode_data(
             workers=default_workers(chosen.type) if workers is None else workers,
         )
         console.print(f"Encoding {describe_device(chosen, numbers)}.")
-        with (
-            _parts_progress(f"encode {opened.name}", len(range(rank, len(opened.parts), world))) as on_progress,
-            device_errors_explained("the encoders need --dtype bfloat16 (half of float32), or --device cpu"),
-        ):
+        sets = {out: opened}
+        if held_out:
+            training, held = split_off(opened, held_out)
+            sets = {held_out_folder(out): held, out: training}  # a complete held-out set is kept when the same command continues
+        with device_errors_explained("the encoders need --dtype bfloat16 (half of float32), or --device cpu"):
             encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
+            manifests = {place: _encode(part, place, settings, encoders, may_be_done=place != out) for place, part in sets.items()}
+    if held_out and manifests[out]:
+        _report_split(out, held_out_folder(out))
 
-            def show(folder: Path) -> None:
-                save_reconstructions(opened, folder, encoders[0], min(sides), reporter)
 
-            manifest = encode_source(opened, out, settings, *encoders, (rank, world), EncodeEvents(on_progress, show), warn)
-        if manifest:
-            _report_encoded(manifest, out)
+def _encode(
+    source: "Source", out: Path, settings: "EncodeSettings", encoders: "tuple[Autoencoder, TextEncoder]", may_be_done: bool
+) -> dict[str, Any] | None:
+    """Encode this process's share of a source, unless that is done already and may be, and report the set that this process completes."""
+    from microdit.data.encode import EncodeEvents, encode_source, is_encoded
+    from microdit.evaluation.reconstruction import save_reconstructions
+
+    if may_be_done and is_encoded(source, out, settings, *encoders):
+        console.print(f"{out} is encoded already.")
+        return None
+
+    def show(folder: Path) -> None:
+        save_reconstructions(source, folder, encoders[0], min(settings.resolutions), reporter)
+
+    rank, world = share()
+    with _parts_progress(f"encode {source.name}", len(range(rank, len(source.parts), world))) as on_progress:
+        manifest = encode_source(source, out, settings, *encoders, (rank, world), EncodeEvents(on_progress, show), warn)
+    if manifest:
+        _report_encoded(manifest, out)
+    return manifest
 
 
 @data_app.command("import-latents")
@@ -291,6 +322,20 @@ def _report_encoded(manifest: dict[str, Any], out: Path) -> None:
         console.print(
             f"  {manifest['captions_cut']:,} captions were longer than the text encoder's {manifest['max_tokens']} tokens, and cut"
         )
+
+
+def _report_split(out: Path, held_out: Path) -> None:
+    """Print the sum over both sets, and how a recipe names the held-out one."""
+    from microdit.data.manifest import MANIFEST, read_manifest
+
+    if not (held_out / MANIFEST).is_file():  # another process is about to complete it
+        return
+    both = [read_manifest(folder) for folder in (out, held_out)]
+    (kept, held), rejected = (manifest["rows"] for manifest in both), sum(sum(manifest["rejected"].values()) for manifest in both)
+    console.print(
+        f"{kept:,} to train on + {held:,} held out + {rejected:,} rejected = {sum(manifest['seen'] for manifest in both):,} records. "
+        f"A recipe measures the held-out loss with data.held_out: {held_out}"
+    )
 
 
 def joined_in_words(joined: dict[str, Any]) -> str:

@@ -31,7 +31,9 @@ def evaluate(
     run: Annotated[
         str, typer.Argument(help="A run folder or an exported model; with --reference also any diffusers pipeline, by folder or hub id.")
     ],
-    reference: Annotated[str | None, typer.Option(help=f"Compare with this data set. {SOURCE_HELP}")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help=f"Compare with this data set. [default: the run's own held-out or training set] {SOURCE_HELP}")
+    ] = None,
     metrics: Annotated[
         str | None,
         typer.Option(
@@ -39,7 +41,10 @@ def evaluate(
             "--dino), separated by commas. [default: all by --network]"
         ),
     ] = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of captions to generate; papers use 30,000.")] = 256,
+    count: Annotated[
+        int | None,
+        typer.Option("--count", "-n", min=1, help="Number of captions to generate; papers use 30,000. [default: 256, or as the set has]"),
+    ] = None,
     network: Annotated[str, typer.Option(help="efficientnet (offline), or inception:FILE, for the standard FID.")] = "efficientnet",
     clip: Annotated[str, typer.Option(help="A CLIP model of transformers.")] = "openai/clip-vit-large-patch14",
     dino: Annotated[str, typer.Option(help="A DINOv2 model of transformers.")] = "facebook/dinov2-large",
@@ -54,14 +59,17 @@ def evaluate(
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
 ) -> None:
-    """Measure the quality of a run: recognition of emoji, or, with --reference, distances to a data set such as FID.
+    """Measure the quality of a run against its own pictures, or those of --reference: distances such as FID, and more.
 
-    With --reference, pictures are generated for the captions of the set's first records and compared with all of its pictures. Every
-    metric has a 95% interval; a page shows the pictures nearest to the reference and farthest from it. An interrupted evaluation
-    continues where it stopped; under torchrun the work is shared, and the figures are the same.
+    Pictures are generated for captions of the reference and compared with its pictures. The run's own are those of its held-out set
+    (data.held_out), or else up to 1,000 of its training set, as the autoencoder decodes them. Every metric has a 95% interval; a page
+    shows the pictures nearest to the reference and farthest from it. An interrupted evaluation continues where it stopped; under
+    torchrun the work is shared, and the figures are the same.
 
-    Without --reference, a picture counts as recognised if its caption's own picture is among the 10 nearest of all training pictures.
-    Writes metrics.json to the run folder.
+    A run of the built-in emoji has a task of its own, unless --reference, --metrics or --watch is given: a picture counts as recognised
+    if its caption's own picture is among the 10 nearest of all training pictures. It writes metrics.json to the run folder.
+
+    Example: microdit evaluate runs/my-pictures
 
     Example: microdit evaluate runs/emoji --reference emoji -n 512
 
@@ -76,35 +84,42 @@ def evaluate(
     from microdit.evaluation.evaluate import evaluate as evaluate_set
     from microdit.evaluation.generators import DrawSettings, open_generator
     from microdit.evaluation.metrics.registry import choose_metrics
+    from microdit.evaluation.own_reference import COUNT, own_count, own_reference, trained_on_emoji
     from microdit.evaluation.recognition import evaluate_emoji_run
     from microdit.evaluation.watch import watch_run
 
     settings = DrawSettings(steps, guidance, seed, weights)
-    if reference is None:
-        if metrics is not None or watch:
-            raise UserError("--metrics and --watch compare with a set: name one with --reference, such as emoji.")
+    if reference is None and metrics is None and not watch and trained_on_emoji(run):
         _, compute = _start(device, dtype, batch_size)
+        count = count or COUNT
         with device_errors_explained(LESS_MEMORY), progress("evaluate", count * steps) as advance:
             found = evaluate_emoji_run(Path(run), list(emoji_images("train")), count, settings, warn, advance, compute)
         console.print_json(data=found)
         stop_world()
         return
-    evaluation = EvaluationSettings(choose_metrics(metrics), count, network, clip, dino, side)
-    source = open_source(reference)
+    chosen, folder = choose_metrics(metrics), out or Path(run) / "evaluation"
+    source = open_source(reference) if reference else None
     world, compute = _start(device, dtype, batch_size)
-    folder = out or Path(run) / "evaluation"
-    if watch:
-        with device_errors_explained(LESS_MEMORY):
+    with device_errors_explained(LESS_MEMORY):
+        if source is None:
+            source = own_reference(Path(run), folder, world, reporter)
+            count = count or own_count(source)
+        evaluation = EvaluationSettings(chosen, count or COUNT, network, clip, dino, side)
+        if watch:
             page = watch_run(Path(run), source, evaluation, settings, folder, world, compute, reporter)
-        console.print(joined("Quality of all checkpoints: ", styled(page)))
-    else:
-        with device_errors_explained(LESS_MEMORY):
+            console.print(joined("Quality of all checkpoints: ", styled(page)))
+        else:
             generator = open_generator(run, settings, warn, compute)
             result = evaluate_set(generator, source, evaluation, settings, folder, world, reporter)
-        if world.is_main:
-            console.print(_metrics_table(result))
-            console.print(joined(styled(folder / "report.html"), f" shows the pictures, {folder / 'metrics.json'} holds the figures."))
+            _print_result(result, folder, world)
     stop_world()
+
+
+def _print_result(result: dict[str, Any], folder: Path, world: "World") -> None:
+    if world.is_main:
+        console.print(f"Compared with {result['reference']['pictures']:,} pictures of {result['reference']['source']}.")
+        console.print(_metrics_table(result))
+        console.print(joined(styled(folder / "report.html"), f" shows the pictures, {folder / 'metrics.json'} holds the figures."))
 
 
 def _start(device: str, dtype: str, batch_size: int | None) -> tuple["World", "Compute"]:

@@ -13,7 +13,7 @@ from microdit.cli.evaluate import compare, draw, evaluate, geneval, prefer
 from microdit.cli.export import export, import_minit2i, import_official
 from microdit.cli.lab import lab_app
 from microdit.cli.plan import bench, budget
-from microdit.cli.recipes import recipes
+from microdit.cli.recipes import new, recipes
 from microdit.cli.sample import grid, sample
 from microdit.cli.serve import app as web_page
 from microdit.cli.terminal import print_traceback, take_logs
@@ -27,7 +27,8 @@ OLDEST_TORCH = (2, 9)  # as pyproject.toml says
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, help=(
     "Train text-to-image diffusion transformers from scratch on a micro-budget.\n\n"
-    "The usual order: [bold]data encode[/] a data set once, [bold]train[/] a recipe, [bold]sample[/] pictures, [bold]evaluate[/] the run."
+    "The usual order: [bold]new[/] writes a recipe for your pictures and prints the commands that follow: [bold]data encode[/] them once, "
+    "[bold]train[/] the recipe, [bold]sample[/] pictures, [bold]evaluate[/] the run."
 ))  # fmt: skip
 app.add_typer(data_app, name="data")
 app.add_typer(lab_app, name="lab")
@@ -77,7 +78,7 @@ def _repeat_option(arguments: list[str], option: str) -> list[str]:
     return spread
 
 
-for command in (train, report, runs, recipes, grid, budget, bench, evaluate, draw, prefer, geneval, compare, export):
+for command in (new, train, report, runs, recipes, grid, budget, bench, evaluate, draw, prefer, geneval, compare, export):
     app.command()(command)
 app.command(no_args_is_help=True)(sample)
 app.command("train-autoencoder")(train_autoencoder)

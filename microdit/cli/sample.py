@@ -15,6 +15,8 @@ from microdit.errors import UserError
 from microdit.io.console import joined, styled
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from microdit.diffusion.guidance import GuidanceKind
     from microdit.diffusion.samplers import Solver
     from microdit.pipelines.open_model import OpenedModel
@@ -87,31 +89,40 @@ def sample(
         list[str], typer.Argument(help="Prompts, each in quotes; before them, optionally, a run folder or an exported model.")
     ],
     options: DrawingOptions,
+    count: Annotated[int, typer.Option("-n", min=1, max=10_000, help="Pictures of each prompt, each from noise of its own.")] = 1,
     batch_size: BatchSize = 64,
     trajectory: Annotated[
         Path | None, typer.Option(help="Also write the denoising trajectory: .png makes a filmstrip, .gif an animation.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
+    out: Annotated[
+        Path, typer.Option(help="A grid of all pictures, as .png or .jpg; or a folder (no suffix), for one PNG a picture at its own size.")
+    ] = Path("grid.png"),
 ) -> None:
-    """Draw one picture for each prompt, as a grid with the prompts as captions.
+    """Draw one picture for each prompt, or -n of them, as a grid with the prompts as captions, or as one file each.
 
     If the first argument is a folder, it is the model; without one, the demo model that comes with microdit draws all prompts.
-    The PNG holds the prompts, the seed, the settings and the checksum of the weights as text. docs/sampling.md compares the solvers.
+    Picture i starts from the noise of seed + i. Each file holds the prompts, the seed, the settings and the checksum of the weights
+    as text. docs/sampling.md compares the solvers.
 
     Example: microdit sample "red heart" "owl"
 
     Example: microdit sample runs/emoji "red heart" "green cat" --seed 7 --device cuda:1 --dtype float32
+
+    Example: microdit sample runs/emoji "red heart" -n 4 --out hearts
 
     Example: microdit sample runs/emoji "red heart" --solver dpm --steps 12 --noise-range 0.05 20 --guidance 2.5 --trajectory heart.gif
     """
     from microdit.devices import device_errors_explained
     from microdit.encoders.captions import clean_prompts
     from microdit.pipelines.open_model import model_and_prompts
-    from microdit.reports.grids import Trajectory, check_trajectory_path, draw_grid, save_png
+    from microdit.reports.grids import Trajectory, check_picture_path, check_trajectory_path, picture_name
 
     model, prompts = model_and_prompts(arguments)
-    prompts, negatives = clean_prompts(prompts), clean_prompts([options.negative]) if options.negative else []
+    prompts = [prompt for prompt in clean_prompts(prompts) for _ in range(count)]
+    negatives = clean_prompts([options.negative]) if options.negative else []
     settings = _settings(options)
+    separate = not out.suffix or out.is_dir()
+    check_picture_path(out / picture_name(0) if separate else out, ", or name a folder, without a suffix, for one file a picture")
     check_trajectory_path(trajectory)
     opened = _open(model, options)
     film = Trajectory()
@@ -130,12 +141,23 @@ def sample(
             batch_size=batch_size,
         )
     about = _about(opened, prompts, negatives, options.seed, settings)
-    save_png(draw_grid(images, prompts), out, about)
+    _save(images, prompts, out, about, separate)
     console.print(joined(f"{len(images)} pictures of {opened.name}, seed {options.seed}, in ", styled(out)))
     if trajectory:
         with device_errors_explained(fix):
             film.save(trajectory, prompts, opened.pipeline.decode, about)
         console.print(joined("Denoising trajectory: ", styled(trajectory)))
+
+
+def _save(images: "list[Image]", prompts: list[str], out: Path, about: dict[str, str], separate: bool) -> None:
+    """Write a grid, or a file for each picture, which records its own prompt and seed."""
+    from microdit.reports.grids import draw_grid, picture_name, save_picture
+
+    if not separate:
+        save_picture(draw_grid(images, prompts), out, about)
+        return
+    for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        save_picture(image, out / picture_name(number), about | {"prompt": prompt, "seed": str(int(about["seed"]) + number)})
 
 
 @with_drawing_options
@@ -150,7 +172,7 @@ def grid(
         ),
     ],
     options: DrawingOptions,
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("sweep.png"),
+    out: Annotated[Path, typer.Option(help="The PNG or JPEG to write.")] = Path("sweep.png"),
 ) -> None:
     """Draw one prompt while one or two settings vary, from the same seed, as a labelled sheet.
 
@@ -159,8 +181,9 @@ def grid(
     from microdit.devices import device_errors_explained
     from microdit.encoders.captions import clean_prompts
     from microdit.pipelines.settings import Cell, sheet_of
-    from microdit.reports.grids import draw_sheet, save_png
+    from microdit.reports.grids import check_picture_path, draw_sheet, save_picture
 
+    check_picture_path(out)
     prompts, negatives = clean_prompts([prompt]), clean_prompts([options.negative]) if options.negative else []
     settings = _settings(options)
     sheet = sheet_of(sweep, Cell(settings, options.seed))
@@ -177,7 +200,7 @@ def grid(
                 ]
             )
     about = _about(opened, prompts, negatives, options.seed, settings) | {"sweep": "; ".join(sweep)}
-    save_png(draw_sheet(images, sheet.row_labels, sheet.column_labels, f"{prompts[0]}, seed {options.seed}"), out, about)
+    save_picture(draw_sheet(images, sheet.row_labels, sheet.column_labels, f"{prompts[0]}, seed {options.seed}"), out, about)
     console.print(joined(f"{sum(map(len, images))} pictures of {opened.name}, seed {options.seed}, in ", styled(out)))
 
 

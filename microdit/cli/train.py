@@ -1,5 +1,6 @@
 """The commands that train, and those that look at runs: microdit train, train-autoencoder, report, runs."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +58,9 @@ def train(
         else:
             train_one(first, run, settings, reporter, world)
     stop_world()
-    console.print(f'Trained. Pictures: microdit sample {run} "red heart"')
+    last = list(recipes.values())[-1]
+    prompts = last.record.sample_prompts[:2] or ["a prompt worded like your captions"]
+    console.print(f"Trained. Pictures: microdit sample {shlex.join([str(run), *prompts])}", soft_wrap=True)
 
 
 def train_autoencoder(

@@ -1,6 +1,6 @@
 """The recipe: every setting of a training run, with its type, range and default. `load.py` reads recipes from YAML."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -240,7 +240,8 @@ class Recipe:
 
     name: Name
     seed: Seed = 0
-    init_from: FilePath | None = None  # start from the weights of another run: the name of a sibling folder of this run, or a path
+    # start from the weights of another run (a sibling folder of this run by name, or a path), of an exported or imported folder, or demo
+    init_from: FilePath | None = None
     init_weights: Name = "model"  # model, or an average: ema (the first), ema-DECAY
     data: DataRecipe = field(default_factory=DataRecipe)
     model: ModelRecipe = field(kw_only=True)
@@ -283,3 +284,23 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def short_yaml(settings: Any) -> str:
+    """Return a dataclass of settings as YAML, without what is as by default."""
+    return yaml.safe_dump(_without_defaults(settings), sort_keys=False, width=140, allow_unicode=True)
+
+
+def _without_defaults(item: Any) -> Any:
+    if isinstance(item, dict):
+        return {key: _without_defaults(value) for key, value in item.items()}
+    if isinstance(item, list | tuple):
+        return [_without_defaults(part) for part in item]
+    if not is_dataclass(item):
+        return item
+    found: dict[str, Any] = {}
+    for one in fields(item):
+        value, default = getattr(item, one.name), one.default if one.default_factory is MISSING else one.default_factory()
+        if value != default:
+            found[one.name] = _without_defaults(value)
+    return found

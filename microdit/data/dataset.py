@@ -6,7 +6,7 @@ if the recipe allows it, replaces the row by another one and counts the replacem
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -185,6 +185,19 @@ class EncodedDataset:
     def column(self, name: str) -> list[Any]:
         """Return the column `key`, `captions` or `weights` of all rows, shard by shard."""
         return [value for number in range(len(self.manifest["shards"])) for value in self._shard(number).column(name)]
+
+    def spread(self, count: int) -> Iterator[tuple[int, memoryview, list[str]]]:
+        """Yield the bucket, the stored latents and the captions of `count` rows (or all), evenly spread over the set."""
+        ends, count = np.cumsum([shard["rows"] for shard in self.manifest["shards"]]), min(count, len(self))
+        columns: dict[int, tuple[list[int], list[list[str]]]] = {}  # of the shard that is being read
+        for number in range(count):
+            position = number * len(self) // count
+            which = int(np.searchsorted(ends, position, side="right"))
+            row, shard = position - (int(ends[which - 1]) if which else 0), self._shard(which)
+            if which not in columns:
+                columns = {which: (shard.column("bucket"), shard.column("captions"))}
+            buckets, captions = columns[which]
+            yield buckets[row], shard.latents(row, self.resolution, buckets[row]), captions[row]
 
     def verify(self) -> list[str]:
         """Return the names of damaged shards, whose checksums differ."""

@@ -163,6 +163,17 @@ def unfinished(out: Path) -> Path:
     return out.with_name(f".{out.name}.part")
 
 
+def held_out_folder(out: Path) -> Path:
+    """Return the folder of the records that are held out of `out`, an encoded set of its own."""
+    return out.with_name(f"{out.name}-held-out")
+
+
+def is_encoded(source: Source, out: Path, settings: EncodeSettings, autoencoder: Autoencoder, text_encoder: TextEncoder) -> bool:
+    """Return whether `out` is a complete encoding of the same parts of the same source with the same settings and encoders."""
+    sizes = TargetSizes.of(settings.resolutions, settings.min_side, settings.buckets, autoencoder.downsampling)
+    return _holds(out, plan_of(source, settings, sizes, autoencoder, text_encoder))
+
+
 def plan_of(
     source: Source, settings: EncodeSettings, sizes: TargetSizes, autoencoder: Autoencoder, text_encoder: TextEncoder
 ) -> dict[str, Any]:
@@ -188,13 +199,19 @@ def _is_done(out: Path, plan: dict[str, Any], share: tuple[int, int], warn: Call
     """Return whether the other ranks have already finished this encoding. Raises UserError if `out` is anything else."""
     if not out.exists():
         return False
-    if share[1] > 1 and (out / MANIFEST).is_file():
-        manifest = read_manifest(out)
-        there = {**manifest, "settings": _planned(manifest["settings"]), "parts": [shard["part"] for shard in manifest["shards"]]}
-        if all(there.get(key) == value for key, value in _as_read(plan).items()):
-            warn(f"{out} is already complete, from the same parts of the same source with the same settings: nothing is left to do.")
-            return True
+    if share[1] > 1 and _holds(out, plan):
+        warn(f"{out} is already complete, from the same parts of the same source with the same settings: nothing is left to do.")
+        return True
     raise UserError(f"{out} exists already: delete it, or choose another --out.")
+
+
+def _holds(out: Path, plan: dict[str, Any]) -> bool:
+    """Return whether `out` is an encoded set made by this plan."""
+    if not (out / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(out)
+    there = {**manifest, "settings": _planned(manifest["settings"]), "parts": [shard["part"] for shard in manifest["shards"]]}
+    return all(there.get(key) == value for key, value in _as_read(plan).items())
 
 
 def _join(

@@ -27,7 +27,7 @@ from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.evaluation.extraction import BLOCK, Features, Pictures, extract, feature_cache, pick
 from microdit.evaluation.features import ClipFeatures, DinoFeatures, EfficientNetFeatures, ImageFeatures, InceptionFeatures
-from microdit.evaluation.generators import DrawSettings, ImageGenerator, draw_pictures, picture_name, steps_to_draw
+from microdit.evaluation.generators import DrawSettings, ImageGenerator, draw_pictures, steps_to_draw
 from microdit.evaluation.html_report import Neighbour, write_evaluation_page
 from microdit.evaluation.metrics.clip_score import ClipCaptions
 from microdit.evaluation.metrics.prdc import compute_prdc, nearest, prdc_rows
@@ -35,6 +35,7 @@ from microdit.evaluation.metrics.registry import METRICS, PRDC_METRICS, Kind, Se
 from microdit.io.console import QUIET, Reporter
 from microdit.io.files import write_aside
 from microdit.io.locks import sole_writer
+from microdit.reports.grids import picture_name
 
 EXTREMES = 12  # images that the report shows of the nearest, and of the farthest
 

@@ -24,6 +24,7 @@ from microdit.io.untrusted_text import decode_text, parse_json
 from microdit.pipelines.open_model import OpenedModel, is_our_pipeline, open_model
 from microdit.pipelines.pipeline import BATCH
 from microdit.pipelines.settings import SamplerSettings
+from microdit.reports.grids import picture_name
 from microdit.reports.run_folder import is_run
 
 FOREIGN_BATCH = 8  # images that a pipeline of unknown size generates at a time
@@ -135,11 +136,6 @@ class DiffusersGenerator:
             if on_step:
                 on_step(len(group) * settings.num_inference_steps)
         return [image.convert("RGB") for image in images]
-
-
-def picture_name(number: int) -> str:
-    """Return the file name of image `number`."""
-    return f"{number:04}.png"
 
 
 def draw_pictures(

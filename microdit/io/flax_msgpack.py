@@ -149,6 +149,8 @@ def _joined(chunked: dict[str, Any]) -> Tensor:
     if not isinstance(shape, dict) or not isinstance(chunks, dict):
         raise ValueError("an array in parts has no shape, or no parts")
     parts, sides = ([values.get(str(number)) for number in range(len(values))] for values in (chunks, shape))
-    if not all(isinstance(part, Tensor) for part in parts) or not all(isinstance(side, int) for side in sides):
+    flat = [part.flatten() for part in parts if isinstance(part, Tensor)]
+    whole = [side for side in sides if isinstance(side, int)]
+    if len(flat) < len(parts) or len(whole) < len(sides):
         raise ValueError("an array in parts lacks one of them")
-    return torch.cat([part.flatten() for part in parts]).view(sides)
+    return torch.cat(flat).view(whole)

@@ -5,13 +5,11 @@ The recipes are written as YAML files for people to read and edit, so they conta
 
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from microdit.config.schema import EngineRecipe, OptimizerRecipe, Recipe
+from microdit.config.schema import EngineRecipe, OptimizerRecipe, Recipe, short_yaml
 from microdit.errors import UserError
 from microdit.io.files import write_aside
 from microdit.models.config import Size
@@ -261,30 +259,6 @@ def recipe_files(plan: Plan) -> dict[str, str]:
     """Return the text of each recipe by its file name."""
     bought = f"what {money(plan.dollars)} buy on {plan.machine.count} x {plan.machine.chip.name} (microdit budget --dollars)"
     return {
-        f"{stem}.yaml": f"# Phase {number} of {len(plan.recipes)} of {bought}.\n{recipe_text(recipe)}"
+        f"{stem}.yaml": f"# Phase {number} of {len(plan.recipes)} of {bought}.\n{short_yaml(recipe)}"
         for number, (stem, recipe) in enumerate(plan.recipes.items(), start=1)
     }
-
-
-def recipe_text(recipe: Recipe) -> str:
-    return yaml.safe_dump(_sparse(recipe), sort_keys=False, width=140)
-
-
-def _sparse(item: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that differ from their defaults."""
-    found: dict[str, Any] = {}
-    for field in fields(item):
-        value = getattr(item, field.name)
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        if value == default:
-            continue
-        found[field.name] = _sparse(value) if is_dataclass(value) else [_plain(part) for part in value] if _is_list(value) else value
-    return found
-
-
-def _plain(part: Any) -> Any:
-    return _sparse(part) if is_dataclass(part) else part
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)

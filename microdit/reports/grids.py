@@ -4,6 +4,7 @@ Shape legend: B batch, C channels, H W height and width.
 """
 
 import io
+import json
 import textwrap
 import unicodedata
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from microdit.diffusion.samplers import Step
 from microdit.errors import UserError
-from microdit.io.files import write_aside
+from microdit.io.files import aside_of, write_aside
 from microdit.io.untrusted_text import one_line
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+JPEG_QUALITY = 95
 CELL = 128  # side of an image in a grid, in pixels
 LINES = 3  # per caption
 LINE_HEIGHT = 15
@@ -105,7 +108,7 @@ def _dejavu() -> Path:
 @cache
 def _glyphs() -> frozenset[str]:
     """Return the characters that DejaVu Sans has."""
-    from fontTools.ttLib import TTFont  # comes with Matplotlib
+    from fontTools.ttLib import TTFont  # type: ignore[import-untyped]  # comes with Matplotlib
 
     with TTFont(_dejavu()) as font:
         return frozenset(map(chr, font.getBestCmap()))
@@ -123,6 +126,16 @@ def png_bytes(image: Image.Image, about: dict[str, str] | None = None) -> bytes:
 def save_png(image: Image.Image, path: Path, about: dict[str, str] | None = None) -> None:
     """Write a PNG file atomically, with text entries `about` as in `png_bytes`."""
     write_aside(path, png_bytes(image, about))
+
+
+def save_picture(image: Image.Image, path: Path, about: dict[str, str]) -> None:
+    """Write a PNG or, if `path` ends in .jpg or .jpeg, a JPEG, atomically; `about` is the PNG's text, or JSON in the JPEG's comment."""
+    if path.suffix.lower() == ".png":
+        save_png(image, path, about)
+        return
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY, comment=json.dumps(about).encode())
+    write_aside(path, buffer.getvalue())
 
 
 def save_gif(frames: list[Image.Image], path: Path) -> None:
@@ -156,10 +169,37 @@ class Trajectory:
             save_png(draw_sheet([list(row) for row in zip(*frames, strict=True)], prompts, names), path, about)
 
 
+def picture_name(number: int) -> str:
+    """Return the file name of picture `number` of a folder."""
+    return f"{number:04}.png"
+
+
 def check_trajectory_path(path: Path | None) -> None:
-    """Raise UserError, before any image is generated, if the path's suffix is neither .png nor .gif."""
+    """Raise UserError, before any image is generated, if the path's suffix is neither .png nor .gif, or it cannot be written."""
     if path is not None and path.suffix.lower() not in (".png", ".gif"):
         raise UserError(f"--trajectory {path} must end in .png for a filmstrip, or in .gif for an animation.")
+    if path is not None:
+        _check_writable(path, "--trajectory")
+
+
+def check_picture_path(path: Path, or_folder: str = "") -> None:
+    """Raise UserError, before any image is generated, if no picture can be written to `path`. `or_folder` says what else it may name."""
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise UserError(f"--out {path} must end in .png, or in .jpg for a JPEG{or_folder}.")
+    _check_writable(path, "--out")
+
+
+def _check_writable(path: Path, option: str) -> None:
+    """Create and remove a file beside `path`, and its folder if that is missing."""
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder: name a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = aside_of(path)
+        aside.touch()
+        aside.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {path} cannot be written ({error.strerror}): choose another place.") from error
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -16,7 +16,7 @@ from microdit.distributed import World
 from microdit.models.config import SIZES
 from microdit.planning.hardware import Measurement, find_chip, peak_flops
 from microdit.planning.phases import STAGES, stage_recipe
-from microdit.planning.workload import FlopCounter, Shapes, config_of, time_factor
+from microdit.planning.workload import FlopCounter, Shapes, config_of, phase_flops, time_factor
 from microdit.process_limits import keep_freed_memory
 from microdit.training.noise import TrainingBatch, noise_settings, sample_noise
 from microdit.training.parallel import compute_dtype
@@ -24,6 +24,7 @@ from microdit.training.stability import SpikeGuard
 from microdit.training.state import TrainingState
 
 TINY = "MicroDiT_Tiny_2"
+STEP_FLOPS = 1e11  # about a second on two CPU cores
 WARM_UP = 2  # steps that are not timed: kernels are chosen, blocks compiled
 
 
@@ -89,6 +90,20 @@ def measure(recipe: Recipe, shapes: Shapes, world: World, seconds: float, advanc
         torch.__version__,
         datetime.now(UTC).strftime("%Y-%m-%d"),
     )
+
+
+def training_hours(recipe: Recipe, shapes: Shapes, world: World, seconds: float) -> tuple[float, Measurement]:
+    """Return how many hours all phases take on this machine, from steps of the first one that are timed for some `seconds`.
+
+    Each of these steps has as many samples as take STEP_FLOPS, so that even a slow machine answers soon.
+    """
+    phase = recipe.phases[0]
+    flops_per_sample = phase_flops(recipe, phase, shapes) / (phase.steps * phase.batch_size)
+    size = max(1, min(recipe.engine.micro_batch or phase.batch_size, int(STEP_FLOPS / flops_per_sample)))
+    timed = replace(recipe, phases=[replace(phase, batch_size=size)], engine=replace(recipe.engine, micro_batch=None))
+    found = measure(timed, shapes, world, seconds, lambda passed, note: None)
+    flops = sum(phase_flops(recipe, one, shapes) for one in recipe.phases)
+    return flops / flops_per_sample / found.images_per_second / 3600, found
 
 
 def chip_name(device: torch.device) -> str:

@@ -23,6 +23,7 @@ from microdit.data.dataset import EncodedDataset, MixedDataset
 from microdit.data.latent_statistics import common_std
 from microdit.data.sampler import SamplerPhase
 from microdit.diffusion.edm import EDM
+from microdit.diffusion.objective import Objective
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.console import joined, styled
@@ -60,18 +61,18 @@ def _phase_order(phase: PhaseRecipe, names: list[str], repeats: tuple[int, ...])
 SIGMA_MISMATCH = 0.2  # the share by which sigma_data may differ from the data before a warning is due
 
 
-def with_sigma_data(recipe: Recipe, sets: list[EncodedDataset], before: Checkpoint | None, warn: Callable[[str], None]) -> Recipe:
+def with_sigma_data(recipe: Recipe, sets: list[EncodedDataset], before: Objective | None, warn: Callable[[str], None]) -> Recipe:
     """Return the recipe with EDM's `sigma_data` filled in, if it leaves that open, and warn if the value does not suit the data.
 
-    `before` is the checkpoint whose weights training starts from, if any: its value is kept, because its network was trained with that.
+    `before` is the objective of the weights that training starts from, if any: its value is kept, because they were trained with that.
     Otherwise sigma_data is the standard deviation of the latents that the run will see, or the paper's 0.9 if a set does not record it.
     """
     if recipe.diffusion.objective != "edm":
         return recipe
     measured = _latent_std(recipe, sets)
     sigma_data = recipe.diffusion.sigma_data
-    if sigma_data is None and before is not None and "edm" in before.state:
-        sigma_data = float(before.state["edm"]["sigma_data"])
+    if sigma_data is None and isinstance(before, EDM):
+        sigma_data = before.sigma_data
     elif sigma_data is None:
         sigma_data = EDM.sigma_data if measured is None else round(measured, 4)
     if measured is not None and abs(sigma_data - measured) > SIGMA_MISMATCH * measured:
@@ -143,7 +144,7 @@ def find_checkpoint(
         return None
     checkpoint = newest_intact(run, world, warn)
     if checkpoint is not None:
-        check_architecture(checkpoint.model_config, str(checkpoint.folder), model_config(recipe, sets[0]))
+        check_architecture(checkpoint, model_config(recipe, sets[0]))
         check_encoders(checkpoint, sets[0].manifest, sets[0].folder)
         changes = _changes(checkpoint, recipe, sets)
         if changes and not accept_changes:

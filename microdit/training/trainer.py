@@ -27,6 +27,7 @@ from microdit.devices import device_name
 from microdit.distributed import World
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, DivergedError, StoppedError, UserError
 from microdit.io.console import Reporter, joined
+from microdit.pipelines.sampling import recorded_objective
 from microdit.planning.hardware import peak_flops
 from microdit.planning.workload import FlopCounter
 from microdit.process_limits import keep_freed_memory
@@ -111,7 +112,9 @@ class Trainer:
             with world.together():
                 keep_compiled(run)
         first = None if checkpoint else find_initial_weights(recipe, run, self.config, self.data, world, self.reporter.warn, initial)
-        before = checkpoint or (first and first.checkpoint)
+        before = first.origin.objective if first else None
+        if checkpoint:
+            before = recorded_objective(checkpoint.state)
         self.recipe = recipe = with_sigma_data(recipe, self.mixture.sets, before, self.reporter.warn)
         fill = None if first is None else partial(first.fill, world=world)
         self.state = TrainingState(recipe, self.config, world, fill, fresh=checkpoint is None)

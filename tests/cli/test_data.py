@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -71,6 +72,28 @@ def test_every_file_of_a_folder_is_accounted_for_and_captions_are_edited(tmp_pat
     assert "5 aspect ratios, as height x width: 48 x 80, 48 x 96, 64 x 64, 80 x 48, 96 x 48" in output
     assert b"number 3" in b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.arrow"))
     assert b"tock photo" not in b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.arrow"))
+
+
+def test_a_share_is_held_out_as_a_second_set_and_the_same_command_goes_on(tmp_path):
+    for number in range(40):
+        write_file(tmp_path / "set" / f"{number}.png", picture(number, "PNG", (16, 16)))
+        write_file(tmp_path / "set" / f"{number}.txt", f"number {number}".encode())
+    (tmp_path / "set" / "7.txt").unlink()
+    command = ["data", "encode", "set", "--out", "out", "--resolutions", "16", "--autoencoder", "pixels", "--workers", "0"]
+    done = microdit(*command, "--hold-out", "9", cwd=tmp_path)
+    assert done.returncode == 0, done.output
+    assert "30 to train on + 9 held out + 1 rejected = 40 records" in done.output
+    assert "data.held_out: out-held-out" in done.output
+    before = (tmp_path / "out" / "shard-00000.arrow").read_bytes()
+    shutil.rmtree(tmp_path / "out")  # as if it had been stopped between the two
+    again = microdit(*command, "--hold-out", "9", cwd=tmp_path)
+    assert again.returncode == 0, again.output
+    assert "out-held-out is encoded already." in again.output
+    assert (tmp_path / "out" / "shard-00000.arrow").read_bytes() == before
+    shutil.rmtree(tmp_path / "out")
+    other = microdit(*command, "--hold-out", "20%", cwd=tmp_path)
+    assert other.returncode == 1
+    assert "out-held-out exists already: delete it" in other.output
 
 
 def test_look_joins_captions_and_writes_a_page(tmp_path):

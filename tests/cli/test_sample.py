@@ -51,6 +51,35 @@ def test_sample_says_where_and_in_what_numbers_it_draws(workplace):
     assert 0 < np.abs(exact - rounded).mean() < 5
 
 
+def test_several_pictures_of_a_prompt_are_files_of_their_own(workplace):
+    options = ["-n", 2, "--steps", 2, "--seed", 5]
+    done = microdit("sample", "runs/tiny", "owl", "cat", *options, "--out", "drawn", cwd=workplace)
+    assert done.returncode == 0, done.output
+    assert "4 pictures of tiny, step 6, seed 5, in drawn" in done.output
+    pictures = [Image.open(path) for path in sorted((workplace / "drawn").iterdir())]
+    assert [(picture.info["prompt"], picture.info["seed"]) for picture in pictures] == [
+        ("owl", "5"),
+        ("owl", "6"),
+        ("cat", "7"),
+        ("cat", "8"),
+    ]
+    assert {picture.size for picture in pictures} == {(64, 64)}
+    assert len({picture.tobytes() for picture in pictures}) == 4
+    alone = microdit("sample", "runs/tiny", "cat", "--steps", 2, "--seed", 8, "--out", "alone", cwd=workplace)
+    assert alone.returncode == 0, alone.output
+    difference = np.asarray(Image.open(workplace / "alone" / "0000.png"), dtype=int) - np.asarray(pictures[3], dtype=int)
+    assert np.abs(difference).max() <= 1  # whatever the other pictures of its batch
+
+
+def test_a_jpeg_is_written_and_says_how_it_was_made(workplace):
+    done = microdit("sample", "runs/tiny", "owl", "--steps", 2, "--out", "new/owl.JPG", cwd=workplace)
+    assert done.returncode == 0, done.output
+    picture = Image.open(workplace / "new" / "owl.JPG")
+    assert picture.format == "JPEG"
+    assert picture.quantization[0][0] <= 3  # quality 95
+    assert json.loads(picture.info["comment"])["prompt"] == "owl"
+
+
 def test_grid_draws_a_labelled_sheet_from_one_seed(workplace):
     done = microdit("grid", "runs/tiny", "owl", "--sweep", "guidance=1,4,8", "--sweep", "steps=2,3", "--out", "sheet.png", cwd=workplace)
     assert done.returncode == 0, done.output
@@ -68,6 +97,16 @@ def test_grid_draws_a_labelled_sheet_from_one_seed(workplace):
         (["sample", "runs/tiny", "x", "--guidance-kind", "path-drop", "--autoguide", "runs/tiny"], "leave one of the two out"),
         (["sample", "runs/tiny", "x", "--autoguide-weights", "ema"], "name its run with --autoguide"),
         (["sample", "runs/tiny", "x", "--trajectory", "way.mp4"], "must end in .png for a filmstrip, or in .gif"),
+        (
+            ["sample", "runs/tiny", "x", "--out", "x.bmp"],
+            "--out x.bmp must end in .png, or in .jpg for a JPEG, or name a folder, without a",
+        ),
+        (
+            ["sample", "runs/tiny", "x", "--out", "runs/tiny/recipe.yaml/x.png"],
+            "recipe.yaml/x.png cannot be written (File exists): choose another place",
+        ),
+        (["sample", "runs/tiny", "x", "--trajectory", "/proc/way.png"], "--trajectory /proc/way.png cannot be written"),
+        (["grid", "runs/tiny", "x", "--sweep", "steps=2", "--out", "runs"], "--out runs must end in .png, or in .jpg for a JPEG."),
         (["sample", "runs/tiny", "x", "--device", "gpu"], "There is no device 'gpu'. Known: auto, cpu, cuda, cuda:N"),
         (["sample", "runs/tiny", "x", "--device", "mps"], "PyTorch sees no Apple GPU here: take auto, or cpu."),
         (["sample", "runs/tiny", "x", "--device", "cpu", "--dtype", "float16"], "float16 is slow and narrow on a CPU"),

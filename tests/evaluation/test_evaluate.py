@@ -177,7 +177,7 @@ def test_an_empty_reference_is_refused_and_small_images_are_counted(tmp_path, wo
         (["--reference", "emoji:held_out", "--network", "inception:nowhere"], "There is no Inception network at nowhere"),
         (["--reference", "emoji:held_out", "--metrics", "fid,psnr"], "there is no psnr; choose from fid, kid"),
         (["--reference", "emoji:held_out", "--metrics", "dino-fd", "--dino", "/nowhere"], "There is no folder"),
-        (["--metrics", "fid"], "name one with --reference"),
+        (["--metrics", "psnr"], "there is no psnr; choose from fid, kid"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(workplace, options, sentence):

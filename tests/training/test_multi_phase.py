@@ -134,8 +134,8 @@ def phase(path: Path, init_from: str, data: Path, *more: object) -> list[object]
     ("init_from", "more", "sentence"),
     [
         ("nowhere", [], "init_from is nowhere, and there is no checkpoint in"),
-        ("1-32-masked", ["model.dim=32"], "dim: 64 in the checkpoint, 32 in the recipe"),
-        ("1-32-masked", ["model.patch_size=2"], "patch_size: 1 in the checkpoint, 2 in the recipe"),
+        ("1-32-masked", ["model.dim=32"], "model.dim: 64 there, 32 in the recipe"),
+        ("1-32-masked", ["model.patch_size=2"], "model.patch_size: 1 there, 2 in the recipe"),
     ],
 )
 def test_what_a_phase_begins_from_must_be_there_and_fit(tmp_path, data, whole, init_from, more, sentence):

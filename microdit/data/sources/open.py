@@ -1,18 +1,16 @@
 """Open a source of images and captions by its name: a built-in set, a set of the paper, a path, or a data set of `datasets`."""
 
 import glob
-import hashlib
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from microdit.data.sources.archives import archive_source
-from microdit.data.sources.base import ARCHIVES, END, Part, Record, Source, only_captions
+from microdit.data.sources.base import ARCHIVES, Source, only_captions
 from microdit.data.sources.builtin import Split, emoji_source, scenes_source
 from microdit.data.sources.caption_options import NONE_WANTED, CaptionOptions, own_captions, with_captions
 from microdit.data.sources.folders import ListOnce, folder_source, list_source
@@ -20,6 +18,7 @@ from microdit.data.sources.icons import icons_source
 from microdit.data.sources.lists import LIST_SUFFIXES
 from microdit.data.sources.mds import is_mds, mds_source
 from microdit.data.sources.named import NAMED, open_named
+from microdit.data.sources.subsets import fraction_of
 from microdit.data.sources.untrusted_files import (
     IMAGE_SUFFIXES,
     find_files,
@@ -57,25 +56,18 @@ def open_source(
 ) -> Source:
     """Open the source of that name (see `_KINDS`). Raises UserError if there is none, or if it cannot be read.
 
-    `captions` replaces the source's own choice of captions and of their weights, and `options` edits them. `fraction` keeps the records
-    whose key's SHA-256 falls into that share: the choice does not depend on the order, and a larger fraction contains a smaller one.
-    `list_once` may return the listing of a folder that another process has made.
+    `captions` replaces the source's own choice of captions and of their weights, and `options` edits them. `fraction` keeps that share
+    of the records (see `subsets.fraction_of`). `list_once` may return the listing of a folder that another process has made.
 
     >>> source = open_source("my-pictures")
     >>> sorted(record.captions["caption"] for record in source.parts[0].records())[:2]
     ['picture 0', 'picture 1']
     """
-    if not 0 < fraction <= 1:
-        raise UserError(f"The fraction of {name} is {fraction}, and must lie in (0, 1]: 0.1 keeps a tenth.")
     if captions is not None and not (captions and all(weight > 0 and math.isfinite(weight) for weight in captions.values())):
         raise UserError(f"The captions of {name} must be names with weights above 0, such as text: 0.7.")
     weights = dict(captions) if captions else None
     own, joined = own_captions(weights, options)
-    source = with_captions(_open(name, own, list_once, options.file_column), weights, joined, options)
-    if fraction == 1:
-        return source
-    parts = [replace(part, records=partial(_kept, part, fraction), known=partial(_choice, part, fraction)) for part in source.parts]
-    return replace(source, parts=parts)
+    return fraction_of(with_captions(_open(name, own, list_once, options.file_column), weights, joined, options), fraction)
 
 
 def _open(name: str, captions: dict[str, float] | None, list_once: ListOnce | None, file_column: str | None) -> Source:
@@ -224,15 +216,3 @@ def _at_the_top(folder: Path) -> tuple[list[Path], list[Path], bool]:
 
 def _kinds() -> str:
     return _KINDS.format(named=", ".join(NAMED))
-
-
-def _kept(part: Part, fraction: float) -> Iterator[Record]:
-    for record in part.records():
-        digest = hashlib.sha256(record.key.encode(errors="surrogatepass")).digest()
-        # The report that a part ends early stands for an unknown number of records, so it is never left out.
-        if int.from_bytes(digest[:8], "big") < fraction * 2**64 or record.key.endswith(END):
-            yield record
-
-
-def _choice(part: Part, fraction: float) -> str:
-    return f"{fraction} of {part.known()}"

@@ -1,4 +1,3 @@
-import hashlib
 import pickle
 
 import datasets
@@ -75,35 +74,9 @@ def test_captions_and_their_weights_can_be_chosen(tmp_path):
         open_source("emoji", {"alt": 1.0})
 
 
-def test_a_fraction_is_stable_and_contained_in_larger_ones(tmp_path):
-    folder = str(fill(tmp_path / "set", 400))
-    everything = keys(folder)
-    kept = {fraction: keys(folder, None, fraction) for fraction in (0.1, 0.5, 1.0)}
-    assert kept[1.0] == everything
-    assert set(kept[0.1]) < set(kept[0.5]) < set(everything)
-    assert 15 < len(kept[0.1]) < 75
-    assert 150 < len(kept[0.5]) < 250
-    by_hand = [key for key in everything if int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < 2**63]
-    assert kept[0.5] == by_hand
-    for key in kept[0.5][:100]:  # whatever else is there
-        (tmp_path / "set" / key).unlink()
-    assert keys(folder, None, 0.5) == kept[0.5][100:]
-
-
-def test_a_fraction_never_hides_that_an_archive_is_damaged(tmp_path):
-    write_file(tmp_path / "a.tar", b"x" * 1000)
-    assert keys(str(tmp_path / "a.tar"), None, 1e-9) == ["a.tar#end"]
-
-
 def test_the_folder_one_stands_in_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(fill(tmp_path / "mine", 1))
     assert open_source(".").name == "mine"
-
-
-@pytest.mark.parametrize("fraction", [0, -0.5, 1.1, float("nan")])
-def test_a_fraction_lies_between_0_and_1(fraction):
-    with pytest.raises(UserError, match=r"must lie in \(0, 1\]"):
-        open_source("emoji", None, fraction)
 
 
 def test_parts_can_be_sent_to_other_processes(tmp_path):
