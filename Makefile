@@ -39,8 +39,9 @@ lint: .venv/installed ## ruff (format and lint) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/installed ## parity with the authors' code, and speed against this machine's own peak
+bench: .venv/installed ## parity with the authors' code and MiniT2I's, and speed against this machine's own peak
 	$(BIN)/python benchmarks/official_parity.py $(FIXTURE)
+	$(BIN)/python benchmarks/minit2i_parity.py tests/fixtures/minit2i_a.safetensors
 	$(BIN)/python benchmarks/train_step.py --size tiny --batch 16 --mask 0.75
 
 clean: ## remove the environment, data and runs

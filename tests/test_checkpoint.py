@@ -186,6 +186,12 @@ def test_architectures_round_trip_and_old_ones_are_deferred_and_gated(tmp_path, 
     assert old == replace(config, routing="deferred", dense_blocks=(0, 0), decoder=(), **stacks)
 
 
+def test_architectures_of_later_networks_round_trip(tmp_path):
+    size = Size(32, 5, 8, 32, 1, attention="joint", conditioning="none", positions="both", norm="rms", qk_norm="per_head", patch_channels=6)
+    config = resolve(replace(size, caption_embedding="linear", caption_length=7, preamble_depth=2, attention_bias=True))
+    assert Checkpoint(tmp_path, 1, {"model": json.loads(json.dumps(asdict(config)))}).model_config == config
+
+
 def test_files_are_dealt_by_their_bytes():
     """As of a run of eight processes: whole weights, their average, and shards of all of it."""
     sizes = {"model": 4_660, "ema": 4_660, **{f"shard-{n}": 2_330 for n in range(8)}}

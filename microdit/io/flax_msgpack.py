@@ -148,9 +148,12 @@ def _joined(chunked: dict[str, Any]) -> Tensor:
     shape, chunks = chunked.get("shape"), chunked.get("chunks")
     if not isinstance(shape, dict) or not isinstance(chunks, dict):
         raise ValueError("an array in parts has no shape, or no parts")
-    parts, sides = ([values.get(str(number)) for number in range(len(values))] for values in (chunks, shape))
-    flat = [part.flatten() for part in parts if isinstance(part, Tensor)]
-    whole = [side for side in sides if isinstance(side, int)]
-    if len(flat) < len(parts) or len(whole) < len(sides):
+    parts, sides = (_numbered(values) for values in (chunks, shape))
+    if not all(isinstance(part, Tensor) for part in parts) or not all(isinstance(side, int) for side in sides):
         raise ValueError("an array in parts lacks one of them")
-    return torch.cat(flat).view(whole)
+    return torch.cat([part.flatten() for part in parts]).view(sides)
+
+
+def _numbered(values: dict[str, Any]) -> list[Any]:
+    """Return the values of the names "0", "1", ...; None where one is missing."""
+    return [values.get(str(number)) for number in range(len(values))]

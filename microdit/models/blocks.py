@@ -392,9 +392,16 @@ class GELU(nn.Module):
         nn.init.trunc_normal_(self.down.weight, std=output_std)
 
 
+class RMSNorm(nn.RMSNorm):
+    """An RMS norm whose weight may have another dtype than its input, as a layer norm's may: PyTorch's own is slow there, and warns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return EAGER.modulated_norm(x, self.weight, rms=True)
+
+
 def make_norm(dim: int, norm: Norm) -> nn.LayerNorm | nn.RMSNorm:
     """Make a layer norm with a weight and no bias, as MicroDiT has everywhere, or an RMS norm."""
-    return nn.LayerNorm(dim, eps=NORM_EPS, bias=False) if norm == "layer" else nn.RMSNorm(dim, eps=NORM_EPS)
+    return nn.LayerNorm(dim, eps=NORM_EPS, bias=False) if norm == "layer" else RMSNorm(dim, eps=NORM_EPS)
 
 
 def make_block(shape: BlockShape, dim: int, style: BlockStyle) -> Block | JointBlock | TextBlock:

@@ -49,7 +49,8 @@ class FlopCounter:
 RESOLUTION = 256  # pixels, where a recipe says none
 LOOKED_AT = 512  # captions of a set, to know how long a batch of them is
 AUTOENCODERS = {"sdxl": (4, 8), "16ch": (16, 8), "icon": (8, 8), "pixels": (3, 1)}  # channels, downsampling
-TEXT_ENCODERS = {"dfn-clip-h": (77, 1024), "minilm": (16, 384)}  # tokens, channels; MiniLM's captions have no fixed length
+# Tokens and channels; only CLIP's captions have a fixed length.
+TEXT_ENCODERS = {"dfn-clip-h": (77, 1024), "minilm": (16, 384), "google/flan-t5-large": (256, 1024)}
 
 
 @dataclass(frozen=True)

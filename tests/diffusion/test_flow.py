@@ -19,7 +19,7 @@ from tests.conftest import busy_model
 MEAN, DEVIATION, SCALE = 0.7, 0.3, 2.0
 PREDICTIONS = ["velocity", "image", "noise"]
 SIZE = Size(dim=16, depth=1, head_dim=8, mixer_dim=16, mixer_depth=0, num_experts=0)
-MINIT2I = next((p / "shared/fixtures/minit2i_a.safetensors" for p in Path(__file__).parents if (p / "shared/fixtures").is_dir()), None)
+MINIT2I = Path(__file__).parents[1] / "fixtures" / "minit2i_a.safetensors"
 
 
 def gaussian_denoiser(x, sigma):
@@ -153,7 +153,6 @@ def test_the_floor_bounds_slopes_of_image_predictions_alone():
     assert exact.item() == pytest.approx(0, abs=1e-7)
 
 
-@pytest.mark.skipif(MINIT2I is None, reason="needs shared/fixtures")
 def test_velocities_are_those_of_minit2i():
     numbers = load_file(MINIT2I)
     flow = Flow("image", noise_scale=2.0, sampling_floor=0.05)

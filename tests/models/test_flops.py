@@ -124,6 +124,14 @@ def test_the_four_phases_cost_what_is_known_of_the_authors_code(tokens, mask, gf
     assert (training_flops(config, tokens, kept, 77) + one_hot_flops(config, tokens, kept)) / 1e9 == pytest.approx(gflops, rel=0.002)
 
 
+def test_minit2is_training_costs_what_was_counted_for_it():
+    """1.2 TFLOPs a sample and step, 357 EFLOPs in 250,000 and then 40,000 steps of 1,024 samples (512 px, patches of 16, 256 tokens)."""
+    config = resolve(SIZES["MMJiT_B"], patch_size=16, in_channels=3)
+    flops = training_flops(config, 1024, 1024, 256)
+    assert flops / 1e12 == pytest.approx(1.2, rel=0.01)
+    assert flops * 290_000 * 1024 / 1e18 == pytest.approx(357, rel=0.01)
+
+
 def test_the_one_hot_products_are_what_pytorch_counts():
     """One layer of experts, written as the authors do it: a (tokens x experts x chosen) matrix that hands out, and collects."""
     B, T, D, E = 2, 12, 32, 4

@@ -1,5 +1,7 @@
 """The settings of later networks: joint attention, conditioning, positions, norms, captions of one length, patches through a bottleneck."""
 
+import copy
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -7,11 +9,14 @@ import torch
 from torch import Tensor
 
 from microdit.diffusion.edm import EDM
+from microdit.diffusion.flow import Flow
 from microdit.diffusion.objective import denoising_loss
 from microdit.models.caption import join
 from microdit.models.config import SIZES, Size, resolve
 from microdit.models.microdit import MicroDiT
 from microdit.models.routing import METHODS
+from microdit.pipelines.sampling import draw_latents, round_matrices
+from microdit.pipelines.settings import SamplerSettings
 from tests.conftest import busy_model, routed
 
 SIZE = Size(dim=32, depth=7, head_dim=8, mixer_dim=16, mixer_depth=2, num_experts=4, round_ffn_to=8)
@@ -154,6 +159,22 @@ def test_a_caption_embedded_once_serves_all_steps(variant):
     assert torch.allclose(model(latents, c_noise, beforehand), model(latents, c_noise, caption), atol=1e-12)
     one, other = (model.precompute_kv(model.embed_caption(text[i : i + 1])) for i in range(2))
     assert torch.allclose(model(latents, c_noise, join(one, other)), model(latents, c_noise, caption), atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pictures_of_rounded_matrices_are_nearly_the_same(variant):
+    exact = busy_model(replace(VARIANTS[variant], num_experts=0)).float()
+    with torch.no_grad():
+        for weight in exact.parameters():
+            weight.mul_(0.5)
+    rounded = copy.deepcopy(exact)
+    round_matrices(rounded, torch.bfloat16)
+    latents, _, text = (tensor.float() for tensor in inputs())
+    mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch warns where a norm's weight has another dtype than its input
+        drawn = [draw_latents(model, Flow("image"), latents, text, mask, SamplerSettings(4, 3.0)).float() for model in (exact, rounded)]
+    assert 0 < (drawn[1] - drawn[0]).norm() < 0.1 * drawn[0].norm()
 
 
 @pytest.mark.parametrize("positions", ["sincos", "rotary", "both"])

@@ -49,6 +49,11 @@ def test_sets_that_are_not_there_are_taken_to_be_like_the_others(encoded_emoji):
         (DataRecipe("nowhere", resolution=512), KnownShapes(), (4, 64, 77, 1024)),
         (DataRecipe("nowhere", resolution=64, autoencoder="icon", text_encoder="minilm"), KnownShapes(), (8, 8, 16, 384)),
         (DataRecipe("nowhere", resolution=16, autoencoder="pixels"), KnownShapes(), (3, 16, 77, 1024)),
+        (
+            DataRecipe("nowhere", resolution=512, autoencoder="pixels", text_encoder="google/flan-t5-large"),
+            KnownShapes(),
+            (3, 512, 256, 1024),
+        ),
         (DataRecipe("nowhere"), KnownShapes(16, 16, 20, 768), (16, 16, 20, 768)),
     ],
 )

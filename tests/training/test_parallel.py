@@ -197,10 +197,14 @@ def small_losses(**settings: object) -> list[DenoisingLoss]:
     "settings",
     [
         {},
+        pytest.param(
+            {"attention": "joint", "positions": "both", "norm": "rms", "qk_norm": "per_head", "conditioning": "shared"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"routing": "sprint", "dense_blocks": (0, 1)}, marks=pytest.mark.slow),
         pytest.param({"routing": "maskdit", "depth": 1, "decoder_depth": 1}, marks=pytest.mark.slow),
     ],
-    ids=lambda settings: settings.get("routing", "deferred"),
+    ids=lambda settings: settings.get("routing", settings.get("attention", "deferred")),
 )
 def test_compiled_code_agrees_and_compiles_once_for_all_mask_ratios(settings):
     eager, compiled = small_losses(**settings)

@@ -83,9 +83,39 @@ def test_two_processes_learn_the_same_as_one(tmp_path, encoded_emoji, alone, rou
     assert ours == pytest.approx(theirs, abs=1e-3)  # what rounding may grow to
 
 
+NETWORKS = {
+    "joint": ["attention=joint", "positions=both", "norm=rms", "qk_norm=per_head", "conditioning=shared", "preamble_depth=1"],
+    "like-minit2i": [
+        *("attention=joint", "positions=both", "norm=rms", "qk_norm=per_head", "conditioning=none", "preamble_depth=1", "unread_text=true"),
+        *("attention_bias=true", "patch_channels=8", "caption_embedding=linear", "caption_length=12"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("network", "engine"),
+    [
+        ("joint", FSDP),
+        ("like-minit2i", DDP),
+        pytest.param("joint", DDP, marks=pytest.mark.slow),
+        pytest.param("like-minit2i", FSDP, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value[0].rpartition("=")[2] if isinstance(value, list) else value,
+)
+def test_networks_of_another_kind_train_and_two_processes_learn_the_same_as_one(tmp_path, encoded_emoji, network, engine):
+    settings = [*row("sprint"), *(f"model.{setting}" for setting in NETWORKS[network]), *SHORT]
+    one, spread = train(tmp_path / "one", encoded_emoji, *settings), train(tmp_path / "two", encoded_emoji, *settings, *engine, ranks=2)
+    assert one.wait() == [0], one.output
+    assert spread.wait() == [0, 0], spread.output
+    ours, theirs = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert ours[1] == pytest.approx(theirs[1], abs=1e-6)
+    assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+@pytest.mark.parametrize("network", [{}, {"attention": "joint", "positions": "both", "norm": "rms", "qk_norm": "per_head"}], ids=str)
 @pytest.mark.parametrize("routing", ["maskdit", "tread", "sprint"])
-def test_tokens_come_back_in_bfloat16(routing):
-    size = Size(dim=32, depth=7, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=0)
+def test_tokens_come_back_in_bfloat16(routing, network):
+    size = Size(dim=32, depth=7, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=0, **network)
     torch.manual_seed(0)
     model = MicroDiT(resolve(routed(size, routing), caption_channels=12))
     for weight in model.parameters():
