@@ -42,7 +42,7 @@ def look(
     seen: list[Seen] = []
     kept = _EvenlySpread(sample)
     heaviest_first = sorted(source.caption_weights, key=source.caption_weights.__getitem__, reverse=True)
-    for record in _some_records(source, heaviest_first, limit):
+    for record in some_records(source, heaviest_first, limit):
         passed_over = sum_of_kinds(passed_over, record.passed_over) if record.passed_over else passed_over
         try:
             image, caption = _usable(record)
@@ -97,8 +97,8 @@ def _statistics(
     return numbers | ({"joined": source.joined()} if source.joined else {})
 
 
-def _some_records(source: Source, captions: list[str], limit: int) -> Iterator[Record]:
-    """Yield the first records of parts that are evenly spread over the source, equally many of each part."""
+def some_records(source: Source, captions: list[str], limit: int) -> Iterator[Record]:
+    """Yield up to `limit` records: the first ones of up to MOST_PARTS parts, evenly spread over the source, equally many of each."""
     count = min(len(source.parts), MOST_PARTS)
     parts = [source.parts[n * len(source.parts) // count] for n in range(count)]
     left = limit

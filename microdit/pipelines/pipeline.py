@@ -184,7 +184,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         held = text_encoder if isinstance(text_encoder, FrozenTextEncoder) and not isinstance(text_encoder, MiniLM) else None
         by_name = (
             ReferencedTextEncoder.around(text_encoder) if text_encoder is not None and held is None else None
-        )  # MiniLM, which is large
+        )  # MiniLM and language models, which are large
         return cls(
             MicroDiTTransformer2DModel.around(model, latent_size),
             noise_settings_of(objective),

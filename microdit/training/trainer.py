@@ -111,7 +111,7 @@ class Trainer:
             with world.together():
                 keep_compiled(run)
         first = None if checkpoint else find_initial_weights(recipe, run, self.config, self.data, world, self.reporter.warn, initial)
-        before = checkpoint or (first and first.checkpoint)
+        before = checkpoint if first is None else first.checkpoint
         self.recipe = recipe = with_sigma_data(recipe, self.mixture.sets, before, self.reporter.warn)
         fill = None if first is None else partial(first.fill, world=world)
         self.state = TrainingState(recipe, self.config, world, fill, fresh=checkpoint is None)
