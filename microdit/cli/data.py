@@ -56,7 +56,7 @@ def encode_data(
         str, typer.Option(help="icon, pixels, sdxl, 16ch, or the folder or hub name of a diffusers autoencoder.")
     ] = "icon",
     text_encoder: Annotated[
-        str, typer.Option(help="minilm, dfn-clip-h, or the folder or hub name of a CLIP, T5 or open_clip model.")
+        str, typer.Option(help="minilm, dfn-clip-h, or the folder or hub name of a CLIP, T5, open_clip or language model.")
     ] = "minilm",
     store_latents: Annotated[LatentPacking, typer.Option(help="Storage format of latents; int8 has one scale per channel.")] = "int8",
     store_captions: Annotated[CaptionPacking, typer.Option(help="Storage format of captions; ids are embedded during training.")] = "int8",

@@ -98,7 +98,7 @@ def _statistics(
 
 
 def some_records(source: Source, captions: list[str], limit: int) -> Iterator[Record]:
-    """Yield the first records of parts that are evenly spread over the source, equally many of each part."""
+    """Yield up to `limit` records: the first ones of up to MOST_PARTS parts, evenly spread over the source, equally many of each."""
     count = min(len(source.parts), MOST_PARTS)
     parts = [source.parts[n * len(source.parts) // count] for n in range(count)]
     left = limit

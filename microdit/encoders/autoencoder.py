@@ -1,11 +1,12 @@
 """Frozen autoencoders between images (B, 3, H, W) in [-1, 1] and scaled latents (B, C, H/f, W/f)."""
 
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from microdit.encoders.model_files import (
     DOWNLOAD_AGAIN,
@@ -13,6 +14,7 @@ from microdit.encoders.model_files import (
     dtype_argument,
     find_folder,
     fingerprint_of,
+    first_line,
     is_file_name,
     is_place,
     lasting_name,
@@ -30,11 +32,9 @@ ALIASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0:vae", "16ch": "ostr
 _KNOWN = f"pixels, icon, {', '.join(ALIASES)}, a folder, or a hub id (owner/name)"
 _STEM = "diffusion_pytorch_model"
 _FILES = ["config.json", *weight_patterns(_STEM, ".safetensors")]
-_LATENTS: dict[str, Callable[[Any], Tensor]] = {  # how each diffusers class returns its latents
-    "AutoencoderKL": lambda encoded: encoded.latent_dist.mean,
-    "AutoencoderTiny": lambda encoded: encoded.latents,
-    "AutoencoderDC": lambda encoded: encoded.latent,
-}
+_PROVED = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")  # classes that are not tried when they are loaded
+_CLASS = re.compile(r"\w*Autoencoder\w*")
+TRIED_SIDE = 64  # pixels
 
 
 class Autoencoder(Protocol):
@@ -68,10 +68,11 @@ class Autoencoder(Protocol):
 
 
 def load_autoencoder(name: str) -> Autoencoder:
-    """Load `pixels`, `icon` (bundled, 64 px -> 8 x 8 x 8), `sdxl`, `16ch`, or any AutoencoderKL, AutoencoderTiny or AutoencoderDC.
+    """Load `pixels`, `icon` (bundled, 64 px -> 8 x 8 x 8), `sdxl`, `16ch`, or any autoencoder of diffusers that encodes images.
 
-    The last three, classes of diffusers, are named by their folder, by a folder that contains `vae/`, or by a hub id: `owner/name` or
-    `owner/name:subfolder`. Raises UserError if there is no such autoencoder, or if it cannot be used.
+    The last ones (AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, AutoencoderDC, AutoencoderKLQwenImage ...) are named by their folder,
+    by a folder that contains `vae/`, or by a hub id: `owner/name` or `owner/name:subfolder`. Raises UserError if there is no such
+    autoencoder, or if it cannot be used.
     """
     if name == "pixels":
         return Pixels()
@@ -106,17 +107,21 @@ class Pixels:
 
 
 class DiffusersAutoencoder:
-    """A frozen autoencoder of diffusers. Latents are (z - shift_factor) * scaling_factor, with the factors of the model's config.
+    """A frozen autoencoder of diffusers. Latents are (z - shift) * scale, by the model's own statistics or factors (`_shift_and_scale`).
 
-    For an AutoencoderKL, z is the mean of the distribution, so that encoding is deterministic; the authors of 2407.15811 sample from the
-    distribution. Inputs may be on any device; results are on the model's device, in float32.
+    Where z is a distribution (AutoencoderKL and its relatives), its mean is taken, so that encoding is deterministic; the authors of
+    2407.15811 sample from it. An autoencoder of videos takes an image as a video of one frame. Inputs may be on any device; results are on
+    the model's device, in float32.
     """
 
     def __init__(self, name: str, model: Any, fingerprint: str):
         self.name, self.model, self.fingerprint = name, model, fingerprint
-        self.channels: int = model.config.latent_channels
+        self._patch = _patch_side(model)
+        self.channels: int = (model.config.get("latent_channels") or model.config.get("z_dim")) * self._patch**2
         self.downsampling: int = pixels_per_latent(model)
-        model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self._of_videos = _is_of_videos(model)
+        self._shift, self._scale = _shift_and_scale(model)
+        lay_out_for_speed(model.eval().requires_grad_(False))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,13 +129,21 @@ class DiffusersAutoencoder:
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        scale, shift = _scale_and_shift(self.model)
-        latents_of = _LATENTS[type(self.model).__name__]
-        z_BCHW = latents_of(self.model.encode(_fit(images_BCHW, self.model))).contiguous().float()
-        return (z_BCHW - shift) * scale
+        images_BCHW = _fit(images_BCHW, self.model)
+        encoded = self.model.encode(images_BCHW.unsqueeze(2) if self._of_videos else images_BCHW)
+        z_BCHW = _latents_of(encoded).contiguous().float()
+        z_BCHW = F.pixel_unshuffle(z_BCHW.squeeze(2) if self._of_videos else z_BCHW, self._patch)
+        return (z_BCHW - _on(self._shift, z_BCHW)) * _on(self._scale, z_BCHW)
 
+    @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        return decode_latents(self.model, latents_BCHW)
+        """Decode latents to images (B, 3, H, W) in [-1, 1]. A float16 model that may overflow is converted to float32 first."""
+        if self.model.dtype == torch.float16 and overflows(self.model):
+            self.model.to(torch.float32)
+        z_BCHW = latents_BCHW / _on(self._scale, latents_BCHW) + _on(self._shift, latents_BCHW)
+        z_BCHW = _fit(F.pixel_shuffle(z_BCHW, self._patch), self.model)
+        decoded = self.model.decode(z_BCHW.unsqueeze(2) if self._of_videos else z_BCHW).sample.contiguous().float()
+        return decoded.squeeze(2) if self._of_videos else decoded
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Move the model. float16 becomes float32, unless the model's config says that it does not overflow in float16."""
@@ -138,16 +151,14 @@ class DiffusersAutoencoder:
         return self
 
 
-@torch.no_grad()
-def decode_latents(model: Any, latents_BCHW: Tensor) -> Tensor:
-    """Decode latents with an autoencoder of diffusers to images (B, 3, H, W) in [-1, 1], in float32 on its device.
+def lay_out_for_speed(model: Any) -> None:
+    """Store the weights of an autoencoder of images channels last: faster convolutions, and the same results to the last bit."""
+    if not _is_of_videos(model):
+        model.to(memory_format=torch.channels_last)
 
-    A float16 model that may overflow is converted to float32 first.
-    """
-    if model.dtype == torch.float16 and overflows(model):
-        model.to(torch.float32)
-    scale, shift = _scale_and_shift(model)
-    return model.decode(_fit(latents_BCHW / scale + shift, model)).sample.contiguous().float()
+
+def _is_of_videos(model: Any) -> bool:
+    return any(isinstance(module, nn.Conv3d) for module in model.modules())
 
 
 def overflows(model: Any) -> bool:
@@ -157,11 +168,51 @@ def overflows(model: Any) -> bool:
 
 def pixels_per_latent(model: Any) -> int:
     """Return how many pixels one latent of a diffusers autoencoder spans along each side."""
-    return 2 ** (len(model.config.get("encoder_block_out_channels") or model.config.block_out_channels) - 1)
+    config = model.config
+    widths = next((config[name] for name in _WIDTHS if config.get(name)), None)
+    ratio = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial")
+    return _patch_side(model) * (ratio or (2 ** (len(widths) - 1) if widths else model.spatial_compression_ratio))
 
 
-def _scale_and_shift(model: Any) -> tuple[float, float]:
-    return model.config.scaling_factor, model.config.get("shift_factor") or 0.0
+_WIDTHS = ("encoder_block_out_channels", "block_out_channels", "down_block_out_channels")
+
+
+def is_autoencoder(class_name: object) -> bool:
+    """Return whether diffusers has an autoencoder class of that name. Some of them encode no images, which loading finds out."""
+    import diffusers  # slow to import
+
+    return isinstance(class_name, str) and _CLASS.fullmatch(class_name) is not None and hasattr(diffusers, class_name)
+
+
+def _latents_of(encoded: Any) -> Tensor:
+    """Return the latents in the output of a diffusers autoencoder: the mean of a distribution, or a tensor."""
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent
+
+
+def _patch_side(model: Any) -> int:
+    """Return the side of the patches of latents that are stacked as channels: 2 for FLUX.2, whose batch norm counts them, else 1."""
+    return int(model.config.patch_size[0]) if hasattr(model, "bn") else 1
+
+
+def _shift_and_scale(model: Any) -> tuple[float | Tensor, float | Tensor]:
+    """Return what turns z into latents, as numbers or by channel, (1, C, 1, 1): the statistics of FLUX.2's batch norm, the factors of the
+    config, or the statistics in the config, as of Wan and Qwen-Image.
+    """
+    config = model.config
+    if hasattr(model, "bn"):
+        mean_C, variance_C = model.bn.running_mean.float(), model.bn.running_var.float()
+        return mean_C.view(1, -1, 1, 1).clone(), (variance_C + config.batch_norm_eps).rsqrt().view(1, -1, 1, 1)
+    if config.get("scaling_factor") is None and config.get("latents_mean") is not None:
+        mean, std = (torch.tensor(config[name], dtype=torch.float32).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+        return mean, 1 / std
+    scale = config.get("scaling_factor")
+    return config.get("shift_factor") or 0.0, 1.0 if scale is None else scale
+
+
+def _on(value: float | Tensor, where: Tensor) -> float | Tensor:
+    return value.to(where.device) if isinstance(value, Tensor) else value
 
 
 def _fit(tensor: Tensor, model: Any) -> Tensor:
@@ -173,8 +224,11 @@ def _load(name: str, folder: Path) -> DiffusersAutoencoder:
     files = _safe_weights(folder)
     _check_record(folder)
     class_name = read_json(folder / "config.json", DOWNLOAD_AGAIN).get("_class_name")
-    if not isinstance(class_name, str) or class_name not in _LATENTS:
-        raise UserError(f"{folder / 'config.json'} says _class_name {class_name}; only {', '.join(_LATENTS)} can be used.")
+    if not isinstance(class_name, str) or not is_autoencoder(class_name):
+        raise UserError(
+            f"{folder / 'config.json'} says _class_name {class_name}; only autoencoders of diffusers can be used, such as "
+            f"{', '.join(_PROVED)}."
+        )
     import diffusers  # slow to import
 
     with loading(folder):
@@ -182,7 +236,26 @@ def _load(name: str, folder: Path) -> DiffusersAutoencoder:
             folder, **dtype_argument(torch.float32), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     check_complete(folder, info["missing_keys"])
-    return DiffusersAutoencoder(name, model, fingerprint_of(files))
+    with loading(folder):  # the config of a model that is not for images lacks some of what is asked
+        autoencoder = DiffusersAutoencoder(name, model, fingerprint_of(files))
+    if class_name not in _PROVED:
+        _try(autoencoder, folder, class_name)
+    return autoencoder
+
+
+def _try(autoencoder: DiffusersAutoencoder, folder: Path, class_name: str) -> None:
+    """Raise UserError unless the autoencoder takes images to latents of the shape that it states, and back."""
+    side = max(TRIED_SIDE, autoencoder.downsampling)
+    try:
+        latents = autoencoder.encode(torch.zeros(1, 3, side, side))
+        shapes = tuple(latents.shape), tuple(autoencoder.decode(latents).shape)
+    except Exception as error:  # models of sound and of something else fail in many ways
+        raise UserError(f"The {class_name} in {folder} does not encode images ({first_line(error)}): take another autoencoder.") from error
+    own = side // autoencoder.downsampling
+    if shapes != ((1, autoencoder.channels, own, own), (1, 3, side, side)):
+        raise UserError(
+            f"The {class_name} in {folder} makes latents {shapes[0]} and images {shapes[1]} of {side} pixels: it cannot be used."
+        )
 
 
 def _check_record(folder: Path) -> None:

@@ -50,10 +50,10 @@ def find_folder(place: str, patterns: list[str]) -> Path:
     except Exception as error:  # the network, the hub and the disk raise errors of many types
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENOSPC):
             raise UserError(
-                f"The files of {repository} cannot be stored ({_first_line(error)}): set HF_HOME to a writable folder with enough space."
+                f"The files of {repository} cannot be stored ({first_line(error)}): set HF_HOME to a writable folder with enough space."
             ) from error
         raise UserError(
-            f"There is no folder {place}, and the model {repository} could not be downloaded ({_first_line(error)}). Check the name and "
+            f"There is no folder {place}, and the model {repository} could not be downloaded ({first_line(error)}). Check the name and "
             "the network; or download the model's folder on another computer, and give the path of that folder."
         ) from error
 
@@ -112,7 +112,7 @@ def loading(what: Path) -> Iterator[None]:
             f"{what} is refused: its .bin is damaged, or holds more than tensors, and could then run code. Use a safetensors version of it."
         ) from error
     except Exception as error:  # a damaged or unsuitable file can cause any error
-        raise UserError(f"{what} cannot be loaded: {_first_line(error)}. Download it again, or choose another.") from error
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}. Download it again, or choose another.") from error
 
 
 def check_complete(what: Path, missing: list[str]) -> None:
@@ -123,7 +123,7 @@ def check_complete(what: Path, missing: list[str]) -> None:
         raise UserError(f"{what} lacks the weights {names}{more}, or has them in other shapes than its config states: download it again.")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error, with the second one if the first is only a heading."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".!")

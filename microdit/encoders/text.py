@@ -1,9 +1,9 @@
-"""Frozen text encoders: CLIP, T5 and BERT of transformers, and CLIP of open_clip.
+"""Frozen text encoders: CLIP, T5 and BERT of transformers, and CLIP of open_clip; `language_models.py` holds the others.
 
 They map captions to token ids, and these to one vector per token, (B, L, E), with a mask of the real tokens, (B, L).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -11,6 +11,15 @@ import torch
 from torch import Tensor
 
 from microdit.devices import sent_to
+from microdit.encoders.language_models import (
+    DECODERS,
+    ENCODERS,
+    LanguageModel,
+    TextOptions,
+    is_language_model,
+    parse_options,
+    split_options,
+)
 from microdit.encoders.model_files import (
     DOWNLOAD_AGAIN,
     check_complete,
@@ -86,17 +95,33 @@ class TextEncoder(Protocol):
 
 
 def load_text_encoder(name: str) -> TextEncoder:
-    """Load `minilm` (needs no network), `dfn-clip-h`, any CLIP, T5 or BERT of transformers, or any CLIP of open_clip.
+    """Load `minilm` (needs no network), `dfn-clip-h`, any CLIP, T5 or BERT of transformers, any CLIP of open_clip, or a language model.
 
-    All but the first two are named by their folder or by a hub id: `owner/name` or `owner/name:subfolder`. Raises UserError if there is no
-    such text encoder, or if it cannot be used.
+    All but the first two are named by their folder or by a hub id: `owner/name` or `owner/name:subfolder`. Options may follow a question
+    mark: `?tokens=512` for longer captions (T5 and language models), and `layer` and `template` for language models
+    (`language_models.py`). Raises UserError if there is no such text encoder, or if it cannot be used.
     """
     if name == "minilm":
         return MiniLM()
-    place = ALIASES.get(name, name)
+    asked, options = split_options(name)
+    place = ALIASES.get(asked, asked)
     if not is_place(place):
         raise UserError(f"There is no text encoder '{name}'. Known: minilm, {', '.join(ALIASES)}, a folder, or a hub id (owner/name).")
-    return FrozenTextEncoder(lasting_name(name), load_text_model(place))
+    lasting = lasting_name(asked) + options
+    if is_language_model(find_folder(place, _METADATA)):
+        return LanguageModel(lasting, place)
+    chosen = parse_options(name)
+    if chosen != TextOptions(tokens=chosen.tokens):
+        raise UserError(f"The text encoder {name} is no language model, and has no layer or template to choose: leave them out.")
+    return FrozenTextEncoder(lasting, _limited(load_text_model(place), chosen.tokens))
+
+
+def _limited(loaded: TextModel, tokens: int | None) -> TextModel:
+    """Return the model with captions of up to `tokens` tokens, as far as it reads so many."""
+    if tokens is None:
+        return loaded
+    most = loaded.tokenizer.model_max_length if _FAMILIES.get(loaded.model.config.model_type) == "t5" else loaded.max_tokens
+    return replace(loaded, max_tokens=min(tokens, most))
 
 
 class FrozenTextEncoder:
@@ -184,7 +209,9 @@ def load_text_model(place: str) -> TextModel:
         raise UserError(f"There is no text encoder in {folder}: it has neither config.json nor {OPEN_CLIP_CONFIG}.")
     model_type = read_json(folder / "config.json", DOWNLOAD_AGAIN).get("model_type")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        raise UserError(f"{folder / 'config.json'} says model_type {model_type}; only {', '.join(_FAMILIES)} can be used.")
+        raise UserError(
+            f"{folder / 'config.json'} says model_type {model_type}; only {', '.join((*_FAMILIES, *DECODERS, *ENCODERS))} can be used."
+        )
     return _load_transformers(place, folder, model_type)
 
 

@@ -26,7 +26,8 @@ from microdit.checkpoint import config_of_fields
 from microdit.diffusion.edm import EDM
 from microdit.diffusion.flow import Flow, FlowPrediction
 from microdit.diffusion.objective import Objective
-from microdit.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder
+from microdit.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, is_autoencoder, load_autoencoder
+from microdit.encoders.language_models import LanguageModel
 from microdit.encoders.model_files import check_complete, loading
 from microdit.encoders.text import FrozenTextEncoder, TextEncoder, load_text_encoder
 from microdit.errors import UserError
@@ -250,7 +251,7 @@ class _Reference(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def _hold(self, encoder: Any) -> None:
         if isinstance(encoder, FrozenTextEncoder):
             self.network = encoder.loaded.model  # a part of this module, so that it moves along
-        elif isinstance(encoder, DiffusersAutoencoder):
+        elif isinstance(encoder, DiffusersAutoencoder | LanguageModel):
             self.network = encoder.model
         self._opened = encoder
 
@@ -287,7 +288,7 @@ _MODULES_BEFORE = ("microdit.hub.transformer", "microdit.hub.scheduler", "microd
 _COMPONENTS: dict[str, set[tuple[str, str]]] = {
     "transformer": {(_OURS, "MicroDiTTransformer2DModel")},
     "scheduler": {(_OURS, "EDMSettings"), (_OURS, "FlowSettings")},
-    "vae": {*(("diffusers", name) for name in ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")), (_OURS, "ReferencedAutoencoder")},
+    "vae": {(_OURS, "ReferencedAutoencoder")},  # and the autoencoders of diffusers
     "text_encoder": {*(("transformers", name) for name in _TEXT_MODELS), (_OURS, "ReferencedTextEncoder")},
 }
 
@@ -348,4 +349,6 @@ def _is_component(name: str, value: list[Any] | tuple[Any, ...]) -> bool:
         return name not in ("transformer", "scheduler")
     if name == "tokenizer":
         return library == "transformers" and isinstance(class_name, str) and "Tokenizer" in class_name
+    if name == "vae" and library == "diffusers":
+        return is_autoencoder(class_name)
     return (library, class_name) in _COMPONENTS.get(name, ())

@@ -31,7 +31,7 @@ from microdit.data.pixels import to_image
 from microdit.diffusion.guidance import GuidanceKind, Guide, Text
 from microdit.diffusion.objective import Objective
 from microdit.diffusion.samplers import OnStep, Solver, Step
-from microdit.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, Pixels, load_autoencoder
+from microdit.encoders.autoencoder import Autoencoder, DiffusersAutoencoder, Pixels, lay_out_for_speed, load_autoencoder
 from microdit.encoders.captions import clean_caption, clean_prompts, warn_of_unread
 from microdit.encoders.model_files import dtype_argument, loading
 from microdit.encoders.text import FrozenTextEncoder, MiniLM, TextEncoder, as_text_model, load_text_encoder
@@ -115,7 +115,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
             vae_scale_factor=vae_scale_factor, mask_padding=mask_padding, full_captions=full_captions, pad_token_id=pad_token_id
         )
         if vae is not None:
-            vae.to(memory_format=torch.channels_last)  # as `DiffusersAutoencoder`: faster, and the same to the last bit
+            lay_out_for_speed(vae)
         self._interrupt = False
         self._guide: Guide | None = None  # the weak model of autoguidance
 
@@ -184,7 +184,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         held = text_encoder if isinstance(text_encoder, FrozenTextEncoder) and not isinstance(text_encoder, MiniLM) else None
         by_name = (
             ReferencedTextEncoder.around(text_encoder) if text_encoder is not None and held is None else None
-        )  # MiniLM, which is large
+        )  # MiniLM and language models, which are large
         return cls(
             MicroDiTTransformer2DModel.around(model, latent_size),
             noise_settings_of(objective),

@@ -2,12 +2,12 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderOobleck, AutoencoderTiny, Flux2Pipeline
 from safetensors.torch import load_file, save_file
 
-from microdit.encoders.autoencoder import BUNDLED_ICON, decode_latents, load_autoencoder
+from microdit.encoders.autoencoder import BUNDLED_ICON, DiffusersAutoencoder, load_autoencoder
 from microdit.errors import UserError
-from tests.encoders.tiny_models import save_dc, save_kl, save_tiny
+from tests.encoders.tiny_models import save_dc, save_flux2, save_kl, save_qwen_image, save_tiny
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -43,6 +43,43 @@ def test_a_tiny_and_a_dc_autoencoder(tmp_path, images):
     autoencoder = load_autoencoder(str(tmp_path / "dc"))
     assert (autoencoder.channels, autoencoder.downsampling) == (8, 4)
     check_latents(autoencoder, images, raw.encode(images).latent, 0.41, 0.0, raw.decode)
+
+
+@torch.no_grad()
+def test_flux2_latents_are_patches_normalised_as_its_pipeline_does(tmp_path, images):
+    raw = save_flux2(tmp_path)
+    autoencoder = load_autoencoder(str(tmp_path))
+    assert (autoencoder.channels, autoencoder.downsampling) == (16, 8)
+    z = raw.encode(images).latent_dist.mode()
+    mean, std = raw.bn.running_mean.view(1, -1, 1, 1), torch.sqrt(raw.bn.running_var.view(1, -1, 1, 1) + raw.config.batch_norm_eps)
+    expected = (Flux2Pipeline._patchify_latents(z) - mean) / std
+    assert torch.allclose(autoencoder.encode(images), expected, atol=1e-5)
+    assert expected.shape == (2, 16, 4, 4)
+    unpatched = Flux2Pipeline._unpatchify_latents(expected * std + mean)
+    assert torch.allclose(autoencoder.decode(expected), raw.decode(unpatched).sample, atol=1e-4)
+    rough = load_autoencoder(str(tmp_path)).to("cpu", torch.bfloat16)
+    assert torch.allclose(rough.decode(expected), autoencoder.decode(expected), atol=0.1)
+
+
+@torch.no_grad()
+def test_an_autoencoder_of_videos_takes_an_image_as_one_frame(tmp_path, images):
+    raw = save_qwen_image(tmp_path)
+    autoencoder = load_autoencoder(str(tmp_path))
+    z = raw.encode(images.unsqueeze(2)).latent_dist.mode()[:, :, 0]
+    mean, std = (torch.tensor(raw.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+    assert torch.allclose(autoencoder.encode(images), (z - mean) / std, atol=1e-5)
+    assert autoencoder.encode(images).shape == (2, autoencoder.channels, 8, 8)
+    decoded = autoencoder.decode((z - mean) / std)
+    assert torch.allclose(decoded, raw.decode(z.unsqueeze(2)).sample[:, :, 0], atol=1e-4)
+    assert decoded.shape == images.shape
+
+
+def test_one_that_encodes_no_images_is_refused(tmp_path):
+    AutoencoderOobleck(encoder_hidden_size=8, downsampling_ratios=[2, 2], decoder_channels=8, decoder_input_channels=4).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(UserError, match=r"AutoencoderOobleck in .* does not encode images|cannot be loaded"):
+        load_autoencoder(str(tmp_path))
 
 
 @torch.no_grad()
@@ -109,7 +146,7 @@ def test_one_that_overflows_in_float16_is_kept_out_of_it(tmp_path):
     assert autoencoder.model.dtype == torch.float32
 
     autoencoder.model.half()  # as diffusers would load it
-    assert decode_latents(autoencoder.model, latents).isfinite().all()
+    assert DiffusersAutoencoder("half", autoencoder.model, "").decode(latents).isfinite().all()
     autoencoder.model.register_to_config(force_upcast=False)  # which is not true of this one
     assert not autoencoder.to("cpu", torch.float16).decode(latents).isfinite().all()
     assert autoencoder.model.dtype == torch.float16
@@ -119,7 +156,7 @@ def test_other_classes_are_refused_with_the_ones_that_can_be_used(tmp_path):
     save_tiny(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": "VQModel"}))
-    with pytest.raises(UserError, match="VQModel; only AutoencoderKL, AutoencoderTiny, AutoencoderDC"):
+    with pytest.raises(UserError, match="VQModel; only autoencoders of diffusers can be used, such as AutoencoderKL"):
         load_autoencoder(str(tmp_path))
 
 

@@ -4,19 +4,25 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderTiny
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    T5GemmaModuleConfig,
     T5Tokenizer,
 )
 
@@ -68,6 +74,38 @@ def save_dc(folder: Path) -> AutoencoderDC:
         encoder_qkv_multiscales=((), (), (5,)),
         decoder_qkv_multiscales=((), (), (5,)),
         scaling_factor=0.41,
+    )
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def save_flux2(folder: Path) -> AutoencoderKLFlux2:
+    torch.manual_seed(0)
+    blocks = 3
+    model = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+    model.bn.running_mean.copy_(torch.randn(16))
+    model.bn.running_var.copy_(torch.rand(16) + 0.5)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def save_qwen_image(folder: Path) -> AutoencoderKLQwenImage:
+    torch.manual_seed(0)
+    model = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 2.0, 1.0],
     )
     model.save_pretrained(folder)
     return model.eval()
@@ -126,6 +164,31 @@ def save_bert(folder: Path) -> BertModel:
     model = BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=CONTEXT, **sizes), add_pooling_layer=False).eval()
     model.save_pretrained(folder)
     return model
+
+
+LANGUAGE_MODELS = ("qwen2", "qwen3", "llama", "gemma", "gemma2", "gemma3_text", "mistral", "t5gemma")
+
+
+def save_language_model(folder: Path, model_type: str, with_start: bool = False) -> PreTrainedModel:
+    """Save a causal language model, or a T5Gemma with its decoder, as they are published. The tokenizer adds nothing but a start token."""
+    words = ["<pad>", "<s>", "<unk>", "<|end|>", "red", "cat", "picture", ":", *LETTERS, "<|endoftext|>"]
+    vocab = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if with_start:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)  # no pad token, as Llama's
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(words), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 2048}
+    if model_type == "t5gemma":
+        both = {"encoder": T5GemmaModuleConfig(**sizes), "decoder": T5GemmaModuleConfig(**sizes)}
+        model = T5GemmaForConditionalGeneration(T5GemmaConfig(**both, vocab_size=len(words)))
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    make_busy(model)
+    model.save_pretrained(folder)
+    return model.eval()
 
 
 class OpenClipText(nn.Module):

@@ -8,7 +8,18 @@ from microdit.models.config import Size
 from microdit.pipelines.pipeline import MicroDiTPipeline
 from microdit.pipelines.settings import SamplerSettings
 from tests.conftest import busy_model
-from tests.encoders.tiny_models import save_bert, save_clip, save_dc, save_kl, save_open_clip, save_t5, save_tiny
+from tests.encoders.tiny_models import (
+    save_bert,
+    save_clip,
+    save_dc,
+    save_flux2,
+    save_kl,
+    save_language_model,
+    save_open_clip,
+    save_qwen_image,
+    save_t5,
+    save_tiny,
+)
 
 SIZE = Size(dim=32, depth=2, head_dim=8, mixer_dim=16, mixer_depth=1, num_experts=2, round_ffn_to=8)
 PROMPTS = ["red", "red cat", "a red cat and then a dog"]
@@ -20,9 +31,24 @@ def test_every_text_encoder_reads_captions_as_before(tmp_path, save_text, full):
     check(tmp_path, save_text, save_kl, full)
 
 
-@pytest.mark.parametrize("save_vae", [save_tiny, save_dc])
+@pytest.mark.parametrize("save_vae", [save_tiny, save_dc, save_flux2, save_qwen_image])
 def test_every_autoencoder_decodes_as_before(tmp_path, save_vae):
     check(tmp_path, save_clip, save_vae, full=False)
+
+
+def test_a_language_model_is_named_with_its_options_and_not_copied(tmp_path):
+    (tmp_path / "text").mkdir()
+    save_language_model(tmp_path / "text", "qwen3")
+    save_tiny(tmp_path / "vae")
+    text, autoencoder = load_text_encoder(f"{tmp_path}/text?layer=-2&tokens=40"), load_autoencoder(str(tmp_path / "vae"))
+    model = busy_model(SIZE, in_channels=autoencoder.channels, caption_channels=text.channels).float()
+    ours = MicroDiTPipeline.of_parts(model, EDM(), autoencoder, text, (4, 6), mask_padding=True)
+    images = ours.generate(PROMPTS, SamplerSettings(2), seed=1)
+    ours.save_pretrained(tmp_path / "out")
+    assert not list((tmp_path / "out" / "text_encoder").glob("*.safetensors"))
+    loaded = MicroDiTPipeline.from_pretrained(tmp_path / "out")
+    assert loaded.caption_encoder.name == f"{tmp_path}/text?layer=-2&tokens=40"
+    assert [image.tobytes() for image in loaded.generate(PROMPTS, SamplerSettings(2), seed=1)] == [image.tobytes() for image in images]
 
 
 def check(tmp_path, save_text, save_vae, full):
