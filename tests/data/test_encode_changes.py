@@ -198,6 +198,19 @@ def test_a_part_that_changes_during_encoding_is_named_and_mended(tmp_path, text_
     assert [key for key, _ in held(tmp_path / "out")] == ["late", "0", "1", "0", "1"]
 
 
+def test_a_part_that_changes_while_it_is_read_is_named(tmp_path, text_encoder):
+    name = fill_tars(tmp_path / "set")
+    source = open_source(name)
+
+    def read_and_changed():
+        yield from source.parts[0].records()
+        write_tar(tmp_path / "set" / "0.tar", [(f"late.{end}", content) for end, content in files_of(5)])
+
+    parts = [replace(source.parts[0], records=read_and_changed), *source.parts[1:]]
+    with pytest.raises(UserError, match=r"These parts changed while they were encoded: 0\.tar\."):
+        encode_source(replace(source, parts=parts), tmp_path / "out", SETTINGS, Pixels(), text_encoder)
+
+
 def test_another_choice_of_records_is_a_change(tmp_path, text_encoder):
     name, told = fill_tars(tmp_path / "set"), []
     stop_before_the_last_part(open_source(name), tmp_path / "out", text_encoder)
