@@ -128,6 +128,7 @@ CHANGES = [
     ("tars", lambda folder: shutil.move(folder / "0.tar", folder / "00.tar"), "0.tar"),
     ("tars", lambda folder: (folder / "0.tar").unlink(), "0.tar"),
     ("tars", lambda folder: (folder / "2.tar").unlink(), None),
+    ("tars", lambda folder: [(folder / f"{n}.tar").unlink() for n in (1, 2)], "1.tar"),  # its shard lies beyond the last part
     ("zips", lambda folder: write_archive(folder / "0.zip", [(f"5.{end}", content) for end, content in files_of(5)]), "0.zip"),
     ("tables", lambda folder: write_table(folder / "0.parquet", ["one", "two", "three"]), "0.parquet/0"),
     ("tables", lambda folder: (folder / "0-beside.png").write_bytes(picture(9, "PNG", (20, 20))), "0.parquet/0"),
