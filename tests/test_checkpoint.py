@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -98,6 +99,15 @@ def test_a_hasty_checkpoint_is_assembled_from_all_shards(tmp_path):
     assert find_weights(tmp_path, pytest.fail, "model").tensors("model")["w"].equal(torch.arange(8.0).reshape(4, 2) + 2)
     with pytest.raises(UserError, match=r"no weights named ema-0\.5, only ema, model"):
         find_weights(tmp_path, pytest.fail, "ema-0.5")
+
+
+def test_a_hasty_checkpoint_with_a_shard_too_many_is_damaged(tmp_path):
+    write(tmp_path, 1)
+    shards = write_in_haste(tmp_path, 2) / "shards"
+    shutil.copy(min(shards.iterdir()), shards / "shard-00003.safetensors")
+    said = []
+    assert find_weights(tmp_path, said.append).step == 1
+    assert "step-00000002 is damaged (shards/shard-00003.safetensors: not what was written)" in said[0]
 
 
 def test_flipped_bytes_of_shards_are_noticed_before_assembly(tmp_path):

@@ -4,7 +4,7 @@ The recipes are written as YAML files for people to read and edit, so they conta
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,17 @@ class _Funds:
     flops: float
 
 
-def plan_for_dollars(dollars: float, machine: Machine, given: KnownShapes, data: str, images: int | None = None) -> Plan:
+def plan_for_dollars(
+    dollars: float,
+    machine: Machine,
+    given: KnownShapes,
+    data: str,
+    images: int | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Plan:
     """Return the plan for a sum. `images` is how many to encode, by default a million, or none if the set `data` is encoded already.
 
+    `check` is called before each slow computation and may raise to cancel it.
     Raises UserError if the sum is too small for any model or beyond what is planned for, or if no model fits the machine.
     """
     if not dollars > 0 or dollars == float("inf"):
@@ -122,7 +130,7 @@ def plan_for_dollars(dollars: float, machine: Machine, given: KnownShapes, data:
     wanted = _wanted(funds.flops)
     best = _nearest(wanted.middle)
     for width in reversed(WIDTHS[: WIDTHS.index(best) + 1]):
-        recipes = _recipes(size_of_width(width), funds, shapes, machine, data)
+        recipes = _recipes(size_of_width(width), funds, shapes, machine, data, check)
         if recipes is not None:
             widths = _nearest(wanted.middle / UNCERTAINTY), _nearest(wanted.middle * UNCERTAINTY)
             return Plan(
@@ -197,11 +205,13 @@ def _reaches_512(funds: _Funds, shapes: dict[str, Shapes]) -> bool:
     return funds.flops / _mean_flops(STAGES, size, shapes) * _shares(STAGES)[2] >= LEAST_AT_512
 
 
-def _recipes(size: Size, funds: _Funds, shapes: dict[str, Shapes], machine: Machine, data: str) -> dict[str, Recipe] | None:
+def _recipes(
+    size: Size, funds: _Funds, shapes: dict[str, Shapes], machine: Machine, data: str, check: Callable[[], None]
+) -> dict[str, Recipe] | None:
     """Return the phases that spend the funds, with engine settings that fit; None if there are none."""
     stages = funds.stages
     batch = _batch(funds.flops / _mean_flops(stages, size, shapes), machine.count)
-    found = [_memory_plan(stage, size, batch, shapes[stage.name], machine, stage is stages[-1]) for stage in stages]
+    found = [_memory_plan(stage, size, batch, shapes[stage.name], machine, stage is stages[-1], check) for stage in stages]
     ways = [way for way in found if way is not None]
     if len(ways) < len(found):
         return None
@@ -219,9 +229,11 @@ def _batch(images: float, gpus: int) -> int:
     return -(-batch // gpus) * gpus
 
 
-def _memory_plan(stage: Stage, size: Size, batch: int, shapes: Shapes, machine: Machine, last: bool) -> MemoryPlan | None:
+def _memory_plan(
+    stage: Stage, size: Size, batch: int, shapes: Shapes, machine: Machine, last: bool, check: Callable[[], None]
+) -> MemoryPlan | None:
     recipe = stage_recipe(stage, size, steps=1, batch_size=batch, last=last)
-    return PhaseMemory(recipe, recipe.phases[0], shapes, machine.count).best_plan(machine.chip.memory_gb)
+    return PhaseMemory(recipe, recipe.phases[0], shapes, machine.count, check).best_plan(machine.chip.memory_gb)
 
 
 def _mean_flops(stages: Sequence[Stage], size: Size, shapes: dict[str, Shapes], factors: Sequence[float] = (1.0,) * len(STAGES)) -> float:

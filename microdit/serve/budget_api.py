@@ -107,13 +107,13 @@ def estimate_text(request: BudgetRequest, recipes: Path, check: Callable[[], Non
         return console.export_text()
     if request.text is not None:
         raise UserError("Give a file, to see what it costs, or dollars, to see what they buy, not both.")
-    return _plan_text(request.dollars, machine, request.images, console)
+    return _plan_text(request.dollars, machine, request.images, console, check)
 
 
-def _plan_text(dollars: float, machine: Machine, images: int | None, console: PlainConsole) -> str:
+def _plan_text(dollars: float, machine: Machine, images: int | None, console: PlainConsole, check: Callable[[], None]) -> str:
     """Return the plan for `dollars` and the text of its recipes."""
-    plan = plan_for_dollars(dollars, machine, KnownShapes(), DATA, images)
-    print_plan(plan, estimate(plan.recipes, machine, images=images), console)
+    plan = plan_for_dollars(dollars, machine, KnownShapes(), DATA, images, check)
+    print_plan(plan, estimate(plan.recipes, machine, images=images, check=check), console)
     return console.export_text() + "".join(f"\n--- {name}\n{text}" for name, text in recipe_files(plan).items())
 
 

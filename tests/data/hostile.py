@@ -269,13 +269,13 @@ def fill_table(path: Path, count: int, generator: random.Random) -> int:
     return usable
 
 
-def header_bomb(path: Path, kind: bytes = tarfile.XHDTYPE, gigabytes: int = 3) -> Path:
-    """Write a gzipped tar of a few megabytes whose first header expands to gigabytes."""
-    hundredth = gzip.compress(bytes(10_000_000), 1)
+def header_bomb(path: Path, kind: bytes = tarfile.XHDTYPE, megabytes: int = 3000) -> Path:
+    """Write a gzipped tar, small on the disk, whose second header expands to so many megabytes, a multiple of 10."""
+    ten_megabytes = gzip.compress(bytes(10_000_000), 1)
     buffer = io.BytesIO()
     buffer.write(gzip.compress(member("0.png", good_picture(0)) + member("0.txt", b"words")))
-    buffer.write(gzip.compress(member("bomb", kind=kind, size=gigabytes * 1_000_000_000)))
-    buffer.write(hundredth * (100 * gigabytes))
+    buffer.write(gzip.compress(member("bomb", kind=kind, size=megabytes * 1_000_000)))
+    buffer.write(ten_megabytes * (megabytes // 10))
     path.write_bytes(buffer.getvalue())
     return path
 

@@ -128,6 +128,7 @@ CHANGES = [
     ("tars", lambda folder: shutil.move(folder / "0.tar", folder / "00.tar"), "0.tar"),
     ("tars", lambda folder: (folder / "0.tar").unlink(), "0.tar"),
     ("tars", lambda folder: (folder / "2.tar").unlink(), None),
+    ("tars", lambda folder: [(folder / f"{n}.tar").unlink() for n in (1, 2)], "1.tar"),  # its shard lies beyond the last part
     ("zips", lambda folder: write_archive(folder / "0.zip", [(f"5.{end}", content) for end, content in files_of(5)]), "0.zip"),
     ("tables", lambda folder: write_table(folder / "0.parquet", ["one", "two", "three"]), "0.parquet/0"),
     ("tables", lambda folder: (folder / "0-beside.png").write_bytes(picture(9, "PNG", (20, 20))), "0.parquet/0"),
@@ -196,6 +197,19 @@ def test_a_part_that_changes_during_encoding_is_named_and_mended(tmp_path, text_
         encode_source(replace(source, parts=parts), tmp_path / "out", SETTINGS, Pixels(), text_encoder)
     encode_source(open_source(name), tmp_path / "out", SETTINGS, Pixels(), text_encoder)
     assert [key for key, _ in held(tmp_path / "out")] == ["late", "0", "1", "0", "1"]
+
+
+def test_a_part_that_changes_while_it_is_read_is_named(tmp_path, text_encoder):
+    name = fill_tars(tmp_path / "set")
+    source = open_source(name)
+
+    def read_and_changed():
+        yield from source.parts[0].records()
+        write_tar(tmp_path / "set" / "0.tar", [(f"late.{end}", content) for end, content in files_of(5)])
+
+    parts = [replace(source.parts[0], records=read_and_changed), *source.parts[1:]]
+    with pytest.raises(UserError, match=r"These parts changed while they were encoded: 0\.tar\."):
+        encode_source(replace(source, parts=parts), tmp_path / "out", SETTINGS, Pixels(), text_encoder)
 
 
 def test_another_choice_of_records_is_a_change(tmp_path, text_encoder):

@@ -127,6 +127,20 @@ def test_what_was_damaged_is_said(tmp_path, written, said):
             everything(opened(path, 6, checksums))
 
 
+def test_a_blob_belongs_to_its_row_and_its_bucket(tmp_path):
+    path = tmp_path / "a.arrow"
+    write(path, 6)
+    shard, checksums, content = opened(path, 6), checksums_of(path), bytearray(path.read_bytes())
+    for read in (lambda: shard.latents(4, 8, 2), lambda: shard.text(4, 0.1, 0)):  # it is in bucket 1
+        with pytest.raises(DamagedShard, match=r"row 4 of .* is not what was written"):
+            read()
+    one, four = (slice(at := content.index(b"l%d" % row * 20), at + 48) for row in (1, 4))  # each with its checksum
+    content[one], content[four] = content[four], content[one]
+    path.write_bytes(content)
+    with pytest.raises(DamagedShard, match=r"row 1 of .* is not what was written"):
+        opened(path, 6, checksums).latents(1, 8, 1)
+
+
 def test_opening_reads_no_blob_and_no_caption(tmp_path):
     """Blobs are compared when they are read, so that terabytes of data open at once."""
     path = tmp_path / "a.arrow"

@@ -42,6 +42,14 @@ def test_arms_are_the_base_with_their_overrides(tmp_path):
     assert study.claims[0].budget == "flops"
 
 
+def test_maskdits_published_arm_is_their_recipe():
+    """2306.09305 drops half of the patches, and its decoder has eight blocks, narrower than the backbone."""
+    recipe = load_study("lab/masking")[1]["maskdit-published"]
+    assert (recipe.model.routing, recipe.model.mixer_depth, recipe.model.decoder_depth) == ("maskdit", 0, 8)
+    assert recipe.model.mixer_dim < recipe.model.dim
+    assert [phase.mask_ratio for phase in recipe.phases] == [0.5]
+
+
 def test_a_study_is_data_and_its_text_stays_as_written(tmp_path, monkeypatch):
     monkeypatch.setenv("API_KEY", "the-secret")
     text = STUDY.replace("which is better?", "${oc.env:API_KEY}").replace(

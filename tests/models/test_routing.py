@@ -182,6 +182,11 @@ def test_treads_route_is_the_published_one():
     assert [count for _, _, count in config.tokens_by_block(16, 8)][-12:] == [16] * 2 + [8] * 7 + [16] * 3
 
 
+def test_maskdits_decoder_has_the_published_eight_blocks():
+    assert len(resolve(replace(SIZE, routing="maskdit")).decoder) == 8
+    assert len(resolve(replace(SIZE, routing="maskdit", decoder_depth=1)).decoder) == 1
+
+
 def test_treads_dropped_tokens_come_back_as_they_were():
     """Without dense blocks behind the restore, the head sees what the dropped tokens were at the drop: the sparse blocks do not matter."""
     model = model_of("tread", dense_blocks=(2, 0))

@@ -4,7 +4,11 @@ import pytest
 
 from microdit.config.recipes import RECIPES
 from microdit.errors import UserError
-from microdit.serve.budget_api import estimate_text
+from microdit.planning.estimate import estimate
+from microdit.planning.hardware import find_machine, measurements_file
+from microdit.planning.planner import plan_for_dollars
+from microdit.planning.workload import KnownShapes
+from microdit.serve.budget_api import DATA, estimate_text
 from microdit.serve.json_requests import APIError
 from microdit.serve.schemas import BudgetRequest
 
@@ -52,6 +56,16 @@ def test_an_estimate_can_be_cancelled_between_its_parts():
     assert len(checked) >= 4 * (1 + 1)  # four models laid out, and at least one way for each
     with pytest.raises(UserError, match="enough"):
         estimated({"text": RECIPE}, lambda: (_ for _ in ()).throw(UserError("enough")))
+
+
+def test_a_plan_can_be_cancelled_while_it_is_made_and_while_it_is_estimated():
+    machine, planning, estimating, checked = find_machine("h100", 1, None, None, None, measurements_file()), [], [], []
+    plan = plan_for_dollars(100, machine, KnownShapes(), DATA, None, lambda: planning.append(1))
+    estimate(plan.recipes, machine, check=lambda: estimating.append(1))
+    assert planning
+    assert estimating
+    estimated({"dollars": 100}, lambda: checked.append(1))
+    assert len(checked) == len(planning) + len(estimating)
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 100_000, "../pyproject.toml", "\ud800"])

@@ -203,6 +203,12 @@ def test_requests_on_behalf_of_another_site_are_refused(place, client, headers):
     assert client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # another site may link to the page
 
 
+def test_an_origin_that_only_begins_like_the_own_one_is_foreign(client, place):
+    for origin in (f"{place[1]}0", f"{place[1]}.pictures.example"):
+        response = client.post("/api/budget", json={"dollars": -1}, headers={"Origin": origin})
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "wrong_origin"), origin
+
+
 def test_requests_of_the_own_page_and_of_programs_are_served(client, place):
     budget = {"dollars": -1}  # invalid, which is found out only after the checks
     for headers in ({"Origin": place[1], "Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}, {}):

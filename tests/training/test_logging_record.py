@@ -52,6 +52,16 @@ def test_half_a_last_line_is_no_damage(tmp_path, recipe):
     assert [path.name for path in tmp_path.glob("metrics*")] == ["metrics.jsonl"]
 
 
+def test_a_whole_last_line_that_is_damaged_is_reported(tmp_path, recipe):
+    content = f"{LINES[0]}\n{LINES[1][:-3]}\n"
+    (tmp_path / "metrics.jsonl").write_text(content)
+    said: list[str] = []
+    RunRecord(tmp_path, recipe, said.append, forget_after=9).close()
+    assert len(said) == 1
+    assert "metrics.jsonl are damaged, and dropped (2)" in said[0]
+    assert (tmp_path / "metrics.jsonl.damaged-1").read_text() == content
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"starts": 3}', b'{"starts": [[]]}', b"\xff\xfe", b"[" * 100_000])
 def test_a_damaged_run_json_is_begun_anew_and_kept_aside(tmp_path, recipe, content):
     (tmp_path / "run.json").write_bytes(content)

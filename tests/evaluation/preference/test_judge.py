@@ -223,12 +223,16 @@ def test_answers_of_an_earlier_start_are_not_requested_again(questions, tmp_path
     ]
 
 
-def test_an_endless_response_is_cut_off(pictures):
+ENDLESS = {200: f"more than {LONGEST_ANSWER:,} bytes, which is no chat completion", 400: ""}
+
+
+@pytest.mark.parametrize("status", ENDLESS)
+def test_an_endless_response_is_cut_off(pictures, status):
     sent = 0
 
     def script(handler: Handler, number: int, order: str) -> None:
         nonlocal sent
-        handler.send_response(200)
+        handler.send_response(status)
         handler.end_headers()
         with contextlib.suppress(ConnectionError):
             for _ in range(1000):
@@ -236,7 +240,7 @@ def test_an_endless_response_is_cut_off(pictures):
 
     with (
         serving(script) as server,
-        pytest.raises(UserError, match=f"responds with status 200: more than {LONGEST_ANSWER:,} bytes, which is no chat completion"),
+        pytest.raises(UserError, match=f"responds with status {status}: {ENDLESS[status]}"),
     ):
         judge_at(server.url)("a cat", *pictures, new_exchange())
     assert len(server.bodies) == 1
@@ -334,11 +338,12 @@ def test_concurrent_requests_are_bounded(questions, tmp_path):
         (403, "", r"refuses the key \(403\)"),
         (404, '{"error": {"message": "no such model"}}', r"has no model 'eyes-1', .* \(404\): no such model"),
         (400, json.dumps({"error": {"message": f"bad {KEY} " + "x" * 1000}}), r"responds with status 400: bad \*\*\* x{100,200}\.\.\.$"),
+        (302, "", r"has moved \(302\)"),  # which urllib alone would follow, with the key
         (307, "", r"has moved \(307\)"),
     ],
 )
 def test_lasting_errors_are_one_sentence_without_retries(pictures, status, body, sentence):
-    elsewhere = {"Location": "http://127.0.0.1:1/"} if status == 307 else {}
+    elsewhere = {"Location": "http://127.0.0.1:1/"} if status < 400 else {}
     with serving(lambda handler, *_: handler.send(status, body, **elsewhere)) as server, pytest.raises(UserError, match=sentence) as caught:
         judge_at(server.url)("a cat", *pictures, new_exchange())
     assert len(server.bodies) == 1
