@@ -34,6 +34,7 @@ from microdit.io.files import sha256_of, to_checked_json
 from microdit.models.microdit import MicroDiT, ModelConfig
 from microdit.process_limits import open_files
 from microdit.training.checkpointing import CheckpointWriter, newest_intact
+from microdit.pipelines.origin import origin_of_checkpoint
 from microdit.training.init_from import InitialWeights
 from microdit.training.setup import finished_checkpoint
 from microdit.training.state import TrainingState
@@ -176,7 +177,7 @@ def begin(world: World, place: Path, width: int) -> int:
         grown = [0]
 
         def fill(model: MicroDiT) -> None:
-            InitialWeights(checkpoint, "model").fill(model, world)
+            InitialWeights(origin_of_checkpoint(checkpoint), "model", checkpoint).fill(model, world)
             grown[0] = memory.grown()
 
         TrainingState(recipe, checkpoint.model_config, world, fill, fresh=True)
