@@ -32,9 +32,9 @@ from microdit.distributed import World, start_world, stop_world
 from microdit.errors import UserError
 from microdit.io.files import sha256_of, to_checked_json
 from microdit.models.microdit import MicroDiT, ModelConfig
+from microdit.pipelines.origin import origin_of_checkpoint
 from microdit.process_limits import open_files
 from microdit.training.checkpointing import CheckpointWriter, newest_intact
-from microdit.pipelines.origin import origin_of_checkpoint
 from microdit.training.init_from import InitialWeights
 from microdit.training.setup import finished_checkpoint
 from microdit.training.state import TrainingState
