@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -69,7 +69,7 @@ def find_origin(place: str) -> Origin:
 def diffusion_of(objective: Objective) -> DiffusionRecipe:
     """Return the part `diffusion:` of a recipe with this objective."""
     known = {one.name for one in fields(DiffusionRecipe)}
-    values = {key: value for key, value in asdict(objective).items() if key in known}  # type: ignore[call-overload]
+    values = {key: value for key, value in asdict(cast("Any", objective)).items() if key in known}
     return DiffusionRecipe(**values, objective="edm" if isinstance(objective, EDM) else "flow")
 
 
@@ -135,8 +135,9 @@ def _is(model: ModelRecipe, config: ModelConfig) -> bool:
 
 
 def _saved_objective(saved: Mapping[str, Any]) -> Objective:
-    kind = {"EDMSettings": EDM, "FlowSettings": Flow}[saved["_class_name"]]
-    return kind(**{key: value for key, value in saved.items() if not key.startswith("_")})
+    kinds: dict[str, Any] = {"EDMSettings": EDM, "FlowSettings": Flow}
+    objective: Objective = kinds[saved["_class_name"]](**{key: value for key, value in saved.items() if not key.startswith("_")})
+    return objective
 
 
 def _recorded_encoders(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -108,9 +109,8 @@ def new_recipe(place: str, choices: Choices) -> NewRecipe:
         raise UserError(f"{place} is a run or a recipe, not pictures: name a source of pictures with captions, or an encoded set.")
     origin = find_origin(choices.init_from) if choices.init_from else None
     if origin:
-        names = {key: str(encoder["name"]) for key, encoder in origin.encoders.items() if "name" in encoder}
-        autoencoder, text_encoder = names.get("autoencoder", choices.autoencoder), names.get("text_encoder", choices.text_encoder)
-        choices = replace(choices, autoencoder=autoencoder, text_encoder=text_encoder)  # the weights fit no other encoders
+        names: dict[str, Any] = {key: str(encoder["name"]) for key, encoder in origin.encoders.items() if "name" in encoder}
+        choices = replace(choices, **names)  # the weights fit no other encoders
     found = _for_encoded(folder, choices) if (folder / MANIFEST).is_file() else _for_source(place, choices)
     return replace(found, recipe=_fine_tuned(found.recipe, origin, choices)) if origin else found
 

@@ -32,6 +32,15 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"),
     *(".jp2", ".j2k", ".jpf", ".jpx", ".jxl", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi", ".pcx", ".sgi"),
 )
+# What an image of any name begins with. TIFF is missing: cameras' raw files begin like it.
+_BEGINNINGS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM....\0\0\0\0|RIFF....WEBP|....ftyp(?:avif|avis|heic|heix)|\0\0\0\x0cjP  |qoif", re.DOTALL
+)
+# Files of these names are never opened to see whether they are images: there may be one beside each image.
+_OTHER_SUFFIXES = (
+    *(b".txt", b".caption", b".json", b".jsonl", b".ndjson", b".csv", b".tsv", b".parquet", b".md", b".yaml"),
+    *(b".tar", b".tgz", b".zip", b".gz", b".zst", b".bz2"),
+)
 BLOCK = 10_000  # names that are held as Python objects at a time
 
 NO_FILE = "no such file"
@@ -168,7 +177,7 @@ class FoundFiles:
 
 
 def find_files(folder: Path) -> FoundFiles:
-    """List the files below `folder`.
+    """List the files below `folder`. Those without the suffix of an image are images if they begin like one.
 
     Folders that are not searched, because they cannot be read or are links that lead out of the source, are listed with a problem.
     """
@@ -196,7 +205,8 @@ def find_files(folder: Path) -> FoundFiles:
                     elif hidden:
                         passed_over[HIDDEN_FILE] += 1
                     else:
-                        (images if name.lower().endswith(suffixes) else others).add(name)
+                        is_image = name.lower().endswith(suffixes) or _begins_as_image(folder / os.fsdecode(name), roots)
+                        (images if is_image else others).add(name)
         except OSError:
             problems[inside.rstrip(b"/") or b"."] = LOCKED
     listed = ImageList(*_arrays_of(images.sorted([*problems])), {os.fsdecode(name): problem for name, problem in problems.items()})
@@ -205,11 +215,24 @@ def find_files(folder: Path) -> FoundFiles:
 
 def has_images(folder: Path) -> bool:
     """Return whether there is an image below `folder`."""
-    for _, folders, files in os.walk(folder):
+    roots = roots_of(folder)
+    for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if any(name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") for name in files):
+        seen = [name for name in files if not name.startswith(".")]
+        if any(name.lower().endswith(IMAGE_SUFFIXES) for name in seen) or any(_begins_as_image(Path(place, name), roots) for name in seen):
             return True
     return False
+
+
+def _begins_as_image(path: Path, roots: Roots) -> bool:
+    """Return whether a file with another name is an image by its first bytes."""
+    if os.fsencode(path.name).lower().endswith(_OTHER_SUFFIXES):
+        return False
+    try:
+        with open_file(path, roots) as file:
+            return _BEGINNINGS.match(file.read(16)) is not None
+    except (Refused, OSError):  # it is passed over, whatever it is
+        return False
 
 
 def is_hidden(path: str) -> bool:
