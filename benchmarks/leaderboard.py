@@ -72,7 +72,7 @@ def record_one(run: Path) -> dict[str, Any]:
     shapes = shapes_of(recipe)
     if shapes.samples is None:
         raise UserError(
-            f"The data of {run} is not here: start this where {', '.join(s.path for s in recipe.data.named_sets.values())} lies."
+            f"The data of {run} is not here: start this where {', '.join(str(s.folder) for s in recipe.data.named_sets.values())} lies."
         )
     with torch.device("meta"):
         model = MicroDiT(config_of(recipe, shapes))

@@ -1,6 +1,5 @@
 """The commands about data: microdit data encode, import-latents, look, verify."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,7 +100,7 @@ def encode_data(
 
     Example: microdit data encode my-pictures --out data/mine --resolutions 256 512 --autoencoder sdxl --text-encoder dfn-clip-h
     """
-    from microdit.data.encode import EncodeSettings, default_batch_size, held_out_folder, unfinished
+    from microdit.data.encode import EncodeSettings, default_batch_size, default_workers, held_out_folder, unfinished
     from microdit.data.sources.folders import listed_once
     from microdit.data.sources.open import open_source
     from microdit.data.sources.subsets import HoldOut, split_off
@@ -266,12 +265,6 @@ def verify_data(folder: Annotated[Path, typer.Argument(help="An encoded data set
     if damaged:
         raise UserError(f"Damaged in {folder}: {', '.join(damaged)}. Encode the data again.")
     console.print(f"{folder} is whole.")
-
-
-def default_workers(device: str) -> int:
-    """Return the number of workers per process: all cores but one with a GPU, half of them if the encoders need the CPU too."""
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(0, cores - 2) // 2 if device == "cpu" else max(1, cores - 1)
 
 
 @contextmanager

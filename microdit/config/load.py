@@ -129,6 +129,8 @@ def _problems(recipe: Recipe) -> list[str]:
     data = recipe.data
     need((data.path is None) != (not data.sets), "data needs either a path or sets, such as data.path=data/emoji.")
     need(not data.sets or any(item.repeat for item in data.sets.values()), "data.sets: at least one must have a repeat above 0.")
+    for name, item in data.sets.items():
+        need((item.path is None) != (item.source is None), f"data.sets.{name} needs either a path or a source, such as my-pictures.")
     for index, phase in enumerate(recipe.phases):
         problems = _mask_problems(phase, model) + _weight_problems(phase, data)
         found += [f"phases.{index}.{problem}" for problem in problems]

@@ -2,6 +2,7 @@
 
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -9,6 +10,7 @@ import yaml
 from microdit.diffusion.edm import EDM
 from microdit.diffusion.flow import Flow
 from microdit.diffusion.objective import Objective
+from microdit.errors import UserError
 from microdit.models.config import Size, resolve
 from microdit.models.microdit import ModelConfig
 from microdit.models.routing import Pattern
@@ -33,10 +35,22 @@ Weight = Annotated[float, Range(0, 10**9)]
 
 @dataclass(frozen=True)
 class SetRecipe:
-    """One of several encoded data sets. `repeat` is how often an epoch contains each sample, in phases without `weights`."""
+    """One of several data sets: the `path` of an encoded one, or a `source` that is encoded into a cache when training begins.
 
-    path: FilePath
+    `repeat` is how often an epoch contains each sample, in phases without `weights`. The cache holds what `microdit data encode` would have
+    made of the source with `resolution`, `autoencoder` and `text_encoder` of `DataRecipe`.
+    """
+
+    path: FilePath | None = None
+    source: FilePath | None = None
     repeat: Annotated[int, Range(0, 10**6)] = 1
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the encoded set. Raises UserError for a source that was not encoded yet."""
+        if self.path is None:
+            raise UserError(f"The source {self.source} of data.sets is encoded by 'microdit train' only: encode it, and name it by path.")
+        return Path(self.path)
 
 
 @dataclass(frozen=True)

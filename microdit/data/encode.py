@@ -11,6 +11,7 @@ Notable:
   all of them.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -72,6 +73,12 @@ class EncodeSettings:
     def planned(self) -> dict[str, Any]:
         """Return the settings that must be equal for an encoding to be continued."""
         return _planned({**asdict(self), "resolutions": list(self.resolutions)})
+
+
+def default_workers(device: str) -> int:
+    """Return the number of workers per process: all cores but one with a GPU, half of them if the encoders need the CPU too."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, cores - 2) // 2 if device == "cpu" else max(1, cores - 1)
 
 
 def default_batch_size(device: torch.device, resolutions: tuple[int, ...]) -> int:

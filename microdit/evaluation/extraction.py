@@ -11,7 +11,6 @@ Shapes: N images, D features.
 
 import hashlib
 import json
-import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.evaluation.features import ImageFeatures
 from microdit.io.console import QUIET, Reporter
-from microdit.io.files import write_aside
+from microdit.io.files import cache_folder, write_aside
 
 T = TypeVar("T")
 BLOCK = 256  # images
@@ -66,7 +65,7 @@ class Features:
 
 def feature_cache() -> Path:
     """Return the folder that caches features of reference sets, below XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "microdit" / "features"
+    return cache_folder() / "features"
 
 
 def extract(

@@ -63,7 +63,7 @@ def own_count(source: Source) -> int:
 def _own_set(run: Path) -> tuple[EncodedDataset, str]:
     data = load_recipe(run / RECIPE).data
     places = [(Path(data.held_out), "held out")] if data.held_out else []
-    places += [(Path(next(iter(data.named_sets.values())).path), "training set")]
+    places += [(next(iter(data.named_sets.values())).folder, "training set")]
     for place, kind in places:
         try:
             encoded = EncodedDataset(place, data.resolution)

@@ -20,6 +20,11 @@ ONE_DAY = 86_400  # seconds
 CHECKSUM = "self_sha256"  # the last entry of a JSON file that holds its own checksum
 
 
+def cache_folder() -> Path:
+    """Return this program's folder below XDG_CACHE_HOME or ~/.cache. Whatever is in it can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "microdit"
+
+
 def write_aside(path: Path, content: bytes) -> None:
     """Write a file atomically: to a temporary file in the same folder, flushed to the disk, then renamed to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ def run_study(study: Study, recipes: dict[str, Recipe], out: Path, world: World,
     with _alone(out):
         drop_damaged(out, reporter)
         plans = make_plan(study, recipes, out, world, reporter)
-        evaluator = QualityEvaluator(study, EncodedDataset(Path(first.path), data.resolution, world), world, reporter)
+        evaluator = QualityEvaluator(study, EncodedDataset(first.folder, data.resolution, world), world, reporter)
     todo = [(arm, seed) for seed in study.seeds for arm in study.arms]  # seed by seed, so that every arm has a first result early
     elsewhere = 0
     with reporter.progress(study.name, len(todo)) as advance:

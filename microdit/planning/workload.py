@@ -85,8 +85,8 @@ class Shapes:
 
 def shapes_of(recipe: Recipe, given: KnownShapes = KnownShapes()) -> Shapes:
     """Return the shapes of a recipe's data. Raises UserError if a set is damaged, or if the patch size does not divide the latents."""
-    folders = [Path(item.path) for item in recipe.data.named_sets.values()]
-    found = [EncodedDataset(folder, recipe.data.resolution) for folder in folders if (folder / MANIFEST).is_file()]
+    folders = [Path(item.path) if item.path else None for item in recipe.data.named_sets.values()]  # None: a source, not encoded yet
+    found = [EncodedDataset(folder, recipe.data.resolution) for folder in folders if folder and (folder / MANIFEST).is_file()]
     shapes = _read(found, len(found) == len(folders)) if found else assumed_shapes(recipe, given)
     p = recipe.model.patch_size
     for _, height, width in shapes.sides:

@@ -9,6 +9,7 @@ from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.console import Reporter, styled
 from microdit.io.locks import sole_writer
+from microdit.training.encode_sources import with_encoded_sources
 from microdit.training.setup import finished_checkpoint
 from microdit.training.trainer import Trainer
 
@@ -46,6 +47,7 @@ def train_one(
     checkpoint of the run that `init_from` names, which is then not read again. Raises UserError if another program is training the run,
     and whatever `Trainer` raises.
     """
+    recipe = with_encoded_sources(recipe, world, reporter)
     if settings.resume and (found := finished_checkpoint(run, recipe, world)):
         reporter.say(f"{run} is finished.")
         return found

@@ -40,7 +40,7 @@ def open_dataset(recipe: Recipe, warn: Callable[[str], None], world: World | Non
     Raises UserError if a set is missing, damaged or empty, or if its encoders differ from those of the recipe or of the other sets.
     """
     data = recipe.data
-    sets = {name: EncodedDataset(Path(item.path), data.resolution, world) for name, item in data.named_sets.items()}
+    sets = {name: EncodedDataset(item.folder, data.resolution, world) for name, item in data.named_sets.items()}
     for encoded in sets.values():
         for key, wanted in (("autoencoder", data.autoencoder), ("text_encoder", data.text_encoder)):
             found = encoded.manifest[key]["name"]
