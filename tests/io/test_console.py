@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.table import Table
+from rich.text import Text
 
 import microdit
 from microdit.cli import terminal
@@ -65,16 +66,18 @@ WAYS = {
     "a styled text": styled,
     "several": lambda text: joined(text, styled(text)),
     "a table": table_of,
+    "a text of rich's own": Text,
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_that_is_printed_commands_the_terminal_or_is_markup(way):
-    file = io.StringIO()
-    PlainConsole(file=file, width=400, force_terminal=True).print(WAYS[way](f"[/b] [red]word[/] :smile: {HOSTILE}"))
-    shown = STYLE.sub("", file.getvalue())
-    assert re.findall(r"[^\n -~─-╿]", shown) == []
-    assert r"[/b] [red]word[/] :smile: \u001b[2J" in shown
+    for settings in ({}, {"markup": True, "emoji": True}):
+        file = io.StringIO()
+        PlainConsole(file=file, width=400, force_terminal=True).print(WAYS[way](f"[/b] [red]word[/] :smile: {HOSTILE}"), **settings)
+        shown = STYLE.sub("", file.getvalue())
+        assert re.findall(r"[^\n -~─-╿]", shown) == []
+        assert r"[/b] [red]word[/] :smile: \u001b[2J" in shown
 
 
 def test_a_line_of_progress_shows_any_name_and_note_and_cuts_them():

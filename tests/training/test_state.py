@@ -101,6 +101,15 @@ def test_the_initial_weights_come_from_the_recipes_seed_alone():
     assert not drawn[0].equal(drawn[2])
 
 
+def test_a_steps_gradients_are_clipped_to_the_norm_that_its_phase_allows():
+    plain = recipe("deferred", "adamw")
+    state = TrainingState(plain, architecture(plain.model, 4, 12), World(0, 1, CPU, None), None, fresh=True)
+    _, decision = read_step(state.train_step(parts(plain, 0, True), 0, 1e-3, 0.01, SpikeGuard(plain.guard, CPU)).values())
+    assert decision.grad_norm > 0.02
+    moments = [tensor.flatten() for name, tensor in state.tensors().items() if name.endswith("/exp_avg")]
+    assert torch.cat(moments).norm().item() == pytest.approx((1 - plain.optimizer.betas[0]) * 0.01, rel=1e-3)
+
+
 def test_a_step_whose_loss_is_no_number_changes_nothing():
     plain = recipe("deferred", "muon")
     world = World(0, 1, CPU, None)
