@@ -33,7 +33,7 @@ _SCRIPTS = (
     ("Thai", r"\u0e00-\u0e7f"),
 )
 _WORDS = {
-    "English": "the of and with in on is are an at for from by her his its two this that",
+    "English": "a the of and with in on is are an at for from by her his its two this that",
     "German": "der die das und mit ein eine einem einer auf im ist von zu den zwei auf nicht",
     "French": "le la les et avec un une de des du dans sur est au aux deux qui",
     "Spanish": "el la los las y con un una en de del por para es dos que su",
@@ -76,7 +76,7 @@ def language_of(caption: str) -> str:
     for name, pattern in _IN_SCRIPT:
         if letters and len(pattern.findall(caption)) > letters / 2:
             return name
-    words = re.findall(r"[^\W\d_]+", caption.lower())
+    words = set(re.findall(r"[^\W\d_]+", caption.lower()))  # each once: "a drawing of a heart" is not twice Portuguese
     scores = {language: sum(word in known for word in words) for language, known in _STOPWORDS.items()}
     best, *others = sorted(scores.values(), reverse=True)
     return next(language for language, score in scores.items() if score == best) if best >= 2 and best > others[0] else ""
