@@ -25,7 +25,9 @@ from microdit.data.manifest import MANIFEST, read_manifest
 from microdit.data.sources.base import Source
 from microdit.data.sources.open import open_source
 from microdit.data.sources.subsets import HoldOut
+from microdit.encoders.autoencoder import RECORD
 from microdit.errors import UserError
+from microdit.io.files import read_json
 from microdit.io.untrusted_text import one_line
 from microdit.pipelines.origin import Origin, diffusion_of, find_origin
 
@@ -245,10 +247,22 @@ def _prompts(captions: list[str]) -> list[str]:
 
 
 def _resolution(autoencoder: str, sides: list[int]) -> int:
-    """Return the largest usual resolution of an autoencoder that at most SMALL_SHARE of the images are too small for."""
-    usual = RESOLUTIONS.get(autoencoder, LARGE_RESOLUTIONS)
+    """Return the largest usual resolution of an autoencoder that at most SMALL_SHARE of the images are too small for.
+
+    One that `microdit train-autoencoder` made is for the resolution that it was trained at.
+    """
+    usual = RESOLUTIONS.get(autoencoder) or _trained_at(Path(autoencoder).expanduser()) or LARGE_RESOLUTIONS
     fitting = (resolution for resolution in usual if sum(side < resolution for side in sides) <= SMALL_SHARE * len(sides))
     return next(fitting, usual[-1])
+
+
+def _trained_at(folder: Path) -> tuple[int] | None:
+    """Return the side of the pictures that the autoencoder in a folder was trained on; None if the folder does not record it."""
+    if not (folder / RECORD).is_file():
+        return None
+    settings = read_json(folder / RECORD, "Train the autoencoder again.").get("settings")
+    side = settings.get("image_size") if isinstance(settings, dict) else None
+    return (side,) if isinstance(side, int) and side > 0 else None
 
 
 def _notes(found: Survey, resolution: int, autoencoder: str) -> list[str]:

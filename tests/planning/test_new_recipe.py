@@ -1,6 +1,7 @@
 """Recipes that `microdit new` writes."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,14 @@ def test_what_the_user_chooses_is_taken_over(drawings):
     ]
     assert (found.recipe.data.resolution, found.recipe.data.autoencoder, found.recipe.data.held_out) == (256, "sdxl", "data/x-held-out")
     assert "120 of 120 pictures have a side shorter than 256 px and will be rejected (the median is 64 px)" in found.notes[0]
+
+
+@pytest.mark.parametrize(("record", "resolution"), [({"settings": {"image_size": 48}}, 48), ({"settings": None}, 256), (None, 256)])
+def test_an_autoencoder_of_ones_own_is_used_at_the_size_that_it_was_trained_at(drawings, tmp_path, record, resolution):
+    if record is not None:
+        write_file(tmp_path / "autoencoder" / "record.json", json.dumps(record).encode())
+    found = new_recipe(str(drawings), Choices(autoencoder=str(tmp_path / "autoencoder")))
+    assert found.recipe.data.resolution == resolution
 
 
 def test_an_encoded_set_needs_no_encoding_and_names_its_held_out_set(encoded_emoji):
