@@ -117,7 +117,7 @@ def _tar_members(file: BinaryIO, sidecars: frozenset[str] | None) -> Iterator[Me
     for stored in tar_members(file):
         if not stored.is_folder:
             key, extension = split_name(stored.name)
-            use = use_of(extension, sidecars) if key and sidecars is not None else ""
+            use = use_of(extension, sidecars, stored.peek) if key and sidecars is not None else ""
             problem = stored.problem or ("" if stored.is_file else UNREADABLE) or (TOO_LARGE if stored.size > _MOST[use] else "")
             yield Member(key, extension, use, stored.read() if use and not problem else b"", problem)
 
@@ -130,8 +130,16 @@ def _zip_members(file: BinaryIO, sidecars: frozenset[str] | None) -> Iterator[Me
     infos = sorted((info for info in archive.infolist() if not info.is_dir()), key=lambda info: split_name(info.filename))
     for info in infos:
         key, extension = split_name(info.filename)
-        use = use_of(extension, sidecars) if key and sidecars is not None else ""
+        use = use_of(extension, sidecars, partial(_zipped_start, archive, info)) if key and sidecars is not None else ""
         yield Member(key, extension, use, *(read_zipped(archive, info, _MOST[use]) if use else (b"", "")))
+
+
+def _zipped_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> bytes:
+    try:
+        with archive.open(info) as stored:
+            return stored.read(size)
+    except Exception:  # as in `read_zipped`; the file is passed over, whatever it is
+        return b""
 
 
 _MOST = {"image": LARGEST_FILE, "caption": LARGEST_TEXT, "": LARGEST_FILE}  # bytes that are read
@@ -154,6 +162,7 @@ class TarMember:
     problem: str
     _stream: Stream
     _left: int = field(init=False)  # bytes before the next header
+    _start: bytes = field(init=False, default=b"")
 
     def __post_init__(self) -> None:
         self._left = _padded(self.size) if self.is_file or self.kind not in tarfile.SUPPORTED_TYPES else 0
@@ -166,16 +175,26 @@ class TarMember:
     def is_folder(self) -> bool:
         return self.kind == tarfile.DIRTYPE
 
+    def peek(self, size: int) -> bytes:
+        """Read the first bytes, before `read` or in place of it; none of what has no content that can be used. Raises DamagedTar."""
+        if self.is_file and not self.problem:
+            self._start = self._take(min(size, self.size))
+        return self._start
+
     def read(self) -> bytes:
         """Read the whole content. Raises DamagedTar if the archive ends too early."""
-        with _as_damaged_tar():
-            content = _exactly(self._stream, self.size)
-        self._left -= self.size
-        return content
+        rest = self._take(self.size - len(self._start))
+        return self._start + rest if self._start else rest
 
     def skip(self) -> None:
         """Move to the next header."""
         _skip(self._stream, self._left)
+
+    def _take(self, size: int) -> bytes:
+        with _as_damaged_tar():
+            content = _exactly(self._stream, size)
+        self._left -= size
+        return content
 
 
 def tar_members(file: BinaryIO) -> Iterator[TarMember]:

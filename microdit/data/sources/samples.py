@@ -8,6 +8,9 @@ samples:
 - The only image of a group (`0.image.png`) takes all captions of the group (`0.caption.txt` is the one named "caption").
 - An image beside the main one of its group (`0.seg.png` beside `0.png`) is passed over, and counted.
 - Several images that could all be meant (`0.input.png`, `0.output.png` and `0.txt`; or `0.png` and `0.jpg`) are rejected together.
+
+Files are told apart by their suffixes, and images of any other name (`0`, `0.dat`) by their first bytes. Beside an image with the suffix of
+one, those are passed over unless both have captions of their own.
 """
 
 import re
@@ -20,6 +23,7 @@ from microdit.data.sources.untrusted_files import (
     IMAGE_SUFFIXES,
     LARGEST_FILE,
     LARGEST_TEXT,
+    begins_as_image,
     count_kind,
     is_hidden,
     kind_of,
@@ -46,6 +50,10 @@ class Member:
     problem: str = ""
     ends: bool = False
 
+    @property
+    def has_image_suffix(self) -> bool:
+        return f".{self.extension}".endswith(IMAGE_SUFFIXES)
+
 
 @dataclass
 class Sample:
@@ -67,11 +75,16 @@ def split_name(path: str) -> tuple[str, str]:
     return ("", path) if is_hidden(path) or not stem else (folder + slash + stem, extension.lower())
 
 
-def use_of(extension: str, sidecars: frozenset[str]) -> Literal["image", "caption", ""]:
-    """Return what a file with this extension, such as "seg.png", is by its name. `sidecars` are the extensions of captions."""
+def use_of(extension: str, sidecars: frozenset[str], read: Callable[[int], bytes]) -> Literal["image", "caption", ""]:
+    """Return what a file with this extension, such as "seg.png", is. `sidecars` are the extensions of captions.
+
+    `read(size)` returns its first bytes. It is called only where the extension does not tell.
+    """
     if f".{extension}".endswith(IMAGE_SUFFIXES):
         return "image"
-    return "caption" if extension.rpartition(".")[2] in sidecars else ""
+    if extension.rpartition(".")[2] in sidecars:
+        return "caption"
+    return "image" if begins_as_image(f".{extension}", read) else ""
 
 
 def grouped(members: Iterable[Member], end: str, need_sidecar: bool) -> Iterator[Sample]:
@@ -141,6 +154,7 @@ class _Group:
 
     def samples(self) -> list[Sample]:
         """Return the samples of the group. Each file is part of one of them, or passed over."""
+        self._leave_out_images_by_content()
         images = {name: unit for name, unit in self._units.items() if unit.images}
         captions = {name: unit for name, unit in self._units.items() if not unit.images}
         if not images:
@@ -156,6 +170,18 @@ class _Group:
         if captions and self.need_sidecar and not self._is_split and not any(unit.is_complete() for unit in images.values()):
             return [self._sample("", *self._units.values())]
         return [self._sample(*item) for item in self._units.items()]
+
+    def _leave_out_images_by_content(self) -> None:
+        """Pass over images without the suffix of one beside those that have it, unless both have captions of their own."""
+        with_suffix = [unit for unit in self._units.values() if any(member.has_image_suffix for member in unit.images)]
+        if not with_suffix:
+            return
+        any_complete = any(unit.captions for unit in with_suffix)
+        for unit in self._units.values():
+            if unit in with_suffix or not unit.captions or not any_complete:
+                self._pass_over([member for member in unit.images if not member.has_image_suffix])
+                unit.images = [member for member in unit.images if member.has_image_suffix]
+        self._units = {name: unit for name, unit in self._units.items() if unit.images or unit.captions}
 
     def _beside_main(self, images: dict[str, _Unit]) -> list[Sample]:
         """Return the samples among units beside the main image, and pass over the others."""
@@ -183,8 +209,7 @@ class _Group:
 
     def _pass_over(self, images: list[Member]) -> None:
         for member in images:
-            longer = member.extension if _WORDS.fullmatch(member.extension) else member.extension.rpartition(".")[2]
-            self.pass_over(f".{longer}")
+            self.pass_over(f".{member.extension}" if _WORDS.fullmatch(member.extension) else kind_of(f"x.{member.extension}"))
 
 
 _WORDS = re.compile(
