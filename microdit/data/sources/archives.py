@@ -61,12 +61,16 @@ def archive_source(files: list[Path], captions: dict[str, float] | None = None, 
     return Source(files[0].name if len(files) == 1 else files[0].absolute().parent.name, parts, weights)
 
 
-def read_archive(path: Path, sidecars: frozenset[str], roots: Roots | None) -> Iterator[Sample]:
+def read_archive(path: Path, sidecars: frozenset[str], roots: Roots | None, apart: str = "") -> Iterator[Sample]:
     """Yield the samples of an archive, each with its image and the files that have one of the extensions `sidecars`.
 
-    If the archive is damaged, the samples before the damage are followed by one that reports it.
+    The member named `apart`, which the caller reads itself, belongs to no sample and is not counted as passed over. If the archive is
+    damaged, the samples before the damage are followed by one that reports it.
     """
-    return grouped(_archive_members(path, sidecars, roots), path.name + END, need_sidecar=bool(sidecars))
+    members = _archive_members(path, sidecars, roots)
+    if apart:
+        members = (member for member in members if (member.key, member.extension) != split_name(apart))
+    return grouped(members, path.name + END, need_sidecar=bool(sidecars))
 
 
 def archive_names(path: Path, roots: Roots | None) -> Iterator[str]:
