@@ -15,7 +15,7 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,9 +24,10 @@ from typing import IO, Any, BinaryIO
 
 import pyarrow as pa
 
+from microdit.data.sources.archive_lists import LARGEST_LIST, CaptionList, is_list
 from microdit.data.sources.base import END, TARS, Part, Record, Source, relative_names
 from microdit.data.sources.metadata import captions_in, sidecar_fields, sidecars_for, url_in
-from microdit.data.sources.samples import Member, Sample, grouped, split_name, use_of
+from microdit.data.sources.samples import Member, Sample, Use, grouped, split_name, use_of
 from microdit.data.sources.untrusted_files import (
     LARGEST_FILE,
     LARGEST_TEXT,
@@ -100,10 +101,17 @@ def open_zip(file: BinaryIO) -> zipfile.ZipFile | None:
 
 
 def _read(path: Path, roots: Roots | None, captions: tuple[str, ...]) -> Iterator[Record]:
-    for sample in read_archive(path, sidecars_for(captions), roots):
+    damaged = False
+    listed = CaptionList(captions)
+    members = listed.taken_from(_archive_members(path, sidecars_for(captions), roots))
+    for sample in grouped(members, path.name + END, need_sidecar=True):
+        damaged |= sample.ends
         fields, broken = sidecar_fields(sample.sidecars)
-        found, problem = captions_in(fields, broken, captions)
-        yield Record(sample.key, found, sample.image, sample.problem or problem, sample.passed_over, url_in(fields))
+        item = listed.take(sample.file)
+        found, problem = (item.captions, item.problem) if item else captions_in(fields, broken, captions)
+        url = url_in(fields) or (item.url if item else "")
+        yield Record(sample.key, found, sample.image, sample.problem or problem, sample.passed_over, url)
+    yield from listed.rest(damaged)
 
 
 def _archive_members(path: Path, sidecars: frozenset[str] | None, roots: Roots | None) -> Iterator[Member]:
@@ -121,7 +129,7 @@ def _tar_members(file: BinaryIO, sidecars: frozenset[str] | None) -> Iterator[Me
     for stored in tar_members(file):
         if not stored.is_folder:
             key, extension = split_name(stored.name)
-            use = use_of(extension, sidecars, stored.peek) if key and sidecars is not None else ""
+            use = _use(stored.name, sidecars, stored.peek)
             problem = stored.problem or ("" if stored.is_file else UNREADABLE) or (TOO_LARGE if stored.size > _MOST[use] else "")
             yield Member(key, extension, use, stored.read() if use and not problem else b"", problem)
 
@@ -130,12 +138,20 @@ def _zip_members(file: BinaryIO, sidecars: frozenset[str] | None) -> Iterator[Me
     archive = open_zip(file)
     if archive is None:
         raise Refused(DAMAGED)
-    # A zip archive has a table of contents, so files that belong together need not be adjacent.
-    infos = sorted((info for info in archive.infolist() if not info.is_dir()), key=lambda info: split_name(info.filename))
+    # A zip archive has a table of contents, so files that belong together need not be adjacent. Caption lists come first.
+    infos = [info for info in archive.infolist() if not info.is_dir()]
+    infos.sort(key=lambda info: (not is_list(info.filename), split_name(info.filename)))
     for info in infos:
         key, extension = split_name(info.filename)
-        use = use_of(extension, sidecars, partial(_zipped_start, archive, info)) if key and sidecars is not None else ""
+        use = _use(info.filename, sidecars, partial(_zipped_start, archive, info))
         yield Member(key, extension, use, *(read_zipped(archive, info, _MOST[use]) if use else (b"", "")))
+
+
+def _use(name: str, sidecars: frozenset[str] | None, read: Callable[[int], bytes]) -> Use:
+    key, extension = split_name(name)
+    if not key or sidecars is None:
+        return ""
+    return "list" if sidecars and is_list(name) else use_of(extension, sidecars, read)
 
 
 def _zipped_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> bytes:
@@ -146,7 +162,7 @@ def _zipped_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) ->
         return b""
 
 
-_MOST = {"image": LARGEST_FILE, "caption": LARGEST_TEXT, "": LARGEST_FILE}  # bytes that are read
+_MOST = {"image": LARGEST_FILE, "caption": LARGEST_TEXT, "list": LARGEST_LIST, "": LARGEST_FILE}  # bytes that are read
 
 
 class DamagedTar(Exception):  # noqa: N818

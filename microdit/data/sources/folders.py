@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 from microdit.data.sources.base import Part, Record, Source, passed_over_in_words
 from microdit.data.sources.lists import (
     DIGEST,
+    LISTS,
     LinePosition,
     MetadataLines,
     caption_name,
@@ -55,7 +56,6 @@ from microdit.errors import UserError
 from microdit.io.files import aside_of, from_checked_json, sha256_of, to_checked_json, write_aside
 from microdit.io.locks import in_turn, in_use, is_held
 
-LISTS = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 PART_SIZE = 1000  # images
 
 # Files in the folder of an unfinished encoding.

@@ -41,6 +41,7 @@ DIGEST = 16  # bytes
 PASSES = 16
 BOM = b"\xef\xbb\xbf"
 DELIMITERS = (",", ";", "\t", "|")
+LISTS = ("metadata.jsonl", "metadata.csv", "metadata.tsv")  # names of the lists that caption the images beside them
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 LIST_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".txt")
 

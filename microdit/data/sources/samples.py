@@ -33,6 +33,7 @@ from microdit.data.sources.untrusted_files import (
 SEVERAL = "several pictures share the name before the first dot"
 NO_IMAGE = "no image"
 NO_SAMPLES = "archive holds no pictures"
+Use = Literal["image", "caption", "list", ""]  # a list holds captions of many images
 MOST_UNITS = 64  # of a group that are held; where names begin with a date, a whole archive is one group
 
 
@@ -45,10 +46,14 @@ class Member:
 
     key: str
     extension: str
-    use: Literal["image", "caption", ""] = ""
+    use: Use = ""
     content: bytes = b""
     problem: str = ""
     ends: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.key}.{self.extension}" if self.extension else self.key
 
     @property
     def has_image_suffix(self) -> bool:
@@ -57,7 +62,10 @@ class Member:
 
 @dataclass
 class Sample:
-    """An image, and the files with its captions by extension. `passed_over` counts the files met since the previous sample by kind."""
+    """An image, and the files with its captions by extension. `passed_over` counts the files met since the previous sample by kind.
+
+    `file` is the name of the image in the archive, with its extension in lower case.
+    """
 
     key: str
     image: bytes = b""
@@ -65,6 +73,7 @@ class Sample:
     problem: str = ""
     ends: bool = False  # not a sample, but the report that the rest of the archive cannot be read
     passed_over: dict[str, int] = field(default_factory=dict)
+    file: str = ""
 
 
 def split_name(path: str) -> tuple[str, str]:
@@ -75,7 +84,7 @@ def split_name(path: str) -> tuple[str, str]:
     return ("", path) if is_hidden(path) or not stem else (folder + slash + stem, extension.lower())
 
 
-def use_of(extension: str, sidecars: frozenset[str], read: Callable[[int], bytes]) -> Literal["image", "caption", ""]:
+def use_of(extension: str, sidecars: frozenset[str], read: Callable[[int], bytes]) -> Use:
     """Return what a file with this extension, such as "seg.png", is. `sidecars` are the extensions of captions.
 
     `read(size)` returns its first bytes. It is called only where the extension does not tell.
@@ -205,6 +214,7 @@ class _Group:
             images[0].content if images and not problem else b"",
             {member.extension.removeprefix(f"{name}."): member.content for member in captions if member.content},
             problem or ("" if images else NO_IMAGE),
+            file=images[0].name if images else "",
         )
 
     def _pass_over(self, images: list[Member]) -> None:
