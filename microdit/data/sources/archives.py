@@ -15,7 +15,7 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,9 +24,10 @@ from typing import IO, Any, BinaryIO
 
 import pyarrow as pa
 
+from microdit.data.sources.archive_lists import LARGEST_LIST, CaptionList, is_list
 from microdit.data.sources.base import END, TARS, Part, Record, Source, relative_names
 from microdit.data.sources.metadata import captions_in, sidecar_fields, sidecars_for, url_in
-from microdit.data.sources.samples import Member, Sample, grouped, split_name, use_of
+from microdit.data.sources.samples import Member, Sample, Use, grouped, split_name, use_of
 from microdit.data.sources.untrusted_files import (
     LARGEST_FILE,
     LARGEST_TEXT,
@@ -61,12 +62,16 @@ def archive_source(files: list[Path], captions: dict[str, float] | None = None, 
     return Source(files[0].name if len(files) == 1 else files[0].absolute().parent.name, parts, weights)
 
 
-def read_archive(path: Path, sidecars: frozenset[str], roots: Roots | None) -> Iterator[Sample]:
+def read_archive(path: Path, sidecars: frozenset[str], roots: Roots | None, apart: str = "") -> Iterator[Sample]:
     """Yield the samples of an archive, each with its image and the files that have one of the extensions `sidecars`.
 
-    If the archive is damaged, the samples before the damage are followed by one that reports it.
+    The member named `apart`, which the caller reads itself, belongs to no sample and is not counted as passed over. If the archive is
+    damaged, the samples before the damage are followed by one that reports it.
     """
-    return grouped(_archive_members(path, sidecars, roots), path.name + END, need_sidecar=bool(sidecars))
+    members = _archive_members(path, sidecars, roots)
+    if apart:
+        members = (member for member in members if (member.key, member.extension) != split_name(apart))
+    return grouped(members, path.name + END, need_sidecar=bool(sidecars))
 
 
 def archive_names(path: Path, roots: Roots | None) -> Iterator[str]:
@@ -96,10 +101,17 @@ def open_zip(file: BinaryIO) -> zipfile.ZipFile | None:
 
 
 def _read(path: Path, roots: Roots | None, captions: tuple[str, ...]) -> Iterator[Record]:
-    for sample in read_archive(path, sidecars_for(captions), roots):
+    damaged = False
+    listed = CaptionList(captions)
+    members = listed.taken_from(_archive_members(path, sidecars_for(captions), roots))
+    for sample in grouped(members, path.name + END, need_sidecar=True):
+        damaged |= sample.ends
         fields, broken = sidecar_fields(sample.sidecars)
-        found, problem = captions_in(fields, broken, captions)
-        yield Record(sample.key, found, sample.image, sample.problem or problem, sample.passed_over, url_in(fields))
+        item = listed.take(sample.file)
+        found, problem = (item.captions, item.problem) if item else captions_in(fields, broken, captions)
+        url = url_in(fields) or (item.url if item else "")
+        yield Record(sample.key, found, sample.image, sample.problem or problem, sample.passed_over, url)
+    yield from listed.rest(damaged)
 
 
 def _archive_members(path: Path, sidecars: frozenset[str] | None, roots: Roots | None) -> Iterator[Member]:
@@ -117,7 +129,7 @@ def _tar_members(file: BinaryIO, sidecars: frozenset[str] | None) -> Iterator[Me
     for stored in tar_members(file):
         if not stored.is_folder:
             key, extension = split_name(stored.name)
-            use = use_of(extension, sidecars) if key and sidecars is not None else ""
+            use = _use(stored.name, sidecars, stored.peek)
             problem = stored.problem or ("" if stored.is_file else UNREADABLE) or (TOO_LARGE if stored.size > _MOST[use] else "")
             yield Member(key, extension, use, stored.read() if use and not problem else b"", problem)
 
@@ -126,15 +138,31 @@ def _zip_members(file: BinaryIO, sidecars: frozenset[str] | None) -> Iterator[Me
     archive = open_zip(file)
     if archive is None:
         raise Refused(DAMAGED)
-    # A zip archive has a table of contents, so files that belong together need not be adjacent.
-    infos = sorted((info for info in archive.infolist() if not info.is_dir()), key=lambda info: split_name(info.filename))
+    # A zip archive has a table of contents, so files that belong together need not be adjacent. Caption lists come first.
+    infos = [info for info in archive.infolist() if not info.is_dir()]
+    infos.sort(key=lambda info: (not is_list(info.filename), split_name(info.filename)))
     for info in infos:
         key, extension = split_name(info.filename)
-        use = use_of(extension, sidecars) if key and sidecars is not None else ""
+        use = _use(info.filename, sidecars, partial(_zipped_start, archive, info))
         yield Member(key, extension, use, *(read_zipped(archive, info, _MOST[use]) if use else (b"", "")))
 
 
-_MOST = {"image": LARGEST_FILE, "caption": LARGEST_TEXT, "": LARGEST_FILE}  # bytes that are read
+def _use(name: str, sidecars: frozenset[str] | None, read: Callable[[int], bytes]) -> Use:
+    key, extension = split_name(name)
+    if not key or sidecars is None:
+        return ""
+    return "list" if sidecars and is_list(name) else use_of(extension, sidecars, read)
+
+
+def _zipped_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> bytes:
+    try:
+        with archive.open(info) as stored:
+            return stored.read(size)
+    except Exception:  # as in `read_zipped`; the file is passed over, whatever it is
+        return b""
+
+
+_MOST = {"image": LARGEST_FILE, "caption": LARGEST_TEXT, "list": LARGEST_LIST, "": LARGEST_FILE}  # bytes that are read
 
 
 class DamagedTar(Exception):  # noqa: N818
@@ -154,6 +182,7 @@ class TarMember:
     problem: str
     _stream: Stream
     _left: int = field(init=False)  # bytes before the next header
+    _start: bytes = field(init=False, default=b"")
 
     def __post_init__(self) -> None:
         self._left = _padded(self.size) if self.is_file or self.kind not in tarfile.SUPPORTED_TYPES else 0
@@ -166,16 +195,26 @@ class TarMember:
     def is_folder(self) -> bool:
         return self.kind == tarfile.DIRTYPE
 
+    def peek(self, size: int) -> bytes:
+        """Read the first bytes, before `read` or in place of it; none of what has no content that can be used. Raises DamagedTar."""
+        if self.is_file and not self.problem:
+            self._start = self._take(min(size, self.size))
+        return self._start
+
     def read(self) -> bytes:
         """Read the whole content. Raises DamagedTar if the archive ends too early."""
-        with _as_damaged_tar():
-            content = _exactly(self._stream, self.size)
-        self._left -= self.size
-        return content
+        rest = self._take(self.size - len(self._start))
+        return self._start + rest if self._start else rest
 
     def skip(self) -> None:
         """Move to the next header."""
         _skip(self._stream, self._left)
+
+    def _take(self, size: int) -> bytes:
+        with _as_damaged_tar():
+            content = _exactly(self._stream, size)
+        self._left -= size
+        return content
 
 
 def tar_members(file: BinaryIO) -> Iterator[TarMember]:

@@ -1,17 +1,20 @@
-"""Read a folder of images, captioned by files beside them or by one list at its top (metadata.jsonl, .csv or .tsv), or such a list alone.
+"""Read a folder of images, captioned by files beside them or by lists (metadata.jsonl, .csv or .tsv), or such a list alone.
 
-Every image and every line of the list becomes one record. Where several processes encode a folder, `listed_once` lets one of them list it;
-the others read that listing from a file.
+A list at the top of the folder captions all of it. Without one, a list in a subfolder captions the images that it names, and all others
+have their captions beside them. Every image and every line of a list becomes one record. Where several processes encode a folder,
+`listed_once` lets one of them list it; the others read that listing from a file.
 """
 
 import hashlib
 import os
+import posixpath
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from safetensors.numpy import save_file
 from microdit.data.sources.base import Part, Record, Source, passed_over_in_words
 from microdit.data.sources.lists import (
     DIGEST,
+    LISTS,
     LinePosition,
     MetadataLines,
     caption_name,
@@ -52,7 +56,6 @@ from microdit.errors import UserError
 from microdit.io.files import aside_of, from_checked_json, sha256_of, to_checked_json, write_aside
 from microdit.io.locks import in_turn, in_use, is_held
 
-LISTS = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 PART_SIZE = 1000  # images
 
 # Files in the folder of an unfinished encoding.
@@ -60,31 +63,37 @@ NAMES = ".listing.safetensors"  # the names of the images
 ABOUT = ".listing.json"  # everything else about the listing, with the checksum of NAMES
 USED = ".listing.lock"  # held by every process that uses the listing
 TURN = ".turn.lock"  # held by the process that lists the folder, or begins or completes the encoding
+SHOWN = 5  # names in a note
 COMPARED_PARTS = 64  # compared by each process, to notice if it sees other files than the process that listed them
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The records of a folder: the lines of its list, if it has one, then the images that no line names.
+    """The records of a folder: the lines of its lists, if it has any, then the images that no line names.
 
     `captions` are the names of the captions to read from the lines. `passed_over` counts, by kind, the files that are neither images nor
-    captions.
+    captions; `note` is a sentence about lists among them.
     """
 
     images: ImageList
-    lines: MetadataLines | None = None
+    lists: tuple[MetadataLines, ...] = ()
     captions: tuple[str, ...] = ()
     passed_over: Mapping[str, int] = field(default_factory=dict)
+    note: str = ""
 
     def __len__(self) -> int:
-        return (len(self.lines) if self.lines else 0) + len(self.images)
+        return self.count_lines() + len(self.images)
+
+    def count_lines(self) -> int:
+        return sum(map(len, self.lists))
 
     def __getitem__(self, which: slice) -> list[ListedImage]:
         start, stop, _ = which.indices(len(self))
-        if self.lines is None:
-            return self.images[start:stop]
-        first = len(self.lines)  # number of the first image
-        return self.lines.read(start, stop, self.captions) + self.images[max(0, start - first) : max(0, stop - first)]
+        read: list[ListedImage] = []
+        for lines in self.lists:
+            read += lines.read(max(0, start), max(0, stop), self.captions)
+            start, stop = start - len(lines), stop - len(lines)
+        return read + self.images[max(0, start) : max(0, stop)]
 
 
 MakeListing = Callable[[], Listing]
@@ -97,16 +106,16 @@ def folder_source(
 ) -> Source:
     """Return a source of all images below `folder`, in the order of their paths.
 
-    `file_column` names the column of the folder's list that holds the files, if it has no usual name. Raises UserError if there is no
-    image, or if the list has no captions.
+    `file_column` names the column of the folder's lists that holds the files, if it has no usual name. Raises UserError if there is no
+    image, or if a list has no captions.
     """
     make = partial(list_folder, folder, tuple(captions or CAPTION_NAMES), file_column)
     listing = list_once(folder, make) if list_once else make()
     name = folder.absolute().name
-    if listing.lines is not None:
-        return _listed_source(name, listing, listing.lines, folder, captions)
+    if listing.lists:
+        return _listed_source(name, listing, folder, captions)
     weights = captions or {"caption": 1.0}
-    return Source(name, parts_of(listing, folder, tuple(weights)), weights, passed_over=listing.passed_over)
+    return Source(name, parts_of(listing, folder, tuple(weights)), weights, note=listing.note, passed_over=listing.passed_over)
 
 
 def list_source(path: Path, captions: dict[str, float] | None = None, file_column: str | None = None) -> Source:
@@ -119,44 +128,80 @@ def list_source(path: Path, captions: dict[str, float] | None = None, file_colum
         raise UserError(f"{path} has no lines: write an object with file_name and text in each, or a CSV table with these columns.")
     lines = replace(lines, repeated=np.flatnonzero(repeated_in(digests)))
     none = ImageList(0, np.zeros(1, np.int64), np.zeros(0, np.uint8), {})
-    return _listed_source(path.name, Listing(none, lines), lines, path.parent, captions)
+    return _listed_source(path.name, Listing(none, (lines,)), path.parent, captions)
 
 
-def _listed_source(name: str, listing: Listing, lines: MetadataLines, folder: Path, captions: dict[str, float] | None) -> Source:
-    if captions:
-        check_captions(lines.names, captions, str(lines.path))
-    weights = captions or {caption_name(lines): 1.0}
-    parts = parts_of(replace(listing, captions=tuple(weights)), folder)
-    return Source(name, parts, weights, passed_over=listing.passed_over)
+def _listed_source(name: str, listing: Listing, folder: Path, captions: dict[str, float] | None) -> Source:
+    lists = listing.lists
+    in_subfolders = bool(lists[0].inside)
+    for lines in lists if captions else ():
+        check_captions(lines.names, captions or {}, str(lines.path))
+    if in_subfolders and not captions:  # one name for all, since each list may name its captions differently
+        lists = tuple(replace(lines, caption_column=caption_name(lines)) for lines in lists)
+    weights = captions or {"caption" if in_subfolders else caption_name(lists[0]): 1.0}
+    listing = replace(listing, lists=lists, captions=tuple(weights))
+    parts = parts_of(listing, folder, tuple(weights) if in_subfolders else ())
+    return Source(name, parts, weights, note=listing.note, passed_over=listing.passed_over)
 
 
 def list_folder(folder: Path, captions: Sequence[str], file_column: str | None = None) -> Listing:
-    """List the images below `folder` and the lines of its list. `captions` are the fields of the lines that may hold captions.
+    """List the images below `folder` and the lines of its lists. `captions` are the fields of the lines that may hold captions.
 
-    Raises UserError if there is no image, or more than one list.
+    Raises UserError if there is no image, or more than one list in a folder.
     """
     found = find_files(folder)
-    lists = [folder / name for name in LISTS if (folder / name).is_file()]
+    at_top = [name for name in LISTS if (folder / name).is_file()]
     if not len(found.images):
-        if lists:
-            find_lines(lists[0], captions, PART_SIZE, file_column)  # which may explain why
+        if at_top:
+            find_lines(folder / at_top[0], captions, PART_SIZE, file_column)  # which may explain why
         others = passed_over_in_words(_passed_over(found, np.zeros(len(found.others), np.bool_)))
         raise UserError(
             f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}), archives or tables{f', only {others}' if others else ''}."
         )
-    if len(lists) > 1:
-        raise UserError(f"{folder} holds both {lists[0].name} and {lists[1].name}: remove the one that should not be used.")
-    if not lists:
-        return Listing(found.images, passed_over=_passed_over(found, _sidecars(found, sidecars_for(captions))))
-    lines, digests = find_lines(lists[0], captions, PART_SIZE, file_column)
-    in_lines, unlisted, passed_over = split_by_list(found, digests, lists[0].name)
-    return Listing(unlisted, replace(lines, repeated=np.flatnonzero(in_lines)), passed_over=passed_over)
+    below = _lists_below(found)
+    names = at_top or [name for name in below if name.endswith(LISTS)]
+    for inside, both in groupby(names, posixpath.dirname):
+        if len(several := [*both]) > 1:
+            held = [posixpath.basename(name) for name in several]
+            raise UserError(f"{folder / inside} holds both {held[0]} and {held[1]}: remove the one that should not be used.")
+    note = _note_on([name for name in below if name not in set(names)])
+    sidecars = () if at_top else sidecars_for(captions)
+    if not names:
+        return Listing(found.images, passed_over=_passed_over(found, _sidecars(found, sidecars)), note=note)
+    lists, all_digests = [], bytearray()
+    for name in names:
+        lines, digests = find_lines(folder / name, captions, PART_SIZE, file_column, name[: name.rfind("/") + 1])
+        lists.append(lines)
+        all_digests += digests
+    repeated, unlisted, passed_over = split_by_list(found, all_digests, names, sidecars)
+    of_each = np.split(repeated, np.cumsum([len(lines) for lines in lists])[:-1])
+    listed = tuple(replace(lines, repeated=np.flatnonzero(some)) for lines, some in zip(lists, of_each, strict=True))
+    return Listing(unlisted, listed, passed_over=passed_over, note=note)
 
 
-def split_by_list(found: FoundFiles, digests: bytearray, list_name: str) -> tuple[NDArray[np.bool_], ImageList, dict[str, int]]:
-    """Compare the files of a folder with those that its list names, given as `digest_of` each, concatenated.
+def _lists_below(found: FoundFiles) -> list[str]:
+    """Return the names of the caption lists in subfolders, also of those that are not read, sorted."""
+    chosen = pc.match_substring_regex(found.others, r"/metadata\.(jsonl|csv|tsv|parquet)$")
+    return [os.fsdecode(name) for name in found.others.filter(chosen).to_pylist()]
 
-    Returns which digests repeat an earlier one, (N,), the images that the list does not name, and the counts of what is passed over.
+
+def _note_on(unread: list[str]) -> str:
+    if not unread:
+        return ""
+    more = f" and {len(unread) - SHOWN:,} more" if len(unread) > SHOWN else ""
+    return (
+        f"These caption lists are not read: {', '.join(unread[:SHOWN])}{more}. In subfolders, lists are read as .jsonl, .csv or .tsv, and "
+        "only if the folder has none at its top."
+    )
+
+
+def split_by_list(
+    found: FoundFiles, digests: bytearray, lists: Sequence[str], sidecars: Iterable[str] = ()
+) -> tuple[NDArray[np.bool_], ImageList, dict[str, int]]:
+    """Compare the files of a folder with those that its `lists` name, given as `digest_of` each, concatenated.
+
+    The images that they do not name have captions beside them, in files of the kinds `sidecars`, or else no caption. Returns which digests
+    repeat an earlier one, (N,), these images, and the counts of what is passed over.
     """
     count = len(digests) // DIGEST
     for start in range(0, len(found.images), PART_SIZE):
@@ -166,8 +211,12 @@ def split_by_list(found: FoundFiles, digests: bytearray, list_name: str) -> tupl
         for name in found.others[start : start + PART_SIZE].to_pylist():
             digests += digest_of(os.fsdecode(name))
     in_list, in_images, in_others = np.split(repeated_in(digests), [count, count + len(found.images)])
-    used = in_others | pc.equal(found.others, list_name.encode()).to_numpy(zero_copy_only=False)
-    return in_list, found.images.only(~in_images, otherwise=NO_CAPTION), _passed_over(found, used)
+    list_names = pa.array([os.fsencode(name) for name in lists], found.others.type)
+    used = in_others | pc.is_in(found.others, value_set=list_names).to_numpy(zero_copy_only=False)
+    unlisted = found.images.only(~in_images, otherwise="" if sidecars else NO_CAPTION)
+    if sidecars:
+        used = used | _sidecars(replace(found, images=unlisted), sidecars)
+    return in_list, unlisted, _passed_over(found, used)
 
 
 def _passed_over(found: FoundFiles, used: NDArray[np.bool_]) -> dict[str, int]:
@@ -224,7 +273,10 @@ def listed_once(out: Path, folder: Path, ranks: int) -> Iterator[ListOnce | None
 
 def _read(listed: Sequence[ListedImage] | Listing, which: slice, folder: Path, captions_beside: tuple[str, ...]) -> Iterator[Record]:
     share = listed[which]
-    yield from _read_with_sidecars(folder, captions_beside, share) if captions_beside else read_listed(folder, share)
+    by_lists = max(0, listed.count_lines() - which.start) if isinstance(listed, Listing) else 0
+    yield from read_listed(folder, share[:by_lists])
+    rest = share[by_lists:]
+    yield from _read_with_sidecars(folder, captions_beside, rest) if captions_beside else read_listed(folder, rest)
 
 
 def _files(listed: Sequence[ListedImage] | Listing, which: slice, folder: Path, captions_beside: tuple[str, ...]) -> Iterator[Path]:
@@ -273,19 +325,17 @@ def _list_once(held: ExitStack, out: Path, folder: Path, source: Path, make: Mak
 
 
 def _write(listing: Listing, folder: Path, source: Path) -> None:
-    images, lines = listing.images, listing.lines
+    images = listing.images
     arrays = {"offsets": images.offsets, "names": images.names}
+    arrays |= {f"repeated.{number}": lines.repeated for number, lines in enumerate(listing.lists)}
     about: dict[str, Any] = {
         "host": socket.gethostname(),
         "seen": _seen(listing, source),
         "pictures": {"count": images.count, "problems": images.problems, "otherwise": images.otherwise},
         "passed_over": listing.passed_over,
-        "lines": None,
+        "note": listing.note,
+        "lists": [_without_array(lines) for lines in listing.lists],
     }
-    if lines is not None:
-        arrays["repeated"] = lines.repeated
-        about["lines"] = {**asdict(lines), "path": lines.path.name, "names": lines.names}
-        del about["lines"]["repeated"]
     aside = aside_of(folder / NAMES)
     try:
         save_file(arrays, aside)
@@ -296,6 +346,12 @@ def _write(listing: Listing, folder: Path, source: Path) -> None:
     write_aside(folder / ABOUT, to_checked_json(about))
 
 
+def _without_array(lines: MetadataLines) -> dict[str, Any]:
+    about = asdict(lines) | {"path": lines.inside + lines.path.name}
+    del about["repeated"]
+    return about
+
+
 def _read_listing(folder: Path, source: Path) -> Listing:
     try:
         about = from_checked_json((folder / ABOUT).read_bytes())
@@ -303,13 +359,13 @@ def _read_listing(folder: Path, source: Path) -> Listing:
             raise ValueError("its checksum differs")
         with safe_open(folder / NAMES, "np") as file:
             images = ImageList(offsets=file.get_slice("offsets"), names=file.get_slice("names"), **about["pictures"])
-            repeated = file.get_tensor("repeated") if about["lines"] else None
+            repeated = [file.get_tensor(f"repeated.{number}") for number in range(len(about["lists"]))]
     except (ValueError, SafetensorError) as error:
         raise UserError(
             f"The listing in {folder} is damaged ({error}): stop all processes that encode into this folder, and start them again."
         ) from error
-    lines = _lines(source, about["lines"], repeated) if about["lines"] else None
-    listing = Listing(images, lines, passed_over=about["passed_over"])
+    lists = tuple(_lines(source, *each) for each in zip(about["lists"], repeated, strict=True))
+    listing = Listing(images, lists, passed_over=about["passed_over"], note=about["note"])
     if _seen(listing, source) != about["seen"]:
         raise UserError(
             f"{source} on this host, {socket.gethostname()}, differs from what {about['host']} has listed, or has changed since: "
@@ -322,17 +378,8 @@ def _lines(source: Path, about: dict[str, Any], repeated: Any) -> MetadataLines:
     positions = [
         LinePosition(offset, lines, tuple(header) if header else None, delimiter) for offset, lines, header, delimiter in about["positions"]
     ]
-    return MetadataLines(
-        source / about["path"],
-        tuple(about["state"]),
-        about["count"],
-        about["step"],
-        positions,
-        repeated,
-        about["names"],
-        about["captioned"],
-        about["file_column"],
-    )
+    state = tuple(about["state"])
+    return MetadataLines(**{**about, "path": source / about["path"], "state": state, "positions": positions, "repeated": repeated})
 
 
 def _seen(listing: Listing, source: Path) -> str:

@@ -41,6 +41,7 @@ DIGEST = 16  # bytes
 PASSES = 16
 BOM = b"\xef\xbb\xbf"
 DELIMITERS = (",", ";", "\t", "|")
+LISTS = ("metadata.jsonl", "metadata.csv", "metadata.tsv")  # names of the lists that caption the images beside them
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 LIST_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".txt")
 
@@ -64,7 +65,9 @@ class MetadataLines:
 
     `state` is the size and modification time of the list when it was indexed. `positions[i]` is where record `step * i` begins. `repeated`
     holds the numbers of the records whose file an earlier record names, and `names` how many records have each field. `captioned`
-    of them have one with a usual name of captions. `file_column` names the field with the files, if it is not a usual one.
+    of them have one with a usual name of captions. `file_column` names the field with the files, if it is not a usual one. `inside` is the
+    list's folder within the source, such as "birds/", to which its file names are relative. `caption_column` names the field that is read
+    as the caption "caption"; if it is empty, captions are read by their own names.
     """
 
     path: Path
@@ -76,6 +79,8 @@ class MetadataLines:
     names: dict[str, int]
     captioned: int = 0
     file_column: str | None = None
+    inside: str = ""
+    caption_column: str = ""
 
     def __len__(self) -> int:
         return self.count
@@ -102,7 +107,7 @@ class MetadataLines:
 
     def _listed(self, line: Line, wanted: Sequence[str], repeated: bool) -> ListedImage:
         number, fields = line
-        key = f"{self.path.name}#{number}"
+        key = f"{self.inside}{self.path.name}#{number}"
         if isinstance(fields, str):
             return ListedImage(key, "", problem=fields)
         file = relative_file(file_named(fields, self.file_column), self.path.parent)
@@ -111,14 +116,18 @@ class MetadataLines:
         if is_url(file):
             return ListedImage(key, "", problem="metadata line names a URL and no file")
         if repeated:
-            return ListedImage(key, file, problem="listed twice")
+            return ListedImage(key, self.inside + file, problem="listed twice")
         if file.startswith(("/", "../")) or file == "..":
-            return ListedImage(key, file, problem="file lies outside the folder")
-        captions, problem = from_fields(fields, wanted)
-        return ListedImage(file, file, captions, problem, url_in(fields))
+            return ListedImage(key, self.inside + file, problem="file lies outside the folder")
+        captions, problem = from_fields(fields, [self.caption_column] if self.caption_column else wanted)
+        if self.caption_column and captions:
+            captions = {"caption": captions[self.caption_column]}
+        return ListedImage(self.inside + file, self.inside + file, captions, problem, url_in(fields))
 
 
-def find_lines(path: Path, wanted: Sequence[str], step: int, file_column: str | None = None) -> tuple[MetadataLines, bytearray]:
+def find_lines(
+    path: Path, wanted: Sequence[str], step: int, file_column: str | None = None, inside: str = ""
+) -> tuple[MetadataLines, bytearray]:
     """Index the records of a list, every `step`-th one by its position. Also returns the concatenated digests of their file names.
 
     `repeated` is left empty: the caller sets it, from all digests. Raises UserError if no line names a file, if all name URLs, or if the
@@ -139,7 +148,7 @@ def find_lines(path: Path, wanted: Sequence[str], step: int, file_column: str | 
                 captioned += find_name(fields, CAPTION_NAMES) is not None
             file = relative_file(file_named(fields, file_column), path.parent) if isinstance(fields, dict) else ""
             files, urls = files + bool(file), urls + is_url(file)
-            digests += digest_of(file) if file else number.to_bytes(DIGEST, "big")  # without a name: differs from all others
+            digests += digest_of(inside + file) if file else number.to_bytes(DIGEST, "big")  # without a name: differs from all others
             count += 1
     if names and not files:
         raise UserError(
@@ -148,7 +157,8 @@ def find_lines(path: Path, wanted: Sequence[str], step: int, file_column: str | 
         )
     if files and files == urls:
         raise UserError(only_urls(path, names, file_column))
-    return MetadataLines(path, state, count, step, positions, np.zeros(0, np.int64), dict(names), captioned, file_column), digests
+    none = np.zeros(0, np.int64)
+    return MetadataLines(path, state, count, step, positions, none, dict(names), captioned, file_column, inside), digests
 
 
 def digest_of(file: str) -> bytes:

@@ -1,10 +1,13 @@
 """The data sets of the paper (2407.15811) and its evaluation set, each read in the form in which its authors publish it.
 
 Nothing is downloaded: the folder holds the files of the data set's page under their published names. JourneyDB and DiffusionDB consist of
-images and of lists of prompts, which are joined by file name; an entry without a counterpart becomes a record with a problem.
+images and of lists of prompts, which are joined by file name; an entry without a counterpart becomes a record with a problem. All other
+files in the folder are passed over, and counted by kind.
 """
 
-from collections.abc import Callable, Iterator
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,15 +19,19 @@ from microdit.data.sources.folders import parts_of
 from microdit.data.sources.metadata import caption_text, from_fields, from_sidecars
 from microdit.data.sources.samples import Sample
 from microdit.data.sources.untrusted_files import (
+    BLOCK,
     LARGEST_TEXT,
     ListedImage,
     Refused,
     Roots,
     bounded_lines,
+    count_kind,
     find_files,
+    kind_of,
     open_file,
     read_file,
     roots_of,
+    sum_of_kinds,
 )
 from microdit.errors import UserError
 from microdit.io.untrusted_text import parse_json_object
@@ -34,11 +41,23 @@ UNSAFE = 0.2  # score above which the authors exclude an image of DiffusionDB
 
 
 @dataclass(frozen=True)
+class Contents:
+    """The parts of a data set and the `paths` that they read: files, and folders of which they read every image.
+
+    Of the folder `captions`, if there is one, they read the text files.
+    """
+
+    parts: list[Part]
+    paths: Iterable[Path]
+    captions: Path | None = None
+
+
+@dataclass(frozen=True)
 class NamedSet:
     """A published data set.
 
     `captions` are the default captions and their weights; `min_side` is the side, in pixels, below which the authors exclude an image.
-    `read(folder, captions)` returns the parts, or none if the folder does not hold what `layout` describes.
+    `read(folder, captions)` returns the contents, or None if the folder does not hold what `layout` describes.
     """
 
     name: str
@@ -47,7 +66,7 @@ class NamedSet:
     license: str
     captions: dict[str, float]
     min_side: int
-    read: Callable[[Path, dict[str, float]], list[Part]]
+    read: Callable[[Path, dict[str, float]], Contents | None]
     more_captions: tuple[str, ...] | None = ()  # further captions that can be chosen; None if any field of its JSON files can
 
 
@@ -56,22 +75,49 @@ def open_named(named: NamedSet, folder: Path, captions: dict[str, float] | None 
     weights = captions or named.captions
     if named.more_captions is not None:
         only_captions(named.name, named.captions | dict.fromkeys(named.more_captions, 0.0), captions)
-    parts = named.read(folder, weights) if folder.is_dir() else []
-    if not parts:
+    contents = named.read(folder, weights) if folder.is_dir() else None
+    if contents is None or not contents.parts:
         raise UserError(f"{folder} does not hold {named.name}: it should have {named.layout}. Download it from {named.url}.")
-    return Source(named.name, parts, weights, named.license, named.min_side)
+    passed_over = _passed_over(folder, contents)
+    return Source(named.name, contents.parts, weights, named.license, named.min_side, passed_over=passed_over)
 
 
-def _cc12m(folder: Path, captions: dict[str, float]) -> list[Part]:
+def _passed_over(folder: Path, contents: Contents) -> dict[str, int]:
+    """Count, by kind, the files of the folder that no part reads."""
+    found = find_files(folder)
+    paths = {path.relative_to(folder).as_posix() for path in contents.paths}
+    texts = contents.captions.relative_to(folder).as_posix() if contents.captions else None
+    counts = Counter(found.passed_over)
+    for start in range(0, len(found.images), BLOCK):
+        for image in found.images[start : start + BLOCK]:
+            if not _is_in(image.file, paths):
+                count_kind(counts, image.problem or kind_of(image.file))
+    for start in range(0, len(found.others), BLOCK):
+        for file in map(os.fsdecode, found.others[start : start + BLOCK].to_pylist()):
+            if file not in paths and not (file.endswith(".txt") and file.rpartition("/")[0] == texts):
+                count_kind(counts, kind_of(file))
+    return sum_of_kinds(counts)
+
+
+def _is_in(file: str, paths: set[str]) -> bool:
+    """Return whether the file, or a folder that it lies in, is one of these."""
+    while file and file not in paths:
+        file = file.rpartition("/")[0]
+    return bool(file)
+
+
+def _cc12m(folder: Path, captions: dict[str, float]) -> Contents | None:
     tars = sorted(folder.glob("*.tar"))
-    return archive_source(tars, captions, roots_of(folder)).parts if tars else []
+    return Contents(archive_source(tars, captions, roots_of(folder)).parts, tars) if tars else None
 
 
-def _sa1b(folder: Path, captions: dict[str, float]) -> list[Part]:
+def _sa1b(folder: Path, captions: dict[str, float]) -> Contents | None:
     tars = sorted(folder.glob("sa_*.tar"))
     if not (folder / "captions").is_dir():
-        return []
-    return [Part(tar.name, partial(_read_sa1b, tar), partial(_files_of_sa1b, tar)) for tar in tars]
+        return None
+    # Captions without an image are not counted, because most people have only a few of the 1,000 archives.
+    parts = [Part(tar.name, partial(_read_sa1b, tar), partial(_files_of_sa1b, tar)) for tar in tars]
+    return Contents(parts, tars, folder / "captions")
 
 
 def _read_sa1b(tar: Path) -> Iterator[Record]:
@@ -92,7 +138,7 @@ def _sa1b_caption(tar: Path, key: str) -> Path:
     return tar.parent / "captions" / f"{key.rpartition('/')[2]}.txt"
 
 
-def _textcaps(folder: Path, captions: dict[str, float]) -> list[Part]:
+def _textcaps(folder: Path, captions: dict[str, float]) -> Contents | None:
     tables = sorted(folder.rglob("*.parquet"))
     # The mirrors also hold the validation and test images.
     tables = [path for path in tables if "train" in path.relative_to(folder).as_posix()] or tables
@@ -100,14 +146,14 @@ def _textcaps(folder: Path, captions: dict[str, float]) -> list[Part]:
         from microdit.data.sources.tables import table_source
 
         source = table_source(tables, {"reference_strs": 1.0}, roots_of(folder))
-        return [replace(part, records=partial(_renamed, part, "reference_strs", "caption")) for part in source.parts]
+        return Contents([replace(part, records=partial(_renamed, part, "reference_strs", "caption")) for part in source.parts], tables)
     listing = folder / "TextCaps_0.1_train.json"
     if not listing.is_file() or not (folder / "train_images").is_dir():
-        return []
+        return None
     first: dict[str, str] = {}  # each of an image's captions is an entry of its own
     for entry in _entries(listing, "data", {"image_id": (str, int), "caption_str": object}):
         first.setdefault(str(entry["image_id"]), caption_text(entry["caption_str"]))
-    return parts_of([_listed(f"train_images/{image}.jpg", caption) for image, caption in first.items()], folder)
+    return _listed_by(listing, [_listed(f"train_images/{image}.jpg", caption) for image, caption in first.items()], folder)
 
 
 def _renamed(part: Part, old: str, new: str) -> Iterator[Record]:
@@ -115,17 +161,20 @@ def _renamed(part: Part, old: str, new: str) -> Iterator[Record]:
         yield replace(record, captions={new if name == old else name: text for name, text in record.captions.items()})
 
 
-def _coco2014(folder: Path, captions: dict[str, float]) -> list[Part]:
+def _coco2014(folder: Path, captions: dict[str, float]) -> Contents | None:
     listing = folder / "annotations" / "captions_val2014.json"
     if not listing.is_file() or not (folder / "val2014").is_dir():
-        return []
+        return None
     images = _entries(listing, "images", {"id": int, "file_name": str})
     annotations = _entries(listing, "annotations", {"id": int, "image_id": int, "caption": object})
     first: dict[int, str] = {}
     for annotation in sorted(annotations, key=lambda annotation: annotation["id"]):
         first.setdefault(annotation["image_id"], caption_text(annotation["caption"]))
-    listed = [_listed(f"val2014/{image['file_name']}", first.get(image["id"], "")) for image in images]
-    return parts_of(listed, folder)
+    return _listed_by(listing, [_listed(f"val2014/{image['file_name']}", first.get(image["id"], "")) for image in images], folder)
+
+
+def _listed_by(listing: Path, listed: list[ListedImage], folder: Path) -> Contents:
+    return Contents(parts_of(listed, folder), [listing, *(folder / image.file for image in listed)])
 
 
 def _listed(file: str, caption: str) -> ListedImage:
@@ -144,14 +193,14 @@ def _entries(path: Path, key: str, fields: dict[str, type | tuple[type, ...]]) -
     raise UserError(f"{path}: not every entry of '{key}' has {', '.join(fields)}: download it again.")
 
 
-def _journeydb(folder: Path, captions: dict[str, float]) -> list[Part]:
+def _journeydb(folder: Path, captions: dict[str, float]) -> Contents | None:
     """Return one part for each archive or unpacked folder, and one for the broken lines of the list.
 
     Lines about other folders are skipped, because most people have only a few of the 200 archives.
     """
     train = next((place for place in (folder / "train", folder / "data" / "train", folder) if (place / "imgs").is_dir()), None)
     if train is None or not (train / JOURNEYDB_LIST).is_file():
-        return []
+        return None
     places = sorted(path for path in (train / "imgs").iterdir() if path.is_dir() or path.suffix == ".tgz")
     # Where both an archive and its unpacked folder exist, only the folder is read.
     places = [path for path in places if path.is_dir() or not path.with_suffix("").is_dir()]
@@ -160,7 +209,8 @@ def _journeydb(folder: Path, captions: dict[str, float]) -> list[Part]:
         Part(path.name, partial(_read_journeydb, path, listing, roots, tuple(captions)), partial(_files_of, path, (listing,)))
         for path in places
     ]
-    return [*parts, Part(JOURNEYDB_LIST, partial(_broken_lines, listing, roots), partial(iter, (listing,)))] if parts else []
+    broken = Part(JOURNEYDB_LIST, partial(_broken_lines, listing, roots), partial(iter, (listing,)))
+    return Contents([*parts, broken], [listing, *places]) if parts else None
 
 
 def _read_journeydb(place: Path, listing: Path, roots: Roots, wanted: tuple[str, ...]) -> Iterator[Record]:
@@ -214,47 +264,51 @@ def _broken_lines(listing: Path, roots: Roots) -> Iterator[Record]:
         yield Record(f"{listing.name}#{offset}", {}, b"", "metadata line is not JSON")
 
 
-def _diffusiondb(folder: Path, captions: dict[str, float]) -> list[Part]:
+def _diffusiondb(folder: Path, captions: dict[str, float]) -> Contents:
     """Return one part for each archive or unpacked folder. Images with a score above UNSAFE in the data set's tables get a problem."""
     found = [path for path in folder.rglob("part-*") if path.suffix == ".zip" or (path / f"{path.name}.json").is_file()]
     places = sorted(path for path in found if path.is_dir() or path.with_suffix("") not in found)
     tables = [path for name in ("metadata.parquet", "metadata-large.parquet") if (path := folder / name).is_file()]
     names = relative_names(places) if places else []
     roots = roots_of(folder)
-    return [
-        Part(name, partial(_read_diffusiondb, path, roots, tuple(tables)), partial(_files_of, path, (*tables, path / f"{path.name}.json")))
-        for name, path in zip(names, places, strict=True)
+    prompts = [path / f"{path.name}.json" for path in places]
+    parts = [
+        Part(name, partial(_read_diffusiondb, path, roots, tuple(tables)), partial(_files_of, path, (*tables, prompt)))
+        for name, path, prompt in zip(names, places, prompts, strict=True)
     ]
+    return Contents(parts, [*tables, *places, *prompts])
 
 
 def _read_diffusiondb(place: Path, roots: Roots, tables: tuple[Path, ...]) -> Iterator[Record]:
     unsafe = _unsafe_images(tables)
     listed = {}
-    for image, entry in _diffusiondb_prompts(place, roots).items():
+    prompts, file = _diffusiondb_prompts(place, roots)
+    for image, entry in prompts.items():
         captions, problem = from_fields({"prompt": entry.get("p") if isinstance(entry, dict) else None}, ["prompt"])
         listed[Path(image).stem] = captions, "marked unsafe" if image in unsafe else problem
-    yield from _joined(place, (sample for sample in _samples(place, roots) if sample.key.rpartition("/")[2] != place.stem), listed)
+    yield from _joined(place, _samples(place, roots, file), listed)
 
 
-def _diffusiondb_prompts(place: Path, roots: Roots) -> dict[str, Any]:
-    """Return the prompts of one archive or folder by image name.
+def _diffusiondb_prompts(place: Path, roots: Roots) -> tuple[dict[str, Any], str]:
+    """Return the prompts of one archive or folder by image name, and the file in it that holds them.
 
-    Empty if they cannot be read: then no image has a caption, and reading the archive reports the problem.
+    Both are empty if they cannot be read: then no image has a caption, and reading the archive reports the problem.
     """
     name = f"{place.stem}.json"
     try:
-        return parse_json_object(read_file(place / name, roots, LARGEST_TEXT)[0] if place.is_dir() else _zipped(place, roots, name))
+        file, content = (name, read_file(place / name, roots, LARGEST_TEXT)[0]) if place.is_dir() else _zipped(place, roots, name)
+        return parse_json_object(content), file
     except (Refused, ValueError):
-        return {}
+        return {}, ""
 
 
-def _zipped(place: Path, roots: Roots, name: str) -> bytes:
-    """Return the content of the first file of that name in an archive; empty if there is none. Raises Refused."""
+def _zipped(place: Path, roots: Roots, name: str) -> tuple[str, bytes]:
+    """Return the path and the content of the first file of that name in an archive; empty if there is none. Raises Refused."""
     with open_file(place, roots) as file:
         archive = open_zip(file)
         infos = archive.infolist() if archive else []
         info = next((info for info in infos if info.filename.rpartition("/")[2] == name), None)
-        return read_zipped(archive, info, LARGEST_TEXT)[0] if archive and info else b""
+        return (info.filename, read_zipped(archive, info, LARGEST_TEXT)[0]) if archive and info else ("", b"")
 
 
 @lru_cache(maxsize=1)
@@ -273,10 +327,10 @@ def _unsafe_images(tables: tuple[Path, ...]) -> frozenset[str]:
     return frozenset(unsafe)
 
 
-def _samples(place: Path, roots: Roots) -> Iterator[Sample]:
-    """Yield the images in an archive or in a folder."""
+def _samples(place: Path, roots: Roots, apart: str = "") -> Iterator[Sample]:
+    """Yield the images in an archive or in a folder. The archive's file `apart` is read elsewhere."""
     if not place.is_dir():
-        yield from read_archive(place, frozenset(), roots)
+        yield from read_archive(place, frozenset(), roots, apart)
         return
     for listed in find_files(place).images[:]:
         image, problem = (b"", listed.problem) if listed.problem else read_file(place / listed.file, roots)

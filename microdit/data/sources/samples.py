@@ -8,6 +8,9 @@ samples:
 - The only image of a group (`0.image.png`) takes all captions of the group (`0.caption.txt` is the one named "caption").
 - An image beside the main one of its group (`0.seg.png` beside `0.png`) is passed over, and counted.
 - Several images that could all be meant (`0.input.png`, `0.output.png` and `0.txt`; or `0.png` and `0.jpg`) are rejected together.
+
+Files are told apart by their suffixes, and images of any other name (`0`, `0.dat`) by their first bytes. Beside an image with the suffix of
+one, those are passed over unless both have captions of their own.
 """
 
 import re
@@ -20,6 +23,7 @@ from microdit.data.sources.untrusted_files import (
     IMAGE_SUFFIXES,
     LARGEST_FILE,
     LARGEST_TEXT,
+    begins_as_image,
     count_kind,
     is_hidden,
     kind_of,
@@ -29,6 +33,7 @@ from microdit.data.sources.untrusted_files import (
 SEVERAL = "several pictures share the name before the first dot"
 NO_IMAGE = "no image"
 NO_SAMPLES = "archive holds no pictures"
+Use = Literal["image", "caption", "list", ""]  # a list holds captions of many images
 MOST_UNITS = 64  # of a group that are held; where names begin with a date, a whole archive is one group
 
 
@@ -41,15 +46,26 @@ class Member:
 
     key: str
     extension: str
-    use: Literal["image", "caption", ""] = ""
+    use: Use = ""
     content: bytes = b""
     problem: str = ""
     ends: bool = False
 
+    @property
+    def name(self) -> str:
+        return f"{self.key}.{self.extension}" if self.extension else self.key
+
+    @property
+    def has_image_suffix(self) -> bool:
+        return f".{self.extension}".endswith(IMAGE_SUFFIXES)
+
 
 @dataclass
 class Sample:
-    """An image, and the files with its captions by extension. `passed_over` counts the files met since the previous sample by kind."""
+    """An image, and the files with its captions by extension. `passed_over` counts the files met since the previous sample by kind.
+
+    `file` is the name of the image in the archive, with its extension in lower case.
+    """
 
     key: str
     image: bytes = b""
@@ -57,6 +73,7 @@ class Sample:
     problem: str = ""
     ends: bool = False  # not a sample, but the report that the rest of the archive cannot be read
     passed_over: dict[str, int] = field(default_factory=dict)
+    file: str = ""
 
 
 def split_name(path: str) -> tuple[str, str]:
@@ -67,11 +84,16 @@ def split_name(path: str) -> tuple[str, str]:
     return ("", path) if is_hidden(path) or not stem else (folder + slash + stem, extension.lower())
 
 
-def use_of(extension: str, sidecars: frozenset[str]) -> Literal["image", "caption", ""]:
-    """Return what a file with this extension, such as "seg.png", is by its name. `sidecars` are the extensions of captions."""
+def use_of(extension: str, sidecars: frozenset[str], read: Callable[[int], bytes]) -> Use:
+    """Return what a file with this extension, such as "seg.png", is. `sidecars` are the extensions of captions.
+
+    `read(size)` returns its first bytes. It is called only where the extension does not tell.
+    """
     if f".{extension}".endswith(IMAGE_SUFFIXES):
         return "image"
-    return "caption" if extension.rpartition(".")[2] in sidecars else ""
+    if extension.rpartition(".")[2] in sidecars:
+        return "caption"
+    return "image" if begins_as_image(f".{extension}", read) else ""
 
 
 def grouped(members: Iterable[Member], end: str, need_sidecar: bool) -> Iterator[Sample]:
@@ -141,6 +163,7 @@ class _Group:
 
     def samples(self) -> list[Sample]:
         """Return the samples of the group. Each file is part of one of them, or passed over."""
+        self._leave_out_images_by_content()
         images = {name: unit for name, unit in self._units.items() if unit.images}
         captions = {name: unit for name, unit in self._units.items() if not unit.images}
         if not images:
@@ -156,6 +179,18 @@ class _Group:
         if captions and self.need_sidecar and not self._is_split and not any(unit.is_complete() for unit in images.values()):
             return [self._sample("", *self._units.values())]
         return [self._sample(*item) for item in self._units.items()]
+
+    def _leave_out_images_by_content(self) -> None:
+        """Pass over images without the suffix of one beside those that have it, unless both have captions of their own."""
+        with_suffix = [unit for unit in self._units.values() if any(member.has_image_suffix for member in unit.images)]
+        if not with_suffix:
+            return
+        any_complete = any(unit.captions for unit in with_suffix)
+        for unit in self._units.values():
+            if unit in with_suffix or not unit.captions or not any_complete:
+                self._pass_over([member for member in unit.images if not member.has_image_suffix])
+                unit.images = [member for member in unit.images if member.has_image_suffix]
+        self._units = {name: unit for name, unit in self._units.items() if unit.images or unit.captions}
 
     def _beside_main(self, images: dict[str, _Unit]) -> list[Sample]:
         """Return the samples among units beside the main image, and pass over the others."""
@@ -179,12 +214,12 @@ class _Group:
             images[0].content if images and not problem else b"",
             {member.extension.removeprefix(f"{name}."): member.content for member in captions if member.content},
             problem or ("" if images else NO_IMAGE),
+            file=images[0].name if images else "",
         )
 
     def _pass_over(self, images: list[Member]) -> None:
         for member in images:
-            longer = member.extension if _WORDS.fullmatch(member.extension) else member.extension.rpartition(".")[2]
-            self.pass_over(f".{longer}")
+            self.pass_over(f".{member.extension}" if _WORDS.fullmatch(member.extension) else kind_of(f"x.{member.extension}"))
 
 
 _WORDS = re.compile(

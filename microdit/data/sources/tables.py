@@ -98,7 +98,7 @@ def listed_by_table(folder: Path, path: Path, captions: dict[str, float] | None,
         for batch in table.iter_batches(PART_SIZE, columns=[column]):
             for name in batch.column(0).to_pylist():
                 digests += digest_of(relative_file(name or "", folder))
-    _, unlisted, passed_over = split_by_list(find_files(folder), digests, path.name)
+    _, unlisted, passed_over = split_by_list(find_files(folder), digests, [path.name])
     parts = [*source.parts, *parts_of(Listing(unlisted), folder)]
     return replace(source, name=folder.absolute().name, parts=parts, passed_over=passed_over)
 

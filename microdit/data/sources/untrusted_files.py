@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
@@ -36,6 +36,7 @@ IMAGE_SUFFIXES = (
 _BEGINNINGS = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM....\0\0\0\0|RIFF....WEBP|....ftyp(?:avif|avis|heic|heix)|\0\0\0\x0cjP  |qoif", re.DOTALL
 )
+BEGINNING = 16  # bytes that are enough to recognise any of them
 # Files of these names are never opened to see whether they are images: there may be one beside each image.
 _OTHER_SUFFIXES = (
     *(b".txt", b".caption", b".json", b".jsonl", b".ndjson", b".csv", b".tsv", b".parquet", b".md", b".yaml"),
@@ -224,13 +225,18 @@ def has_images(folder: Path) -> bool:
     return False
 
 
+def begins_as_image(name: str, read: Callable[[int], bytes]) -> bool:
+    """Return whether a file without the suffix of an image is one by its first bytes; `read(size)` returns them, if they are needed."""
+    return not os.fsencode(name).lower().endswith(_OTHER_SUFFIXES) and _BEGINNINGS.match(read(BEGINNING)) is not None
+
+
 def _begins_as_image(path: Path, roots: Roots) -> bool:
-    """Return whether a file with another name is an image by its first bytes."""
-    if os.fsencode(path.name).lower().endswith(_OTHER_SUFFIXES):
-        return False
-    try:
+    def read(size: int) -> bytes:
         with open_file(path, roots) as file:
-            return _BEGINNINGS.match(file.read(16)) is not None
+            return file.read(size)
+
+    try:
+        return begins_as_image(path.name, read)
     except (Refused, OSError):  # it is passed over, whatever it is
         return False
 

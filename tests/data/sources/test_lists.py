@@ -86,7 +86,7 @@ def test_lines_leave_nothing_in_memory_but_where_parts_begin(tmp_path):
     lines = "".join(json.dumps({"file_name": f"{number}.png", "text": "w" * 500}) + "\n" for number in range(2500))
     write_file(tmp_path / "metadata.jsonl", lines.encode())
     listing = list_folder(tmp_path, WANTED)
-    assert (len(listing), len(listing.images), listing.lines.repeated.size, len(listing.lines.positions)) == (2500, 0, 0, 3)
+    assert (len(listing), len(listing.images), listing.lists[0].repeated.size, len(listing.lists[0].positions)) == (2500, 0, 0, 3)
     records = problems_of([record for part in folder_source(tmp_path).parts for record in part.records()])
     assert list(records.values()).count("no such file") == 2497
 
