@@ -25,6 +25,7 @@ from microdit.data.sampler import SamplerPhase
 from microdit.diffusion.edm import EDM
 from microdit.diffusion.objective import Objective
 from microdit.distributed import World
+from microdit.encoders.model_files import lasting_name
 from microdit.errors import UserError
 from microdit.io.console import joined, styled
 from microdit.io.locks import LOCK
@@ -44,13 +45,19 @@ def open_dataset(recipe: Recipe, warn: Callable[[str], None], world: World | Non
     for encoded in sets.values():
         for key, wanted in (("autoencoder", data.autoencoder), ("text_encoder", data.text_encoder)):
             found = encoded.manifest[key]["name"]
-            if wanted is not None and found != wanted:
+            if wanted is not None and not _names_the_same(wanted, found):
                 raise UserError(
                     f"data.{key} is {wanted}, but {encoded.folder} was encoded with {found}: encode it again with the right one."
                 )
     repeats = tuple(item.repeat for item in data.named_sets.values())
     phases = [_phase_order(phase, list(sets), repeats) for phase in recipe.phases]
     return MixedDataset(list(sets.values()), phases, recipe.seed, data.horizontal_flip, data.on_damage, warn)
+
+
+def _names_the_same(wanted: str, recorded: str) -> bool:
+    """Return whether a recipe's name of an encoder, perhaps a relative folder with options behind it, is the one that a set records."""
+    place, mark, options = wanted.partition("?")
+    return recorded in (wanted, lasting_name(place) + mark + options)
 
 
 def _phase_order(phase: PhaseRecipe, names: list[str], repeats: tuple[int, ...]) -> SamplerPhase:
