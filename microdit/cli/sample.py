@@ -15,7 +15,7 @@ from microdit.errors import UserError
 from microdit.io.console import joined, styled
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL import Image
 
     from microdit.diffusion.guidance import GuidanceKind
     from microdit.diffusion.samplers import Solver
@@ -149,7 +149,7 @@ def sample(
         console.print(joined("Denoising trajectory: ", styled(trajectory)))
 
 
-def _save(images: "list[Image]", prompts: list[str], out: Path, about: dict[str, str], separate: bool) -> None:
+def _save(images: "list[Image.Image]", prompts: list[str], out: Path, about: dict[str, str], separate: bool) -> None:
     """Write a grid, or a file for each picture, which records its own prompt and seed."""
     from microdit.reports.grids import draw_grid, picture_name, save_picture
 

@@ -134,6 +134,7 @@ def test_logs_with_their_tracebacks_are_printable():
 
 @pytest.fixture
 def taken_logs():
+    logging.captureWarnings(False)  # another test may have run a command in this process, and pytest have undone half of that
     yield terminal.take_logs()
     logging.captureWarnings(False)
     logging.getLogger("py.warnings").removeHandler(logging.lastResort)
