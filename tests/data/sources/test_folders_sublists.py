@@ -90,3 +90,6 @@ def test_lists_that_are_not_read_are_named(tmp_path):
         ("birds/a.png", "birds/b.png", "birds/in/c.png", "cats/a.png", "dogs/a.png"), "no caption"
     )
     assert source.note in look(source)[2]["warnings"]
+    (folder / "metadata.jsonl").unlink()
+    pq.write_table(pa.table({"file_name": ["a.png"], "text": ["words"]}), folder / "metadata.parquet")
+    assert open_source(str(folder)).note == source.note
