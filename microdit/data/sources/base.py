@@ -85,6 +85,18 @@ class Source:
     joined: Callable[[], dict[str, Any]] | None = None
 
 
+@dataclass(frozen=True)
+class Contents:
+    """The parts of a data set in a folder, and the `paths` that they read: files, and folders of which they read every image.
+
+    Of the folder `captions`, if there is one, they read the text files.
+    """
+
+    parts: list[Part]
+    paths: Iterable[Path]
+    captions: Path | None = None
+
+
 def checked(records: Iterable[Record], captions: Collection[str]) -> Iterator[Record]:
     """Yield the records of a part as they are encoded, with these captions only, cleaned. Unusable ones have a `problem` and no image."""
     met: set[str] = set()

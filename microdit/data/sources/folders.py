@@ -10,7 +10,7 @@ import os
 import posixpath
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -164,7 +164,7 @@ def list_folder(folder: Path, captions: Sequence[str], file_column: str | None =
         if len(several := [*both]) > 1:
             held = [posixpath.basename(name) for name in several]
             raise UserError(f"{folder / inside} holds both {held[0]} and {held[1]}: remove the one that should not be used.")
-    note = _note_on([name for name in below if name not in set(names)])
+    note = note_on_lists(found, names)
     sidecars = () if at_top else sidecars_for(captions)
     if not names:
         return Listing(found.images, passed_over=_passed_over(found, _sidecars(found, sidecars)), note=note)
@@ -185,7 +185,9 @@ def _lists_below(found: FoundFiles) -> list[str]:
     return [os.fsdecode(name) for name in found.others.filter(chosen).to_pylist()]
 
 
-def _note_on(unread: list[str]) -> str:
+def note_on_lists(found: FoundFiles, read: Collection[str]) -> str:
+    """Return a sentence that names the caption lists in subfolders which are not `read`; empty if there are none."""
+    unread = sorted({*_lists_below(found)} - {*read})
     if not unread:
         return ""
     more = f" and {len(unread) - SHOWN:,} more" if len(unread) > SHOWN else ""

@@ -15,7 +15,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError
 
 from microdit.data.sources.base import END, Part, Record, Source, relative_names
-from microdit.data.sources.folders import Listing, parts_of, split_by_list
+from microdit.data.sources.folders import Listing, note_on_lists, parts_of, split_by_list
 from microdit.data.sources.lists import caption_column, check_captions, columns_in_words, digest_of, only_urls, relative_file
 from microdit.data.sources.metadata import FILE_NAMES, find_name, from_fields, is_url, url_in
 from microdit.data.sources.parquet_pages import BinaryColumn, binary_values, large_column
@@ -98,9 +98,11 @@ def listed_by_table(folder: Path, path: Path, captions: dict[str, float] | None,
         for batch in table.iter_batches(PART_SIZE, columns=[column]):
             for name in batch.column(0).to_pylist():
                 digests += digest_of(relative_file(name or "", folder))
-    _, unlisted, passed_over = split_by_list(find_files(folder), digests, [path.name])
+    found = find_files(folder)
+    _, unlisted, passed_over = split_by_list(found, digests, [path.name])
+    note = " ".join(filter(None, (source.note, note_on_lists(found, ()))))
     parts = [*source.parts, *parts_of(Listing(unlisted), folder)]
-    return replace(source, name=folder.absolute().name, parts=parts, passed_over=passed_over)
+    return replace(source, name=folder.absolute().name, parts=parts, note=note, passed_over=passed_over)
 
 
 def _note_on(size: int) -> str:

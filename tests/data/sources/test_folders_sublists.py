@@ -6,6 +6,8 @@ from contextlib import ExitStack
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from microdit.data.look import look
 from microdit.data.sources.folders import folder_source, listed_once
@@ -90,3 +92,32 @@ def test_lists_that_are_not_read_are_named(tmp_path):
         ("birds/a.png", "birds/b.png", "birds/in/c.png", "cats/a.png", "dogs/a.png"), "no caption"
     )
     assert source.note in look(source)[2]["warnings"]
+    (folder / "metadata.jsonl").unlink()
+    pq.write_table(pa.table({"file_name": ["a.png"], "text": ["words"]}), folder / "metadata.parquet")
+    assert open_source(str(folder)).note == source.note
+
+
+IMAGES = ["a.png", "in/a.png", "in/b.png", "in/deep/c.png", "other/a.png"]
+NAMED = st.lists(st.sampled_from(["a.png", "b.png", "deep/c.png", "c.png", "gone.png", "../a.png"]), min_size=1, max_size=5)
+
+
+@given(lists=st.dictionaries(st.sampled_from(["in", "in/deep", "other"]), NAMED), texts=st.sets(st.sampled_from(IMAGES)))
+def test_every_image_line_and_file_counts_once(tmp_path_factory, lists, texts):
+    """Each image is one record, each other line is one too, and each text is read beside an image that no line names, or passed over."""
+    folder = tmp_path_factory.mktemp("set")
+    for name in IMAGES:
+        write_file(folder / name, b"")
+    for name in texts:
+        write_file((folder / name).with_suffix(".txt"), b"words")
+    for place, names in lists.items():
+        write_file(folder / place / "metadata.jsonl", lines_of(*({"file_name": name, "text": "words"} for name in names)))
+    source = folder_source(folder)
+    named = [f"{place}/{name}" for place, names in lists.items() for name in names]
+    listed = {name for name in named if name in IMAGES}
+    records = records_of(source)
+    keys = [record.key for record in records]
+    assert len(keys) == len(set(keys))
+    assert set(IMAGES) <= set(keys)
+    assert len(records) == len(named) + len(IMAGES) - len(listed)
+    assert source.passed_over == ({".txt": len(texts & listed)} if texts & listed else {})
+    assert {record.key for record in records if record.captions and record.problem == ""} == listed | texts
