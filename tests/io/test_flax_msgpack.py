@@ -2,7 +2,7 @@ import struct
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microdit.errors import UserError
@@ -42,6 +42,7 @@ def test_every_dtype_and_shape_is_read(tmp_path, dtype):
         assert torch.equal(found[name], tensor)
 
 
+@settings(max_examples=40)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(max_size=40),
@@ -113,6 +114,7 @@ def test_what_is_damaged_or_something_else_is_refused(tmp_path, content):
         read(tmp_path, content)
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_a_file_cut_off_anywhere_is_refused(tmp_path_factory, data):
     content = packed({"params": {"net": {"a": torch.ones(3), "b": [1, 2.0, "x" * 40]}}})

@@ -102,7 +102,7 @@ FILES = st.lists(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(FILES, st.sampled_from(["20%", "50%", "80%"]), st.booleans())
 def test_everything_that_is_met_is_kept_held_out_rejected_or_passed_over(text_encoder, files, words, cut_off):
     with TemporaryDirectory() as name:
