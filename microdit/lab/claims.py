@@ -56,7 +56,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class SeedsNeeded:
-    """What it would take to find a difference with a probability of 80%.
+    """The seeds that find a difference with a probability of 80%, and what they cost.
 
     `difference` and `deviation` (of seeds) are relative to the mean; `origin` says whose difference it is. `seeds` is the number for each
     arm, None beyond 10,000; `seconds` is what the missing ones would take on the study's device.

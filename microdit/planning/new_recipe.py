@@ -66,7 +66,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user decides; None leaves the decision to `new_recipe`."""
+    """The user's decisions; None leaves one to `new_recipe`."""
 
     data: str | None = None
     autoencoder: str = "icon"
@@ -91,7 +91,7 @@ class NewRecipe:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a sample of a source shows, of its usable records: captions, shorter sides in pixels, and the share of images on white."""
+    """A sample of the usable records of a source: captions, shorter sides in pixels, and the share of images on white."""
 
     images: int
     is_estimate: bool

@@ -54,7 +54,7 @@ def test_what_the_user_chooses_is_taken_over(drawings):
 
 
 @pytest.mark.parametrize(("record", "resolution"), [({"settings": {"image_size": 48}}, 48), ({"settings": None}, 256), (None, 256)])
-def test_an_autoencoder_of_ones_own_is_used_at_the_size_that_it_was_trained_at(drawings, tmp_path, record, resolution):
+def test_an_own_autoencoder_is_used_at_the_size_of_its_training(drawings, tmp_path, record, resolution):
     if record is not None:
         write_file(tmp_path / "autoencoder" / "record.json", json.dumps(record).encode())
     found = new_recipe(str(drawings), Choices(autoencoder=str(tmp_path / "autoencoder")))
@@ -70,7 +70,7 @@ def test_an_encoded_set_needs_no_encoding_and_names_its_held_out_set(encoded_emo
     assert len(found.recipe.record.sample_prompts) == 8
 
 
-def test_small_collections_hold_nothing_out_and_small_pictures_lower_the_resolution(tmp_path):
+def test_few_pictures_are_not_held_out_and_small_ones_lower_the_size(tmp_path):
     found = new_recipe(str(fill(tmp_path / "few", 12, side=40)), Choices())
     assert found.recipe.data.held_out is None
     assert found.recipe.data.resolution == 32

@@ -22,7 +22,7 @@ HOLD_OUT_HOW = "write a share, such as 5%, or a number of pictures, such as 500"
 
 @dataclass(frozen=True)
 class HoldOut:
-    """How many records to hold out: a share between 0 and 1, or a number of records. `words` is what the user wrote."""
+    """The number of records to hold out: a share between 0 and 1, or a number of records. `words` is what the user wrote."""
 
     words: str
     share: float | None

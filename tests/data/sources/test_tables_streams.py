@@ -51,7 +51,7 @@ def test_a_part_is_read_without_the_files_before_it(hub):
     assert [record.captions["text"] for record in source.parts[2].records()] == [f"file 2, row {row}" for row in range(3)]
 
 
-def test_a_stream_that_breaks_off_stops_the_encoding_and_a_damaged_file_is_a_named_end(hub):
+def test_a_broken_stream_stops_and_a_damaged_file_has_a_named_end(hub):
     source = open_source(f"hf-stream:{hub}:large:train")
     (hub / "large" / "1.parquet").unlink()
     with pytest.raises(UserError, match=r"broke off at row 0 of file 1: .* Run the same command again"):
