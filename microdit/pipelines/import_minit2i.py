@@ -31,7 +31,7 @@ _FIRST_LAYER = re.compile(r"(.*?)img_embedder\.proj1\.(?:kernel|weight)")
 
 @dataclass(frozen=True)
 class MiniT2ISettings:
-    """Settings that the weights do not record: the text encoder (a folder is copied, anything else kept as a name), pixels and caption tokens."""
+    """Settings that the weights lack: the text encoder (a folder is copied, anything else kept as a name), pixels and caption tokens."""
 
     text_encoder: str = TEXT_ENCODER
     resolution: int = RESOLUTION

@@ -69,7 +69,7 @@ def test_kept_tokens_have_the_positions_of_their_places(variant, routing):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_where_the_path_is_dropped_neither_image_nor_caption_passes_the_sparse_blocks(variant):
+def test_a_dropped_path_leaves_image_and_caption_out_of_the_sparse_blocks(variant):
     model, path_keep_mask = busy_model(routed(VARIANTS[variant], "sprint")), torch.tensor([1.0, 0.0])
     masked = forward(model, KEEP_IDS, path_keep_mask)
     assert torch.allclose(masked[0], forward(model, KEEP_IDS)[0], atol=1e-12)
@@ -112,7 +112,7 @@ def test_the_mask_token_takes_the_place_of_padding_and_of_dropped_captions():
     assert torch.equal(model.embed_caption(long).tokens_BLD, model.embed_caption(long[:, :8]).tokens_BLD)
 
 
-def test_a_shared_modulation_is_adaln_with_equal_matrices_and_biases_of_their_own():
+def test_shared_modulation_is_adaln_with_equal_matrices_and_own_biases():
     for size in (replace(JOINT, conditioning="shared"), CROSS):
         shared, own = busy_model(size), busy_model(replace(size, conditioning="adaln"))
         weights = shared.state_dict()

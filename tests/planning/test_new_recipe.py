@@ -82,7 +82,7 @@ def test_photographs_are_told_from_drawings(tmp_path):
     assert any("Only 0% of the pictures are drawings on white" in note for note in found.notes)
 
 
-def test_larger_collections_get_larger_models_and_see_each_picture_less_often():
+def test_larger_collections_get_larger_models_and_fewer_epochs():
     names = ("emoji-fast", "emoji-long", "microdit-tiny/1-256-masked")
     data = module.DataRecipe("data/x")
     for images, name, seen in ((3_000, names[0], 57), (50_000, names[1], 40), (1_000_000, names[2], 20)):
@@ -103,7 +103,7 @@ def test_the_number_of_records_beyond_those_counted_is_estimated(monkeypatch):
     assert survey(Source("few", source.parts[:1])).is_estimate is False
 
 
-def test_a_recipe_that_starts_from_the_demo_model_has_its_size_and_encoders(drawings, tmp_path):
+def test_a_recipe_from_the_demo_model_has_its_size_and_encoders(drawings, tmp_path):
     scratch = new_recipe(str(drawings), Choices()).recipe
     found = new_recipe(str(drawings), Choices(autoencoder="sdxl", init_from="demo"))
     (tmp_path / "mine.yaml").write_text(recipe_file(found, str(drawings)))

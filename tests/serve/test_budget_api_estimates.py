@@ -58,7 +58,7 @@ def test_an_estimate_can_be_cancelled_between_its_parts():
         estimated({"text": RECIPE}, lambda: (_ for _ in ()).throw(UserError("enough")))
 
 
-def test_a_plan_can_be_cancelled_while_it_is_made_and_while_it_is_estimated():
+def test_a_plan_can_be_cancelled_while_made_and_while_estimated():
     machine, planning, estimating, checked = find_machine("h100", 1, None, None, None, measurements_file()), [], [], []
     plan = plan_for_dollars(100, machine, KnownShapes(), DATA, None, lambda: planning.append(1))
     estimate(plan.recipes, machine, check=lambda: estimating.append(1))

@@ -125,7 +125,7 @@ def test_imported_official_weights_can_be_begun_from(encoded_emoji, tmp_path):
     assert "was trained with the autoencoder sdxl, and" in said[0]
 
 
-def test_the_demo_model_is_begun_from_by_its_name_and_says_which_lines_it_needs(workplace, tmp_path):
+def test_the_demo_model_is_an_origin_by_name_and_says_its_lines(workplace, tmp_path):
     data, world = EncodedDataset(workplace / "data" / "emoji"), start_world("cpu")
     recipe = load_recipe(RECIPE, [f"data.path={data.folder}", "init_from=demo"])
     with pytest.raises(UserError, match=r"model\.dim: 128 there, 32 in the recipe") as refused:

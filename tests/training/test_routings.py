@@ -102,7 +102,7 @@ NETWORKS = {
     ],
     ids=lambda value: value[0].rpartition("=")[2] if isinstance(value, list) else value,
 )
-def test_networks_of_another_kind_train_and_two_processes_learn_the_same_as_one(tmp_path, encoded_emoji, network, engine):
+def test_other_networks_train_and_two_processes_learn_the_same_as_one(tmp_path, encoded_emoji, network, engine):
     settings = [*row("sprint"), *(f"model.{setting}" for setting in NETWORKS[network]), *SHORT]
     one, spread = train(tmp_path / "one", encoded_emoji, *settings), train(tmp_path / "two", encoded_emoji, *settings, *engine, ranks=2)
     assert one.wait() == [0], one.output

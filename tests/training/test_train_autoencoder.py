@@ -35,7 +35,7 @@ def photos(tmp_path_factory) -> Path:
     return write_photographs(tmp_path_factory.mktemp("photos"), 24, 64)
 
 
-def test_the_icon_autoencoder_trained_on_with_photographs_makes_them_better(photos, tmp_path):
+def test_the_icon_autoencoder_trained_on_photographs_makes_them_better(photos, tmp_path):
     settings = AutoencoderSettings(steps=20, batch_size=8, learning_rate=RATE_FROM_WEIGHTS, perceptual_weight=PERCEPTUAL_WEIGHT)
     figures = train_on_source(open_source(str(photos)), tmp_path / "ae", settings, "icon")
     before, after = (reconstruct(load_autoencoder(name), photographs(24, 64), 64) for name in ("icon", str(tmp_path / "ae")))

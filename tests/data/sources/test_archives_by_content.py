@@ -76,7 +76,7 @@ def test_beside_a_picture_with_a_suffix_others_need_captions_of_their_own(tmp_pa
     assert passed_over == {".depth": 1, ".mask.bin": 1, "without a suffix": 1}
 
 
-def test_which_of_several_pictures_without_a_suffix_is_meant_is_not_guessed(tmp_path):
+def test_among_several_pictures_without_a_suffix_none_is_guessed(tmp_path):
     (record,), passed_over = read(write(tmp_path / "a.tar", [("0", picture(1)), ("0.dat", picture(2)), ("0.txt", b"words")]))
     assert (record.key, record.problem, passed_over) == ("0", SEVERAL, {".dat": 1})
 

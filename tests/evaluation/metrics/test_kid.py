@@ -132,7 +132,7 @@ def test_the_interval_holds_the_true_distance_as_often_as_it_says(p, q):
     assert 0.90 <= coverage(p, q, (40, 110), 100, subset_size=40, subsets=4) <= 0.98
 
 
-def test_few_small_subsets_widen_the_interval_by_the_chance_of_their_choice():
+def test_few_small_subsets_widen_the_interval_by_the_luck_of_their_choice():
     assert 0.90 <= coverage(Normal(64), Normal(64, 0.3), (200, 200), 150, subset_size=20, subsets=8) <= 0.98
 
 
