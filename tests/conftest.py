@@ -2,6 +2,10 @@
 
 import fcntl
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each, numpy's too, which must know before it is imported
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -55,7 +55,7 @@ def counted(config: ModelConfig, side: int, kept: int | None, caption_tokens: in
     return forward.get_total_flops() // B, (forward.get_total_flops() + backward.get_total_flops()) // B
 
 
-@hypothesis_settings(max_examples=60)
+@hypothesis_settings(max_examples=40)
 @given(
     size=st.builds(
         Size,

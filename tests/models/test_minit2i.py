@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +15,10 @@ from microdit.models.config import SIZES, resolve
 from microdit.models.microdit import MicroDiT
 from microdit.models.minit2i import convert_from_minit2i, convert_to_minit2i, load_minit2i
 from tests.models.naive_minit2i import Config, Weights, loss, network, sample, velocity
+from tests.models.parity import run_parity
 
 ROOT = Path(__file__).parents[2]
 FIXTURE = ROOT / "tests" / "fixtures" / "minit2i_a.safetensors"
-
-
-def run_parity(fixture: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/minit2i_parity.py", str(fixture)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def state_of(path: Path = FIXTURE) -> dict[str, Tensor]:
@@ -42,7 +36,7 @@ def changed(tmp_path: Path, name: str, tensor: Tensor | None) -> Path:
 
 
 def test_outputs_losses_gradients_and_samples_equal_the_authors():
-    result = run_parity(FIXTURE)
+    result = run_parity("minit2i_parity.py", FIXTURE)
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ("bit for bit", "out.x ", "out.x_no_caption", "out.velocity", "loss.value", "sample.euler8", "sample.heun8"):
         assert name in result.stdout
@@ -51,19 +45,19 @@ def test_outputs_losses_gradients_and_samples_equal_the_authors():
 
 @pytest.mark.parametrize("name", ["out.velocity", "loss.value", "grad.mask_token._flax_param.param_tensor", "sample.heun8_guidance3"])
 def test_the_parity_check_can_fail(name, tmp_path):
-    result = run_parity(changed(tmp_path, name, load_file(FIXTURE)[name] * 1.002))
+    result = run_parity("minit2i_parity.py", changed(tmp_path, name, load_file(FIXTURE)[name] * 1.002))
     assert result.returncode == 1
     assert result.stdout.count("ABOVE") == 1
 
 
 def test_a_number_that_is_not_compared_is_a_failure(tmp_path):
-    result = run_parity(changed(tmp_path, "out.something", torch.ones(2)))
+    result = run_parity("minit2i_parity.py", changed(tmp_path, "out.something", torch.ones(2)))
     assert result.returncode == 1
     assert "NOT COMPARED" in result.stdout
 
 
 def test_a_damaged_state_is_named(tmp_path):
-    result = run_parity(changed(tmp_path, "state.double_blocks.layers_1.k_norm._flax_rmsnorm.kernel", None))
+    result = run_parity("minit2i_parity.py", changed(tmp_path, "state.double_blocks.layers_1.k_norm._flax_rmsnorm.kernel", None))
     assert result.returncode == 1
     assert "double_blocks.1.k_norm is missing" in result.stderr
 
@@ -232,7 +226,7 @@ def test_networks_of_other_sizes_agree_with_the_naive_reference(changes, noise_s
     state = {f"state.{name}": tensor for name, tensor in weights.items()}
     about = {"config": json.dumps(config), "objective": json.dumps({"prediction": "x", "noise_scale": noise_scale, "a_min": floor})}
     save_file({name: tensor.contiguous() for name, tensor in {**state, **tensors, **numbers}.items()}, tmp_path / "b.safetensors", about)
-    result = run_parity(tmp_path / "b.safetensors")
+    result = run_parity("minit2i_parity.py", tmp_path / "b.safetensors")
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count(" ok\n") == len(numbers)
 

@@ -1,7 +1,3 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,17 +8,11 @@ from microdit.errors import UserError
 from microdit.models.config import Size
 from microdit.models.official import convert_from_official, export_official, load_official
 from tests.conftest import busy_model
-
-ROOT = Path(__file__).parents[2]
-
-
-def run_parity(fixture: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/official_parity.py", str(fixture)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+from tests.models.parity import run_parity
 
 
 def test_outputs_losses_gradients_and_samples_equal_the_authors(official_fixture):
-    result = run_parity(official_fixture)
+    result = run_parity("official_parity.py", official_fixture)
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ("out.full", "out.cfg3", "out.masked75", "loss.masked75", "grad.blocks.1.mlp.w1", "sample.heun8_cfg3"):
         assert name in result.stdout
@@ -36,7 +26,7 @@ def test_the_parity_check_can_fail(official_fixture, tmp_path):
     tensors = load_file(official_fixture)
     tensors["out.full"] = tensors["out.full"] * 1.001
     save_file(tensors, tmp_path / "wrong.safetensors", metadata)
-    result = run_parity(tmp_path / "wrong.safetensors")
+    result = run_parity("official_parity.py", tmp_path / "wrong.safetensors")
     assert result.returncode == 1
     assert "ABOVE" in result.stdout
 

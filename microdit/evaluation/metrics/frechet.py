@@ -29,16 +29,20 @@ PRECISION = 1e-6  # largest relative error of a distance due to rounding
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean (D,) and unbiased covariance (D, D) of `count` feature vectors, both float64 on the CPU."""
+    """Mean (D,) and unbiased covariance (D, D) of `count` feature vectors, both float64 on the CPU.
+
+    `deviations` (D, N) are the centred features over (N - 1)^(1/2), kept where they are fewer than D: a root of the covariance already.
+    """
 
     mean: Tensor
     covariance: Tensor
     count: int
+    deviations: _Matrix | None = None
 
     @cached_property
     def root(self) -> _Matrix:
         """F (D, R) with F F^T = covariance."""
-        return _root(self.covariance)
+        return _root(self.covariance) if self.deviations is None else self.deviations
 
 
 def fit_gaussian(features_ND: Tensor) -> Gaussian:
@@ -48,7 +52,10 @@ def fit_gaussian(features_ND: Tensor) -> Gaussian:
         raise UserError(f"A covariance needs the features of at least 2 images, and there are {len(features_ND)}.")
     mean_D = features_ND.mean(dim=0)
     centred_ND = (features_ND - mean_D).numpy()  # centred before squaring: far from the origin, digits would be lost
-    return Gaussian(mean_D, torch.from_numpy(centred_ND.T @ centred_ND / (len(features_ND) - 1)), len(features_ND))
+    deviations_DN = centred_ND.T / (len(features_ND) - 1) ** 0.5
+    covariance_DD = torch.from_numpy(centred_ND.T @ centred_ND / (len(features_ND) - 1))
+    few = deviations_DN.shape[1] < deviations_DN.shape[0]
+    return Gaussian(mean_D, covariance_DD, len(features_ND), deviations_DN if few else None)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -58,7 +65,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """
     check_same_dimensions(len(a.mean), len(b.mean))
     traces = float(a.covariance.trace() + b.covariance.trace())
-    return _distance((a.mean - b.mean).numpy(), traces, a.root.T @ b.root)
+    return _distance((a.mean - b.mean).numpy(), traces, a.root.T @ b.root, rank=min(a.count, b.count) - 1)
 
 
 def sample_distance(features_ND: Tensor, reference: Gaussian) -> float:
@@ -140,7 +147,7 @@ class _Projected:
         check_same_dimensions(features_ND.shape[1], len(reference.mean))
         mean_D = features_ND.mean(dim=0)
         self._apart_D = (mean_D - reference.mean).numpy()
-        self._reference_trace = float(reference.covariance.trace())
+        self._reference_trace, self._reference_rank = float(reference.covariance.trace()), reference.count - 1
         self._centred_ND = (features_ND - mean_D).numpy()
         self._projected_NR = self._centred_ND @ reference.root
         self._squares_N = np.einsum("nd,nd->n", self._centred_ND, self._centred_ND)
@@ -156,13 +163,14 @@ class _Projected:
         projected_SR = self._projected_NR[rows]
         projected_SR -= projected_SR.mean(axis=0)
         projected_SR /= (count - 1) ** 0.5
-        found = _distance(self._apart_D + mean_D, float(trace) + self._reference_trace, projected_SR, rank=count - 1)
+        traces, rank = float(trace) + self._reference_trace, min(count - 1, self._reference_rank)
+        found = _distance(self._apart_D + mean_D, traces, projected_SR, rank)
         if self._on_distance:
             self._on_distance(1)
         return found
 
 
-def _distance(apart_D: _Matrix, traces: float, matrix: _Matrix, rank: int | None = None) -> float:
+def _distance(apart_D: _Matrix, traces: float, matrix: _Matrix, rank: int) -> float:
     """Compute the distance from the difference of means, the sum of covariance traces, and a matrix whose singular values are summed.
 
     The singular values of `matrix` are those of F_a^T F_b, where F F^T = C, that is, the eigenvalues of (C_a C_b)^(1/2); at most `rank`
@@ -171,7 +179,7 @@ def _distance(apart_D: _Matrix, traces: float, matrix: _Matrix, rank: int | None
     """
     rows, columns = matrix.shape
     squares = np.linalg.eigvalsh(matrix.T @ matrix if columns <= rows else matrix @ matrix.T)
-    roots = np.sqrt(squares[-min(rows, columns, rank or rows) :].clip(min=0))
+    roots = np.sqrt(squares[-min(rows, columns, rank) :].clip(min=0))
     without_roots = float(apart_D @ apart_D) + traces
     distance = without_roots - 2 * roots.sum()
     rounding = roots.max(initial=0) ** 2 * np.finfo(np.float64).eps  # error of each square; `lost` bounds the error of each root

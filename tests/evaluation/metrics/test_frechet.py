@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -138,6 +140,18 @@ def test_intervals_and_extrapolations_are_those_of_each_subset_on_its_own(count,
     assert line.distance == pytest.approx(np.polyfit(1 / np.array(line.counts), distances, 1)[1], rel=1e-9)
     assert frechet_infinity(samples, reference, 5, 4, 3, counted.append) == line
     assert sum(counted) == 5
+
+
+@pytest.mark.parametrize("count", [2, 7, 39, 40, 60])
+def test_a_root_that_is_kept_is_one_of_the_covariance(count):
+    """Up to 40 samples of 40 features their deviations are kept; the covariance alone gives the same distances."""
+    kept, other = fit_gaussian(normal(count, 40, 1)), fit_gaussian(normal(90, 40, 2))
+    assert (kept.deviations is None) == (count >= 40)
+    root = torch.from_numpy(kept.root)
+    assert torch.allclose(root @ root.T, kept.covariance, rtol=0, atol=1e-12)
+    computed = replace(kept, deviations=None)
+    assert frechet_distance(kept, other) == pytest.approx(frechet_distance(computed, other), rel=1e-7)
+    assert sample_distance(normal(50, 40, 3), kept) == pytest.approx(sample_distance(normal(50, 40, 3), computed), rel=1e-7)
 
 
 CASES = [
