@@ -50,8 +50,30 @@ def open_dataset(recipe: Recipe, warn: Callable[[str], None], world: World | Non
                     f"data.{key} is {wanted}, but {encoded.folder} was encoded with {found}: encode it again with the right one."
                 )
     repeats = tuple(item.repeat for item in data.named_sets.values())
+    if recipe.alignment is not None:
+        _check_features(recipe.alignment.encoder, list(sets.values()))
     phases = [_phase_order(phase, list(sets), repeats) for phase in recipe.phases]
     return MixedDataset(list(sets.values()), phases, recipe.seed, data.horizontal_flip, data.on_damage, warn)
+
+
+def _check_features(encoder: str, sets: list[EncodedDataset]) -> None:
+    """Raise UserError, with the command to run, unless all sets have features of the encoder, and of the same weights."""
+    for encoded in sets:
+        manifest, first = encoded.manifest, sets[0]
+        found = manifest.get("features")
+        if found is None or not _names_the_same(encoder, found["name"]):
+            holds = "holds no features of images" if found is None else f"holds features of {found['name']}"
+            sides = " ".join(f"--resolutions {side}" for side in manifest["settings"]["resolutions"])
+            names = f"--autoencoder {manifest['autoencoder']['name']} --text-encoder {manifest['text_encoder']['name']}"
+            raise UserError(
+                f"alignment.encoder is {encoder}, and {encoded.folder} {holds}: encode it again, with the options of the first time and "
+                f"--features: microdit data encode {manifest['source']} --out {encoded.folder}-features {sides} {names} "
+                f"--features {encoder}; or leave out alignment."
+            )
+        if found != first.manifest["features"]:
+            raise UserError(
+                f"{first.folder} and {encoded.folder} hold features of {encoder}, but of different weights or grids: encode one again."
+            )
 
 
 def _names_the_same(wanted: str, recorded: str) -> bool:
