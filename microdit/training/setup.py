@@ -57,22 +57,21 @@ def open_dataset(recipe: Recipe, warn: Callable[[str], None], world: World | Non
 
 
 def _check_features(encoder: str, sets: list[EncodedDataset]) -> None:
-    """Raise UserError, with the command to run, unless all sets have features of the encoder, and of the same weights."""
+    """Raise UserError unless all sets have features of the encoder, and of the same weights."""
     for encoded in sets:
-        manifest, first = encoded.manifest, sets[0]
-        found = manifest.get("features")
+        manifest, found = encoded.manifest, encoded.manifest.get("features")
         if found is None or not _names_the_same(encoder, found["name"]):
-            holds = "holds no features of images" if found is None else f"holds features of {found['name']}"
-            sides = " ".join(f"--resolutions {side}" for side in manifest["settings"]["resolutions"])
+            holds = "no features of images" if found is None else f"features of {found['name']}"
             names = f"--autoencoder {manifest['autoencoder']['name']} --text-encoder {manifest['text_encoder']['name']}"
+            sides = " ".join(map(str, manifest["settings"]["resolutions"]))
             raise UserError(
-                f"alignment.encoder is {encoder}, and {encoded.folder} {holds}: encode it again, with the options of the first time and "
-                f"--features: microdit data encode {manifest['source']} --out {encoded.folder}-features {sides} {names} "
-                f"--features {encoder}; or leave out alignment."
+                f"alignment.encoder is {encoder}, and {encoded.folder} holds {holds}: leave out alignment, or encode the data again, such "
+                f"as by: microdit data encode {manifest['source']} --out {encoded.folder}-features --resolutions {sides} {names} "
+                f"--features {encoder}"
             )
-        if found != first.manifest["features"]:
+        if found != sets[0].manifest["features"]:
             raise UserError(
-                f"{first.folder} and {encoded.folder} hold features of {encoder}, but of different weights or grids: encode one again."
+                f"{sets[0].folder} and {encoded.folder} hold features of {encoder} of different weights or grids: encode one of them again."
             )
 
 

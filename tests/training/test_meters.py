@@ -19,7 +19,7 @@ from microdit.planning.workload import FlopCounter
 from microdit.training.logging import Cost, RunRecord, last_cost
 from microdit.training.meters import Meters, StepResult, progress_text
 from microdit.training.noise import TrainingBatch
-from microdit.training.parallel import DenoisingLoss
+from microdit.training.parallel import DenoisingLoss, SampleLosses
 from microdit.training.validation import HeldOut
 from tests.conftest import busy_model
 from tests.training.processes import HANG, RECIPE
@@ -109,9 +109,9 @@ def test_held_out_samples_have_evenly_spread_noise_levels(encoded_emoji):
     batches: list[TrainingBatch] = []
 
     class Keeping(nn.Module):
-        def forward(self, batch: TrainingBatch) -> torch.Tensor:
+        def forward(self, batch: TrainingBatch) -> SampleLosses:
             batches.append(batch)
-            return torch.zeros(len(batch))
+            return SampleLosses(torch.zeros(len(batch)), torch.zeros(len(batch)))
 
     HeldOut(encoded_emoji, 16, 40, EDM(), start_world("cpu")).measure(Keeping())
     noise = torch.cat([batch.noise_BCHW for batch in batches]).flatten(1)
