@@ -151,8 +151,8 @@ class EncodedDataset:
 
     def feature_shape(self, bucket: int = 0) -> tuple[int, int, int]:
         """Return the shape (E, Y, X) of the features of images in a bucket, in a set that has features."""
-        features = self.manifest["features"]
-        return features["channels"], *feature_grid(*self.manifest["sizes"][bucket][str(self.resolution)], features["cell"])
+        features, (height, width) = self.manifest["features"], self.manifest["sizes"][bucket][str(self.resolution)]
+        return features["channels"], *feature_grid(height, width, features["cell"])
 
     def summary(self) -> dict[str, Any]:
         """Return what a model trained on this data set needs to generate images: encoders, latent shape, resolution, source."""

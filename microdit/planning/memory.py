@@ -197,11 +197,11 @@ def activations(config: ModelConfig, tokens: int, kept: int, caption_tokens: int
 def alignment_activations(alignment: Alignment, config: ModelConfig, tokens: int, kept: int, element: int) -> int:
     """Return the bytes that autograd keeps of one sample's alignment, beside the block's output, which the next layer keeps too.
 
-    These are the projector's hidden layers before and after their activation (of a convolution, tokens with zeros for dropped ones), and in
-    float32 its output and the features.
+    These are the MLP's hidden layers before and after their activation, or a convolution's input and output on all places, where tokens
+    were dropped; and in float32 the projected tokens and the features.
     """
     seen, shape = kept if config.is_sparse(alignment.block - 1) else tokens, alignment.shape
-    inside = 4 * seen * shape.width if shape.kind == "mlp" else tokens * shape.dim * (seen < tokens)
+    inside = 4 * seen * shape.width if shape.kind == "mlp" else tokens * (shape.dim + shape.channels) * (seen < tokens)
     return inside * element + 2 * seen * shape.channels * FLOAT
 
 

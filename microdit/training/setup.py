@@ -163,8 +163,8 @@ def find_checkpoint(
 ) -> Checkpoint | None:
     """Return the run's newest intact checkpoint, which training continues from; None for a new run.
 
-    Raises UserError if the run exists and `resume` is not set, or if the checkpoint has another architecture or other encoders. Other
-    differences of recipe or data are warnings with `accept_changes`, else a UserError.
+    Raises UserError if the run exists and `resume` is not set, or if the checkpoint has another architecture or other encoders, or no
+    projector where the recipe has an alignment. Other differences of recipe or data are warnings with `accept_changes`, else a UserError.
     """
     if not resume:
         if world.look(lambda: run.exists() and any(path.name != LOCK for path in run.iterdir())):
@@ -183,6 +183,11 @@ def find_checkpoint(
             )
         for change in changes:
             warn(f"Changed since the checkpoint: {change}")
+        if recipe.alignment is not None and checkpoint.state["recipe"].get("alignment") is None:
+            raise UserError(
+                f"{checkpoint.folder} has no projector, since it was trained without alignment: leave alignment out, or start another run "
+                "from its weights (init_from)."
+            )
         if checkpoint.step > recipe.total_steps:
             raise UserError(f"{checkpoint.folder} is beyond the recipe's last step ({recipe.total_steps}): there is nothing to train.")
     return checkpoint

@@ -11,7 +11,7 @@ from microdit.data.encode import EncodeSettings, encode_source
 from microdit.data.manifest import MANIFEST
 from microdit.data.sampler import SamplerPhase
 from microdit.data.shards import DamagedShard
-from microdit.data.sources.base import Part
+from microdit.data.sources.base import Part, Record, Source
 from microdit.data.sources.builtin import emoji_source
 from microdit.encoders.autoencoder import Pixels
 from microdit.encoders.vision import load_vision_encoder
@@ -19,10 +19,12 @@ from microdit.errors import UserError
 from microdit.io.files import from_checked_json
 from tests.commands import microdit
 from tests.conftest import first_of
+from tests.data.pictures import picture
 from tests.data.test_encode import good, source_of
 from tests.encoders.test_vision import save
 
-SMALL = EncodeSettings((32, 64), "fp16", "fp16", buckets=True, batch_size=2)
+SMALL = EncodeSettings((64, 128), "fp16", "fp16", buckets=True, batch_size=2)
+SHAPES = [(130, 64), (130, 130), (64, 130), (140, 70)]
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +34,21 @@ def tiny(tmp_path_factory):
     return load_vision_encoder(str(folder))
 
 
+def shaped() -> Source:
+    """Pictures of several shapes."""
+    return source_of([Record(f"k{n}", {"caption": f"picture {n}"}, picture(n, "PNG", size)) for n, size in enumerate(SHAPES)])
+
+
 def mixture(*sets: EncodedDataset, flip: bool = False) -> MixedDataset:
     return MixedDataset(list(sets), [SamplerPhase(4, 5, (1,) * len(sets))], seed=0, flip=flip)
 
 
 def test_features_are_the_encoders_of_the_stored_pixels(tmp_path, text_encoder, tiny):
     """Of both resolutions and all shapes; pixels stand beside them, so the encoder can be asked again."""
-    encode_source(first_of(emoji_source("train"), 6), tmp_path / "set", SMALL, Pixels(), text_encoder, vision=tiny)
-    for resolution in (32, 64):
+    encode_source(shaped(), tmp_path / "set", SMALL, Pixels(), text_encoder, vision=tiny)
+    for resolution in (64, 128):
         data = EncodedDataset(tmp_path / "set", resolution)
+        assert sum(rows > 0 for rows in data.bucket_sizes) == 3
         for bucket, rows in enumerate(data.bucket_sizes):
             for row in range(rows):
                 pixels = data.latents([data.read(bucket, row)[0]], bucket)
@@ -52,7 +60,7 @@ def test_features_are_the_encoders_of_the_stored_pixels(tmp_path, text_encoder, 
 
 
 def test_all_else_is_what_it_is_without_features(tmp_path, text_encoder, tiny):
-    source = first_of(emoji_source("train"), 6)
+    source = shaped()
     plain = encode_source(source, tmp_path / "plain", SMALL, Pixels(), text_encoder)
     more = encode_source(source, tmp_path / "more", SMALL, Pixels(), text_encoder, vision=tiny)
     assert (plain["format"], more["format"]) == (4, 5)
@@ -60,7 +68,7 @@ def test_all_else_is_what_it_is_without_features(tmp_path, text_encoder, tiny):
     assert more["features"] == {"name": tiny.name, "fingerprint": tiny.fingerprint, "channels": 32, "cell": 16}
     own = ("format", "features", "shards")
     assert {key: value for key, value in plain.items() if key not in own} == {key: value for key, value in more.items() if key not in own}
-    one, other = EncodedDataset(tmp_path / "plain", 64), EncodedDataset(tmp_path / "more", 64)
+    one, other = EncodedDataset(tmp_path / "plain", 128), EncodedDataset(tmp_path / "more", 128)
     for step in range(4):
         ours, theirs = (mixture(data).stored(step) for data in (other, one))
         assert ours.latents.numbers_BRV.equal(theirs.latents.numbers_BRV)
@@ -68,7 +76,7 @@ def test_all_else_is_what_it_is_without_features(tmp_path, text_encoder, tiny):
         assert ours.features is None
     import datasets
 
-    assert {"features_32", "features_64"} <= set(datasets.load_from_disk(str(tmp_path / "more")).column_names)
+    assert {"features_64", "features_128"} <= set(datasets.load_from_disk(str(tmp_path / "more")).column_names)
 
 
 def test_batches_carry_them_mirrored_where_the_images_are(tmp_path, text_encoder, tiny):

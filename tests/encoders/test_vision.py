@@ -77,11 +77,13 @@ def test_a_transformers_are_its_patch_tokens_averaged_to_the_grid(tmp_path, kind
 
 
 def test_a_place_of_the_grid_tells_of_that_place_of_the_image(emoji):
-    """The features of mirrored images are nearly the mirrored features, and unlike those that are not mirrored."""
+    """Where the right half of an image changes, its features do more than those of the left one, and those farthest from it least."""
     encoder = load_vision_encoder("efficientnet")
-    plain, mirrored = (encoder.encode(images) for images in (emoji, emoji.flip(-1)))
-    alike, unlike = (F.cosine_similarity(mirrored, other, dim=1).mean().item() for other in (plain.flip(-1), plain))
-    assert alike > unlike + 0.05
+    other = emoji.clone()
+    other[:, :, :, 32:] = emoji.roll(1, dims=0)[:, :, :, 32:]
+    left, right = (encoder.encode(emoji) - encoder.encode(other)).square().sum(dim=(0, 1, 2)).split(2)
+    assert right.sum() > 1.5 * left.sum()
+    assert right.min() > 3 * left[0]
 
 
 def test_names_and_fingerprints_are_those_of_the_weights(tmp_path):
@@ -101,7 +103,7 @@ def test_an_encoder_computes_in_the_dtype_that_it_was_moved_to_and_returns_float
     for name in ("efficientnet", str(tmp_path)):
         exact, rough = load_vision_encoder(name).encode(emoji), load_vision_encoder(name).to("cpu", torch.bfloat16).encode(emoji)
         assert rough.dtype == torch.float32
-        assert 0 < (exact - rough).norm() < 0.1 * exact.norm()
+        assert 0 < (exact - rough).norm() < 0.2 * exact.norm()
         assert load_vision_encoder(name).to("cpu", torch.float16).encode(emoji).equal(exact)  # it would overflow
 
 
