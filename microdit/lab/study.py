@@ -1,7 +1,8 @@
 """A study: arms that differ in a few lines of a recipe, each trained for several seeds on equal budgets.
 
 An arm with one phase and a constant learning rate is measured during a single training at every budget. An arm with several phases (whose
-steps are shares of the training here), a mask schedule or a decaying rate is trained separately for each budget, since only its end counts.
+steps are shares of the training here), a mask schedule, a decaying rate or an alignment that ends early is trained separately for each
+budget, since only its end counts.
 """
 
 import re
@@ -153,8 +154,8 @@ def measurement(study: Study) -> dict[str, Any]:
 
 def is_scheduled(recipe: Recipe) -> bool:
     """Return whether training depends on its length: then intermediate quality misleads, and each budget needs its own training."""
-    first = recipe.phases[0]
-    return len(recipe.phases) > 1 or first.mask_schedule is not None or first.final_learning_rate != 1
+    first, ends_early = recipe.phases[0], 0 < recipe.aligned_steps < recipe.total_steps
+    return len(recipe.phases) > 1 or first.mask_schedule is not None or first.final_learning_rate != 1 or ends_early
 
 
 def stretched(recipe: Recipe, steps: int) -> Recipe:
