@@ -66,6 +66,15 @@ class EfficientNetFeatures:
         return torch.cat(features)
 
 
+class PixelFeatures:
+    """The pixels themselves, resized to 32 x 32, as their difference from white: the plainest judge, which has learnt nothing."""
+
+    name, fingerprint, resize = "pixels", "pixels", "Pillow bicubic, 8 bits, middle, 32"
+
+    def __call__(self, images: list[Image.Image]) -> Tensor:
+        return torch.stack([1 - to_tensor(image, 32) for image in images]).flatten(1)
+
+
 class InceptionFeatures:
     """2,048 pooled features of the Inception network that defines FID, from a TorchScript file."""
 
