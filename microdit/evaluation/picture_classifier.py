@@ -23,10 +23,11 @@ from microdit.evaluation.extraction import read_tensors, write_tensors
 from microdit.io.console import QUIET, Reporter
 from microdit.io.files import cache_folder
 
+VERSION = 1  # of the distortions and layers, to be raised when they change
 SIDE = 32
 FEATURES = 128
 MOST_PICTURES = 4096  # that are learnt, spread evenly over a larger set
-STEPS, BATCH, RATE = 300, 128, 3e-3
+EPOCHS, LEAST_STEPS, BATCH, RATE = 21, 60, 128, 3e-3
 TEMPERATURE = 0.1  # of the cosine similarity between a picture and a class
 
 
@@ -105,12 +106,13 @@ def _train(network: nn.Module, pixels_NCSS: Tensor, device: torch.device | str, 
     network.to(device).train()
     classes_ND = nn.Parameter(torch.randn(len(pixels_NCSS), FEATURES, generator=generator).to(device))
     optimizer = torch.optim.AdamW([*network.parameters(), classes_ND], lr=RATE, weight_decay=0.01)
-    pixels_NCSS = pixels_NCSS.to(device)
-    with reporter.progress(f"train a classifier of {len(pixels_NCSS):,} pictures, as a judge", STEPS) as advance:
-        for step in range(STEPS):
+    pixels_NCSS, size = pixels_NCSS.to(device), min(BATCH, len(pixels_NCSS))
+    steps = max(LEAST_STEPS, EPOCHS * len(pixels_NCSS) // size)
+    with reporter.progress(f"train a classifier of {len(pixels_NCSS):,} pictures, as a judge", steps) as advance:
+        for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
-            rows_B = torch.randint(len(pixels_NCSS), (BATCH,), generator=generator).to(device)
+                group["lr"] = RATE * (1 + math.cos(math.pi * step / steps)) / 2
+            rows_B = torch.randint(len(pixels_NCSS), (size,), generator=generator).to(device)
             features_BD = network(distorted(pixels_NCSS[rows_B], generator))
             logits_BN = F.normalize(features_BD, dim=1) @ F.normalize(classes_ND, dim=1).T / TEMPERATURE
             F.cross_entropy(logits_BN, rows_B).backward()
@@ -121,6 +123,6 @@ def _train(network: nn.Module, pixels_NCSS: Tensor, device: torch.device | str, 
 
 def _cached(pixels_NCSS: Tensor) -> Path:
     """Return the file of the network for these pictures. Its name depends on everything that the network depends on."""
-    settings = [SIDE, FEATURES, STEPS, BATCH, RATE, TEMPERATURE, "1"]  # the last is the version of this module's distortions and layers
+    settings = [VERSION, SIDE, FEATURES, EPOCHS, LEAST_STEPS, BATCH, RATE, TEMPERATURE]
     digest = hashlib.sha256(json.dumps(settings).encode() + pixels_NCSS.numpy().tobytes())
     return cache_folder() / "judges" / f"{digest.hexdigest()[:32]}.safetensors"
