@@ -201,7 +201,7 @@ def replay_alike(training: "Training", samples: int) -> dict[str, Any]:
     def found(batch: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
         training.state.optimizers.zero_grad()
         gradients.begin()
-        loss_B = gradients.add(batch, samples, last=True).detach().clone()
+        loss_B = gradients.add(batch, samples, last=True).total_B.clone()
         return [weight.grad.clone() for weight in weights if weight.grad is not None], loss_B
 
     other, batch = training.batch(samples), training.batch(samples)

@@ -91,7 +91,7 @@ def count(size: str, ranks: int, batch: int, side: int, kept: int | None, checkp
         drawn = TrainingBatch(latents, captions, None, ones, torch.empty_like(latents), ones, keep_ids)
         saved = SavedBytes()
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-            value = loss(drawn).mean()
+            value = loss(drawn).total_B.mean()
         value.backward()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         optimizer.step()

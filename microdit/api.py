@@ -72,13 +72,15 @@ def encode_dataset(
     autoencoder: str = "icon",
     text_encoder: str = "minilm",
     *,
+    features: str | None = None,
     device: str = "auto",
     reporter: Reporter = QUIET,
 ) -> EncodedDataset:
     """Encode images and captions into the folder `out`, as `microdit data encode` does, and open the result.
 
-    `source` is what `open_source` returns or takes. The encoders are named as on the command line. An encoding that was interrupted goes
-    on behind its last whole shard; images whose shorter side is below the smallest resolution are rejected.
+    `source` is what `open_source` returns or takes. The encoders are named as on the command line; `features` names a vision encoder whose
+    features are stored too, for representation alignment. An encoding that was interrupted goes on behind its last whole shard; images
+    whose shorter side is below the smallest resolution are rejected.
 
     >>> encoded = encode_dataset("my-pictures", "data/mine")
     >>> len(encoded), encoded.latent_shape()
@@ -90,6 +92,7 @@ def encode_dataset(
     from microdit.devices import choose_device, choose_dtype
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
+    from microdit.encoders.vision import load_vision_encoder
     from microdit.evaluation.reconstruction import save_reconstructions
 
     opened = open_source(source) if isinstance(source, str) else source
@@ -102,13 +105,14 @@ def encode_dataset(
         batch_size=default_batch_size(where, sides),
     )
     encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
+    vision = None if features is None else load_vision_encoder(features)
 
     def show(folder: Path) -> None:
         save_reconstructions(opened, folder, encoders[0], min(sides), reporter)
 
     with reporter.progress(f"encode {opened.name}", len(opened.parts)) as advance:
         events = EncodeEvents(lambda _, parts: advance(parts), show)
-        encode_source(opened, Path(out), settings, *encoders, events=events, warn=reporter.warn)
+        encode_source(opened, Path(out), settings, *encoders, events=events, warn=reporter.warn, vision=vision)
     return EncodedDataset(Path(out), sides[0])
 
 

@@ -102,6 +102,21 @@ def encoded_emoji(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixt
 
 
 @pytest.fixture(scope="session")
+def aligned_emoji(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """24 emoji as 32 x 32 pixels with their MiniLM captions and 2 x 2 features of EfficientNet."""
+    with _made_once(tmp_path_factory, "aligned") as (shared, missing):
+        if missing:
+            from microdit.data.encode import EncodeSettings, encode_source
+            from microdit.data.sources.builtin import emoji_source
+            from microdit.encoders.autoencoder import Pixels
+            from microdit.encoders.vision import load_vision_encoder
+
+            encoders, settings = (Pixels(), request.getfixturevalue("text_encoder")), EncodeSettings((32,), "fp16", "fp16")
+            encode_source(first_of(emoji_source("train"), 24), shared, settings, *encoders, vision=load_vision_encoder("efficientnet"))
+    return copytree(shared, tmp_path_factory.mktemp("aligned") / "emoji")
+
+
+@pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Encoded with the bundled autoencoder and trained for a few steps, by the commands."""
     with _made_once(tmp_path_factory, "workplace") as (shared, missing):

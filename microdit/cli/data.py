@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from microdit.data.sources.base import Source
     from microdit.encoders.autoencoder import Autoencoder
     from microdit.encoders.text import TextEncoder
+    from microdit.encoders.vision import VisionEncoder
 
 CaptionsFromOption = Annotated[CaptionsFrom, typer.Option("--captions-from", help="text, or the name of each picture's file or folder.")]
 JoinedOption = Annotated[
@@ -57,6 +58,13 @@ def encode_data(
     text_encoder: Annotated[
         str, typer.Option(help="minilm, dfn-clip-h, or the folder or hub name of a CLIP, T5, open_clip or language model.")
     ] = "minilm",
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="Also store features of each image, for representation alignment: efficientnet, or the folder or hub name of a DINOv2, "
+            "DINOv3 or SigLIP."
+        ),
+    ] = None,
     store_latents: Annotated[LatentPacking, typer.Option(help="Storage format of latents; int8 has one scale per channel.")] = "int8",
     store_captions: Annotated[CaptionPacking, typer.Option(help="Storage format of captions; ids are embedded during training.")] = "int8",
     caption: Annotated[list[str] | None, typer.Option("--caption", help="Which captions to use: NAME or NAME=WEIGHT; repeatable.")] = None,
@@ -99,6 +107,8 @@ def encode_data(
     Example: microdit data encode my-pictures --out data/mine --hold-out 5%
 
     Example: microdit data encode my-pictures --out data/mine --resolutions 256 512 --autoencoder sdxl --text-encoder dfn-clip-h
+
+    Example: microdit data encode emoji --out data/emoji --features efficientnet
     """
     from microdit.data.encode import EncodeSettings, default_batch_size, default_workers, held_out_folder, unfinished
     from microdit.data.sources.folders import listed_once
@@ -106,6 +116,7 @@ def encode_data(
     from microdit.data.sources.subsets import HoldOut, split_off
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
+    from microdit.encoders.vision import load_vision_encoder
 
     world, drop = share()[1], tuple(caption_drop or ())
     held_out = HoldOut.parse(hold_out) if hold_out else None
@@ -133,13 +144,19 @@ def encode_data(
             sets = {held_out_folder(out): held, out: training}  # a complete held-out set is kept when the same command continues
         with device_errors_explained("the encoders need --dtype bfloat16 (half of float32), or --device cpu"):
             encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
-            manifests = {place: _encode(part, place, settings, encoders, may_be_done=place != out) for place, part in sets.items()}
+            vision = {} if features is None else {out: load_vision_encoder(features)}  # the held-out loss is measured without
+            manifests = {place: _encode(part, place, settings, encoders, vision.get(place), place != out) for place, part in sets.items()}
     if held_out and manifests[out]:
         _report_split(out, held_out_folder(out))
 
 
 def _encode(
-    source: "Source", out: Path, settings: "EncodeSettings", encoders: "tuple[Autoencoder, TextEncoder]", may_be_done: bool
+    source: "Source",
+    out: Path,
+    settings: "EncodeSettings",
+    encoders: "tuple[Autoencoder, TextEncoder]",
+    vision: "VisionEncoder | None",
+    may_be_done: bool,
 ) -> dict[str, Any] | None:
     """Encode this process's share of a source, unless that is done already and may be, and report the set that this process completes."""
     from microdit.data.encode import EncodeEvents, encode_source, is_encoded
@@ -154,7 +171,7 @@ def _encode(
 
     rank, world = share()
     with _parts_progress(f"encode {source.name}", len(range(rank, len(source.parts), world))) as on_progress:
-        manifest = encode_source(source, out, settings, *encoders, (rank, world), EncodeEvents(on_progress, show), warn)
+        manifest = encode_source(source, out, settings, *encoders, (rank, world), EncodeEvents(on_progress, show), warn, vision)
     if manifest:
         _report_encoded(manifest, out)
     return manifest
@@ -303,6 +320,9 @@ def _report_encoded(manifest: dict[str, Any], out: Path) -> None:
             f"  latents at {resolution} px: standard deviation {common_std([(1.0, statistics)]):.3f} "
             f"(by channel {min(stds):.3f} to {max(stds):.3f}, means {min(statistics['mean']):.3f} to {max(statistics['mean']):.3f})"
         )
+    if features := manifest.get("features"):
+        cell = features["cell"]
+        console.print(f"  features of {features['name']}: {features['channels']:,} numbers for each {cell} x {cell} pixels")
     for reason, count in manifest["rejected"].items():
         console.print(f"  rejected {count:,}: {reason}")
     if manifest["rejected"]:

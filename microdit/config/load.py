@@ -109,6 +109,9 @@ def _problems(recipe: Recipe) -> list[str]:
         not model.unread_text or model.attention == "joint",
         "model.unread_text is for model.attention joint: cross-attention never changes the caption's tokens.",
     )
+    if recipe.alignment is not None:
+        block, depth = recipe.alignment.block, model.depth
+        need(block <= depth, f"alignment.block is {block}, and the backbone has {depth} blocks (model.depth): take one of 1 to {depth}.")
     found += _routing_problems(model)
     found += _diffusion_problems(recipe.diffusion)
     need(len({ema.decay for ema in recipe.ema}) == len(recipe.ema), "ema names a decay twice.")

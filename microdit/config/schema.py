@@ -1,6 +1,6 @@
 """The recipe: every setting of a training run, with its type, range and default. `load.py` reads recipes from YAML."""
 
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +11,7 @@ from microdit.diffusion.edm import EDM
 from microdit.diffusion.flow import Flow
 from microdit.diffusion.objective import Objective
 from microdit.errors import UserError
+from microdit.models.alignment import ProjectorKind, ProjectorShape
 from microdit.models.config import Size, resolve
 from microdit.models.microdit import ModelConfig
 from microdit.models.routing import Pattern
@@ -243,6 +244,27 @@ class RecordRecipe:
 
 
 @dataclass(frozen=True)
+class AlignmentRecipe:
+    """Representation alignment (REPA, 2410.06940): tokens of a block are drawn towards the features of a frozen vision encoder.
+
+    The features come with the data: `microdit data encode --features ENCODER`. Defaults are the paper's where it has one.
+    """
+
+    encoder: FilePath  # as for --features
+    block: Annotated[int, Range(1, 1000)]  # number of the backbone's block whose tokens are aligned, from 1; the mixer's do not count
+    weight: Annotated[float, Range(0, 1000, above=True)] = 0.5  # of the negative mean cosine similarity, beside the denoising loss
+    until: Annotated[float, Range(0, 1, above=True)] = 1.0  # share of the run's steps after which the loss ends (HASTE, 2505.16792)
+    projector: ProjectorKind = "mlp"  # conv: a 3 x 3 convolution (iREPA, 2512.10794)
+    width: Annotated[int, Range(1, 32_768)] = 2048  # of the MLP's two hidden layers
+    spatial_norm: bool = False  # standardise each channel of the features over the image (iREPA)
+
+
+def projector_of(alignment: AlignmentRecipe, dim: int, channels: int) -> ProjectorShape:
+    """Return the shape of a recipe's projector, from tokens of width `dim` to features of `channels`."""
+    return ProjectorShape(alignment.projector, dim, alignment.width, channels)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All settings of a training run.
 
@@ -268,6 +290,7 @@ class Recipe:
     engine: EngineRecipe = field(default_factory=EngineRecipe)
     guard: GuardRecipe = field(default_factory=GuardRecipe)
     record: RecordRecipe = field(default_factory=RecordRecipe)
+    alignment: AlignmentRecipe | None = None
 
     @property
     def total_steps(self) -> int:
@@ -280,6 +303,24 @@ class Recipe:
                 return phase, step
             step -= phase.steps
         raise IndexError("step lies behind the last phase")
+
+    @property
+    def aligned_steps(self) -> int:
+        """The number of steps, from the first on, that have an alignment loss."""
+        return 0 if self.alignment is None else round(self.alignment.until * self.total_steps)
+
+    def aligned_at(self, step: int) -> bool:
+        """Return whether step number `step` (from 0) has an alignment loss."""
+        return step < self.aligned_steps
+
+    def alone(self, phase: PhaseRecipe) -> "Recipe":
+        """Return the recipe with this one of its phases only, aligned in as many steps as in the whole run."""
+        if self.alignment is None:
+            return replace(self, phases=[phase])
+        number = next(number for number, one in enumerate(self.phases) if one is phase)
+        before = sum(earlier.steps for earlier in self.phases[:number])
+        aligned = min(phase.steps, max(0, self.aligned_steps - before))
+        return replace(self, phases=[phase], alignment=replace(self.alignment, until=aligned / phase.steps) if aligned else None)
 
     def samples_before(self, step: int) -> int:
         """Return the number of samples in all batches before this step."""

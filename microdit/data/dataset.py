@@ -7,7 +7,7 @@ if the recipe allows it, replaces the row by another one and counts the replacem
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from microdit.data.sampler import BatchSampler, SampleRef, SamplerPhase
 from microdit.data.shards import Checksums, DamagedShard, Shard, most_open
 from microdit.distributed import World
 from microdit.encoders.text import TextEncoder, load_text_encoder
+from microdit.encoders.vision import feature_grid
 from microdit.errors import UserError
 from microdit.io.files import sha256_of
 
@@ -31,11 +32,15 @@ MAX_REPLACED = 0.01  # a run stops if more than this share of the samples, and m
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents (B, C, H, W) and caption vectors (B, L, E) in float32. Captions are zero where the mask (B, L) is False."""
+    """Latents (B, C, H, W) and caption vectors (B, L, E) in float32. Captions are zero where the mask (B, L) is False.
+
+    `features_BEYX` are those of the images on their grid, where they were asked for.
+    """
 
     latents_BCHW: Tensor
     text_BLE: Tensor
     text_mask_BL: Tensor
+    features_BEYX: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ class StoredBatch:
     """A batch in the 8 or 16 bits in which it is stored, as little as a quarter of the bytes of float32 to copy to a GPU.
 
     `latents` is (B, C, H * W) with `sides` (H, W); those of `flipped_B` are to be mirrored. `text` is (B, L, E), of which the first
-    `text_lengths_B` tokens belong to the caption. `expand` makes a `Batch` of it, on the device where it is.
+    `text_lengths_B` tokens belong to the caption. `features` is (B, Y * X, E) with `feature_sides` (Y, X). `expand` makes a `Batch` of it,
+    on the device where it is.
     """
 
     latents: StoredRows
@@ -51,6 +57,8 @@ class StoredBatch:
     flipped_B: Tensor | None
     text: StoredRows
     text_lengths_B: Tensor
+    features: StoredRows | None = None
+    feature_sides: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.text_lengths_B)
@@ -69,16 +77,26 @@ class StoredBatch:
 
     def expand(self) -> Batch:
         """Return the batch in float32, on its device."""
-        latents_BCHW = self.latents.expand().unflatten(2, self.sides)
-        if self.flipped_B is not None:
-            latents_BCHW = torch.where(self.flipped_B.view(-1, 1, 1, 1), latents_BCHW.flip(-1), latents_BCHW)
+        latents_BCHW = self._mirrored(self.latents.expand().unflatten(2, self.sides))
         text_BLE = self.text.expand()
         mask_BL = torch.arange(text_BLE.shape[1], device=text_BLE.device) < self.text_lengths_B[:, None]
-        return Batch(latents_BCHW, text_BLE, mask_BL)
+        features_BEYX = None if self.features is None else self._mirrored(self.features.expand().mT.unflatten(2, self.feature_sides))
+        return Batch(latents_BCHW, text_BLE, mask_BL, features_BEYX)
+
+    def _mirrored(self, maps_BCHW: Tensor) -> Tensor:
+        if self.flipped_B is None:
+            return maps_BCHW
+        return torch.where(self.flipped_B.view(-1, 1, 1, 1), maps_BCHW.flip(-1), maps_BCHW)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "StoredBatch":
-        flipped_B = None if self.flipped_B is None else change(self.flipped_B)
-        return StoredBatch(self.latents.map(change), self.sides, flipped_B, self.text.map(change), change(self.text_lengths_B))
+        return replace(
+            self,
+            latents=self.latents.map(change),
+            flipped_B=None if self.flipped_B is None else change(self.flipped_B),
+            text=self.text.map(change),
+            text_lengths_B=change(self.text_lengths_B),
+            features=None if self.features is None else self.features.map(change),
+        )
 
 
 class EncodedDataset:
@@ -131,6 +149,11 @@ class EncodedDataset:
         """Mean and standard deviation of each channel of the latents; None for sets encoded by versions that did not measure them."""
         return self.manifest.get("latents", {}).get(str(self.resolution))
 
+    def feature_shape(self, bucket: int = 0) -> tuple[int, int, int]:
+        """Return the shape (E, Y, X) of the features of images in a bucket, in a set that has features."""
+        features, (height, width) = self.manifest["features"], self.manifest["sizes"][bucket][str(self.resolution)]
+        return features["channels"], *feature_grid(height, width, features["cell"])
+
     def summary(self) -> dict[str, Any]:
         """Return what a model trained on this data set needs to generate images: encoders, latent shape, resolution, source."""
         keep = ("source", "autoencoder", "text_encoder", "text_channels")
@@ -145,13 +168,13 @@ class EncodedDataset:
 
     def read(self, bucket: int, number: int, draw: float = 0.0) -> tuple[memoryview, memoryview]:
         """Return the stored latents of row `number` of a bucket, and one of its captions, chosen by `draw`. Raises DamagedShard."""
-        ends = self._ends[bucket]
-        which = int(np.searchsorted(ends, number, side="right"))
-        row = number - (int(ends[which - 1]) if which else 0)
-        shard = self._shard(which)
-        if len(self._ends) > 1:
-            row = shard.row_in_bucket(bucket, row)
+        shard, row = self._find(bucket, number)
         return shard.latents(row, self.resolution, bucket), shard.text(row, draw, bucket)
+
+    def read_features(self, bucket: int, number: int) -> memoryview:
+        """Return the stored features of row `number` of a bucket, in a set that has features. Raises DamagedShard."""
+        shard, row = self._find(bucket, number)
+        return shard.features(row, self.resolution, bucket)
 
     def latents(self, blobs: list[memoryview], bucket: int) -> Tensor:
         """Unpack stored latents to float32, (B, C, H, W)."""
@@ -182,6 +205,10 @@ class EncodedDataset:
         missing = -text_BLE.shape[1] % multiple
         return StoredRows(torch.nn.functional.pad(text_BLE, (0, 0, 0, missing)), None), mask_BL.sum(dim=1)
 
+    def stored_features(self, blobs: list[memoryview], bucket: int) -> StoredRows:
+        """Combine stored features into a batch, (B, Y * X, E)."""
+        return stack(blobs, self.feature_shape(bucket)[0], "fp16")[0]
+
     def column(self, name: str) -> list[Any]:
         """Return the column `key`, `captions` or `weights` of all rows, shard by shard."""
         return [value for number in range(len(self.manifest["shards"])) for value in self._shard(number).column(name)]
@@ -209,6 +236,14 @@ class EncodedDataset:
         buckets = range(len(self.manifest["sizes"]))
         return [np.cumsum([shard["buckets"].get(str(bucket), 0) for shard in self.manifest["shards"]]) for bucket in buckets]
 
+    def _find(self, bucket: int, number: int) -> tuple[Shard, int]:
+        """Return the shard of row `number` of a bucket, and the row's number in the shard."""
+        ends = self._ends[bucket]
+        which = int(np.searchsorted(ends, number, side="right"))
+        row = number - (int(ends[which - 1]) if which else 0)
+        shard = self._shard(which)
+        return shard, shard.row_in_bucket(bucket, row) if len(self._ends) > 1 else row
+
     def _shard(self, number: int) -> Shard:
         """Return a shard. Shards are opened at their first use, so that data sets of thousands of shards start at once."""
         shard = self._shards.pop(number, None)
@@ -223,7 +258,8 @@ class EncodedDataset:
         entry = self.manifest["shards"][number]
         checksums = Checksums(**entry["checksums"]) if self.manifest["format"] > 2 else None
         try:
-            return Shard(self.folder / entry["name"], entry["bytes"], entry["rows"], self.manifest["settings"]["resolutions"], checksums)
+            columns = self.manifest["settings"]["resolutions"], checksums, "features" in self.manifest
+            return Shard(self.folder / entry["name"], entry["bytes"], entry["rows"], *columns)
         except DamagedShard as damage:
             self._damaged[number] = str(damage)
             raise
@@ -236,6 +272,9 @@ class EncodedDataset:
         if encoder.fingerprint != expected["fingerprint"]:
             raise UserError(f"The text encoder {expected['name']} is not the one that {self.folder} was encoded for: encode it again.")
         return encoder
+
+
+_Blobs = tuple[memoryview, memoryview, memoryview | None]  # latents and a caption; features, if asked for
 
 
 class MixedDataset:
@@ -271,32 +310,40 @@ class MixedDataset:
         """
         return self.stored(step, rank, world).expand()
 
-    def stored(self, step: int, rank: int = 0, world: int = 1, caption_multiple: int = 1) -> StoredBatch:
-        """Return the samples of `batch` as they are stored. Captions are padded to a multiple of `caption_multiple` tokens."""
+    def stored(self, step: int, rank: int = 0, world: int = 1, caption_multiple: int = 1, features: bool = False) -> StoredBatch:
+        """Return the samples of `batch` as they are stored, with their `features` if asked.
+
+        Captions are padded to a multiple of `caption_multiple` tokens.
+        """
         chosen = self._sampler.batch(step)[rank::world]
         samples = []
         self._read += len(chosen)
         for sample in chosen:
             self._current = sample
             try:
-                samples.append(self.sets[sample.set].read(sample.bucket, sample.row, sample.draw))
+                samples.append(_read(self.sets[sample.set], sample, features))
             except DamagedShard as damage:
-                samples.append(self._replacement(self.sets[sample.set], sample, damage))
-        latents = self.sets[0].stored_latents([latents for latents, _ in samples], chosen[0].bucket)
-        _, *sides = self.sets[0].latent_shape(chosen[0].bucket)
+                samples.append(self._replacement(self.sets[sample.set], sample, features, damage))
+        first, bucket = self.sets[0], chosen[0].bucket
+        latents = first.stored_latents([latents for latents, _, _ in samples], bucket)
+        _, *sides = first.latent_shape(bucket)
         flipped_B = None
         if self.flip:
             generator = np.random.default_rng([self._seed, step, 1])
             flipped_B = torch.from_numpy(generator.random(len(chosen) * world) < 0.5)[rank::world]
-        text, lengths_B = self.sets[0].stored_text([text for _, text in samples], caption_multiple)
-        return StoredBatch(latents, (sides[0], sides[1]), flipped_B, text, lengths_B)
+        text, lengths_B = first.stored_text([text for _, text, _ in samples], caption_multiple)
+        batch = StoredBatch(latents, (sides[0], sides[1]), flipped_B, text, lengths_B)
+        if not features:
+            return batch
+        blobs = [blob for *_, blob in samples if blob is not None]
+        return replace(batch, features=first.stored_features(blobs, bucket), feature_sides=first.feature_shape(bucket)[1:])
 
     def where(self) -> str:
         """Describe the sample that is being read, for a message about a slow read."""
         sample = self._current
         return "nothing yet" if sample is None else f"row {sample.row} of {self.sets[sample.set].folder}"
 
-    def _replacement(self, encoded: EncodedDataset, sample: SampleRef, damage: DamagedShard) -> tuple[memoryview, memoryview]:
+    def _replacement(self, encoded: EncodedDataset, sample: SampleRef, features: bool, damage: DamagedShard) -> _Blobs:
         """Read the next intact row of the same data set and bucket."""
         if self.on_damage == "stop":
             raise UserError(f"{damage}. Encode that part again, or continue without it: data.on_damage=skip.") from damage
@@ -307,10 +354,15 @@ class MixedDataset:
         size = encoded.bucket_sizes[sample.bucket]
         for distance in range(1, min(size, 100_000)):
             try:
-                return encoded.read(sample.bucket, (sample.row + distance) % size)
+                return _read(encoded, sample._replace(row=(sample.row + distance) % size, draw=0.0), features)
             except DamagedShard:
                 continue
         raise UserError(f"{encoded.folder} has no intact row near a damaged one ({damage}): encode it again.") from damage
+
+
+def _read(encoded: EncodedDataset, sample: SampleRef, features: bool) -> _Blobs:
+    latents, text = encoded.read(sample.bucket, sample.row, sample.draw)
+    return latents, text, encoded.read_features(sample.bucket, sample.row) if features else None
 
 
 def check_compatible(sets: list[EncodedDataset]) -> None:

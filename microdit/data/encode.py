@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from microdit.data.decode import DecodedImage, Decoder, TargetSizes
-from microdit.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest, write_manifest
+from microdit.data.manifest import FORMAT, MANIFEST, WITH_FEATURES, Manifest, read_manifest, write_manifest
 from microdit.data.packing import CaptionPacking, LatentPacking
 from microdit.data.shard_writer import BatchEncoder, Packer, PartInWork, ShardsThread, remove_shard, shard_entry_path
 from microdit.data.sources.base import Part, Record, Source, checked
@@ -31,6 +31,7 @@ from microdit.data.sources.untrusted_files import sum_of_kinds
 from microdit.devices import DTYPES
 from microdit.encoders.autoencoder import Autoencoder
 from microdit.encoders.text import TextEncoder
+from microdit.encoders.vision import CELL, VisionEncoder
 from microdit.errors import UserError
 from microdit.io.files import from_checked_json, to_checked_json, write_aside
 from microdit.io.locks import check_unlocked, in_turn, is_held, locked
@@ -100,26 +101,30 @@ def encode_source(
     share: tuple[int, int] = (0, 1),
     events: EncodeEvents = EncodeEvents(),
     warn: Callable[[str], None] = lambda sentence: None,
+    vision: VisionEncoder | None = None,
 ) -> Manifest | None:
     """Encode this process's share (rank, number of ranks) of the parts of a source into the folder `out`.
 
-    The encoders are moved to the settings' device. The process that finds all shards complete finishes the folder and returns the manifest;
-    the other ranks return None, including those that start when everything is done. `warn` is called with the source's note, if nothing is
-    left to do, if a batch does not fit the GPU, and if parts have changed since they were encoded.
+    With a `vision` encoder, its features are stored beside the latents, for representation alignment. The encoders are moved to the
+    settings' device. The process that finds all shards complete finishes the folder and returns the manifest; the other ranks return None,
+    including those that start when everything is done. `warn` is called with the source's note, if nothing is left to do, if a batch does
+    not fit the GPU, and if parts have changed since they were encoded.
 
     Raises UserError if `out` exists; if an unfinished encoding has other settings, belongs to another process or sees another source; if no
     record was kept; if a part changed during the encoding; if writing fails; or if not even one image fits the GPU.
     """
     sizes = TargetSizes.of(settings.resolutions, settings.min_side, settings.buckets, autoencoder.downsampling)
-    plan = plan_of(source, settings, sizes, autoencoder, text_encoder)
+    plan = plan_of(source, settings, sizes, autoencoder, text_encoder, vision)
 
     def encode(folder: Path, missing: list[int]) -> None:
         if settings.device.type == "cuda":
             torch.cuda.set_device(settings.device)
         autoencoder.to(settings.device, DTYPES[settings.dtype])
         text_encoder.to(settings.device, DTYPES[settings.dtype])
-        encoder = BatchEncoder(autoencoder, text_encoder, settings.device, settings.captions, settings.batch_size, warn)
-        packer = Packer(settings.resolutions, settings.latents, settings.captions, source.caption_weights)
+        if vision is not None:
+            vision.to(settings.device, DTYPES[settings.dtype])
+        encoder = BatchEncoder(autoencoder, text_encoder, settings.device, settings.captions, settings.batch_size, warn, vision)
+        packer = Packer(settings.resolutions, settings.latents, settings.captions, source.caption_weights, vision is not None)
         with Decoder(sizes, settings.workers) as decoder, ShardsThread(folder, packer, events.on_progress) as shards:
             _encode_parts(source, missing, settings, decoder, encoder, shards)
 
@@ -182,10 +187,15 @@ def is_encoded(source: Source, out: Path, settings: EncodeSettings, autoencoder:
 
 
 def plan_of(
-    source: Source, settings: EncodeSettings, sizes: TargetSizes, autoencoder: Autoencoder, text_encoder: TextEncoder
+    source: Source,
+    settings: EncodeSettings,
+    sizes: TargetSizes,
+    autoencoder: Autoencoder,
+    text_encoder: TextEncoder,
+    vision: VisionEncoder | None = None,
 ) -> dict[str, Any]:
     """Return everything that determines an encoding, which an unfinished one must share to be continued."""
-    return {
+    plan = {
         "format": FORMAT,
         "source": source.name,
         "license": source.license,
@@ -200,6 +210,10 @@ def plan_of(
         "autoencoder": {"name": autoencoder.name, "fingerprint": autoencoder.fingerprint},
         "text_encoder": {"name": text_encoder.name, "fingerprint": text_encoder.fingerprint},
     }
+    if vision is None:
+        return plan
+    features = {"name": vision.name, "fingerprint": vision.fingerprint, "channels": vision.channels, "cell": CELL}
+    return plan | {"format": WITH_FEATURES, "features": features}
 
 
 def _is_done(out: Path, plan: dict[str, Any], share: tuple[int, int], warn: Callable[[str], None]) -> bool:
@@ -288,7 +302,9 @@ def _start(folder: Path, plan: dict[str, Any], first: bool) -> None:
     if not path.is_file():
         write_aside(path, to_checked_json(plan))
     started, now = _flat(_read_started(path, f"delete {folder}")), _flat(_as_read(plan))
-    different = [key for key in now if started.get(key) != now[key]]
+    different = [key for key in dict.fromkeys([*now, "features"]) if started.get(key) != now.get(key)]
+    if "features" in different:
+        different = [key for key in different if key != "format"]  # it follows from whether there are features
     if "format" in different:
         raise UserError(f"{folder} was started by another version of microdit: delete it, or let that version finish it.")
     if different == ["parts"] and first:  # the source has changed; the shards of unchanged parts are kept

@@ -16,8 +16,8 @@ from microdit.errors import UserError
 from microdit.io.files import from_checked_json, sha256_of, to_checked_json, write_aside
 
 MANIFEST = "card.json"
-FORMAT = 4
-READ_FORMATS = (2, 3, 4)  # shards of format 3 have no index; format 2 has checksums of blobs and files only
+FORMAT, WITH_FEATURES = 4, 5
+READ_FORMATS = (2, 3, FORMAT, WITH_FEATURES)  # shards of format 3 have no index; format 2 has checksums of blobs and files only
 
 Manifest = dict[str, Any]
 
@@ -38,7 +38,8 @@ def write_manifest(
     if (statistics := statistics_of_shards(shards)) is not None:
         manifest["latents"] = statistics
     manifest["shards"] = [{key: value for key, value in shard.items() if key != "latent_sums"} for shard in shards]
-    _write_datasets_files(folder, schema(plan["settings"]["resolutions"]), [shard["name"] for shard in shards], shards[0]["sha256"])
+    columns = schema(plan["settings"]["resolutions"], "features" in plan)
+    _write_datasets_files(folder, columns, [shard["name"] for shard in shards], shards[0]["sha256"])
     write_aside(folder / MANIFEST, to_checked_json(manifest))
     return manifest
 

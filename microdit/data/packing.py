@@ -1,4 +1,4 @@
-"""Pack latents and caption vectors into bytes, and unpack them.
+"""Pack latents, caption vectors and features of images into bytes, and unpack them.
 
 - `fp16` stores two bytes per number.
 - `int8` stores one byte per number, and a float16 scale for each token of a caption and each channel of the latents, whose largest absolute
@@ -6,7 +6,9 @@
 - `ids` stores only the token ids of a caption, which are embedded during training.
 - `full` is `fp16` for the whole context of the text encoder, padding included, as the authors of 2407.15811 train.
 
-Shape legend: C channels, H W height and width, L caption tokens, E channels of a token.
+Features are always `fp16`, one row for each cell of their grid.
+
+Shape legend: C channels, H W height and width, L caption tokens, E channels of a token or a feature, Y X rows and columns of features.
 """
 
 from collections.abc import Callable
@@ -33,6 +35,11 @@ def pack_latents(latents_CHW: Floats, packing: LatentPacking) -> bytes:
 def pack_text(text_LE: Floats, packing: CaptionPacking) -> bytes:
     """Pack caption vectors, one row per token. `packing` must not be `ids`."""
     return _pack(text_LE, "int8" if packing == "int8" else "fp16")
+
+
+def pack_features(features_EYX: Floats) -> bytes:
+    """Pack the features of an image, one row per cell of the grid."""
+    return _pack(features_EYX.reshape(len(features_EYX), -1).T, "fp16")
 
 
 @dataclass(frozen=True)

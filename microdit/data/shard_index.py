@@ -8,6 +8,7 @@ memory. It follows the Arrow stream of the shard, column by column, compressed w
     captions                    an int32 per row: their number
     weights                     a float32 per caption
     text, latents_256, ...      an int64 per blob: bytes between the previous blob and this one; then an int32 per blob: its length
+    features_256, ...           the same, in sets that have features
 
 `ArrowStream` reads the columns of a stream without its blobs. Arrow's own readers load a whole stream, or map its file, but then the system
 fetches all of it, and a file that shrinks while it is mapped kills the process (SIGBUS). Here a record batch is backed by memory that costs
@@ -27,13 +28,19 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-LATENTS = "latents_"  # prefix of a column's name, before the resolution
+LATENTS, FEATURES = "latents_", "features_"  # prefixes of a column's name, before the resolution
 
 Numbers = NDArray[Any]
 
 
-def schema(resolutions: list[int]) -> pa.Schema:
-    """Return the columns of a shard. Latents have one column per resolution, such as `latents_256`."""
+def image_columns(resolutions: list[int], features: bool) -> list[str]:
+    """Return the columns of latents, such as `latents_256`, and those of features in sets that have them: one per resolution."""
+    prefixes = (LATENTS, FEATURES) if features else (LATENTS,)
+    return [f"{prefix}{resolution}" for prefix in prefixes for resolution in resolutions]
+
+
+def schema(resolutions: list[int], features: bool = False) -> pa.Schema:
+    """Return the columns of a shard."""
     columns = [
         ("key", pa.string()),
         ("bucket", pa.int16()),
@@ -41,12 +48,12 @@ def schema(resolutions: list[int]) -> pa.Schema:
         ("weights", pa.list_(pa.float32())),
         ("text", pa.list_(pa.binary())),
     ]
-    return pa.schema(columns + [(f"{LATENTS}{resolution}", pa.binary()) for resolution in resolutions])
+    return pa.schema(columns + [(name, pa.binary()) for name in image_columns(resolutions, features)])
 
 
 def holds_blobs(column: str) -> bool:
-    """Return whether a column holds the bytes of latents or caption vectors."""
-    return column == "text" or column.startswith(LATENTS)
+    """Return whether a column holds the bytes of latents, features or caption vectors."""
+    return column == "text" or column.startswith((LATENTS, FEATURES))
 
 
 def read_at(file: int, position: int, size: int) -> bytes:
@@ -106,14 +113,14 @@ class ShardIndex:
         return zlib.compress(b"".join(column.tobytes() for column in columns))
 
     @classmethod
-    def from_bytes(cls, content: bytes, resolutions: list[int]) -> "ShardIndex":
+    def from_bytes(cls, content: bytes, resolutions: list[int], features: bool = False) -> "ShardIndex":
         """Read a serialised index. Raises ValueError or zlib.error if it is damaged, or has other columns."""
         source = _Reader(zlib.decompress(content))
         rows = int(source.take(1, "<u4")[0])
         buckets, counts = source.take(rows, "<i2"), source.take(rows, "<i4")
         captions = int(counts.sum())
         weights, blobs = source.take(captions, "<f4"), {}
-        for name, count in [("text", captions), *((f"{LATENTS}{resolution}", rows) for resolution in resolutions)]:
+        for name, count in [("text", captions), *((name, rows) for name in image_columns(resolutions, features))]:
             gaps, lengths = source.take(count, "<i8"), source.take(count, "<i4")
             blobs[name] = Blobs(_compact(np.cumsum(gaps + lengths) - lengths), _compact(lengths))
         if source.left:

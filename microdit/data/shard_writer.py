@@ -20,12 +20,13 @@ from torch import Tensor
 
 from microdit.data.decode import DecodedImage
 from microdit.data.latent_statistics import LatentSums
-from microdit.data.packing import CaptionPacking, LatentPacking, pack_ids, pack_latents, pack_text
+from microdit.data.packing import CaptionPacking, LatentPacking, pack_features, pack_ids, pack_latents, pack_text
 from microdit.data.pixels import normalise
 from microdit.data.shards import EncodedRow, ShardWriter, checksums_of
 from microdit.data.sources.base import Record
 from microdit.encoders.autoencoder import Autoencoder
 from microdit.encoders.text import TextEncoder
+from microdit.encoders.vision import VisionEncoder
 from microdit.errors import UserError
 from microdit.io.files import aside_of, sha256_of, to_checked_json, write_aside
 
@@ -39,7 +40,8 @@ class EncodedChunk:
     """Records with their encoded images and captions, batch by batch, which are complete on the CPU only after `wait`.
 
     `ids` holds the token ids of all captions, in the order of the records. `text` holds float32 batches with the numbers of their captions,
-    and `latents` float32 batches with the numbers of their records and their resolution. With the packing `ids`, `text` is empty.
+    and `latents` and `features` float32 batches with the numbers of their records and their resolution. With the packing `ids`, `text` is
+    empty, and so is `features` without a vision encoder.
     """
 
     records: list[Record]
@@ -48,6 +50,7 @@ class EncodedChunk:
     text: list[tuple[list[int], Tensor]]
     latents: list[tuple[list[int], int, Tensor]]
     arrived: torch.cuda.Event | None
+    features: list[tuple[list[int], int, Tensor]] = field(default_factory=list)
 
     def wait(self) -> None:
         """Wait until all results have been copied from the GPU."""
@@ -69,20 +72,24 @@ class BatchEncoder:
         captions: CaptionPacking,
         batch_size: int,
         warn: Callable[[str], None],
+        vision: VisionEncoder | None = None,
     ):
         self.autoencoder, self.text_encoder, self.device, self.captions, self.warn = autoencoder, text_encoder, device, captions, warn
+        self.vision = vision
         self._sizes = {"images": batch_size, "captions": batch_size}
 
     def encode(self, records: list[Record], images: list[DecodedImage], resolutions: tuple[int, ...]) -> EncodedChunk:
         """Encode records. `images` holds each record's bucket and its pixels at every resolution, (H, W, 3)."""
         ids = self.text_encoder.tokenize([caption for record in records for caption in record.captions.values()])
         text = [] if self.captions == "ids" else list(self._text(ids))
-        latents = list(self._latents(images, resolutions))
+        encoded = list(self._images(images, resolutions))
+        latents = [(numbers, resolution, latents_BCHW) for numbers, resolution, latents_BCHW, _ in encoded]
+        features = [(numbers, resolution, found) for numbers, resolution, _, found in encoded if found is not None]
         arrived = None
         if self.device.type == "cuda":
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(self.device))
-        return EncodedChunk(records, [bucket for bucket, _ in images], ids, text, latents, arrived)
+        return EncodedChunk(records, [bucket for bucket, _ in images], ids, text, latents, arrived, features)
 
     def _text(self, ids: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
         """Embed the captions, in batches of similar length."""
@@ -93,20 +100,24 @@ class BatchEncoder:
     def _embed(self, ids: list[list[int]]) -> Tensor:
         return self.text_encoder.embed_full(ids) if self.captions == "full" else self.text_encoder.embed(ids)[0]
 
-    def _latents(self, images: list[DecodedImage], resolutions: tuple[int, ...]) -> Iterator[tuple[list[int], int, Tensor]]:
-        """Encode the images, in batches of one bucket."""
+    def _images(self, images: list[DecodedImage], resolutions: tuple[int, ...]) -> Iterator[tuple[list[int], int, Tensor, Tensor | None]]:
+        """Yield latents and features (None without a vision encoder) of the images, in batches of one bucket."""
         by_bucket: dict[int, list[int]] = {}
         for number, (bucket, _) in enumerate(images):
             by_bucket.setdefault(bucket, []).append(number)
 
-        def encode(batch: list[int]) -> list[Tensor]:
-            pixels = ([images[number][1][which] for number in batch] for which in range(len(resolutions)))
-            return [self._back(self.autoencoder.encode(self._pixels(stack))) for stack in pixels]
+        def encode(batch: list[int]) -> list[tuple[Tensor, Tensor | None]]:
+            stacks = ([images[number][1][which] for number in batch] for which in range(len(resolutions)))
+            return [self._encode(self._pixels(stack)) for stack in stacks]
 
         for numbers in by_bucket.values():
-            for batch, latents in self._batches("images", numbers, encode):
-                for resolution, latents_BCHW in zip(resolutions, latents, strict=True):
-                    yield batch, resolution, latents_BCHW
+            for batch, encoded in self._batches("images", numbers, encode):
+                for resolution, (latents_BCHW, features_BEYX) in zip(resolutions, encoded, strict=True):
+                    yield batch, resolution, latents_BCHW, features_BEYX
+
+    def _encode(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        latents_BCHW = self._back(self.autoencoder.encode(images_BCHW))
+        return latents_BCHW, None if self.vision is None else self._back(self.vision.encode(images_BCHW))
 
     def _pixels(self, pixels: list[NDArray[np.uint8]]) -> Tensor:
         pixels_BHWC = torch.empty((len(pixels), *pixels[0].shape), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
@@ -172,22 +183,18 @@ class Packer:
     latents: LatentPacking
     captions: CaptionPacking
     caption_weights: dict[str, float]
+    features: bool = False
 
     def rows(self, chunk: EncodedChunk) -> Iterator[EncodedRow]:
         """Yield the rows of a chunk. Raises UserError if any number is not finite."""
         chunk.wait()
-        texts, latents = iter(self._pack_text(chunk)), self._pack_latents(chunk)
-        for record, bucket, blobs in zip(chunk.records, chunk.buckets, latents, strict=True):
+        texts, count = iter(self._pack_text(chunk)), len(chunk.records)
+        latents = _pack_images(chunk.latents, count, "latents", lambda latents_CHW: pack_latents(latents_CHW, self.latents))
+        features = _pack_images(chunk.features, count, "features", pack_features)
+        for record, bucket, *blobs in zip(chunk.records, chunk.buckets, latents, features, strict=True):
             weights = [self.caption_weights[name] for name in record.captions]
             captions = list(record.captions.values())
-            yield EncodedRow(record.key, bucket, captions, weights, [next(texts) for _ in captions], blobs)
-
-    def _pack_latents(self, chunk: EncodedChunk) -> list[dict[int, bytes]]:
-        blobs: list[dict[int, bytes]] = [{} for _ in chunk.records]
-        for numbers, resolution, latents_BCHW in chunk.latents:
-            for number, latents_CHW in zip(numbers, _finite(latents_BCHW.numpy(), "latents"), strict=True):
-                blobs[number][resolution] = pack_latents(latents_CHW, self.latents)
-        return blobs
+            yield EncodedRow(record.key, bucket, captions, weights, [next(texts) for _ in captions], *blobs)
 
     def _pack_text(self, chunk: EncodedChunk) -> list[bytes]:
         if self.captions == "ids":
@@ -198,6 +205,17 @@ class Packer:
                 length = len(text_LE) if self.captions == "full" else len(chunk.ids[number])
                 blobs[number] = pack_text(text_LE[:length], self.captions)
         return blobs
+
+
+def _pack_images(
+    batches: list[tuple[list[int], int, Tensor]], count: int, what: str, pack: Callable[[NDArray[np.float32]], bytes]
+) -> list[dict[int, bytes]]:
+    """Return the packed latents or features of `count` records, by resolution."""
+    blobs: list[dict[int, bytes]] = [{} for _ in range(count)]
+    for numbers, resolution, tensors in batches:
+        for number, one in zip(numbers, _finite(tensors.numpy(), what), strict=True):
+            blobs[number][resolution] = pack(one)
+    return blobs
 
 
 def _finite(numbers: NDArray[np.float32], what: str) -> NDArray[np.float32]:
@@ -245,7 +263,7 @@ class ShardsThread:
         try:
             if self._writer is None:
                 path = aside_of(self.folder / _shard_name(part.number))
-                self._writer = ShardWriter(path, list(self.packer.resolutions))
+                self._writer = ShardWriter(path, list(self.packer.resolutions), self.packer.features)
             for row in self.packer.rows(chunk):
                 self._writer.write(row)
             for _, resolution, latents_BCHW in chunk.latents:

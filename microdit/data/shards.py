@@ -2,7 +2,8 @@
 
 Arrow notices a truncated file, but not a changed block. So everything that is read is compared with a checksum (XXH3):
 
-- Every blob of latents or text ends with a checksum of its content, its row and its bucket, which is compared whenever the blob is read.
+- Every blob of latents, features or text ends with a checksum of its content, its row and its bucket, which is compared whenever the blob
+  is read.
 - `Checksums`, which are stored in the manifest, cover the rest: the index is compared when the shard is opened; keys and captions, which
   only Arrow reads, are compared when they are read.
 
@@ -23,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from microdit.data.shard_index import LATENTS, ArrowStream, ShardIndex, read_at, schema
+from microdit.data.shard_index import FEATURES, LATENTS, ArrowStream, ShardIndex, read_at, schema
 from microdit.errors import UserError
 from microdit.io.untrusted_text import one_line
 
@@ -73,7 +74,11 @@ def most_open(sets: int = 1) -> int:
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """An encoded sample. `latents` has one blob per resolution; `text` has one per caption, in the order of `captions` and `weights`."""
+    """An encoded sample.
+
+    `latents` and, in sets that have them, `features` have one blob per resolution; `text` has one per caption, in the order of `captions`
+    and `weights`.
+    """
 
     key: str
     bucket: int
@@ -81,6 +86,7 @@ class EncodedRow:
     weights: list[float]
     text: list[bytes]
     latents: dict[int, bytes]
+    features: dict[int, bytes] = field(default_factory=dict)
 
 
 @dataclass
@@ -89,20 +95,27 @@ class ShardWriter:
 
     path: Path
     resolutions: list[int]
+    features: bool = False
     rows: int = 0
     buckets: dict[int, int] = field(default_factory=dict)
     _waiting: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._file = self.path.open("w+b")
-        self._stream = pa.ipc.new_stream(self._file, schema(self.resolutions))
+        self._schema = schema(self.resolutions, self.features)
+        self._stream = pa.ipc.new_stream(self._file, self._schema)
 
     def write(self, row: EncodedRow) -> None:
         """Append a row."""
-        latents = {f"{LATENTS}{resolution}": seal(row.latents[resolution], self.rows, row.bucket) for resolution in self.resolutions}
+        kinds = {LATENTS: row.latents, **({FEATURES: row.features} if self.features else {})}
+        images = {
+            f"{prefix}{resolution}": seal(blobs[resolution], self.rows, row.bucket)
+            for prefix, blobs in kinds.items()
+            for resolution in self.resolutions
+        }
         text = [seal(blob, self.rows, row.bucket) for blob in row.text]
         self._waiting.append(
-            {"key": row.key, "bucket": row.bucket, "captions": row.captions, "weights": row.weights, "text": text, **latents}
+            {"key": row.key, "bucket": row.bucket, "captions": row.captions, "weights": row.weights, "text": text, **images}
         )
         self.rows += 1
         self.buckets[row.bucket] = self.buckets.get(row.bucket, 0) + 1
@@ -126,7 +139,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._waiting:
-            self._stream.write_batch(pa.RecordBatch.from_pylist(self._waiting, schema(self.resolutions)))
+            self._stream.write_batch(pa.RecordBatch.from_pylist(self._waiting, self._schema))
             self._waiting = []
 
 
@@ -136,9 +149,17 @@ class Shard:
     Every method raises DamagedShard if anything is not as it was written, and another UserError if memory or file descriptors run out.
     """
 
-    def __init__(self, path: Path, expected_bytes: int, expected_rows: int, resolutions: list[int], checksums: Checksums | None):
+    def __init__(
+        self,
+        path: Path,
+        expected_bytes: int,
+        expected_rows: int,
+        resolutions: list[int],
+        checksums: Checksums | None,
+        features: bool = False,
+    ):
         """Open a shard. `checksums` is None for format 2: then only Arrow's own validation covers anything but the blobs."""
-        self.path, self._checksums, self._resolutions = path, checksums, resolutions
+        self.path, self._checksums, self._columns = path, checksums, (resolutions, features)
         try:
             self._file = path.open("rb", buffering=0)
             if hasattr(os, "posix_fadvise"):  # missing on macOS
@@ -159,6 +180,10 @@ class Shard:
     def latents(self, row: int, resolution: int, bucket: int = 0) -> memoryview:
         """Return the latents of a row, which must be in `bucket`."""
         return self._blob(f"{LATENTS}{resolution}", row, row, bucket)
+
+    def features(self, row: int, resolution: int, bucket: int = 0) -> memoryview:
+        """Return the features of a row, which must be in `bucket`, of a set that has features."""
+        return self._blob(f"{FEATURES}{resolution}", row, row, bucket)
 
     def text(self, row: int, draw: float, bucket: int = 0) -> memoryview:
         """Return one of the row's captions, chosen by weight with `draw` in [0, 1)."""
@@ -199,11 +224,11 @@ class Shard:
             content = read_at(file, size - self._checksums.row_index_bytes, self._checksums.row_index_bytes)
             if xxhash.xxh3_128_hexdigest(content) != self._checksums.row_index:
                 raise self._differs("its index")
-            return ShardIndex.from_bytes(content, self._resolutions)
+            return ShardIndex.from_bytes(content, *self._columns)
         stream = ArrowStream(file)
         if self._checksums is not None:
             self._compare(stream, "bucket")
-        if stream.schema != schema(self._resolutions):
+        if stream.schema != schema(*self._columns):
             raise DamagedShard(f"{self.path} has other columns than were written")
         if self._checksums is None:
             stream.load(stream.schema.names).validate(full=True)  # a changed offset could point anywhere

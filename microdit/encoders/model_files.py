@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,6 +21,7 @@ from microdit.errors import UserError
 from microdit.io.files import read_json
 
 DOWNLOAD_AGAIN = "Download it again."  # the advice for a damaged file of a model
+_WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # transformers unpickles nothing but tensors from the second
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w-][\w./-]*))?")  # owner/name, or owner/name:subfolder
 
 
@@ -127,3 +129,44 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error, with the second one if the first is only a heading."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".!")
+
+
+def load_network(place: str, model_types: tuple[str, ...], model_class: Any) -> tuple[Any, Path, str]:
+    """Load a network of transformers in float32; return it with its folder and the fingerprint of its weights and settings.
+
+    `place` is a folder or hub id. From a complete CLIP, only the half that `model_class` implements is loaded. Raises UserError if the
+    network's type is none of `model_types`, or weights are missing.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    folder = find_folder(place, ["*.json", "*.txt"])
+    settings = read_json(folder / "config.json", DOWNLOAD_AGAIN)
+    model_type = settings.get("model_type")
+    if model_type not in model_types:
+        raise UserError(f"{folder / 'config.json'} has model_type {model_type}, but {' or '.join(model_types)} is needed.")
+    files, ending = _find_weights(place, folder)
+    with loading(folder):
+        config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+        if model_type == "clip" and model_class.config_class.model_type != "clip":
+            config.projection_dim = settings["projection_dim"]  # of the shared space, which only the complete config holds
+        model, info = model_class.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            use_safetensors=ending == ".safetensors",
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # checked below, where the error names them
+            output_loading_info=True,
+        )
+    check_complete(folder, [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+    return model.eval().requires_grad_(False), folder, fingerprint_of([*files, *sorted(folder.glob("*config.json"))])
+
+
+def _find_weights(place: str, folder: Path) -> tuple[list[Path], str]:
+    for stem, ending in _WEIGHTS:
+        find_folder(place, weight_patterns(stem, ending))
+        if files := weight_files(folder, stem, ending):
+            return files, ending
+    raise UserError(f"{folder} has no weights, neither model.safetensors nor pytorch_model.bin: download the complete folder again.")

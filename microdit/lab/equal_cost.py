@@ -152,7 +152,8 @@ def check_unchanged(study: Study, recipes: dict[str, Recipe], out: Path) -> None
     if asked["reference"] != asdict(study.reference) or budgets != set(study.budgets):
         changed.append("the budget")
     now = measurement(study)
-    changed += [key for key, value in asked.get("measurement", now).items() if value != now[key]]  # older plans lack the key
+    earlier = asked.get("measurement", now)  # older plans lack the key
+    changed += [key for key in {**earlier, **now} if earlier.get(key) != now.get(key)]
     if changed:
         raise UserError(f"{out} holds results from before {', '.join(changed)} changed: choose another --out.")
 

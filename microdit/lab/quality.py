@@ -6,13 +6,15 @@ Two kinds of reference set, by the study's `source`:
 - `encoded`: the rows of the encoded set itself, whose latents are decoded and whose stored caption vectors are used. Neither the images nor
   the text encoder need to be there, and the autoencoder's own error does not count against the model.
 
+EfficientNet-Lite0 judges every study. A study may name further judges, which owe nothing to it: an arm that it teaches would please it.
+
 Shape legend: N generated images, M images of the reference set, D features, B batch.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -22,19 +24,21 @@ from torch import Tensor
 
 from microdit.checkpoint import Checkpoint, default_weights, find_weights
 from microdit.data.dataset import EncodedDataset
+from microdit.data.decode import decode, fit
 from microdit.data.pixels import to_image
 from microdit.data.shards import DamagedShard
 from microdit.data.sources.open import open_source
 from microdit.distributed import World
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.errors import UserError
-from microdit.evaluation.extraction import extract, feature_cache, read_tensors, write_tensors
-from microdit.evaluation.features import EfficientNetFeatures
+from microdit.evaluation.extraction import Features, extract, feature_cache, read_tensors, write_tensors
+from microdit.evaluation.features import EfficientNetFeatures, ImageFeatures, PixelFeatures
 from microdit.evaluation.metrics.frechet import Gaussian, fit_gaussian, sample_distance
 from microdit.evaluation.metrics.kid import kid
+from microdit.evaluation.picture_classifier import trained_classifier
 from microdit.evaluation.recognition import retrieval, spread_ids
 from microdit.io.console import Reporter
-from microdit.lab.study import ENCODED, Study
+from microdit.lab.study import ENCODED, MEASURES, Judge, Measure, Study
 from microdit.pipelines.components import check_unchanged
 from microdit.pipelines.pipeline import BATCH, Encoders, MicroDiTPipeline, load_encoders
 from microdit.pipelines.sampling import frozen_model, recorded_objective
@@ -48,12 +52,20 @@ STRIP = 8  # images of a strip, where the study's own prompts cannot be embedded
 
 @dataclass(frozen=True)
 class QualityMetrics:
-    """One measurement. `recognised` is top-10 retrieval among all training images, with EfficientNet-Lite0 features."""
+    """One measurement. `recognised` is top-10 retrieval among all training images, with EfficientNet-Lite0 features.
+
+    `judged` holds what the study's further judges measured.
+    """
 
     held_out_loss: float
     frechet_distance: float
     kid: float
     recognised: float
+    judged: dict[Measure, float] = field(default_factory=dict)
+
+    def by_name(self) -> dict[str, float]:
+        """Return all values by the names of their measures."""
+        return {**{name: getattr(self, name) for name in MEASURES}, **self.judged}
 
 
 class QualityEvaluator:
@@ -71,6 +83,8 @@ class QualityEvaluator:
             self._references = _EncodedReferences(study, encoded, self._network, world, reporter)
         else:
             self._references = _SourceReferences(study, encoded.resolution, self._network, world, reporter)
+        self._judges = {judge: self._judge(judge) for judge in study.judges}
+        self._judged_MD = {judge: self._references.features(network) for judge, network in self._judges.items()}
 
     def measure(self, run: Path, held_out: str | None) -> tuple[QualityMetrics, list[Image.Image], list[str]]:
         """Measure the newest checkpoint of `run`; return its metrics, and a strip of images with their captions.
@@ -92,8 +106,23 @@ class QualityEvaluator:
             frechet_distance=sample_distance(generated_ND, gaussian),
             kid=kid(generated_ND, real_MD, subset_size=subset, subsets=20).value,
             recognised=retrieval(generated_ND, real_MD, self._references.right_N).top_10,
+            judged={measure: value for judge in self._judges for measure, value in self._judged(judge, images).items()},
         )
         return metrics, strip, captions
+
+    def _judge(self, judge: Judge) -> ImageFeatures:
+        if judge == "pixels":
+            return PixelFeatures()
+        return trained_classifier(self._references.images(), self._world.device, self._reporter)
+
+    def _judged(self, judge: Judge, images: list[Image.Image]) -> dict[Measure, float]:
+        """Return the measures of one of the study's further judges."""
+        generated_ND, real_MD = self._judges[judge](images), self._judged_MD[judge]
+        recognised = retrieval(generated_ND, real_MD, self._references.right_N).top_10
+        if judge == "pixels":
+            return {"recognised_pixels": recognised}
+        distance = sample_distance(generated_ND, fit_gaussian(real_MD))
+        return {"frechet_distance_classifier": distance, "recognised_classifier": recognised}
 
     def _held_out_loss(self, pipeline: MicroDiTPipeline, side: int, folder: str | None) -> float:
         assert folder is not None
@@ -110,6 +139,14 @@ class _References(Protocol):
     features_MD: Tensor
     gaussian: Gaussian
 
+    def features(self, network: ImageFeatures) -> Tensor:
+        """Return features of all images, (M, D), from the cache if it has them."""
+        ...
+
+    def images(self) -> list[Image.Image]:
+        """Return all images, in the order of their features."""
+        ...
+
     def pipeline(self, checkpoint: Checkpoint) -> MicroDiTPipeline: ...
 
     def generate(self, pipeline: MicroDiTPipeline, settings: SamplerSettings) -> tuple[list[Image.Image], list[Image.Image], list[str]]:
@@ -121,15 +158,25 @@ class _SourceReferences:
     """The images of a source, with their captions as text."""
 
     def __init__(self, study: Study, side: int, network: EfficientNetFeatures, world: World, reporter: Reporter):
-        self._study, self._reporter = study, reporter
-        records = [record for part in open_source(study.source).parts for record in part.records()]
-        parts = [lambda: (record.image for record in records)]
-        found = extract(network, study.source, parts, side, feature_cache(), world, reporter)  # without images that cannot be read
+        self._study, self._side, self._world, self._reporter = study, side, world, reporter
+        self._records = [record for part in open_source(study.source).parts for record in part.records()]
+        found = self._extract(network)  # without images that cannot be read
+        self._readable = [self._records[number] for number in found.numbers_N]
         self.features_MD = found.features_ND
         self.gaussian = fit_gaussian(self.features_MD)
         self.right_N = spread_ids(len(self.features_MD), study.pictures)
-        self._captions = [next(iter(records[found.numbers_N[row]].captions.values())) for row in self.right_N]
+        self._captions = [next(iter(self._readable[row].captions.values())) for row in self.right_N]
         self._encoders: dict[tuple[str, str], Encoders] = {}  # by their names, so that each is loaded once
+
+    def _extract(self, network: ImageFeatures) -> Features:
+        parts = [lambda: (record.image for record in self._records)]
+        return extract(network, self._study.source, parts, self._side, feature_cache(), self._world, self._reporter)
+
+    def features(self, network: ImageFeatures) -> Tensor:
+        return self._extract(network).features_ND
+
+    def images(self) -> list[Image.Image]:
+        return [Image.fromarray(fit(decode(record.image), self._side, self._side)) for record in self._readable]
 
     def pipeline(self, checkpoint: Checkpoint) -> MicroDiTPipeline:
         data = checkpoint.state["data"]
@@ -147,7 +194,7 @@ class _EncodedReferences:
     """The rows of an encoded set: decoded latents, stored caption vectors."""
 
     def __init__(self, study: Study, data: EncodedDataset, network: EfficientNetFeatures, world: World, reporter: Reporter):
-        self._data, self._network, self._world, self._reporter = data, network, world, reporter
+        self._data, self._world, self._reporter = data, world, reporter
         self._bucket = data.largest_bucket
         self._rows = data.bucket_sizes[self._bucket]
         self.right_N = spread_ids(self._rows, study.pictures)
@@ -157,26 +204,31 @@ class _EncodedReferences:
         self._text_BLE, self._mask_BL = data.text([self._read(row)[1] for row in self.right_N.tolist()])
         captions = data.column("captions")
         self._captions = [captions[row][0] for row in self.right_N.tolist()] if len(captions) == self._rows else []
-        self.features_MD = self._features()
+        self.features_MD = self.features(network)
         self.gaussian = fit_gaussian(self.features_MD)
 
-    def _features(self) -> Tensor:
-        """Return the features of all rows, from the cache if it has them. The name of its file depends on everything they depend on."""
-        shards = [shard["sha256"] for shard in self._data.manifest["shards"]]
-        facts = [shards, self._data.resolution, self._network.fingerprint, self._world.device.type]
+    def features(self, network: ImageFeatures) -> Tensor:
+        shards = [shard["sha256"] for shard in self._data.manifest["shards"]]  # with the rest, all that features depend on
+        facts = [shards, self._data.resolution, network.fingerprint, self._world.device.type]
         path = feature_cache() / f"encoded-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
         if (found := read_tensors(path, ("features",), self._reporter)) is not None:
             return found[0]["features"]
         features = []
         with self._reporter.progress(f"features of {self._data.folder}, decoded", self._rows) as advance:
-            for rows in _batches(range(self._rows)):
-                latents_BCHW = self._data.latents([self._read(row)[0] for row in rows], self._bucket)
-                pixels_BCHW = self._autoencoder.decode(latents_BCHW.to(self._world.device))
-                features.append(self._network([to_image(pixels) for pixels in pixels_BCHW]))
-                advance(len(rows))
+            for images in self._decoded():
+                features.append(network(images))
+                advance(len(images))
         features_MD = torch.cat(features)
         write_tensors(path, {"features": features_MD})
         return features_MD
+
+    def images(self) -> list[Image.Image]:
+        return [image for images in self._decoded() for image in images]
+
+    def _decoded(self) -> Iterator[list[Image.Image]]:
+        for rows in _batches(range(self._rows)):
+            latents_BCHW = self._data.latents([self._read(row)[0] for row in rows], self._bucket)
+            yield [to_image(pixels) for pixels in self._autoencoder.decode(latents_BCHW.to(self._world.device))]
 
     def pipeline(self, checkpoint: Checkpoint) -> MicroDiTPipeline:
         state = checkpoint.state

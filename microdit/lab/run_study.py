@@ -17,7 +17,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ class _ArmRun:
         grid = draw_grid(strip, captions, title=f"{self.arm}, seed {self.seed}, step {step:,}")
         save_png(grid, self.out / "strips" / f"{self.arm}-{self.seed}-{step}.png")
         costs = {"flops": step * self.plan.flops_per_step, "seconds": step * self.plan.seconds_per_step}
-        self._append({**place, **costs, **asdict(metrics)})
+        self._append({**place, **costs, **metrics.by_name()})
         return True
 
     def _train_to(self, step: int, run: Path) -> None:

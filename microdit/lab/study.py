@@ -1,7 +1,8 @@
 """A study: arms that differ in a few lines of a recipe, each trained for several seeds on equal budgets.
 
 An arm with one phase and a constant learning rate is measured during a single training at every budget. An arm with several phases (whose
-steps are shares of the training here), a mask schedule or a decaying rate is trained separately for each budget, since only its end counts.
+steps are shares of the training here), a mask schedule, a decaying rate or an alignment that ends early is trained separately for each
+budget, since only its end counts.
 """
 
 import re
@@ -32,15 +33,28 @@ OURS = (
 )
 # Exceptions: arms may use other encoders of the same images (checked when the study is run), although losses then do not compare.
 FREE = ("data.path", "data.held_out")
-HIGHER_IS_BETTER = ("recognised",)
+HIGHER_IS_BETTER = ("recognised", "recognised_pixels", "recognised_classifier")
 
 ENCODED = "encoded"  # as a source: the rows of the encoded set itself, decoded
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Budget = Literal["flops", "seconds", "images"]
-Measure = Literal["held_out_loss", "frechet_distance", "kid", "recognised"]
-MEASURES: tuple[Measure, ...] = get_args(Measure)
+Judge = Literal["pixels", "classifier"]
+Measure = Literal[
+    "held_out_loss",
+    "frechet_distance",
+    "kid",
+    "recognised",
+    "recognised_pixels",
+    "frechet_distance_classifier",
+    "recognised_classifier",
+]
+MEASURES: tuple[Measure, ...] = ("held_out_loss", "frechet_distance", "kid", "recognised")  # of every result, by EfficientNet-Lite0
+JUDGED: dict[Judge, tuple[Measure, ...]] = {
+    "pixels": ("recognised_pixels",),
+    "classifier": ("frechet_distance_classifier", "recognised_classifier"),
+}
 BUDGETS: tuple[Budget, ...] = get_args(Budget)
 Sentences = Annotated[str, Range(0, 10_000)]
 Figure = Annotated[float, Range(0, 10**6, above=True)]
@@ -93,6 +107,8 @@ class Study:
     budgets: list[Budget] = field(default_factory=lambda: list(BUDGETS))  # a scheduled arm is trained once for each
     claims: Annotated[list[Claim], Range(0, 1000)] = field(default_factory=list)
     measures: list[Measure] = field(default_factory=lambda: list(MEASURES))  # shown in the report
+    # Judges beside EfficientNet-Lite0, for arms that it teaches: raw pixels, and a classifier trained on the reference set's real images.
+    judges: list[Judge] = field(default_factory=list)
     readings: Annotated[list[Share], Range(1, 1000)] = field(
         default_factory=lambda: [0.25, 0.5, 1.0]
     )  # shares of each budget at which quality is measured
@@ -148,13 +164,13 @@ def only_arms(study: Study, arms: Collection[str]) -> Study:
 def measurement(study: Study) -> dict[str, Any]:
     """Return the settings of quality measurement. Results are comparable only if all of them agree."""
     keys = ("source", "pictures", "num_inference_steps", "guidance_scale", "prompts")
-    return {key: getattr(study, key) for key in keys}
+    return {key: getattr(study, key) for key in keys} | ({"judges": study.judges} if study.judges else {})
 
 
 def is_scheduled(recipe: Recipe) -> bool:
     """Return whether training depends on its length: then intermediate quality misleads, and each budget needs its own training."""
-    first = recipe.phases[0]
-    return len(recipe.phases) > 1 or first.mask_schedule is not None or first.final_learning_rate != 1
+    first, ends_early = recipe.phases[0], 0 < recipe.aligned_steps < recipe.total_steps
+    return len(recipe.phases) > 1 or first.mask_schedule is not None or first.final_learning_rate != 1 or ends_early
 
 
 def stretched(recipe: Recipe, steps: int) -> Recipe:
@@ -205,8 +221,16 @@ def _problems(study: Study) -> list[str]:
 def _measuring_problems(study: Study) -> list[str]:
     checks = [
         (bool(study.prompts), "prompts is empty: the sample strips need at least one."),
-        (len(set(study.measures)) == len(study.measures) > 0, f"measures must be distinct, and at least one of {', '.join(MEASURES)}."),
+        (
+            len(set(study.measures)) == len(study.measures) > 0,
+            f"measures must be distinct, and at least one of {', '.join(get_args(Measure))}.",
+        ),
+        (len(set(study.judges)) == len(study.judges), f"judges {study.judges} must be distinct."),
     ]
+    named = dict.fromkeys([*study.measures, *(claim.measure for claim in study.claims)])
+    for judge, measures in JUDGED.items():
+        missing = [measure for measure in named if measure in measures and judge not in study.judges]
+        checks.append((not missing, f"{', '.join(missing)} of measures or claims is given by the judge {judge}: add it to judges."))
     return [sentence for fine, sentence in checks if not fine]
 
 

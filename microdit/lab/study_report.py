@@ -26,7 +26,10 @@ TITLES = {
     "held_out_loss": "Held-out loss",
     "frechet_distance": "Frechet distance, EfficientNet-Lite0",
     "kid": "KID, EfficientNet-Lite0",
-    "recognised": "Recognised among the 10 nearest",
+    "recognised": "Recognised among the 10 nearest, EfficientNet-Lite0",
+    "recognised_pixels": "Recognised among the 10 nearest, raw pixels",
+    "frechet_distance_classifier": "Frechet distance, classifier of pictures",
+    "recognised_classifier": "Recognised among the 10 nearest, classifier of pictures",
 }
 COLOURS = ("#1f5fbf", "#c2500a", "#14713a", "#7a3fb0", "#b3261e", "#5d6675", "#008b8b", "#b8860b", "#d6338a", "#3b3b3b")
 MARKERS = "osD^vPX*<>"

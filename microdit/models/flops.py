@@ -6,6 +6,7 @@ activations, softmax and the optimizer are not counted.
 In all functions `tokens` is the number of patches, and `kept` how many of them remain after the drop (all of them if nothing is dropped).
 """
 
+from microdit.models.alignment import KERNEL, ProjectorShape
 from microdit.models.blocks import BlockShape
 from microdit.models.microdit import TIME_FREQUENCIES, ModelConfig
 from microdit.models.routing import METHODS
@@ -24,6 +25,14 @@ def training_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: 
     outer = _without_input_gradient(config, tokens, caption_tokens)
     inner = _with_input_gradient(config, tokens, kept, caption_tokens)
     return 2 * (2 * outer + 3 * inner)
+
+
+def alignment_flops(projector: ProjectorShape, tokens: int, seen: int) -> int:
+    """Return the FLOPs that representation alignment adds to a forward and a backward pass, at a block that sees `seen` of all tokens."""
+    dim, width, channels = projector.dim, projector.width, projector.channels
+    if projector.kind == "conv":
+        return 6 * tokens * KERNEL**2 * dim * channels
+    return 6 * seen * (dim * width + width * width + width * channels)
 
 
 def recomputed_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: int, share: float) -> int:

@@ -145,6 +145,11 @@ class ModelConfig:
             *((shape, self.mixer_dim, tokens) for shape in self.decoder),
         ]
 
+    def is_sparse(self, block: int) -> bool:
+        """Return whether number `block` of `blocks`, from 0, sees the kept tokens only."""
+        first, last = self.dense_blocks
+        return first <= block < len(self.blocks) - last
+
     @property
     def reads_no_text_at_last(self) -> bool:
         """True if the last block updates the caption's tokens, though nothing reads them, as in MiniT2I."""

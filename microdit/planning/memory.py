@@ -13,9 +13,11 @@ from functools import cache, lru_cache
 from typing import Literal
 
 import torch
+from torch import nn
 
-from microdit.config.schema import EngineRecipe, OptimizerRecipe, PhaseRecipe, Recipe
+from microdit.config.schema import AlignmentRecipe, EngineRecipe, OptimizerRecipe, PhaseRecipe, Recipe, projector_of
 from microdit.errors import UserError
+from microdit.models.alignment import Alignment
 from microdit.models.blocks import BlockShape
 from microdit.models.flops import recomputed_flops, training_flops
 from microdit.models.microdit import MicroDiT, ModelConfig
@@ -109,20 +111,25 @@ def footprint(
     caption_tokens: int,
     layout: Layout = Layout(),
     emas: int = 1,
+    alignment: Alignment | None = None,
 ) -> Footprint:
-    """`model` may be on the meta device. With DDP, autocast keeps norms in float32: these are not counted, so activations come out low."""
+    """Return the bytes of one process, with those of an `alignment` that is trained beside the model. Both may be on the meta device.
+
+    With DDP, autocast keeps norms in float32: these are not counted, so activations come out low.
+    """
     owners = layout.owners or 1
+    trained = [*model.named_parameters(), *(alignment.named_parameters() if alignment else ())]
     # FSDP deals out rows of the first dimension, rounded up: the weights of 8 experts are never cut into more than 8.
-    rows = [(-(-len(weight) // owners), weight.shape) for weight in model.parameters()]
+    rows = [(-(-len(weight) // owners), weight.shape) for _, weight in trained]
     sizes = [count * shape[1:].numel() for count, shape in rows]
-    mine, everything = sum(sizes) * FLOAT, sum(weight.numel() for weight in model.parameters())
+    mine, everything = sum(sizes) * FLOAT, sum(weight.numel() for _, weight in trained)
     moments = sum(moment_bytes(*item) for item in rows) if layout.moments == "int8" else 2 * mine
-    averages = max(sizes) * FLOAT * bool(emas) if layout.averages_on_cpu else emas * mine
-    kept_elements = activations(model.config, tokens, kept, caption_tokens, layout.recomputed)
+    averaged = sizes[: len(list(model.parameters()))]
+    averages = max(averaged) * FLOAT * bool(emas) if layout.averages_on_cpu else emas * sum(averaged) * FLOAT
+    of_sample = activations(model.config, tokens, kept, caption_tokens, layout.recomputed) * layout.element
+    of_sample += alignment_activations(alignment, model.config, tokens, kept, layout.element) if alignment else 0
     lasting, passing = _gradients(layout, mine, everything)
-    return Footprint(
-        mine, lasting, passing, moments, averages, micro_batch * kept_elements * layout.element, _gathered(model, layout, everything)
-    )
+    return Footprint(mine, lasting, passing, moments, averages, micro_batch * of_sample, _gathered(trained, layout, everything))
 
 
 def _gradients(layout: Layout, mine: int, everything: int) -> tuple[int, int]:
@@ -158,14 +165,14 @@ def moment_bytes(rows: int, shape: torch.Size) -> int:
     return 8 * numbers if block is None else 2 * numbers + 8 * (numbers // block)
 
 
-def _gathered(model: MicroDiT, layout: Layout, everything: int) -> int:
+def _gathered(trained: list[tuple[str, nn.Parameter]], layout: Layout, everything: int) -> int:
     """Return the bytes of low-precision copies: of all weights if there is room, else of two blocks and what lies outside of blocks."""
     if layout.element == FLOAT and layout.owners in (None, 1):
         return 0
     if layout.owners is None or layout.element * everything < layout.spare:
         return layout.element * everything
     blocks: dict[str, int] = {}
-    for name, weight in model.named_parameters():
+    for name, weight in trained:
         stack, number = name.split(".")[:2]
         group = f"{stack}.{number}" if stack in ("blocks", "mixer", "decoder", "preamble") else "caption" if stack == "caption" else "rest"
         blocks[group] = blocks.get(group, 0) + weight.numel()
@@ -185,6 +192,17 @@ def activations(config: ModelConfig, tokens: int, kept: int, caption_tokens: int
     again = config.recomputed(recomputed)
     inputs = sum((n + (L if config.joint else 0)) * width for _, width, n in by_block[:again])
     return inputs + max([sum(blocks[again:]), *blocks[:again]]) + _outside(config, tokens, kept, L)
+
+
+def alignment_activations(alignment: Alignment, config: ModelConfig, tokens: int, kept: int, element: int) -> int:
+    """Return the bytes that autograd keeps of one sample's alignment, beside the block's output, which the next layer keeps too.
+
+    These are the MLP's hidden layers before and after their activation, or a convolution's input and output on all places, where tokens
+    were dropped; and in float32 the projected tokens and the features.
+    """
+    seen, shape = kept if config.is_sparse(alignment.block - 1) else tokens, alignment.shape
+    inside = 4 * seen * shape.width if shape.kind == "mlp" else tokens * (shape.dim + shape.channels) * (seen < tokens)
+    return inside * element + 2 * seen * shape.channels * FLOAT
 
 
 def _block(config: ModelConfig, shape: BlockShape, dim: int, n: int, caption_tokens: int) -> int:
@@ -324,6 +342,7 @@ class PhaseMemory:
         self._muon = recipe.optimizer.method == "muon"
         self._config = config_of(recipe, shapes)
         self._model = _weightless(replace(self._config, position_scale=1.0))
+        self._alignment = _weightless_alignment(recipe.alone(phase).alignment, self._config.dim, shapes.feature_channels)
         self.parameters = sum(weight.numel() for weight in self._model.parameters())
         self._of_one = cache(self._footprint_of_one)
 
@@ -436,9 +455,10 @@ class PhaseMemory:
         self._check()
         shape = self._tokens, self._kept, self._caption_tokens
         if layout.recomputed:  # changes activations only
-            kept = self._element * activations(self._config, *shape, layout.recomputed)
-            return replace(self._of_one(replace(layout, recomputed=0.0)), activations=kept)
-        return footprint(self._model, 1, *shape, layout, self._emas)
+            whole = self._of_one(replace(layout, recomputed=0.0))
+            saved = activations(self._config, *shape, 0.0) - activations(self._config, *shape, layout.recomputed)
+            return replace(whole, activations=whole.activations - self._element * saved)
+        return footprint(self._model, 1, *shape, layout, self._emas, self._alignment)
 
 
 @lru_cache(maxsize=16)
@@ -446,6 +466,13 @@ def _weightless(config: ModelConfig) -> MicroDiT:
     """Return the model on the meta device, where building it takes a second. Phases that differ in positions alone share it."""
     with torch.device("meta"):
         return MicroDiT(config)
+
+
+def _weightless_alignment(alignment: AlignmentRecipe | None, dim: int, channels: int | None) -> Alignment | None:
+    if alignment is None or channels is None:
+        return None
+    with torch.device("meta"):
+        return Alignment(projector_of(alignment, dim, channels), alignment.block)
 
 
 def usable(card_gb: float) -> float:

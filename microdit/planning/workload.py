@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from microdit.config.schema import PhaseRecipe, Recipe, architecture
+from microdit.config.schema import PhaseRecipe, Recipe, architecture, projector_of
 from microdit.data.dataset import EncodedDataset
 from microdit.data.manifest import MANIFEST
 from microdit.data.packing import bytes_of_row
 from microdit.data.shards import DamagedShard
 from microdit.errors import UserError
-from microdit.models.flops import recomputed_flops, training_flops
+from microdit.models.flops import alignment_flops, recomputed_flops, training_flops
 from microdit.models.microdit import ModelConfig
 from microdit.models.routing import kept_tokens
 from microdit.planning.hardware import Machine
@@ -22,28 +22,46 @@ SAMPLES = 32  # points at which a mask schedule is looked at, to sum a phase up
 
 
 class FlopCounter:
-    """FLOPs of a recipe's steps on one shape of latents, by the formula of models/flops.py."""
+    """FLOPs of a recipe's steps on one shape of latents, by the formula of models/flops.py.
 
-    def __init__(self, recipe: Recipe, config: ModelConfig):
+    `feature_channels` are those of the features that a recipe with an alignment needs.
+    """
+
+    def __init__(self, recipe: Recipe, config: ModelConfig, feature_channels: int | None = None):
         self._recipe, self._config = recipe, config
         self._flops = lru_cache(maxsize=4096)(training_flops)
+        self._feature_channels = feature_channels
 
-    def of_step(self, phase: PhaseRecipe, step_in_phase: int, tokens: int, caption_tokens: int) -> float:
-        """Return the FLOPs of one step on the whole batch, forward and backward."""
+    def of_step(self, phase: PhaseRecipe, step_in_phase: int, tokens: int, caption_tokens: int, aligned: bool = False) -> float:
+        """Return the FLOPs of one step on the whole batch, forward and backward. `aligned` says that it has an alignment loss."""
         kept = kept_tokens(tokens, phase.mask_ratio_at(step_in_phase))
-        return phase.batch_size * self._flops(self._config, tokens, kept, caption_tokens)
+        flops = phase.batch_size * self._flops(self._config, tokens, kept, caption_tokens)
+        return flops + self._of_alignment(phase, step_in_phase, tokens) if aligned else flops
 
     def remaining(self, step: int, tokens: int, caption_tokens: int) -> float:
         """Return the FLOPs of all steps from number `step` to the end."""
-        total = 0.0
+        total, to_align = 0.0, self._recipe.aligned_steps
         for phase in self._recipe.phases:
             first = min(step, phase.steps)
             step -= first
-            left = phase.steps - first
+            left, aligned = phase.steps - first, min(phase.steps, to_align) - first
+            to_align = max(0, to_align - phase.steps)
             if left:
                 points = {first + (left - 1) * i // (SAMPLES - 1) for i in range(SAMPLES)} if phase.mask_schedule else {first}
                 total += left * sum(self.of_step(phase, point, tokens, caption_tokens) for point in points) / len(points)
+            if aligned > 0:
+                points = {point for point in points if point < first + aligned}
+                total += aligned * sum(self._of_alignment(phase, point, tokens) for point in points) / len(points)
         return total
+
+    def _of_alignment(self, phase: PhaseRecipe, step_in_phase: int, tokens: int) -> float:
+        """Return the FLOPs that an alignment loss adds to a step."""
+        alignment = self._recipe.alignment
+        assert alignment is not None
+        assert self._feature_channels is not None, "a recipe with an alignment has features"
+        kept = kept_tokens(tokens, phase.mask_ratio_at(step_in_phase))
+        seen = kept if self._config.is_sparse(alignment.block - 1) else tokens
+        return phase.batch_size * alignment_flops(projector_of(alignment, self._config.dim, self._feature_channels), tokens, seen)
 
 
 RESOLUTION = 256  # pixels, where a recipe says none
@@ -51,6 +69,8 @@ LOOKED_AT = 512  # captions of a set, to know how long a batch of them is
 AUTOENCODERS = {"sdxl": (4, 8), "16ch": (16, 8), "icon": (8, 8), "pixels": (3, 1)}  # channels, downsampling
 # Tokens and channels; only CLIP's captions have a fixed length.
 TEXT_ENCODERS = {"dfn-clip-h": (77, 1024), "minilm": (16, 384), "google/flan-t5-large": (256, 1024)}
+FEATURE_CHANNELS = {"efficientnet": 1280, "facebook/dinov2-small": 384, "facebook/dinov2-large": 1024}
+DINO_CHANNELS = 768  # of DINOv2-B, DINOv3-B and SigLIP-B, where an encoder's features are not known
 
 
 @dataclass(frozen=True)
@@ -69,6 +89,7 @@ class Shapes:
 
     `sides` holds (share of the samples, height, width) of the latents for each aspect ratio. `samples` and `bytes` on disk are None where a
     set is missing. `autoencoder` and `text_encoder` are names. `assumed` lists, as sentences, what was not read from data.
+    `feature_channels` is the width of a vision encoder's features, for recipes with an alignment.
     """
 
     resolution: int
@@ -81,6 +102,7 @@ class Shapes:
     samples: int | None
     bytes: int | None
     assumed: tuple[str, ...]
+    feature_channels: int | None = None
 
 
 def shapes_of(recipe: Recipe, given: KnownShapes = KnownShapes()) -> Shapes:
@@ -92,7 +114,7 @@ def shapes_of(recipe: Recipe, given: KnownShapes = KnownShapes()) -> Shapes:
     for _, height, width in shapes.sides:
         if height % p or width % p or not height or not width:
             raise UserError(f"{recipe.name}: model.patch_size {p} does not divide the {height} x {width} latents.")
-    return shapes
+    return shapes if recipe.alignment is None else _with_features(shapes, recipe.alignment.encoder, found)
 
 
 def assumed_shapes(recipe: Recipe, given: KnownShapes = KnownShapes()) -> Shapes:
@@ -112,6 +134,14 @@ def assumed_shapes(recipe: Recipe, given: KnownShapes = KnownShapes()) -> Shapes
     if data.resolution is None:
         assumed.insert(0, f"{RESOLUTION} px")
     return Shapes(resolution, channels, ((1.0, side, side),), tokens, width, autoencoder, text_encoder, None, None, tuple(assumed))
+
+
+def _with_features(shapes: Shapes, encoder: str, sets: list[EncodedDataset]) -> Shapes:
+    """Add the width of the features, those of the encoder's name where no set has any."""
+    stored = [encoded.manifest["features"]["channels"] for encoded in sets if "features" in encoded.manifest]
+    channels = stored[0] if stored else FEATURE_CHANNELS.get(encoder, DINO_CHANNELS)
+    assumed = () if stored else (f"features of {channels} channels ({encoder})",)
+    return replace(shapes, feature_channels=channels, assumed=shapes.assumed + assumed)
 
 
 def _read(sets: list[EncodedDataset], complete: bool) -> Shapes:
@@ -167,7 +197,7 @@ def phase_costs(recipe: Recipe, shapes: Shapes, machine: Machine) -> list[PhaseC
 
 def phase_flops(recipe: Recipe, phase: PhaseRecipe, shapes: Shapes) -> float:
     """Return the FLOPs of all steps of the phase."""
-    work = FlopCounter(replace(recipe, phases=[phase]), config_of(recipe, shapes))
+    work = FlopCounter(recipe.alone(phase), config_of(recipe, shapes), shapes.feature_channels)
     p = recipe.model.patch_size
     return sum(share * work.remaining(0, (height // p) * (width // p), shapes.caption_tokens) for share, height, width in shapes.sides)
 

@@ -101,6 +101,8 @@ def _drawings(metrics: list[dict[str, Any]]) -> Iterator[_Drawing | None]:
     yield _loss(x, _column(metrics, "loss"), _column(metrics, "held_out_loss"))
     yield _by_noise(x, metrics, "loss_by_noise", "Loss by noise level", noisy=True)
     yield _by_noise(x, metrics, "held_out_by_noise", "Held-out loss by noise level", noisy=False)
+    aligned_note = "Mean cosine similarity of projected tokens and a vision encoder's features, while representation alignment lasts."
+    yield _single(x, _column(metrics, "alignment"), "Representation alignment", _Axis("similarity", noisy=True), aligned_note)
     kid_note = "KID between images generated for a fixed set of captions and their own decoded latents. Lower is better."
     yield _single(x, _column(metrics, "quality_kid"), "Distance from real images", _Axis("KID"), kid_note)
     recognised_note = "Share of generated images whose own real image is among the ten nearest. Higher is better."

@@ -53,7 +53,7 @@ def measure(recipe: Recipe, shapes: Shapes, world: World, seconds: float, advanc
     phase, device = recipe.phases[0], world.device
     micro_batch = phase.batch_size
     config = config_of(recipe, shapes)
-    state = TrainingState(recipe, config, world, None, fresh=True)
+    state = TrainingState(recipe, config, world, None, fresh=True, feature_channels=shapes.feature_channels)
     guard = SpikeGuard(recipe.guard, device)
     batch = _random_batch(recipe, shapes, state, micro_batch).to(device)
     dtype = compute_dtype(recipe.engine, device)
@@ -75,9 +75,8 @@ def measure(recipe: Recipe, shapes: Shapes, world: World, seconds: float, advanc
     images_per_second = steps * micro_batch / passed
     _, height, width = shapes.sides[0]
     tokens = (height // config.patch_size) * (width // config.patch_size)
-    flops = FlopCounter(recipe, config).of_step(replace(phase, batch_size=1), 0, tokens, shapes.caption_tokens) * time_factor(
-        recipe, phase, shapes
-    )
+    work, of_one = FlopCounter(recipe, config, shapes.feature_channels), replace(phase, batch_size=1)
+    flops = work.of_step(of_one, 0, tokens, shapes.caption_tokens, recipe.aligned_at(0)) * time_factor(recipe, phase, shapes)
     return Measurement(
         chip_name(device),
         images_per_second * flops / peak,
@@ -117,6 +116,8 @@ def _random_batch(recipe: Recipe, shapes: Shapes, state: TrainingState, size: in
     phase, p = recipe.phases[0], recipe.model.patch_size
     _, height, width = shapes.sides[0]
     text = torch.randn(size, shapes.caption_tokens, shapes.caption_channels)
-    samples = Batch(torch.randn(size, shapes.latent_channels, height, width), text, torch.ones(text.shape[:2], dtype=torch.bool))
+    grid = height // p, width // p
+    features = torch.randn(size, shapes.feature_channels, *grid) if recipe.aligned_at(0) and shapes.feature_channels else None
+    samples = Batch(torch.randn(size, shapes.latent_channels, height, width), text, torch.ones(text.shape[:2], dtype=torch.bool), features)
     settings = noise_settings(recipe, state.objective, phase, 0)
-    return sample_noise(samples, settings, recipe.seed, 0, range(size), (height // p, width // p))
+    return sample_noise(samples, settings, recipe.seed, 0, range(size), grid)

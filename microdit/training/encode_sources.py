@@ -14,6 +14,7 @@ from microdit.devices import choose_dtype
 from microdit.distributed import World
 from microdit.encoders.autoencoder import Autoencoder, load_autoencoder
 from microdit.encoders.text import TextEncoder, load_text_encoder
+from microdit.encoders.vision import VisionEncoder, load_vision_encoder
 from microdit.errors import UserError
 from microdit.io.console import Reporter
 from microdit.io.files import cache_folder
@@ -26,8 +27,8 @@ def with_encoded_sources(recipe: Recipe, world: World, reporter: Reporter) -> Re
     """Return the recipe with the path of an encoded set in place of each source. All processes of `world` must call this.
 
     The first process encodes what the cache does not hold yet: the records, order and checksums are those of `microdit data encode`. The
-    folder's name is a hash of the encoders, the resolution and the names, sizes and times of the source's files, so that a changed source
-    is encoded again, and one that was interrupted continues. Raises UserError.
+    folder's name is a hash of the encoders (that of the recipe's alignment among them), the resolution and the names, sizes and times of
+    the source's files, so that a changed source is encoded again, and one that was interrupted continues. Raises UserError.
     """
     sources = {name: item for name, item in recipe.data.sets.items() if item.source is not None}
     if not sources:
@@ -40,6 +41,7 @@ def _encoded(item: SetRecipe, recipe: Recipe, world: World, reporter: Reporter) 
     def encode() -> str:
         data = recipe.data
         autoencoder, text_encoder = load_autoencoder(data.autoencoder or ENCODERS[0]), load_text_encoder(data.text_encoder or ENCODERS[1])
+        vision = None if recipe.alignment is None else load_vision_encoder(recipe.alignment.encoder)
         source = open_source(str(item.source))
         resolution = data.resolution or RESOLUTION
         settings = EncodeSettings(
@@ -50,22 +52,32 @@ def _encoded(item: SetRecipe, recipe: Recipe, world: World, reporter: Reporter) 
             batch_size=default_batch_size(world.device, (resolution,)),
             workers=default_workers(world.device.type),
         )
-        folder = _place(source, settings, autoencoder, text_encoder)
+        encoders = autoencoder, text_encoder, vision
+        folder = _place(source, settings, *encoders)
         if not (folder / MANIFEST).is_file():
-            _fill(source, folder, settings, autoencoder, text_encoder, reporter)
+            _fill(source, folder, settings, *encoders, reporter)
         return str(folder)
 
     return world.look(encode)
 
 
-def _place(source: Source, settings: EncodeSettings, autoencoder: Autoencoder, text_encoder: TextEncoder) -> Path:
+def _place(
+    source: Source, settings: EncodeSettings, autoencoder: Autoencoder, text_encoder: TextEncoder, vision: VisionEncoder | None
+) -> Path:
     parts = [[part.name, part.fingerprint()] for part in source.parts]
     facts = [source.name, source.caption_weights, settings.planned(), autoencoder.fingerprint, text_encoder.fingerprint, parts]
+    facts += [] if vision is None else [vision.fingerprint]
     return cache_folder() / "encoded" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def _fill(
-    source: Source, folder: Path, settings: EncodeSettings, autoencoder: Autoencoder, text_encoder: TextEncoder, reporter: Reporter
+    source: Source,
+    folder: Path,
+    settings: EncodeSettings,
+    autoencoder: Autoencoder,
+    text_encoder: TextEncoder,
+    vision: VisionEncoder | None,
+    reporter: Reporter,
 ) -> None:
     seen = 0
     with reporter.progress(f"encode {source.name} into the cache", len(source.parts)) as advance:
@@ -75,9 +87,8 @@ def _fill(
             seen += records
             advance(parts, f"{seen:,} records")
 
-        manifest = encode_source(
-            source, folder, settings, autoencoder, text_encoder, events=EncodeEvents(on_progress=count), warn=reporter.warn
-        )
+        events = EncodeEvents(on_progress=count)
+        manifest = encode_source(source, folder, settings, autoencoder, text_encoder, events=events, warn=reporter.warn, vision=vision)
     if manifest is None:
         raise UserError(f"{folder} was being written by another process: start again.")
     rejected = f", {sum(manifest['rejected'].values()):,} rejected: see {folder}/*.rejected.jsonl" if manifest["rejected"] else ""

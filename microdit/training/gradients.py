@@ -19,7 +19,7 @@ from microdit.config.schema import EngineRecipe
 from microdit.distributed import World
 from microdit.planning.memory import Sharding
 from microdit.training.noise import TrainingBatch
-from microdit.training.parallel import DenoisingLoss, spare
+from microdit.training.parallel import DenoisingLoss, SampleLosses, spare
 
 WARM_UP = 3  # micro-batches of a shape before it is recorded: kernels are chosen and compiled by then
 MOST_GRAPHS = 8  # each keeps its memory; a mask that falls step by step has more shapes than that, and stays eager
@@ -35,10 +35,10 @@ class Gradients(ABC):
         """Call before a step's first micro-batch."""
 
     @abstractmethod
-    def add(self, batch: TrainingBatch, samples: int, last: bool) -> Tensor:
+    def add(self, batch: TrainingBatch, samples: int, last: bool) -> SampleLosses:
         """Add the gradients of the batch's summed losses over `samples`; if it is the `last` of the step, over all processes.
 
-        Returns the losses, (B,), which stay until the next call.
+        Returns the losses, which stay until the next call.
         """
 
     @abstractmethod
@@ -68,13 +68,13 @@ class AutogradGradients(Gradients):
     def begin(self) -> None:
         pass  # gradients are added to those that are there, and there are none
 
-    def add(self, batch: TrainingBatch, samples: int, last: bool) -> Tensor:
+    def add(self, batch: TrainingBatch, samples: int, last: bool) -> SampleLosses:
         if isinstance(self._loss, FSDPModule):
             self._loss.set_requires_gradient_sync(last or not spare(self._bytes, batch.sigma_B.device))
             self._loss.set_requires_all_reduce(last)  # which only hybrid sharding has
-        loss_B: Tensor = self._loss(batch)
-        (loss_B.sum() / samples).backward()
-        return loss_B
+        losses: SampleLosses = self._loss(batch)
+        (losses.total_B.sum() / samples).backward()
+        return losses.detach()
 
     def current_loss(self) -> nn.Module:
         return self._loss
@@ -86,7 +86,7 @@ class Recorded:
 
     graph: torch.cuda.CUDAGraph
     batch: TrainingBatch
-    loss_B: Tensor
+    losses: SampleLosses
     gradients: list[Tensor]
 
 
@@ -118,17 +118,17 @@ class WholeModelGradients(Gradients):
         self._first, self.held = True, None
         self._refresh()
 
-    def add(self, batch: TrainingBatch, samples: int, last: bool) -> Tensor:
+    def add(self, batch: TrainingBatch, samples: int, last: bool) -> SampleLosses:
         if self._release:
             self._adds = not (self._first and last)
             if self._adds and self._first:
                 if not self._sums:
                     self._take_memory_for_sums()
                 self._flat.zero_()
-        loss_B, gradients = self._replayed(batch, samples) if self._is_recorded(batch, samples) else self._computed(batch, samples)
+        losses, gradients = self._replayed(batch, samples) if self._is_recorded(batch, samples) else self._computed(batch, samples)
         if self._release and not self._adds:
             self.held = gradients
-            return loss_B
+            return losses
         if self._adds:
             pass  # they are in the sums
         elif self._first:
@@ -141,7 +141,7 @@ class WholeModelGradients(Gradients):
             self._flat /= self._world.size
         for weight, total in zip(self._weights, self._sums, strict=True):
             weight.grad = total
-        return loss_B
+        return losses
 
     def _take_memory_for_sums(self) -> None:
         """Allocate the sums as one tensor, so that one all-reduce adds up all processes."""
@@ -158,15 +158,15 @@ class WholeModelGradients(Gradients):
         if self._copied:
             torch._foreach_copy_(self._leaves, self._weights)
 
-    def _computed(self, batch: TrainingBatch, samples: int) -> tuple[Tensor, list[Tensor]]:
+    def _computed(self, batch: TrainingBatch, samples: int) -> tuple[SampleLosses, list[Tensor]]:
         for leaf in self._leaves:
             leaf.grad = None
-        loss_B = self._loss(batch)
-        (loss_B.sum() / samples).backward()
+        losses: SampleLosses = self._loss(batch)
+        (losses.total_B.sum() / samples).backward()
         gradients = [] if self._adds else [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
         for leaf in self._leaves:
             leaf.grad = None
-        return loss_B.detach(), gradients
+        return losses.detach(), gradients
 
     def _add_at_once(self, number: int, leaf: Tensor) -> None:
         if self._adds and leaf.grad is not None:
@@ -185,18 +185,18 @@ class WholeModelGradients(Gradients):
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._recorded.values())).graph.pool() if self._recorded else None
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # another thread reads batches
-            loss_B, gradients = self._computed(own, samples)
-        self._recorded[key] = Recorded(graph, own, loss_B, gradients)
+            losses, gradients = self._computed(own, samples)
+        self._recorded[key] = Recorded(graph, own, losses, gradients)
         return True
 
-    def _replayed(self, batch: TrainingBatch, samples: int) -> tuple[Tensor, list[Tensor]]:
+    def _replayed(self, batch: TrainingBatch, samples: int) -> tuple[SampleLosses, list[Tensor]]:
         recorded = self._recorded[self._adds, *_shape(batch, samples)]
         for field in fields(batch):
             source, target = getattr(batch, field.name), getattr(recorded.batch, field.name)
             if source is not None:
                 target.copy_(source)
         recorded.graph.replay()
-        return recorded.loss_B, recorded.gradients
+        return recorded.losses, recorded.gradients
 
 
 def _shape(batch: TrainingBatch, samples: int) -> tuple[object, ...]:

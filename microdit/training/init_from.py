@@ -83,6 +83,8 @@ def find_initial_weights(
     _check_objective(found.origin, recipe.diffusion, warn)
     _check_encoders(found.origin, data, warn)
     _check_architecture(found.origin, recipe.model, config)
+    if recipe.alignment is not None:
+        warn(f"init_from: {found.origin.place} gives the model its weights; the projector of alignment starts from random ones.")
     return found
 
 

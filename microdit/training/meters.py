@@ -16,7 +16,7 @@ from microdit.diffusion.objective import Objective
 from microdit.io.console import LineOfProgress, PlainColumn, PlainConsole
 
 BINS = 8
-SUMS = 2 * BINS + 2  # sums of losses, numbers of samples, two kinds of stop requests
+SUMS = 2 * BINS + 4  # sums of losses, numbers of samples; sum of alignments and their number; two kinds of stop requests
 SMOOTHING = 0.3  # weight of the newest speed in the average that predicts the time left
 
 
@@ -26,7 +26,7 @@ def noise_bins(sigma_B: Tensor, objective: Objective) -> Tensor:
 
 
 class LossStats:
-    """Sums of losses and numbers of samples in each noise bin, and stop requests, as one tensor on the device.
+    """Sums of denoising losses and numbers of samples in each noise bin, alignments, and stop requests, as one tensor on the device.
 
     One tensor takes one all-reduce to add up over processes. Nothing here waits for the device.
     """
@@ -34,10 +34,13 @@ class LossStats:
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(SUMS, dtype=exact_dtype(device), device=device)
 
-    def add(self, loss_B: Tensor, sigma_B: Tensor, objective: Objective) -> None:
+    def add(self, loss_B: Tensor, sigma_B: Tensor, objective: Objective, alignment_B: Tensor | None = None) -> None:
         bins_B = noise_bins(sigma_B, objective)
         self.sums.index_add_(0, bins_B, loss_B.detach().to(self.sums.dtype))
         self.sums.index_add_(0, bins_B + BINS, torch.ones_like(loss_B, dtype=self.sums.dtype))
+        if alignment_B is not None:
+            self.sums[2 * BINS] += alignment_B.to(self.sums.dtype).sum()
+            self.sums[2 * BINS + 1] += len(alignment_B)
 
     def add_stops(self, by_machine: bool, by_user: bool) -> None:
         self.sums[-2] += by_machine
@@ -51,17 +54,23 @@ class LossStats:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Sums of losses and numbers of samples in each noise bin of one step, and whether any process was asked to stop, and by whom."""
+    """Sums of losses and numbers of samples in each noise bin of one step, and whether any process was asked to stop, and by whom.
+
+    `alignment` is the mean cosine similarity of representation alignment, None in steps without.
+    """
 
     losses: list[float]
     counts: list[float]
     stop_by_machine: bool = False
     stop_by_user: bool = False
+    alignment: float | None = None
 
     @classmethod
     def of(cls, values: list[float]) -> "StepResult":
         """Parse the values of `LossStats.sums`."""
-        return cls(values[:BINS], values[BINS : 2 * BINS], values[2 * BINS] > 0, values[2 * BINS + 1] > 0)
+        alignment, aligned, by_machine, by_user = values[2 * BINS : SUMS]
+        stops = by_machine > 0, by_user > 0
+        return cls(values[:BINS], values[BINS : 2 * BINS], *stops, alignment / aligned if aligned else None)
 
     @property
     def stop(self) -> bool:
@@ -114,6 +123,7 @@ class Window:
     flops: float = 0.0
     waited: float = 0.0
     step_losses: list[float] = field(default_factory=list)
+    alignments: list[float] = field(default_factory=list)
 
 
 class Meters:
@@ -142,6 +152,7 @@ class Meters:
         window.waited += waited
         if accepted:
             window.step_losses.append(result.loss)
+            window.alignments += [] if result.alignment is None else [result.alignment]
             window.losses = [a + b for a, b in zip(window.losses, result.losses, strict=True)]
             window.counts = [a + b for a, b in zip(window.counts, result.counts, strict=True)]
         self._progress.update(self._task, description=phase, completed=step)
@@ -149,16 +160,18 @@ class Meters:
     def read(self) -> dict[str, object]:
         """Return means and speeds since the last call, and start a new window. Time for samples and checkpoints is included.
 
-        `loss` is the mean over steps, None if all were skipped; `memory_gb` is the peak memory of this process on the device.
+        `loss` and, where steps had one, `alignment` are means over steps; `loss` is None if all were skipped. `memory_gb` is the peak
+        memory of this process on the device.
         """
         window, now = self._window, time.monotonic()
         seconds = now - window.started
         speed = window.flops / seconds
         self._flops_per_second = speed if self._flops_per_second is None else SMOOTHING * speed + (1 - SMOOTHING) * self._flops_per_second
-        losses = window.step_losses
+        losses, alignments = window.step_losses, window.alignments
         self._window = Window(started=now)
         return {
             "loss": math.fsum(losses) / len(losses) if losses else None,
+            **({"alignment": math.fsum(alignments) / len(alignments)} if alignments else {}),
             "images_per_second": round(window.images / seconds, 2),
             "data_wait": round(window.waited / seconds, 4),
             "mfu": round(speed / (self._peak * self._processes), 4),

@@ -4,7 +4,8 @@ All of them are a function of (seed, step, index of the sample in the global bat
 split over processes and micro-batches, on every device, and a checkpoint needs no generator state. The generator is SplitMix64 (Steele,
 Lea and Flood, 2014) in counter mode: word i of a sample is a hash of its key and i, which a GPU computes in parallel.
 
-Shape legend: B samples of this process, C channels, H W height and width, N numbers, K kept tokens, L caption tokens, E their width.
+Shape legend: B samples of this process, C channels, H W height and width, N numbers, K kept tokens, L caption tokens, E their width or
+that of features, Y X rows and columns of features.
 """
 
 import math
@@ -26,7 +27,8 @@ class TrainingBatch:
     """Samples with everything that is random about them in one step.
 
     `caption_kept_B` is 0 where the caption is replaced by zeros (for classifier-free guidance); `path_keep_mask_B` is 0 where the sparse
-    path is dropped (routing sprint, for path-drop guidance).
+    path is dropped (routing sprint, for path-drop guidance). `features_BEYX` are those of a vision encoder, in steps with an alignment
+    loss.
     """
 
     latents_BCHW: Tensor
@@ -37,6 +39,7 @@ class TrainingBatch:
     caption_kept_B: Tensor
     keep_ids_BK: Tensor | None
     path_keep_mask_B: Tensor | None = None
+    features_BEYX: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sigma_B)
@@ -111,6 +114,7 @@ def sample_noise(batch: Batch, settings: NoiseSettings, seed: int, step: int, nu
         caption_kept_B=(caption_B >= settings.caption_dropout).float(),
         keep_ids_BK=choose_kept(scores_BT, settings.mask_ratio, settings.mask_pattern, columns),
         path_keep_mask_B=(path_B >= settings.path_drop).float() if settings.path_drop else None,
+        features_BEYX=batch.features_BEYX,
     )
 
 

@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from microdit.config.schema import OptimizerRecipe, PhaseRecipe
@@ -85,12 +85,17 @@ class Optimizers:
 
     Muon leaves out adaLN's matrices, which are tall, so expensive, and gain nothing, and the first and the last layer. Parameter groups
     carry `rate`, their multiple of the learning rate: 1, or the experts' own (2407.15811, appendix). Weight decay is on matrices only, or,
-    where `decay` is all as in the released code, on norms and biases too.
+    where `decay` is all as in the released code, on norms and biases too. A projector of representation alignment is AdamW's.
     """
 
-    def __init__(self, model: MicroDiT, recipe: OptimizerRecipe, compile: bool = False):
-        """Group the model's parameters, after sharding. `compile` compiles the update of 8-bit moments."""
+    def __init__(self, model: MicroDiT, recipe: OptimizerRecipe, compile: bool = False, alignment: nn.Module | None = None):
+        """Group the parameters of the model, and behind them those of `alignment`, after sharding.
+
+        `compile` compiles the update of 8-bit moments.
+        """
         self.shards = shards_of(model)
+        if alignment is not None:
+            self.shards += [Shard(f"alignment.{name}", weight) for name, weight in alignment.named_parameters()]
         self._held: list[Tensor] | None = None  # gradients of whatever precision, and what to multiply them by
         self._scale: Tensor | None = None
         experts = {id(weight) for module in model.modules() if isinstance(module, ExpertChoice) for weight in (module.w_in, module.w_out)}

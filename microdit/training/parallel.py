@@ -16,7 +16,10 @@ Notable:
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,25 +32,70 @@ from microdit.devices import choose_dtype
 from microdit.diffusion.objective import Objective, denoising_loss
 from microdit.distributed import World
 from microdit.errors import UserError
+from microdit.models.alignment import Alignment
 from microdit.models.elementwise import compiled
 from microdit.models.microdit import MicroDiT
 from microdit.planning.memory import LARGE, SPARE, STATE_BYTES, WHOLE, Sharding
 from microdit.training.noise import TrainingBatch
 
 
+class SampleLosses(NamedTuple):
+    """The losses of each sample, (B,), float32. `total_B` is what training minimises; the others have no gradient.
+
+    `alignment_B`, the mean cosine similarity with the features, is None in steps without an alignment loss.
+    """
+
+    total_B: Tensor
+    denoising_B: Tensor
+    alignment_B: Tensor | None = None
+
+    def detach(self) -> "SampleLosses":
+        return SampleLosses(self.total_B.detach(), self.denoising_B, self.alignment_B)
+
+
 class DenoisingLoss(nn.Module):
-    """The model and its loss as one module, which FSDP can wrap: forward(batch) -> the loss of each sample, (B,), float32."""
+    """The model and its losses as one module, which FSDP can wrap: forward(batch) -> `SampleLosses`.
 
-    def __init__(self, model: MicroDiT, objective: Objective, mask_padding: bool):
+    With an `alignment`, which is trained too, the tokens of one block are aligned with the features of batches that have some.
+    """
+
+    def __init__(self, model: MicroDiT, objective: Objective, mask_padding: bool, alignment: Alignment | None = None):
         super().__init__()
-        self.model, self.objective, self.mask_padding = model, objective, mask_padding
+        self.model, self.objective, self.mask_padding, self.alignment = model, objective, mask_padding, alignment
 
-    def forward(self, batch: TrainingBatch) -> Tensor:
+    def forward(self, batch: TrainingBatch) -> SampleLosses:
+        if self.alignment is None or batch.features_BEYX is None:
+            loss_B = self._denoising(batch)
+            return SampleLosses(loss_B, loss_B.detach())
+        config, block = self.model.config, self.alignment.block - 1
+        with _output_of(self.model.blocks[block]) as outputs:
+            loss_B = self._denoising(batch)
+        rows, columns = (side // config.patch_size for side in batch.latents_BCHW.shape[-2:])
+        keep_ids_BK = batch.keep_ids_BK if config.is_sparse(block) else None
+        alignment_B = self.alignment(outputs[0], batch.features_BEYX, (rows, columns), keep_ids_BK)
+        return SampleLosses(loss_B - self.alignment.weight * alignment_B, loss_B.detach(), alignment_B.detach())
+
+    def _denoising(self, batch: TrainingBatch) -> Tensor:
         mask_BL = batch.text_mask_BL if self.mask_padding else None
         text_BLE = batch.text_BLE * batch.caption_kept_B.view(-1, 1, 1)
         caption = self.model.embed_caption(text_BLE.to(self.model.patch_embed.weight.dtype), mask_BL)
         noise = batch.sigma_B, batch.noise_BCHW, batch.keep_ids_BK, batch.path_keep_mask_B
         return denoising_loss(self.model, self.objective, batch.latents_BCHW, caption, *noise)
+
+
+@contextmanager
+def _output_of(block: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the image tokens that a block returns: of a joint block the first of its two streams."""
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[object, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
+        outputs.append(output if isinstance(output, Tensor) else output[0])
+
+    handle = block.register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()  # before blocks are recomputed in the backward pass
 
 
 def local(tensor: Tensor) -> Tensor:

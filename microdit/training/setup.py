@@ -50,8 +50,29 @@ def open_dataset(recipe: Recipe, warn: Callable[[str], None], world: World | Non
                     f"data.{key} is {wanted}, but {encoded.folder} was encoded with {found}: encode it again with the right one."
                 )
     repeats = tuple(item.repeat for item in data.named_sets.values())
+    if recipe.alignment is not None:
+        _check_features(recipe.alignment.encoder, list(sets.values()))
     phases = [_phase_order(phase, list(sets), repeats) for phase in recipe.phases]
     return MixedDataset(list(sets.values()), phases, recipe.seed, data.horizontal_flip, data.on_damage, warn)
+
+
+def _check_features(encoder: str, sets: list[EncodedDataset]) -> None:
+    """Raise UserError unless all sets have features of the encoder, and of the same weights."""
+    for encoded in sets:
+        manifest, found = encoded.manifest, encoded.manifest.get("features")
+        if found is None or not _names_the_same(encoder, found["name"]):
+            holds = "no features of images" if found is None else f"features of {found['name']}"
+            names = f"--autoencoder {manifest['autoencoder']['name']} --text-encoder {manifest['text_encoder']['name']}"
+            sides = " ".join(map(str, manifest["settings"]["resolutions"]))
+            raise UserError(
+                f"alignment.encoder is {encoder}, and {encoded.folder} holds {holds}: leave out alignment, or encode the data again, such "
+                f"as by: microdit data encode {manifest['source']} --out {encoded.folder}-features --resolutions {sides} {names} "
+                f"--features {encoder}"
+            )
+        if found != sets[0].manifest["features"]:
+            raise UserError(
+                f"{sets[0].folder} and {encoded.folder} hold features of {encoder} of different weights or grids: encode one of them again."
+            )
 
 
 def _names_the_same(wanted: str, recorded: str) -> bool:
@@ -142,8 +163,8 @@ def find_checkpoint(
 ) -> Checkpoint | None:
     """Return the run's newest intact checkpoint, which training continues from; None for a new run.
 
-    Raises UserError if the run exists and `resume` is not set, or if the checkpoint has another architecture or other encoders. Other
-    differences of recipe or data are warnings with `accept_changes`, else a UserError.
+    Raises UserError if the run exists and `resume` is not set, or if the checkpoint has another architecture or other encoders, or no
+    projector where the recipe has an alignment. Other differences of recipe or data are warnings with `accept_changes`, else a UserError.
     """
     if not resume:
         if world.look(lambda: run.exists() and any(path.name != LOCK for path in run.iterdir())):
@@ -162,6 +183,11 @@ def find_checkpoint(
             )
         for change in changes:
             warn(f"Changed since the checkpoint: {change}")
+        if recipe.alignment is not None and checkpoint.state["recipe"].get("alignment") is None:
+            raise UserError(
+                f"{checkpoint.folder} has no projector, since it was trained without alignment: leave alignment out, or start another run "
+                "from its weights (init_from)."
+            )
         if checkpoint.step > recipe.total_steps:
             raise UserError(f"{checkpoint.folder} is beyond the recipe's last step ({recipe.total_steps}): there is nothing to train.")
     return checkpoint

@@ -5,14 +5,16 @@ the device and waits for none of it.
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from microdit.checkpoint import Checkpoint
-from microdit.config.schema import EMARecipe, Recipe, objective_of
+from microdit.config.schema import EMARecipe, Recipe, objective_of, projector_of
 from microdit.distributed import World
+from microdit.models.alignment import Alignment
 from microdit.models.microdit import MicroDiT, ModelConfig
 from microdit.pipelines.sampling import frozen_model
 from microdit.training.checkpointing import Tensors, load_into, whole
@@ -20,7 +22,17 @@ from microdit.training.gradients import gradients_of
 from microdit.training.meters import SUMS, LossStats, PendingStep, StepResult
 from microdit.training.noise import MicroBatch
 from microdit.training.optim import Optimizers
-from microdit.training.parallel import DenoisingLoss, compute_dtype, local, mesh_of, prepare_blocks, shard_the_rest, sharding_of, total_norm
+from microdit.training.parallel import (
+    DenoisingLoss,
+    compute_dtype,
+    local,
+    mesh_of,
+    prepare_blocks,
+    shard_the_rest,
+    sharding_of,
+    shards_of,
+    total_norm,
+)
 from microdit.training.stability import SpikeDecision, SpikeGuard
 
 
@@ -85,12 +97,26 @@ def names_of(emas: list[EMARecipe]) -> list[str]:
     return ["ema" if index == 0 else f"ema-{ema.decay}" for index, ema in enumerate(emas)]
 
 
-class TrainingState:
-    """The model, the loss that calls it, gradients, optimizers and averages."""
+ALIGNMENT = "alignment"  # the part of a checkpoint with the projector's weights
 
-    def __init__(self, recipe: Recipe, config: ModelConfig, world: World, fill: Callable[[MicroDiT], None] | None, fresh: bool):
+
+class TrainingState:
+    """The model, the loss that calls it, gradients, optimizers and averages.
+
+    With a recipe that has an `alignment`, its projector is trained beside the model: part of the checkpoint, but not of the averages.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: ModelConfig,
+        world: World,
+        fill: Callable[[MicroDiT], None] | None,
+        fresh: bool,
+        feature_channels: int | None = None,
+    ):
         """Build and shard the model. `fill` loads initial weights into it afterwards; without it they are random (by the recipe's seed) if
-        `fresh`, and otherwise undefined until `load` is called.
+        `fresh`, and otherwise undefined until `load` is called. `feature_channels` are those that a recipe's alignment needs.
         """
         self.objective = objective_of(recipe.diffusion)
         self.model = _build(config, recipe, fresh and fill is None, world.device)
@@ -99,7 +125,9 @@ class TrainingState:
         self.parameters = parameters
         self.mesh = mesh_of(self.sharding, world)
         dtype = compute_dtype(recipe.engine, world.device)
-        loss = DenoisingLoss(self.model, self.objective, recipe.model.mask_padding)
+        drawn = _random_alignment(recipe, config, feature_channels)
+        self.alignment = None if drawn is None else deepcopy(drawn).to(self.model.patch_embed.weight.device)  # which may be the meta device
+        loss = DenoisingLoss(self.model, self.objective, recipe.model.mask_padding, self.alignment)
         prepare_blocks(self.model, recipe.engine, self.mesh, world.device)
         if self.mesh is not None:
             shard_the_rest(loss, recipe.engine, self.mesh, world.device)
@@ -107,11 +135,13 @@ class TrainingState:
             loss.to_empty(device=world.device)
         if fill is not None:
             fill(self.model)
+        if drawn is not None and self.alignment is not None and fresh:
+            _copy(drawn, self.alignment)
         self.loss = loss
         self._world = world
-        self._weights = list(self.model.parameters())
+        self._weights = list(loss.parameters())
         self.gradients = gradients_of(loss, self.sharding, dtype, recipe.engine, world)
-        self.optimizers = Optimizers(self.model, recipe.optimizer, recipe.engine.compile)
+        self.optimizers = Optimizers(self.model, recipe.optimizer, recipe.engine.compile, self.alignment)
         on_cpu = recipe.engine.averages_on_cpu
         self.averages = dict(zip(names_of(recipe.ema), (EMA(self.model, ema, on_cpu) for ema in recipe.ema), strict=True))
 
@@ -139,8 +169,8 @@ class TrainingState:
         self.gradients.begin()
         for number, part in enumerate(micro_batches, start=1):
             batch = part.to(device)
-            loss_B = self.gradients.add(batch, samples, last=number == len(micro_batches))
-            stats.add(loss_B, batch.sigma_B, self.objective)
+            losses = self.gradients.add(batch, samples, last=number == len(micro_batches))
+            stats.add(losses.denoising_B, batch.sigma_B, self.objective, losses.alignment_B)
         stats.add_stops(*stops)
         self._world.sum(stats.sums)
         loss, grad_norm = stats.loss, self.clip(grad_clip)
@@ -177,6 +207,8 @@ class TrainingState:
             **{name: ema.averages for name, ema in self.averages.items()},
             "optimizer": self.optimizers.tensors(),
         }
+        if self.alignment is not None:
+            parts[ALIGNMENT] = {name: weight.detach() for name, weight in self.alignment.named_parameters()}
         return {f"{part}/{name}": tensor for part, content in parts.items() for name, tensor in content.items()}
 
     def ema_model(self) -> MicroDiT:
@@ -199,6 +231,24 @@ def _build(config: ModelConfig, recipe: Recipe, random_weights: bool, device: to
     model = MicroDiT(config)
     model.scale_init(recipe.model.init_scale)
     return model.train().to(device)
+
+
+def _random_alignment(recipe: Recipe, config: ModelConfig, feature_channels: int | None) -> Alignment | None:
+    """Return the recipe's alignment with weights drawn by its seed on the CPU, without touching other random numbers; None without one."""
+    if recipe.alignment is None:
+        return None
+    assert feature_channels is not None, "checked when the training was set up"
+    shape = projector_of(recipe.alignment, config.dim, feature_channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return Alignment(shape, recipe.alignment.block, recipe.alignment.weight, recipe.alignment.spatial_norm).train()
+
+
+@torch.no_grad()
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    """Copy the weights of a module to one that may be sharded: each process its part."""
+    for weight, shard in zip(source.parameters(), shards_of(target), strict=True):
+        shard.leaf.copy_(shard.own(weight))
 
 
 def read_step(values: list[float]) -> tuple[StepResult, SpikeDecision]:

@@ -117,7 +117,8 @@ class Trainer:
             before = recorded_objective(checkpoint.state)
         self.recipe = recipe = with_sigma_data(recipe, self.mixture.sets, before, self.reporter.warn)
         fill = None if first is None else partial(first.fill, world=world)
-        self.state = TrainingState(recipe, self.config, world, fill, fresh=checkpoint is None)
+        channels = self.data.feature_shape()[0] if recipe.alignment else None
+        self.state = TrainingState(recipe, self.config, world, fill, fresh=checkpoint is None, feature_channels=channels)
         self.guard = SpikeGuard(recipe.guard, world.device)
         self.step = 0  # number of steps that were queued on the device
         self.lag = 1 if world.device.type == "cuda" else 0  # steps that may be running when the next one is queued
@@ -134,7 +135,7 @@ class Trainer:
             self.checkpoints.last_saved = checkpoint.step
         with world.together():
             self.record = RunRecord(run, recipe, self.reporter.warn, self.step) if world.is_main else None
-        self.flops = FlopCounter(recipe, self.config)
+        self.flops = FlopCounter(recipe, self.config, channels)
         self.peak, self.peak_source = peak_flops(world.device, compute_dtype(recipe.engine, world.device))
 
     def train(self) -> None:
@@ -178,7 +179,8 @@ class Trainer:
         recipe, world = self.recipe, self.world
         phase, step_in_phase = recipe.phase_at(step)
         on_gpu = world.device.type == "cuda"
-        stored = self.mixture.stored(step, world.rank, world.size, CAPTION_MULTIPLE if on_gpu and recipe.model.mask_padding else 1)
+        multiple = CAPTION_MULTIPLE if on_gpu and recipe.model.mask_padding else 1
+        stored = self.mixture.stored(step, world.rank, world.size, multiple, recipe.aligned_at(step))
         height, width = stored.sides
         grid = height // self.config.patch_size, width // self.config.patch_size
         settings = noise_settings(recipe, self.state.objective, phase, step_in_phase)
@@ -212,7 +214,8 @@ class Trainer:
             )
         if rise:
             self.reporter.warn(rise)
-        flops = self.flops.of_step(done.phase, done.step_in_phase, done.batch.tokens, done.batch.caption_tokens)
+        aligned = self.recipe.aligned_at(done.number - 1)
+        flops = self.flops.of_step(done.phase, done.step_in_phase, done.batch.tokens, done.batch.caption_tokens, aligned)
         meters.step(done.phase.name, done.number, result, flops, done.waited, decision.taken)
         return result, decision
 

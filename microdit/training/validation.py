@@ -72,7 +72,7 @@ class HeldOut:
         for start in range(0, len(mine), MICRO_BATCH):
             batch = self._batch(mine[start : start + MICRO_BATCH]).to(self._world.device)
             with torch.set_grad_enabled(compiled):
-                stats.add(loss(batch), batch.sigma_B, self._objective)
+                stats.add(loss(batch).denoising_B, batch.sigma_B, self._objective)
         self._world.sum(stats.sums)
         sums = StepResult.of(stats.sums.tolist())
         return {"held_out_loss": sums.loss, "held_out_by_noise": by_noise(sums.losses, sums.counts)}

@@ -10,30 +10,32 @@ from microdit.errors import UserError
 from tests.damage import ALL_BITS, flips
 
 
-def write(path, count=600):
+def write(path, count=600, features=False):
     def row(i):
         text, latents = [b"a%d" % i * 9, b"b%d" % i * 5], {8: b"l%d" % i * 20, 16: b"m%d" % i}
-        return EncodedRow(f"key{i}", i % 3, [f"a {i}", f"b {i}"], [0.75, 0.25], text, latents)
+        return EncodedRow(f"key{i}", i % 3, [f"a {i}", f"b {i}"], [0.75, 0.25], text, latents, {8: b"f%d" % i * 3, 16: b"g%d" % i * 30})
 
     rows = [row(i) for i in range(count)]
-    writer = ShardWriter(path, [8, 16])
+    writer = ShardWriter(path, [8, 16], features)
     for row in rows:
         writer.write(row)
     writer.close()
     return rows, writer
 
 
-def opened(path, rows, checksums=None):
-    return Shard(path, path.stat().st_size, rows, [8, 16], checksums or checksums_of(path))
+def opened(path, rows, checksums=None, features=False):
+    return Shard(path, path.stat().st_size, rows, [8, 16], checksums or checksums_of(path), features)
 
 
-def everything(shard):
+def everything(shard, features=False):
     """Read everything from a shard that `write` has written."""
     columns = [shard.column(name) for name in ("key", "bucket", "captions", "weights")]
     blobs = [
         [bytes(shard.latents(row, side, row % 3)) for side in (8, 16)] + [bytes(shard.text(row, draw, row % 3)) for draw in (0.1, 0.9)]
         for row in range(len(shard))
     ]
+    if features:
+        blobs.append([bytes(shard.features(row, side, row % 3)) for row in range(len(shard)) for side in (8, 16)])
     return columns, blobs, [shard.row_in_bucket(bucket, 0) for bucket in range(3)]
 
 
@@ -58,14 +60,14 @@ def as_format_3(path):
     return checksums._replace(row_index="", row_index_bytes=0)
 
 
-def sweep(path: Path, rows: int, **chosen) -> int:
+def sweep(path: Path, rows: int, features: bool = False, **chosen) -> int:
     """Flip bits of a shard and return how many flips are noticed. All others must not change anything that is read."""
     checksums = checksums_of(path)
     checksums = checksums if checksums.row_index_bytes else checksums._replace(row_index="")
-    before, noticed = everything(opened(path, rows, checksums)), 0
+    before, noticed = everything(opened(path, rows, checksums, features), features), 0
     for at in flips(path, **chosen):
         try:
-            after = everything(opened(path, rows, checksums))
+            after = everything(opened(path, rows, checksums, features), features)
         except UserError as error:
             noticed += str(path) in str(error)
         else:
@@ -79,6 +81,16 @@ def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
     write(path, 6)
     size = path.stat().st_size
     assert sweep(path, 6) > 0.7 * size  # the rest is padding
+
+
+def test_features_come_back_and_a_flipped_bit_of_them_is_noticed_or_harmless(tmp_path):
+    path = tmp_path / "a.arrow"
+    rows, _ = write(path, 5, features=True)
+    shard = opened(path, 5, features=True)
+    assert all(shard.features(i, side, i % 3) == rows[i].features[side] for i in range(5) for side in (8, 16))
+    assert sweep(path, 5, features=True) > 0.7 * path.stat().st_size
+    with pytest.raises(DamagedShard, match="the index has other columns"):
+        opened(path, 5)
 
 
 def test_a_flipped_bit_of_an_earlier_format_is_noticed_or_harmless(tmp_path):

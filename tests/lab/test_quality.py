@@ -1,5 +1,7 @@
 """Quality measured against an encoded set alone, without the images and the text encoder."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,14 @@ from PIL import Image
 
 from microdit.data.dataset import EncodedDataset
 from microdit.data.encode import EncodeSettings, encode_source
+from microdit.data.pixels import to_image
 from microdit.data.sources.builtin import emoji_source
 from microdit.distributed import start_world
 from microdit.encoders.autoencoder import load_autoencoder
-from microdit.evaluation.features import EfficientNetFeatures
+from microdit.evaluation.features import EfficientNetFeatures, PixelFeatures
 from microdit.evaluation.metrics.frechet import fit_gaussian, sample_distance
+from microdit.evaluation.picture_classifier import trained_classifier
+from microdit.evaluation.recognition import retrieval
 from microdit.io.console import QUIET
 from microdit.lab.quality import QualityEvaluator, _SourceReferences
 from microdit.lab.study import ReferenceArm, Study
@@ -74,6 +79,27 @@ def test_the_distance_is_to_the_decoded_rows(measured):
     assert metrics.held_out_loss > 0
 
 
+def test_further_judges_measure_the_same_images_against_the_same_rows(measured, monkeypatch):
+    """Beside the judges called directly on the decoded rows and the images of the same captions and noise."""
+    workplace, data, metrics, _, _ = measured
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
+    study = replace(STUDY, judges=["pixels", "classifier"])
+    found, _, _ = QualityEvaluator(study, data, start_world("cpu"), QUIET).measure(workplace / "runs/exact", str(workplace / "data/exact"))
+    assert {name: value for name, value in found.by_name().items() if name in metrics.by_name()} == metrics.by_name()
+    assert list(found.judged) == ["recognised_pixels", "frechet_distance_classifier", "recognised_classifier"]
+    autoencoder = load_autoencoder("icon")
+    latents = data.latents([data.read(0, row)[0] for row in range(len(data))], 0)
+    real = [to_image(pixels) for pixels in autoencoder.decode(latents)]
+    rows = torch.linspace(0, len(data) - 1, 12, dtype=torch.float64).round().long()
+    texts = [data.column("captions")[row][0] for row in rows.tolist()]
+    drawn = MicroDiTPipeline.from_pretrained(workplace / "runs/exact").generate(texts, SamplerSettings(3, 2.0))
+    classifier = trained_classifier(real)
+    assert found.judged["recognised_pixels"] == retrieval(PixelFeatures()(drawn), PixelFeatures()(real), rows).top_10
+    assert found.judged["recognised_classifier"] == pytest.approx(retrieval(classifier(drawn), classifier(real), rows).top_10, abs=0.1)
+    distance = sample_distance(classifier(drawn), fit_gaussian(classifier(real)))
+    assert found.judged["frechet_distance_classifier"] == pytest.approx(distance, rel=0.02)
+
+
 def test_captions_are_those_of_the_images_that_can_be_read(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "images"
@@ -87,3 +113,5 @@ def test_captions_are_those_of_the_images_that_can_be_read(tmp_path, monkeypatch
     assert references._captions == ["red square", "blue square"]
     assert references.right_N.tolist() == [0, 1]
     assert len(references.features_MD) == 2
+    assert [image.getpixel((32, 32)) for image in references.images()] == [(255, 0, 0), (0, 0, 255)]
+    assert references.features(PixelFeatures()).equal(PixelFeatures()(references.images()))

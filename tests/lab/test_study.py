@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -5,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microdit.config.recipes import RECIPES
-from microdit.config.schema import ModelRecipe, PhaseRecipe, Recipe
+from microdit.config.schema import AlignmentRecipe, ModelRecipe, PhaseRecipe, Recipe
 from microdit.errors import UserError
-from microdit.lab.study import default_folder, is_scheduled, load_study, only_arms, stretched
+from microdit.lab.study import default_folder, is_scheduled, load_study, measurement, only_arms, stretched
 
 MODEL = ModelRecipe(dim=32, depth=2, head_dim=8, mixer_dim=32, mixer_depth=1)
 BASE = """
@@ -40,6 +41,21 @@ def test_arms_are_the_base_with_their_overrides(tmp_path):
     assert recipes["deferred"].phases[0].mask_ratio == 0.75
     assert {recipe.phases[0].steps for recipe in recipes.values()} == {8}
     assert study.claims[0].budget == "flops"
+
+
+def test_a_measure_needs_its_judge(tmp_path):
+    more = STUDY + "measures: [recognised_classifier]\n"
+    with pytest.raises(UserError, match="recognised_classifier of measures or claims is given by the judge classifier: add it to judges"):
+        load(tmp_path, more)
+    assert measurement(load(tmp_path, more + "judges: [pixels, classifier]\n")[0])["judges"] == ["pixels", "classifier"]
+    assert "judges" not in measurement(load(tmp_path)[0])  # older plans lack the key
+
+
+def test_the_study_of_alignment_is_judged_by_others_than_the_teacher():
+    study, recipes = load_study("lab/alignment")
+    assert all(claim.measure in ("frechet_distance_classifier", "recognised_classifier") for claim in study.claims)
+    assert recipes["none"].alignment is None
+    assert [recipe.aligned_steps for recipe in recipes.values()] == [0, 400, 400, 200, 200, 400]
 
 
 def test_maskdits_published_arm_is_their_recipe():
@@ -127,6 +143,9 @@ def test_phases_of_an_arm_share_the_budget(tmp_path):
     assert [phase.steps for phase in recipes["deferred"].phases] == [6, 2]
     assert is_scheduled(recipes["deferred"])
     assert not is_scheduled(recipes["none"])
+    whole = replace(recipes["none"], alignment=AlignmentRecipe("efficientnet", 1))
+    assert not is_scheduled(whole)
+    assert is_scheduled(replace(whole, alignment=AlignmentRecipe("efficientnet", 1, until=0.5)))
     with pytest.raises(UserError, match="the arm deferred have another batch_size than base"):
         load(tmp_path, STUDY.replace("[phases.0.mask_ratio=0.75]", PHASES.replace("size: 4", "size: 8")))
     with pytest.raises(UserError, match=r"reference\.steps is 1, and the arm deferred has 2 phases"):

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from microdit.diffusion.edm import EDM
 from microdit.diffusion.objective import denoising_loss
+from microdit.models.alignment import Alignment, ProjectorShape
 from microdit.models.config import SIZES, Size, resolve
-from microdit.models.flops import forward_flops, training_flops
+from microdit.models.flops import alignment_flops, forward_flops, training_flops
 from microdit.models.microdit import MicroDiT, ModelConfig
 from microdit.models.routing import METHODS, Routing, kept_tokens
 from tests.conftest import routed
@@ -101,6 +102,22 @@ def test_without_the_path_sprint_costs_less_and_what_pytorch_counts():
     whole, less = (counted(config, 12, kept, 5, "cpu")[0] for kept in (None, 0))
     assert (forward_flops(config, 36, 36, 5), forward_flops(config, 36, 0, 5)) == (whole, less)
     assert less < 0.7 * whole
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+@pytest.mark.parametrize("kept", [None, 9])
+@pytest.mark.parametrize("block", [1, 3])
+def test_an_alignment_adds_what_pytorch_counts(kind, kept, block):
+    """At a dense and at a sparse block of sprint; tokens come from layers before, so their gradient is computed."""
+    config = resolve(Size(dim=32, depth=6, head_dim=8, mixer_dim=32, mixer_depth=0, num_experts=0, routing="sprint"), caption_channels=12)
+    shape = ProjectorShape(kind, 32, 24, 40)
+    alignment = Alignment(shape, block)
+    keep_ids = None if kept is None or not config.is_sparse(block - 1) else torch.arange(kept).expand(2, -1)
+    seen = 36 if keep_ids is None else kept
+    tokens = torch.randn(2, seen, 32, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        (-alignment(tokens, torch.randn(2, 40, 3, 3), (6, 6), keep_ids)).sum().backward()
+    assert counter.get_total_flops() // 2 == alignment_flops(shape, 36, seen)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from benchmarks.memory import SavedBytes
-from microdit.config.schema import OptimizerRecipe, architecture
+from microdit.config.schema import AlignmentRecipe, OptimizerRecipe, architecture
 from microdit.diffusion.edm import EDM
 from microdit.distributed import World
+from microdit.models.alignment import Alignment, ProjectorShape
 from microdit.models.config import SIZES, Size, resolve
 from microdit.models.microdit import MicroDiT
 from microdit.models.routing import Routing
@@ -27,14 +28,16 @@ from tests.training.test_state import CPU, parts, recipe
 SIZE = Size(dim=128, depth=6, head_dim=32, mixer_dim=64, mixer_depth=2, num_experts=4, round_ffn_to=32)
 
 
-def held(model: MicroDiT, side: int, kept: int | None, B: int = 4, L: int = 16) -> int:
+def held(model: MicroDiT, side: int, kept: int | None, B: int = 4, L: int = 16, alignment: Alignment | None = None) -> int:
     """Bytes that autograd keeps in a real forward pass, in float32."""
     latents = torch.randn(B, 4, side, side)
     keep_ids = None if kept is None else torch.stack([torch.randperm((side // 2) ** 2)[:kept] for _ in range(B)])
     text, ones = torch.randn(B, L, 96), torch.ones(B)
+    features = None if alignment is None else torch.randn(B, alignment.shape.channels, side // 2, side // 2)
     saved = SavedBytes()
+    batch = TrainingBatch(latents, text, None, ones, latents, ones, keep_ids, features_BEYX=features)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-        DenoisingLoss(model, EDM(), mask_padding=False)(TrainingBatch(latents, text, None, ones, latents, ones, keep_ids))
+        DenoisingLoss(model, EDM(), False, alignment)(batch)
     return saved.total
 
 
@@ -77,6 +80,33 @@ def test_activations_of_every_kind_of_network_are_within_a_tenth(settings, routi
     inside = [_block(model.config, shape, width, n, 24) for shape, width, n in model.config.tokens_by_block(256, 64)]
     estimated = footprint(model, 4, 256, 64, 16, Layout(element=4, recomputed=1.0)).activations - 4 * 4 * max(inside)
     assert estimated == pytest.approx(held(model, 32, 64), rel=0.15)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+@pytest.mark.parametrize("kept", [None, 64])
+@pytest.mark.parametrize("block", [1, 4])
+def test_what_an_alignment_keeps_is_within_a_tenth(kind, kept, block):
+    """Of a wide one, at a dense and at a sparse block: what it adds to what is kept without it."""
+    model = MicroDiT(resolve(routed(replace(SIZE, depth=8), "sprint"), caption_channels=96)).train()
+    alignment = Alignment(ProjectorShape(kind, 128, 256, 768), block)
+    added = held(model, 32, kept, alignment=alignment) - held(model, 32, kept)
+    plain, whole = (footprint(model, 4, 256, kept or 256, 16, Layout(element=4), alignment=one) for one in (None, alignment))
+    assert whole.activations - plain.activations == pytest.approx(added, rel=0.1)
+
+
+@pytest.mark.parametrize("layout", [Layout("fsdp", 2), Layout(), Layout(moments="int8"), Layout(averages_on_cpu=True)])
+def test_a_projector_has_weights_gradients_and_moments_and_no_average(layout):
+    made = replace(recipe("deferred", "adamw"), optimizer=OptimizerRecipe(moments=layout.moments))
+    made = replace(made, alignment=AlignmentRecipe("efficientnet", 1, width=64))
+    state = TrainingState(made, architecture(made.model, 4, 12), World(0, 1, CPU, None), None, fresh=True, feature_channels=32)
+    plain, whole = (footprint(state.model, 1, 64, 64, 5, layout, alignment=one) for one in (None, state.alignment))
+    weights = sum(weight.nbytes for weight in state.alignment.parameters()) // (layout.owners or 1)
+    stored = {name: tensor.nbytes for name, tensor in state.optimizers.tensors().items() if not name.endswith("/step")}
+    moments = sum(size for name, size in stored.items() if name.startswith("alignment."))
+    assert whole.parameters - plain.parameters == weights
+    assert whole.moments - plain.moments == moments // (layout.owners or 1)
+    assert whole.averages == plain.averages
+    assert whole.total > plain.total
 
 
 def small() -> MicroDiT:

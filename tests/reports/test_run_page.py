@@ -159,6 +159,12 @@ def test_every_series_has_its_curve_in_colours_of_the_page(path):
     assert drawn <= {"#ffffff"}  # the paper behind, which is transparent
 
 
+def test_alignment_has_a_curve_where_a_run_has_it():
+    lines = [metrics_line(step, **({"alignment": step / 1000} if step <= 300 else {})) for step in range(100, 700, 100)]
+    assert "Representation alignment" in [curve.title for curve in draw_curves(lines)]
+    assert "Representation alignment" not in [curve.title for curve in draw_curves(lines[3:])]
+
+
 def test_the_ceiling_of_a_data_set_is_shown_beside_the_samples(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = write_run(tmp_path / "run", FEW)

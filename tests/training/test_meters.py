@@ -19,7 +19,7 @@ from microdit.planning.workload import FlopCounter
 from microdit.training.logging import Cost, RunRecord, last_cost
 from microdit.training.meters import Meters, StepResult, progress_text
 from microdit.training.noise import TrainingBatch
-from microdit.training.parallel import DenoisingLoss
+from microdit.training.parallel import DenoisingLoss, SampleLosses
 from microdit.training.validation import HeldOut
 from tests.conftest import busy_model
 from tests.training.processes import HANG, RECIPE
@@ -47,15 +47,32 @@ def test_the_work_left_is_the_sum_of_the_steps_left():
     assert work.of_step(*recipe.phase_at(0), 64, 5) < work.of_step(*recipe.phase_at(49), 64, 5)
 
 
+@pytest.mark.parametrize("block", [1, 2])
+def test_the_work_left_counts_alignment_in_the_steps_that_have_it(block):
+    phases = (
+        "[{name: a, steps: 12, batch_size: 8, learning_rate: 1, mask_ratio: 0.5}, {name: b, steps: 8, batch_size: 4, learning_rate: 2}]"
+    )
+    recipe = load_recipe(RECIPE, [f"phases={phases}", f"alignment={{encoder: efficientnet, block: {block}, until: 0.75, width: 16}}"])
+    work = FlopCounter(recipe, resolve(recipe.model, patch_size=4), 1280)
+    steps = [work.of_step(*recipe.phase_at(step), 64, 5, recipe.aligned_at(step)) for step in range(20)]
+    plain = [work.of_step(*recipe.phase_at(step), 64, 5) for step in range(20)]
+    assert [ours > theirs for ours, theirs in zip(steps, plain, strict=True)] == [True] * 15 + [False] * 5
+    for first in (0, 5, 12, 14, 15, 19):
+        assert work.remaining(first, 64, 5) == pytest.approx(sum(steps[first:]), rel=1e-12)
+    alone = [FlopCounter(recipe.alone(phase), resolve(recipe.model, patch_size=4), 1280) for phase in recipe.phases]
+    assert sum(one.remaining(0, 64, 5) for one in alone) == pytest.approx(sum(steps), rel=1e-12)
+
+
 def test_meters_give_means_and_rates():
     meters = Meters(0, 10, peak=1e9, processes=2, device=torch.device("cpu"), console=PlainConsole(quiet=True))
     meters._window.started -= 2.0  # two seconds ago
     for index, loss in enumerate((1.0, 3.0)):
-        sums = StepResult([4 * loss] + [0.0] * 7, [4.0] + [0.0] * 7)
+        sums = StepResult([4 * loss] + [0.0] * 7, [4.0] + [0.0] * 7, alignment=loss / 10 if index else None)
         meters.step("p", index + 1, sums, flops=2e8, waited=0.1, accepted=True)
     meters.step("p", 3, StepResult([float("nan")] + [0.0] * 7, [4.0] + [0.0] * 7), flops=2e8, waited=0.0, accepted=False)
     numbers = meters.read()
     assert numbers["loss"] == 2.0
+    assert numbers["alignment"] == 0.3
     assert numbers["loss_by_noise"] == [2.0] + [None] * 7
     assert numbers["images_per_second"] == pytest.approx(6, rel=0.05)
     assert numbers["data_wait"] == pytest.approx(0.1, rel=0.05)
@@ -109,9 +126,9 @@ def test_held_out_samples_have_evenly_spread_noise_levels(encoded_emoji):
     batches: list[TrainingBatch] = []
 
     class Keeping(nn.Module):
-        def forward(self, batch: TrainingBatch) -> torch.Tensor:
+        def forward(self, batch: TrainingBatch) -> SampleLosses:
             batches.append(batch)
-            return torch.zeros(len(batch))
+            return SampleLosses(torch.zeros(len(batch)), torch.zeros(len(batch)))
 
     HeldOut(encoded_emoji, 16, 40, EDM(), start_world("cpu")).measure(Keeping())
     noise = torch.cat([batch.noise_BCHW for batch in batches]).flatten(1)

@@ -36,8 +36,8 @@ def recipe(routing: str, method: str, precision: str = "float32", **engine: bool
     )
 
 
-def parts(recipe: Recipe, step: int, eight_bits: bool) -> list[StoredMicroBatch]:
-    """Micro-batches as the loader gives them."""
+def parts(recipe: Recipe, step: int, eight_bits: bool, features: bool = False) -> list[StoredMicroBatch]:
+    """Micro-batches as the loader gives them, with features of 24 channels on a grid of 4 x 4 if asked."""
     draw = torch.Generator().manual_seed(step)
 
     def rows(*shape: int) -> StoredRows:
@@ -50,6 +50,9 @@ def parts(recipe: Recipe, step: int, eight_bits: bool) -> list[StoredMicroBatch]
     for number in range(PARTS):
         lengths_B = torch.randint(1, 6, (EACH,), generator=draw)
         stored = StoredBatch(rows(EACH, 4, 256), (16, 16), torch.rand(EACH, generator=draw) < 0.5, rows(EACH, 5, 12), lengths_B)
+        if features:
+            maps = StoredRows(torch.randn(EACH, 16, 24, generator=torch.Generator().manual_seed(number)).half(), None)
+            stored = replace(stored, features=maps, feature_sides=(4, 4))
         ratio = 0.75 if method.drop else 0.0
         settings = NoiseSettings(EDM(), ratio, 0.1, method.path_drop)
         numbers = range(number * EACH, (number + 1) * EACH)

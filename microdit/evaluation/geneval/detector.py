@@ -22,8 +22,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from microdit.data.decode import FORMATS
+from microdit.encoders.model_files import load_network
 from microdit.errors import UserError
-from microdit.evaluation.features import load_beside, load_network
+from microdit.evaluation.features import load_beside
 from microdit.evaluation.geneval.rules import (
     COLOURS,
     CONFIDENCE,

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from microdit.encoders.model_files import find_folder, lasting_name, loading
+from microdit.encoders.model_files import find_folder, lasting_name, load_network, loading
 from microdit.errors import UserError
-from microdit.evaluation.features import BATCH, load_network
+from microdit.evaluation.features import BATCH
 from microdit.evaluation.metrics import float64_features
 from microdit.evaluation.metrics.bootstrap import Interval, bootstrap_interval
 
