@@ -50,7 +50,7 @@ class Store(NamedTuple):
     credentials: str
 
 
-_S3_CONFIG = {"connect_timeout": ANSWER, "read_timeout": ANSWER, "retries": {"mode": "standard", "max_attempts": 3}}
+_S3_CONFIG = {"connect_timeout": ANSWER, "read_timeout": ANSWER, "retries": {"mode": "standard", "max_attempts": 2}}
 STORES = {
     "s3": Store(
         "S3",
@@ -154,8 +154,10 @@ class Place:
         """Return the object's bytes from `start` up to `end`. Raises MissingObject."""
 
         def attempt(connection: _Connection) -> bytes:
-            limits = {} if start == 0 and end is None else {"start": start, "end": end}
-            content: bytes = connection.call("cat_file", connection.target, **limits)
+            options: dict[str, Any] = {} if start == 0 and end is None else {"start": start, "end": end}
+            if self.url.startswith("s3://"):
+                options["max_concurrency"] = 1  # or s3fs asks for the size first
+            content: bytes = connection.call("cat_file", connection.target, **options)
             if end is not None and len(content) != end - start:
                 raise OSError(f"{len(content)} bytes came instead of {end - start}")
             return content
@@ -298,7 +300,7 @@ class Place:
 
         `size` is the number of bytes to transfer. A missing object is waited for if it is `listed`. Raises StoreError.
         """
-        began = time.monotonic()
+        began, reason = time.monotonic(), ""
         until, late = began + self.deadline + size / SLOWEST, began + LATE
         for attempts, wait in enumerate(_waits(), start=1):
             try:
@@ -313,8 +315,10 @@ class Place:
                     raise final from None  # libraries' messages may hold keys or signed addresses
                 if not _is_of_the_store(error):
                     raise
+                if not (reason and isinstance(error, TimeoutError)):  # the last attempt may have had no time left
+                    reason = _reason(error)
                 if time.monotonic() + wait > until:
-                    raise StoreError(self._gave_up(done, attempts, time.monotonic() - began, _reason(error))) from None
+                    raise StoreError(self._gave_up(done, attempts, time.monotonic() - began, reason)) from None
                 if _code(error) in EXPIRED:
                     _Connection.to(self.url, ANSWER).renew()
             time.sleep(wait)
@@ -388,7 +392,8 @@ class _Connection:
             return getattr(self.files, method)(*arguments, **options)
         from fsspec.asyn import sync
 
-        return sync(self.files.loop, getattr(self.files, f"_{method}"), *arguments, timeout=self.seconds, **options)
+        coroutine = getattr(self.files, method if method == "set_session" else f"_{method}")
+        return sync(self.files.loop, coroutine, *arguments, timeout=self.seconds, **options)
 
     def lacks_bucket(self) -> bool:
         """Return whether S3 says that the bucket does not exist. Other stores say so in their errors."""
@@ -430,7 +435,10 @@ def _file_system(scheme: str, process: int) -> Any:
         import_module(store.package)
     import fsspec
 
-    return fsspec.filesystem(scheme, skip_instance_cache=True, **store.options)
+    files = fsspec.filesystem(scheme, skip_instance_cache=True, **store.options)
+    if scheme == "s3":
+        files.retries = 2  # of a part of an upload; whatever else fails is tried again here
+    return files
 
 
 def _etag(path: Path, size: int, part: int) -> str:
@@ -459,6 +467,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _code(error: BaseException) -> str:
     """Return the store's code for an error, such as AccessDenied or 503; empty if it gave none."""
     for cause in _causes(error):
+        if type(cause).__module__.startswith("aiohttp"):  # its errors of broken answers have a code of their own
+            continue
         response = getattr(cause, "response", None)
         if isinstance(response, dict):
             return str(response.get("Error", {}).get("Code", ""))
@@ -479,6 +489,8 @@ def _reason(error: BaseException) -> str:
     """Return the cause of a failed attempt in words, without anything that a library or a store wrote."""
     if isinstance(error, _WrongBytesError):
         return str(error)
+    if type(error).__name__ == "FlexibleChecksumError":
+        return "the bytes that came do not match the store's checksum"
     code = _code(error)
     if code:
         return "the credentials have expired" if code in EXPIRED[1:] else f"the store answered {code}"

@@ -95,12 +95,12 @@ def test_files_are_moved_in_parts(bucket, proxy, two_parts, tmp_path):
 @pytest.mark.parametrize("kind", ["error", "busy", "cut", "slow", "lost", "expired"])
 def test_faults_that_pass_are_lived_through(bucket, proxy, no_waits, tmp_path, kind):
     content = os.urandom(100_000)
-    proxy.fault = faults_in_order(*[Fault(kind, 0.1 if kind == "slow" else 10)] * 5)
+    proxy.fault = faults_in_order(*[Fault(kind, 0.1 if kind == "slow" else 10)] * 2)
     (bucket / "file").write(content)
-    proxy.fault = faults_in_order(*[Fault(kind, 0.1 if kind == "slow" else 10)] * 5)
+    proxy.fault = faults_in_order(*[Fault(kind, 0.1 if kind == "slow" else 10)] * 2)
     (bucket / "file").download(tmp_path / "got")
     assert (tmp_path / "got").read_bytes() == content
-    assert proxy.faults == 10
+    assert proxy.faults == 4
 
 
 def test_only_what_failed_is_requested_again(bucket, proxy, no_waits, two_parts, tmp_path):
@@ -121,7 +121,7 @@ def test_wrong_bytes_are_never_stored_or_kept(bucket, proxy, no_waits, tmp_path)
     proxy.fault = faults_in_order(Fault("flip", 5), where="GET")
     (bucket / "file").download(tmp_path / "got", sha256=hashlib.sha256(content).hexdigest())
     assert (tmp_path / "got").read_bytes() == content
-    proxy.fault = always(Fault("flip", 5), where="GET")
+    (bucket / "file").write(content[::-1])
     with pytest.raises(WrongBytes, match=r"file came 4 times with another SHA-256"):
         (bucket / "file").download(tmp_path / "other", sha256=hashlib.sha256(content).hexdigest())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["got", "sent"]
@@ -132,7 +132,8 @@ def test_wrong_bytes_are_never_stored_or_kept(bucket, proxy, no_waits, tmp_path)
     [
         ("error", "the store answered"),
         ("cut", "the connection failed"),
-        ("slow", "did not answer in time"),
+        ("slow", "the store did not answer in time"),
+        ("flip", "the bytes that came do not match the store's checksum"),
         ("expired", "the credentials have expired"),
     ],
 )
@@ -141,8 +142,8 @@ def test_what_keeps_failing_ends_at_the_deadline_with_a_sentence(bucket, proxy, 
     proxy.fault = always(Fault(kind, 30 if kind == "slow" else 3))
     began = time.monotonic()
     with pytest.raises(StoreError, match=rf"file could not be read: .* failed, the last because {reason}") as error:
-        replace(bucket / "file", deadline=1.5).read()
-    assert time.monotonic() - began < 6
+        replace(bucket / "file", deadline=3.0).read()
+    assert time.monotonic() - began < 9
     assert not any(secret in str(error.value) for secret in CREDENTIALS.values() if secret.startswith("test"))
 
 
