@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,7 +34,9 @@ from microdit.encoders.text import TextEncoder
 from microdit.errors import UserError
 from microdit.io.files import from_checked_json, to_checked_json, write_aside
 from microdit.io.locks import check_unlocked, in_turn, is_held, locked
+from microdit.io.places import Place
 
+Folder = TypeVar("Folder", Path, Place, Path | Place)
 CPU = torch.device("cpu")
 CHUNK_BATCHES = 4  # batches per chunk; captions are sorted by length within a chunk, which keeps padding short
 MOST_NAMED = 5
@@ -170,7 +172,7 @@ def unfinished(out: Path) -> Path:
     return out.with_name(f".{out.name}.part")
 
 
-def held_out_folder(out: Path) -> Path:
+def held_out_folder(out: Folder) -> Folder:
     """Return the folder of the records that are held out of `out`, an encoded set of its own."""
     return out.with_name(f"{out.name}-held-out")
 

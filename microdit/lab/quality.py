@@ -34,6 +34,7 @@ from microdit.evaluation.metrics.frechet import Gaussian, fit_gaussian, sample_d
 from microdit.evaluation.metrics.kid import kid
 from microdit.evaluation.recognition import retrieval, spread_ids
 from microdit.io.console import Reporter
+from microdit.io.places import location
 from microdit.lab.study import ENCODED, Study
 from microdit.pipelines.components import check_unchanged
 from microdit.pipelines.pipeline import BATCH, Encoders, MicroDiTPipeline, load_encoders
@@ -97,7 +98,7 @@ class QualityEvaluator:
 
     def _held_out_loss(self, pipeline: MicroDiTPipeline, side: int, folder: str | None) -> float:
         assert folder is not None
-        held_out = HeldOut(Path(folder), side, HELD_OUT, pipeline.objective, self._world)
+        held_out = HeldOut(location(folder), side, HELD_OUT, pipeline.objective, self._world)
         found = held_out.measure(DenoisingLoss(pipeline.model, pipeline.objective, pipeline.config.mask_padding))["held_out_loss"]
         assert isinstance(found, float)
         return found
