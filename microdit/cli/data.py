@@ -1,4 +1,4 @@
-"""The commands about data: microdit data encode, import-latents, look, verify."""
+"""The commands about data: microdit data encode, import-latents, look, verify, push, pull."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ from microdit.data.sources.caption_options import CaptionLines, CaptionOptions, 
 from microdit.devices import choose_dtype, choose_own_device, describe_device, device_errors_explained
 from microdit.errors import UserError
 from microdit.io.console import LineOfProgress, PlainColumn, joined, styled
+from microdit.io.places import Place, location
 
 if TYPE_CHECKING:
     from microdit.data.encode import EncodeSettings
@@ -257,14 +258,57 @@ def look_at_data(
 
 
 @data_app.command("verify")
-def verify_data(folder: Annotated[Path, typer.Argument(help="An encoded data set.")]) -> None:
+def verify_data(folder: Annotated[str, typer.Argument(help="An encoded data set: a folder, or a place such as s3://bucket/set.")]) -> None:
     """Read every byte of an encoded data set and compare it with the checksums."""
     from microdit.data.dataset import EncodedDataset
 
-    damaged = EncodedDataset(folder).verify()
+    damaged = EncodedDataset(location(folder)).verify()
     if damaged:
         raise UserError(f"Damaged in {folder}: {', '.join(damaged)}. Encode the data again.")
     console.print(f"{folder} is whole.")
+
+
+@data_app.command("push")
+def push_data(
+    folder: Annotated[Path, typer.Argument(help="An encoded data set.")],
+    place: Annotated[str, typer.Argument(help="Where to copy it: s3://BUCKET/FOLDER, gs://, az:// or hf://.")],
+) -> None:
+    """Copy an encoded data set to an object store, from which it can be trained.
+
+    If it was interrupted, the same command continues after the last complete shard. Credentials are found as the store's own tools find
+    them; for stores that are compatible with S3, AWS_ENDPOINT_URL names the address.
+
+    Example: microdit data push data/mine s3://my-bucket/mine
+    """
+    from microdit.data.transfer import push
+
+    manifest = push(folder, _place(place), reporter)
+    console.print(joined(f"{manifest['rows']:,} rows are in ", styled(place), f". A recipe reads them with data.path: {place}"))
+
+
+@data_app.command("pull")
+def pull_data(
+    place: Annotated[str, typer.Argument(help="An encoded data set in an object store, such as s3://BUCKET/FOLDER.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to create.")],
+) -> None:
+    """Copy an encoded data set from an object store to this machine, and compare it with its checksums.
+
+    If it was interrupted, the same command continues after the last complete shard.
+
+    Example: microdit data pull s3://my-bucket/mine data/mine
+    """
+    from microdit.data.transfer import pull
+
+    manifest = pull(_place(place), folder, reporter)
+    console.print(joined(f"{manifest['rows']:,} rows are in ", styled(folder), "."))
+
+
+def _place(name: str) -> Place:
+    """Return the place in an object store that a name stands for. Raises UserError for a folder of this machine."""
+    place = location(name)
+    if isinstance(place, Path):
+        raise UserError(f"{name} is a folder of this machine: name a place in an object store, such as s3://my-bucket/mine.")
+    return place
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,9 +84,18 @@ def read_manifest(folder: Path | Place) -> Manifest:
         missing = {"rows", "shards", "sizes", "settings", "autoencoder", "text_encoder", "text_channels", "downsampling"} - set(manifest)
         if missing:
             raise KeyError(", ".join(sorted(missing)))
+        if isinstance(folder, Place):
+            _check_names(manifest)
         return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): encode the data again.") from error
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Raise ValueError for names from a store that, as file names, would lead elsewhere."""
+    for shard in manifest["shards"]:
+        if not re.fullmatch(r"[\w-]+\.arrow", shard["name"]) or not re.fullmatch(r"[0-9a-f]{64}", shard["sha256"]):
+            raise ValueError(f"its shard {shard['name']} has no proper name or SHA-256")
 
 
 def _advice(folder: Path | Place) -> str:
