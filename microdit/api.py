@@ -85,7 +85,8 @@ def encode_dataset(
     (12, (8, 8, 8))
     """
     from microdit.data.dataset import EncodedDataset
-    from microdit.data.encode import EncodeEvents, EncodeSettings, default_batch_size, encode_source
+    from microdit.data.encode import EncodeSettings, default_batch_size, encode_source
+    from microdit.data.encode_plan import EncodeEvents
     from microdit.data.sources.open import open_source
     from microdit.devices import choose_device, choose_dtype
     from microdit.encoders.autoencoder import load_autoencoder

@@ -48,7 +48,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Encode data sets, look at sou
 @data_app.command("encode")
 def encode_data(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
-    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    out: Annotated[str, typer.Option(help="Folder to create, or a place in an object store, such as s3://BUCKET/FOLDER.")],
     resolutions: Annotated[
         list[int] | None, typer.Option("--resolutions", help="Side lengths in pixels, one or more. [default: 64]")
     ] = None,
@@ -102,16 +102,18 @@ def encode_data(
     Example: microdit data encode my-pictures --out data/mine --resolutions 256 512 --autoencoder sdxl --text-encoder dfn-clip-h
     """
     from microdit.data.encode import EncodeSettings, default_batch_size, default_workers, held_out_folder, unfinished
+    from microdit.data.encode_to_store import local_folder
     from microdit.data.sources.folders import listed_once
     from microdit.data.sources.open import open_source
     from microdit.data.sources.subsets import HoldOut, split_off
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
 
-    world, drop = share()[1], tuple(caption_drop or ())
+    world, drop, place = share()[1], tuple(caption_drop or ()), location(out)
+    listing = unfinished(place) if isinstance(place, Path) else local_folder(place)
     held_out = HoldOut.parse(hold_out) if hold_out else None
-    reading = CaptionOptions(captions_from, captions, caption_lines, caption_regex, drop, file_column, unfinished(out))
-    with listed_once(out, unfinished(out), world) as list_once:
+    reading = CaptionOptions(captions_from, captions, caption_lines, caption_regex, drop, file_column, listing)
+    with listed_once(place if isinstance(place, Path) else listing / "done", listing, world) as list_once:
         opened = open_source(source, _weights(caption), fraction, list_once, reading)
         sides = tuple(resolutions or [64])
         chosen = choose_own_device(device)
@@ -128,22 +130,23 @@ def encode_data(
             workers=default_workers(chosen.type) if workers is None else workers,
         )
         console.print(f"Encoding {describe_device(chosen, numbers)}.")
-        sets = {out: opened}
+        sets = {place: opened}
         if held_out:
             training, held = split_off(opened, held_out)
-            sets = {held_out_folder(out): held, out: training}  # a complete held-out set is kept when the same command continues
+            sets = {held_out_folder(place): held, place: training}  # a complete held-out set is kept when the same command continues
         with device_errors_explained("the encoders need --dtype bfloat16 (half of float32), or --device cpu"):
             encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
-            manifests = {place: _encode(part, place, settings, encoders, may_be_done=place != out) for place, part in sets.items()}
-    if held_out and manifests[out]:
-        _report_split(out, held_out_folder(out))
+            manifests = {one: _encode(part, one, settings, encoders, may_be_done=one != place) for one, part in sets.items()}
+    if held_out and manifests[place]:
+        _report_split(place, held_out_folder(place))
 
 
 def _encode(
-    source: "Source", out: Path, settings: "EncodeSettings", encoders: "tuple[Autoencoder, TextEncoder]", may_be_done: bool
+    source: "Source", out: Path | Place, settings: "EncodeSettings", encoders: "tuple[Autoencoder, TextEncoder]", may_be_done: bool
 ) -> dict[str, Any] | None:
     """Encode this process's share of a source, unless that is done already and may be, and report the set that this process completes."""
-    from microdit.data.encode import EncodeEvents, encode_source, is_encoded
+    from microdit.data.encode import encode_source, is_encoded
+    from microdit.data.encode_plan import EncodeEvents
     from microdit.evaluation.reconstruction import save_reconstructions
 
     if may_be_done and is_encoded(source, out, settings, *encoders):
@@ -164,7 +167,7 @@ def _encode(
 @data_app.command("import-latents")
 def import_encoded_latents(
     folder: Annotated[Path, typer.Argument(help="Folder of MDS shards that precompute.py of the paper's code wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    out: Annotated[str, typer.Option(help="Folder to create, or a place in an object store, as for encode.")],
     autoencoder: Annotated[str, typer.Option(help="The autoencoder that made the latents, as for encode.")] = "sdxl",
     text_encoder: Annotated[str, typer.Option(help="The text encoder that made the caption vectors, as for encode.")] = "dfn-clip-h",
     store_latents: Annotated[LatentPacking, typer.Option(help="Storage format of latents, as for encode.")] = "fp16",
@@ -178,7 +181,7 @@ def import_encoded_latents(
 
     Example: microdit data import-latents cc12m/mds_latents_sdxl1_dfnclipH14 --out data/cc12m
     """
-    from microdit.data.encode import EncodeEvents
+    from microdit.data.encode_plan import EncodeEvents
     from microdit.data.import_latents import import_latents, latents_source
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
@@ -188,9 +191,9 @@ def import_encoded_latents(
     encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
     with _parts_progress(f"import {source.name}", len(range(rank, len(source.parts), world))) as on_progress:
         packing = store_latents, store_captions
-        manifest = import_latents(folder, out, *encoders, packing, (rank, world), EncodeEvents(on_progress), warn)
+        manifest = import_latents(folder, location(out), *encoders, packing, (rank, world), EncodeEvents(on_progress), warn)
     if manifest:
-        _report_encoded(manifest, out)
+        _report_encoded(manifest, location(out))
 
 
 @data_app.command("look")
@@ -328,7 +331,7 @@ def _parts_progress(name: str, parts: int) -> Iterator[Callable[[int, int], None
         yield advance
 
 
-def _report_encoded(manifest: dict[str, Any], out: Path) -> None:
+def _report_encoded(manifest: dict[str, Any], out: Path | Place) -> None:
     resolutions = ", ".join(str(r) for r in manifest["settings"]["resolutions"])
     rows, size = manifest["rows"], sum(shard["bytes"] for shard in manifest["shards"])
     console.print(
@@ -361,11 +364,11 @@ def _report_encoded(manifest: dict[str, Any], out: Path) -> None:
         )
 
 
-def _report_split(out: Path, held_out: Path) -> None:
+def _report_split(out: Path | Place, held_out: Path | Place) -> None:
     """Print the sum over both sets, and how a recipe names the held-out one."""
-    from microdit.data.manifest import MANIFEST, read_manifest
+    from microdit.data.manifest import has_manifest, read_manifest
 
-    if not (held_out / MANIFEST).is_file():  # another process is about to complete it
+    if not has_manifest(held_out):  # another process is about to complete it
         return
     both = [read_manifest(folder) for folder in (out, held_out)]
     (kept, held), rejected = (manifest["rows"] for manifest in both), sum(sum(manifest["rejected"].values()) for manifest in both)

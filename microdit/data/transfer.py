@@ -101,6 +101,8 @@ def put_shard(folder: Path, place: Place, shard: str) -> None:
         path = folder / Path(shard).with_suffix(suffix).name
         if path.is_file():
             (place / path.name).upload(path)
+        else:
+            (place / path.name).delete()  # of an earlier version of the part
 
 
 def read_entries(place: Place, numbers: Iterable[int]) -> dict[int, bytes]:
