@@ -54,7 +54,7 @@ def make_set_in_store(
             events.on_progress(0, len(there))
             with _Copies(folder, out, events.on_progress) as copies:
                 make_shards(folder, [number for number in mine if number not in there], copies.on_progress)
-            manifest = _complete(folder, out, plan, source, events.on_complete)
+            manifest = _complete(folder, out, plan, source, mine, events.on_complete)
     except OSError as error:
         raise UserError(
             f"Encoding into {out} stopped, as {folder} cannot hold shards until they are copied: {error}. Make room there if the disk "
@@ -122,16 +122,22 @@ def _valid_entries(out: Place, source: Source, numbers: range) -> dict[int, dict
     return entries
 
 
-def _complete(folder: Path, out: Place, plan: dict[str, Any], source: Source, on_complete: Callable[[Path], None]) -> Manifest | None:
+def _complete(
+    folder: Path, out: Place, plan: dict[str, Any], source: Source, mine: range, on_complete: Callable[[Path], None]
+) -> Manifest | None:
     """Write the manifest, if all shards are there and no other process was faster; otherwise return None."""
     numbers = range(len(source.parts))
     there = read_entries(out, numbers)
     if len(there) < len(numbers) or has_manifest(out):
         return None
     entries = _valid_entries(out, source, numbers)
-    if changed := [source.parts[number].name for number in numbers if number not in entries]:
+    changed = [number for number in numbers if number not in entries]
+    if changed and not set(changed) & set(mine):
+        return None  # the processes whose parts these are encode them again
+    if changed:
+        names = [source.parts[number].name for number in changed]
         raise UserError(
-            f"These parts changed while they were encoded: {first_names(changed)}. Run the same command to encode only them again."
+            f"These parts changed while they were encoded: {first_names(names)}. Run the same command to encode only them again."
         )
     shards = [entries[number] for number in numbers]
     if not any(shard["rows"] for shard in shards):

