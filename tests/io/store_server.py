@@ -1,7 +1,7 @@
 """A real S3 server on loopback (moto's), and a proxy that puts faults between it and the program under test.
 
-`python -m tests.io.store_server FOLDER` serves until none of the processes named in FOLDER/users lives; the fixture `store_address` starts
-it once for all workers of a test run.
+`python -m tests.io.store_server FOLDER` serves until none of the processes named in FOLDER/users lives: all workers of a test run share it.
+`python -m tests.io.store_server FOLDER STORE BYTES_PER_SECOND LATENCY` is such a proxy without faults, for measurements.
 """
 
 import http.client
@@ -22,7 +22,7 @@ from uuid import uuid4
 from microdit.io.locks import in_turn
 
 BLOCK = 1 << 16
-ADDRESS = "address"
+ADDRESS, SLOW = "address", "slow"
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test-key-id",
     "AWS_SECRET_ACCESS_KEY": "test-secret-key",
@@ -275,5 +275,16 @@ def _flipped(content: bytes, position: int) -> bytes:
     return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
 
 
+def serve_slowly(folder: Path, store: str, bytes_per_second: float, latency: float) -> None:
+    """Pass requests on to `store`, from the address that is written to FOLDER/slow, until this process is killed."""
+    with Proxy(store, bytes_per_second=bytes_per_second, latency=latency).running() as proxy:
+        (folder / "part").write_text(proxy.address)
+        (folder / "part").rename(folder / SLOW)
+        threading.Event().wait()
+
+
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    if len(sys.argv) == 2:
+        serve(Path(sys.argv[1]))
+    else:
+        serve_slowly(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), float(sys.argv[4]))
