@@ -2,8 +2,8 @@
 
     python benchmarks/block_order.py [--steps 300 --seeds 3]
 
-1. Neighbours, on the numbers of 10,000 shards of 3,700 rows: the chi-square, by degree of freedom, of the shards' groups of two samples that
-   are so many places apart (1 if they are independent), and the number of shards of a batch of 2,048.
+1. Neighbours, on the numbers of 10,000 shards of 3,700 rows: the chi-square, by degree of freedom, of the groups of shards of two samples
+   that are so many places apart (1 if they are independent), and the number of shards of a batch of 2,048.
 2. The loss of the demo's model on held-out emoji after the same number of steps in each order, by seed. The emoji are in shards of 64 as
    Unicode lists them, faces beside faces and flags beside flags, which is the worst that a set can be sorted, and a block is four shards
    of them.

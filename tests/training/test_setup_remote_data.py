@@ -1,6 +1,7 @@
 """Training from a real S3 server, by the command: the losses are those of training from the disk."""
 
 import os
+import random
 import time
 from pathlib import Path
 
@@ -93,3 +94,18 @@ def test_the_order_is_blocks_by_default_where_the_data_is_remote(local, bucket, 
         open_dataset(
             load_recipe(RECIPE, [f"data.path={bucket / 'set'}", f"data.cache.folder={tmp_path}", "data.cache.gigabytes=1e-6"]), print
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_runs_killed_at_ten_moments_have_the_losses_of_an_uninterrupted_one(local, bucket, proxy, train, tmp_path, ranks):
+    assert train("disk", local, "none", "data.order=blocks").wait() == [0]
+    push(local, bucket / "set")
+    proxy.fault = random_faults(0, 0.05, ("error", "cut", "flip"))
+    numbers = random.Random(ranks)
+    for machine in range(10):
+        running = train("store", bucket / "set", f"machine-{machine}", "record.checkpoint_every=3", "--resume", ranks=ranks)
+        time.sleep(numbers.uniform(1.0, 6.0))
+        running.kill()
+    assert set(train("store", bucket / "set", "last", "record.checkpoint_every=3", "--resume", ranks=ranks).wait()) == {0}
+    assert recorded(tmp_path / "store", "loss") == pytest.approx(recorded(tmp_path / "disk", "loss"), rel=1e-5)
