@@ -109,15 +109,16 @@ class _Copies:
 
 
 def _valid_entries(out: Place, source: Source, numbers: range) -> dict[int, dict[str, Any]]:
-    """Return the entries of complete shards, apart from those whose part has changed since."""
-    entries = {}
+    """Return the entries of complete shards, apart from those whose part has changed since, or that another process has overwritten."""
+    entries, sizes = {}, out.list()
     for number, content in read_entries(out, numbers).items():
         try:
             entry = from_checked_json(content)
         except ValueError:  # it is written again
             continue
         part = source.parts[number]
-        if (entry.get("part"), entry.get("fingerprint")) == (part.name, part.fingerprint()):
+        is_whole = sizes.get(str(entry.get("name"))) == entry.get("bytes")
+        if is_whole and (entry.get("part"), entry.get("fingerprint")) == (part.name, part.fingerprint()):
             entries[number] = entry
     return entries
 

@@ -94,12 +94,12 @@ def is_remote(name: str | Path) -> bool:
     return isinstance(name, str) and name.partition("://")[0] in STORES and "://" in name
 
 
-def location(name: str | Path) -> "Path | Place":
+def location(name: "str | Path | Place") -> "Path | Place":
     """Return the place that a name stands for: a `Place` for s3://, gs://, az:// and hf://; a `Path` for file:// and all other names.
 
     Raises UserError for another scheme, or for a name without a bucket.
     """
-    if isinstance(name, Path):
+    if not isinstance(name, str):
         return name
     scheme, mark, rest = name.partition("://")
     if not mark:
