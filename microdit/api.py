@@ -75,7 +75,7 @@ def encode_dataset(
     device: str = "auto",
     reporter: Reporter = QUIET,
 ) -> EncodedDataset:
-    """Encode images and captions into the folder `out`, as `microdit data encode` does, and open the result.
+    """Encode images and captions into the folder or place `out`, as `microdit data encode` does, and open the result.
 
     `source` is what `open_source` returns or takes. The encoders are named as on the command line. An encoding that was interrupted goes
     on behind its last whole shard; images whose shorter side is below the smallest resolution are rejected.
@@ -92,8 +92,9 @@ def encode_dataset(
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
     from microdit.evaluation.reconstruction import save_reconstructions
+    from microdit.io.places import location
 
-    opened = open_source(source) if isinstance(source, str) else source
+    opened, place = open_source(source) if isinstance(source, str) else source, location(out)
     where, sides = choose_device(device), tuple(resolutions)
     settings = EncodeSettings(
         resolutions=sides,
@@ -109,8 +110,8 @@ def encode_dataset(
 
     with reporter.progress(f"encode {opened.name}", len(opened.parts)) as advance:
         events = EncodeEvents(lambda _, parts: advance(parts), show)
-        encode_source(opened, Path(out), settings, *encoders, events=events, warn=reporter.warn)
-    return EncodedDataset(Path(out), sides[0])
+        encode_source(opened, place, settings, *encoders, events=events, warn=reporter.warn)
+    return EncodedDataset(place, sides[0])
 
 
 def train(

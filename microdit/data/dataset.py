@@ -26,7 +26,7 @@ from microdit.distributed import World
 from microdit.encoders.text import TextEncoder, load_text_encoder
 from microdit.errors import UserError
 from microdit.io.files import sha256_of
-from microdit.io.places import Place
+from microdit.io.places import Place, location
 
 MOST_OPEN_COPIES = 16  # of a set in an object store that no training reads, such as the held-out one
 MAX_REPLACED = 0.01  # a run stops if more than this share of the samples, and more than 100, had to be replaced
@@ -94,15 +94,17 @@ class EncodedDataset:
     (12, (8, 8, 8), [])
     """
 
-    def __init__(self, folder: Path | Place, resolution: int | None = None, world: World | None = None, cache: ShardCache | None = None):
+    def __init__(
+        self, folder: Path | Place | str, resolution: int | None = None, world: World | None = None, cache: ShardCache | None = None
+    ):
         """Open the data set at one of its resolutions, which may be omitted if there is only one.
 
         Shards in an object store are copied into `cache` when they are used, by default the user's. All processes of `world` must call this
         together. Raises UserError.
         """
-        self.folder = folder
-        self.manifest = open_manifest(folder, world)
-        self.cache = (cache or ShardCache()) if isinstance(folder, Place) else None
+        self.folder = location(folder)
+        self.manifest = open_manifest(self.folder, world)
+        self.cache = (cache or ShardCache()) if isinstance(self.folder, Place) else None
         resolutions = self.manifest["settings"]["resolutions"]
         if resolution not in resolutions and (resolution is not None or len(resolutions) > 1):
             raise UserError(f"{folder} holds the resolutions {', '.join(map(str, resolutions))}: name one of them (data.resolution).")

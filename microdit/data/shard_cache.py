@@ -129,8 +129,9 @@ class ShardCache:
     def _make_room(self, shard: RemoteShard, needed: int) -> bool:
         """Delete copies until a shard fits, beginning with those needed last; return False if the rest is needed up to step `needed`."""
         with in_turn(self.folder / ".room"):
+            locks = list(self.folder.glob("*.lock"))  # before the copies, so that one that ends meanwhile is seen
             copies = {path: path.stat() for path in self.folder.glob("*.arrow")}
-            waiting = (self._claimed(path) for path in self.folder.glob("*.lock") if path.with_suffix(".arrow") not in copies)
+            waiting = (self._claimed(path) for path in locks if path.with_suffix(".arrow") not in copies)
             room = self.bytes - sum(copy.st_size for copy in copies.values()) - sum(waiting)  # its own lock counts already
             for path in sorted(copies, key=lambda path: (-self._needed(path.stem), copies[path].st_mtime)):
                 if room >= 0 or self._needed(path.stem) <= needed:

@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from microdit.io.locks import in_turn
 
-BLOCK = 1 << 16
+BLOCK = 1 << 18
 ADDRESS, SLOW = "address", "slow"
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test-key-id",
