@@ -237,6 +237,10 @@ class Place:
                 if not isinstance(error, FileExistsError) and _code(error) not in ("412", "PreconditionFailed"):
                     raise
                 return self.read() == content
+            try:
+                connection.check_stored(len(content), lambda: hashlib.md5(content, usedforsecurity=False).hexdigest())
+            except _WrongBytesError:
+                self.write(content)  # the object is this process's
             return True
 
         return self._retry("created", attempt)

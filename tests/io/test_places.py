@@ -84,6 +84,12 @@ def test_a_creation_whose_answer_is_lost_is_recognised(bucket, proxy, no_waits):
     assert not (bucket / "lease").create(b"process 2")
 
 
+def test_a_creation_that_arrives_changed_is_written_again(bucket, proxy):
+    proxy.fault = faults_in_order(Fault("flip", 3), where="PUT")
+    assert (bucket / "lease").create(b"process 1")
+    assert (bucket / "lease").read() == b"process 1"
+
+
 def test_files_are_moved_in_parts(bucket, proxy, two_parts, tmp_path):
     (bucket / "file").upload(two_parts)
     assert sum("partNumber=" in request for request in proxy.seen) == 3
