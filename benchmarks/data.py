@@ -33,7 +33,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from microdit.data.dataset import EncodedDataset, MixedDataset
-from microdit.data.encode import EncodeEvents, EncodeSettings, encode_source
+from microdit.data.encode import EncodeSettings, encode_source
+from microdit.data.encode_plan import EncodeEvents
 from microdit.data.manifest import write_manifest
 from microdit.data.packing import pack_latents, pack_text
 from microdit.data.pixels import normalise

@@ -30,7 +30,8 @@ if __name__ != "__mp_main__":  # the workers that decode import this file too, a
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-    from microdit.data.encode import EncodeEvents, EncodeSettings, default_batch_size, default_workers, encode_source
+    from microdit.data.encode import EncodeSettings, default_batch_size, default_workers, encode_source
+    from microdit.data.encode_plan import EncodeEvents
     from microdit.data.pixels import normalise
     from microdit.data.sources.base import Part, Record, Source
     from microdit.devices import DTYPES, choose_device, choose_dtype, describe_device

@@ -76,7 +76,7 @@ def encode_dataset(
     device: str = "auto",
     reporter: Reporter = QUIET,
 ) -> EncodedDataset:
-    """Encode images and captions into the folder `out`, as `microdit data encode` does, and open the result.
+    """Encode images and captions into the folder or place `out`, as `microdit data encode` does, and open the result.
 
     `source` is what `open_source` returns or takes. The encoders are named as on the command line; `features` names a vision encoder whose
     features are stored too, for representation alignment. An encoding that was interrupted goes on behind its last whole shard; images
@@ -87,15 +87,17 @@ def encode_dataset(
     (12, (8, 8, 8))
     """
     from microdit.data.dataset import EncodedDataset
-    from microdit.data.encode import EncodeEvents, EncodeSettings, default_batch_size, encode_source
+    from microdit.data.encode import EncodeSettings, default_batch_size, encode_source
+    from microdit.data.encode_plan import EncodeEvents
     from microdit.data.sources.open import open_source
     from microdit.devices import choose_device, choose_dtype
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
     from microdit.encoders.vision import load_vision_encoder
     from microdit.evaluation.reconstruction import save_reconstructions
+    from microdit.io.places import location
 
-    opened = open_source(source) if isinstance(source, str) else source
+    opened, place = open_source(source) if isinstance(source, str) else source, location(out)
     where, sides = choose_device(device), tuple(resolutions)
     settings = EncodeSettings(
         resolutions=sides,
@@ -112,8 +114,8 @@ def encode_dataset(
 
     with reporter.progress(f"encode {opened.name}", len(opened.parts)) as advance:
         events = EncodeEvents(lambda _, parts: advance(parts), show)
-        encode_source(opened, Path(out), settings, *encoders, events=events, warn=reporter.warn, vision=vision)
-    return EncodedDataset(Path(out), sides[0])
+        encode_source(opened, place, settings, *encoders, events=events, warn=reporter.warn, vision=vision)
+    return EncodedDataset(place, sides[0])
 
 
 def train(

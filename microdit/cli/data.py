@@ -1,4 +1,4 @@
-"""The commands about data: microdit data encode, import-latents, look, verify."""
+"""The commands about data: microdit data encode, import-latents, look, verify, push, pull."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ from microdit.data.sources.caption_options import CaptionLines, CaptionOptions, 
 from microdit.devices import choose_dtype, choose_own_device, describe_device, device_errors_explained
 from microdit.errors import UserError
 from microdit.io.console import LineOfProgress, PlainColumn, joined, styled
+from microdit.io.places import Place, location
 
 if TYPE_CHECKING:
     from microdit.data.encode import EncodeSettings
@@ -48,7 +49,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Encode data sets, look at sou
 @data_app.command("encode")
 def encode_data(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
-    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    out: Annotated[str, typer.Option(help="Folder to create, or a place in an object store, such as s3://BUCKET/FOLDER.")],
     resolutions: Annotated[
         list[int] | None, typer.Option("--resolutions", help="Side lengths in pixels, one or more. [default: 64]")
     ] = None,
@@ -111,6 +112,7 @@ def encode_data(
     Example: microdit data encode emoji --out data/emoji --features efficientnet
     """
     from microdit.data.encode import EncodeSettings, default_batch_size, default_workers, held_out_folder, unfinished
+    from microdit.data.encode_to_store import local_folder
     from microdit.data.sources.folders import listed_once
     from microdit.data.sources.open import open_source
     from microdit.data.sources.subsets import HoldOut, split_off
@@ -118,10 +120,11 @@ def encode_data(
     from microdit.encoders.text import load_text_encoder
     from microdit.encoders.vision import load_vision_encoder
 
-    world, drop = share()[1], tuple(caption_drop or ())
+    world, drop, place = share()[1], tuple(caption_drop or ()), location(out)
+    listing = unfinished(place) if isinstance(place, Path) else local_folder(place)
     held_out = HoldOut.parse(hold_out) if hold_out else None
-    reading = CaptionOptions(captions_from, captions, caption_lines, caption_regex, drop, file_column, unfinished(out))
-    with listed_once(out, unfinished(out), world) as list_once:
+    reading = CaptionOptions(captions_from, captions, caption_lines, caption_regex, drop, file_column, listing)
+    with listed_once(place if isinstance(place, Path) else listing / "done", listing, world) as list_once:
         opened = open_source(source, _weights(caption), fraction, list_once, reading)
         sides = tuple(resolutions or [64])
         chosen = choose_own_device(device)
@@ -138,28 +141,29 @@ def encode_data(
             workers=default_workers(chosen.type) if workers is None else workers,
         )
         console.print(f"Encoding {describe_device(chosen, numbers)}.")
-        sets = {out: opened}
+        sets = {place: opened}
         if held_out:
             training, held = split_off(opened, held_out)
-            sets = {held_out_folder(out): held, out: training}  # a complete held-out set is kept when the same command continues
+            sets = {held_out_folder(place): held, place: training}  # a complete held-out set is kept when the same command continues
         with device_errors_explained("the encoders need --dtype bfloat16 (half of float32), or --device cpu"):
             encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
-            vision = {} if features is None else {out: load_vision_encoder(features)}  # the held-out loss is measured without
-            manifests = {place: _encode(part, place, settings, encoders, vision.get(place), place != out) for place, part in sets.items()}
-    if held_out and manifests[out]:
-        _report_split(out, held_out_folder(out))
+            vision = {} if features is None else {place: load_vision_encoder(features)}  # the held-out loss is measured without
+            manifests = {one: _encode(part, one, settings, encoders, vision.get(one), one != place) for one, part in sets.items()}
+    if held_out and manifests[place]:
+        _report_split(place, held_out_folder(place))
 
 
 def _encode(
     source: "Source",
-    out: Path,
+    out: Path | Place,
     settings: "EncodeSettings",
     encoders: "tuple[Autoencoder, TextEncoder]",
     vision: "VisionEncoder | None",
     may_be_done: bool,
 ) -> dict[str, Any] | None:
     """Encode this process's share of a source, unless that is done already and may be, and report the set that this process completes."""
-    from microdit.data.encode import EncodeEvents, encode_source, is_encoded
+    from microdit.data.encode import encode_source, is_encoded
+    from microdit.data.encode_plan import EncodeEvents
     from microdit.evaluation.reconstruction import save_reconstructions
 
     if may_be_done and is_encoded(source, out, settings, *encoders):
@@ -180,7 +184,7 @@ def _encode(
 @data_app.command("import-latents")
 def import_encoded_latents(
     folder: Annotated[Path, typer.Argument(help="Folder of MDS shards that precompute.py of the paper's code wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    out: Annotated[str, typer.Option(help="Folder to create, or a place in an object store, as for encode.")],
     autoencoder: Annotated[str, typer.Option(help="The autoencoder that made the latents, as for encode.")] = "sdxl",
     text_encoder: Annotated[str, typer.Option(help="The text encoder that made the caption vectors, as for encode.")] = "dfn-clip-h",
     store_latents: Annotated[LatentPacking, typer.Option(help="Storage format of latents, as for encode.")] = "fp16",
@@ -194,7 +198,7 @@ def import_encoded_latents(
 
     Example: microdit data import-latents cc12m/mds_latents_sdxl1_dfnclipH14 --out data/cc12m
     """
-    from microdit.data.encode import EncodeEvents
+    from microdit.data.encode_plan import EncodeEvents
     from microdit.data.import_latents import import_latents, latents_source
     from microdit.encoders.autoencoder import load_autoencoder
     from microdit.encoders.text import load_text_encoder
@@ -204,9 +208,9 @@ def import_encoded_latents(
     encoders = load_autoencoder(autoencoder), load_text_encoder(text_encoder)
     with _parts_progress(f"import {source.name}", len(range(rank, len(source.parts), world))) as on_progress:
         packing = store_latents, store_captions
-        manifest = import_latents(folder, out, *encoders, packing, (rank, world), EncodeEvents(on_progress), warn)
+        manifest = import_latents(folder, location(out), *encoders, packing, (rank, world), EncodeEvents(on_progress), warn)
     if manifest:
-        _report_encoded(manifest, out)
+        _report_encoded(manifest, location(out))
 
 
 @data_app.command("look")
@@ -274,14 +278,57 @@ def look_at_data(
 
 
 @data_app.command("verify")
-def verify_data(folder: Annotated[Path, typer.Argument(help="An encoded data set.")]) -> None:
+def verify_data(folder: Annotated[str, typer.Argument(help="An encoded data set: a folder, or a place such as s3://bucket/set.")]) -> None:
     """Read every byte of an encoded data set and compare it with the checksums."""
     from microdit.data.dataset import EncodedDataset
 
-    damaged = EncodedDataset(folder).verify()
+    damaged = EncodedDataset(location(folder)).verify()
     if damaged:
         raise UserError(f"Damaged in {folder}: {', '.join(damaged)}. Encode the data again.")
     console.print(f"{folder} is whole.")
+
+
+@data_app.command("push")
+def push_data(
+    folder: Annotated[Path, typer.Argument(help="An encoded data set.")],
+    place: Annotated[str, typer.Argument(help="Where to copy it: s3://BUCKET/FOLDER, gs://, az:// or hf://.")],
+) -> None:
+    """Copy an encoded data set to an object store, from which it can be trained.
+
+    If it was interrupted, the same command continues after the last complete shard. Credentials are found as the store's own tools find
+    them; for stores that are compatible with S3, AWS_ENDPOINT_URL names the address.
+
+    Example: microdit data push data/mine s3://my-bucket/mine
+    """
+    from microdit.data.transfer import push
+
+    manifest = push(folder, _place(place), reporter)
+    console.print(joined(f"{manifest['rows']:,} rows are in ", styled(place), f". A recipe reads them with data.path: {place}"))
+
+
+@data_app.command("pull")
+def pull_data(
+    place: Annotated[str, typer.Argument(help="An encoded data set in an object store, such as s3://BUCKET/FOLDER.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to create.")],
+) -> None:
+    """Copy an encoded data set from an object store to this machine, and compare it with its checksums.
+
+    If it was interrupted, the same command continues after the last complete shard.
+
+    Example: microdit data pull s3://my-bucket/mine data/mine
+    """
+    from microdit.data.transfer import pull
+
+    manifest = pull(_place(place), folder, reporter)
+    console.print(joined(f"{manifest['rows']:,} rows are in ", styled(folder), "."))
+
+
+def _place(name: str) -> Place:
+    """Return the place in an object store that a name stands for. Raises UserError for a folder of this machine."""
+    place = location(name)
+    if isinstance(place, Path):
+        raise UserError(f"{name} is a folder of this machine: name a place in an object store, such as s3://my-bucket/mine.")
+    return place
 
 
 @contextmanager
@@ -301,7 +348,7 @@ def _parts_progress(name: str, parts: int) -> Iterator[Callable[[int, int], None
         yield advance
 
 
-def _report_encoded(manifest: dict[str, Any], out: Path) -> None:
+def _report_encoded(manifest: dict[str, Any], out: Path | Place) -> None:
     resolutions = ", ".join(str(r) for r in manifest["settings"]["resolutions"])
     rows, size = manifest["rows"], sum(shard["bytes"] for shard in manifest["shards"])
     console.print(
@@ -337,11 +384,11 @@ def _report_encoded(manifest: dict[str, Any], out: Path) -> None:
         )
 
 
-def _report_split(out: Path, held_out: Path) -> None:
+def _report_split(out: Path | Place, held_out: Path | Place) -> None:
     """Print the sum over both sets, and how a recipe names the held-out one."""
-    from microdit.data.manifest import MANIFEST, read_manifest
+    from microdit.data.manifest import has_manifest, read_manifest
 
-    if not (held_out / MANIFEST).is_file():  # another process is about to complete it
+    if not has_manifest(held_out):  # another process is about to complete it
         return
     both = [read_manifest(folder) for folder in (out, held_out)]
     (kept, held), rejected = (manifest["rows"] for manifest in both), sum(sum(manifest["rejected"].values()) for manifest in both)

@@ -11,6 +11,7 @@ from microdit.diffusion.edm import EDM
 from microdit.diffusion.flow import Flow
 from microdit.diffusion.objective import Objective
 from microdit.errors import UserError
+from microdit.io.places import Place, location
 from microdit.models.alignment import ProjectorKind, ProjectorShape
 from microdit.models.config import Size, resolve
 from microdit.models.microdit import ModelConfig
@@ -47,17 +48,29 @@ class SetRecipe:
     repeat: Annotated[int, Range(0, 10**6)] = 1
 
     @property
-    def folder(self) -> Path:
-        """The folder of the encoded set. Raises UserError for a source that was not encoded yet."""
+    def folder(self) -> Path | Place:
+        """Where the encoded set is. Raises UserError for a source that was not encoded yet."""
         if self.path is None:
             raise UserError(f"The source {self.source} of data.sets is encoded by 'microdit train' only: encode it, and name it by path.")
-        return Path(self.path)
+        return location(self.path)
+
+
+@dataclass(frozen=True)
+class CacheRecipe:
+    """Local copies of shards that are read from an object store: their folder, which all processes of a machine share, and its size.
+
+    With the order `blocks`, samples are shuffled within a quarter of `gigabytes` (of 10^9 bytes).
+    """
+
+    folder: FilePath | None = None  # by default in the user's cache folder
+    gigabytes: Annotated[float, Range(0, 10**6, above=True)] = 10.0
 
 
 @dataclass(frozen=True)
 class DataRecipe:
     """The encoded data to train on (made by `microdit data encode`): the `path` of one set, or several `sets` by name.
 
+    Paths are folders, or places in object stores such as s3://bucket/folder, whose shards are copied into `cache` as they are needed.
     `autoencoder` and `text_encoder`, if given, must be the ones that the sets were encoded with.
     """
 
@@ -65,6 +78,9 @@ class DataRecipe:
     sets: Annotated[dict[str, SetRecipe], Range(0, 1000)] = field(default_factory=dict)
     resolution: Annotated[int, Range(1, 16_384)] | None = None  # pixels; required if a set holds several resolutions
     horizontal_flip: bool = False  # of half of the latents: exact for pixels, nearly so for autoencoders; not in the paper
+    # full: each epoch is a permutation of all samples; blocks: of shards, and of the samples of a few shards at a time
+    order: Literal["full", "blocks"] | None = None  # by default full, or blocks if a set is in an object store
+    cache: CacheRecipe = field(default_factory=CacheRecipe)
     on_damage: Literal["stop", "skip"] = "stop"  # on a row that does not match its checksum
     autoencoder: FilePath | None = None
     text_encoder: FilePath | None = None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,14 +19,18 @@ from torch import Tensor
 from microdit.data.latent_statistics import Statistics
 from microdit.data.manifest import open_manifest
 from microdit.data.packing import StoredRows, stack, unpack, unpack_ids
-from microdit.data.sampler import BatchSampler, SampleRef, SamplerPhase
+from microdit.data.sampler import BatchSampler, BlockOrder, Ints, SampleRef, SamplerPhase, ShardSizes
+from microdit.data.shard_cache import FetchAhead, RemoteShard, ShardCache
 from microdit.data.shards import Checksums, DamagedShard, Shard, most_open
 from microdit.distributed import World
 from microdit.encoders.text import TextEncoder, load_text_encoder
 from microdit.encoders.vision import feature_grid
 from microdit.errors import UserError
 from microdit.io.files import sha256_of
+from microdit.io.places import Place, location
 
+T = TypeVar("T")
+MOST_OPEN_COPIES = 16  # of a set in an object store that no training reads, such as the held-out one
 MAX_REPLACED = 0.01  # a run stops if more than this share of the samples, and more than 100, had to be replaced
 
 
@@ -100,7 +104,7 @@ class StoredBatch:
 
 
 class EncodedDataset:
-    """A folder written by `encode_source`.
+    """A folder written by `encode_source`, on this machine or in an object store.
 
     The manifest and the sizes of the files are checked when it is opened, shards and rows when they are read. `verify` checks everything.
 
@@ -109,18 +113,23 @@ class EncodedDataset:
     (12, (8, 8, 8), [])
     """
 
-    def __init__(self, folder: Path, resolution: int | None = None, world: World | None = None):
+    def __init__(
+        self, folder: Path | Place | str, resolution: int | None = None, world: World | None = None, cache: ShardCache | None = None
+    ):
         """Open the data set at one of its resolutions, which may be omitted if there is only one.
 
-        All processes of `world` must call this together. Raises UserError.
+        Shards in an object store are copied into `cache` when they are used, by default the user's. All processes of `world` must call this
+        together. Raises UserError.
         """
-        self.folder = folder
-        self.manifest = open_manifest(folder, world)
+        self.folder = location(folder)
+        self.manifest = open_manifest(self.folder, world)
+        self.cache = (cache or ShardCache()) if isinstance(self.folder, Place) else None
         resolutions = self.manifest["settings"]["resolutions"]
         if resolution not in resolutions and (resolution is not None or len(resolutions) > 1):
             raise UserError(f"{folder} holds the resolutions {', '.join(map(str, resolutions))}: name one of them (data.resolution).")
         self.resolution: int = resolution or resolutions[0]
-        self.most_open = most_open()  # open shards; beyond, the least recently used one is closed
+        # Open shards; beyond, the least recently used one is closed. An open one takes room on the disk when its copy has been deleted.
+        self.most_open = most_open() if self.cache is None else MOST_OPEN_COPIES
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._damaged: dict[int, str] = {}
 
@@ -168,13 +177,33 @@ class EncodedDataset:
 
     def read(self, bucket: int, number: int, draw: float = 0.0) -> tuple[memoryview, memoryview]:
         """Return the stored latents of row `number` of a bucket, and one of its captions, chosen by `draw`. Raises DamagedShard."""
-        shard, row = self._find(bucket, number)
-        return shard.latents(row, self.resolution, bucket), shard.text(row, draw, bucket)
+        return self._from_shard(
+            bucket, number, lambda shard, row: (shard.latents(row, self.resolution, bucket), shard.text(row, draw, bucket))
+        )
+
+    def shards_of(self, bucket: int, numbers: Ints) -> Ints:
+        """Return the numbers of the shards that hold rows of a bucket."""
+        return np.searchsorted(self._ends[bucket], numbers, side="right")
+
+    def remote(self, number: int) -> RemoteShard:
+        """Return the address of a shard in an object store, with its size and SHA-256."""
+        assert isinstance(self.folder, Place)
+        entry = self.manifest["shards"][number]
+        return RemoteShard(self.folder / entry["name"], entry["bytes"], entry["sha256"])
+
+    def shard_sizes(self) -> ShardSizes:
+        """Return the rows of each shard by bucket, and its bytes, by which a block order is made."""
+        rows = np.stack([np.diff(ends, prepend=0) for ends in self._ends], axis=1)
+        return ShardSizes(rows, np.asarray([shard["bytes"] for shard in self.manifest["shards"]]))
+
+    def close_shards(self, digests: set[str]) -> None:
+        """Close the shards with these SHA-256."""
+        for number in [number for number in self._shards if self.manifest["shards"][number]["sha256"] in digests]:
+            self._close(number)
 
     def read_features(self, bucket: int, number: int) -> memoryview:
         """Return the stored features of row `number` of a bucket, in a set that has features. Raises DamagedShard."""
-        shard, row = self._find(bucket, number)
-        return shard.features(row, self.resolution, bucket)
+        return self._from_shard(bucket, number, lambda shard, row: shard.features(row, self.resolution, bucket))
 
     def latents(self, blobs: list[memoryview], bucket: int) -> Tensor:
         """Unpack stored latents to float32, (B, C, H, W)."""
@@ -228,7 +257,18 @@ class EncodedDataset:
 
     def verify(self) -> list[str]:
         """Return the names of damaged shards, whose checksums differ."""
-        return [shard["name"] for shard in self.manifest["shards"] if sha256_of(self.folder / shard["name"]) != shard["sha256"]]
+        shards = self.manifest["shards"]
+        return [shard["name"] for number, shard in enumerate(shards) if self._digest(number) != shard["sha256"]]
+
+    def _digest(self, number: int) -> str:
+        """Return the SHA-256 of a shard; empty if its bytes in an object store are others."""
+        if not isinstance(self.folder, Place):
+            return sha256_of(self.folder / self.manifest["shards"][number]["name"])
+        assert self.cache is not None
+        try:
+            return sha256_of(self.cache.copy(self.remote(number)))
+        except DamagedShard:
+            return ""
 
     @cached_property
     def _ends(self) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
@@ -236,13 +276,26 @@ class EncodedDataset:
         buckets = range(len(self.manifest["sizes"]))
         return [np.cumsum([shard["buckets"].get(str(bucket), 0) for shard in self.manifest["shards"]]) for bucket in buckets]
 
-    def _find(self, bucket: int, number: int) -> tuple[Shard, int]:
-        """Return the shard of row `number` of a bucket, and the row's number in the shard."""
-        ends = self._ends[bucket]
-        which = int(np.searchsorted(ends, number, side="right"))
-        row = number - (int(ends[which - 1]) if which else 0)
-        shard = self._shard(which)
-        return shard, shard.row_in_bucket(bucket, row) if len(self._ends) > 1 else row
+    def _close(self, number: int) -> None:
+        self._shards.pop(number, None)
+
+    def _from_shard(self, bucket: int, number: int, take: Callable[[Shard, int], T]) -> T:
+        """Return what `take` reads of the shard that holds row `number` of a bucket, at the row's number in that shard."""
+        which = int(self.shards_of(bucket, np.asarray([number]))[0])
+        row = number - (int(self._ends[bucket][which - 1]) if which else 0)
+
+        def taken() -> T:
+            shard = self._shard(which)
+            return take(shard, shard.row_in_bucket(bucket, row) if len(self._ends) > 1 else row)
+
+        try:
+            return taken()
+        except DamagedShard:
+            if self.cache is None or which in self._damaged:
+                raise
+            self._close(which)
+            self.cache.drop(self.remote(which))  # it was right when it came; the disk changed it
+            return taken()
 
     def _shard(self, number: int) -> Shard:
         """Return a shard. Shards are opened at their first use, so that data sets of thousands of shards start at once."""
@@ -255,14 +308,33 @@ class EncodedDataset:
     def _open(self, number: int) -> Shard:
         if number in self._damaged:  # the search for a replacement tries the same shard again and again
             raise DamagedShard(self._damaged[number])
-        entry = self.manifest["shards"][number]
-        checksums = Checksums(**entry["checksums"]) if self.manifest["format"] > 2 else None
         try:
-            columns = self.manifest["settings"]["resolutions"], checksums, "features" in self.manifest
-            return Shard(self.folder / entry["name"], entry["bytes"], entry["rows"], *columns)
+            return self._open_file(number)
         except DamagedShard as damage:
             self._damaged[number] = str(damage)
             raise
+
+    def _open_file(self, number: int) -> Shard:
+        entry = self.manifest["shards"][number]
+        checksums = Checksums(**entry["checksums"]) if self.manifest["format"] > 2 else None
+
+        def opened(path: Path) -> Shard:
+            columns = self.manifest["settings"]["resolutions"], checksums, "features" in self.manifest
+            return Shard(path, entry["bytes"], entry["rows"], *columns)
+
+        if self.cache is None or isinstance(self.folder, Path):
+            return opened(self.folder / entry["name"])
+        remote, was_damaged = self.remote(number), False
+        while True:
+            path = self.cache.copy(remote)
+            try:
+                return opened(path)
+            except DamagedShard:
+                if path.exists():  # it was not just taken away by another process
+                    if was_damaged:
+                        raise
+                    was_damaged = True
+                    self.cache.drop(remote)
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:
@@ -288,20 +360,26 @@ class MixedDataset:
         flip: bool = False,
         on_damage: Literal["stop", "skip"] = "stop",
         warn: Callable[[str], None] = print,
+        block_bytes: float | None = None,
     ):
         """Combine `sets` for training `phases`. Raises UserError if the data sets are incompatible.
 
-        `flip` mirrors half of the samples. Damaged rows stop the run, or are replaced with a warning if `on_damage` is "skip".
+        `flip` mirrors half of the samples. Damaged rows stop the run, or are replaced with a warning if `on_damage` is "skip". With
+        `block_bytes`, samples are shuffled within blocks of shards of that size. Shards in object stores are copied ahead into the cache
+        that the sets share.
         """
         check_compatible(sets)
         for encoded in sets:
-            encoded.most_open = most_open(len(sets))
+            encoded.most_open = most_open(len(sets))  # copies are closed when the order needs them no more
         self.sets, self.flip, self.on_damage, self.warn = sets, flip, on_damage, warn
         self.replaced = 0  # number of damaged rows replaced so far
         self._read = 0
         self._current: SampleRef | None = None  # the sample that is being read
         self._seed = seed
-        self._sampler = BatchSampler(tuple(tuple(s.bucket_sizes) for s in sets), seed, tuple(phases))
+        blocks = None if block_bytes is None else BlockOrder(tuple(s.shard_sizes() for s in sets), block_bytes)
+        self._sampler = BatchSampler(tuple(tuple(s.bucket_sizes) for s in sets), seed, tuple(phases), blocks)
+        cache = next((s.cache for s in sets if s.cache is not None), None)
+        self._ahead = None if cache is None else FetchAhead(cache, self._remote_shards, self._sampler.steps)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Return the samples of a step, or the share of one of `world` ranks: every `world`-th sample, from number `rank` on.
@@ -315,6 +393,9 @@ class MixedDataset:
 
         Captions are padded to a multiple of `caption_multiple` tokens.
         """
+        if self._ahead is not None and (done := self._ahead.at(step)):
+            for encoded in self.sets:
+                encoded.close_shards(set(done))
         chosen = self._sampler.batch(step)[rank::world]
         samples = []
         self._read += len(chosen)
@@ -337,6 +418,19 @@ class MixedDataset:
             return batch
         blobs = [blob for *_, blob in samples if blob is not None]
         return replace(batch, features=first.stored_features(blobs, bucket), feature_sides=first.feature_shape(bucket)[1:])
+
+    def close(self) -> None:
+        """Stop copying shards ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _remote_shards(self, step: int) -> Iterator[RemoteShard]:
+        """Yield the shards in object stores that hold samples of a step."""
+        bucket, sets, rows = self._sampler.rows(step)
+        for number, encoded in enumerate(self.sets):
+            if encoded.cache is not None:
+                shards = encoded.shards_of(bucket, rows[sets == number])
+                yield from map(encoded.remote, dict.fromkeys(shards.tolist()))
 
     def where(self) -> str:
         """Describe the sample that is being read, for a message about a slow read."""

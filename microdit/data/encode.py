@@ -17,12 +17,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from microdit.data.decode import DecodedImage, Decoder, TargetSizes
-from microdit.data.manifest import FORMAT, MANIFEST, WITH_FEATURES, Manifest, read_manifest, write_manifest
+from microdit.data.encode_plan import (
+    EncodeEvents,
+    MakeShards,
+    OnProgress,
+    first_names,
+    holds,
+    other_parts,
+    read_checked,
+    without_free_settings,
+)
+from microdit.data.encode_to_store import make_set_in_store
+from microdit.data.manifest import FORMAT, WITH_FEATURES, Manifest, write_manifest
 from microdit.data.packing import CaptionPacking, LatentPacking
 from microdit.data.shard_writer import BatchEncoder, Packer, PartInWork, ShardsThread, remove_shard, shard_entry_path
 from microdit.data.sources.base import Part, Record, Source, checked
@@ -35,22 +46,11 @@ from microdit.encoders.vision import CELL, VisionEncoder
 from microdit.errors import UserError
 from microdit.io.files import from_checked_json, to_checked_json, write_aside
 from microdit.io.locks import check_unlocked, in_turn, is_held, locked
+from microdit.io.places import Place
 
+Folder = TypeVar("Folder", Path, Place, Path | Place)
 CPU = torch.device("cpu")
 CHUNK_BATCHES = 4  # batches per chunk; captions are sorted by length within a chunk, which keeps padding short
-MOST_NAMED = 5
-
-
-@dataclass(frozen=True)
-class EncodeEvents:
-    """Functions that an encoding calls.
-
-    `on_progress`, from another thread, gets the numbers of records and parts completed since the last call. `on_complete` gets the folder
-    once all shards are in it, before it receives its final name; only the process that completes the folder calls it.
-    """
-
-    on_progress: Callable[[int, int], None] = lambda records, parts: None
-    on_complete: Callable[[Path], None] = lambda folder: None
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class EncodeSettings:
 
     def planned(self) -> dict[str, Any]:
         """Return the settings that must be equal for an encoding to be continued."""
-        return _planned({**asdict(self), "resolutions": list(self.resolutions)})
+        return without_free_settings({**asdict(self), "resolutions": list(self.resolutions)})
 
 
 def default_workers(device: str) -> int:
@@ -94,16 +94,16 @@ def default_batch_size(device: torch.device, resolutions: tuple[int, ...]) -> in
 
 def encode_source(
     source: Source,
-    out: Path,
+    out: Path | Place,
     settings: EncodeSettings,
     autoencoder: Autoencoder,
     text_encoder: TextEncoder,
     share: tuple[int, int] = (0, 1),
-    events: EncodeEvents = EncodeEvents(),
+    events: EncodeEvents | None = None,
     warn: Callable[[str], None] = lambda sentence: None,
     vision: VisionEncoder | None = None,
 ) -> Manifest | None:
-    """Encode this process's share (rank, number of ranks) of the parts of a source into the folder `out`.
+    """Encode this process's share (rank, number of ranks) of the parts of a source into the folder `out`, or into an object store.
 
     With a `vision` encoder, its features are stored beside the latents, for representation alignment. The encoders are moved to the
     settings' device. The process that finds all shards complete finishes the folder and returns the manifest; the other ranks return None,
@@ -113,10 +113,11 @@ def encode_source(
     Raises UserError if `out` exists; if an unfinished encoding has other settings, belongs to another process or sees another source; if no
     record was kept; if a part changed during the encoding; if writing fails; or if not even one image fits the GPU.
     """
+    events = events or EncodeEvents()
     sizes = TargetSizes.of(settings.resolutions, settings.min_side, settings.buckets, autoencoder.downsampling)
     plan = plan_of(source, settings, sizes, autoencoder, text_encoder, vision)
 
-    def encode(folder: Path, missing: list[int]) -> None:
+    def encode(folder: Path, missing: list[int], on_progress: OnProgress) -> None:
         if settings.device.type == "cuda":
             torch.cuda.set_device(settings.device)
         autoencoder.to(settings.device, DTYPES[settings.dtype])
@@ -125,7 +126,7 @@ def encode_source(
             vision.to(settings.device, DTYPES[settings.dtype])
         encoder = BatchEncoder(autoencoder, text_encoder, settings.device, settings.captions, settings.batch_size, warn, vision)
         packer = Packer(settings.resolutions, settings.latents, settings.captions, source.caption_weights, vision is not None)
-        with Decoder(sizes, settings.workers) as decoder, ShardsThread(folder, packer, events.on_progress) as shards:
+        with Decoder(sizes, settings.workers) as decoder, ShardsThread(folder, packer, on_progress) as shards:
             _encode_parts(source, missing, settings, decoder, encoder, shards)
 
     return make_set(source, out, plan, encode, share, events, warn)
@@ -133,17 +134,19 @@ def encode_source(
 
 def make_set(
     source: Source,
-    out: Path,
+    out: Path | Place,
     plan: dict[str, Any],
-    make_shards: Callable[[Path, list[int]], None],
+    make_shards: MakeShards,
     share: tuple[int, int],
     events: EncodeEvents,
     warn: Callable[[str], None],
 ) -> Manifest | None:
-    """Make an encoded set: `make_shards(folder, parts)` writes the shards of this process's parts that are still missing.
+    """Make an encoded set: `make_shards` writes the shards of this process's parts that are still missing into a folder.
 
     Everything else, what happens if it is interrupted, and what is raised and returned, is as in `encode_source`.
     """
+    if isinstance(out, Place):
+        return make_set_in_store(source, out, plan, make_shards, share, events, warn)
     folder = unfinished(out)
     if source.note:
         warn(source.note)
@@ -159,7 +162,7 @@ def make_set(
                 mine = range(share[0], len(source.parts), share[1])
                 missing = [number for number in mine if not shard_entry_path(folder, number).is_file()]
             events.on_progress(0, len(mine) - len(missing))
-            make_shards(folder, missing)
+            make_shards(folder, missing, events.on_progress)
             return _complete(folder, out, plan, source, events.on_complete)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and _is_done(out, plan, share, warn):  # another rank was faster
@@ -175,15 +178,15 @@ def unfinished(out: Path) -> Path:
     return out.with_name(f".{out.name}.part")
 
 
-def held_out_folder(out: Path) -> Path:
+def held_out_folder(out: Folder) -> Folder:
     """Return the folder of the records that are held out of `out`, an encoded set of its own."""
     return out.with_name(f"{out.name}-held-out")
 
 
-def is_encoded(source: Source, out: Path, settings: EncodeSettings, autoencoder: Autoencoder, text_encoder: TextEncoder) -> bool:
+def is_encoded(source: Source, out: Path | Place, settings: EncodeSettings, autoencoder: Autoencoder, text_encoder: TextEncoder) -> bool:
     """Return whether `out` is a complete encoding of the same parts of the same source with the same settings and encoders."""
     sizes = TargetSizes.of(settings.resolutions, settings.min_side, settings.buckets, autoencoder.downsampling)
-    return _holds(out, plan_of(source, settings, sizes, autoencoder, text_encoder))
+    return holds(out, plan_of(source, settings, sizes, autoencoder, text_encoder))
 
 
 def plan_of(
@@ -220,19 +223,10 @@ def _is_done(out: Path, plan: dict[str, Any], share: tuple[int, int], warn: Call
     """Return whether the other ranks have already finished this encoding. Raises UserError if `out` is anything else."""
     if not out.exists():
         return False
-    if share[1] > 1 and _holds(out, plan):
+    if share[1] > 1 and holds(out, plan):
         warn(f"{out} is already complete, from the same parts of the same source with the same settings: nothing is left to do.")
         return True
     raise UserError(f"{out} exists already: delete it, or choose another --out.")
-
-
-def _holds(out: Path, plan: dict[str, Any]) -> bool:
-    """Return whether `out` is an encoded set made by this plan."""
-    if not (out / MANIFEST).is_file():
-        return False
-    manifest = read_manifest(out)
-    there = {**manifest, "settings": _planned(manifest["settings"]), "parts": [shard["part"] for shard in manifest["shards"]]}
-    return all(there.get(key) == value for key, value in _as_read(plan).items())
 
 
 def _join(
@@ -257,7 +251,7 @@ def _join(
             for left in folder.glob(".*.part"):  # left by processes that were killed
                 left.unlink(missing_ok=True)
             if changed := _remove_changed(folder, parts):
-                warn(f"These parts have changed since they were encoded and are encoded again: {_first_names(changed)}.")
+                warn(f"These parts have changed since they were encoded and are encoded again: {first_names(changed)}.")
         held.enter_context(taken.pop_all())
 
 
@@ -301,48 +295,8 @@ def _start(folder: Path, plan: dict[str, Any], first: bool) -> None:
     path = folder / "plan.json"
     if not path.is_file():
         write_aside(path, to_checked_json(plan))
-    started, now = _flat(_read_started(path, f"delete {folder}")), _flat(_as_read(plan))
-    different = [key for key in dict.fromkeys([*now, "features"]) if started.get(key) != now.get(key)]
-    if "features" in different:
-        different = [key for key in different if key != "format"]  # it follows from whether there are features
-    if "format" in different:
-        raise UserError(f"{folder} was started by another version of microdit: delete it, or let that version finish it.")
-    if different == ["parts"] and first:  # the source has changed; the shards of unchanged parts are kept
-        write_aside(path, to_checked_json(plan))
-    elif different == ["parts"]:
-        raise UserError(
-            f"This process sees another source {plan['source']} than those that are encoding it into {folder} ({len(now['parts']):,} parts "
-            f"here, {len(started['parts']):,} there): make sure that all see the same files, and restart all if the files have changed."
-        )
-    elif different:
-        went = f" It was started with --dtype {started['dtype']}." if "dtype" in different else ""
-        raise UserError(
-            f"{folder} was started with other settings ({', '.join(different)} differ): delete it, or use the same settings.{went}"
-        )
-
-
-def _read_started(path: Path, fix: str) -> dict[str, Any]:
-    """Read the plan, or the entry of a shard. Raises UserError, with the advice `fix`, if it is damaged."""
-    try:
-        return from_checked_json(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): {fix}, and run the same command again.") from error
-
-
-def _flat(plan: dict[str, Any]) -> dict[str, Any]:
-    """Return the plan with the settings at its top level."""
-    return {**_planned(plan.get("settings", {})), **{key: value for key, value in plan.items() if key != "settings"}}
-
-
-def _as_read(plan: dict[str, Any]) -> dict[str, Any]:
-    """Return the plan as it is read back from the disk."""
-    return from_checked_json(to_checked_json(plan))
-
-
-def _planned(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings without those that may change during an encoding."""
-    free = ("device", "batch_size", "workers")
-    return {key: value for key, value in settings.items() if key not in free}
+    if other_parts(folder, read_checked(path, f"delete {folder}"), plan, may_differ=first):
+        write_aside(path, to_checked_json(plan))  # the source has changed; the shards of unchanged parts are kept
 
 
 def _complete(folder: Path, out: Path, plan: dict[str, Any], source: Source, on_complete: Callable[[Path], None]) -> Manifest | None:
@@ -356,9 +310,9 @@ def _complete(folder: Path, out: Path, plan: dict[str, Any], source: Source, on_
             return None
         if changed := list(_changed_shards(folder, parts).values()):
             raise UserError(
-                f"These parts changed while they were encoded: {_first_names(changed)}. Run the same command to encode only them again."
+                f"These parts changed while they were encoded: {first_names(changed)}. Run the same command to encode only them again."
             )
-        shards = [_read_started(path, "delete it") for path in entries]
+        shards = [read_checked(path, "delete it") for path in entries]
         if not any(shard["rows"] for shard in shards):
             rejected = sum((Counter(shard["rejected"]) for shard in shards), Counter())
             raise UserError(f"No image of the source {plan['source']} could be kept; rejected: {dict(rejected) or 'none either'}.")
@@ -391,9 +345,3 @@ def _changed_shards(folder: Path, parts: Sequence[Part]) -> dict[int, str]:
 def _remove_changed(folder: Path, parts: Sequence[Part]) -> list[str]:
     """Remove the shards of parts that have changed, and return the names of these parts."""
     return [name for number, name in _changed_shards(folder, parts).items() if remove_shard(folder, number)]
-
-
-def _first_names(names: list[str]) -> str:
-    """Return the first few names, and the number of the others."""
-    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more

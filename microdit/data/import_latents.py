@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from microdit.data.decode import TargetSizes
-from microdit.data.encode import EncodeEvents, EncodeSettings, make_set, plan_of, usable
+from microdit.data.encode import EncodeSettings, make_set, plan_of, usable
+from microdit.data.encode_plan import EncodeEvents, OnProgress
 from microdit.data.manifest import Manifest
 from microdit.data.packing import CaptionPacking, LatentPacking
 from microdit.data.shard_writer import EncodedChunk, Packer, PartInWork, ShardsThread
@@ -27,6 +28,7 @@ from microdit.data.sources.untrusted_files import TOO_LARGE
 from microdit.encoders.autoencoder import Autoencoder
 from microdit.encoders.text import TextEncoder
 from microdit.errors import UserError
+from microdit.io.places import Place
 
 CAPTION = "caption"
 VECTORS = "caption_latents"
@@ -61,7 +63,7 @@ def latents_source(folder: Path) -> tuple[Source, tuple[int, ...]]:
 
 def import_latents(
     folder: Path,
-    out: Path,
+    out: Path | Place,
     autoencoder: Autoencoder,
     text_encoder: TextEncoder,
     packing: tuple[LatentPacking, CaptionPacking] = ("fp16", "full"),
@@ -81,8 +83,8 @@ def import_latents(
     plan = plan_of(source, settings, TargetSizes.of(resolutions, 0, False, autoencoder.downsampling), autoencoder, text_encoder)
     packer = Packer(resolutions, *packing, source.caption_weights)
 
-    def make_shards(unfinished: Path, missing: list[int]) -> None:
-        with ShardsThread(unfinished, packer, events.on_progress) as shards:
+    def make_shards(unfinished: Path, missing: list[int], on_progress: OnProgress) -> None:
+        with ShardsThread(unfinished, packer, on_progress) as shards:
             for number in missing:
                 _import_part(PartInWork(number, source.parts[number].name), source, shapes, text_encoder, shards)
 

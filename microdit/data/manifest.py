@@ -1,6 +1,8 @@
 """The manifest of an encoded data set, `card.json`: its content, the encoders that made it, and every shard with size and checksum."""
 
+import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +15,11 @@ from microdit.data.shard_index import schema
 from microdit.data.sources.untrusted_files import sum_of_kinds
 from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.io.files import from_checked_json, sha256_of, to_checked_json, write_aside
+from microdit.io.files import from_checked_json, to_checked_json, write_aside
+from microdit.io.places import MissingObject, Place
 
 MANIFEST = "card.json"
+PLAN = "plan.json"  # what an encoding was started with
 FORMAT, WITH_FEATURES = 4, 5
 READ_FORMATS = (2, 3, FORMAT, WITH_FEATURES)  # shards of format 3 have no index; format 2 has checksums of blobs and files only
 
@@ -44,8 +48,8 @@ def write_manifest(
     return manifest
 
 
-def open_manifest(folder: Path, world: World | None = None) -> Manifest:
-    """Read the manifest and check that all shards exist with the sizes it states.
+def open_manifest(folder: Path | Place, world: World | None = None) -> Manifest:
+    """Read the manifest and check that all shards exist with the sizes it states; in a store, that is checked when they are read.
 
     All processes of `world` must call this: each reads the manifest, and the first one alone checks the shards. Raises UserError like
     `read_manifest`, if a shard is missing or has another size, or if the processes see different folders.
@@ -55,33 +59,60 @@ def open_manifest(folder: Path, world: World | None = None) -> Manifest:
         _check_shards(folder, manifest)
         return manifest
     with world.together():
-        manifest, seen = read_manifest(folder), sha256_of(folder / MANIFEST)
-    world.check_same_folder(seen, str(folder))
+        manifest = read_manifest(folder)
+    world.check_same_folder(hashlib.sha256(to_checked_json(manifest)).hexdigest(), str(folder))
     world.look(lambda: _check_shards(folder, manifest))
     return manifest
 
 
-def read_manifest(folder: Path) -> Manifest:
+def has_manifest(folder: Path | Place) -> bool:
+    """Return whether there is an encoded data set in a folder. Raises StoreError if a store cannot be read."""
+    return (folder / MANIFEST).exists()
+
+
+def read_manifest(folder: Path | Place) -> Manifest:
     """Read the manifest. Raises UserError if there is none, if it is damaged, or if its format is not supported."""
     path = folder / MANIFEST
-    if not path.is_file():
-        unfinished = folder.with_name(f".{folder.name}.part")
-        how = f"finishes the one in {unfinished}: run the same command again" if unfinished.exists() else "writes one"
-        raise UserError(f"There is no encoded data set in {folder} (no {MANIFEST}): 'microdit data encode' {how}.")
     try:
-        manifest = from_checked_json(path.read_bytes())
+        content = path.read() if isinstance(path, Place) else path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, MissingObject):
+        raise UserError(f"There is no encoded data set in {folder} (no {MANIFEST}): {_advice(folder)}.") from None
+    try:
+        manifest = from_checked_json(content)
         if manifest["format"] not in READ_FORMATS:
             formats = ", ".join(map(str, READ_FORMATS))
             raise UserError(f"{path} has format {manifest['format']}, but this version reads {formats}: encode the data again.")
         missing = {"rows", "shards", "sizes", "settings", "autoencoder", "text_encoder", "text_channels", "downsampling"} - set(manifest)
         if missing:
             raise KeyError(", ".join(sorted(missing)))
+        if isinstance(folder, Place):
+            _check_names(manifest)
         return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): encode the data again.") from error
 
 
-def _check_shards(folder: Path, manifest: Manifest) -> None:
+def _check_names(manifest: Manifest) -> None:
+    """Raise ValueError for names from a store that, as file names, would lead elsewhere."""
+    for shard in manifest["shards"]:
+        if not re.fullmatch(r"[\w-]+\.arrow", shard["name"]) or not re.fullmatch(r"[0-9a-f]{64}", shard["sha256"]):
+            raise ValueError(f"its shard {shard['name']} has no proper name or SHA-256")
+
+
+def _advice(folder: Path | Place) -> str:
+    """Return what to do about a data set without a manifest."""
+    if isinstance(folder, Place):
+        if (folder / PLAN).exists():
+            return "it is being written, or its writing was stopped, which the same 'microdit data encode' or 'push' finishes"
+        return "'microdit data encode' writes one, and 'microdit data push' copies one there"
+    unfinished = folder.with_name(f".{folder.name}.part")
+    how = f"finishes the one in {unfinished}: run the same command again" if unfinished.exists() else "writes one"
+    return f"'microdit data encode' {how}"
+
+
+def _check_shards(folder: Path | Place, manifest: Manifest) -> None:
+    if isinstance(folder, Place):
+        return
     for shard in manifest["shards"]:
         path = folder / shard["name"]
         try:

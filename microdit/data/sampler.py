@@ -5,7 +5,8 @@ The sampler has no state, so the step number is a run's exact position in its da
 Notable:
 - `permuted` evaluates a random permutation without storing it, so memory does not grow with the data;
 - `StreamSchedule` distributes items over several streams by weight, evenly at every point, and counts how many each stream got before;
-- `BatchSampler` combines both: phases with their own mix of data sets, batches of one bucket (image shape), every sample once per epoch.
+- `BatchSampler` combines both: phases with their own mix of data sets, batches of one bucket (image shape), every sample once per epoch;
+- `BlockOrder` takes the place of the permutation where only some shards are at hand: shards in random order, samples shuffled by blocks.
 """
 
 from dataclasses import dataclass
@@ -67,9 +68,21 @@ class BatchSampler:
     sizes: tuple[tuple[int, ...], ...]
     seed: int
     phases: tuple[SamplerPhase, ...]
+    blocks: "BlockOrder | None" = None  # by default, each epoch is one permutation of all samples
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
 
     def batch(self, step: int) -> list[SampleRef]:
         """Return the samples of a step, counted from 0. All are from one bucket."""
+        bucket, sets, rows = self.rows(step)
+        draws = np.random.default_rng([self.seed, step]).random(len(rows))
+        return [SampleRef(*sample) for sample in zip(sets.tolist(), [bucket] * len(rows), rows.tolist(), draws.tolist(), strict=True)]
+
+    def rows(self, step: int) -> tuple[int, Ints, Ints]:
+        """Return the bucket of a step, and the data set and row of each of its samples, (B,)."""
         number, step_in_phase = self._phase_at(step)
         phase = self.phases[number]
         buckets = self._bucket_schedule(phase)
@@ -77,18 +90,17 @@ class BatchSampler:
         first = int(buckets.counts_before(step_in_phase)[bucket]) * phase.batch_size
         schedule = self._stream_schedule(phase, bucket)
         before, streams = schedule.counts_before(first), schedule.streams(first, phase.batch_size)
-        draws = np.random.default_rng([self.seed, step]).random(phase.batch_size)
-        samples: list[SampleRef] = [SampleRef(0, bucket, 0, 0.0)] * phase.batch_size
+        of_set, of_row = np.zeros(phase.batch_size, np.int64), np.zeros(phase.batch_size, np.int64)
         for stream, members in enumerate(phase.streams):
             mine = np.flatnonzero(streams == stream)
             start = self._earlier[number].get((members, bucket), 0) + int(before[stream])
-            sets, rows = self._rows(members, bucket, start + np.arange(len(mine)))
-            for slot, in_set, row in zip(mine, sets, rows, strict=True):
-                samples[slot] = SampleRef(int(in_set), bucket, int(row), float(draws[slot]))
-        return samples
+            of_set[mine], of_row[mine] = self._rows(members, bucket, start + np.arange(len(mine)))
+        return bucket, of_set, of_row
 
     def _rows(self, members: Members, bucket: int, positions: Ints) -> tuple[Ints, Ints]:
         """Return the data sets and rows at some positions of a stream, counted over all epochs."""
+        if self.blocks is not None:
+            return self.blocks.rows(members, bucket, positions, self.seed)
         numbers = np.asarray([number for number, _ in members])
         sizes = np.asarray([self.sizes[number][bucket] for number in numbers])
         ends = np.cumsum(sizes * [repeat for _, repeat in members])
@@ -133,6 +145,65 @@ class BatchSampler:
                 return number, step
             step -= phase.steps
         raise IndexError("the step lies after the last phase")
+
+
+class ShardSizes(NamedTuple):
+    """The number of rows of each shard of a data set by bucket, (shards, buckets), and the bytes of each shard, (shards,)."""
+
+    rows: Ints
+    bytes: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class BlockOrder:
+    """An order in which few shards are needed at a time: the shards of an epoch in random order, divided into blocks of `block_bytes`.
+
+    The samples of a block are permuted. Each of several data sets that are not concatenated has its share of `block_bytes`, by its bytes.
+    All buckets of an epoch follow the same order of shards.
+    """
+
+    sets: tuple[ShardSizes, ...]
+    block_bytes: float
+
+    def rows(self, members: Members, bucket: int, positions: Ints, seed: int) -> tuple[Ints, Ints]:
+        """Return the data sets and rows at some positions of a stream, counted over all epochs."""
+        per_epoch = sum(int(self.sets[number].rows[:, bucket].sum()) * repeat for number, repeat in members)
+        epochs, inside = np.divmod(positions, max(per_epoch, 1))
+        of_set, of_row = np.empty_like(inside), np.empty_like(inside)
+        for epoch in np.unique(epochs).tolist():
+            order = self._epoch(members, bucket, epoch, seed)
+            block = np.searchsorted(order.block_ends, inside, side="right")
+            for number in np.unique(block[epochs == epoch]).tolist():
+                here = (epochs == epoch) & (block == number)
+                first = int(order.block_ends[number - 1]) if number else 0
+                key = _hash(seed, bucket, epoch, number, *(member for member, _ in members))
+                position = first + permuted(inside[here] - first, int(order.block_ends[number]) - first, key)
+                shard = np.searchsorted(order.shard_ends, position, side="right")
+                before = np.where(shard > 0, order.shard_ends[shard - 1], 0)
+                of_set[here], of_row[here] = order.sets[shard], order.first_rows[shard] + position - before
+        return of_set, of_row
+
+    @lru_cache(maxsize=64)  # noqa: B019 - the epochs that neighbouring steps need
+    def _epoch(self, members: Members, bucket: int, epoch: int, seed: int) -> "_Epoch":
+        sets = np.concatenate([np.full(len(self.sets[number].bytes) * repeat, number) for number, repeat in members])
+        rows = np.concatenate([np.tile(self.sets[number].rows[:, bucket], repeat) for number, repeat in members])
+        size = np.concatenate([np.tile(self.sets[number].bytes, repeat) for number, repeat in members])
+        firsts = [np.cumsum(self.sets[number].rows[:, bucket]) - self.sets[number].rows[:, bucket] for number, _ in members]
+        first_rows = np.concatenate([np.tile(first, repeat) for first, (_, repeat) in zip(firsts, members, strict=True)])
+        order = permuted(np.arange(len(sets)), len(sets), _hash(seed, epoch, *(number for number, _ in members)))
+        size, ends = size[order], np.cumsum(rows[order])
+        share = sum(int(self.sets[number].bytes.sum()) for number, _ in members) / sum(int(one.bytes.sum()) for one in self.sets)
+        blocks = (np.cumsum(size) - size) // max(1.0, self.block_bytes * share)
+        return _Epoch(sets[order], first_rows[order], ends, ends[np.flatnonzero(np.diff(blocks, append=np.inf))])
+
+
+class _Epoch(NamedTuple):
+    """The shards of an epoch in their order: data set, first row, and the number of rows up to the end of each; and those of the blocks."""
+
+    sets: Ints
+    first_rows: Ints
+    shard_ends: Ints
+    block_ends: Ints
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from microdit.distributed import World
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.errors import UserError
 from microdit.io.console import QUIET, Reporter
+from microdit.io.places import location
 from microdit.pipelines.components import check_unchanged
 from microdit.pipelines.export import read_record, write_folder
 from microdit.reports.run_folder import RECIPE, is_run
@@ -62,7 +63,7 @@ def own_count(source: Source) -> int:
 
 def _own_set(run: Path) -> tuple[EncodedDataset, str]:
     data = load_recipe(run / RECIPE).data
-    places = [(Path(data.held_out), "held out")] if data.held_out else []
+    places = [(location(data.held_out), "held out")] if data.held_out else []
     places += [(next(iter(data.named_sets.values())).folder, "training set")]
     for place, kind in places:
         try:

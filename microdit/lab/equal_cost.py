@@ -22,6 +22,7 @@ from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.console import QUIET, PlainConsole, Reporter
 from microdit.io.files import from_checked_json, to_checked_json, write_aside
+from microdit.io.places import location
 from microdit.io.strict_yaml import parse_yaml
 from microdit.lab.study import Budget, Study, measurement
 from microdit.training.trainer import Trainer
@@ -168,7 +169,7 @@ def _check_same_pictures(recipes: dict[str, Recipe]) -> None:
     seen: dict[str, str] = {}
     for arm, recipe in recipes.items():
         if recipe.data.path is not None:
-            card = read_manifest(Path(recipe.data.path))
+            card = read_manifest(location(recipe.data.path))
             sides = recipe.data.resolution or card["settings"]["resolutions"]
             pictures = f"{card['rows']:,} rows of {card.get('source')} at {sides} px"
             seen.setdefault(pictures, f"{arm} from {recipe.data.path}, {pictures}")

@@ -38,6 +38,7 @@ from microdit.evaluation.metrics.kid import kid
 from microdit.evaluation.picture_classifier import trained_classifier
 from microdit.evaluation.recognition import retrieval, spread_ids
 from microdit.io.console import Reporter
+from microdit.io.places import location
 from microdit.lab.study import ENCODED, MEASURES, Judge, Measure, Study
 from microdit.pipelines.components import check_unchanged
 from microdit.pipelines.pipeline import BATCH, Encoders, MicroDiTPipeline, load_encoders
@@ -65,7 +66,8 @@ class QualityMetrics:
 
     def by_name(self) -> dict[str, float]:
         """Return all values by the names of their measures."""
-        return {**{name: getattr(self, name) for name in MEASURES}, **self.judged}
+        values: dict[str, float] = {name: getattr(self, name) for name in MEASURES}
+        return values | {str(name): value for name, value in self.judged.items()}
 
 
 class QualityEvaluator:
@@ -126,7 +128,7 @@ class QualityEvaluator:
 
     def _held_out_loss(self, pipeline: MicroDiTPipeline, side: int, folder: str | None) -> float:
         assert folder is not None
-        held_out = HeldOut(Path(folder), side, HELD_OUT, pipeline.objective, self._world)
+        held_out = HeldOut(location(folder), side, HELD_OUT, pipeline.objective, self._world)
         found = held_out.measure(DenoisingLoss(pipeline.model, pipeline.objective, pipeline.config.mask_padding))["held_out_loss"]
         assert isinstance(found, float)
         return found

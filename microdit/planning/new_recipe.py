@@ -21,13 +21,14 @@ from microdit.data.dataset import EncodedDataset
 from microdit.data.decode import Rejected, decode
 from microdit.data.encode import held_out_folder
 from microdit.data.look import some_records
-from microdit.data.manifest import MANIFEST, read_manifest
+from microdit.data.manifest import has_manifest, read_manifest
 from microdit.data.sources.base import Source
 from microdit.data.sources.open import open_source
 from microdit.data.sources.subsets import HoldOut
 from microdit.encoders.autoencoder import RECORD
 from microdit.errors import UserError
 from microdit.io.files import read_json
+from microdit.io.places import Place, is_remote, location
 from microdit.io.untrusted_text import one_line
 from microdit.pipelines.origin import Origin, diffusion_of, find_origin
 
@@ -113,7 +114,8 @@ def new_recipe(place: str, choices: Choices) -> NewRecipe:
     if origin:
         names: dict[str, Any] = {key: str(encoder["name"]) for key, encoder in origin.encoders.items() if "name" in encoder}
         choices = replace(choices, **names)  # the weights fit no other encoders
-    found = _for_encoded(folder, choices) if (folder / MANIFEST).is_file() else _for_source(place, choices)
+    encoded = location(place) if is_remote(place) else folder
+    found = _for_encoded(encoded, choices) if has_manifest(encoded) else _for_source(place, choices)
     return replace(found, recipe=_fine_tuned(found.recipe, origin, choices)) if origin else found
 
 
@@ -174,7 +176,7 @@ def _for_source(place: str, choices: Choices) -> NewRecipe:
     return NewRecipe(recipe, found.images, encode, _notes(found, resolution, choices.autoencoder))
 
 
-def _for_encoded(folder: Path, choices: Choices) -> NewRecipe:
+def _for_encoded(folder: Path | Place, choices: Choices) -> NewRecipe:
     encoded = EncodedDataset(folder, choices.resolution or min(read_manifest(folder)["settings"]["resolutions"]))
     held_out = held_out_folder(folder)
     found = Survey(len(encoded), False, [captions[0] for _, _, captions in encoded.spread(2 * PROMPTS)])
@@ -183,9 +185,9 @@ def _for_encoded(folder: Path, choices: Choices) -> NewRecipe:
         resolution=encoded.resolution,
         autoencoder=encoded.manifest["autoencoder"]["name"],
         text_encoder=encoded.manifest["text_encoder"]["name"],
-        held_out=str(held_out) if (held_out / MANIFEST).is_file() else None,
+        held_out=str(held_out) if has_manifest(held_out) else None,
     )
-    recipe = _scaled(_slug(folder.absolute().name), found.images, found.captions, data)
+    recipe = _scaled(_slug((folder.absolute() if isinstance(folder, Path) else folder).name), found.images, found.captions, data)
     return NewRecipe(recipe, found.images, None, _notes(found, encoded.resolution, ""))
 
 

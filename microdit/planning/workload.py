@@ -5,14 +5,14 @@ Shapes are read from encoded sets where they exist, and otherwise assumed; the a
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 from microdit.config.schema import PhaseRecipe, Recipe, architecture, projector_of
 from microdit.data.dataset import EncodedDataset
-from microdit.data.manifest import MANIFEST
+from microdit.data.manifest import has_manifest
 from microdit.data.packing import bytes_of_row
 from microdit.data.shards import DamagedShard
 from microdit.errors import UserError
+from microdit.io.places import location
 from microdit.models.flops import alignment_flops, recomputed_flops, training_flops
 from microdit.models.microdit import ModelConfig
 from microdit.models.routing import kept_tokens
@@ -107,8 +107,8 @@ class Shapes:
 
 def shapes_of(recipe: Recipe, given: KnownShapes = KnownShapes()) -> Shapes:
     """Return the shapes of a recipe's data. Raises UserError if a set is damaged, or if the patch size does not divide the latents."""
-    folders = [Path(item.path) if item.path else None for item in recipe.data.named_sets.values()]  # None: a source, not encoded yet
-    found = [EncodedDataset(folder, recipe.data.resolution) for folder in folders if folder and (folder / MANIFEST).is_file()]
+    folders = [location(item.path) if item.path else None for item in recipe.data.named_sets.values()]  # None: a source, not encoded yet
+    found = [EncodedDataset(folder, recipe.data.resolution) for folder in folders if folder and has_manifest(folder)]
     shapes = _read(found, len(found) == len(folders)) if found else assumed_shapes(recipe, given)
     p = recipe.model.patch_size
     for _, height, width in shapes.sides:

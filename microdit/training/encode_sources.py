@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from microdit.config.schema import Recipe, SetRecipe
-from microdit.data.encode import EncodeEvents, EncodeSettings, default_batch_size, default_workers, encode_source
+from microdit.data.encode import EncodeSettings, default_batch_size, default_workers, encode_source
+from microdit.data.encode_plan import EncodeEvents
 from microdit.data.manifest import MANIFEST
 from microdit.data.sources.base import Source
 from microdit.data.sources.open import open_source

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from rich.text import Text
@@ -22,6 +22,7 @@ from microdit.config.schema import ModelRecipe, PhaseRecipe, Recipe, architectur
 from microdit.data.dataset import EncodedDataset, MixedDataset
 from microdit.data.latent_statistics import common_std
 from microdit.data.sampler import SamplerPhase
+from microdit.data.shard_cache import BLOCK, WINDOW, ShardCache
 from microdit.diffusion.edm import EDM
 from microdit.diffusion.objective import Objective
 from microdit.distributed import World
@@ -29,6 +30,7 @@ from microdit.encoders.model_files import lasting_name
 from microdit.errors import UserError
 from microdit.io.console import joined, styled
 from microdit.io.locks import LOCK
+from microdit.io.places import is_remote
 from microdit.models.microdit import ModelConfig
 from microdit.pipelines.sampling import objective_record
 from microdit.training.checkpointing import newest_intact
@@ -41,7 +43,10 @@ def open_dataset(recipe: Recipe, warn: Callable[[str], None], world: World | Non
     Raises UserError if a set is missing, damaged or empty, or if its encoders differ from those of the recipe or of the other sets.
     """
     data = recipe.data
-    sets = {name: EncodedDataset(item.folder, data.resolution, world) for name, item in data.named_sets.items()}
+    cache = open_cache(recipe)
+    sets = {name: EncodedDataset(item.folder, data.resolution, world, cache) for name, item in data.named_sets.items()}
+    if cache is not None:
+        _check_cache(recipe, [encoded for encoded in sets.values() if encoded.cache is not None], cache)
     for encoded in sets.values():
         for key, wanted in (("autoencoder", data.autoencoder), ("text_encoder", data.text_encoder)):
             found = encoded.manifest[key]["name"]
@@ -53,7 +58,42 @@ def open_dataset(recipe: Recipe, warn: Callable[[str], None], world: World | Non
     if recipe.alignment is not None:
         _check_features(recipe.alignment.encoder, list(sets.values()))
     phases = [_phase_order(phase, list(sets), repeats) for phase in recipe.phases]
-    return MixedDataset(list(sets.values()), phases, recipe.seed, data.horizontal_flip, data.on_damage, warn)
+    block_bytes = BLOCK * data.cache.gigabytes * 10**9 if data_order(recipe) == "blocks" else None
+    return MixedDataset(list(sets.values()), phases, recipe.seed, data.horizontal_flip, data.on_damage, warn, block_bytes)
+
+
+def open_cache(recipe: Recipe) -> ShardCache | None:
+    """Open the recipe's cache of shards; None if no set is in an object store. Raises UserError if the folder cannot be written."""
+    paths = [item.path for item in recipe.data.named_sets.values()] + [recipe.data.held_out]
+    if not any(path is not None and is_remote(path) for path in paths):
+        return None
+    folder = recipe.data.cache.folder
+    return ShardCache(None if folder is None else Path(folder), recipe.data.cache.gigabytes)
+
+
+def data_order(recipe: Recipe) -> Literal["full", "blocks"]:
+    """Return the order of the samples: the recipe's, or blocks if a set is in an object store, else full."""
+    remote = any(item.path is not None and is_remote(item.path) for item in recipe.data.named_sets.values())
+    return recipe.data.order or ("blocks" if remote else "full")
+
+
+def with_data_order(recipe: Recipe) -> Recipe:
+    """Return the recipe with the order of its samples filled in if that is `blocks`, so that it stays if the data moves."""
+    return recipe if data_order(recipe) == "full" else replace(recipe, data=replace(recipe.data, order="blocks"))
+
+
+def _check_cache(recipe: Recipe, sets: list[EncodedDataset], cache: ShardCache) -> None:
+    """Raise UserError if the cache cannot hold what the order of the samples needs at the same time."""
+    shards = [encoded.remote(number) for encoded in sets for number in range(len(encoded.manifest["shards"]))]
+    if not shards:
+        return
+    cache.check(max(shards, key=lambda shard: shard.bytes))
+    total = sum(shard.bytes for shard in shards)
+    if data_order(recipe) == "full" and total > WINDOW * cache.bytes:
+        raise UserError(
+            f"data.order full reads from all shards at any time, {total / 1e9:,.3g} GB in all: choose data.order=blocks, or "
+            f"data.cache.gigabytes={total / WINDOW / 1e9:.3g} if the disk has room for that."
+        )
 
 
 def _check_features(encoder: str, sets: list[EncodedDataset]) -> None:
@@ -268,6 +308,11 @@ def _changes(checkpoint: Checkpoint, recipe: Recipe, sets: list[EncodedDataset])
 
 def _recipe_changes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     then, now = with_todays_defaults(checkpoint.state["recipe"]), yaml.safe_load(recipe.to_yaml())
+    now["data"]["order"], then["data"]["order"] = data_order(recipe), then["data"].get("order") or "full"
+    for kept in (then["data"], now["data"]):
+        cache = kept.pop("cache", None)
+        if cache is not None and kept["order"] == "blocks":  # its size has an effect on the order, its folder never
+            kept["cache"] = {"gigabytes": cache["gigabytes"]}
     if now["diffusion"]["sigma_data"] is None:  # what the data gave at the start stays
         now["diffusion"]["sigma_data"] = then.get("diffusion", {}).get("sigma_data")
     for key, used in _used_data(checkpoint).items():

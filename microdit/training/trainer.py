@@ -15,7 +15,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ from microdit.training.setup import (
     model_config,
     open_dataset,
     start_message,
+    with_data_order,
     with_sigma_data,
 )
 from microdit.training.stability import SpikeDecision, SpikeGuard
@@ -100,6 +101,7 @@ class Trainer:
         `initial` is the checkpoint that the recipe's `init_from` refers to, if the caller has found and verified it already.
         Raises UserError if the run exists and `resume` is not set, or if recipe, data, checkpoint and processes do not fit together.
         """
+        recipe = with_data_order(recipe)
         self.recipe, self.run, self.reporter, self.world = recipe, run, reporter, world
         self.mixture = open_dataset(recipe, self.reporter.warn, world)
         self.data = self.mixture.sets[0]  # the others have the same shapes and encoders
@@ -146,7 +148,14 @@ class Trainer:
         batches = Prefetcher(self.step_batch, range(self.step, total), AHEAD, recipe.data.read_timeout, self.mixture.where)
         meters = Meters(self.step, total, self.peak, self.world.size, self.world.device, self.reporter.console)
         result, queued = StepResult([], []), deque[QueuedStep]()
-        with self._status_recorded(), self.world.naming_the_lost(), meters, stop_requests() as stop, batches as reader:
+        with (
+            self._status_recorded(),
+            self.world.naming_the_lost(),
+            meters,
+            stop_requests() as stop,
+            batches as reader,
+            closing(self.mixture),
+        ):
             while self.step < total and not result.stop:
                 queued.append(self._queue_step(reader, stop))
                 last = self.step == total

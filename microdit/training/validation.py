@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from microdit.config.schema import LEAST_QUALITY_SAMPLES, Recipe
 from microdit.data.dataset import Batch, EncodedDataset, check_compatible
 from microdit.data.pixels import to_image
+from microdit.data.shard_cache import ShardCache
 from microdit.data.shards import DamagedShard
 from microdit.diffusion.objective import Objective
 from microdit.distributed import World
@@ -27,6 +28,7 @@ from microdit.errors import UserError
 from microdit.evaluation.features import EfficientNetFeatures
 from microdit.evaluation.metrics.kid import paired_kid
 from microdit.evaluation.recognition import retrieval, spread_ids
+from microdit.io.places import Place, location
 from microdit.models.microdit import MicroDiT
 from microdit.pipelines.components import check_unchanged
 from microdit.pipelines.pipeline import Encoders, MicroDiTPipeline, load_encoders
@@ -35,6 +37,7 @@ from microdit.pipelines.settings import SamplerSettings
 from microdit.reports.grids import draw_grid
 from microdit.training.meters import LossStats, StepResult, by_noise
 from microdit.training.noise import TrainingBatch
+from microdit.training.setup import open_cache
 
 MICRO_BATCH = 32
 
@@ -43,7 +46,8 @@ def open_held_out(recipe: Recipe, data: EncodedDataset, objective: Objective, wo
     """Open the held-out set that the recipe names, which must have the encoders of `data`; None if it names none. Raises UserError."""
     if recipe.data.held_out is None:
         return None
-    held_out = HeldOut(Path(recipe.data.held_out), data.resolution, recipe.record.held_out_samples, objective, world)
+    place, cache = location(recipe.data.held_out), data.cache or open_cache(recipe)
+    held_out = HeldOut(place, data.resolution, recipe.record.held_out_samples, objective, world, cache)
     check_compatible([data, held_out.data])
     return held_out
 
@@ -51,9 +55,11 @@ def open_held_out(recipe: Recipe, data: EncodedDataset, objective: Objective, wo
 class HeldOut:
     """The held-out loss on the first samples of an encoded set. Sample i of n has the noise level of quantile (i + 1/2) / n and no mask."""
 
-    def __init__(self, folder: Path, resolution: int, count: int, objective: Objective, world: World):
+    def __init__(
+        self, folder: Path | Place, resolution: int, count: int, objective: Objective, world: World, cache: ShardCache | None = None
+    ):
         """Open the set. Raises UserError if it is missing, lacks the resolution, or has fewer samples than there are processes."""
-        self.data = EncodedDataset(folder, resolution, world)
+        self.data = EncodedDataset(folder, resolution, world, cache)
         self._bucket = self.data.largest_bucket
         rows = self.data.bucket_sizes[self._bucket]
         self._objective, self._world = objective, world

@@ -68,6 +68,7 @@ def start(
         log.touch()
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {key: str(value) for key, value in world.items()} if ranks > 1 else {}
+        environment |= {key: value for key, value in os.environ.items() if key.startswith("AWS_")}  # the fork server may have others
         process = _context.Process(target=_main, args=(log, [str(a) for a in arguments], environment, cores, file_size, cwd))
         process.start()
         processes.append(process)
