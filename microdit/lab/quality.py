@@ -39,7 +39,7 @@ from microdit.evaluation.picture_classifier import trained_classifier
 from microdit.evaluation.recognition import retrieval, spread_ids
 from microdit.io.console import Reporter
 from microdit.io.places import location
-from microdit.lab.study import ENCODED, MEASURES, Judge, Measure, Study
+from microdit.lab.study import ENCODED, MEASURES, Judge, Study
 from microdit.pipelines.components import check_unchanged
 from microdit.pipelines.pipeline import BATCH, Encoders, MicroDiTPipeline, load_encoders
 from microdit.pipelines.sampling import frozen_model, recorded_objective
@@ -62,7 +62,7 @@ class QualityMetrics:
     frechet_distance: float
     kid: float
     recognised: float
-    judged: dict[Measure, float] = field(default_factory=dict)
+    judged: dict[str, float] = field(default_factory=dict)
 
     def by_name(self) -> dict[str, float]:
         """Return all values by the names of their measures."""
@@ -117,7 +117,7 @@ class QualityEvaluator:
             return PixelFeatures()
         return trained_classifier(self._references.images(), self._world.device, self._reporter)
 
-    def _judged(self, judge: Judge, images: list[Image.Image]) -> dict[Measure, float]:
+    def _judged(self, judge: Judge, images: list[Image.Image]) -> dict[str, float]:
         """Return the measures of one of the study's further judges."""
         generated_ND, real_MD = self._judges[judge](images), self._judged_MD[judge]
         recognised = retrieval(generated_ND, real_MD, self._references.right_N).top_10

@@ -97,9 +97,6 @@ def names_of(emas: list[EMARecipe]) -> list[str]:
     return ["ema" if index == 0 else f"ema-{ema.decay}" for index, ema in enumerate(emas)]
 
 
-ALIGNMENT = "alignment"  # the part of a checkpoint with the projector's weights
-
-
 class TrainingState:
     """The model, the loss that calls it, gradients, optimizers and averages.
 
@@ -208,7 +205,7 @@ class TrainingState:
             "optimizer": self.optimizers.tensors(),
         }
         if self.alignment is not None:
-            parts[ALIGNMENT] = {name: weight.detach() for name, weight in self.alignment.named_parameters()}
+            parts["alignment"] = {name: weight.detach() for name, weight in self.alignment.named_parameters()}
         return {f"{part}/{name}": tensor for part, content in parts.items() for name, tensor in content.items()}
 
     def ema_model(self) -> MicroDiT:

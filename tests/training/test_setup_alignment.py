@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 from safetensors import safe_open
@@ -50,6 +51,10 @@ def test_two_processes_with_micro_batches_align_as_one_does(tmp_path, aligned_em
     ours, theirs = tensors(run, 12), tensors(plain, 12)
     assert ours.keys() == theirs.keys()
     assert all((ours[name] - theirs[name]).abs().max() < 5e-3 for name in theirs if name.startswith("alignment/"))
+    before = recorded(run, "alignment")
+    rmtree(run / "checkpoints" / "step-00000012")
+    trained(run, aligned_emoji, *engine, "--resume", ranks=2)
+    assert recorded(run, "alignment") == pytest.approx(before, rel=1e-5, abs=1e-6)
 
 
 def test_killed_and_resumed_aligns_as_uninterrupted_bit_for_bit(tmp_path, aligned_emoji, plain):
