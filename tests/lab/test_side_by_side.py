@@ -42,6 +42,7 @@ def place(workplace):
     return workplace
 
 
+@pytest.mark.slow  # two cold processes and eight measurements; test_run_study.py kills and continues a study of one process
 def test_a_stopped_study_continues_and_measures_everything_once(place):
     out = place / "lab" / "shared-cpu"
     running = start(place / ".logs", ["lab", "run", "shared.yaml", "--jobs", "2"], cwd=place)

@@ -108,7 +108,7 @@ def test_two_sharded_processes_killed_go_on_as_one(tmp_path, encoded_emoji, whol
     assert losses(run) == pytest.approx(losses(whole_run), abs=LOOSE)
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_equals_uninterrupted(tmp_path, encoded_emoji, kills):
     """Saving at every second step, so that many kills fall into a save."""
     phases = 7 * kills, 8 * kills  # more than are taken between two kills, on a busy machine too
