@@ -4,15 +4,18 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
+import microdit
 from microdit.cli.data import data_app
 from microdit.cli.evaluate import compare, draw, evaluate, geneval, prefer
 from microdit.cli.export import export, import_minit2i, import_official
 from microdit.cli.lab import lab_app
-from microdit.cli.plan import bench, budget
+from microdit.cli.plan import bench, budget, doctor
 from microdit.cli.recipes import new, recipes
 from microdit.cli.sample import grid, sample
 from microdit.cli.serve import app as web_page
@@ -30,8 +33,19 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptio
     "The usual order: [bold]new[/] writes a recipe for your pictures and prints the commands that follow: [bold]data encode[/] them once, "
     "[bold]train[/] the recipe, [bold]sample[/] pictures, [bold]evaluate[/] the run."
 ))  # fmt: skip
-app.add_typer(data_app, name="data")
-app.add_typer(lab_app, name="lab")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"microdit {microdit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)] = False,
+) -> None:
+    """Options of microdit itself, without a command."""
 
 
 def main() -> None:
@@ -78,13 +92,20 @@ def _repeat_option(arguments: list[str], option: str) -> list[str]:
     return spread
 
 
-for command in (new, train, report, runs, recipes, grid, budget, bench, evaluate, draw, prefer, geneval, compare, export):
-    app.command()(command)
-app.command(no_args_is_help=True)(sample)
-app.command("train-autoencoder")(train_autoencoder)
-app.command("app")(web_page)
-app.command("import-official")(import_official)
-app.command("import-minit2i")(import_minit2i)
+# In the order of use. Typer lists commands first and groups after them, but panels in the order in which it meets them.
+PANELS: dict[str, dict[str, Callable[..., None]]] = {
+    "Data": {"new": new, "train-autoencoder": train_autoencoder},
+    "Train": {"recipes": recipes, "train": train, "runs": runs, "report": report},
+    "Draw": {"sample": sample, "grid": grid, "app": web_page},
+    "Measure": {"evaluate": evaluate, "compare": compare, "geneval": geneval, "draw": draw, "prefer": prefer},
+    "Share": {"export": export, "import-official": import_official, "import-minit2i": import_minit2i},
+    "Plan": {"budget": budget, "bench": bench, "doctor": doctor},
+}
+for panel, commands in PANELS.items():
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=panel, no_args_is_help=command is sample)(command)
+app.add_typer(data_app, name="data", rich_help_panel="Data")
+app.add_typer(lab_app, name="lab", rich_help_panel="Measure")
 
 
 if __name__ == "__main__":

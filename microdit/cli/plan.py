@@ -1,4 +1,4 @@
-"""The commands for cost and speed: microdit budget, microdit bench."""
+"""The commands for cost, speed and this machine: microdit budget, bench, doctor."""
 
 import json
 from pathlib import Path
@@ -123,3 +123,20 @@ def bench(
         ),
         soft_wrap=True,
     )
+
+
+def doctor() -> None:
+    """Say what this machine has and lacks: Python, torch and its build, GPUs, packages, disks, limits, and which recipes fit its memory.
+
+    Paste it into a bug report: it holds no names, paths or keys.
+
+    Example: microdit doctor
+    """
+    from microdit.planning.doctor import examine
+
+    findings = examine(Path.cwd())
+    width = max(len(finding.topic) for finding in findings) + 2
+    for finding in findings:
+        console.print(joined(styled(f"{finding.topic:{width}}", "bold"), finding.fact), soft_wrap=True)
+        if finding.advice:
+            console.print(joined(" " * width, styled("-> ", "yellow"), finding.advice), soft_wrap=True)

@@ -6,6 +6,7 @@ import os
 import threading
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,15 @@ def test_mistakes_end_in_one_sentence(workplace, arguments, sentence):
 
 
 def test_help_teaches(tmp_path):
-    assert "data encode" in microdit("--help", cwd=tmp_path).output
+    page = microdit("--help", cwd=tmp_path).output
+    assert "data encode" in page
+    titles = [f"─ {title} ─" for title in ("Options", "Data", "Train", "Draw", "Measure", "Share", "Plan")]
+    places = [page.index(title) for title in titles]
+    assert places == sorted(places)  # in the order of use
+    assert microdit("--version", cwd=tmp_path).output == f"microdit {version('microdit')}"
+    doctor = microdit("doctor", cwd=tmp_path)
+    assert doctor.returncode == 0
+    assert "torch" in doctor.output
     for command in ("train", "sample"):
         assert "Example: microdit" in microdit(command, "--help", cwd=tmp_path).output
 
