@@ -85,7 +85,7 @@ def _measure_waits(folder: Path, bucket: Place, slow: str, minutes: float) -> No
     steps = int(minutes * MINUTE * WANTED / (batch * row))
     mixture = MixedDataset([data], [SamplerPhase(steps, batch, (1,))], 0, block_bytes=BLOCK * cache.bytes)
     began, early, late, longest, memory, most = time.monotonic(), 0.0, 0.0, 0.0, 0.0, 0
-    due = began
+    due, spent = began, time.process_time()
     with Prefetcher(mixture.stored, range(steps), AHEAD, 300, mixture.where) as reader:
         for _ in range(steps):
             asked = time.monotonic()
@@ -98,11 +98,12 @@ def _measure_waits(folder: Path, bucket: Place, slow: str, minutes: float) -> No
             most = max(most, sum(path.stat().st_size for path in cache.folder.glob("*.arrow") if path.exists()))
             due = max(due, asked) + batch * row / WANTED  # the loop computes
             time.sleep(max(0.0, due - time.monotonic()))
-    seconds = time.monotonic() - began
+    seconds, spent = time.monotonic() - began, time.process_time() - spent
     mixture.close()
     print(
         f"{size / 1e6:.0f} MB in {SHARDS} shards, cache of {cache.bytes / 1e6:.0f} MB (at most {most / 1e6:.0f} were used), "
-        f"{steps * batch * row / seconds / 1e6:.1f} MB/s for {seconds:.0f} s"
+        f"{steps * batch * row / seconds / 1e6:.1f} MB/s for {seconds:.0f} s, "
+        f"with {spent / seconds:.0%} of a core; {os.getloadavg()[1]:.1f} processes wanted this machine's {os.cpu_count()} cores"
     )
     print(f"  waits in the first minute: {early:.2f} s; after it: {late:.3f} s in all, {longest * 1e3:.0f} ms at most (bar: none)")
     print(f"  memory after the first minute: {(_memory() - memory) / 1e6:+.1f} MB (bar: less than {MOST_GROWTH / 1e6:.0f})")
