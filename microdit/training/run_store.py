@@ -101,7 +101,7 @@ class RunStore:
                 problem = checkpoint
         problem = next((found for found in self.world.gather(problem) if found), None)
         with self.world.together(), _disk(folder):
-            if problem is None and self.world.leads_machine:
+            if problem is None and isinstance(checkpoint, RemoteCheckpoint) and self.world.leads_machine:
                 write_aside(folder / FOLDER / name / STATE, checkpoint.content)
         if problem:
             self.reporter.warn(f"{run / FOLDER / name} is damaged, and passed over: {problem}")
