@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from microdit.config.schema import Recipe
     from microdit.data.dataset import EncodedDataset
     from microdit.data.sources.base import Source
+    from microdit.io.places import Place
     from microdit.pipelines.pipeline import MicroDiTPipeline
     from microdit.pipelines.settings import SamplerSettings
 
@@ -125,8 +126,8 @@ def train(
     reporter: Reporter = QUIET,
     *,
     overrides: Sequence[str] = (),
-) -> Path:
-    """Train a recipe, as `microdit train` does, and return its run folder, by default runs/NAME.
+) -> Path | Place:
+    """Train a recipe, as `microdit train` does, and return its run folder, by default runs/NAME; `out` may be in an object store.
 
     `recipe` is a `Recipe`, a YAML file, or the name of a bundled recipe; `overrides`, such as "phases.0.steps=100", are for the last two.
     With `resume` a run that is there goes on from its newest intact checkpoint, with the same losses to the last bit.
@@ -138,10 +139,11 @@ def train(
     from microdit.config.load import load_recipe
     from microdit.config.schema import Recipe
     from microdit.distributed import start_world, stop_world
+    from microdit.io.places import location
     from microdit.training.multi_phase import RunSettings, train_one
 
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, list(overrides))
-    run = Path(out) if out is not None else Path("runs") / loaded.name
+    run = location(out) if out is not None else Path("runs") / loaded.name
     world = start_world(loaded.engine.device)
     try:
         train_one(loaded, run, RunSettings(resume), reporter, world)

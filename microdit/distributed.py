@@ -50,6 +50,16 @@ class World:
         """Number of processes on this machine, as torchrun says; without torchrun, all."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
 
+    @property
+    def local_rank(self) -> int:
+        """Number of this process among those on its machine; torchrun numbers them machine by machine."""
+        return self.rank % self.local_size
+
+    @property
+    def leads_machine(self) -> bool:
+        """Whether this is the first process on its machine."""
+        return self.local_rank == 0
+
     def sum(self, tensor: Tensor) -> None:
         """Add up a tensor over all processes, in place."""
         if self.size > 1:

@@ -29,7 +29,11 @@ BatchSize = Annotated[
 
 def evaluate(
     run: Annotated[
-        str, typer.Argument(help="A run folder or an exported model; with --reference also any diffusers pipeline, by folder or hub id.")
+        str,
+        typer.Argument(
+            help="A run folder, a run in an object store or an exported model; with --reference also any diffusers pipeline, by folder or "
+            "hub id."
+        ),
     ],
     reference: Annotated[
         str | None, typer.Option(help=f"Compare with this data set. [default: the run's own held-out or training set] {SOURCE_HELP}")
@@ -49,7 +53,12 @@ def evaluate(
     clip: Annotated[str, typer.Option(help="A CLIP model of transformers.")] = "openai/clip-vit-large-patch14",
     dino: Annotated[str, typer.Option(help="A DINOv2 model of transformers.")] = "facebook/dinov2-large",
     side: Annotated[int | None, typer.Option(min=8, help="Side in pixels to crop and resize both to. [default: as generated]")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for pictures, metrics.json, report.html. [default: RUN/evaluation]")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for pictures, metrics.json, report.html. [default: RUN/evaluation; for a run in a store, NAME-evaluation]"
+        ),
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Evaluate each new checkpoint while RUN trains, and plot the results.")] = False,
     steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 18,
     guidance: float = 2.0,
@@ -87,8 +96,13 @@ def evaluate(
     from microdit.evaluation.own_reference import COUNT, own_count, own_reference, trained_on_emoji
     from microdit.evaluation.recognition import evaluate_emoji_run
     from microdit.evaluation.watch import watch_run
+    from microdit.io.places import is_remote
+    from microdit.reports.remote_run import fetched_weights
 
-    settings = DrawSettings(steps, guidance, seed, weights)
+    settings, place = DrawSettings(steps, guidance, seed, weights), run
+    if is_remote(run):
+        folder = fetched_weights(run, warn, weights, required=not watch)
+        run, out = str(folder), out or Path(f"{folder.name}-evaluation")
     if reference is None and metrics is None and not watch and trained_on_emoji(run):
         _, compute = _start(device, dtype, batch_size)
         count = count or COUNT
@@ -106,7 +120,8 @@ def evaluate(
             count = count or own_count(source)
         evaluation = EvaluationSettings(chosen, count or COUNT, network, clip, dino, side)
         if watch:
-            page = watch_run(Path(run), source, evaluation, settings, folder, world, compute, reporter)
+            refresh = partial(fetched_weights, place, warn, weights, required=False)
+            page = watch_run(Path(run), source, evaluation, settings, folder, world, compute, reporter, refresh)
             console.print(joined("Quality of all checkpoints: ", styled(page)))
         else:
             generator = open_generator(run, settings, warn, compute)

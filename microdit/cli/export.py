@@ -19,7 +19,7 @@ class Dtype(StrEnum):
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[str, typer.Argument(help="A run folder, or a run in an object store.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
     dtype: Annotated[
@@ -31,8 +31,10 @@ def export(
     Example: microdit export runs/emoji my-model, then microdit sample my-model "red heart", or upload the folder to the hub.
     """
     from microdit.pipelines.export import export_run
+    from microdit.reports.remote_run import fetched_weights
 
-    size = export_run(run, out, warn, weights, dtype.value, _training_flops(run))
+    folder = fetched_weights(run, warn, weights)
+    size = export_run(folder, out, warn, weights, dtype.value, _training_flops(folder))
     console.print(joined(styled(out), f": {size / 1e6:.1f} MB. Its README.md says how to use it; read it before you share the model."))
 
 

@@ -17,7 +17,13 @@ def train(
         Path, typer.Argument(help="A YAML recipe, a folder of them (phases, in the order of their names), or a bundled one's name.")
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as phases.0.steps=100 seed=1")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/NAME]")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Run folder, or a place in an object store, such as s3://BUCKET/runs/NAME. [default: runs/NAME]")
+    ] = None,
+    workspace: Annotated[
+        Path | None,
+        typer.Option(help="Local folder of a run in an object store: checkpoints are written there first. [default: the cache]"),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint, if there is one.")] = False,
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Resume even though the recipe or the data has changed.")
@@ -28,7 +34,8 @@ def train(
     device: Annotated[str | None, typer.Option(help="Short for engine.device=...: auto, cpu, cuda, cuda:N or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Short for engine.precision=...: auto, float32 or bfloat16.")] = None,
 ) -> None:
-    """Train a recipe, phase by phase. The run folder receives metrics, sample grids and checkpoints.
+    """Train a recipe, phase by phase. The run folder receives metrics, sample grids and checkpoints. It may be a place in an object store:
+    then each machine works in a folder of its own, and another machine continues with --resume.
 
     When it is asked to stop (such as before a spot machine is taken away), it saves a checkpoint and ends with exit code 75: start it again
     with --resume. Several GPUs or machines: torchrun --nproc-per-node 8 --max-restarts 3 -m microdit train ... --resume
@@ -41,22 +48,25 @@ def train(
     from microdit.config.recipes import find_recipe
     from microdit.devices import choose_dtype, describe_device, device_errors_explained
     from microdit.distributed import start_world, stop_world
+    from microdit.io.places import location
     from microdit.training.multi_phase import RunSettings, train_one, train_phases
 
-    settings = RunSettings(resume, accept_changes, price_per_hour)
+    settings = RunSettings(resume, accept_changes, price_per_hour, workspace)
     overrides = [*(overrides or []), *([f"engine.device={device}"] if device else []), *([f"engine.precision={dtype}"] if dtype else [])]
     recipe = find_recipe(recipe)
     is_chain = recipe.is_dir()
     recipes = load_recipe_folder(recipe, overrides) if is_chain else {"": load_recipe(recipe, overrides)}
     first = next(iter(recipes.values()))
-    run = out or Path("runs") / (recipe.resolve().name if is_chain else first.name)
+    run = location(out) if out else Path("runs") / (recipe.resolve().name if is_chain else first.name)
+    if workspace is not None and isinstance(run, Path):
+        raise UserError("--workspace is for runs in an object store: name such a place with --out, or leave it out.")
     world = start_world(first.engine.device)
     console.quiet = not world.is_main
     console.print(describe_device(world.device, choose_dtype(first.engine.precision, world.device)))
     with device_errors_explained("take a smaller engine.micro_batch, or engine.activation_checkpointing=true"):
         if is_chain:
             train_phases(recipes, run, settings, reporter, world)
-            run /= list(recipes)[-1]
+            run = run / list(recipes)[-1]
         else:
             train_one(first, run, settings, reporter, world)
     stop_world()
@@ -114,17 +124,27 @@ def train_autoencoder(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a folder of several phases' runs.")],
-    out: Annotated[Path | None, typer.Option(help="The HTML file to write. [default: RUN/report.html]")] = None,
+    run: Annotated[str, typer.Argument(help="A run folder, or a folder of several phases' runs; either may be in an object store.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file to write. [default: RUN/report.html; for a run in a store, NAME-report.html]")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page about a run: curves, pictures, cost, configuration. Works during training, too."""
+    from microdit.io.places import is_remote
+    from microdit.reports.remote_run import fetched_record
     from microdit.reports.run_page import write_report
 
-    console.print(styled(write_report(run, out)))
+    folder = fetched_record(run)
+    if is_remote(run):
+        out = out or Path(f"{folder.name}-report.html")
+    console.print(styled(write_report(folder, out)))
 
 
-def runs(folder: Annotated[Path, typer.Argument(help="The folder that holds the run folders.")] = Path("runs")) -> None:
+def runs(
+    folder: Annotated[str, typer.Argument(help="The folder that holds the run folders, or a place in an object store.")] = "runs",
+) -> None:
     """List the runs in a folder with their state, step, loss and cost."""
+    from microdit.reports.remote_run import SUMMARY, fetched_record
     from microdit.reports.run_table import list_runs, runs_table
 
-    console.print(runs_table(list_runs(folder)))
+    console.print(runs_table(list_runs(fetched_record(folder, SUMMARY))))

@@ -32,11 +32,13 @@ def watch_run(
     world: World,
     compute: Compute,
     reporter: Reporter = QUIET,
+    refresh: Callable[[], object] = lambda: None,
 ) -> Path:
     """Evaluate checkpoints until the run has ended and all of them are done; return the page that plots them.
 
-    Finished evaluations are kept. Every process must call this. Raises UserError if `run` is not a run folder, or if it ended without a
-    checkpoint.
+    Finished evaluations are kept. `refresh`, called by the first process before each look, brings the copy of a remote run up to date: its
+    record and its newest checkpoint. Every process must call this. Raises UserError if `run` is not a run folder, or if it ended without
+    a checkpoint.
     """
     if not is_run(run):
         raise UserError(f"{run} is not a run folder: it has no recipe.yaml. --watch needs a folder that 'microdit train' writes.")
@@ -49,6 +51,7 @@ def watch_run(
         said.add(sentence)
 
     while True:
+        world.look(refresh)
         ended = state_of(RunFolder(run).status) != "running"  # asked before the folder is listed, so that the last checkpoint is seen
         checkpoint = world.share(next_checkpoint(run, out, settings.weights, warn_once) if world.is_main else None)
         if checkpoint is not None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import lru_cache
 from importlib import import_module
 from itertools import islice
@@ -179,6 +180,18 @@ class Place:
     def exists(self) -> bool:
         """Return whether there is such an object."""
         return self.size() is not None
+
+    def modified(self) -> float:
+        """Return when the object was last written, in seconds of Unix time by the store's clock. Raises MissingObject."""
+
+        def attempt(connection: _Connection) -> float:
+            found = connection.call("info", connection.target)
+            if found["type"] == "directory":
+                raise FileNotFoundError(self.url)
+            when: datetime = next(found[key] for key in ("LastModified", "mtime", "last_modified") if found.get(key))
+            return when.timestamp()
+
+        return self._retry("looked up", attempt)
 
     def list(self) -> dict[str, int]:
         """Return the objects below this folder, at any depth: their sizes by name, relative to the folder and sorted."""

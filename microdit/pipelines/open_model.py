@@ -12,10 +12,12 @@ from microdit.checkpoint import Checkpoint, default_weights
 from microdit.encoders.model_files import DOWNLOAD_AGAIN, find_folder, is_place, lasting_name
 from microdit.errors import UserError
 from microdit.io.files import read_json
+from microdit.io.places import is_remote
 from microdit.pipelines.components import PIPELINE
 from microdit.pipelines.export import read_record
 from microdit.pipelines.pipeline import DEMO, INDEX, MicroDiTPipeline, check_no_weights, is_run_folder, newest_checkpoint
 from microdit.process_limits import keep_freed_memory
+from microdit.reports.remote_run import fetched_weights
 
 _COSTS = ("images_seen", "gpu_hours", "dollars")
 
@@ -41,9 +43,12 @@ class OpenedModel:
 
 
 def open_model(place: str, warn: Callable[[str], None], weights: str | None = None) -> OpenedModel:
-    """Open a model; `weights` chooses among those of a run. Raises UserError for what is no model, is damaged, or could run code."""
+    """Open a model; `weights` chooses among those of a run, which may be in an object store.
+
+    Raises UserError for what is no model, is damaged, or could run code.
+    """
     keep_freed_memory()  # sampling, too, takes and frees the same memory again and again
-    folder = Path(place)
+    folder = fetched_weights(place, warn, weights)
     if is_run_folder(folder):
         checkpoint = newest_checkpoint(folder, warn, weights)
         return opened_run(folder, MicroDiTPipeline.from_checkpoint(checkpoint, weights), checkpoint, weights)
@@ -82,7 +87,9 @@ def model_and_prompts(arguments: list[str], demo: Path = DEMO) -> tuple[str, lis
 
     Raises UserError for a first argument that looks like a path and is none, and if there is no demo model.
     """
-    if arguments and os.path.isdir(arguments[0]):  # not Path.is_dir: "" is no folder, and what is too long for a name is none
+    if arguments and (
+        is_remote(arguments[0]) or os.path.isdir(arguments[0])
+    ):  # not Path.is_dir: "" is no folder, and what is too long for a name is none
         return arguments[0], arguments[1:]
     if arguments and _looks_like_a_path(arguments[0]):
         raise UserError(

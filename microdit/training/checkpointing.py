@@ -1,7 +1,8 @@
 """Write checkpoints while training goes on, and read them back on any number of processes.
 
 The loop waits only until the tensors are copied. Then a thread of each process writes its part to a shard; the first process adds whole
-weights, checksums and the state, and renames the folder once everything is on disk.
+weights, checksums and the state, and renames the folder once everything is on disk. If the run is in an object store, each process then
+copies there the files that it wrote, and after all of them the first one the state (`run_store.py`).
 
 Each process works out its part alone: the rows that it holds, and of rows that several processes hold, those assigned to it. So a save does
 not cost the loop more with more processes, except for the arrays of metadata that they exchange at the end.
@@ -12,6 +13,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,6 +30,7 @@ from microdit.errors import UserError
 from microdit.io.files import sha256_of, to_checked_json, write_aside
 from microdit.io.tensor_files import NO_PIECES, Pieces, Rows, fill, pieces_of, read_header, within, write_rows
 from microdit.training.parallel import copies_of, local, rows_of
+from microdit.training.run_store import RunStore
 
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
@@ -46,22 +49,34 @@ class _SaveFailedError(Exception):
 
 
 class CheckpointWriter:
-    """Saves one checkpoint at a time; a second save waits for the first."""
+    """Saves one checkpoint at a time; a second save waits for the first.
 
-    def __init__(self, run: Path, world: World, keep: int, keep_every: int | None, warn: Callable[[str], None]):
-        self.run, self.world, self.keep, self.keep_every, self.warn = run, world, keep, keep_every, warn
+    `last_saved` is the step of the newest checkpoint in the run folder, and `last_kept` that of the newest one at the run's place, which
+    differs for a run in a `store`.
+    """
+
+    def __init__(
+        self, run: Path, world: World, keep: int, keep_every: int | None, warn: Callable[[str], None], store: RunStore | None = None
+    ):
+        self.run, self.world, self.keep, self.keep_every, self.warn, self.store = run, world, keep, keep_every, warn, store
         self.failed = 0
         self.last_saved: int | None = None
+        self.last_kept: int | None = None
+        self._leads = world.is_main if store is None else world.leads_machine
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
         self._step = 0
-        if world.is_main:
+        if self._leads:
             for stale in (run / FOLDER).glob(".step-*.part"):
                 shutil.rmtree(stale)
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any], exports: list[str]) -> None:
-        """Start to save. `exports` are the parts that are also written whole, such as `model` and `ema`."""
+        """Start to save. `exports` are the parts that are also written whole, such as `model` and `ema`.
+
+        Machines without a disk in common write none: whoever reads such a checkpoint assembles the weights from the shards.
+        """
         self.finish()
+        exports = [] if self.store is not None and self.store.is_shared else exports
         aside = self.run / FOLDER / f".step-{step:08d}.part"
         self._problem, self._step = self._prepare(aside), step
         if self._problem is None:
@@ -77,12 +92,23 @@ class CheckpointWriter:
         if self._problem is None:
             return True
         self.failed += 1
-        self.warn(
-            f"The checkpoint of step {self._step} could not be written to {self.run / FOLDER}: {self._problem}. "
-            "Training goes on, earlier checkpoints are intact: make room on the disk."
-        )
+        if self.last_saved == self._step and self.store is not None:
+            self.warn(
+                f"The checkpoint of step {self._step} could not be copied to {self.store.place / FOLDER}: {self._problem} "
+                "Training goes on, and earlier checkpoints there are intact."
+            )
+        else:
+            self.warn(
+                f"The checkpoint of step {self._step} could not be written to {self.run / FOLDER}: {self._problem}. "
+                "Training goes on, earlier checkpoints are intact: make room on the disk."
+            )
         self._problem = None
         return False
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a running save, at most for `seconds`."""
+        if self._thread is not None:
+            self._thread.join(seconds)
 
     def check(self) -> None:
         """Warn about a failed save as soon as it is known, without waiting for one that is running."""
@@ -92,13 +118,13 @@ class CheckpointWriter:
     def _prepare(self, aside: Path) -> str | None:
         """Create an empty folder to write to. Returns what went wrong, or None."""
         problem = None
-        if self.world.is_main:
+        if self._leads:
             try:
                 shutil.rmtree(aside, ignore_errors=True)
                 (aside / SHARDS).mkdir(parents=True)
             except OSError as error:
                 problem = str(error)
-        return self.world.share(problem)
+        return next((found for found in self.world.gather(problem) if found), None)
 
     def _complete(self, aside: Path, step: int, share: dict[str, Rows], state: dict[str, Any], exported: dict[str, Tensors]) -> None:
         """Write and publish. `share` is this process's part; `exported` are the parts that are written whole, as meta tensors."""
@@ -107,14 +133,26 @@ class CheckpointWriter:
             share.clear()  # its memory is as much as all that this process trains
             exports = self._of_all(lambda: self._export(aside, exported, written))
             checksums = {name: checksum for part in (*(its.checksums for its in written), *exports) for name, checksum in part.items()}
-            self._of_all(lambda: self._publish(aside, step, state, checksums) if self.world.is_main else None)
+            content = {"step": step, "files": dict(sorted(checksums.items())), **state}
+            [described, *_] = self._of_all(lambda: to_checked_json(content) if self.world.is_main else b"")
+            self._of_all(lambda: self._publish(aside, step, described) if self._leads else None)
             self.last_saved = step
+            if self.store is not None:
+                mine = [*written[self.world.rank].checksums, *exports[self.world.rank]]
+                self._copy(self.store, f"step-{step:08d}", mine)
+            self.last_kept = step
         except _SaveFailedError as failed:
             self._problem = str(failed)
-            if self.world.is_main:
+            if self._leads:
                 shutil.rmtree(aside, ignore_errors=True)
         except RuntimeError as error:  # another process died; the loop ends for the same reason
             self._problem = f"the processes lost each other ({error})"
+
+    def _copy(self, store: RunStore, name: str, mine: list[str]) -> None:
+        """Copy the checkpoint to the run's store: each process its files, then the first one the state, which makes it count."""
+        self._of_all(lambda: store.begin(name) if self.world.is_main else None)
+        self._of_all(lambda: store.upload(name, mine))
+        self._of_all(lambda: store.publish(name, self.keep, self.keep_every) if self.world.is_main else None)
 
     def _of_all(self, work: Callable[[], T]) -> list[T]:
         """Return the results of all processes' `work`. Raises _SaveFailedError on all of them if it fails on one, whatever it raises."""
@@ -150,9 +188,9 @@ class CheckpointWriter:
             checksums[path.name] = _flushed_checksum(path)
         return checksums
 
-    def _publish(self, aside: Path, step: int, state: dict[str, Any], checksums: dict[str, str]) -> None:
-        """Write checksums and state, rename the folder, and delete checkpoints that are no longer kept."""
-        write_aside(aside / STATE, to_checked_json({"step": step, "files": dict(sorted(checksums.items())), **state}))
+    def _publish(self, aside: Path, step: int, state: bytes) -> None:
+        """Write the content of state.json, rename the folder, and delete checkpoints that are no longer kept."""
+        write_aside(aside / STATE, state)
         target = self.run / FOLDER / f"step-{step:08d}"
         if target.is_dir():
             _delete(target)
@@ -165,13 +203,15 @@ class CheckpointWriter:
                 _delete(old)
 
 
-def newest_intact(run: Path, world: World, warn: Callable[[str], None], skip: int = 0) -> Checkpoint | None:
+def newest_intact(run: Path, world: World, warn: Callable[[str], None], skip: int = 0, store: RunStore | None = None) -> Checkpoint | None:
     """Return the newest checkpoint whose every byte matches its checksum, or the one `skip` before it; None if there are none at all.
 
-    The processes share the reading. Damaged ones are skipped with a warning. Raises UserError if all of them are damaged, because starting
-    anew silently would lose a run.
+    The processes share the reading. Of a run in a `store`, only the training state is compared, which `RunStore.fetch` has copied here.
+    Damaged ones are skipped with a warning. Raises UserError if all of them are damaged, because starting anew silently would lose a run.
     """
     folders = world.look(lambda: checkpoint_folders(run))
+    if store is not None:
+        folders = [run / FOLDER / folder.name for folder in folders]  # machines may have other workspaces
     whole = 0
     for folder in folders:
         try:
@@ -179,7 +219,9 @@ def newest_intact(run: Path, world: World, warn: Callable[[str], None], skip: in
         except UserError as error:
             warn(str(error))
             continue
-        if damaged := checkpoint.damage(sorted(checkpoint.state["files"]), world) + strange:
+        checkpoint = replace(checkpoint, folder=folder)
+        needed = checkpoint.state["files"] if store is None else checkpoint.shards
+        if damaged := checkpoint.damage(sorted(needed), world) + strange:
             warn(f"{folder} is damaged ({', '.join(damaged)}: not what was written).")
         elif whole == skip:
             return checkpoint

@@ -1,6 +1,6 @@
 """Train a folder of recipes in the order of their names, each into a run folder of its own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from microdit.checkpoint import Checkpoint
@@ -9,48 +9,71 @@ from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.io.console import Reporter, styled
 from microdit.io.locks import sole_writer
+from microdit.io.places import Place
 from microdit.training.encode_sources import with_encoded_sources
-from microdit.training.setup import finished_checkpoint
+from microdit.training.run_store import opened_store
+from microdit.training.setup import finished_checkpoint, is_finished_in_store
 from microdit.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The user's choices for one start of a run, apart from its recipe. `price_per_hour` is in dollars per GPU-hour."""
+    """The user's choices for one start of a run, apart from its recipe.
+
+    `price_per_hour` is in dollars per GPU-hour. `workspace` is the local folder of a run in an object store, by default one in the cache.
+    """
 
     resume: bool = False
     accept_changes: bool = False
     price_per_hour: float | None = None
+    workspace: Path | None = None
 
 
-def train_phases(recipes: dict[str, Recipe], out: Path, settings: RunSettings, reporter: Reporter, world: World) -> None:
+def train_phases(recipes: dict[str, Recipe], out: Path | Place, settings: RunSettings, reporter: Reporter, world: World) -> None:
     """Train each recipe into `out`/NAME. With `settings.resume`, finished ones are passed over.
 
     Raises UserError if there are such runs already and `settings.resume` is not set, and whatever `train_one` raises.
     """
-    if not settings.resume and world.look(lambda: any((out / name).exists() for name in recipes)):
+    if not settings.resume and world.look(lambda: any(_exists(out / name) for name in recipes)):
         raise UserError(f"{out} holds runs of these recipes already: continue with --resume, or choose another --out.")
     finished: dict[str, Checkpoint] = {}
     for number, (name, recipe) in enumerate(recipes.items(), start=1):
         reporter.say(styled(f"{number} of {len(recipes)}: {name}"))
         initial = finished.get(recipe.init_from or "")
-        if found := train_one(recipe, out / name, settings, reporter, world, initial):
+        own = replace(settings, workspace=settings.workspace and settings.workspace / name)
+        if found := train_one(recipe, out / name, own, reporter, world, initial):
             finished[name] = found
 
 
 def train_one(
-    recipe: Recipe, run: Path, settings: RunSettings, reporter: Reporter, world: World, initial: Checkpoint | None = None
+    recipe: Recipe, run: Path | Place, settings: RunSettings, reporter: Reporter, world: World, initial: Checkpoint | None = None
 ) -> Checkpoint | None:
-    """Train a recipe into the folder `run`.
+    """Train a recipe into the folder `run`, or into an object store (`run_store.py`).
 
-    If the run is finished already, return its last checkpoint, every byte of which was compared with its checksum. `initial` is such a
-    checkpoint of the run that `init_from` names, which is then not read again. Raises UserError if another program is training the run,
-    and whatever `Trainer` raises.
+    If the run is finished already in a folder, return its last checkpoint, every byte of which was compared with its checksum. `initial` is
+    such a checkpoint of the run that `init_from` names, which is then not read again. Raises UserError if another program is training the
+    run, and whatever `Trainer` raises.
     """
     recipe = with_encoded_sources(recipe, world, reporter)
+    if isinstance(run, Place):
+        _train_in_store(recipe, run, settings, reporter, world)
+        return None
     if settings.resume and (found := finished_checkpoint(run, recipe, world)):
         reporter.say(f"{run} is finished.")
         return found
     with sole_writer(run, world):
         Trainer(recipe, run, reporter, world, settings.resume, settings.accept_changes, settings.price_per_hour, initial).train()
     return None
+
+
+def _train_in_store(recipe: Recipe, place: Place, settings: RunSettings, reporter: Reporter, world: World) -> None:
+    if settings.resume and world.look(lambda: is_finished_in_store(place, recipe)):
+        reporter.say(f"{place} is finished.")
+        return
+    with opened_store(place, settings.workspace, settings.resume, recipe, world, reporter) as store:
+        choices = settings.resume, settings.accept_changes, settings.price_per_hour
+        Trainer(recipe, store.workspace, reporter, world, *choices, store=store).train()
+
+
+def _exists(run: Path | Place) -> bool:
+    return run.exists() if isinstance(run, Path) else bool(run.list())

@@ -11,6 +11,7 @@ import yaml
 from rich.text import Text
 
 from microdit.checkpoint import (
+    STATE,
     Checkpoint,
     check_architecture,
     check_encoders,
@@ -30,10 +31,12 @@ from microdit.encoders.model_files import lasting_name
 from microdit.errors import UserError
 from microdit.io.console import joined, styled
 from microdit.io.locks import LOCK
-from microdit.io.places import is_remote
+from microdit.io.places import MissingObject, Place, WrongBytes, is_remote
 from microdit.models.microdit import ModelConfig
 from microdit.pipelines.sampling import objective_record
+from microdit.reports.remote_run import checkpoint_files, open_remote
 from microdit.training.checkpointing import newest_intact
+from microdit.training.run_store import RunStore
 from microdit.training.state import TrainingState
 
 
@@ -199,7 +202,14 @@ def check_recipe_fits(recipe: Recipe, sets: list[EncodedDataset], world: World) 
 
 
 def find_checkpoint(
-    run: Path, recipe: Recipe, sets: list[EncodedDataset], world: World, warn: Callable[[str], None], resume: bool, accept_changes: bool
+    run: Path,
+    recipe: Recipe,
+    sets: list[EncodedDataset],
+    world: World,
+    warn: Callable[[str], None],
+    resume: bool,
+    accept_changes: bool,
+    store: RunStore | None = None,
 ) -> Checkpoint | None:
     """Return the run's newest intact checkpoint, which training continues from; None for a new run.
 
@@ -210,7 +220,7 @@ def find_checkpoint(
         if world.look(lambda: run.exists() and any(path.name != LOCK for path in run.iterdir())):
             raise UserError(f"{run} holds a run already: continue with --resume, or choose another --out.")
         return None
-    checkpoint = newest_intact(run, world, warn)
+    checkpoint = newest_intact(run, world, warn, store=store)
     if checkpoint is not None:
         check_architecture(checkpoint, model_config(recipe, sets[0]))
         check_encoders(checkpoint, sets[0].manifest, sets[0].folder)
@@ -237,6 +247,19 @@ def finished_checkpoint(run: Path, recipe: Recipe, world: World) -> Checkpoint |
     """Return the run's newest checkpoint if it is of this recipe's last step and intact, else None. All processes must call this."""
     checkpoint = world.look(lambda: _last_step_checkpoint(run, recipe))
     return None if checkpoint is None or checkpoint.damage(sorted(checkpoint.state["files"]), world) else checkpoint
+
+
+def is_finished_in_store(place: Place, recipe: Recipe) -> bool:
+    """Return whether the newest checkpoint of a run in a store is of this recipe's last step. Only its state.json is read."""
+    name, sizes = next(((name, sizes) for name, sizes in checkpoint_files(place).items() if STATE in sizes), ("", {}))
+    try:
+        remote = open_remote(place, name, sizes) if name else None
+    except (MissingObject, WrongBytes):
+        return False  # damaged: resuming will warn about it
+    if remote is None or not remote.state["files"].keys() <= sizes.keys():
+        return False
+    checkpoint = Checkpoint(Path(name), remote.state["step"], remote.state)
+    return checkpoint.step == recipe.total_steps and not _recipe_changes(checkpoint, recipe)
 
 
 def _last_step_checkpoint(run: Path, recipe: Recipe) -> Checkpoint | None:
@@ -351,7 +374,7 @@ def describe(recipe: Recipe, config: ModelConfig, data: EncodedDataset, sets: li
     }
 
 
-def start_message(recipe: Recipe, run: Path, sets: list[EncodedDataset], state: TrainingState, step: int, world: World) -> Text:
+def start_message(recipe: Recipe, run: Path | Place, sets: list[EncodedDataset], state: TrainingState, step: int, world: World) -> Text:
     """Return the sentence that announces a training."""
     before = "scratch" if recipe.init_from is None else f"the weights {recipe.init_weights} of {recipe.init_from}"
     start = f"from step {step}" if step else f"from {before}"

@@ -27,6 +27,7 @@ from microdit.devices import device_name
 from microdit.distributed import World
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, DivergedError, StoppedError, UserError
 from microdit.io.console import Reporter, joined
+from microdit.io.places import DEADLINE
 from microdit.pipelines.sampling import recorded_objective
 from microdit.planning.hardware import peak_flops
 from microdit.planning.workload import FlopCounter
@@ -41,6 +42,7 @@ from microdit.training.optim import learning_rate
 from microdit.training.parallel import compute_dtype, keep_compiled
 from microdit.training.preemption import StopRequests, stop_requests
 from microdit.training.prefetch import Prefetcher
+from microdit.training.run_store import RunStore
 from microdit.training.setup import (
     check_recipe_fits,
     describe,
@@ -95,18 +97,23 @@ class Trainer:
         accept_changes: bool = False,
         price_per_hour: float | None = None,
         initial: Checkpoint | None = None,
+        store: RunStore | None = None,
     ):
         """Open data and checkpoint, build the model, and load its weights.
 
-        `initial` is the checkpoint that the recipe's `init_from` refers to, if the caller has found and verified it already.
+        `initial` is the checkpoint that the recipe's `init_from` refers to, if the caller has found and verified it already. `store` is
+        where the run lies if that is an object store; `run` is its workspace then.
         Raises UserError if the run exists and `resume` is not set, or if recipe, data, checkpoint and processes do not fit together.
         """
         recipe = with_data_order(recipe)
-        self.recipe, self.run, self.reporter, self.world = recipe, run, reporter, world
+        self.recipe, self.run, self.reporter, self.world, self.store = recipe, run, reporter, world, store
+        self.place = run if store is None else store.place  # for people to read
         self.mixture = open_dataset(recipe, self.reporter.warn, world)
         self.data = self.mixture.sets[0]  # the others have the same shapes and encoders
         check_recipe_fits(recipe, self.mixture.sets, world)
-        checkpoint = find_checkpoint(run, recipe, self.mixture.sets, world, self.reporter.warn, resume, accept_changes)
+        checkpoint = find_checkpoint(
+            run, recipe, self.mixture.sets, world, self.reporter.warn, resume or store is not None, accept_changes, store
+        )
         hours, dollars = last_cost(run) if world.is_main else (0.0, 0.0)
         self.cost = Cost(world.size, price_per_hour, hours, dollars)
         self.config = model_config(recipe, self.data)
@@ -132,9 +139,10 @@ class Trainer:
         self.held_out = open_held_out(recipe, self.data, self.state.objective, world)
         self.quality = open_quality(recipe, self.held_out.data if self.held_out else self.data, self.state.objective, world)
         self.prompt_grid = PromptGrid(recipe, world, compute_dtype(recipe.engine, world.device), self.reporter.warn)
-        self.checkpoints = CheckpointWriter(run, world, recipe.record.keep_checkpoints, recipe.record.keep_every, self.reporter.warn)
+        record = recipe.record
+        self.checkpoints = CheckpointWriter(run, world, record.keep_checkpoints, record.keep_every, self.reporter.warn, store)
         if checkpoint:
-            self.checkpoints.last_saved = checkpoint.step
+            self.checkpoints.last_saved = self.checkpoints.last_kept = checkpoint.step
         with world.together():
             self.record = RunRecord(run, recipe, self.reporter.warn, self.step) if world.is_main else None
         self.flops = FlopCounter(recipe, self.config, channels)
@@ -258,7 +266,9 @@ class Trainer:
         self._rollbacks_here += 1
         if self._rollbacks_here > MAX_ROLLBACKS:
             return None
-        return newest_intact(self.run, self.world, self.reporter.warn, skip=self._rollbacks_here - 1)
+        if self.store is not None:
+            self.store.fetch(self._rollbacks_here)
+        return newest_intact(self.run, self.world, self.reporter.warn, self._rollbacks_here - 1, self.store)
 
     def _measure(self, last: bool, in_haste: bool) -> dict[str, Any]:
         """Return the held-out loss and the quality metrics that are due at this step. All processes must call this."""
@@ -340,6 +350,8 @@ class Trainer:
             raise
         except BaseException as error:
             self._status("failed", f"{type(error).__name__}: {error}")
+            if self.store is not None and isinstance(error, UserError):
+                self.checkpoints.wait(DEADLINE)
             raise
         finally:
             if self.record is not None:
@@ -347,20 +359,20 @@ class Trainer:
 
     def _end(self, result: StepResult) -> None:
         """Wait for the last checkpoint. Raises StoppedError, UserError or DivergedError unless training is complete and saved."""
-        saved = self.checkpoints.finish() and self.checkpoints.last_saved == self.step  # weights that are not finite are not saved
+        saved = self.checkpoints.finish() and self.checkpoints.last_kept == self.step  # weights that are not finite are not saved
         replaced = sum(self.world.gather(self.mixture.replaced))
         if replaced:
             self.reporter.warn(f"{replaced} samples were damaged and replaced by others: encode the data again.")
         if self.guard.plateau.warning:
             self.reporter.warn(self.guard.plateau.warning)  # repeated, because it may have been printed days ago
         if self.step < self.recipe.total_steps:
-            where = f"saved in {self.run}" if saved else "NOT saved (see above)"
+            where = f"saved in {self.place}" if saved else "NOT saved (see above)"
             code = EXIT_BY_USER if result.stop_by_user else EXIT_RESTART
             raise StoppedError(f"Stopped at step {self.step} of {self.recipe.total_steps}, {where}. Continue with --resume.", code)
         if not saved:
             cause = UserError if self.state.is_finite() else DivergedError
             raise cause(
-                f"Trained to the end, but the last checkpoint is not in {self.run} (see above): fix that, then continue with --resume."
+                f"Trained to the end, but the last checkpoint is not in {self.place} (see above): fix that, then continue with --resume."
             )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -377,7 +389,7 @@ class Trainer:
             if self.record is not None:
                 machine = {"world_size": world.size, "device": device_name(world.device), "price_per_hour": self.cost.price_per_hour}
                 self.record.started(data, {**machine, "from_step": self.step})
-        text = start_message(self.recipe, self.run, self.mixture.sets, self.state, self.step, world)
+        text = start_message(self.recipe, self.place, self.mixture.sets, self.state, self.step, world)
         self.reporter.say(joined(text, f" Utilisation is relative to {self.peak / 1e12:.3g} TFLOP/s, {self.peak_source}."))
 
 
