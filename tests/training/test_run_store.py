@@ -130,6 +130,33 @@ def test_a_run_whose_last_checkpoint_cannot_be_copied_does_not_end_well(train, b
     assert steps_in(bucket / "runs/x") == []
 
 
+@pytest.mark.slow  # encodes the demo's data
+def test_the_demos_data_trains_from_the_store_as_from_the_disk_on_two_machines(bucket, tmp_path):
+    """Through an empty cache of 2 MB, which holds one of its shards at a time; killed, and resumed in another place."""
+    recipe = ["emoji-fast", *CACHE, "phases.0.steps=12", "phases.0.batch_size=64", "record.checkpoint_every=4"]
+    for source, name in (("emoji", "emoji"), ("scenes:1000", "scenes")):
+        encoded = start(tmp_path / "logs", ["data", "encode", source, "--out", tmp_path / name])
+        assert encoded.wait() == [0], encoded.output
+        pushed = start(tmp_path / "logs", ["data", "push", tmp_path / name, bucket / name])
+        assert pushed.wait() == [0], pushed.output
+
+    def train(data: object, out: object, machine: str, *more: object):
+        sets = [f"data.sets.{name}.path={data}/{name}" for name in ("emoji", "scenes")]
+        cache = f"data.cache.folder={tmp_path / machine}-shards"
+        return start(tmp_path / "logs", ["train", *recipe, *sets, cache, "record.metrics_every=1", "--out", out, *more])
+
+    disk = train(tmp_path, tmp_path / "disk", "disk")
+    assert disk.wait() == [0], disk.output
+    run = bucket / "runs/demo"
+    killed = train(bucket, run, "one", "--workspace", tmp_path / "one")
+    wait_for(lambda: steps_in(run), killed)
+    killed.kill()
+    resumed = train(bucket, run, "two", "--workspace", tmp_path / "two", "--resume")
+    assert resumed.wait() == [0], resumed.output
+    assert len(losses_in(run, tmp_path / "there")) == 12
+    assert losses_in(run, tmp_path / "there") == recorded(tmp_path / "disk", "loss")
+
+
 def test_commands_read_runs_from_there(train, bucket, tmp_path):
     run = bucket / "runs/x"
     trained = train("first", *SHORT, "record.sample_prompts=[red heart]", "record.sample_steps=2")
