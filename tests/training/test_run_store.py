@@ -132,7 +132,7 @@ def test_a_run_whose_last_checkpoint_cannot_be_copied_does_not_end_well(train, b
 
 def test_commands_read_runs_from_there(train, bucket, tmp_path):
     run = bucket / "runs/x"
-    assert train("first", *SHORT, "record.sample_prompts=[red heart]", "record.sample_steps=1").wait() == [0]
+    assert train("first", *SHORT, "record.sample_prompts=[red heart]", "record.sample_steps=2").wait() == [0]
     listed = start(tmp_path / "logs", ["runs", bucket / "runs"])
     assert listed.wait() == [0]
     assert "finished" in listed.output
