@@ -3,6 +3,10 @@
 # terminated, bus error, segmentation fault). Stop on success, on Ctrl-C, and on errors that would only happen again.
 #
 #   examples/launch/restart.sh microdit-tiny --price-per-hour 0.4
+#
+# On a machine whose disk vanishes with it, name a place in an object store; the same line on another machine continues:
+#
+#   examples/launch/restart.sh microdit-tiny data.path=s3://BUCKET/mine --out s3://BUCKET/runs/tiny
 set -uo pipefail
 while true; do
   .venv/bin/microdit train "$@" --resume

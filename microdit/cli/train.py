@@ -43,6 +43,8 @@ def train(
     Example: microdit train emoji phases.0.batch_size=32 --out runs/try --device cuda:1
 
     Example: microdit train microdit-xl --resume --price-per-hour 2.5
+
+    Example: microdit train my-recipe.yaml --out s3://BUCKET/runs/mine --resume
     """
     from microdit.config.load import load_recipe, load_recipe_folder
     from microdit.config.recipes import find_recipe

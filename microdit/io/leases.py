@@ -130,13 +130,14 @@ def _read(place: Place, number: int) -> dict[str, Any]:
 def _times(place: Place, number: int) -> tuple[float, float]:
     """Return when a lease was renewed last, and the time now: that of an object written now, since only the store's clock counts."""
     clock = place / FOLDER / f"clock-{uuid4().hex}"
+    try:
+        renewed = _object(place, number).modified()
+    except MissingObject:  # another program took over just now, and holds the next number
+        return 0.0, 0.0
     clock.write(b"")
     now = clock.modified()
     clock.delete()
-    try:
-        return _object(place, number).modified(), now
-    except MissingObject:  # another program took over just now, and holds the next number
-        return now, now
+    return renewed, now
 
 
 def _content(released: bool = False) -> bytes:

@@ -9,7 +9,8 @@
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from microdit.io.places import MissingObject, Place, WrongBytes, location
 from microdit.reports.run_folder import METRICS, RECIPE, RUN
 
 STATUS = "status.json"
+REMEDY = "Make room there, or name another cache in XDG_CACHE_HOME."
 RECORD = re.compile(rf"([^/.][^/]*/)?({RECIPE}|{RUN}|{STATUS}|{METRICS}|metrics\.json|samples/step-\d+\.png)")
 SUMMARY = re.compile(rf"([^/.][^/]*/){{0,3}}({RECIPE}|{RUN}|{STATUS})")  # what a table of runs shows, of the runs below a folder
 _IN_CHECKPOINT = re.compile(rf"{FOLDER}/(step-\d{{8}})/(.+)")
@@ -99,10 +101,11 @@ def fetched_record(run: str, which: re.Pattern[str] = RECORD) -> Path:
     names = {name: size for name, size in place.list().items() if which.fullmatch(name)}
     if not any(Path(name).name == RECIPE for name in names):
         raise UserError(f"{place} holds no run: there is no {RECIPE} below it. Name the --out of a training, or a folder of them.")
-    for name, size in names.items():
-        path = folder / name
-        if not (path.suffix == ".png" and path.is_file() and path.stat().st_size == size):
-            write_aside(path, (place / name).read(listed=True))
+    with disk_errors_explained(folder, REMEDY):
+        for name, size in names.items():
+            path = folder / name
+            if not (path.suffix == ".png" and path.is_file() and path.stat().st_size == size):
+                write_aside(path, (place / name).read(listed=True))
     return folder
 
 
@@ -119,12 +122,13 @@ def fetched_weights(run: str, warn: Warn, weights: str | None = None, required: 
         if STATE not in sizes:
             continue
         try:
-            checkpoint = open_remote(place, name, sizes)
-            checkpoint.fetch(checkpoint.files_of(weights), target)
+            with disk_errors_explained(folder, REMEDY):
+                checkpoint = open_remote(place, name, sizes)
+                checkpoint.fetch(checkpoint.files_of(weights), target)
+                write_aside(target / STATE, checkpoint.content)  # last, since it makes the copy count
         except (MissingObject, WrongBytes) as error:
             warn(f"{place / FOLDER / name} is damaged, and passed over: {error}")
             continue
-        write_aside(target / STATE, checkpoint.content)  # last, since it makes the copy count
         for other in (folder / FOLDER).iterdir():
             if other != target:
                 shutil.rmtree(other)
@@ -132,3 +136,12 @@ def fetched_weights(run: str, warn: Warn, weights: str | None = None, required: 
     if required:
         raise UserError(f"There is no whole checkpoint in {place}: train on with --resume.")
     return folder
+
+
+@contextmanager
+def disk_errors_explained(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn an OSError of this machine's disk into a UserError that ends with the sentence `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot hold the copy of a run: {error}. {remedy}") from error

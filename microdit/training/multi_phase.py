@@ -76,4 +76,4 @@ def _train_in_store(recipe: Recipe, place: Place, settings: RunSettings, reporte
 
 
 def _exists(run: Path | Place) -> bool:
-    return run.exists() if isinstance(run, Path) else bool(run.list())
+    return run.exists() if isinstance(run, Path) else any(not name.startswith(".") for name in run.list())

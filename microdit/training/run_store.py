@@ -23,9 +23,10 @@ from microdit.io.files import write_aside
 from microdit.io.leases import Lease, leased
 from microdit.io.locks import LOCK, sole_writer
 from microdit.io.places import MissingObject, Place, WrongBytes
-from microdit.reports.remote_run import RemoteCheckpoint, checkpoint_files, local_folder, open_remote
+from microdit.reports.remote_run import RemoteCheckpoint, checkpoint_files, disk_errors_explained, local_folder, open_remote
 from microdit.reports.run_folder import METRICS, RECIPE, RUN
 
+REMEDY = "Make room there, or choose another --workspace."
 EVERY = 60.0  # seconds between two copies of the record
 _RECORD = (METRICS, "metrics.json", "samples/*.png", "tensorboard/*", "*.damaged-*", RECIPE, RUN, "status.json")
 
@@ -89,7 +90,7 @@ class RunStore:
         """
         problem: str | None = None
         checkpoint = self.world.look(partial(_open, run, name, sizes))
-        with self.world.together(), _disk(folder):
+        with self.world.together(), disk_errors_explained(folder, REMEDY):
             if isinstance(checkpoint, RemoteCheckpoint):
                 names = checkpoint.shards if weights is None else checkpoint.files_of(weights)
                 mine = deal({name: sizes.get(name, 0) for name in names}, self.world.local_size)[self.world.local_rank]
@@ -100,7 +101,7 @@ class RunStore:
             else:
                 problem = checkpoint
         problem = next((found for found in self.world.gather(problem) if found), None)
-        with self.world.together(), _disk(folder):
+        with self.world.together(), disk_errors_explained(folder, REMEDY):
             if problem is None and isinstance(checkpoint, RemoteCheckpoint) and self.world.leads_machine:
                 write_aside(folder / FOLDER / name / STATE, checkpoint.content)
         if problem:
@@ -112,7 +113,7 @@ class RunStore:
 
         Without a checkpoint, the weights that the recipe starts from are fetched, if they are those of a run beside this one.
         """
-        with self.world.together(), _disk(self.workspace):
+        with self.world.together(), disk_errors_explained(self.workspace, REMEDY):
             if self.world.leads_machine:
                 _clear(self.workspace, keep=set(checkpoint_files(self.place)))
                 for name in (METRICS, RUN) if self.world.is_main else ():
@@ -207,7 +208,7 @@ class RecordCopies:
             self._told = False
         except (UserError, OSError) as error:
             if not self._told:
-                self._warn(f"The record of the run could not be copied: {error} Training goes on; it is tried again every minute.")
+                self._warn(f"The metrics and status of the run could not be copied to {self._place}: {error}")
             self._told = True
 
     def copy(self) -> None:
@@ -236,12 +237,3 @@ def _clear(workspace: Path, keep: set[str]) -> None:
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
-
-
-@contextmanager
-def _disk(workspace: Path) -> Iterator[None]:
-    """Turn a failure of the disk into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{workspace} cannot hold the run: {error}. Make room there, or choose another --workspace.") from error

@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from microdit.io.leases import _content, _object
 from microdit.io.places import Place
 from microdit.reports.remote_run import checkpoint_files
 from microdit.training.multi_phase import RunSettings, train_one
-from tests.io.store_server import CREDENTIALS, Fault, always
+from tests.io.store_server import CREDENTIALS, Fault, always, random_faults
 from tests.training.processes import RECIPE, on_each, recorded, start, wait_for
 
 RESTART = 75
@@ -64,7 +66,7 @@ def test_a_run_stopped_killed_and_continued_on_three_machines_has_the_losses_of_
     os.kill(stopped.processes[0].pid, signal.SIGTERM)
     assert stopped.wait() == [RESTART], stopped.output
     assert f"saved in {run}" in stopped.output
-    [first] = steps_in(run)
+    first = steps_in(run)[0]
     assert json.loads((run / "status.json").read())["state"] == "stopped"
     killed = train("second", *CACHE, "record.checkpoint_every=5", "--resume", data=bucket / "set")
     wait_for(lambda: steps_in(run)[0] > first, killed)
@@ -184,6 +186,7 @@ def _train_with_a_disk_of_its_own(url: str, address: str, data: str, folder: str
     stop_world()
 
 
+@pytest.mark.slow  # test_setup_remote_data.py resumes one of two processes from an empty cache
 def test_two_machines_without_a_disk_in_common(bucket, proxy, encoded_emoji, tmp_path, losses_on_disk):
     run = bucket / "runs/x"
     more = [run.url, proxy.address, str(encoded_emoji), str(tmp_path)]
@@ -195,3 +198,19 @@ def test_two_machines_without_a_disk_in_common(bucket, proxy, encoded_emoji, tmp
     assert losses_in(run, tmp_path / "there") == pytest.approx(losses_on_disk, rel=LOOSE)
     shards = {name for name in checkpoint_files(run)["step-00000040"] if name.startswith("shards/")}
     assert len(shards) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_runs_killed_at_ten_moments_of_copies_have_the_losses_of_the_disk(train, bucket, proxy, tmp_path, losses_on_disk, ranks):
+    proxy.fault = random_faults(ranks, 0.03, ("error", "cut", "flip", "lost"))
+    numbers = random.Random(ranks)
+    for machine in range(10):
+        running = train(f"machine-{machine}", *CACHE, "record.checkpoint_every=3", "--resume", ranks=ranks)
+        wait_for((tmp_path / f"machine-{machine}/metrics.jsonl").exists, running) if machine % 2 else time.sleep(2.0)
+        time.sleep(numbers.uniform(0.0, 2.0))
+        running.kill()
+    last = train("last", *CACHE, "record.checkpoint_every=3", "--resume", ranks=ranks)
+    assert set(last.wait()) == {0}, last.output
+    proxy.reset()
+    assert losses_in(bucket / "runs/x", tmp_path / "there") == pytest.approx(losses_on_disk, rel=LOOSE)
