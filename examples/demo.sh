@@ -9,10 +9,10 @@ fi
 if [ ! -d data/scenes ]; then
   "$microdit" data encode scenes:1000 --out data/scenes
 fi
-"$microdit" train emoji-fast --out runs/emoji --resume
+"$microdit" train emoji-flow --out runs/emoji --resume
 
 # Two rows of training captions, then two of colours and objects that never appeared together in training.
-"$microdit" sample runs/emoji --solver dpm --steps 12 --noise-range 0.05 20 --guidance 2.5 --out runs/emoji/grid.png \
+"$microdit" sample runs/emoji --steps 18 --guidance 2.5 --out runs/emoji/grid.png \
   "red heart" "bicycle" "cat face" "flag of Japan" "green apple" "fire engine" "owl" "pizza" \
   "crab" "sunflower" "police car" "grinning face" "banana" "soccer ball" "blue book" "mushroom" \
   "green cat" "blue apple" "purple car" "red banana" "yellow heart with ribbon" "blue mushroom" "green pizza" "purple whale" \
