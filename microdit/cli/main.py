@@ -19,7 +19,7 @@ from microdit.cli.plan import bench, budget, doctor
 from microdit.cli.recipes import new, recipes
 from microdit.cli.sample import grid, sample
 from microdit.cli.serve import app as web_page
-from microdit.cli.terminal import print_traceback, take_logs
+from microdit.cli.terminal import console, print_traceback, take_logs
 from microdit.cli.train import report, runs, train, train_autoencoder
 from microdit.errors import StoppedError, UserError
 from microdit.io.console import PlainConsole, joined, styled
@@ -37,7 +37,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptio
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"microdit {microdit.__version__}")
+        console.print(f"microdit {microdit.__version__}")
         raise typer.Exit
 
 

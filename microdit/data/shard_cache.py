@@ -10,12 +10,13 @@ goes. A process may lose a copy to the needs of another one, and then copies it 
 """
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from microdit.data.shards import DamagedShard
 from microdit.errors import UserError
@@ -103,7 +104,7 @@ class ShardCache:
         lock = self.folder / f"{shard.sha256}.lock"
         try:
             with lock.open("a+b") as held:
-                if not try_lock(held, lock):
+                if not try_lock(held, lock) or not _is_at(held, lock):
                     return False
                 try:
                     if self.path(shard).is_file():
@@ -164,6 +165,14 @@ class _Use:
     shard: RemoteShard
     first: int
     last: int
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Return whether an open file is still the one at `path`: whoever held its lock before may have deleted it, and others lock another."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 class FetchAhead:

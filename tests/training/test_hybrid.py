@@ -10,6 +10,8 @@ from microdit.training.checkpointing import load_into
 from tests.training.hybrid_runs import WAYS, train_all
 from tests.training.processes import on_each, recorded, tensors, train
 
+pytestmark = pytest.mark.slow  # five processes; test_parallel.py compares FSDP and DDP with one process
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, encoded_emoji):

@@ -86,6 +86,7 @@ def test_a_run_stopped_killed_and_continued_on_three_machines_has_the_losses_of_
     assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in record
 
 
+@pytest.mark.slow  # test_survival.py damages checkpoints on a disk
 def test_half_and_damaged_checkpoints_are_passed_over(train, bucket, tmp_path):
     run = bucket / "runs/x"
     assert train("first", *SHORT).wait() == [0]
