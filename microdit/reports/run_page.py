@@ -35,7 +35,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What the autoencoder of an encoded set makes of its pictures, as a data URL, and their figures, which may be missing."""
+    """Reconstructions of an encoded set's images by its autoencoder, as a data URL, and their figures, which may be missing."""
 
     name: str
     address: str

@@ -98,7 +98,7 @@ def test_names_and_fingerprints_are_those_of_the_weights(tmp_path):
     assert load_vision_encoder(str(tmp_path / "two")).fingerprint != first.fingerprint
 
 
-def test_an_encoder_computes_in_the_dtype_that_it_was_moved_to_and_returns_float32(tmp_path, emoji):
+def test_an_encoder_computes_in_its_dtype_and_returns_float32(tmp_path, emoji):
     save(tmp_path, "dinov2")
     for name in ("efficientnet", str(tmp_path)):
         exact, rough = load_vision_encoder(name).encode(emoji), load_vision_encoder(name).to("cpu", torch.bfloat16).encode(emoji)

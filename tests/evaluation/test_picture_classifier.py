@@ -36,7 +36,7 @@ def test_it_recognises_pictures_that_it_never_saw_and_noise_by_chance(pictures, 
 
 
 @pytest.mark.slow
-def test_of_all_emoji_it_recognises_nine_of_ten_held_out_ones_and_more_than_pixels_do(place):
+def test_it_recognises_nine_of_ten_held_out_emoji_and_more_than_pixels_do(place):
     """`python benchmarks/judges.py` prints these figures."""
     trained, held_out = ([row.image for row in emoji_images(split)] for split in ("train", "held_out"))
     ours, plain = (recognised(judge, trained, held_out) for judge in (trained_classifier(trained), PixelFeatures()))

@@ -62,7 +62,7 @@ def test_a_prompt_becomes_an_image_and_stays_in_the_gallery(page):
 
 def test_a_long_job_shows_previews_and_can_be_cancelled(page, served_page):
     queue, _ = served_page
-    fill(page, prompt="red heart", steps="1000", n="8")
+    fill(page, prompt="red heart", size="256x256", steps="1000", n="8")  # a minute or more, on any machine
     page.click("#generate")
     expect(page.locator("#result.unfinished img")).to_have_count(8)
     expect(page.locator("#state")).to_have_text(re.compile("Generating: "))

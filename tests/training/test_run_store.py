@@ -56,9 +56,7 @@ def losses_in(run: Place, folder: Path) -> dict[int, float]:
     return recorded(folder, "loss")
 
 
-def test_a_run_stopped_killed_and_continued_on_three_machines_has_the_losses_of_the_disk(
-    train, encoded_emoji, bucket, proxy, tmp_path, losses_on_disk
-):
+def test_stopped_killed_and_continued_it_has_the_losses_of_the_disk(train, encoded_emoji, bucket, proxy, tmp_path, losses_on_disk):
     run = bucket / "runs/x"
     push(encoded_emoji, bucket / "set")
     stopped = train("first", *CACHE, data=bucket / "set")
