@@ -27,6 +27,7 @@ from microdit.reports.remote_run import RemoteCheckpoint, checkpoint_files, disk
 from microdit.reports.run_folder import METRICS, RECIPE, RUN
 
 REMEDY = "Make room there, or choose another --workspace."
+OWNER = ".workspace-of"  # the place whose working files a workspace holds: what has no such file is never cleared
 EVERY = 60.0  # seconds between two copies of the record
 _RECORD = (METRICS, "metrics.json", "samples/*.png", "tensorboard/*", "*.damaged-*", RECIPE, RUN, "status.json")
 
@@ -144,6 +145,7 @@ def opened_store(
         with world.together():
             if world.leads_machine:
                 held.enter_context(sole_writer(workspace))
+                _claim(workspace, place)
             if world.is_main:
                 lease = held.enter_context(leased(place, resume, reporter, partial(_stop, reporter)))
                 if not resume and any(not name.startswith(".") for name in place.list()):
@@ -225,6 +227,18 @@ class RecordCopies:
             snapshot.unlink(missing_ok=True)
 
 
+def _claim(workspace: Path, place: Place) -> None:
+    """Mark an empty folder as the workspace of `place`. Raises UserError if it holds anything else, which would be lost."""
+    owner = workspace / OWNER
+    if owner.is_file() and owner.read_text() == str(place):
+        return
+    if owner.is_file() or any(path.name != LOCK for path in workspace.iterdir()):
+        raise UserError(
+            f"--workspace {workspace} holds other files, which a run in a store would delete: name an empty folder, or a new one."
+        )
+    write_aside(owner, str(place).encode())
+
+
 def _clear(workspace: Path, keep: set[str]) -> None:
     """Delete whatever an earlier run left in the workspace, except for checkpoints of these names, whose files may be intact."""
     for path in workspace.iterdir():
@@ -235,5 +249,5 @@ def _clear(workspace: Path, keep: set[str]) -> None:
                     shutil.rmtree(checkpoint)
         elif path.is_dir():
             shutil.rmtree(path)
-        elif path.name != LOCK:
+        elif path.name not in (LOCK, OWNER):
             path.unlink()

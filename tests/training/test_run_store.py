@@ -158,6 +158,16 @@ def test_the_demos_data_trains_from_the_store_as_from_the_disk_on_two_machines(b
     assert losses_in(run, tmp_path / "there") == recorded(tmp_path / "disk", "loss")
 
 
+def test_a_workspace_with_other_files_is_refused_and_loses_none(train, bucket, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    refused = train("mine", *SHORT)
+    assert refused.wait() == [1]
+    assert f"--workspace {tmp_path / 'mine'} holds other files" in refused.output
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert not steps_in(bucket / "runs/x")
+
+
 def test_commands_read_runs_from_there(train, bucket, tmp_path):
     run = bucket / "runs/x"
     trained = train("first", *SHORT, "record.sample_prompts=[red heart]", "record.sample_steps=2")
