@@ -52,3 +52,8 @@ def random_set(folder: Path, shards: int = 12, rows: int = 8, buckets: int = 1, 
         entries.append(entry)
     (folder / PLAN).write_bytes(to_checked_json(plan))
     return write_manifest(folder, plan, entries)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The bytes of each file, by its name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -97,7 +97,7 @@ def test_batches_carry_them_mirrored_where_the_images_are(tmp_path, text_encoder
     assert all(shares[place % 2][place // 2].equal(theirs.features_BEYX[place]) for place in range(5))
 
 
-def test_a_changed_byte_of_a_feature_is_noticed_and_another_row_takes_its_place(tmp_path, text_encoder, tiny):
+def test_a_changed_byte_of_a_feature_is_noticed_and_its_row_replaced(tmp_path, text_encoder, tiny):
     settings = EncodeSettings((32,), "fp16", "fp16")
     encode_source(first_of(emoji_source("train"), 6), tmp_path / "set", settings, Pixels(), text_encoder, vision=tiny)
     blob = bytes(EncodedDataset(tmp_path / "set").read_features(0, 2))

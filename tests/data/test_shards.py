@@ -83,7 +83,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path):
     assert sweep(path, 6) > 0.7 * size  # the rest is padding
 
 
-def test_features_come_back_and_a_flipped_bit_of_them_is_noticed_or_harmless(tmp_path):
+def test_features_come_back_and_a_flipped_bit_is_noticed_or_harmless(tmp_path):
     path = tmp_path / "a.arrow"
     rows, _ = write(path, 5, features=True)
     shard = opened(path, 5, features=True)

@@ -11,7 +11,7 @@ from microdit.errors import UserError
 from microdit.io import places
 from microdit.io.places import Place, StoreError
 from tests.commands import microdit
-from tests.data.random_sets import random_set
+from tests.data.random_sets import files, random_set
 from tests.io.store_server import Fault, always, random_faults
 
 
@@ -20,10 +20,6 @@ def local(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("random") / "set"
     random_set(folder, shards=8, rows=4)
     return folder
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_set_comes_back_as_it_was(local, bucket, tmp_path):

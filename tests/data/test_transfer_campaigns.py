@@ -13,7 +13,7 @@ from microdit.data.sampler import SamplerPhase
 from microdit.data.shard_cache import ShardCache
 from microdit.data.transfer import pull, push
 from microdit.io import places
-from tests.data.random_sets import random_set
+from tests.data.random_sets import files, random_set
 from tests.io.store_server import random_faults
 from tests.training.processes import start
 
@@ -25,10 +25,6 @@ def local(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("random") / "set"
     random_set(folder, shards=12, rows=40)
     return folder
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_thousand_faults_lose_nothing_and_never_hang(local, bucket, proxy, tmp_path, monkeypatch):

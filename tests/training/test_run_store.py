@@ -132,7 +132,7 @@ def test_a_run_whose_last_checkpoint_cannot_be_copied_does_not_end_well(train, b
 
 
 @pytest.mark.slow  # encodes the demo's data
-def test_the_demos_data_trains_from_the_store_as_from_the_disk_on_two_machines(bucket, tmp_path):
+def test_the_demos_data_trains_from_the_store_as_from_the_disk(bucket, tmp_path):
     """Through an empty cache of 2 MB, which holds one of its shards at a time; killed, and resumed in another place."""
     recipe = ["emoji-fast", *CACHE, "phases.0.steps=12", "phases.0.batch_size=64", "record.checkpoint_every=4"]
     for source, name in (("emoji", "emoji"), ("scenes:1000", "scenes")):

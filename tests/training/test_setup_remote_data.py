@@ -42,7 +42,7 @@ def train(local, tmp_path):
     return begin
 
 
-def test_a_run_killed_on_one_machine_goes_on_on_another_with_the_same_losses(local, bucket, proxy, train, tmp_path):
+def test_killed_on_one_machine_it_goes_on_on_another_with_equal_losses(local, bucket, proxy, train, tmp_path):
     assert train("disk", local, "none", "data.order=blocks").wait() == [0]
     push(local, bucket / "set")
     proxy.fault = random_faults(0, 0.05, ("error", "cut", "flip"))
@@ -98,7 +98,7 @@ def test_the_order_is_blocks_by_default_where_the_data_is_remote(local, bucket, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_runs_killed_at_ten_moments_have_the_losses_of_an_uninterrupted_one(local, bucket, proxy, train, tmp_path, ranks):
+def test_killed_at_ten_moments_runs_have_the_uninterrupted_losses(local, bucket, proxy, train, tmp_path, ranks):
     assert train("disk", local, "none", "data.order=blocks").wait() == [0]
     push(local, bucket / "set")
     proxy.fault = random_faults(0, 0.05, ("error", "cut", "flip"))
