@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 
 import microdit
 from microdit.config.load import load_recipe
-from microdit.devices import choose_device, device_name
+from microdit.devices import choose_device, device_name, memory_of
 from microdit.errors import UserError
 from microdit.io.files import cache_folder
 from microdit.planning.hardware import find_chip, measurements_file, read_measurements
@@ -42,7 +43,7 @@ def examine(folder: Path) -> list[Finding]:
     return [
         *_software(),
         *_gpus(),
-        Finding("processors", f"{_cores()} cores, {platform.machine()}, {_memory() / GIGABYTE:.0f} GB of memory"),
+        Finding("processors", f"{_cores()} cores, {platform.machine()}, {memory_of(torch.device('cpu')) / GIGABYTE:.0f} GB of memory"),
         *_extras(),
         *_disks(folder),
         _file_limit(),
@@ -98,16 +99,6 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _memory() -> int:
-    """Return the bytes of memory of this machine, or the limit of its container if that is lower."""
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return installed
-    return min(installed, int(limit)) if limit.isdigit() else installed
-
-
 def _extras() -> Iterator[Finding]:
     packages: dict[str, list[str]] = {}
     for requirement in requires("microdit") or []:
@@ -132,7 +123,7 @@ def _disks(folder: Path) -> Iterator[Finding]:
         usage = shutil.disk_usage(place)
         low = "little for data and checkpoints: name another folder with --out, or clear this one." if usage.free < SCARCE_DISK else ""
         yield Finding(topic, f"{usage.free / GIGABYTE:,.0f} of {usage.total / GIGABYTE:,.0f} GB free", low)
-    sizes = {"microdit": cache_folder(), "Hugging Face": Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))}
+    sizes = {"microdit": cache_folder(), "Hugging Face": Path(constants.HF_HOME)}
     yield Finding("caches", ", ".join(f"{name} {_size(place) / GIGABYTE:.1f} GB" for name, place in sizes.items()))
 
 
@@ -162,7 +153,7 @@ _MORE_FILES = f"sets of thousands of shards are opened piece by piece; ulimit -n
 def _trainable() -> Iterator[Finding]:
     """Yield which of the recipes `TRIED` fit into the memory of the device that training would choose."""
     device = choose_device()
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _memory()
+    memory = memory_of(device)
     fitting = []
     for name in TRIED:
         recipe = load_recipe(name)

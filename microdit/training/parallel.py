@@ -28,7 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from microdit.config.schema import EngineRecipe
-from microdit.devices import choose_dtype
+from microdit.devices import choose_dtype, memory_of
 from microdit.diffusion.objective import Objective, denoising_loss
 from microdit.distributed import World
 from microdit.errors import UserError
@@ -259,9 +259,7 @@ def shard_the_rest(loss: DenoisingLoss, engine: EngineRecipe, mesh: DeviceMesh, 
 
 def spare(wanted: int, device: torch.device, share: float = SPARE) -> bool:
     """Return whether `wanted` bytes are less than a `share` of the device's memory (the machine's, without a GPU)."""
-    if device.type == "cuda":
-        return wanted < share * torch.cuda.get_device_properties(device).total_memory
-    return wanted < share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return wanted < share * memory_of(device)
 
 
 def compile_elementwise(model: MicroDiT) -> None:

@@ -20,7 +20,7 @@ def found(tmp_path, monkeypatch):
     """The findings, with caches of our own of 3 and 2 MB and without two optional packages."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     for folder, size in (("cache/microdit/features", 300_000_000), ("hub/models", 2_000_000_000)):
         (tmp_path / folder).mkdir(parents=True)
