@@ -86,12 +86,19 @@ class Claim:
 
 @dataclass(frozen=True)
 class ReducedForm:
-    """The form of a study for a CPU, where the whole one would take days: fewer steps, seeds and arms, and overrides of the base."""
+    """The form of a study for a CPU, where the whole one would take days: fewer steps, seeds and arms, and overrides of the base.
+
+    `arms` maps each arm that is run to overrides after its own; `pictures`, `num_inference_steps`, `readings` and `notes` replace the study's.
+    """
 
     steps: Every
     seeds: Annotated[list[Seed], Range(1, 1000)]
-    arms: Annotated[list[Name], Range(1, 1000)]
+    arms: Annotated[dict[str, Annotated[list[Override], Range(0, 1000)]], Range(1, 1000)]
     overrides: Annotated[list[Override], Range(0, 1000)] = field(default_factory=list)
+    pictures: Annotated[int, Range(2, 10**6)] | None = None
+    num_inference_steps: Annotated[int, Range(2, 1000)] | None = None
+    readings: Annotated[list[Share], Range(1, 1000)] | None = None
+    notes: Sentences = ""
 
 
 @dataclass(frozen=True)
@@ -131,13 +138,16 @@ def load_study(path: Path | str, on_cpu: bool = False) -> tuple[Study, dict[str,
     """
     path = find_recipe(path, "lab")
     study = cast(Study, read_as(Study, read_yaml(path), str(path)))
-    problems = _problems(study)
+    problems = _problems(study) + _reduced_problems(study)
+    form, reduced = study.on_cpu, study
+    if form and not problems:
+        reduced = _reduced(study, form)
+        problems = [f"on_cpu: {problem}" for problem in _problems(reduced)]
     if problems:
         raise UserError(f"{path} is not a valid study:\n  - " + "\n  - ".join(problems))
     overrides: list[str] = []
-    if on_cpu and (form := study.on_cpu):
-        study = replace(only_arms(study, form.arms), seeds=form.seeds, reference=replace(study.reference, steps=form.steps))
-        overrides = form.overrides
+    if form and on_cpu:
+        study, overrides = reduced, form.overrides
     recipes = {arm: _recipe_of(path, study, arm, overrides) for arm in study.arms}
     sets = {arm: recipe.data.path for arm, recipe in recipes.items()}
     if study.source == ENCODED and (None in sets.values() or len(set(sets.values())) > 1):
@@ -184,8 +194,22 @@ def stretched(recipe: Recipe, steps: int) -> Recipe:
     return replace(recipe, phases=phases)
 
 
+def _reduced(study: Study, form: ReducedForm) -> Study:
+    """Return the study in its form for a CPU. The form has no problems."""
+    few = only_arms(study, form.arms)
+    given = {key: getattr(form, key) for key in ("pictures", "num_inference_steps", "readings") if getattr(form, key) is not None}
+    return replace(
+        few,
+        arms={arm: [*overrides, *form.arms[arm]] for arm, overrides in few.arms.items()},
+        seeds=form.seeds,
+        reference=replace(study.reference, steps=form.steps),
+        notes=form.notes,
+        **given,
+    )
+
+
 def _problems(study: Study) -> list[str]:
-    problems = _measuring_problems(study) + _reduced_problems(study)
+    problems = _measuring_problems(study)
     odd = [name for name in (study.name, *study.arms) if not FILE_NAME.fullmatch(name)]
     problems += [f"{name!r} names a folder: use letters, digits, dots, - and _, beginning with a letter or digit." for name in odd]
     if study.reference.arm not in study.arms:

@@ -30,7 +30,7 @@ arms:
   none: [model.routing=none]
   deferred: [phases.0.mask_ratio=0.75]
   naive: [model.routing=naive, phases.0.mask_ratio=0.75]
-on_cpu: {steps: 4, seeds: [0, 1], arms: [none, deferred]}
+on_cpu: {steps: 4, seeds: [0, 1], arms: {none: [], deferred: []}}
 """
 EXPECTED = {(arm, seed, step) for arm in ("none", "deferred") for seed in (0, 1) for step in (2, 4)}
 

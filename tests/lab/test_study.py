@@ -112,9 +112,11 @@ def test_a_study_is_data_and_its_text_stays_as_written(tmp_path, monkeypatch):
         ("worse: none", "worse: deferred", "compares deferred with itself"),
         ("[model.routing=none]", "[model.routng=none]", "the arm none: .*did you mean model.routing"),
         ("[model.routing=none]", "['']", "the arm none: '' is not an override"),
-        ("name: small", "name: small\non_cpu: {steps: 2, seeds: [0], arms: [none, tread]}", "on_cpu.arms names tread, which is not an arm"),
-        ("name: small", "name: small\non_cpu: {steps: 2, seeds: [0], arms: [deferred]}", "on_cpu.arms must name the reference arm, none"),
-        ("name: small", "name: small\non_cpu: {steps: 2, seeds: [1, 1], arms: [none]}", r"on_cpu.seeds \[1, 1\] must be distinct"),
+        ("name: small", "name: small\non_cpu: {steps: 2, seeds: [0], arms: {none: [], tread: []}}", "on_cpu.arms names tread, which is not an arm"),
+        ("name: small", "name: small\non_cpu: {steps: 2, seeds: [0], arms: {deferred: []}}", "on_cpu.arms must name the reference arm, none"),
+        ("name: small", "name: small\non_cpu: {steps: 2, seeds: [0], readings: [0.5], arms: {none: []}}", r"on_cpu: readings \[0.5\]"),
+        ("name: small", "name: small\non_cpu: {steps: 2, seeds: [0], arms: {none: [ema=null]}}", "on_cpu: the arm none sets ema"),
+        ("name: small", "name: small\non_cpu: {steps: 2, seeds: [1, 1], arms: {none: []}}", r"on_cpu.seeds \[1, 1\] must be distinct"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(tmp_path, old, new, sentence):
@@ -176,7 +178,10 @@ REDUCED = """
 on_cpu:
   steps: 3
   seeds: [4]
-  arms: [none, deferred]
+  arms: {none: [], deferred: [phases.0.mask_ratio=0.5]}
+  pictures: 16
+  readings: [1.0]
+  notes: small
   overrides: [phases.0.batch_size=2, phases.0.learning_rate=1e-4]
 """
 THIRD = STUDY.replace("claims:", "  naive: [model.routing=naive, phases.0.learning_rate=1e-5]\nclaims:").replace(
@@ -192,13 +197,15 @@ def test_a_study_has_a_reduced_form_for_a_cpu(tmp_path):
     assert (list(reduced.arms), list(recipes), reduced.seeds) == (["none", "deferred"], ["none", "deferred"], [4])
     assert reduced.reference.steps == recipes["deferred"].phases[0].steps == 3
     assert [claim.worse for claim in reduced.claims] == ["none"]  # naive is not run
+    assert (whole.pictures, reduced.pictures, reduced.readings, reduced.notes) == (256, 16, [1.0], "small")
+    assert (recipes["none"].phases[0].mask_ratio, recipes["deferred"].phases[0].mask_ratio) == (0, 0.5)  # after the arm's own
     assert {(recipe.phases[0].batch_size, recipe.phases[0].learning_rate) for recipe in recipes.values()} == {(2, 1e-4)}
     assert default_folder(whole, on_cpu=False) != default_folder(whole, on_cpu=True)  # their results never mix
     assert default_folder(load(tmp_path)[0], on_cpu=True) == Path("lab/small")
 
 
 def test_an_arm_overrides_what_the_reduced_form_sets(tmp_path):
-    load(tmp_path, (THIRD + REDUCED).replace("[none, deferred]\n  over", "[none, naive]\n  over"))
+    load(tmp_path, (THIRD + REDUCED).replace("deferred: [phases.0.mask_ratio=0.5]}", "naive: []}"))
     _, recipes = load_study(tmp_path / "study.yaml", on_cpu=True)
     assert (recipes["none"].phases[0].learning_rate, recipes["naive"].phases[0].learning_rate) == (1e-4, 1e-5)
 
