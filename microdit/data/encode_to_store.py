@@ -1,7 +1,8 @@
 """Encode into an object store: the files of a local encoding, written on any number of machines that share no disk.
 
 Each process writes its shards in a folder of its own, from which they are copied to the store while the next ones are encoded. The rules by
-which a set in a store counts are those of `transfer.py`. Whichever process finds all shards there writes the manifest.
+which a set in a store counts are those of `transfer.py`. Whichever process finds all shards there writes the manifest. Each process holds a
+lease beside the set (`.SET.part/`), so that a second one of the same rank is refused; one that lost its lease writes the same bytes again.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from microdit.data.sources.base import Source
 from microdit.data.transfer import put_shard, read_entries, start_writing
 from microdit.errors import UserError
 from microdit.io.files import cache_folder, from_checked_json, to_checked_json
+from microdit.io.leases import leased
 from microdit.io.locks import sole_writer
 from microdit.io.places import Place
 
@@ -44,9 +46,9 @@ def make_set_in_store(
         raise UserError(f"{out} exists already: delete it, or choose another --out.")
     if not start_writing(out, to_checked_json(plan)):
         other_parts(out, read_checked(out / PLAN, f"delete {out}"), plan, may_differ=False)
-    folder = local_folder(out) / f"{rank}-of-{ranks}"
+    folder, leases = local_folder(out) / f"{rank}-of-{ranks}", out.with_name(f".{out.name}.part")
     try:
-        with sole_writer(folder):
+        with sole_writer(folder), leased(leases / f"rank-{rank}-of-{ranks}", True, warn, warn, on_loss=warn):
             for left in folder.glob("shard-*"):  # not copied before the process was killed
                 left.unlink()
             mine = range(rank, len(source.parts), ranks)
@@ -61,6 +63,8 @@ def make_set_in_store(
             "is full, and run the same command to continue."
         ) from error
     shutil.rmtree(folder, ignore_errors=True)
+    for name in leases.list() if manifest else ():
+        (leases / name).delete()
     return manifest
 
 

@@ -22,7 +22,6 @@ from typing import Any
 from uuid import uuid4
 
 from microdit.errors import UserError
-from microdit.io.console import Reporter
 from microdit.io.places import MissingObject, Place, StoreError
 from microdit.io.untrusted_text import one_line, parse_json_object
 
@@ -65,13 +64,16 @@ class Lease:
 
 
 @contextmanager
-def leased(place: Place, patient: bool, reporter: Reporter, on_loss: Callable[[str], None]) -> Iterator[Lease]:
+def leased(
+    place: Place, patient: bool, say: Callable[[str], None], warn: Callable[[str], None], on_loss: Callable[[str], None]
+) -> Iterator[Lease]:
     """Hold the lease of `place` until the block ends; yields it.
 
-    `patient`: wait for a lease that its holder no longer renews to expire. Raises UserError if another program holds it. `on_loss` is
-    called by a thread if this program could not renew it in time, and another one has taken over.
+    `patient`: wait for a lease that its holder no longer renews to expire, and `say` so. Raises UserError if another program holds it.
+    `on_loss` is called by a thread if this program could not renew it in time, and another one has taken over. `warn` is called if the
+    store fails when the lease is released.
     """
-    lease = _take(place, patient, reporter.say)
+    lease = _take(place, patient, say)
     thread = threading.Thread(target=lease.keep_renewing, args=(on_loss,), name="lease", daemon=True)
     thread.start()
     try:
@@ -82,7 +84,7 @@ def leased(place: Place, patient: bool, reporter: Reporter, on_loss: Callable[[s
         try:
             lease.release()
         except StoreError as error:
-            reporter.warn(f"{error} The lease of {place} expires by itself, {EXPIRES:.0f} s after its last renewal.")
+            warn(f"{error} The lease of {place} expires by itself, {EXPIRES:.0f} s after its last renewal.")
 
 
 def _take(place: Place, patient: bool, say: Callable[[str], None]) -> Lease:

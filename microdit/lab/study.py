@@ -88,7 +88,8 @@ class Claim:
 class ReducedForm:
     """The form of a study for a CPU, where the whole one would take days: fewer steps, seeds and arms, and overrides of the base.
 
-    `arms` maps each arm that is run to overrides after its own; `pictures`, `num_inference_steps`, `readings` and `notes` replace the study's.
+    `arms` maps each arm that is run to overrides after its own. `pictures`, `num_inference_steps`, `readings` and `notes` replace the
+    study's.
     """
 
     steps: Every

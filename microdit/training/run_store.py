@@ -147,7 +147,7 @@ def opened_store(
                 held.enter_context(sole_writer(workspace))
                 _claim(workspace, place)
             if world.is_main:
-                lease = held.enter_context(leased(place, resume, reporter, partial(_stop, reporter)))
+                lease = held.enter_context(leased(place, resume, reporter.say, reporter.warn, partial(_stop, reporter)))
                 if not resume and any(not name.startswith(".") for name in place.list()):
                     raise UserError(f"{place} holds a run already: continue with --resume, or choose another --out.")
         store = RunStore(place, workspace, world, reporter, lease)

@@ -13,6 +13,7 @@ from microdit.data.sources.base import Part, Source
 from microdit.data.sources.builtin import emoji_source
 from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
+from microdit.io import leases
 from microdit.io.places import Place, StoreError
 from tests.io.store_server import Fault, always
 
@@ -108,3 +109,34 @@ def test_another_encoding_in_the_same_place_is_refused(source, bucket, text_enco
         encode_source(source, bucket / "set", replace(SETTINGS, latents="fp16"), Pixels(), text_encoder, (1, 2))
     with pytest.raises(UserError, match=r"This process sees another source five parts .*\(4 parts here, 5 there\)"):
         encode(replace(source, parts=source.parts[:4]), bucket / "set", text_encoder, (1, 2))
+
+
+def test_a_second_encoding_of_the_same_share_is_refused(source, local, bucket, text_encoder, machine, monkeypatch):
+    monkeypatch.setattr(leases, "RENEWED", 0.1)  # seconds
+    monkeypatch.setattr(leases, "LOOKS", 0.3)
+
+    def try_from_another_machine(records: int, parts: int) -> None:
+        if parts == 1 and not refused:
+            machine("second")
+            with pytest.raises(UserError, match=r"rank-0-of-1 is in use by process \d+ on ") as error:
+                encode(source, bucket / "set", text_encoder)
+            refused.append(str(error.value))
+            machine("first")
+
+    refused: list[str] = []
+    events = EncodeEvents(try_from_another_machine)
+    assert encode_source(source, bucket / "set", SETTINGS, Pixels(), text_encoder, events=events) is not None
+    assert len(refused) == 1
+    assert files(bucket / "set") == files(local)
+    assert (bucket / ".set.part").list() == {}  # no lease is left beside a set that is complete
+
+
+def test_an_encoding_that_lost_its_machine_is_taken_over(source, local, bucket, text_encoder, monkeypatch):
+    monkeypatch.setattr(leases, "EXPIRES", 2.0)
+    monkeypatch.setattr(leases, "LOOKS", 0.3)
+    dead = json.dumps({"host": "elsewhere", "process": 7, "released": False}).encode()
+    (bucket / ".set.part" / "rank-0-of-1" / ".lease" / "00000001.json").write(dead)
+    sentences: list[str] = []
+    encode_source(source, bucket / "set", SETTINGS, Pixels(), text_encoder, warn=sentences.append)
+    assert any("was last used by process 7 on elsewhere; waiting" in sentence for sentence in sentences)
+    assert files(bucket / "set") == files(local)

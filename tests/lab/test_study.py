@@ -112,8 +112,16 @@ def test_a_study_is_data_and_its_text_stays_as_written(tmp_path, monkeypatch):
         ("worse: none", "worse: deferred", "compares deferred with itself"),
         ("[model.routing=none]", "[model.routng=none]", "the arm none: .*did you mean model.routing"),
         ("[model.routing=none]", "['']", "the arm none: '' is not an override"),
-        ("name: small", "name: small\non_cpu: {steps: 2, seeds: [0], arms: {none: [], tread: []}}", "on_cpu.arms names tread, which is not an arm"),
-        ("name: small", "name: small\non_cpu: {steps: 2, seeds: [0], arms: {deferred: []}}", "on_cpu.arms must name the reference arm, none"),
+        (
+            "name: small",
+            "name: small\non_cpu: {steps: 2, seeds: [0], arms: {none: [], tread: []}}",
+            "names tread, which is not an arm",
+        ),
+        (
+            "name: small",
+            "name: small\non_cpu: {steps: 2, seeds: [0], arms: {deferred: []}}",
+            "must name the reference arm, none",
+        ),
         ("name: small", "name: small\non_cpu: {steps: 2, seeds: [0], readings: [0.5], arms: {none: []}}", r"on_cpu: readings \[0.5\]"),
         ("name: small", "name: small\non_cpu: {steps: 2, seeds: [0], arms: {none: [ema=null]}}", "on_cpu: the arm none sets ema"),
         ("name: small", "name: small\non_cpu: {steps: 2, seeds: [1, 1], arms: {none: []}}", r"on_cpu.seeds \[1, 1\] must be distinct"),
