@@ -36,8 +36,8 @@ def sample(
     """Return one image for each prompt, as `microdit sample` makes them.
 
     `model` is a run folder, an exported folder, a hub id, "demo" for the model that comes with microdit, or a pipeline that is loaded
-    already. Image i starts from the noise of seed + i, whatever the other prompts are. `size` is (height, width) in pixels, by default
-    that of the training data. `negative_prompts` holds one for all images, or one for each.
+    already. `settings` are by default those that suit it. Image i starts from the noise of seed + i, whatever the other prompts are.
+    `size` is (height, width) in pixels, by default that of the training data. `negative_prompts` holds one for all images, or one for each.
 
     >>> from microdit import SamplerSettings
     >>> heart, owl = sample("demo", ["red heart", "owl"], SamplerSettings(num_inference_steps=2), seed=7)
@@ -47,7 +47,7 @@ def sample(
     from microdit.devices import choose_device, choose_dtype
     from microdit.pipelines.open_model import open_model
     from microdit.pipelines.pipeline import DEMO
-    from microdit.pipelines.settings import DEFAULT_SETTINGS
+    from microdit.pipelines.settings import suited_to
 
     if isinstance(model, Path | str):
         where = choose_device(device)
@@ -57,7 +57,7 @@ def sample(
         pipeline = model
     return pipeline.generate(
         [prompts] if isinstance(prompts, str) else list(prompts),
-        settings or DEFAULT_SETTINGS,
+        settings or suited_to(pipeline.objective),
         seed,
         height=size[0],
         width=size[1],
@@ -185,7 +185,7 @@ def evaluate(
 
     place = DEMO if model == "demo" else model
     chosen = choose_metrics(",".join(metrics) if metrics else None)
-    settings, folder = DrawSettings(), Path(out) if out is not None else Path(place) / "evaluation"
+    settings, folder = DrawSettings.suited_to(str(place), None, None, 0), Path(out) if out is not None else Path(place) / "evaluation"
     source = open_source(reference) if isinstance(reference, str) else reference
     world = start_world(device)
     try:

@@ -26,6 +26,9 @@ BatchSize = Annotated[
     typer.Option(min=1, help="Pictures per batch; smaller batches need less memory. [default: 64; 8 for other pipelines]"),
 ]
 
+Steps = Annotated[int | None, typer.Option(help="Steps of the sampler. [default: 18; of a distilled model, its own]")]
+GuidanceScale = Annotated[float | None, typer.Option(help="Guidance scale. [default: 2; of a distilled model 1, which is none]")]
+
 
 def evaluate(
     run: Annotated[
@@ -60,8 +63,8 @@ def evaluate(
         ),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Evaluate each new checkpoint while RUN trains, and plot the results.")] = False,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 18,
-    guidance: float = 2.0,
+    steps: Steps = None,
+    guidance: GuidanceScale = None,
     seed: Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")] = 0,
     weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
     device: Device = "auto",
@@ -99,14 +102,15 @@ def evaluate(
     from microdit.io.places import is_remote
     from microdit.reports.remote_run import fetched_weights
 
-    settings, place = DrawSettings(steps, guidance, seed, weights), run
+    place = run
     if is_remote(run):
         folder = fetched_weights(run, warn, weights, required=not watch)
         run, out = str(folder), out or Path(f"{folder.name}-evaluation")
+    settings = DrawSettings.suited_to(run, steps, guidance, seed, weights)
     if reference is None and metrics is None and not watch and trained_on_emoji(run):
         _, compute = _start(device, dtype, batch_size)
         count = count or COUNT
-        with device_errors_explained(LESS_MEMORY), progress("evaluate", count * steps) as advance:
+        with device_errors_explained(LESS_MEMORY), progress("evaluate", count * settings.num_inference_steps) as advance:
             found = evaluate_emoji_run(Path(run), list(emoji_images("train")), count, settings, warn, advance, compute)
         console.print_json(data=found)
         stop_world()
@@ -169,8 +173,8 @@ def draw(
     run: Annotated[str, typer.Argument(help="A run folder, or a diffusers pipeline, by folder or hub id.")],
     prompts: Annotated[Path, typer.Argument(help='A file with one prompt per line, or .jsonl with {"prompt": ...}.')],
     out: Annotated[Path, typer.Option(help="Folder to create: 0000.png, 0001.png ..., prompts.jsonl.")],
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 18,
-    guidance: float = 2.0,
+    steps: Steps = None,
+    guidance: GuidanceScale = None,
     seed: Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")] = 0,
     weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
     device: Device = "auto",
@@ -185,7 +189,7 @@ def draw(
     from microdit.distributed import stop_world
     from microdit.evaluation.generators import DrawSettings, draw_pictures, open_generator, read_prompt_file, steps_to_draw
 
-    texts, settings = read_prompt_file(prompts), DrawSettings(steps, guidance, seed, weights)
+    texts, settings = read_prompt_file(prompts), DrawSettings.suited_to(run, steps, guidance, seed, weights)
     world, compute = _start(device, dtype, batch_size)
     with device_errors_explained(LESS_MEMORY):
         generator = open_generator(run, settings, warn, compute)
@@ -252,8 +256,8 @@ def geneval(
     ] = "openai/clip-vit-large-patch14",
     per_prompt: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 4,
     per_task: Annotated[int, typer.Option(min=1, help="Emoji prompts for each of the six tasks.")] = 20,
-    steps: Annotated[int, typer.Option(help="Steps of the Heun sampler.")] = 18,
-    guidance: float = 2.0,
+    steps: Steps = None,
+    guidance: GuidanceScale = None,
     seed: int = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -274,7 +278,7 @@ def geneval(
     wanted = emoji_prompts(per_task) if prompts is None else read_prompts(prompts)
     texts = [prompt.text for prompt in wanted for _ in range(per_prompt)]
     pictures = out / "pictures"
-    settings = DrawSettings(steps, guidance, seed)
+    settings = DrawSettings.suited_to(run, steps, guidance, seed)
     world, compute = _start(device, dtype, batch_size)
     with device_errors_explained(LESS_MEMORY):
         generator = open_generator(run, settings, warn, compute)

@@ -29,12 +29,27 @@ Model = Annotated[str, typer.Argument(help="A run folder, or an exported or impo
 class DrawingOptions:
     """The options that `sample` and `grid` share."""
 
-    steps: Annotated[int, typer.Option(help="Steps of the solver. heun evaluates the model twice per step, dpm and euler once.")] = 30
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of the solver. heun evaluates the model twice per step, dpm and euler once. [default: 30; of a distilled model "
+            "its own]"
+        ),
+    ] = None
     guidance: Annotated[
-        float, typer.Option(help="Guidance scale: higher follows the prompt more closely, 1 is off. 2 suits the demo model, 5 the paper's.")
-    ] = 2.0
+        float | None,
+        typer.Option(
+            help="Guidance scale: higher follows the prompt more closely, 1 is off. 2 suits the demo model, 5 the paper's. [default: 2; "
+            "of a distilled model 1]"
+        ),
+    ] = None
     seed: Annotated[int, typer.Option(help="Seed of the initial noise. The same seed and settings give the same picture.")] = 0
-    solver: Annotated[str, typer.Option(help="heun (the paper's), dpm (second order, at half the cost of a step) or euler.")] = "heun"
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            help="heun (the paper's), dpm (second order, at half the cost of a step) or euler. [default: heun; of a distilled model euler]"
+        ),
+    ] = None
     guidance_interval: Annotated[
         tuple[float, float] | None,
         typer.Option(metavar="LOW HIGH", help="Guide only between these noise levels, such as 0.2 5. Other steps cost half."),
@@ -120,14 +135,14 @@ def sample(
     model, prompts = model_and_prompts(arguments)
     prompts = [prompt for prompt in clean_prompts(prompts) for _ in range(count)]
     negatives = clean_prompts([options.negative]) if options.negative else []
-    settings = _settings(options)
     separate = not out.suffix or out.is_dir()
     check_picture_path(out / picture_name(0) if separate else out, ", or name a folder, without a suffix, for one file a picture")
     check_trajectory_path(trajectory)
     opened = _open(model, options)
+    settings = _settings(options, opened)
     film = Trajectory()
     fix = "take a smaller --batch-size, --height or --width, or --dtype bfloat16"
-    with device_errors_explained(fix), progress("sample", len(prompts) * options.steps) as advance:
+    with device_errors_explained(fix), progress("sample", len(prompts) * settings.num_inference_steps) as advance:
         images = opened.pipeline.generate(
             prompts,
             settings,
@@ -185,9 +200,9 @@ def grid(
 
     check_picture_path(out)
     prompts, negatives = clean_prompts([prompt]), clean_prompts([options.negative]) if options.negative else []
-    settings = _settings(options)
-    sheet = sheet_of(sweep, Cell(settings, options.seed))
     opened = _open(model, options)
+    settings = _settings(options, opened)
+    sheet = sheet_of(sweep, Cell(settings, options.seed))
     images, all_steps = [], sum(cell.settings.num_inference_steps for row in sheet.cells for cell in row)
     with device_errors_explained("take a smaller --height or --width, or --dtype bfloat16"), progress("grid", all_steps) as advance:
         for row in sheet.cells:
@@ -204,16 +219,21 @@ def grid(
     console.print(joined(f"{sum(map(len, images))} pictures of {opened.name}, seed {options.seed}, in ", styled(out)))
 
 
-def _settings(options: DrawingOptions) -> "SamplerSettings":
-    from microdit.pipelines.settings import SamplerSettings
+def _settings(options: DrawingOptions, opened: "OpenedModel") -> "SamplerSettings":
+    """Return the settings that the options name, and for the others those that suit the model. Warns of others than a distilled one's."""
+    from microdit.pipelines.settings import SamplerSettings, suited_to
 
     if options.autoguide and options.guidance_kind not in (None, "autoguidance"):
         raise UserError(f"--autoguide names a weak model, and {options.guidance_kind} guidance takes none: leave one of the two out.")
     kind = options.guidance_kind or ("autoguidance" if options.autoguide else "classifier-free")
+    objective = opened.pipeline.objective
+    usual = suited_to(objective)
+    if objective.student_steps and options.steps not in (None, usual.num_inference_steps):
+        warn(f"{opened.name} was distilled to {usual.num_inference_steps} steps of euler, and knows no noise levels between them.")
     return SamplerSettings(
-        options.steps,
-        options.guidance,
-        cast("Solver", options.solver),
+        usual.num_inference_steps if options.steps is None else options.steps,
+        usual.guidance_scale if options.guidance is None else options.guidance,
+        cast("Solver", options.solver) if options.solver else usual.solver,
         cast("GuidanceKind", kind),
         options.guidance_interval,
         options.guidance_rescale,

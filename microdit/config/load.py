@@ -112,6 +112,7 @@ def _problems(recipe: Recipe) -> list[str]:
     if recipe.alignment is not None:
         block, depth = recipe.alignment.block, model.depth
         need(block <= depth, f"alignment.block is {block}, and the backbone has {depth} blocks (model.depth): take one of 1 to {depth}.")
+    found += _distillation_problems(recipe)
     found += _routing_problems(model)
     found += _diffusion_problems(recipe.diffusion)
     need(len({ema.decay for ema in recipe.ema}) == len(recipe.ema), "ema names a decay twice.")
@@ -138,6 +139,23 @@ def _problems(recipe: Recipe) -> list[str]:
         problems = _mask_problems(phase, model) + _weight_problems(phase, data)
         found += [f"phases.{index}.{problem}" for problem in problems]
     return found
+
+
+def _distillation_problems(recipe: Recipe) -> list[str]:
+    settings = recipe.distillation
+    if settings is None:
+        return []
+    few, many = settings.steps, settings.teacher_steps
+    checks = [
+        (recipe.init_from is not None, "distillation needs a trained model to start from: name it in init_from."),
+        (
+            many % few == 0 and many > few,
+            f"distillation.teacher_steps is {many}, and must be a multiple of distillation.steps, {few}: try "
+            f"{few * max(2, round(many / few))}.",
+        ),
+        (recipe.alignment is None, "distillation has targets of its own: leave alignment out."),
+    ]
+    return [sentence for fine, sentence in checks if not fine]
 
 
 def engine_problems(engine: EngineRecipe) -> list[str]:

@@ -143,7 +143,7 @@ class DiffusionRecipe:
     sampling_floor: Annotated[float, Range(0, 1, above=True)] = 0.05
 
 
-def objective_of(diffusion: DiffusionRecipe) -> Objective:
+def objective_of(diffusion: DiffusionRecipe) -> EDM | Flow:
     """Return the objective of a recipe whose settings fit each other."""
     if diffusion.objective == "edm":
         sigma_data = EDM.sigma_data if diffusion.sigma_data is None else diffusion.sigma_data
@@ -281,6 +281,15 @@ def projector_of(alignment: AlignmentRecipe, dim: int, channels: int) -> Project
 
 
 @dataclass(frozen=True)
+class DistillationRecipe:
+    """Distillation of the model that training starts from (`init_from`) to few steps (diffusion/distillation.py)."""
+
+    steps: Annotated[int, Range(2, 1000)] = 4  # that the trained model draws with, by Euler's method and without guidance
+    teacher_steps: Annotated[int, Range(2, 1000)] = 12  # in whose place they come, by Heun's method: a multiple of `steps`
+    guidance_scale: Annotated[float, Range(-100, 100)] = 2.0  # of the teacher
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All settings of a training run.
 
@@ -307,6 +316,13 @@ class Recipe:
     guard: GuardRecipe = field(default_factory=GuardRecipe)
     record: RecordRecipe = field(default_factory=RecordRecipe)
     alignment: AlignmentRecipe | None = None
+    distillation: DistillationRecipe | None = None
+
+    @property
+    def objective(self) -> Objective:
+        """The training objective, and the settings with which the model is sampled."""
+        objective, few = objective_of(self.diffusion), self.distillation
+        return objective if few is None else replace(objective, student_steps=few.steps, teacher_steps=few.teacher_steps)
 
     @property
     def total_steps(self) -> int:

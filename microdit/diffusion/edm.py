@@ -25,6 +25,8 @@ class EDM(Objective):
     sigma_min: float = 0.002  # sigma_min, sigma_max and rho define the sampler's noise schedule
     sigma_max: float = 80.0
     rho: float = 7.0
+    student_steps: int = 0
+    teacher_steps: int = 0
 
     def preconditioning(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return c_skip, c_out, c_in and c_noise of 2206.00364, table 1, each in the shape of `sigma`."""
@@ -39,7 +41,7 @@ class EDM(Objective):
         """Return latents + sigma noise."""
         return latents_BCHW + sigma_B.view(-1, 1, 1, 1) * noise_BCHW
 
-    def training_sigma(self, normal_B: Tensor) -> Tensor:
+    def _training_sigma(self, normal_B: Tensor) -> Tensor:
         """Return log-normal noise levels."""
         return (normal_B * self.P_std + self.P_mean).exp()
 
@@ -47,10 +49,8 @@ class EDM(Objective):
         """Return the share of training noise levels below each of `sigma_B`."""
         return torch.special.ndtr((sigma_B.log() - self.P_mean) / self.P_std)
 
-    def noise_schedule(self, num_steps: int) -> Tensor:
-        """Return num_steps noise levels from sigma_max down to sigma_min, and 0 (2206.00364, eq. 5), in float64. Needs at least 2 steps."""
-        if num_steps < 2:
-            raise ValueError(f"the sampler needs at least 2 steps, got {num_steps}")
+    def _noise_schedule(self, num_steps: int) -> Tensor:
+        """Return num_steps noise levels from sigma_max down to sigma_min, and 0 (2206.00364, eq. 5)."""
         ramp = torch.arange(num_steps, dtype=torch.float64) / (num_steps - 1)
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return torch.cat([(high + ramp * (low - high)) ** self.rho, torch.zeros(1, dtype=torch.float64)])

@@ -40,6 +40,8 @@ class Flow(Objective):
     sampling_floor: float = 0.05
     sigma_min: float = 0.0  # the sampler's last noise level before 0; by default its steps are equal (before the shift) all the way to 0
     sigma_max: float = 1.0  # its first
+    student_steps: int = 0
+    teacher_steps: int = 0
 
     @property
     def slope_floor(self) -> float:
@@ -65,7 +67,7 @@ class Flow(Objective):
         sigma_B111 = sigma_B.view(-1, 1, 1, 1)
         return (1 - sigma_B111) * latents_BCHW + sigma_B111 * (self.noise_scale * noise_BCHW)
 
-    def training_sigma(self, normal_B: Tensor) -> Tensor:
+    def _training_sigma(self, normal_B: Tensor) -> Tensor:
         """Return 1 - t for logit-normal t, shifted: shifting adds log(shift) to the logit of a noise level."""
         return torch.sigmoid(normal_B * self.t_std + self._logit_mean)
 
@@ -73,10 +75,8 @@ class Flow(Objective):
         """Return the share of training noise levels below each of `sigma_B`."""
         return torch.special.ndtr((torch.logit(sigma_B) - self._logit_mean) / self.t_std)
 
-    def noise_schedule(self, num_steps: int) -> Tensor:
-        """Return num_steps noise levels from sigma_max down, equally spaced before the shift, and 0, in float64. Needs at least 2 steps."""
-        if num_steps < 2:
-            raise ValueError(f"the sampler needs at least 2 steps, got {num_steps}")
+    def _noise_schedule(self, num_steps: int) -> Tensor:
+        """Return num_steps noise levels from sigma_max down, equally spaced before the shift, and 0."""
         first, last = (sigma / (self.shift - (self.shift - 1) * sigma) for sigma in (self.sigma_max, self.sigma_min))
         ramp = torch.linspace(first, last, num_steps + (last == 0), dtype=torch.float64)[:num_steps]
         shifted = (self.shift * ramp / (1 + (self.shift - 1) * ramp)).clamp(max=1)

@@ -23,9 +23,15 @@ RECONSTRUCTION = 0.1  # weight of the dropped patches' reconstruction (2306.0930
 class Objective(ABC):
     """An objective, as the trainer and the samplers see it. Noise levels `sigma` grow with the noise and are 0 at the data.
 
+    A distilled model (`distillation.py`) takes `student_steps` Euler steps in the place of its teacher's `teacher_steps`, a multiple of
+    them; both are 0 for any other.
+
     In sampling, latents follow dx/dsigma = (x - D(x; sigma)) / max(sigma, slope_floor), which holds for both objectives: for EDM by
     2206.00364, eq. 1, with a floor of 0; for flow matching since the velocity of a straight path from noise to data is (D - x) / sigma.
     """
+
+    student_steps: int
+    teacher_steps: int
 
     @property
     def noise_scale(self) -> float:
@@ -49,17 +55,36 @@ class Objective(ABC):
     def add_noise(self, latents_BCHW: Tensor, sigma_B: Tensor, noise_BCHW: Tensor) -> Tensor:
         """Return noisy latents. `noise_BCHW` is standard normal."""
 
-    @abstractmethod
     def training_sigma(self, normal_B: Tensor) -> Tensor:
-        """Return the training noise levels that standard normal numbers stand for, in the order of these numbers."""
+        """Return the training noise levels that standard normal numbers stand for, in the order of these numbers.
+
+        A distilled model is trained at the levels of its few steps alone, all equally often.
+        """
+        if not self.student_steps:
+            return self._training_sigma(normal_B)
+        rising = self.noise_schedule(self.student_steps)[:-1].flip(0).to(normal_B)
+        return rising[(torch.special.ndtr(normal_B) * self.student_steps).long().clamp(max=self.student_steps - 1)]
+
+    @abstractmethod
+    def _training_sigma(self, normal_B: Tensor) -> Tensor: ...
 
     @abstractmethod
     def quantile(self, sigma_B: Tensor) -> Tensor:
         """Return the share of training noise levels below each of `sigma_B`, from 0 to 1."""
 
-    @abstractmethod
     def noise_schedule(self, num_steps: int) -> Tensor:
-        """Return the sampler's noise levels in float64: num_steps decreasing ones, and 0. Needs at least 2 steps."""
+        """Return the sampler's noise levels in float64: num_steps decreasing ones, and 0. Needs at least 2 steps.
+
+        The few steps of a distilled model each begin where one of its teacher's does.
+        """
+        if num_steps == self.student_steps:
+            return self._noise_schedule(self.teacher_steps)[:: self.teacher_steps // num_steps]
+        if num_steps < 2:
+            raise ValueError(f"the sampler needs at least 2 steps, got {num_steps}")
+        return self._noise_schedule(num_steps)
+
+    @abstractmethod
+    def _noise_schedule(self, num_steps: int) -> Tensor: ...
 
     @abstractmethod
     def with_noise_range(self, low: float, high: float) -> Self:
@@ -110,8 +135,7 @@ def denoising_loss(
 ) -> Tensor:
     """Compute the weighted squared error of each sample, (B,): 2206.00364, eq. 8, or the mean square of velocity differences.
 
-    The routing decides over which patches: the kept ones (2407.15811, section 2) or all. MaskDiT adds 0.1 times the error with which the
-    dropped patches are reconstructed. `noise_BCHW` is standard normal; the function itself draws no random numbers.
+    See `matching_loss`; `noise_BCHW` is standard normal.
 
     >>> from microdit import EDM, create_model
     >>> model = create_model("MicroDiT_Nano_2", in_channels=8, caption_channels=384)
@@ -123,8 +147,26 @@ def denoising_loss(
     torch.Size([4])
     """
     noisy_BCHW = objective.add_noise(latents_BCHW, sigma_B, noise_BCHW)
+    return matching_loss(model, objective, noisy_BCHW, latents_BCHW, caption, sigma_B, keep_ids_BK, path_keep_mask_B)
+
+
+def matching_loss(
+    model: MicroDiT,
+    objective: Objective,
+    noisy_BCHW: Tensor,
+    target_BCHW: Tensor,
+    caption: Caption,
+    sigma_B: Tensor,
+    keep_ids_BK: Tensor | None = None,
+    path_keep_mask_B: Tensor | None = None,
+) -> Tensor:
+    """Compute the weighted squared distance of D(noisy; sigma) from the target, for each sample, (B,). Draws no random numbers.
+
+    The routing decides over which patches: the kept ones (2407.15811, section 2) or all. MaskDiT adds 0.1 times the error with which the
+    dropped patches are reconstructed.
+    """
     denoised_BTP = denoise_patches(model, objective, noisy_BCHW, sigma_B, caption, keep_ids_BK, path_keep_mask_B)
-    target_BTP = patchify(latents_BCHW, model.config.patch_size)
+    target_BTP = patchify(target_BCHW, model.config.patch_size)
     weight_B = objective.loss_weight(sigma_B)
     method = METHODS[model.config.routing]
     if keep_ids_BK is None or method.loss == "all":

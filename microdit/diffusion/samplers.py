@@ -1,9 +1,9 @@
 """Samplers: from noise to latents, by solvers of the objective's differential equation that are functions over a denoiser.
 
-`heun` is our own (2206.00364, algorithms 1 and 2) and serves both objectives, and so are `flow_euler` and `flow_dpm` for flow matching.
-`edm_euler` and `edm_dpm` drive the EDM schedulers of diffusers step by step. Those schedulers expect the raw network F (2206.00364, eq. 7)
-and precondition it themselves, while guidance works on D, so D is converted for each of them. All follow the noise levels of the
-objective's `noise_schedule`, the schedulers in float32.
+`heun` (2206.00364, algorithms 1 and 2), `euler` and `flow_dpm` are our own. With EDM, the solvers euler and dpm are the EDM schedulers of
+diffusers, driven step by step by `edm_euler` and `edm_dpm`; only a distilled model's few steps take `euler`. Those schedulers expect the
+raw network F (2206.00364, eq. 7) and precondition it themselves, while guidance works on D, so D is converted for each of them. All follow
+the noise levels of the objective's `noise_schedule`, the schedulers in float32.
 
 Shape legend: B batch, C channels, H W height and width.
 """
@@ -78,13 +78,14 @@ def solve(
     Only heun takes `churn`, and only with EDM, whose noise it adds; `draw_noise` returns noise like `noise_BCHW`.
     """
     assert churn == DETERMINISTIC or (solver == "heun" and isinstance(objective, EDM)), "only heun takes churn, with EDM"
-    if isinstance(objective, EDM) and solver != "heun":
+    own_levels = solver == "euler" and num_steps == objective.student_steps  # which diffusers' schedulers do not have
+    if isinstance(objective, EDM) and solver != "heun" and not own_levels:
         return (edm_dpm if solver == "dpm" else edm_euler)(denoiser, noise_BCHW, objective, num_steps, on_step)
     noise_BCHW, sigmas, floor = noise_BCHW * objective.noise_scale, objective.noise_schedule(num_steps), objective.slope_floor
     if solver == "heun":
         return heun(denoiser, noise_BCHW, sigmas, on_step, churn, draw_noise, floor)
     if solver == "euler":
-        return flow_euler(denoiser, noise_BCHW, sigmas, on_step, floor)
+        return euler(denoiser, noise_BCHW, sigmas, on_step, floor)
     return flow_dpm(denoiser, noise_BCHW, sigmas, on_step)
 
 
@@ -122,7 +123,7 @@ def heun(
 
 
 @torch.no_grad()
-def flow_euler(denoiser: Denoiser, noise_BCHW: Tensor, sigmas: Tensor, on_step: OnStep | None = None, floor: float = 0.0) -> Tensor:
+def euler(denoiser: Denoiser, noise_BCHW: Tensor, sigmas: Tensor, on_step: OnStep | None = None, floor: float = 0.0) -> Tensor:
     """Sample with Euler's first-order method, as FlowMatchEulerDiscreteScheduler of diffusers does, but with a float64 state.
 
     See `heun` for the arguments.

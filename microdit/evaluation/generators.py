@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from PIL import Image
 
+from microdit.diffusion.edm import EDM
+from microdit.diffusion.samplers import Solver
 from microdit.distributed import World
 from microdit.encoders.model_files import dtype_argument, is_place, lasting_name, loading
 from microdit.errors import UserError
@@ -22,8 +24,9 @@ from microdit.io.files import write_aside
 from microdit.io.locks import sole_writer
 from microdit.io.untrusted_text import decode_text, parse_json
 from microdit.pipelines.open_model import OpenedModel, is_our_pipeline, open_model
+from microdit.pipelines.origin import find_origin
 from microdit.pipelines.pipeline import BATCH
-from microdit.pipelines.settings import SamplerSettings
+from microdit.pipelines.settings import SamplerSettings, suited_to
 from microdit.reports.grids import picture_name
 from microdit.reports.run_folder import is_run
 
@@ -39,11 +42,29 @@ class DrawSettings:
     guidance_scale: float = 2.0
     seed: int = 0
     weights: str | None = None  # those of a run: model, ema, or ema-DECAY
+    solver: Solver = "heun"
+
+    @classmethod
+    def suited_to(cls, place: str, steps: int | None, guidance: float | None, seed: int, weights: str | None = None) -> Self:
+        """Return the settings for the model at `place`, in which None stands for what suits it."""
+        try:
+            objective = find_origin(place).objective
+        except UserError:  # a pipeline of another kind, or a run without a checkpoint yet
+            objective = EDM()
+        few, plain = suited_to(objective), cls()
+        few = few if objective.student_steps else plain.sampler
+        return cls(
+            few.num_inference_steps if steps is None else steps,
+            few.guidance_scale if guidance is None else guidance,
+            seed,
+            weights,
+            few.solver,
+        )
 
     @property
     def sampler(self) -> SamplerSettings:
         """The settings of a MicroDiT model's sampler."""
-        return SamplerSettings(self.num_inference_steps, self.guidance_scale)
+        return SamplerSettings(self.num_inference_steps, self.guidance_scale, self.solver)
 
 
 @dataclass(frozen=True)
@@ -238,7 +259,7 @@ def _check_settings(folder: Path, generator: ImageGenerator, prompts: list[str],
     path = folder / SETTINGS
     if path.is_file():
         try:
-            before = {"dtype": "float32", **parse_json(path.read_bytes())}  # earlier versions knew no other
+            before = {"dtype": "float32", "solver": "heun", **parse_json(path.read_bytes())}  # earlier versions knew no other
         except (OSError, ValueError, TypeError):
             return f"{path} is damaged, so it is unknown how the images beside it were generated: choose another --out, or delete them."
         changed = [key for key in about if before.get(key) != about[key]]

@@ -17,6 +17,15 @@ def forward_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: i
     return 2 * (_without_input_gradient(config, tokens, caption_tokens) + _with_input_gradient(config, tokens, kept, caption_tokens))
 
 
+def caption_flops(config: ModelConfig, caption_tokens: int) -> int:
+    """Return the FLOPs of a forward pass that sampling spends only once: a caption's embedding, text-only blocks, keys and values."""
+    length = config.caption_length or caption_tokens
+    embedding = 0 if config.caption_length else caption_tokens * config.caption_channels * config.dim
+    preamble = sum(_text_block(shape, config.dim, length) for shape in config.preamble)
+    crossed = [width for shape, width, _ in config.tokens_by_block(1, 1) if shape.kind == "cross"]
+    return 2 * (embedding + _caption(config, length) + preamble + sum(2 * length * width * width for width in crossed))
+
+
 def training_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: int) -> int:
     """Return the FLOPs of a forward and a backward pass.
 

@@ -162,8 +162,10 @@ class EDMSettings(NoiseSettings):
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         rho: float = 7.0,
+        student_steps: int = 0,
+        teacher_steps: int = 0,
     ):
-        self.objective = EDM(sigma_data, P_mean, P_std, sigma_min, sigma_max, rho)
+        self.objective = EDM(sigma_data, P_mean, P_std, sigma_min, sigma_max, rho, student_steps, teacher_steps)
 
 
 class FlowSettings(NoiseSettings):
@@ -183,8 +185,11 @@ class FlowSettings(NoiseSettings):
         sampling_floor: float = 0.05,
         sigma_min: float = 0.0,
         sigma_max: float = 1.0,
+        student_steps: int = 0,
+        teacher_steps: int = 0,
     ):
-        self.objective = Flow(prediction, t_mean, t_std, shift, noise_scale, training_floor, sampling_floor, sigma_min, sigma_max)
+        noise = t_mean, t_std, shift, noise_scale, training_floor, sampling_floor, sigma_min, sigma_max
+        self.objective = Flow(prediction, *noise, student_steps, teacher_steps)
 
 
 def noise_settings_of(objective: Objective) -> NoiseSettings:

@@ -50,7 +50,7 @@ from microdit.pipelines.components import (
 )
 from microdit.pipelines.prompts import GivenPrompts, aligned, check_negatives, repeated
 from microdit.pipelines.sampling import draw_latents, frozen_model, recorded_objective, round_matrices
-from microdit.pipelines.settings import DEFAULT_SETTINGS, SamplerSettings
+from microdit.pipelines.settings import DEFAULT_SETTINGS, SamplerSettings, suited_to
 from microdit.reports.run_folder import is_run
 
 DEMO = Path(__file__).parents[1] / "demo_model"  # put there by: microdit export runs/emoji microdit/demo_model --dtype float16
@@ -281,8 +281,8 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = DEFAULT_SETTINGS.num_inference_steps,
-        guidance_scale: float = DEFAULT_SETTINGS.guidance_scale,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -295,7 +295,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
-        solver: Solver = DEFAULT_SETTINGS.solver,
+        solver: Solver | None = None,
         guidance: GuidanceKind | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
@@ -312,12 +312,13 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         Args:
             negative_prompt: what to guide away from, one for all images or one for each prompt; an empty one is none.
             height, width: in pixels, by default as in training.
+            num_inference_steps, guidance_scale, solver: by default 30, 2 and heun; of a distilled model those it was trained for.
             generator: one for all images, or a list of one for each. `generate`'s seed s is a list of generators s, s + 1, ...
             latents: standard normal noise (B, C, H, W) to begin with, instead.
             prompt_embeds: vectors (B, L, E) in the place of prompts, with `prompt_attention_mask` (B, L); negative ones alike.
             output_type: pil; np (B, H, W, 3) or pt (B, 3, H, W) in [0, 1]; latent (B, C, H, W).
             callback_on_step_end: called as (pipeline, step, sigma, {"latents": ...}) after each step; may return other latents.
-            solver, guidance, guidance_interval, guidance_rescale, churn, churn_interval, churn_noise, noise_range: see `SamplerSettings`.
+            guidance, guidance_interval, guidance_rescale, churn, churn_interval, churn_noise, noise_range: see `SamplerSettings`.
             weak_pipeline: a smaller or earlier model of the same data, for autoguidance.
 
         Raises UserError for settings with which no image can be drawn.
@@ -325,10 +326,11 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         if weak_pipeline is not None and guidance not in (None, "autoguidance"):
             raise UserError(f"weak_pipeline is for autoguidance, and {guidance} guidance has no use for it: leave one of the two out.")
         pipeline = self if weak_pipeline is None else self.guided_by(weak_pipeline)
+        usual = suited_to(self.objective)
         settings = SamplerSettings(
-            num_inference_steps,
-            guidance_scale,
-            solver,
+            usual.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            usual.guidance_scale if guidance_scale is None else guidance_scale,
+            solver or usual.solver,
             guidance or ("classifier-free" if weak_pipeline is None else "autoguidance"),
             guidance_interval,
             guidance_rescale,
@@ -352,7 +354,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         draw = partial(self._draw_noise, shape, generator)
         noise_BCHW = draw() if latents is None else _checked_latents(latents, shape)
         self._interrupt = False
-        with self.progress_bar(total=num_inference_steps) as bar:
+        with self.progress_bar(total=settings.num_inference_steps) as bar:
 
             def after_step(step: Step) -> Tensor | None:
                 bar.update()

@@ -86,7 +86,8 @@ def frozen_model(config: ModelConfig, weights: dict[str, Tensor]) -> MicroDiT:
 def objective_record(objective: Objective) -> dict[str, Any]:
     """Return what a checkpoint's state says of the objective: its name, edm or flow, and its settings."""
     if isinstance(objective, EDM):
-        return {"edm": {"sigma_data": objective.sigma_data, "P_mean": objective.P_mean, "P_std": objective.P_std}}
+        few = {name: getattr(objective, name) for name in ("student_steps", "teacher_steps") if objective.student_steps}
+        return {"edm": {"sigma_data": objective.sigma_data, "P_mean": objective.P_mean, "P_std": objective.P_std, **few}}
     assert isinstance(objective, Flow)
     return {"flow": asdict(objective)}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from microdit.diffusion.guidance import GuidanceKind
+from microdit.diffusion.objective import Objective
 from microdit.diffusion.samplers import Churn, Solver
 from microdit.errors import UserError
 
@@ -151,3 +152,8 @@ _SWEPT: dict[str, tuple[str, Callable[[str], Any]]] = {  # name of a sweep: fiel
 }
 
 DEFAULT_SETTINGS = SamplerSettings()
+
+
+def suited_to(objective: Objective) -> SamplerSettings:
+    """Return the default settings of a model: for a distilled one, those that it was trained for."""
+    return SamplerSettings(objective.student_steps, 1.0, "euler") if objective.student_steps else DEFAULT_SETTINGS

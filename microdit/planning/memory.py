@@ -71,7 +71,8 @@ class Footprint:
 
     `gradients` stay allocated throughout a step; `passing` gradients appear while activations are freed, and go after the optimizer step.
     `averages` that live on the CPU count with the one that is being updated. `activations` are what the forward pass keeps for the
-    backward pass, at its peak. `gathered` are low-precision copies of weights.
+    backward pass, at its peak. `gathered` are low-precision copies of weights, a
+    distillation's teacher among them.
     """
 
     parameters: int
@@ -344,6 +345,7 @@ class PhaseMemory:
         self._model = _weightless(replace(self._config, position_scale=1.0))
         self._alignment = _weightless_alignment(recipe.alone(phase).alignment, self._config.dim, shapes.feature_channels)
         self.parameters = sum(weight.numel() for weight in self._model.parameters())
+        self._teacher = self.parameters * self._element * (recipe.distillation is not None)  # each process holds it whole
         self._of_one = cache(self._footprint_of_one)
 
     def footprint(self, micro_batch: int, layout: Layout) -> Footprint:
@@ -458,7 +460,8 @@ class PhaseMemory:
             whole = self._of_one(replace(layout, recomputed=0.0))
             saved = activations(self._config, *shape, 0.0) - activations(self._config, *shape, layout.recomputed)
             return replace(whole, activations=whole.activations - self._element * saved)
-        return footprint(self._model, 1, *shape, layout, self._emas, self._alignment)
+        one = footprint(self._model, 1, *shape, layout, self._emas, self._alignment)
+        return replace(one, gathered=one.gathered + self._teacher)
 
 
 @lru_cache(maxsize=16)

@@ -13,7 +13,7 @@ from microdit.data.packing import bytes_of_row
 from microdit.data.shards import DamagedShard
 from microdit.errors import UserError
 from microdit.io.places import location
-from microdit.models.flops import alignment_flops, recomputed_flops, training_flops
+from microdit.models.flops import alignment_flops, caption_flops, forward_flops, recomputed_flops, training_flops
 from microdit.models.microdit import ModelConfig
 from microdit.models.routing import kept_tokens
 from microdit.planning.hardware import Machine
@@ -35,7 +35,7 @@ class FlopCounter:
     def of_step(self, phase: PhaseRecipe, step_in_phase: int, tokens: int, caption_tokens: int, aligned: bool = False) -> float:
         """Return the FLOPs of one step on the whole batch, forward and backward. `aligned` says that it has an alignment loss."""
         kept = kept_tokens(tokens, phase.mask_ratio_at(step_in_phase))
-        flops = phase.batch_size * self._flops(self._config, tokens, kept, caption_tokens)
+        flops = phase.batch_size * (self._flops(self._config, tokens, kept, caption_tokens) + self._of_teacher(tokens, caption_tokens))
         return flops + self._of_alignment(phase, step_in_phase, tokens) if aligned else flops
 
     def remaining(self, step: int, tokens: int, caption_tokens: int) -> float:
@@ -53,6 +53,15 @@ class FlopCounter:
                 points = {point for point in points if point < first + aligned}
                 total += aligned * sum(self._of_alignment(phase, point, tokens) for point in points) / len(points)
         return total
+
+    def _of_teacher(self, tokens: int, caption_tokens: int) -> float:
+        """Return the FLOPs of a distillation's target of one sample."""
+        distillation = self._recipe.distillation
+        if distillation is None:
+            return 0.0
+        calls = 2 * (distillation.teacher_steps // distillation.steps) * (1 if distillation.guidance_scale == 1 else 2)  # Heun's method
+        once = caption_flops(self._config, caption_tokens)  # that of the empty caption is shared by the batch
+        return once + calls * (forward_flops(self._config, tokens, tokens, caption_tokens) - once)
 
     def _of_alignment(self, phase: PhaseRecipe, step_in_phase: int, tokens: int) -> float:
         """Return the FLOPs that an alignment loss adds to a step."""

@@ -23,7 +23,7 @@ from microdit.config.recipes import RECIPES
 from microdit.devices import device_errors_explained
 from microdit.diffusion.samplers import Solver
 from microdit.pipelines.pipeline import MicroDiTPipeline
-from microdit.pipelines.settings import DEFAULT_SETTINGS
+from microdit.pipelines.settings import suited_to
 from microdit.planning.hardware import CHIPS
 from microdit.reports.grids import png_bytes
 from microdit.reports.run_page import report_page
@@ -156,8 +156,7 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
         return {
             "models": sizes,
             "solvers": get_args(Solver),
-            "steps": DEFAULT_SETTINGS.num_inference_steps,
-            "guidance": DEFAULT_SETTINGS.guidance_scale,
+            "usual": {name: _usual(pipeline) for name, pipeline in queue.models.items()},
             "pictures": MAX_IMAGES,
             "runs": list(runs),
             "recipes": offered,
@@ -201,6 +200,12 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
             return pipeline.decode(latents_BCHW)
 
     return router
+
+
+def _usual(pipeline: MicroDiTPipeline) -> dict[str, Any]:
+    """Return the values that the page's fields have at first, by the names of `ImageRequest`."""
+    usual = suited_to(pipeline.objective)
+    return {"steps": usual.num_inference_steps, "guidance_scale": usual.guidance_scale, "solver": usual.solver}
 
 
 def _training_size(pipeline: MicroDiTPipeline) -> str:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_v
 from microdit.encoders.captions import clean_caption
 from microdit.errors import UserError
 from microdit.pipelines.pipeline import MicroDiTPipeline
-from microdit.pipelines.settings import DEFAULT_SETTINGS
+from microdit.pipelines.settings import suited_to
 from microdit.serve.json_requests import APIError, JSONRequest
 from microdit.serve.queue import JobSpec
 
@@ -42,9 +42,9 @@ class ImageRequest(JSONRequest):
     response_format: Text = "b64_json"
     user: Text = ""
     seed: int = Field(default_factory=lambda: random.randrange(2**31), ge=0, le=MAX_SEED)
-    steps: int = Field(DEFAULT_SETTINGS.num_inference_steps, ge=2, le=1000)
-    guidance_scale: float = DEFAULT_SETTINGS.guidance_scale
-    solver: Text = DEFAULT_SETTINGS.solver
+    steps: int | None = Field(None, ge=2, le=1000)  # these three by default as suits the model
+    guidance_scale: float | None = None
+    solver: Text | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -73,8 +73,10 @@ class ImageRequest(JSONRequest):
         if self.seed + self.n - 1 > MAX_SEED:
             raise APIError(f"seed must be between 0 and {MAX_SEED + 1 - self.n}.", "seed")
         height, width = self._sides(models[model])
-        settings = DEFAULT_SETTINGS
+        settings = suited_to(models[model].objective)
         for field, name in (("steps", "num_inference_steps"), ("guidance_scale", "guidance_scale"), ("solver", "solver")):
+            if getattr(self, field) is None:
+                continue
             try:  # one by one, so that the error names the invalid field
                 settings = replace(settings, **{name: getattr(self, field)})
             except UserError as error:

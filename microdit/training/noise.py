@@ -28,7 +28,7 @@ class TrainingBatch:
 
     `caption_kept_B` is 0 where the caption is replaced by zeros (for classifier-free guidance); `path_keep_mask_B` is 0 where the sparse
     path is dropped (routing sprint, for path-drop guidance). `features_BEYX` are those of a vision encoder, in steps with an alignment
-    loss.
+    loss; `target_BCHW` what the denoised estimate is compared with instead of the latents, in distillation.
     """
 
     latents_BCHW: Tensor
@@ -40,6 +40,7 @@ class TrainingBatch:
     keep_ids_BK: Tensor | None
     path_keep_mask_B: Tensor | None = None
     features_BEYX: Tensor | None = None
+    target_BCHW: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sigma_B)

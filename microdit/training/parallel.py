@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from microdit.config.schema import EngineRecipe
 from microdit.devices import choose_dtype, memory_of
-from microdit.diffusion.objective import Objective, denoising_loss
+from microdit.diffusion.objective import Objective, matching_loss
 from microdit.distributed import World
 from microdit.errors import UserError
 from microdit.models.alignment import Alignment
@@ -79,8 +79,10 @@ class DenoisingLoss(nn.Module):
         mask_BL = batch.text_mask_BL if self.mask_padding else None
         text_BLE = batch.text_BLE * batch.caption_kept_B.view(-1, 1, 1)
         caption = self.model.embed_caption(text_BLE.to(self.model.patch_embed.weight.dtype), mask_BL)
-        noise = batch.sigma_B, batch.noise_BCHW, batch.keep_ids_BK, batch.path_keep_mask_B
-        return denoising_loss(self.model, self.objective, batch.latents_BCHW, caption, *noise)
+        noisy_BCHW = self.objective.add_noise(batch.latents_BCHW, batch.sigma_B, batch.noise_BCHW)
+        target_BCHW = batch.latents_BCHW if batch.target_BCHW is None else batch.target_BCHW
+        dropped = batch.keep_ids_BK, batch.path_keep_mask_B
+        return matching_loss(self.model, self.objective, noisy_BCHW, target_BCHW, caption, batch.sigma_B, *dropped)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from microdit.checkpoint import (
     open_checkpoint,
 )
 from microdit.config.load import with_todays_defaults
-from microdit.config.schema import ModelRecipe, PhaseRecipe, Recipe, architecture, objective_of
+from microdit.config.schema import ModelRecipe, PhaseRecipe, Recipe, architecture
 from microdit.data.dataset import EncodedDataset, MixedDataset
 from microdit.data.latent_statistics import common_std
 from microdit.data.sampler import SamplerPhase
@@ -366,7 +366,7 @@ def describe(recipe: Recipe, config: ModelConfig, data: EncodedDataset, sets: li
     """Return what a checkpoint records besides tensors and position: enough to generate images, and to know what it was trained with."""
     return {
         "model": asdict(config),
-        **objective_record(objective_of(recipe.diffusion)),
+        **objective_record(recipe.objective),
         "mask_padding": recipe.model.mask_padding,
         "data": data.summary(),
         "sets": fingerprints(recipe, sets),

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from microdit.checkpoint import Checkpoint
-from microdit.config.schema import EMARecipe, Recipe, objective_of, projector_of
+from microdit.config.schema import EMARecipe, Recipe, projector_of
 from microdit.distributed import World
 from microdit.models.alignment import Alignment
 from microdit.models.microdit import MicroDiT, ModelConfig
 from microdit.pipelines.sampling import frozen_model
 from microdit.training.checkpointing import Tensors, load_into, whole
+from microdit.training.distillation import Teacher
 from microdit.training.gradients import gradients_of
 from microdit.training.meters import SUMS, LossStats, PendingStep, StepResult
 from microdit.training.noise import MicroBatch
@@ -111,11 +112,13 @@ class TrainingState:
         fill: Callable[[MicroDiT], None] | None,
         fresh: bool,
         feature_channels: int | None = None,
+        teacher: Teacher | None = None,
     ):
         """Build and shard the model. `fill` loads initial weights into it afterwards; without it they are random (by the recipe's seed) if
         `fresh`, and otherwise undefined until `load` is called. `feature_channels` are those that a recipe's alignment needs.
+        With a `teacher`, losses are the distances from its targets.
         """
-        self.objective = objective_of(recipe.diffusion)
+        self.objective = recipe.objective
         self.model = _build(config, recipe, fresh and fill is None, world.device)
         parameters = sum(weight.numel() for weight in self.model.parameters())
         self.sharding = world.share(sharding_of(recipe.engine, world, parameters))
@@ -135,7 +138,7 @@ class TrainingState:
         if drawn is not None and self.alignment is not None and fresh:
             _copy(drawn, self.alignment)
         self.loss = loss
-        self._world = world
+        self._world, self._teacher = world, teacher
         self._weights = list(loss.parameters())
         self.gradients = gradients_of(loss, self.sharding, dtype, recipe.engine, world)
         self.optimizers = Optimizers(self.model, recipe.optimizer, recipe.engine.compile, self.alignment)
@@ -165,7 +168,7 @@ class TrainingState:
         self.optimizers.set_rate(learning_rate)
         self.gradients.begin()
         for number, part in enumerate(micro_batches, start=1):
-            batch = part.to(device)
+            batch = part.to(device) if self._teacher is None else self._teacher.with_target(part.to(device))
             losses = self.gradients.add(batch, samples, last=number == len(micro_batches))
             stats.add(losses.denoising_B, batch.sigma_B, self.objective, losses.alignment_B)
         stats.add_stops(*stops)

@@ -34,6 +34,7 @@ from microdit.planning.workload import FlopCounter
 from microdit.process_limits import keep_freed_memory
 from microdit.reports.grids import save_png
 from microdit.training.checkpointing import CheckpointWriter, newest_intact
+from microdit.training.distillation import open_teacher
 from microdit.training.init_from import find_initial_weights
 from microdit.training.logging import Cost, RunRecord, last_cost
 from microdit.training.meters import Meters, PendingStep, StepResult, progress_text
@@ -120,14 +121,17 @@ class Trainer:
         if recipe.engine.compile:
             with world.together():
                 keep_compiled(run)
-        first = None if checkpoint else find_initial_weights(recipe, run, self.config, self.data, world, self.reporter.warn, initial)
+        first = None
+        if checkpoint is None or recipe.distillation:
+            first = find_initial_weights(recipe, run, self.config, self.data, world, self.reporter.warn, initial)
         before = first.origin.objective if first else None
         if checkpoint:
             before = recorded_objective(checkpoint.state)
         self.recipe = recipe = with_sigma_data(recipe, self.mixture.sets, before, self.reporter.warn)
-        fill = None if first is None else partial(first.fill, world=world)
+        self.teacher = open_teacher(recipe, first, self.config, checkpoint, world)
+        fill = None if checkpoint or first is None else partial(first.fill, world=world)
         channels = self.data.feature_shape()[0] if recipe.alignment else None
-        self.state = TrainingState(recipe, self.config, world, fill, fresh=checkpoint is None, feature_channels=channels)
+        self.state = TrainingState(recipe, self.config, world, fill, checkpoint is None, channels, self.teacher)
         self.guard = SpikeGuard(recipe.guard, world.device)
         self.step = 0  # number of steps that were queued on the device
         self.lag = 1 if world.device.type == "cuda" else 0  # steps that may be running when the next one is queued
@@ -327,7 +331,8 @@ class Trainer:
             self.reporter.warn(f"Some weights are not finite after step {self.step}, so no checkpoint is written.")
             return
         position = {"images_seen": self.recipe.samples_before(self.step), "guard": self.guard.state(), **self.cost.so_far()}
-        description = describe(self.recipe, self.config, self.data, self.mixture.sets)
+        teacher = {} if self.teacher is None else {"teacher": self.teacher.fingerprint}
+        description = describe(self.recipe, self.config, self.data, self.mixture.sets) | teacher
         exports = [] if in_haste else ["model", *self.state.averages]
         self.checkpoints.save(self.step, self.state.tensors(), {**description, **position}, exports)
 

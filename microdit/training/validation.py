@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from microdit.config.schema import LEAST_QUALITY_SAMPLES, Recipe
+from microdit.config.schema import LEAST_QUALITY_SAMPLES, Recipe, RecordRecipe
 from microdit.data.dataset import Batch, EncodedDataset, check_compatible
 from microdit.data.pixels import to_image
 from microdit.data.shard_cache import ShardCache
@@ -33,7 +33,7 @@ from microdit.models.microdit import MicroDiT
 from microdit.pipelines.components import check_unchanged
 from microdit.pipelines.pipeline import Encoders, MicroDiTPipeline, load_encoders
 from microdit.pipelines.sampling import draw_latents, first_noise
-from microdit.pipelines.settings import SamplerSettings
+from microdit.pipelines.settings import SamplerSettings, suited_to
 from microdit.reports.grids import draw_grid
 from microdit.training.meters import LossStats, StepResult, by_noise
 from microdit.training.noise import TrainingBatch
@@ -146,7 +146,7 @@ class Quality:
             shape, numbers = self._data.latent_shape(self._bucket), range(len(self._drawn_N))[part]
             noise_BCHW = torch.stack([first_noise(shape, number) for number in numbers])
             mask_BL = None if self._mask_BL is None else self._mask_BL[part]
-            settings = SamplerSettings(self._record.sample_steps, self._record.guidance_scale)
+            settings = _sampler(self._record, self._objective)
             return draw_latents(model, self._objective, noise_BCHW, self._text_BLE[part], mask_BL, settings)
 
         return self.compare(draw)
@@ -192,6 +192,11 @@ class Quality:
             raise UserError(f"{damage}. Quality is measured on that row: encode it again, or leave out record.quality_every.") from damage
 
 
+def _sampler(record: RecordRecipe, objective: Objective) -> SamplerSettings:
+    """Return the settings of the record, or those that a distilled model was trained for."""
+    return suited_to(objective) if objective.student_steps else SamplerSettings(record.sample_steps, record.guidance_scale)
+
+
 class PromptGrid:
     """Generates the grid of the recipe's prompts, divided among the processes. Encoders are loaded on first use and kept."""
 
@@ -214,7 +219,7 @@ class PromptGrid:
         pipeline = MicroDiTPipeline.around(model, description, self._encoders).to(world.device, self._dtype)
         share = -(-len(prompts) // world.size)
         start = share * world.rank
-        settings = SamplerSettings(record.sample_steps, record.guidance_scale)
+        settings = _sampler(record, recipe.objective)
         mine = prompts[start : start + share]
         images = pipeline.generate(mine, settings, recipe.seed + start, warn=lambda sentence: None) if mine else []
         for encoder in self._encoders:

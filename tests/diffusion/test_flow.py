@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from microdit.diffusion.flow import Flow
 from microdit.diffusion.objective import denoise_patches, denoising_loss, draw_sigma
-from microdit.diffusion.samplers import flow_euler, solve
+from microdit.diffusion.samplers import euler, solve
 from microdit.errors import UserError
 from microdit.models.config import Size
 from microdit.models.patches import patchify
@@ -158,5 +158,5 @@ def test_velocities_are_those_of_minit2i():
     flow = Flow("image", noise_scale=2.0, sampling_floor=0.05)
     for image, x, velocity, t in zip(*(numbers[name] for name in ("in.images_BHWC", "out.x", "out.velocity", "in.t")), strict=True):
         sigma = 1 - t.double().item()
-        drawn = flow_euler(lambda _, __, x=x: x[None], image[None] / sigma, torch.tensor([sigma, 0.0]).double(), floor=flow.slope_floor)
+        drawn = euler(lambda _, __, x=x: x[None], image[None] / sigma, torch.tensor([sigma, 0.0]).double(), floor=flow.slope_floor)
         assert torch.allclose(drawn[0], image + sigma * velocity, atol=1e-4)

@@ -44,10 +44,15 @@ const number = (value, more) => make("input", { type: "number", step: "any", val
 const choice = (options) => make("select", {}, ...options.map((option) => make("option", { value: option, textContent: option })));
 
 function settingsFields(form, about) {
-  field(form, "model", "Model", choice(Object.keys(about.models)), true);
-  field(form, "guidance_scale", "Guidance", number(about.guidance));
-  field(form, "steps", "Steps", number(about.steps));
-  field(form, "solver", "Solver", choice(about.solvers));
+  const model = choice(Object.keys(about.models));
+  const own = { guidance_scale: number(), steps: number(), solver: choice(about.solvers) };
+  const suit = () => Object.entries(own).forEach(([name, input]) => (input.value = about.usual[model.value][name]));
+  model.addEventListener("change", suit);
+  suit();
+  field(form, "model", "Model", model, true);
+  field(form, "guidance_scale", "Guidance", own.guidance_scale);
+  field(form, "steps", "Steps", own.steps);
+  field(form, "solver", "Solver", own.solver);
 }
 
 function promptFields(form, about) {
@@ -165,8 +170,11 @@ function startCompare(about) {
   const form = byId("compare-form"), shared = form.querySelector(".shared"), sides = [...form.querySelectorAll(".fields")];
   sides.forEach((side) => settingsFields(side, about));
   const models = Object.keys(about.models);
-  if (models.length > 1) sides[1].querySelector("[name=model]").value = models[1];
-  else sides[1].querySelector("[name=guidance_scale]").value = 2 * about.guidance;
+  if (models.length > 1) {
+    const model = sides[1].querySelector("[name=model]");
+    model.value = models[1];
+    model.dispatchEvent(new Event("change"));
+  } else sides[1].querySelector("[name=guidance_scale]").value = 2 * Object.values(about.usual)[0].guidance_scale;
   promptFields(shared, about);
   imageFields(shared, about);
   form.onsubmit = (event) => {
