@@ -14,7 +14,7 @@ from microdit.data.pixels import to_image, to_tensor
 from microdit.data.sources.builtin import emoji_images
 from microdit.evaluation.features import EfficientNetFeatures
 from microdit.evaluation.recognition import retrieval, spread_ids
-from microdit.pipelines.open_model import open_model
+from microdit.pipelines.open_model import OpenedModel, open_model
 from microdit.pipelines.settings import SamplerSettings, suited_to
 
 BAR = 0.03  # of the captions: what the student may recognise less than the teacher in 12 steps of dpm
@@ -35,7 +35,7 @@ def main() -> int:
     right_N = spread_ids(len(rows), args.captions)
     captions = [rows[number].caption for number in right_N]
 
-    def recognised(name: str, model: object, settings: SamplerSettings) -> float:
+    def recognised(name: str, model: OpenedModel, settings: SamplerSettings) -> float:
         found = []
         for seed in range(args.seeds):
             images = model.pipeline.generate(captions, settings, seed * args.captions, warn=print)

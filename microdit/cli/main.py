@@ -17,7 +17,7 @@ from microdit.cli.export import export, import_minit2i, import_official
 from microdit.cli.lab import lab_app
 from microdit.cli.plan import bench, budget, doctor
 from microdit.cli.recipes import new, recipes
-from microdit.cli.sample import grid, sample
+from microdit.cli.sample import explain, grid, sample
 from microdit.cli.serve import app as web_page
 from microdit.cli.terminal import console, print_traceback, take_logs
 from microdit.cli.train import report, runs, train, train_autoencoder
@@ -96,7 +96,7 @@ def _repeat_option(arguments: list[str], option: str) -> list[str]:
 PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Data": {"new": new, "train-autoencoder": train_autoencoder},
     "Train": {"recipes": recipes, "train": train, "runs": runs, "report": report},
-    "Draw": {"sample": sample, "grid": grid, "app": web_page},
+    "Draw": {"sample": sample, "grid": grid, "explain": explain, "app": web_page},
     "Measure": {"evaluate": evaluate, "compare": compare, "geneval": geneval, "draw": draw, "prefer": prefer},
     "Share": {"export": export, "import-official": import_official, "import-minit2i": import_minit2i},
     "Plan": {"budget": budget, "bench": bench, "doctor": doctor},

@@ -219,6 +219,40 @@ def grid(
     console.print(joined(f"{sum(map(len, images))} pictures of {opened.name}, seed {options.seed}, in ", styled(out)))
 
 
+def explain(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The prompt, in quotes.")],
+    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("explain.html"),
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
+    weights: Annotated[
+        str | None, typer.Option(help="Weights of a run: model, ema or ema-DECAY. [default: ema if there is one, else model]")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Show the method on one picture, as a page: kept patches, widths of blocks, FLOPs by part, experts, attention to the caption's words.
+
+    Example: microdit explain demo "red heart"
+
+    Example: microdit explain runs/emoji "cat face" --out cat.html --seed 3
+    """
+    from microdit.devices import choose_device, choose_dtype, device_errors_explained
+    from microdit.encoders.captions import clean_prompts
+    from microdit.pipelines.open_model import open_model
+    from microdit.pipelines.settings import suited_to
+    from microdit.reports.explain_page import write_explain_page
+
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out is {out}, and a page needs a name such as explain.html.")
+    where = choose_device(device)
+    opened = open_model(model, warn, weights)
+    (clean,) = clean_prompts([prompt])
+    with device_errors_explained("take --device cpu"):
+        opened.pipeline.to(where, choose_dtype("float32", where))
+        with progress("explain", suited_to(opened.pipeline.objective).num_inference_steps) as advance:
+            write_explain_page(opened.pipeline, opened.name, clean, out, seed, advance)
+    console.print(joined(styled(out), f" shows what {opened.name} does with it: open it in a browser."))
+
+
 def _settings(options: DrawingOptions, opened: "OpenedModel") -> "SamplerSettings":
     """Return the settings that the options name, and for the others those that suit the model. Warns of others than a distilled one's."""
     from microdit.pipelines.settings import SamplerSettings, suited_to

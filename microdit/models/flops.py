@@ -26,6 +26,24 @@ def caption_flops(config: ModelConfig, caption_tokens: int) -> int:
     return 2 * (embedding + _caption(config, length) + preamble + sum(2 * length * width * width for width in crossed))
 
 
+def parts_of_forward(config: ModelConfig, tokens: int, kept: int, caption_tokens: int) -> dict[str, int]:
+    """Return the FLOPs of a forward pass by part of the network; they add up to `forward_flops`."""
+    length = config.caption_length or caption_tokens
+    blocks = [(shape, width, seen, length) for shape, width, seen in config.tokens_by_block(tokens, kept)]
+    mixer, rest = blocks[: len(config.mixer)], blocks[len(config.mixer) :]
+    backbone, decoder = rest[: len(rest) - len(config.decoder)], rest[len(rest) - len(config.decoder) :]
+    embedding = 0 if config.caption_length else caption_tokens * config.caption_channels * config.dim
+    parts = {
+        "caption": embedding + _caption(config, length) + sum(_text_block(shape, config.dim, length) for shape in config.preamble),
+        "patch-mixer": sum(_block(config, *block) for block in mixer),
+        "backbone, attention": sum(_attention(config, *block) for block in backbone),
+        "backbone, feed-forward": sum(_feed_forward(config, *block) for block in backbone),
+        "decoder": sum(_block(config, *block) for block in decoder),
+    }
+    found = {name: 2 * count for name, count in parts.items() if count}
+    return found | {"patches, noise level and head": forward_flops(config, tokens, kept, caption_tokens) - sum(found.values())}
+
+
 def training_flops(config: ModelConfig, tokens: int, kept: int, caption_tokens: int) -> int:
     """Return the FLOPs of a forward and a backward pass.
 
@@ -98,24 +116,30 @@ def _text_block(shape: BlockShape, dim: int, tokens: int) -> int:
 
 
 def _block(config: ModelConfig, shape: BlockShape, dim: int, tokens: int, caption_tokens: int) -> int:
+    return _attention(config, shape, dim, tokens, caption_tokens) + _feed_forward(config, shape, dim, tokens, caption_tokens)
+
+
+def _attention(config: ModelConfig, shape: BlockShape, dim: int, tokens: int, caption_tokens: int) -> int:
+    """Count a block's attention to image and caption, and its modulation."""
     width, both = shape.attention_dim, tokens + caption_tokens
-    modulated = 6
+    modulated = {"cross": 6, "joint": 12}.get(shape.kind, 8)
     if shape.kind == "cross":
         attention = 4 * tokens * dim * width + 2 * tokens * tokens * width
-        others = 2 * both * dim * dim + 2 * tokens * caption_tokens * dim
+        attention += 2 * both * dim * dim + 2 * tokens * caption_tokens * dim
     elif shape.kind == "joint":
-        modulated = 12
         attention = 4 * both * dim * width + 2 * both * both * width
-        others = _dense(shape, dim, caption_tokens)
     else:
-        modulated = 8
         attention = (4 * tokens + 2 * caption_tokens) * dim * width + 2 * tokens * both * width
-        others = 0
-    modulation = modulated * config.dim * dim if config.conditioning == "adaln" else 0
+    return attention + (modulated * config.dim * dim if config.conditioning == "adaln" else 0)
+
+
+def _feed_forward(config: ModelConfig, shape: BlockShape, dim: int, tokens: int, caption_tokens: int) -> int:
+    """Count a block's feed-forward, in a joint block of both streams."""
+    of_caption = _dense(shape, dim, caption_tokens) if shape.kind == "joint" else 0
     if not shape.num_experts:
-        return modulation + attention + others + _dense(shape, dim, tokens)
+        return of_caption + _dense(shape, dim, tokens)
     chosen = shape.num_experts * int(config.expert_capacity * tokens / shape.num_experts)
-    return modulation + attention + others + tokens * dim * shape.num_experts + 2 * chosen * dim * shape.ffn_dim
+    return of_caption + tokens * dim * shape.num_experts + 2 * chosen * dim * shape.ffn_dim
 
 
 def _dense(shape: BlockShape, dim: int, tokens: int) -> int:
