@@ -30,6 +30,7 @@ from microdit.io.untrusted_text import one_line, parse_json
 T = TypeVar("T")
 
 LONGEST_WAIT = 600.0  # seconds that a server may ask to wait before the client gives up
+TEXT_TOKENS = 150  # estimated tokens of the instructions, a prompt or question, and the answer
 LONGEST_ANSWER, LONGEST_WORDS = 1_000_000, 10_000  # bytes read of an answer, and of an error
 
 
@@ -39,6 +40,27 @@ def key_from_environment() -> str:
     if not re.fullmatch(r"[!-~]*", key):
         raise UserError("The key in MICRODIT_JUDGE_KEY or OPENAI_API_KEY contains spaces or odd characters: copy it again.")
     return key
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected size and price of an evaluation. `dollars` is None without a price."""
+
+    requests: int
+    images: int
+    tokens: int
+    dollars: float | None
+
+
+def estimate(requests: int, images: int, size: int, dollars_per_million: float | None = None) -> Estimate:
+    """Estimate the cost of requests with `images` images of `size` x `size` pixels each, without repeated ones.
+
+    An image counts 85 tokens plus 170 per tile of 512 pixels, after it is shrunk to 768, as for many models; others differ by a factor of
+    about two.
+    """
+    tiles = (-(-min(size, 768) // 512)) ** 2
+    tokens = requests * (images * (85 + 170 * tiles) + TEXT_TOKENS)
+    return Estimate(requests, images * requests, tokens, None if dollars_per_million is None else tokens * dollars_per_million / 1e6)
 
 
 @dataclass(frozen=True)
@@ -122,7 +144,8 @@ class ChatClient:
 
     def _explain(self, refused: "_RefusedError") -> str:
         if refused.status in (401, 403):
-            return f"{self.who} at {self.base_url} refuses the key ({refused.status}): set MICRODIT_JUDGE_KEY or OPENAI_API_KEY to a valid one."
+            keys = "MICRODIT_JUDGE_KEY or OPENAI_API_KEY"
+            return f"{self.who} at {self.base_url} refuses the key ({refused.status}): set {keys} to a valid one."
         words = self._cut(refused.words)
         if refused.status == 404:
             return f"{self.who} at {self.base_url} has no model '{self.model}', or this is not its API's root (404): {words}"

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ means nothing. If neither is better, it is a TIE. Answer with a single word: A, 
 REMINDER = "\n\nWrite one of these three words and nothing else."
 MAX_REQUESTS = 3  # per question, while answers are unreadable
 COMPARISON = "another comparison (other images, prompts, orders, or judge)"
-TEXT_TOKENS = 150  # estimated tokens of the instructions, a prompt and the answer
 
 
 def judge_all(
@@ -56,28 +54,6 @@ def judge_all(
             threads.shutdown(cancel_futures=True)
             raise
     return file.preference()
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Expected size and price of a comparison. `dollars` is None without a price."""
-
-    requests: int
-    images: int
-    tokens: int
-    dollars: float | None
-
-
-def estimate(pairs: int, size: int, dollars_per_million: float | None = None) -> Estimate:
-    """Estimate the cost of judging `pairs` of images of `size` x `size` pixels in both orders, without repeated questions.
-
-    An image counts 85 tokens plus 170 per tile of 512 pixels, after it is shrunk to 768, as for many models; others differ by a factor of
-    about two.
-    """
-    tiles = (-(-min(size, 768) // 512)) ** 2
-    requests = 2 * pairs
-    tokens = requests * (2 * (85 + 170 * tiles) + TEXT_TOKENS)
-    return Estimate(requests, 2 * requests, tokens, None if dollars_per_million is None else tokens * dollars_per_million / 1e6)
 
 
 class VisionJudge(ChatClient):

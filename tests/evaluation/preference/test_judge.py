@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 from microdit.errors import UserError
-from microdit.evaluation.chat.client import LONGEST_ANSWER
+from microdit.evaluation.chat.client import LONGEST_ANSWER, estimate
 from microdit.evaluation.chat.request_log import REQUESTS, Answer, Exchange, RequestLog
-from microdit.evaluation.preference.judge import VisionJudge, _mark, estimate, judge_all, read_choice
+from microdit.evaluation.preference.judge import VisionJudge, _mark, judge_all, read_choice
 from microdit.evaluation.preference.verdicts import VerdictFile, both_orders, read_pairs
 from tests.evaluation.preference.test_verdicts_preference import lines_of, write_folders
 
@@ -488,8 +488,8 @@ def test_choices_are_read_from_words_and_json_but_never_guessed(answer, choice):
 
 
 def test_the_estimate_counts_both_orders():
-    small = estimate(100, 64)
+    small = estimate(200, 2, 64)
     assert (small.requests, small.images, small.tokens, small.dollars) == (200, 400, 200 * (2 * 255 + 150), None)
-    large = estimate(1, 1024, dollars_per_million=2.5)
+    large = estimate(2, 2, 1024, dollars_per_million=2.5)
     assert large.tokens == 2 * (2 * (85 + 4 * 170) + 150)
     assert large.dollars == pytest.approx(large.tokens * 2.5e-6)
