@@ -243,23 +243,29 @@ def prefer(
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    table: Annotated[Literal["main", "geneval", "ablations"], typer.Option(help="Which table of published figures.")] = "main",
+    table: Annotated[
+        Literal["main", "geneval", "benchmarks", "ablations"], typer.Option(help="Which table of published figures.")
+    ] = "main",
     geneval: Annotated[list[Path] | None, typer.Option(help="The --out folder of 'microdit geneval'; once for each run, in order.")] = None,
+    dpg: Annotated[list[Path] | None, typer.Option(help="The --out folder of 'microdit dpg'; once for each run, in order.")] = None,
 ) -> None:
     """Compare runs with published figures, and say which figures are comparable and which are not.
 
     Example: microdit compare runs/emoji runs/emoji-long
 
     Example: microdit compare runs/xl --table geneval --geneval geneval
+
+    Example: microdit compare runs/xl --table benchmarks --geneval geneval --dpg dpg
     """
     from microdit.evaluation.compare import comparison_lines, comparison_table
     from microdit.evaluation.published import load_published
     from microdit.evaluation.run_results import read_run
 
-    if geneval and len(geneval) != len(runs):
-        raise UserError(f"--geneval was given {len(geneval)} times for {len(runs)} runs: give it once for each run, in order.")
-    published = load_published()
-    results = [read_run(run, geneval[number] if geneval else None) for number, run in enumerate(runs)]
+    for option, folders in (("--geneval", geneval), ("--dpg", dpg)):
+        if folders and len(folders) != len(runs):
+            raise UserError(f"{option} was given {len(folders)} times for {len(runs)} runs: give it once for each run, in order.")
+    published, none = load_published(), [None] * len(runs)
+    results = [read_run(*paths) for paths in zip(runs, geneval or none, dpg or none, strict=True)]
     console.print(comparison_table(published, table, results))
     for result in results:
         for line in comparison_lines(published, table, result):

@@ -253,6 +253,10 @@ class RecordRecipe:
     held_out_samples: Annotated[int, Range(1, 10**6)] = 256
     quality_every: Every | None = None  # generate stored captions and compare with their images; by default never
     quality_samples: Annotated[int, Range(LEAST_QUALITY_SAMPLES, 10**6)] = 64  # number of captions: from 16 to the rows of the set
+    fid_every: Every | None = None  # draw captions of a reference set and measure the Frechet distance to its images; by default never
+    fid_reference: FilePath | None = None  # the set, as for `microdit evaluate --reference`
+    fid_samples: Annotated[int, Range(2, 10**6)] = 1000  # number of captions; only distances of equal numbers may be compared
+    fid_network: Annotated[str, Range(1, 4096)] = "efficientnet"  # or inception:FILE, for the FID of papers
     sample_prompts: Prompts = field(default_factory=list)
     sample_steps: Annotated[int, Range(2, 1000)] = 18
     guidance_scale: Annotated[float, Range(-100, 100)] = 2.0

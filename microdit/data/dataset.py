@@ -166,14 +166,17 @@ class EncodedDataset:
     def summary(self) -> dict[str, Any]:
         """Return what a model trained on this data set needs to generate images: encoders, latent shape, resolution, source."""
         keep = ("source", "autoencoder", "text_encoder", "text_channels")
-        sizes = [size[str(self.resolution)] for size in self.manifest["sizes"]]
-        squarest = min(range(len(sizes)), key=lambda bucket: abs(math.log(sizes[bucket][0] / sizes[bucket][1])))
         shape = {
-            "latent_shape": list(self.latent_shape(squarest)),
+            "latent_shape": list(self.latent_shape(self._squarest)),
             "resolution": self.resolution,
             "captions": self.manifest["settings"]["captions"],
         }
         return {**{key: self.manifest[key] for key in keep}, **shape}
+
+    @property
+    def shortest_side(self) -> int:
+        """The shorter side, in pixels, of images that a model of this set generates by default."""
+        return int(min(self._sizes[self._squarest]))
 
     def read(self, bucket: int, number: int, draw: float = 0.0) -> tuple[memoryview, memoryview]:
         """Return the stored latents of row `number` of a bucket, and one of its captions, chosen by `draw`. Raises DamagedShard."""
@@ -275,6 +278,17 @@ class EncodedDataset:
         """The number of rows up to the end of each shard, for each bucket."""
         buckets = range(len(self.manifest["sizes"]))
         return [np.cumsum([shard["buckets"].get(str(bucket), 0) for shard in self.manifest["shards"]]) for bucket in buckets]
+
+    @property
+    def _sizes(self) -> list[list[int]]:
+        """The height and width in pixels of each bucket."""
+        return [size[str(self.resolution)] for size in self.manifest["sizes"]]
+
+    @property
+    def _squarest(self) -> int:
+        """The bucket whose shape is nearest to a square."""
+        sizes = self._sizes
+        return min(range(len(sizes)), key=lambda bucket: abs(math.log(sizes[bucket][0] / sizes[bucket][1])))
 
     def _close(self, number: int) -> None:
         self._shards.pop(number, None)

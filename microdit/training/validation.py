@@ -199,6 +199,13 @@ class PromptGrid:
         """Prepare the grid. `dtype` is that of matrix products. `warn` is called once with the prompts that the text encoder truncates."""
         self._recipe, self._world, self._dtype, self._warn = recipe, world, dtype, warn
         self._encoders: Encoders | None = None
+        self._warned = False
+
+    def encoders(self, description: dict[str, Any]) -> Encoders:
+        """Return the autoencoder and the text encoder that the description of a checkpoint names, loaded once."""
+        if self._encoders is None:
+            self._encoders = load_encoders(description["data"])
+        return self._encoders
 
     def draw(self, model: MicroDiT, description: dict[str, Any], step: int) -> Image.Image:
         """Return the grid of images. `description` is that of a checkpoint, which names the encoders. All processes must call this.
@@ -207,17 +214,17 @@ class PromptGrid:
         """
         recipe, world = self._recipe, self._world
         prompts, record = list(recipe.record.sample_prompts), recipe.record
-        if self._encoders is None:
-            self._encoders = load_encoders(description["data"])
-            if world.is_main:
-                warn_of_unread(clean_prompts(prompts), self._encoders[1], self._warn)
-        pipeline = MicroDiTPipeline.around(model, description, self._encoders).to(world.device, self._dtype)
+        encoders = self.encoders(description)
+        if world.is_main and not self._warned:
+            warn_of_unread(clean_prompts(prompts), encoders[1], self._warn)
+            self._warned = True
+        pipeline = MicroDiTPipeline.around(model, description, encoders).to(world.device, self._dtype)
         share = -(-len(prompts) // world.size)
         start = share * world.rank
         settings = SamplerSettings(record.sample_steps, record.guidance_scale)
         mine = prompts[start : start + share]
         images = pipeline.generate(mine, settings, recipe.seed + start, warn=lambda sentence: None) if mine else []
-        for encoder in self._encoders:
+        for encoder in encoders:
             encoder.to("cpu")  # free the GPU's memory for training
         everyones = [image for images in world.gather(images) for image in images]
         return draw_grid(everyones, prompts, title=f"{recipe.name}, step {step}, {recipe.samples_before(step):,} images seen")
