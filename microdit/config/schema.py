@@ -78,6 +78,8 @@ class DataRecipe:
     sets: Annotated[dict[str, SetRecipe], Range(0, 1000)] = field(default_factory=dict)
     resolution: Annotated[int, Range(1, 16_384)] | None = None  # pixels; required if a set holds several resolutions
     horizontal_flip: bool = False  # of half of the latents: exact for pixels, nearly so for autoencoders; not in the paper
+    # share in which its first sentence takes the place of a caption of several, for sets encoded with --first-sentences
+    first_sentence: Share = 0.0
     # full: each epoch is a permutation of all samples; blocks: of shards, and of the samples of a few shards at a time
     order: Literal["full", "blocks"] | None = None  # by default full, or blocks if a set is in an object store
     cache: CacheRecipe = field(default_factory=CacheRecipe)

@@ -132,6 +132,19 @@ class EncodedDataset:
         self.most_open = most_open() if self.cache is None else MOST_OPEN_COPIES
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._damaged: dict[int, str] = {}
+        self._first_sentence = 0.0
+
+    def use_first_sentences(self, share: float) -> None:
+        """Let `read` return the first sentence in place of a caption of several in this share of its draws.
+
+        Raises UserError if the set does not hold first sentences, and the share is not 0.
+        """
+        if share and not self.manifest["settings"].get("first_sentences"):
+            raise UserError(
+                f"data.first_sentence is {share:g}, and {self.folder} holds whole captions only: encode it again with "
+                "--first-sentences, or leave the setting out."
+            )
+        self._first_sentence = share
 
     def __len__(self) -> int:
         return int(self.manifest["rows"])
@@ -181,7 +194,9 @@ class EncodedDataset:
     def read(self, bucket: int, number: int, draw: float = 0.0) -> tuple[memoryview, memoryview]:
         """Return the stored latents of row `number` of a bucket, and one of its captions, chosen by `draw`. Raises DamagedShard."""
         return self._from_shard(
-            bucket, number, lambda shard, row: (shard.latents(row, self.resolution, bucket), shard.text(row, draw, bucket))
+            bucket,
+            number,
+            lambda shard, row: (shard.latents(row, self.resolution, bucket), shard.text(row, draw, bucket, self._first_sentence)),
         )
 
     def shards_of(self, bucket: int, numbers: Ints) -> Ints:
