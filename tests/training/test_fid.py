@@ -90,6 +90,7 @@ def test_killed_and_resumed_it_finds_the_same_by_statistics_kept(tmp_path, encod
     assert figures(run) == figures(measured[0])
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same_as_one(tmp_path, encoded_emoji, measured, reference):
     trained(tmp_path / "two", encoded_emoji, *measuring(reference), ranks=2)
     one, two = figures(measured[0]), figures(tmp_path / "two")
