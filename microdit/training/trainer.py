@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from microdit.checkpoint import Checkpoint
 from microdit.config.schema import PhaseRecipe, Recipe
@@ -34,7 +34,6 @@ from microdit.planning.workload import FlopCounter
 from microdit.process_limits import keep_freed_memory
 from microdit.reports.grids import save_png
 from microdit.training.checkpointing import CheckpointWriter, newest_intact
-from microdit.training.fid import TrainingFID
 from microdit.training.init_from import find_initial_weights
 from microdit.training.logging import Cost, RunRecord, last_cost
 from microdit.training.meters import Meters, PendingStep, StepResult, progress_text
@@ -58,6 +57,9 @@ from microdit.training.setup import (
 from microdit.training.stability import SpikeDecision, SpikeGuard
 from microdit.training.state import TrainingState, read_step
 from microdit.training.validation import PromptGrid, open_held_out, open_quality
+
+if TYPE_CHECKING:
+    from microdit.training.fid import TrainingFID
 
 AHEAD = 2  # batches to prefetch
 MAX_ROLLBACKS = 3  # in a row without a new checkpoint in between
@@ -143,7 +145,9 @@ class Trainer:
         self.prompt_grid = PromptGrid(recipe, world, dtype, self.reporter.warn)
         self.fid: TrainingFID | None = None
         if record.fid_every:
-            self.fid = TrainingFID(recipe, self.data.shortest_side, world, dtype, self.prompt_grid.encoders, self.reporter)
+            from microdit.training import fid  # imports readers of sources and more, which few trainings need
+
+            self.fid = fid.TrainingFID(recipe, self.data.shortest_side, world, dtype, self.prompt_grid.encoders, self.reporter)
         self.checkpoints = CheckpointWriter(run, world, record.keep_checkpoints, record.keep_every, self.reporter.warn, store)
         if checkpoint:
             self.checkpoints.last_saved = self.checkpoints.last_kept = checkpoint.step

@@ -79,7 +79,8 @@ class TransformersAnswerer:
         model_type = str(read_json(find_folder(place, ["*.json", "*.txt"]) / "config.json", DOWNLOAD_AGAIN).get("model_type"))
         self._model, folder, fingerprint = load_network(place, (model_type,), _model_class(model_type, place))
         find_folder(place, ["*.model", "*.jinja"])
-        self._processor = load_beside(folder, "preprocessor_config.json", AutoProcessor)
+        names = ("preprocessor_config.json", "processor_config.json")  # recent versions of transformers write the second alone
+        self._processor = load_beside(folder, next((name for name in names if (folder / name).is_file()), names[0]), AutoProcessor)
         self._ask = {"vilt": self._classify, "blip": self._generate}.get(model_type, self._chat)
         self._model.to(device)
         self.name = f"{lasting_name(place)} {fingerprint}"

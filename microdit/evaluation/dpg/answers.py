@@ -117,10 +117,10 @@ def evaluate_dpg(
             patience.over.set()
             threads.shutdown(cancel_futures=True)
             raise
-        exchanges = {id(picture): [log.exchange(mark) for mark in picture.marks(answerer.name)] for picture in pictures}
+        exchanges = {picture: [log.exchange(mark) for mark in picture.marks(answerer.name)] for picture in pictures}
     answers: dict[DPGPrompt, list[dict[int, bool]]] = {}
     for picture in pictures:  # as published, whatever is not yes is no
-        read = [_answer(exchange) is True for exchange in exchanges[id(picture)]]
+        read = [_answer(exchange) is True for exchange in exchanges[picture]]
         yes = {one.number: answer for one, answer in zip(picture.prompt.propositions, read, strict=True)}
         answers.setdefault(picture.prompt, []).append(yes)
     lines = [
