@@ -74,6 +74,12 @@ def encode_data(
     caption_lines: LinesOption = "all",
     caption_regex: RegexOption = None,
     caption_drop: DropOption = None,
+    first_sentences: Annotated[
+        bool,
+        typer.Option(
+            "--first-sentences", help="Also store the first sentence of each longer caption, for data.first_sentence in a recipe."
+        ),
+    ] = False,
     file_column: FileColumnOption = None,
     min_side: Annotated[
         int | None, typer.Option(help="Reject pictures with a shorter side than this. [default: the source's own, or the resolution]")
@@ -109,6 +115,8 @@ def encode_data(
 
     Example: microdit data encode my-pictures --out data/mine --resolutions 256 512 --autoencoder sdxl --text-encoder dfn-clip-h
 
+    Example: microdit data encode my-pictures --out data/mine --first-sentences --text-encoder google/flan-t5-large
+
     Example: microdit data encode emoji --out data/emoji --features efficientnet
     """
     from microdit.data.encode import EncodeSettings, default_batch_size, default_workers, held_out_folder, unfinished
@@ -135,6 +143,7 @@ def encode_data(
             captions=store_captions,
             min_side=next(side for side in (min_side, opened.min_side, min(sides)) if side is not None),
             buckets=buckets,
+            first_sentences=first_sentences,
             dtype=str(numbers).removeprefix("torch."),
             device=chosen,
             batch_size=batch_size or default_batch_size(chosen, sides),

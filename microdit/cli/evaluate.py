@@ -1,4 +1,4 @@
-"""The commands for evaluation: microdit evaluate, draw, prefer, geneval, compare."""
+"""The commands for evaluation: microdit evaluate, draw, prefer, compare."""
 
 from datetime import timedelta
 from functools import partial
@@ -108,7 +108,7 @@ def evaluate(
         run, out = str(folder), out or Path(f"{folder.name}-evaluation")
     settings = DrawSettings.suited_to(run, steps, guidance, seed, weights)
     if reference is None and metrics is None and not watch and trained_on_emoji(run):
-        _, compute = _start(device, dtype, batch_size)
+        _, compute = start(device, dtype, batch_size)
         count = count or COUNT
         with device_errors_explained(LESS_MEMORY), progress("evaluate", count * settings.num_inference_steps) as advance:
             found = evaluate_emoji_run(Path(run), list(emoji_images("train")), count, settings, warn, advance, compute)
@@ -117,7 +117,7 @@ def evaluate(
         return
     chosen, folder = choose_metrics(metrics), out or Path(run) / "evaluation"
     source = open_source(reference) if reference else None
-    world, compute = _start(device, dtype, batch_size)
+    world, compute = start(device, dtype, batch_size)
     with device_errors_explained(LESS_MEMORY):
         if source is None:
             source = own_reference(Path(run), folder, world, reporter)
@@ -141,7 +141,7 @@ def _print_result(result: dict[str, Any], folder: Path, world: "World") -> None:
         console.print(joined(styled(folder / "report.html"), f" shows the pictures, {folder / 'metrics.json'} holds the figures."))
 
 
-def _start(device: str, dtype: str, batch_size: int | None) -> tuple["World", "Compute"]:
+def start(device: str, dtype: str, batch_size: int | None) -> tuple["World", "Compute"]:
     """Start the processes and choose device and dtype, which the first process prints."""
     from microdit.devices import choose_dtype, describe_device
     from microdit.distributed import start_world
@@ -190,7 +190,7 @@ def draw(
     from microdit.evaluation.generators import DrawSettings, draw_pictures, open_generator, read_prompt_file, steps_to_draw
 
     texts, settings = read_prompt_file(prompts), DrawSettings.suited_to(run, steps, guidance, seed, weights)
-    world, compute = _start(device, dtype, batch_size)
+    world, compute = start(device, dtype, batch_size)
     with device_errors_explained(LESS_MEMORY):
         generator = open_generator(run, settings, warn, compute)
         with progress("draw", steps_to_draw(len(texts), generator, settings, world)) as advance:
@@ -217,7 +217,8 @@ def prefer(
 
     from PIL import Image
 
-    from microdit.evaluation.preference.judge import VisionJudge, estimate, judge_all
+    from microdit.evaluation.chat.client import estimate
+    from microdit.evaluation.preference.judge import VisionJudge, judge_all
     from microdit.evaluation.preference.verdicts import VerdictFile, both_orders, random_order, read_pairs
     from microdit.evaluation.preference.votes import HUMAN
 
@@ -234,7 +235,7 @@ def prefer(
         file = VerdictFile(out / "verdicts.jsonl", both_orders(pairs), judge)
         open_questions = len(file.waiting())
         with Image.open(pairs[0].a, formats=["PNG"]) as picture:
-            cost = estimate(-(-open_questions // 2), max(picture.size), dollars_per_million)
+            cost = estimate(open_questions, 2, max(picture.size), dollars_per_million)
         dollars = "" if cost.dollars is None else f", about ${cost.dollars:.2f}"
         console.print(f"{open_questions} requests, about {cost.tokens:,} tokens{dollars}.")
         if open_questions and not yes and not typer.confirm("Go on?"):
@@ -244,83 +245,31 @@ def prefer(
     console.print_json(data=asdict(result))
 
 
-def geneval(
-    run: Annotated[str, typer.Argument(help="A run folder, or a diffusers pipeline, by folder or hub id.")],
-    out: Annotated[Path, typer.Option(help="Folder for pictures, results.jsonl and summary.json.")],
-    prompts: Annotated[Path | None, typer.Option(help="GenEval's evaluation_metadata.jsonl. [default: prompts for emoji]")] = None,
-    detector: Annotated[
-        str, typer.Option(help="Folder or hub name of a Mask2Former model.")
-    ] = "facebook/mask2former-swin-small-coco-instance",
-    classifier: Annotated[
-        str, typer.Option(help="Folder or hub name of the CLIP model that names colours.")
-    ] = "openai/clip-vit-large-patch14",
-    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 4,
-    per_task: Annotated[int, typer.Option(min=1, help="Emoji prompts for each of the six tasks.")] = 20,
-    steps: Steps = None,
-    guidance: GuidanceScale = None,
-    seed: int = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    batch_size: BatchSize = None,
-) -> None:
-    """Generate GenEval's prompts and let detectors judge objects, counts, colours, positions. Without --prompts: emoji, offline.
-
-    Continues where it was stopped. Under torchrun the generation is shared.
-    """
-    from microdit.devices import device_errors_explained
-    from microdit.distributed import stop_world
-    from microdit.evaluation.generators import DrawSettings, draw_pictures, open_generator, steps_to_draw
-    from microdit.evaluation.geneval.detector import ClipColours, Mask2Former, evaluate_geneval
-    from microdit.evaluation.geneval.emoji_scenes import EmojiColours, EmojiDetector, emoji_prompts
-    from microdit.evaluation.geneval.rules import read_prompts
-    from microdit.io.locks import sole_writer
-
-    wanted = emoji_prompts(per_task) if prompts is None else read_prompts(prompts)
-    texts = [prompt.text for prompt in wanted for _ in range(per_prompt)]
-    pictures = out / "pictures"
-    settings = DrawSettings.suited_to(run, steps, guidance, seed)
-    world, compute = _start(device, dtype, batch_size)
-    with device_errors_explained(LESS_MEMORY):
-        generator = open_generator(run, settings, warn, compute)
-        with progress("draw", steps_to_draw(len(texts), generator, settings, world)) as advance:
-            draw_pictures(generator, texts, pictures, settings, world, partial(_geneval_name, per_prompt), advance)
-    if world.is_main:
-        with (
-            device_errors_explained("take --device cpu for judging alone: what is drawn is kept"),
-            progress("judge", len(texts)) as advance,
-            sole_writer(out),
-        ):
-            finder = EmojiDetector() if prompts is None else Mask2Former(detector, str(world.device))
-            colours = EmojiColours() if prompts is None else ClipColours(classifier, str(world.device))
-            summary = evaluate_geneval(pictures, wanted, finder, colours, out, warn, lambda done, total: advance(1))
-        console.print_json(data=summary)
-    stop_world()
-
-
-def _geneval_name(per_prompt: int, number: int) -> str:
-    prompt, sample = divmod(number, per_prompt)
-    return f"{prompt:05}/samples/{sample:04}.png"
-
-
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    table: Annotated[Literal["main", "geneval", "ablations"], typer.Option(help="Which table of published figures.")] = "main",
+    table: Annotated[
+        Literal["main", "geneval", "benchmarks", "ablations"], typer.Option(help="Which table of published figures.")
+    ] = "main",
     geneval: Annotated[list[Path] | None, typer.Option(help="The --out folder of 'microdit geneval'; once for each run, in order.")] = None,
+    dpg: Annotated[list[Path] | None, typer.Option(help="The --out folder of 'microdit dpg'; once for each run, in order.")] = None,
 ) -> None:
     """Compare runs with published figures, and say which figures are comparable and which are not.
 
     Example: microdit compare runs/emoji runs/emoji-long
 
     Example: microdit compare runs/xl --table geneval --geneval geneval
+
+    Example: microdit compare runs/xl --table benchmarks --geneval geneval --dpg dpg
     """
     from microdit.evaluation.compare import comparison_lines, comparison_table
     from microdit.evaluation.published import load_published
     from microdit.evaluation.run_results import read_run
 
-    if geneval and len(geneval) != len(runs):
-        raise UserError(f"--geneval was given {len(geneval)} times for {len(runs)} runs: give it once for each run, in order.")
-    published = load_published()
-    results = [read_run(run, geneval[number] if geneval else None) for number, run in enumerate(runs)]
+    for option, folders in (("--geneval", geneval), ("--dpg", dpg)):
+        if folders and len(folders) != len(runs):
+            raise UserError(f"{option} was given {len(folders)} times for {len(runs)} runs: give it once for each run, in order.")
+    published, none = load_published(), [None] * len(runs)
+    results = [read_run(*paths) for paths in zip(runs, geneval or none, dpg or none, strict=True)]
     console.print(comparison_table(published, table, results))
     for result in results:
         for line in comparison_lines(published, table, result):

@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 import microdit
+from microdit.cli.benchmarks import dpg, geneval
 from microdit.cli.data import data_app
-from microdit.cli.evaluate import compare, draw, evaluate, geneval, prefer
+from microdit.cli.evaluate import compare, draw, evaluate, prefer
 from microdit.cli.export import export, import_minit2i, import_official
 from microdit.cli.lab import lab_app
 from microdit.cli.plan import bench, budget, doctor
@@ -97,7 +98,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Data": {"new": new, "train-autoencoder": train_autoencoder},
     "Train": {"recipes": recipes, "train": train, "runs": runs, "report": report},
     "Draw": {"sample": sample, "grid": grid, "explain": explain, "app": web_page},
-    "Measure": {"evaluate": evaluate, "compare": compare, "geneval": geneval, "draw": draw, "prefer": prefer},
+    "Measure": {"evaluate": evaluate, "compare": compare, "geneval": geneval, "dpg": dpg, "draw": draw, "prefer": prefer},
     "Share": {"export": export, "import-official": import_official, "import-minit2i": import_minit2i},
     "Plan": {"budget": budget, "bench": bench, "doctor": doctor},
 }

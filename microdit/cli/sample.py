@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from microdit.cli.terminal import BatchSize, Device, Dtype, console, progress, warn
+from microdit.cli.terminal import BatchSize, Device, Dtype, Rewrite, RewriteModel, console, progress, warn
 from microdit.errors import UserError
 from microdit.io.console import joined, styled
+from microdit.io.untrusted_text import one_line
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from microdit.diffusion.guidance import GuidanceKind
@@ -105,6 +107,8 @@ def sample(
     ],
     options: DrawingOptions,
     count: Annotated[int, typer.Option("-n", min=1, max=10_000, help="Pictures of each prompt, each from noise of its own.")] = 1,
+    rewrite: Rewrite = None,
+    rewrite_model: RewriteModel = None,
     batch_size: BatchSize = 64,
     trajectory: Annotated[
         Path | None, typer.Option(help="Also write the denoising trajectory: .png makes a filmstrip, .gif an animation.")
@@ -117,13 +121,15 @@ def sample(
 
     If the first argument is a folder, it is the model; without one, the demo model that comes with microdit draws all prompts.
     Picture i starts from the noise of seed + i. Each file holds the prompts, the seed, the settings and the checksum of the weights
-    as text. docs/sampling.md compares the solvers.
+    as text. docs/sampling.md compares the solvers. With --rewrite, what was asked and what is drawn instead are printed and recorded.
 
     Example: microdit sample "red heart" "owl"
 
     Example: microdit sample runs/emoji "red heart" "green cat" --seed 7 --device cuda:1 --dtype float32
 
     Example: microdit sample runs/emoji "red heart" -n 4 --out hearts
+
+    Example: microdit sample RUN "red heart" --rewrite http://localhost:8000/v1 --rewrite-model Qwen/Qwen3-4B
 
     Example: microdit sample runs/emoji "red heart" --solver dpm --steps 12 --noise-range 0.05 20 --guidance 2.5 --trajectory heart.gif
     """
@@ -133,13 +139,17 @@ def sample(
     from microdit.reports.grids import Trajectory, check_picture_path, check_trajectory_path, picture_name
 
     model, prompts = model_and_prompts(arguments)
-    prompts = [prompt for prompt in clean_prompts(prompts) for _ in range(count)]
+    prompts = clean_prompts(prompts)
     negatives = clean_prompts([options.negative]) if options.negative else []
     separate = not out.suffix or out.is_dir()
     check_picture_path(out / picture_name(0) if separate else out, ", or name a folder, without a suffix, for one file a picture")
     check_trajectory_path(trajectory)
     opened = _open(model, options)
     settings = _settings(options, opened)
+    asked, rewriter = prompts, ""
+    if rewrite is not None:
+        rewriter, prompts = _rewritten(prompts, rewrite, rewrite_model, opened.pipeline.device)
+    asked, prompts = ([prompt for prompt in listed for _ in range(count)] for listed in (asked, prompts))
     film = Trajectory()
     fix = "take a smaller --batch-size, --height or --width, or --dtype bfloat16"
     with device_errors_explained(fix), progress("sample", len(prompts) * settings.num_inference_steps) as advance:
@@ -156,7 +166,9 @@ def sample(
             batch_size=batch_size,
         )
     about = _about(opened, prompts, negatives, options.seed, settings)
-    _save(images, prompts, out, about, separate)
+    if rewriter:
+        about |= {"asked": "\n".join(asked), "rewritten_by": rewriter}
+    _save(images, prompts, asked, out, about, separate)
     console.print(joined(f"{len(images)} pictures of {opened.name}, seed {options.seed}, in ", styled(out)))
     if trajectory:
         with device_errors_explained(fix):
@@ -164,15 +176,30 @@ def sample(
         console.print(joined("Denoising trajectory: ", styled(trajectory)))
 
 
-def _save(images: "list[Image.Image]", prompts: list[str], out: Path, about: dict[str, str], separate: bool) -> None:
-    """Write a grid, or a file for each picture, which records its own prompt and seed."""
+def _rewritten(prompts: list[str], place: str, model: str | None, device: "torch.device") -> tuple[str, list[str]]:
+    """Return the name of the language model and what it makes of the prompts. The request and the new prompts are printed."""
+    from microdit.evaluation.rewriting import INSTRUCTIONS, open_rewriter, rewrite
+
+    rewriter = open_rewriter(place, model, device)
+    console.print(f"Asking {rewriter.name} for each prompt: {INSTRUCTIONS.format(prompt='...')}")
+    with progress("rewrite", len(dict.fromkeys(prompts))) as advance:
+        new = rewrite(prompts, rewriter, None, warn, advance)
+    for asked, drawn in dict.fromkeys(zip(prompts, new, strict=True)):
+        console.print(joined(styled(one_line(asked)), f" is drawn as: {one_line(drawn)}"))
+    return rewriter.name, new
+
+
+def _save(images: "list[Image.Image]", prompts: list[str], asked: list[str], out: Path, about: dict[str, str], separate: bool) -> None:
+    """Write a grid, or a file for each picture, which records its own prompt and seed, and what was asked if that was rewritten."""
     from microdit.reports.grids import draw_grid, picture_name, save_picture
 
     if not separate:
         save_picture(draw_grid(images, prompts), out, about)
         return
-    for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        save_picture(image, out / picture_name(number), about | {"prompt": prompt, "seed": str(int(about["seed"]) + number)})
+    for number, image in enumerate(images):
+        own = {"prompt": prompts[number], "seed": str(int(about["seed"]) + number)}
+        own |= {"asked": asked[number]} if "asked" in about else {}
+        save_picture(image, out / picture_name(number), about | own)
 
 
 @with_drawing_options

@@ -25,6 +25,14 @@ TrainingDtype = Annotated[
         help="Precision of matrix products: auto, float32 or bfloat16. auto: the recipe's, or bfloat16 on a GPU that supports it."
     ),
 ]
+Rewrite = Annotated[
+    str | None,
+    typer.Option(
+        help="Let a language model rewrite the prompts as detailed captions first: the base URL of an OpenAI-compatible API (its key is "
+        "read from MICRODIT_JUDGE_KEY), or the folder or hub name of a model of transformers. [default: draw prompts as they are]"
+    ),
+]
+RewriteModel = Annotated[str | None, typer.Option(help="The model's name at the --rewrite URL.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures per batch. Fewer need less memory.")]
 
 

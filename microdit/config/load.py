@@ -130,6 +130,10 @@ def _problems(recipe: Recipe) -> list[str]:
         recipe.init_weights == "model" or recipe.init_from is not None,
         f"init_weights {recipe.init_weights} chooses among the weights of init_from, which names no run: name one, or leave it out.",
     )
+    need(
+        recipe.record.fid_every is None or recipe.record.fid_reference is not None,
+        "record.fid_every measures a distance to record.fid_reference, which names no set: name one, such as coco2014:PATH.",
+    )
     data = recipe.data
     need((data.path is None) != (not data.sets), "data needs either a path or sets, such as data.path=data/emoji.")
     need(not data.sets or any(item.repeat for item in data.sets.values()), "data.sets: at least one must have a repeat above 0.")

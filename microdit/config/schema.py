@@ -78,6 +78,8 @@ class DataRecipe:
     sets: Annotated[dict[str, SetRecipe], Range(0, 1000)] = field(default_factory=dict)
     resolution: Annotated[int, Range(1, 16_384)] | None = None  # pixels; required if a set holds several resolutions
     horizontal_flip: bool = False  # of half of the latents: exact for pixels, nearly so for autoencoders; not in the paper
+    # share in which its first sentence takes the place of a caption of several, for sets encoded with --first-sentences
+    first_sentence: Share = 0.0
     # full: each epoch is a permutation of all samples; blocks: of shards, and of the samples of a few shards at a time
     order: Literal["full", "blocks"] | None = None  # by default full, or blocks if a set is in an object store
     cache: CacheRecipe = field(default_factory=CacheRecipe)
@@ -253,6 +255,10 @@ class RecordRecipe:
     held_out_samples: Annotated[int, Range(1, 10**6)] = 256
     quality_every: Every | None = None  # generate stored captions and compare with their images; by default never
     quality_samples: Annotated[int, Range(LEAST_QUALITY_SAMPLES, 10**6)] = 64  # number of captions: from 16 to the rows of the set
+    fid_every: Every | None = None  # draw captions of a reference set and measure the Frechet distance to its images; by default never
+    fid_reference: FilePath | None = None  # the set, as for `microdit evaluate --reference`
+    fid_samples: Annotated[int, Range(2, 10**6)] = 1000  # number of captions; only distances of equal numbers may be compared
+    fid_network: Annotated[str, Range(1, 4096)] = "efficientnet"  # or inception:FILE, for the FID of papers
     sample_prompts: Prompts = field(default_factory=list)
     sample_steps: Annotated[int, Range(2, 1000)] = 18
     guidance_scale: Annotated[float, Range(-100, 100)] = 2.0

@@ -132,6 +132,19 @@ class EncodedDataset:
         self.most_open = most_open() if self.cache is None else MOST_OPEN_COPIES
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._damaged: dict[int, str] = {}
+        self._first_sentence = 0.0
+
+    def use_first_sentences(self, share: float) -> None:
+        """Let `read` return the first sentence in place of a caption of several in this share of its draws.
+
+        Raises UserError if the set does not hold first sentences, and the share is not 0.
+        """
+        if share and not self.manifest["settings"].get("first_sentences"):
+            raise UserError(
+                f"data.first_sentence is {share:g}, and {self.folder} holds whole captions only: encode it again with "
+                "--first-sentences, or leave the setting out."
+            )
+        self._first_sentence = share
 
     def __len__(self) -> int:
         return int(self.manifest["rows"])
@@ -166,19 +179,24 @@ class EncodedDataset:
     def summary(self) -> dict[str, Any]:
         """Return what a model trained on this data set needs to generate images: encoders, latent shape, resolution, source."""
         keep = ("source", "autoencoder", "text_encoder", "text_channels")
-        sizes = [size[str(self.resolution)] for size in self.manifest["sizes"]]
-        squarest = min(range(len(sizes)), key=lambda bucket: abs(math.log(sizes[bucket][0] / sizes[bucket][1])))
         shape = {
-            "latent_shape": list(self.latent_shape(squarest)),
+            "latent_shape": list(self.latent_shape(self._squarest)),
             "resolution": self.resolution,
             "captions": self.manifest["settings"]["captions"],
         }
         return {**{key: self.manifest[key] for key in keep}, **shape}
 
+    @property
+    def shortest_side(self) -> int:
+        """The shorter side, in pixels, of images that a model of this set generates by default."""
+        return int(min(self._sizes[self._squarest]))
+
     def read(self, bucket: int, number: int, draw: float = 0.0) -> tuple[memoryview, memoryview]:
         """Return the stored latents of row `number` of a bucket, and one of its captions, chosen by `draw`. Raises DamagedShard."""
         return self._from_shard(
-            bucket, number, lambda shard, row: (shard.latents(row, self.resolution, bucket), shard.text(row, draw, bucket))
+            bucket,
+            number,
+            lambda shard, row: (shard.latents(row, self.resolution, bucket), shard.text(row, draw, bucket, self._first_sentence)),
         )
 
     def shards_of(self, bucket: int, numbers: Ints) -> Ints:
@@ -275,6 +293,17 @@ class EncodedDataset:
         """The number of rows up to the end of each shard, for each bucket."""
         buckets = range(len(self.manifest["sizes"]))
         return [np.cumsum([shard["buckets"].get(str(bucket), 0) for shard in self.manifest["shards"]]) for bucket in buckets]
+
+    @property
+    def _sizes(self) -> list[list[int]]:
+        """The height and width in pixels of each bucket."""
+        return [size[str(self.resolution)] for size in self.manifest["sizes"]]
+
+    @property
+    def _squarest(self) -> int:
+        """The bucket whose shape is nearest to a square."""
+        sizes = self._sizes
+        return min(range(len(sizes)), key=lambda bucket: abs(math.log(sizes[bucket][0] / sizes[bucket][1])))
 
     def _close(self, number: int) -> None:
         self._shards.pop(number, None)

@@ -41,6 +41,7 @@ from microdit.data.sources.folders import TURN
 from microdit.data.sources.untrusted_files import sum_of_kinds
 from microdit.devices import DTYPES
 from microdit.encoders.autoencoder import Autoencoder
+from microdit.encoders.captions import first_sentence
 from microdit.encoders.text import TextEncoder
 from microdit.encoders.vision import CELL, VisionEncoder
 from microdit.errors import UserError
@@ -58,6 +59,8 @@ class EncodeSettings:
     """The settings of an encoding.
 
     `min_side` rejects images with a shorter side, in pixels. `buckets` keeps aspect ratios approximately, instead of cropping squares.
+    `first_sentences` also stores the first sentence of each caption of several, with a weight of 0: training uses it in place of the whole
+    caption as often as its recipe says (`data.first_sentence`).
     `dtype` is the precision of the encoders. An encoding may be continued with another device, batch size or number of workers.
     """
 
@@ -66,6 +69,7 @@ class EncodeSettings:
     captions: CaptionPacking = "int8"
     min_side: int = 0
     buckets: bool = False
+    first_sentences: bool = False
     dtype: str = "float32"
     device: torch.device = CPU
     batch_size: int = 64
@@ -73,7 +77,10 @@ class EncodeSettings:
 
     def planned(self) -> dict[str, Any]:
         """Return the settings that must be equal for an encoding to be continued."""
-        return without_free_settings({**asdict(self), "resolutions": list(self.resolutions)})
+        settings = without_free_settings({**asdict(self), "resolutions": list(self.resolutions)})
+        if not self.first_sentences:
+            del settings["first_sentences"]  # as in sets of versions that did not know it
+        return settings
 
 
 def default_workers(device: str) -> int:
@@ -125,7 +132,8 @@ def encode_source(
         if vision is not None:
             vision.to(settings.device, DTYPES[settings.dtype])
         encoder = BatchEncoder(autoencoder, text_encoder, settings.device, settings.captions, settings.batch_size, warn, vision)
-        packer = Packer(settings.resolutions, settings.latents, settings.captions, source.caption_weights, vision is not None)
+        weights = with_variants(source.caption_weights) if settings.first_sentences else source.caption_weights
+        packer = Packer(settings.resolutions, settings.latents, settings.captions, weights, vision is not None)
         with Decoder(sizes, settings.workers) as decoder, ShardsThread(folder, packer, on_progress) as shards:
             _encode_parts(source, missing, settings, decoder, encoder, shards)
 
@@ -259,7 +267,7 @@ def _encode_parts(
     source: Source, numbers: list[int], settings: EncodeSettings, decoder: Decoder, encoder: BatchEncoder, shards: ShardsThread
 ) -> None:
     parts = [PartInWork(number, source.parts[number].name) for number in numbers]
-    records = (usable(source.parts[part.number], source.caption_weights, part) for part in parts)
+    records = (usable(source.parts[part.number], source.caption_weights, part, settings.first_sentences) for part in parts)
     chunks = decoder.chunks(records, settings.batch_size * CHUNK_BATCHES)
     for part in parts:
         for chunk in chunks:
@@ -278,8 +286,8 @@ def _encode_parts(
                 break
 
 
-def usable(part: Part, caption_weights: dict[str, float], work: PartInWork) -> Iterator[Record]:
-    """Yield the records of a part without a problem, and reject the others."""
+def usable(part: Part, caption_weights: dict[str, float], work: PartInWork, first_sentences: bool = False) -> Iterator[Record]:
+    """Yield the records of a part without a problem, with the `first_sentences` of their captions if asked, and reject the others."""
     work.fingerprint = part.fingerprint()  # taken before the first record is read, so that later changes are noticed
     for record in checked(part.records(), caption_weights):
         if record.passed_over:
@@ -287,7 +295,21 @@ def usable(part: Part, caption_weights: dict[str, float], work: PartInWork) -> I
         if record.problem:
             work.rejected.append((record.key, record.problem))
         else:
-            yield record
+            yield replace(record, captions=with_first_sentences(record.captions)) if first_sentences else record
+
+
+def with_variants(weights: dict[str, float]) -> dict[str, float]:
+    """Return the weights of captions and of their first sentences, which are 0."""
+    return weights | {_variant(name): 0.0 for name in weights}
+
+
+def with_first_sentences(captions: dict[str, str]) -> dict[str, str]:
+    """Return the captions, each followed by its first sentence if it has several."""
+    return {key: text for name, whole in captions.items() for key, text in ((name, whole), (_variant(name), first_sentence(whole))) if text}
+
+
+def _variant(name: str) -> str:
+    return f"{name}, first sentence"
 
 
 def _start(folder: Path, plan: dict[str, Any], first: bool) -> None:

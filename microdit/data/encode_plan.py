@@ -11,6 +11,7 @@ from microdit.io.files import from_checked_json, to_checked_json
 from microdit.io.places import Place
 
 MOST_NAMED = 5
+MAY_BE_MISSING = ("features", "first_sentences")  # keys of a plan that is without them
 
 OnProgress = Callable[[int, int], None]
 MakeShards = Callable[[Path, list[int], OnProgress], None]
@@ -43,7 +44,7 @@ def other_parts(where: Path | Place, started: dict[str, Any], plan: dict[str, An
     Raises UserError if anything else differs, or if the parts do and may not.
     """
     before, now = flat(started), flat(as_read(plan))
-    different = [key for key in dict.fromkeys([*now, "features"]) if before.get(key) != now.get(key)]
+    different = [key for key in dict.fromkeys([*now, *MAY_BE_MISSING]) if before.get(key) != now.get(key)]
     if "features" in different:
         different = [key for key in different if key != "format"]  # it follows from whether there are features
     if "format" in different:

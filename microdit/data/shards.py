@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from microdit.data.shard_index import FEATURES, LATENTS, ArrowStream, ShardIndex, read_at, schema
+from microdit.data.shard_index import FEATURES, LATENTS, ArrowStream, Numbers, ShardIndex, read_at, schema
 from microdit.errors import UserError
 from microdit.io.untrusted_text import one_line
 
@@ -185,11 +185,14 @@ class Shard:
         """Return the features of a row, which must be in `bucket`, of a set that has features."""
         return self._blob(f"{FEATURES}{resolution}", row, row, bucket)
 
-    def text(self, row: int, draw: float, bucket: int = 0) -> memoryview:
-        """Return one of the row's captions, chosen by weight with `draw` in [0, 1)."""
+    def text(self, row: int, draw: float, bucket: int = 0, first_sentence: float = 0.0) -> memoryview:
+        """Return one of the row's captions, chosen by weight with `draw` in [0, 1).
+
+        `first_sentence` is the share in which its first sentence, if it is stored, takes the place of a caption.
+        """
         first, last = self._index.first_captions[row : row + 2].tolist()
         if last - first > 1:
-            ends = np.cumsum(self._index.weights[first:last])
+            ends = np.cumsum(_shared(self._index.weights[first:last], first_sentence))
             first += min(int(np.searchsorted(ends, draw * ends[-1], side="right")), last - first - 1)
         return self._blob("text", first, row, bucket)
 
@@ -258,6 +261,20 @@ class Shard:
         if _checksum(payload, row, bucket) != blob[-CHECKSUM_BYTES:]:
             raise DamagedShard(f"row {row} of {self.path} is not what was written (its checksum differs)")
         return payload
+
+
+def _shared(weights: Numbers, first_sentence: float) -> Numbers:
+    """Return the weights of a row's captions with that share of each caption's weight moved to its first sentence.
+
+    A first sentence follows its caption, and is stored with a weight of 0, which no caption has.
+    """
+    short = np.flatnonzero(weights == 0)
+    if not len(short):
+        return weights
+    shared = weights.astype(np.float64)
+    shared[short] = first_sentence * shared[short - 1]
+    shared[short - 1] *= 1 - first_sentence
+    return shared
 
 
 def seal(payload: bytes, row: int, bucket: int) -> bytes:

@@ -20,6 +20,10 @@ _SPACES = re.compile(r"[\x00-\x20\x7f-\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\
 # Soft hyphen, zero-width space, word joiner, byte order mark, marks of the reading direction: they show nothing, but split words into
 # other tokens. The joiners U+200C and U+200D stay, since Persian words and composed emoji need them.
 _INVISIBLE = re.compile(r"[\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+_END = re.compile(r"""[.!?\u2026]+["'\u201d\u2019)\]]*(?= )|[\u3002\uff01\uff1f]+[\u300d\u300f\u201d\u2019)]*""")  # of a sentence
+_ABBREVIATION = re.compile(
+    r"(?:^|[ (\"'])(?:[A-Za-z]|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Mt|No|vs|etc|approx|ca|fig|e\.g|i\.e|U\.S|a\.m|p\.m)\.$", re.IGNORECASE
+)
 _UNKNOWN = "\U0002a6d4"  # a letter in no vocabulary: its tokens are those of whatever an encoder does not know
 
 
@@ -38,6 +42,21 @@ def clean_prompts(prompts: Sequence[str]) -> list[str]:
     if not prompts:
         raise UserError('There is no prompt: write at least one, for example "red heart".')
     return [clean_caption(prompt) for prompt in prompts]
+
+
+def first_sentence(caption: str) -> str:
+    """Return the first sentence of a cleaned caption; empty if the caption is a single sentence.
+
+    A sentence ends at a full stop, question or exclamation mark that is followed by a space and no small letter, unless it belongs to an
+    abbreviation or initial; or at the marks of Chinese and Japanese.
+    """
+    for match in _END.finditer(caption):
+        rest = caption[match.end() :].lstrip(" ")
+        if not rest:
+            return ""
+        if not rest[0].islower() and not _ABBREVIATION.search(caption[: match.end()]):
+            return caption[: match.end()]
+    return ""
 
 
 def warn_of_unread(prompts: Sequence[str], encoder: "TextEncoder", warn: Callable[[str], None]) -> None:

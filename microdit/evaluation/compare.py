@@ -6,8 +6,18 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from microdit.evaluation.geneval.rules import TASKS
-from microdit.evaluation.published import METRICS, TRAINING_COLUMNS, Protocol, Published, PublishedResult, Training, metric_cell, metrics_of
-from microdit.evaluation.run_results import GenEvalResult, Measured, RunResult
+from microdit.evaluation.published import (
+    METRICS,
+    TRAINING_COLUMNS,
+    WITH_COST,
+    Protocol,
+    Published,
+    PublishedResult,
+    Training,
+    metric_cell,
+    metrics_of,
+)
+from microdit.evaluation.run_results import DPGResult, GenEvalResult, Measured, RunResult
 from microdit.io.console import styled
 from microdit.reports.formats import count, figure
 
@@ -16,6 +26,7 @@ FRECHET = {"fid", "clip-fid"}  # their expectation depends on the number of imag
 EMOJI = "emoji"  # prefix of the emoji detector's fingerprint
 GENEVAL_PROMPTS = dict(zip(TASKS, (80, 99, 80, 94, 100, 100), strict=True))  # of evaluation_metadata.jsonl, 553 in all
 GENEVAL_SAMPLES = 4
+DPG_PROMPTS, DPG_JUDGE = 1065, "mplug"
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ def comparison_table(published: Published, table: str, runs: list[RunResult]) ->
     metrics = metrics_of(rows)
     shown = Table(box=None, header_style="bold", pad_edge=False)
     shown.add_column("model", overflow="fold")
-    for title in (*(TRAINING_COLUMNS if table == "main" else ()), *(METRICS[name] for name in metrics)):
+    for title in (*(TRAINING_COLUMNS if table in WITH_COST else ()), *(METRICS[name] for name in metrics)):
         # Headers break at every word and cells never do, so that all tables fit a terminal of 80 columns.
         shown.add_column("\n".join(title.split()), justify="right", no_wrap=title != "GPU-days")
     for run in runs:
@@ -53,11 +64,13 @@ def comparison_table(published: Published, table: str, runs: list[RunResult]) ->
 def comparison_lines(published: Published, table: str, run: RunResult) -> Iterator[str]:
     """Yield a line for each figure of the run: whether it is comparable, and its difference to each published figure if it is."""
     rows = published.tables[table]
-    if table == "geneval":
+    if table in ("geneval", "benchmarks"):
         if run.geneval is None:
             yield f"{run.path} has no GenEval result: name its folder with --geneval."
         else:
-            yield from _metric_lines(run, "overall", run.geneval.shares.get("overall"), "geneval", rows, geneval_comparability(run.geneval))
+            yield from _metric_lines(run, "overall", run.geneval.shares.get("overall"), table, rows, geneval_comparability(run.geneval))
+        if table == "benchmarks" and run.dpg is not None:
+            yield from _metric_lines(run, "dpg", run.dpg.score, table, rows, dpg_comparability(run.dpg))
         return
     for name, protocol in _protocols(published, rows):
         for metric in protocol.networks:
@@ -68,12 +81,13 @@ def comparison_lines(published: Published, table: str, run: RunResult) -> Iterat
 
 
 def _cells(training: Training, figures: dict[str, float], table: str, metrics: list[str]) -> list[str]:
-    return [*(training.cells() if table == "main" else []), *(metric_cell(name, figures.get(name)) for name in metrics)]
+    return [*(training.cells() if table in WITH_COST else []), *(metric_cell(name, figures.get(name)) for name in metrics)]
 
 
 def _figures(run: RunResult, table: str) -> dict[str, float]:
-    if table == "geneval":
-        return run.geneval.shares if run.geneval else {}
+    if table in ("geneval", "benchmarks"):
+        dpg = {"dpg": run.dpg.score} if run.dpg else {}
+        return {**(run.geneval.shares if run.geneval else {}), **dpg}
     return {name: measured.value for name, measured in run.metrics.items()}
 
 
@@ -142,7 +156,19 @@ def geneval_comparability(result: GenEvalResult) -> Comparability:
         reasons.append(f"{count(result.without_pictures)} prompts have no image")
     if result.pictures != {task: prompts * GENEVAL_SAMPLES for task, prompts in GENEVAL_PROMPTS.items()}:
         reasons.append(f"{count(sum(result.pictures.values()))} images, not {GENEVAL_SAMPLES} of each of the authors' prompts")
+    if result.rewritten_by is not None:
+        reasons.append(f"prompts were rewritten by {result.rewritten_by}")
     return Comparability(tuple(reasons), ("objects were detected by the Mask2Former of transformers here, by mmdetection's there",))
+
+
+def dpg_comparability(result: DPGResult) -> Comparability:
+    """Check that the result is for all 1,065 prompts, and that the authors' judge answered the questions."""
+    reasons = []
+    if result.prompts != DPG_PROMPTS:
+        reasons.append(f"{count(result.prompts)} prompts, not {count(DPG_PROMPTS)}")
+    if DPG_JUDGE not in result.judge.lower():
+        reasons.append(f"questions answered by {result.judge}, not by mPLUG-large")
+    return Comparability(tuple(reasons))
 
 
 def _network(here: str | None, there: str | None) -> str | None:

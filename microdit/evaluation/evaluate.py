@@ -85,7 +85,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     kinds = list(dict.fromkeys(METRICS[name].kind for name in evaluation.metrics))
     networks = {kind: load_feature_network(kind, evaluation, world.device) for kind in kinds}  # fail before hours of generation
-    captions = _captions(reference, evaluation.count, world, reporter)
+    captions = reference_captions(reference, evaluation.count, world, reporter)
     with reporter.progress("generate images", steps_to_draw(evaluation.count, generator, settings, world)) as advance:
         draw_pictures(generator, captions, out / "pictures", settings, world, on_step=advance)
     paths = [out / "pictures" / picture_name(number) for number in range(evaluation.count)]
@@ -95,9 +95,9 @@ def _evaluate(
     notes: list[str] = []
     generated, real = {}, {}
     for kind, network in networks.items():
-        generated[kind] = extract(network, "generated images", _parts_of(paths), evaluation.side, out / "features", world, reporter)
-        real[kind] = extract(network, reference.name, _parts(reference), side, feature_cache(), world, reporter)
-    notes += _reference_notes(reference, real[kinds[0]], side)
+        generated[kind] = extract(network, "generated images", _files_as_parts(paths), evaluation.side, out / "features", world, reporter)
+        real[kind] = extract(network, reference.name, parts_of(reference), side, feature_cache(), world, reporter)
+    notes += reference_notes(reference, real[kinds[0]], side)
     if not world.is_main:
         return {}
 
@@ -139,7 +139,7 @@ def load_feature_network(kind: Kind, evaluation: EvaluationSettings, device: tor
     raise UserError(f"--network {evaluation.network} is unknown: use efficientnet or inception:FILE.")
 
 
-def _captions(reference: Source, count: int, world: World, reporter: Reporter = QUIET) -> list[str]:
+def reference_captions(reference: Source, count: int, world: World, reporter: Reporter = QUIET) -> list[str]:
     """Return `count` captions: those of the records whose names have the smallest hashes, one caption each.
 
     The choice is random with respect to the set's order but always the same, and a smaller sample is a prefix of a larger one. A record
@@ -171,7 +171,8 @@ def _hash(part: str, key: str) -> bytes:
     return hashlib.sha256(f"{part}/{key}".encode(errors="surrogatepass")).digest()
 
 
-def _parts(reference: Source) -> list[Pictures]:
+def parts_of(reference: Source) -> list[Pictures]:
+    """Return the images of a source, part by part."""
     return [partial(_images, part) for part in reference.parts]
 
 
@@ -179,11 +180,11 @@ def _images(part: Part) -> Iterator[bytes]:
     return (record.image for record in part.records())
 
 
-def _parts_of(paths: list[Path]) -> list[Pictures]:
+def _files_as_parts(paths: list[Path]) -> list[Pictures]:
     return [partial(map, Path.read_bytes, paths[start : start + BLOCK]) for start in range(0, len(paths), BLOCK)]
 
 
-def _reference_notes(reference: Source, real: Features, side: int) -> list[str]:
+def reference_notes(reference: Source, real: Features, side: int) -> list[str]:
     """Return sentences about unreadable and enlarged images. Raises UserError if no image of the reference set is usable."""
     seen = len(real.numbers_N)
     if not seen:
@@ -241,7 +242,7 @@ def _extremes(
     order = distance_M.argsort().tolist()
     chosen = order[:EXTREMES], order[: -EXTREMES - 1 : -1]
     needed = sorted({int(real.numbers_N[row_M[m]]) for group in chosen for m in group})
-    contents = dict(pick(_parts(reference), real.counts, needed))
+    contents = dict(pick(parts_of(reference), real.counts, needed))
     near, far = (
         [Neighbour(captions[m], paths[m].read_bytes(), contents[int(real.numbers_N[row_M[m]])], side, float(distance_M[m])) for m in group]
         for group in chosen

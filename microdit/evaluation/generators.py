@@ -51,14 +51,13 @@ class DrawSettings:
             objective = find_origin(place).objective
         except UserError:  # a pipeline of another kind, or a run without a checkpoint yet
             objective = EDM()
-        few, plain = suited_to(objective), cls()
-        few = few if objective.student_steps else plain.sampler
+        usual = suited_to(objective, cls().sampler)
         return cls(
-            few.num_inference_steps if steps is None else steps,
-            few.guidance_scale if guidance is None else guidance,
+            usual.num_inference_steps if steps is None else steps,
+            usual.guidance_scale if guidance is None else guidance,
             seed,
             weights,
-            few.solver,
+            usual.solver,
         )
 
     @property

@@ -16,13 +16,14 @@ from microdit.io.untrusted_text import printable
 from microdit.reports.formats import MISSING, count, figure
 
 DATA = Path(__file__).with_name("published.yaml")
-TITLES = {"main": "Quality and cost", "geneval": "GenEval by task", "ablations": "Ablations"}
+TITLES = {"main": "Quality and cost", "geneval": "GenEval by task", "benchmarks": "GenEval, DPG-Bench and cost", "ablations": "Ablations"}
 TASKS = ("overall", *GENEVAL_TASKS)
 METRICS = {  # in the order of columns
     "fid": "FID", "clip-fid": "CLIP FID", "clip-score": "CLIP score", "preferred": "preferred", "speed-up": "speed-up",
     "overall": "overall", "single_object": "one object", "two_object": "two objects", "counting": "counting", "colors": "colours",
-    "position": "position", "color_attr": "colour of each",
+    "position": "position", "color_attr": "colour of each", "dpg": "DPG",
 }  # fmt: skip
+WITH_COST = ("main", "benchmarks")  # tables that show size and cost
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,10 @@ def metrics_of(rows: Iterable[PublishedResult]) -> list[str]:
 
 
 def metric_cell(metric: str, value: float | None) -> str:
-    """Format a value for the metric's column. GenEval's shares have two digits, as published."""
-    return figure(value) if value is None or metric not in TASKS else f"{value:.2f}"
+    """Format a value for the metric's column. GenEval's shares have two digits, as most are published, or three if there are more."""
+    if value is None or metric not in TASKS:
+        return figure(value)
+    return f"{value:.2f}" if round(value, 2) == value else f"{value:.3f}"
 
 
 def page(published: Published) -> str:
@@ -129,7 +132,7 @@ project. A dash means that the source does not say. *Read in* marks figures that
 
 def _markdown_table(table: str, rows: tuple[PublishedResult, ...]) -> str:
     metrics = metrics_of(rows)
-    study, training = ["study"] * (table == "ablations"), TRAINING_COLUMNS if table == "main" else ()
+    study, training = ["study"] * (table == "ablations"), TRAINING_COLUMNS if table in WITH_COST else ()
     header = [*study, "model", *training, *(METRICS[name] for name in metrics), "measured", "source"]
     lines = [header, ["---"] * len(header)]
     for row in rows:

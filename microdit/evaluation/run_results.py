@@ -1,7 +1,7 @@
 """A run's metrics, size and training cost, read from its folder.
 
-The files are evaluation/metrics.json, metrics.json (emoji), checkpoints/*/state.json, status.json and run.json; GenEval's summary.json is
-in a folder of its own. Missing values are None; invalid ones raise UserError naming the file and the key.
+The files are evaluation/metrics.json, metrics.json (emoji), checkpoints/*/state.json, status.json and run.json; the summary.json
+of GenEval and of DPG-Bench are in folders of their own. Missing values are None; invalid ones raise UserError naming the file and the key.
 """
 
 from dataclasses import dataclass
@@ -41,6 +41,16 @@ class GenEvalResult:
     prompts: int
     without_pictures: int
     judges: str
+    rewritten_by: str | None = None  # the language model that rewrote the prompts
+
+
+@dataclass(frozen=True)
+class DPGResult:
+    """DPG-Bench's score in percent, the number of prompts, and the model that answered the questions."""
+
+    score: float
+    prompts: int
+    judge: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +60,12 @@ class RunResult(Training):
     path: Path
     metrics: dict[str, Measured]
     geneval: GenEvalResult | None = None
+    dpg: DPGResult | None = None
     recognised: float | None = None  # top-10 retrieval on emoji, see evaluation/recognition.py
 
 
-def read_run(path: Path, geneval: Path | None = None) -> RunResult:
-    """Read a run folder, and GenEval's results from the folder `geneval` of `microdit geneval --out` if given.
+def read_run(path: Path, geneval: Path | None = None, dpg: Path | None = None) -> RunResult:
+    """Read a run folder, and the results in the folders of `microdit geneval --out` and `microdit dpg --out` if given.
 
     Raises UserError if `path` is not a run folder, or a file is invalid.
     """
@@ -72,6 +83,7 @@ def read_run(path: Path, geneval: Path | None = None) -> RunResult:
         path=path,
         metrics=_metrics(evaluation),
         geneval=None if geneval is None else _geneval(geneval / "summary.json"),
+        dpg=None if dpg is None else _dpg(dpg / "summary.json"),
         recognised=emoji.child("retrieval").number("top_10"),
         parameters=parameters,
         images=_images(state.child("sets")),
@@ -112,7 +124,18 @@ def _geneval(path: Path) -> GenEvalResult:
         prompts=summary.count("prompts") or 0,
         without_pictures=summary.count("prompts_without_pictures") or 0,
         judges=summary.text("judges") or "",
+        rewritten_by=summary.text("prompts_rewritten_by"),
     )
+
+
+def _dpg(path: Path) -> DPGResult:
+    if not path.is_file():
+        raise UserError(f"There is no {path}: name the folder that microdit dpg --out wrote.")
+    summary = _JsonObject.read(path)
+    score = summary.number("score")
+    if score is None:
+        raise UserError(f"{path}: score is missing. Run microdit dpg again.")
+    return DPGResult(score, summary.count("prompts") or 0, summary.text("judge") or "an unknown model")
 
 
 def _checkpoint(path: Path) -> "tuple[int | None, _JsonObject]":

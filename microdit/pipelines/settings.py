@@ -154,6 +154,6 @@ _SWEPT: dict[str, tuple[str, Callable[[str], Any]]] = {  # name of a sweep: fiel
 DEFAULT_SETTINGS = SamplerSettings()
 
 
-def suited_to(objective: Objective) -> SamplerSettings:
-    """Return the default settings of a model: for a distilled one, those that it was trained for."""
-    return SamplerSettings(objective.student_steps, 1.0, "euler") if objective.student_steps else DEFAULT_SETTINGS
+def suited_to(objective: Objective, usual: SamplerSettings = DEFAULT_SETTINGS) -> SamplerSettings:
+    """Return the settings by default: those that a distilled model was trained for, and for any other the `usual` ones."""
+    return SamplerSettings(objective.student_steps, 1.0, "euler") if objective.student_steps else usual

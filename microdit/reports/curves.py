@@ -108,6 +108,10 @@ def _drawings(metrics: list[dict[str, Any]]) -> Iterator[_Drawing | None]:
     recognised_note = "Share of generated images whose own real image is among the ten nearest. Higher is better."
     recognised = _column(metrics, "quality_retrieval") * 100
     yield _single(x, recognised, "Recognised images", _Axis("% of generated images", from_zero=True), recognised_note)
+    fid_note = (
+        "Frechet distance of images generated for captions of record.fid_reference to its images (FID with Inception). Lower is better."
+    )
+    yield _single(x, _column(metrics, "fid"), "Frechet distance", _Axis("distance"), fid_note)
     yield _single(x, _column(metrics, "learning_rate"), "Learning rate", _Axis("learning rate", from_zero=True, scientific=True))
     mask_ratio = _column(metrics, "mask_ratio") * 100
     if np.unique(mask_ratio[np.isfinite(mask_ratio)]).size > 1:

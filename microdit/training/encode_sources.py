@@ -48,6 +48,7 @@ def _encoded(item: SetRecipe, recipe: Recipe, world: World, reporter: Reporter) 
         settings = EncodeSettings(
             (resolution,),
             min_side=resolution if source.min_side is None else source.min_side,
+            first_sentences=data.first_sentence > 0,
             dtype=str(choose_dtype("auto", world.device)).removeprefix("torch."),
             device=world.device,
             batch_size=default_batch_size(world.device, (resolution,)),

@@ -51,6 +51,7 @@ def open_dataset(recipe: Recipe, warn: Callable[[str], None], world: World | Non
     if cache is not None:
         _check_cache(recipe, [encoded for encoded in sets.values() if encoded.cache is not None], cache)
     for encoded in sets.values():
+        encoded.use_first_sentences(data.first_sentence)
         for key, wanted in (("autoencoder", data.autoencoder), ("text_encoder", data.text_encoder)):
             found = encoded.manifest[key]["name"]
             if wanted is not None and not _names_the_same(wanted, found):

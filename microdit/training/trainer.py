@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from microdit.checkpoint import Checkpoint
 from microdit.config.schema import PhaseRecipe, Recipe
@@ -58,6 +58,9 @@ from microdit.training.setup import (
 from microdit.training.stability import SpikeDecision, SpikeGuard
 from microdit.training.state import TrainingState, read_step
 from microdit.training.validation import PromptGrid, open_held_out, open_quality
+
+if TYPE_CHECKING:
+    from microdit.training.fid import TrainingFID
 
 AHEAD = 2  # batches to prefetch
 MAX_ROLLBACKS = 3  # in a row without a new checkpoint in between
@@ -142,8 +145,13 @@ class Trainer:
             self._restore(checkpoint)
         self.held_out = open_held_out(recipe, self.data, self.state.objective, world)
         self.quality = open_quality(recipe, self.held_out.data if self.held_out else self.data, self.state.objective, world)
-        self.prompt_grid = PromptGrid(recipe, world, compute_dtype(recipe.engine, world.device), self.reporter.warn)
-        record = recipe.record
+        record, dtype = recipe.record, compute_dtype(recipe.engine, world.device)
+        self.prompt_grid = PromptGrid(recipe, world, dtype, self.reporter.warn)
+        self.fid: TrainingFID | None = None
+        if record.fid_every:
+            from microdit.training import fid  # imports readers of sources and more, which few trainings need
+
+            self.fid = fid.TrainingFID(recipe, self.data.shortest_side, world, dtype, self.prompt_grid.encoders, self.reporter)
         self.checkpoints = CheckpointWriter(run, world, record.keep_checkpoints, record.keep_every, self.reporter.warn, store)
         if checkpoint:
             self.checkpoints.last_saved = self.checkpoints.last_kept = checkpoint.step
@@ -243,7 +251,7 @@ class Trainer:
     def _something_is_due(self) -> bool:
         """Return whether a checkpoint, a measurement or a grid needs the weights after the newest step, and so must wait for it."""
         record = self.recipe.record
-        intervals = [record.checkpoint_every, record.quality_every]
+        intervals = [record.checkpoint_every, record.quality_every, record.fid_every]
         intervals += [record.held_out_every] if self.held_out else []
         intervals += [record.samples_every] if record.sample_prompts else []
         return any(_due(self.step, every) for every in intervals)
@@ -275,7 +283,7 @@ class Trainer:
         return newest_intact(self.run, self.world, self.reporter.warn, self._rollbacks_here - 1, self.store)
 
     def _measure(self, last: bool, in_haste: bool) -> dict[str, Any]:
-        """Return the held-out loss and the quality metrics that are due at this step. All processes must call this."""
+        """Return the held-out loss, image quality and Frechet distance that are due at this step. All processes must call this."""
         record = self.recipe.record
         measured: dict[str, Any] = {}
         if self.held_out and (_due(self.step, record.held_out_every) or last):
@@ -283,6 +291,10 @@ class Trainer:
         if self.quality and (_due(self.step, record.quality_every) or last) and not in_haste:
             figures = self.quality.measure(self.state.ema_model())
             self.reporter.say(self.quality.describe(self.step, figures))
+            measured |= figures
+        if self.fid and (_due(self.step, record.fid_every) or last) and not in_haste:
+            figures = self.fid.measure(self.state.ema_model(), describe(self.recipe, self.config, self.data, self.mixture.sets))
+            self.reporter.say(self.fid.describe(self.step, figures))
             measured |= figures
         return measured
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from microdit.config.schema import LEAST_QUALITY_SAMPLES, Recipe, RecordRecipe
+from microdit.config.schema import LEAST_QUALITY_SAMPLES, Recipe
 from microdit.data.dataset import Batch, EncodedDataset, check_compatible
 from microdit.data.pixels import to_image
 from microdit.data.shard_cache import ShardCache
@@ -146,7 +146,7 @@ class Quality:
             shape, numbers = self._data.latent_shape(self._bucket), range(len(self._drawn_N))[part]
             noise_BCHW = torch.stack([first_noise(shape, number) for number in numbers])
             mask_BL = None if self._mask_BL is None else self._mask_BL[part]
-            settings = _sampler(self._record, self._objective)
+            settings = suited_to(self._objective, SamplerSettings(self._record.sample_steps, self._record.guidance_scale))
             return draw_latents(model, self._objective, noise_BCHW, self._text_BLE[part], mask_BL, settings)
 
         return self.compare(draw)
@@ -192,11 +192,6 @@ class Quality:
             raise UserError(f"{damage}. Quality is measured on that row: encode it again, or leave out record.quality_every.") from damage
 
 
-def _sampler(record: RecordRecipe, objective: Objective) -> SamplerSettings:
-    """Return the settings of the record, or those that a distilled model was trained for."""
-    return suited_to(objective) if objective.student_steps else SamplerSettings(record.sample_steps, record.guidance_scale)
-
-
 class PromptGrid:
     """Generates the grid of the recipe's prompts, divided among the processes. Encoders are loaded on first use and kept."""
 
@@ -204,6 +199,13 @@ class PromptGrid:
         """Prepare the grid. `dtype` is that of matrix products. `warn` is called once with the prompts that the text encoder truncates."""
         self._recipe, self._world, self._dtype, self._warn = recipe, world, dtype, warn
         self._encoders: Encoders | None = None
+        self._warned = False
+
+    def encoders(self, description: dict[str, Any]) -> Encoders:
+        """Return the autoencoder and the text encoder that the description of a checkpoint names, loaded once."""
+        if self._encoders is None:
+            self._encoders = load_encoders(description["data"])
+        return self._encoders
 
     def draw(self, model: MicroDiT, description: dict[str, Any], step: int) -> Image.Image:
         """Return the grid of images. `description` is that of a checkpoint, which names the encoders. All processes must call this.
@@ -212,17 +214,17 @@ class PromptGrid:
         """
         recipe, world = self._recipe, self._world
         prompts, record = list(recipe.record.sample_prompts), recipe.record
-        if self._encoders is None:
-            self._encoders = load_encoders(description["data"])
-            if world.is_main:
-                warn_of_unread(clean_prompts(prompts), self._encoders[1], self._warn)
-        pipeline = MicroDiTPipeline.around(model, description, self._encoders).to(world.device, self._dtype)
+        encoders = self.encoders(description)
+        if world.is_main and not self._warned:
+            warn_of_unread(clean_prompts(prompts), encoders[1], self._warn)
+            self._warned = True
+        pipeline = MicroDiTPipeline.around(model, description, encoders).to(world.device, self._dtype)
         share = -(-len(prompts) // world.size)
         start = share * world.rank
-        settings = _sampler(record, recipe.objective)
+        settings = suited_to(recipe.objective, SamplerSettings(record.sample_steps, record.guidance_scale))
         mine = prompts[start : start + share]
         images = pipeline.generate(mine, settings, recipe.seed + start, warn=lambda sentence: None) if mine else []
-        for encoder in self._encoders:
+        for encoder in encoders:
             encoder.to("cpu")  # free the GPU's memory for training
         everyones = [image for images in world.gather(images) for image in images]
         return draw_grid(everyones, prompts, title=f"{recipe.name}, step {step}, {recipe.samples_before(step):,} images seen")

@@ -5,7 +5,7 @@ import pytest
 
 from microdit.data.sources.base import Part, Record, checked
 from microdit.data.sources.builtin import emoji_source
-from microdit.encoders.captions import MAX_CAPTION, clean_caption, clean_prompts, warn_of_unread
+from microdit.encoders.captions import MAX_CAPTION, clean_caption, clean_prompts, first_sentence, warn_of_unread
 from microdit.errors import UserError
 
 
@@ -83,3 +83,24 @@ def test_many_prompts_that_are_cut_are_counted(text_encoder):
     warn_of_unread([f"{number} " + "one " * 40 for number in range(12)], text_encoder, told.append)
     assert len(told) == 6
     assert told[-1] == "7 more of the 12 prompts are cut or unknown to it as well."
+
+
+@pytest.mark.parametrize(
+    ("caption", "sentence"),
+    [
+        ("A cat. It sleeps.", "A cat."),
+        ("Is it a cat? No, an owl!", "Is it a cat?"),
+        ('He says "stop!" Then he goes.', 'He says "stop!"'),
+        ("Dr. Who and J. Smith meet on St. Mary's Mt. Hope. They talk.", "Dr. Who and J. Smith meet on St. Mary's Mt. Hope."),
+        ("A cat, e.g. a red one, approx. 3.5 kg. It sleeps.", "A cat, e.g. a red one, approx. 3.5 kg."),
+        ("Wait... what is it? An owl.", "Wait... what is it?"),
+        ("一只猫。它在睡觉。", "一只猫。"),
+        ("Кот спит. Сова нет.", "Кот спит."),
+        ("A cat.", ""),
+        ("red heart", ""),
+        ("", ""),
+        ("www.example.com shows a cat", ""),
+    ],
+)
+def test_the_first_sentence_of_a_caption(caption, sentence):
+    assert first_sentence(caption) == sentence

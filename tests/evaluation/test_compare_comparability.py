@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from microdit.evaluation.compare import GENEVAL_PROMPTS, GENEVAL_SAMPLES, geneval_comparability, metric_comparability
+from microdit.evaluation.compare import GENEVAL_PROMPTS, GENEVAL_SAMPLES, dpg_comparability, geneval_comparability, metric_comparability
 from microdit.evaluation.geneval.emoji_scenes import EmojiColours, EmojiDetector
 from microdit.evaluation.published import Protocol
-from microdit.evaluation.run_results import GenEvalResult, Measured
+from microdit.evaluation.run_results import DPGResult, GenEvalResult, Measured
 
 COCO = Protocol("FID-30K", {"fid": "inception", "clip-score": None}, "coco2014", 30000, 256)
 AS_PUBLISHED = Measured(14.2, "inception-2015-12-05", "coco2014", 40504, 30000, 256)
@@ -82,9 +82,18 @@ def test_the_authors_553_prompts_are_comparable_but_for_the_detector():
         ({"prompts": 552}, "552 prompts, not 553"),
         ({"without_pictures": 3}, "3 prompts have no image"),
         ({"pictures": {**OFFICIAL.pictures, "colors": 94}}, "1,930 images, not 4 of each of the authors' prompts"),
+        ({"rewritten_by": "words"}, "prompts were rewritten by words"),
         ({"judges": f"{EmojiDetector.fingerprint} {EmojiColours().fingerprint}"}, "prompts about emoji, judged by matching Twemoji, "
          "not GenEval's prompts and detector"),
     ],
 )  # fmt: skip
 def test_other_prompts_pictures_and_judges_are_not_genevals(change, reason: str):
     assert geneval_comparability(replace(OFFICIAL, **change)).reasons == (reason,)
+
+
+def test_dpg_bench_is_comparable_with_all_prompts_and_the_authors_judge_alone():
+    assert dpg_comparability(DPGResult(84.2, 1065, "mPLUG-large")).comparable
+    assert dpg_comparability(DPGResult(84.2, 50, "gpt-4o")).reasons == (
+        "50 prompts, not 1,065",
+        "questions answered by gpt-4o, not by mPLUG-large",
+    )

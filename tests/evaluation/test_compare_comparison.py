@@ -6,7 +6,7 @@ import pytest
 
 from microdit.evaluation.compare import comparison_lines, comparison_table
 from microdit.evaluation.published import TITLES, load_published
-from microdit.evaluation.run_results import GenEvalResult, Measured, RunResult
+from microdit.evaluation.run_results import DPGResult, GenEvalResult, Measured, RunResult
 from microdit.io.console import PlainConsole
 from tests.evaluation.test_compare_comparability import OFFICIAL
 
@@ -106,4 +106,25 @@ def test_a_coco_figure_meets_the_ablations_that_are_of_coco_alone():
 def test_shares_of_a_task_stand_in_their_columns():
     geneval = GenEvalResult({"overall": 0.238, "single_object": 0.425}, {}, 120, 0, "emoji 8")
     (line,) = (line for line in printed("geneval", [replace(EMOJI, geneval=geneval)]) if "runs/emoji" in line)
-    assert line.split() == ["runs/emoji", "0.24", "0.42", "–", "–", "–", "–", "–"]
+    assert line.split() == ["runs/emoji", "0.238", "0.425", "–", "–", "–", "–", "–"]
+
+
+def test_the_second_generation_stands_beside_its_cost():
+    run = replace(RUN, geneval=OFFICIAL, dpg=DPGResult(80.0, 1065, "gpt-4o"))
+    lines = printed("benchmarks", [run])
+    (shown,) = (line for line in lines if line.startswith("runs/xl"))
+    assert shown.split()[-2:] == ["0.50", "80"]
+    for row in (
+        ["MiniT2I B/16", "258 M", "0.873", "84.2"],
+        ["Nitro-E", "304 M", "12 MI300X", "0.66"],
+        ["PRX, 24 hours", "32 H200", "$1,500"],
+        ["HDM, XUT-base", "64.2 RTX 5090", "$620"],
+        ["MicroDiT, 37 M images, 15 M of them synthetic", "20.8 H100", "$1,890", "0.46"],
+    ):
+        (line,) = (line for line in lines if line.startswith(row[0]))
+        assert all(cell in line for cell in row)
+    told = list(comparison_lines(PUBLISHED, "benchmarks", run))
+    assert "  Nitro-E: 0.66, the run is 0.16 below." in told
+    assert told[-1] == "runs/xl: DPG 80 is not comparable with benchmarks: questions answered by gpt-4o, not by mPLUG-large."
+    judged = replace(run, dpg=DPGResult(80.0, 1065, "mplug-large"))
+    assert "  MiniT2I B/16: 84.2, the run is 4.2 below." in comparison_lines(PUBLISHED, "benchmarks", judged)

@@ -109,8 +109,8 @@ def test_who_copies_is_perfect_and_shown_to_be_a_copyist(tmp_path, world):
 
 def test_captions_are_a_sample_of_which_a_smaller_one_is_the_beginning(world):
     source = emoji_source("train")
-    captions = module._captions(source, 60, world)
-    assert module._captions(source, 20, world) == captions[:20]
+    captions = module.reference_captions(source, 60, world)
+    assert module.reference_captions(source, 20, world) == captions[:20]
     records = [record for part in source.parts for record in part.records()]
     numbers = {record.captions["caption"]: number for number, record in enumerate(records)}
     total = len(numbers)
@@ -127,13 +127,13 @@ def test_captions_do_not_depend_on_the_number_of_processes(world):
 
     parts = [Part(f"part {start}", partial(counted, start)) for start in range(0, 106, 15)]
     source = replace(emoji_source("held_out"), parts=parts)
-    alone = module._captions(source, 40, world)
+    alone = module.reference_captions(source, 40, world)
     read.clear()
     meeting = Meeting(3)
 
     def work(rank: int) -> list[str]:
         with meeting.turn:
-            return module._captions(source, 40, meeting.world(world, rank))
+            return module.reference_captions(source, 40, meeting.world(world, rank))
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(work, range(3))) == [alone] * 3

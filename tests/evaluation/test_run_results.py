@@ -7,7 +7,7 @@ from PIL import Image
 from microdit.errors import UserError
 from microdit.evaluation.geneval.detector import evaluate_geneval
 from microdit.evaluation.geneval.rules import Detection, parse_prompt
-from microdit.evaluation.run_results import Measured, read_run
+from microdit.evaluation.run_results import DPGResult, Measured, read_run
 from microdit.models.microdit import MicroDiT
 from tests.evaluation.run_folders import CONFIG, MEASURED, evaluated, trained
 
@@ -92,3 +92,14 @@ def test_genevals_own_summary_is_read(tmp_path: Path):
     assert geneval.shares == {"single_object": 1.0, "counting": 0.0}  # no overall while tasks are missing
     assert geneval.pictures == {"single_object": 1, "two_object": 0, "counting": 1, "colors": 0, "position": 0, "color_attr": 0}
     assert (geneval.prompts, geneval.without_pictures, geneval.judges) == (2, 0, "cats cats")
+
+
+def test_dpg_benchs_own_summary_is_read(tmp_path: Path):
+    run, summary = trained(tmp_path / "run"), {"score": 84.2, "prompts": 1065, "judge": "gpt-4o", "categories": {}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert read_run(run, dpg=tmp_path).dpg == DPGResult(84.2, 1065, "gpt-4o")
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match="score is missing"):
+        read_run(run, dpg=tmp_path)
+    with pytest.raises(UserError, match="microdit dpg --out"):
+        read_run(run, dpg=tmp_path / "nowhere")

@@ -77,8 +77,11 @@ def evaluate_geneval(
     out: Path,
     warn: Callable[[str], None],
     on_picture: Callable[[int, int], None] | None = None,
+    rewritten_by: str | None = None,
 ) -> dict[str, Any]:
     """Judge every image; write results.jsonl and summary.json to the folder `out`, and return the summary.
+
+    `rewritten_by` names the language model that rewrote the prompts for generation, which the summary says.
 
     `pictures` holds `00000/samples/*.png` for the first prompt, and so on. `on_picture(done, all)` is called after each image. Raises
     UserError if the folder does not belong to the prompts, or a prompt names a class that the detector does not know.
@@ -109,6 +112,8 @@ def evaluate_geneval(
                 on_picture(done, len(found))
     write_aside(results, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
     summary = _summarise(lines, len(prompts), without, judges)
+    if rewritten_by is not None:
+        summary["prompts_rewritten_by"] = rewritten_by
     write_aside(out / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
 

@@ -1,35 +1,16 @@
-"""A vision-language model as the judge of image pairs, through any endpoint with OpenAI's chat completions API.
+"""A vision-language model as the judge of image pairs, through any endpoint with OpenAI's chat completions API (chat/client.py)."""
 
-- The key is read from MICRODIT_JUDGE_KEY or OPENAI_API_KEY and sent in the request's header only.
-- Transient failures (busy, broken or slow servers) are retried; all others raise UserError.
-- Every request and answer is logged (request_log.py), so only requests in flight when a process dies may be billed twice.
-- The standard library's HTTP client suffices: each thread sends one small request at a time.
-"""
-
-import base64
-import email.utils
-import http.client
 import json
-import os
-import random
 import re
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from microdit.errors import UserError
-from microdit.evaluation.preference.request_log import REQUESTS, Answer, Exchange, RequestLog
+from microdit.evaluation.chat.client import ChatClient, image_part, text_part
+from microdit.evaluation.chat.request_log import REQUESTS, Answer, Exchange, RequestLog
 from microdit.evaluation.preference.verdicts import Choice, Preference, Question, Reply, Verdict, VerdictFile
-from microdit.io.untrusted_text import one_line, parse_json
-
-T = TypeVar("T")
+from microdit.io.untrusted_text import parse_json
 
 INSTRUCTIONS = """Two pictures, A and B, were made for this prompt:
 
@@ -39,9 +20,7 @@ Which picture follows the prompt better and looks better? Following the prompt c
 means nothing. If neither is better, it is a TIE. Answer with a single word: A, B or TIE."""
 REMINDER = "\n\nWrite one of these three words and nothing else."
 MAX_REQUESTS = 3  # per question, while answers are unreadable
-LONGEST_WAIT = 600.0  # seconds that a server may ask to wait before the judge gives up
-LONGEST_ANSWER, LONGEST_WORDS = 1_000_000, 10_000  # bytes read of an answer, and of an error
-TEXT_TOKENS = 150  # estimated tokens of the instructions, a prompt and the answer
+COMPARISON = "another comparison (other images, prompts, orders, or judge)"
 
 
 def judge_all(
@@ -57,13 +36,13 @@ def judge_all(
     no new request is sent, but responses in flight are awaited and kept. Raises what `ask` raises, and UserError if no pair got clear
     verdicts.
     """
-    with RequestLog(file.path.with_name(REQUESTS), file.questions, file.model) as log, ThreadPoolExecutor(concurrency) as threads:
-        if log.lost and warn is not None:
-            requests = "1 request was" if log.lost == 1 else f"{log.lost} requests were"
-            warn(f"{requests} in flight when an earlier process ended: the same questions are sent again and may be billed twice.")
+    marks = {question: _mark(question, file.model) for question in file.questions}
+    with RequestLog(file.path.with_name(REQUESTS), marks.values(), COMPARISON) as log, ThreadPoolExecutor(concurrency) as threads:
+        if warn is not None:
+            log.warn_of_lost(warn)
 
         def answer(question: Question) -> Verdict | None:
-            return file.add(question, ask(question.pair.prompt, *question.pictures(), log.exchange(question)))
+            return file.add(question, ask(question.pair.prompt, *question.pictures(), log.exchange(marks[question])))
 
         futures = [threads.submit(answer, question) for question in file.waiting()]
         try:
@@ -77,58 +56,10 @@ def judge_all(
     return file.preference()
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Expected size and price of a comparison. `dollars` is None without a price."""
+class VisionJudge(ChatClient):
+    """A vision model that chooses the better of two PNG files."""
 
-    requests: int
-    images: int
-    tokens: int
-    dollars: float | None
-
-
-def estimate(pairs: int, size: int, dollars_per_million: float | None = None) -> Estimate:
-    """Estimate the cost of judging `pairs` of images of `size` x `size` pixels in both orders, without repeated questions.
-
-    An image counts 85 tokens plus 170 per tile of 512 pixels, after it is shrunk to 768, as for many models; others differ by a factor of
-    about two.
-    """
-    tiles = (-(-min(size, 768) // 512)) ** 2
-    requests = 2 * pairs
-    tokens = requests * (2 * (85 + 170 * tiles) + TEXT_TOKENS)
-    return Estimate(requests, 2 * requests, tokens, None if dollars_per_million is None else tokens * dollars_per_million / 1e6)
-
-
-def key_from_environment() -> str:
-    """Return the API key, or an empty string if none is set, as for local servers. Raises UserError if it cannot be sent in a header."""
-    key = (os.environ.get("MICRODIT_JUDGE_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
-    if not re.fullmatch(r"[!-~]*", key):
-        raise UserError("The key in MICRODIT_JUDGE_KEY or OPENAI_API_KEY contains spaces or odd characters: copy it again.")
-    return key
-
-
-@dataclass(frozen=True)
-class VisionJudge:
-    """The vision model `model` at `base_url` (the API's root, such as .../v1), which chooses the better of two PNG files.
-
-    A server may be silent for `timeout` seconds and take `longest` seconds for one response. A request is retried `retries` times, with
-    exponential backoff from `backoff` seconds and 50% jitter, or after the time in the server's Retry-After header. Raises UserError if
-    `base_url` is not a valid address.
-    """
-
-    base_url: str
-    model: str
-    timeout: float = 120.0
-    longest: float = 600.0
-    retries: int = 6
-    backoff: float = 1.0
-    _key: str = field(default_factory=key_from_environment, repr=False)
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?(/[!\"$->@-~]*)?", self.base_url, re.ASCII | re.IGNORECASE):
-            raise UserError(
-                "The judge's address must look like https://api.openai.com/v1 or http://localhost:8000/v1, without a password or query."
-            )
+    who = "The judge"
 
     def __call__(self, prompt: str, first: Path, second: Path, exchange: Exchange) -> Reply:
         """Return the judge's reply. After an unreadable answer the request is repeated up to twice, then the choice is "unclear".
@@ -138,79 +69,9 @@ class VisionJudge:
         """
         while (reply := reply_of(exchange.answers)) is None:
             text = INSTRUCTIONS.format(prompt=json.dumps(prompt, ensure_ascii=False)) + (REMINDER if exchange.answers else "")
-            self._complete(text, first.read_bytes(), second.read_bytes(), exchange)
+            pictures = [text_part("Picture A:"), image_part(first.read_bytes()), text_part("Picture B:"), image_part(second.read_bytes())]
+            self.complete([text_part(text), *pictures], exchange)
         return reply
-
-    def _complete(self, text: str, first: bytes, second: bytes, exchange: Exchange) -> None:
-        """Send one request, with retries, and add its answer to the exchange."""
-        content = [_text(text), _text("Picture A:"), _image(first), _text("Picture B:"), _image(second)]
-        body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": content}]}).encode()
-        trouble, wait = "", 0.0
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(wait)
-            wait, lasting = self.backoff * 2**attempt * random.uniform(0.5, 1.5), False
-            exchange.sending()
-            try:
-                answer = self._read(_within(self.longest, partial(self._post, body)))
-            except _RefusedError as refused:
-                trouble, lasting = self._explain(refused), refused.status not in (408, 429) and refused.status < 500
-                wait = _retry_after(refused.retry_after, wait)
-            except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: not a completion
-                trouble = f"The judge at {self.base_url} cannot be reached or breaks off: {self._cut(_reason(error))}."
-            else:
-                return exchange.answered(answer)
-            exchange.failed(trouble)
-            if lasting:
-                raise UserError(trouble)
-            if wait > LONGEST_WAIT:
-                raise UserError(f"{trouble} It asks to wait {wait:.0f} seconds: run the same command again after that.")
-        raise UserError(f"{trouble} Given up after {self.retries + 1} tries: run the same command again to resume.")
-
-    def _post(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json", "User-Agent": "microdit"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.base_url.rstrip("/") + "/chat/completions", body, headers)
-        opener = urllib.request.build_opener(_NoRedirect)
-        try:
-            with opener.open(request, timeout=self.timeout) as response:
-                content: bytes = response.read(LONGEST_ANSWER + 1)
-        except urllib.error.HTTPError as error:
-            raise _RefusedError(error.code, _server_words(error), error.headers.get("Retry-After")) from None
-        if len(content) > LONGEST_ANSWER:
-            raise _RefusedError(200, f"more than {LONGEST_ANSWER:,} bytes, which is no chat completion")
-        return content
-
-    def _read(self, content: bytes) -> Answer:
-        """Parse a completion. Raises ValueError if it is none. The key is redacted, should a server repeat it."""
-        try:
-            completion = parse_json(content)
-            answer = completion["choices"][0]["message"]["content"] or ""
-            tokens = (completion.get("usage") or {}).get("total_tokens") or 0
-            words = answer if isinstance(answer, str) else json.dumps(answer)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise ValueError("its answer is no chat completion") from None
-        return Answer(self._redact(words), tokens if isinstance(tokens, int) else 0)
-
-    def _explain(self, refused: "_RefusedError") -> str:
-        if refused.status in (401, 403):
-            return (
-                f"The judge at {self.base_url} refuses the key ({refused.status}): set MICRODIT_JUDGE_KEY or OPENAI_API_KEY to a valid one."
-            )
-        words = self._cut(refused.words)
-        if refused.status == 404:
-            return f"The judge at {self.base_url} has no model '{self.model}', or this is not its API's root (404): {words}"
-        if 300 <= refused.status < 400:
-            return f"The judge at {self.base_url} has moved ({refused.status}): use its new address."
-        return f"The judge at {self.base_url} responds with status {refused.status}: {words}"
-
-    def _cut(self, words: str) -> str:
-        words = one_line(self._redact(words)).rstrip(".")
-        return words if len(words) <= 200 else words[:200] + "..."
-
-    def _redact(self, words: str) -> str:
-        return words.replace(self._key, "***") if self._key else words
 
 
 def reply_of(answers: list[Answer]) -> Reply | None:
@@ -249,78 +110,7 @@ def _choice_of_line(line: str) -> Choice | None:
     return choices[found[1].lower()] if found else None
 
 
-@dataclass
-class _RefusedError(Exception):
-    """The server's answer is not a completion: its status is not 200, or it is too long."""
-
-    status: int
-    words: str
-    retry_after: str | None = None
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects: the standard library would forward the key to the new address."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """Return the result of `work`, or raise TimeoutError after `seconds` and leave `work` running in a daemon thread.
-
-    A socket's timeout is not enough, since it restarts with each byte, and a server may send one byte a minute.
-    """
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        return future.result(seconds)
-    except TimeoutError:
-        if future.done():  # `work` itself timed out
-            raise
-        raise TimeoutError(f"no whole answer within {seconds:g} seconds") from None
-
-
-def _text(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
-
-
-def _image(png: bytes) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(png).decode()}}
-
-
-def _retry_after(header: str | None, default: float) -> float:
-    """Return the seconds to wait from a Retry-After header, which holds seconds or a date."""
-    if header is None:
-        return default
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
-        return default
-
-
-def _reason(error: Exception) -> str:
-    reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    return str(getattr(reason, "strerror", None) or reason) or type(error).__name__
-
-
-def _server_words(error: urllib.error.HTTPError) -> str:
-    """Return the message of an OpenAI-style error, or else the body's text."""
-    try:
-        body = error.read(LONGEST_WORDS).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
-        return "no message"
-    try:
-        return str(parse_json(body)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return body or "no message"
+def _mark(question: Question, model: str) -> dict[str, Any]:
+    """Return the fields that identify a question in the log."""
+    pair = question.pair
+    return {"pair": pair.index, "order": question.order, "prompt": pair.prompt, "model": model, "pictures": list(pair.fingerprints)}

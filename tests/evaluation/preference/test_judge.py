@@ -20,8 +20,9 @@ import pytest
 from PIL import Image
 
 from microdit.errors import UserError
-from microdit.evaluation.preference.judge import LONGEST_ANSWER, VisionJudge, estimate, judge_all, read_choice
-from microdit.evaluation.preference.request_log import REQUESTS, Answer, Exchange, RequestLog
+from microdit.evaluation.chat.client import LONGEST_ANSWER, estimate
+from microdit.evaluation.chat.request_log import REQUESTS, Answer, Exchange, RequestLog
+from microdit.evaluation.preference.judge import VisionJudge, _mark, judge_all, read_choice
 from microdit.evaluation.preference.verdicts import VerdictFile, both_orders, read_pairs
 from tests.evaluation.preference.test_verdicts_preference import lines_of, write_folders
 
@@ -202,13 +203,14 @@ def test_requests_are_logged_before_sending_and_answers_on_arrival(questions, tm
 
 def test_answers_of_an_earlier_start_are_not_requested_again(questions, tmp_path):
     """Unreadable answers count among the three requests of a question; a clear answer whose verdict is missing yields the verdict."""
-    with RequestLog(tmp_path / REQUESTS, questions[:4], "eyes-1") as log:
-        for question, words in zip(questions[:3], (["A"], ["Cats!"], ["Cats!", "Cats!"]), strict=True):
+    marks = [_mark(question, "eyes-1") for question in questions[:4]]
+    with RequestLog(tmp_path / REQUESTS, marks, "another") as log:
+        for mark, words in zip(marks[:3], (["A"], ["Cats!"], ["Cats!", "Cats!"]), strict=True):
             for word in words:
-                log.exchange(question).sending()
-                log.exchange(question).answered(Answer(word, 100))
-        log.exchange(questions[1]).sending()
-        log.exchange(questions[3]).sending()
+                log.exchange(mark).sending()
+                log.exchange(mark).answered(Answer(word, 100))
+        log.exchange(marks[1]).sending()
+        log.exchange(marks[3]).sending()
     warnings: list[str] = []
     with serving(lambda *_: "Dogs!") as server:
         file = VerdictFile(tmp_path / "verdicts.jsonl", questions[:4], "eyes-1")
@@ -486,8 +488,8 @@ def test_choices_are_read_from_words_and_json_but_never_guessed(answer, choice):
 
 
 def test_the_estimate_counts_both_orders():
-    small = estimate(100, 64)
+    small = estimate(200, 2, 64)
     assert (small.requests, small.images, small.tokens, small.dollars) == (200, 400, 200 * (2 * 255 + 150), None)
-    large = estimate(1, 1024, dollars_per_million=2.5)
+    large = estimate(2, 2, 1024, dollars_per_million=2.5)
     assert large.tokens == 2 * (2 * (85 + 4 * 170) + 150)
     assert large.dollars == pytest.approx(large.tokens * 2.5e-6)

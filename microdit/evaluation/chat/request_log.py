@@ -1,16 +1,18 @@
-"""Log of a judge's requests and answers: requests.jsonl beside the verdicts.
+"""Log of the requests to a model and of its answers: requests.jsonl.
 
 Each request is logged before it is sent, and each answer as it arrives. An answered request is never sent again. A request without a
 logged answer is sent again and may be billed twice: it was in flight when the process was killed, or its connection broke.
 """
 
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from microdit.errors import UserError
-from microdit.evaluation.preference.verdicts import LineFile, Order, Question
+from microdit.io.line_file import LineFile
 from microdit.io.untrusted_text import parse_json
 
 REQUESTS = "requests.jsonl"
@@ -19,7 +21,7 @@ ENDED = "the process ended before an answer was logged"
 
 @dataclass(frozen=True)
 class Answer:
-    """A judge's answer, and the tokens it cost."""
+    """A model's answer, and the tokens it cost."""
 
     answer: str
     tokens: int
@@ -63,18 +65,19 @@ class Exchange:
 
 
 class RequestLog:
-    """The exchanges on all `questions`. `lost` counts requests that were in flight when an earlier process ended.
+    """The exchanges on all questions of an evaluation, each identified by its `mark`, a JSON object of the same keys for all.
 
-    Raises UserError if the file belongs to another comparison or cannot be opened by `LineFile`.
+    `lost` counts requests that were in flight when an earlier process ended. Raises UserError if the file holds other questions, of which
+    `belongs` says what they may differ in, or cannot be opened by `LineFile`.
     """
 
-    def __init__(self, path: Path, questions: list[Question], model: str):
+    def __init__(self, path: Path, marks: Iterable[dict[str, Any]], belongs: str):
         self._file = LineFile(path)
         try:
-            self._marks = {(question.pair.index, question.order): _mark(question, model) for question in questions}
-            self._exchanges = {key: Exchange(partial(self._write, key)) for key in self._marks}
+            self._exchanges = {_key(mark): Exchange(partial(self._write, mark)) for mark in marks}
+            self._fields = frozenset(name for key in self._exchanges for name, _ in key)
             for number, line in enumerate(self._file.lines, start=1):
-                self._recall(line, f"Line {number} of {path}")
+                self._recall(line, f"Line {number} of {path}", belongs)
             self.lost = sum(max(0, exchange.in_flight) for exchange in self._exchanges.values())
             for exchange in self._exchanges.values():
                 while exchange.in_flight > 0:
@@ -89,27 +92,29 @@ class RequestLog:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def exchange(self, question: Question) -> Exchange:
-        return self._exchanges[question.pair.index, question.order]
+    def exchange(self, mark: dict[str, Any]) -> Exchange:
+        return self._exchanges[_key(mark)]
 
-    def _write(self, key: tuple[int, Order], event: str, **more: Any) -> None:
-        self._file.append({**self._marks[key], "event": event, **more})
+    def warn_of_lost(self, warn: Callable[[str], None]) -> None:
+        """Say how many requests an earlier process left without an answer, if any."""
+        if self.lost:
+            requests = "1 request was" if self.lost == 1 else f"{self.lost} requests were"
+            warn(f"{requests} in flight when an earlier process ended: the same questions are sent again and may be billed twice.")
 
-    def _recall(self, line: bytes, where: str) -> None:
+    def _write(self, mark: dict[str, Any], event: str, **more: Any) -> None:
+        self._file.append({**mark, "event": event, **more})
+
+    def _recall(self, line: bytes, where: str, belongs: str) -> None:
         try:
             fields = parse_json(line)
-            key = fields["pair"], fields["order"]
-            mark = {name: fields.pop(name) for name in ("pair", "order", "prompt", "model", "pictures")}
-            is_ours = self._marks.get(key) == mark
-            if is_ours:
-                self._exchanges[key].recall(**fields)
+            exchange = self._exchanges.get(_key({name: fields.pop(name) for name in self._fields}))
+            if exchange is not None:
+                exchange.recall(**fields)
         except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{where} is not a log entry of a request: remove the line.") from None
-        if not is_ours:
-            raise UserError(f"{where} belongs to another comparison (other images, prompts, orders, or judge): choose another --out.")
+        if exchange is None:
+            raise UserError(f"{where} belongs to {belongs}: choose another --out.")
 
 
-def _mark(question: Question, model: str) -> dict[str, Any]:
-    """Return the fields that identify a question in the log."""
-    pair = question.pair
-    return {"pair": pair.index, "order": question.order, "prompt": pair.prompt, "model": model, "pictures": list(pair.fingerprints)}
+def _key(mark: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, json.dumps(value)) for name, value in mark.items()))

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from microdit.errors import UserError
-from microdit.evaluation.preference.verdicts import LineFile
+from microdit.io.line_file import LineFile
 
 
 def test_lines_are_on_the_disk_at_once_and_found_again(tmp_path):
