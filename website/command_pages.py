@@ -126,7 +126,8 @@ def command_page(command: Command) -> str:
     usage, parameters = _usage(command)
     lines = [f"# microdit {command.name}", "", *_spaced(map(_prose, command.text)), "```text", usage, "```", ""]
     if command.guide:
-        lines += [f"Read on: [{command.guide.split('#')[0]}](../{command.guide}).", ""]
+        title = (PAGE.parent / command.guide.split("#")[0]).read_text().splitlines()[0].removeprefix("# ")
+        lines += [f"Read on: [{title}](../{command.guide}).", ""]
     if command.examples:
         lines += ["## Examples", "", "```bash", *command.examples, "```", ""]
     for title, is_option in (("Arguments", False), ("Options", True)):

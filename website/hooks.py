@@ -26,7 +26,7 @@ OUTSIDE = {
 }
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 LISTED = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".cff": "yaml"}  # files whose text becomes a page
-CODE = re.compile(r"^(```.*?^```|(?: {4}.*\n)+)", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"^(```.*?^```|(?: {4}[^\n]*\n)+)", re.MULTILINE | re.DOTALL)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
