@@ -180,6 +180,8 @@ def draw(
     """Generate one picture for each prompt of a file, for 'microdit prefer' and other evaluations. Continues where it was stopped.
 
     Under torchrun each process generates its share, and the pictures are the same.
+
+    Example: microdit draw runs/emoji prompts.txt --out drawn/emoji
     """
     from microdit.devices import device_errors_explained
     from microdit.distributed import stop_world
@@ -208,7 +210,10 @@ def prefer(
     vote: Annotated[bool, typer.Option("--vote", help="Judge yourself, on a web page on this machine.")] = False,
     port: Annotated[int, typer.Option(help="Port of that page.")] = 7861,
 ) -> None:
-    """Find out which of two folders of pictures is preferred, judged pair by pair by a vision model (in both orders) or by people."""
+    """Find out which of two folders of pictures is preferred, judged pair by pair by a vision model (in both orders) or by people.
+
+    Example: microdit prefer drawn/a drawn/b --vote
+    """
     from dataclasses import asdict
 
     from PIL import Image
@@ -262,6 +267,8 @@ def geneval(
     """Generate GenEval's prompts and let detectors judge objects, counts, colours, positions. Without --prompts: emoji, offline.
 
     Continues where it was stopped. Under torchrun the generation is shared.
+
+    Example: microdit geneval runs/emoji --out geneval/emoji
     """
     from microdit.devices import device_errors_explained
     from microdit.distributed import stop_world
