@@ -33,10 +33,10 @@ def test_the_page_has_every_option_of_the_help(command: Command):
     shown = CliRunner().invoke(app, [*command.name.split(), "--help"])
     assert shown.exit_code == 0
     page = command_page(command)
-    rows = re.findall(r"^│ (?:[* ]  )?(-[-a-z0-9]+)(?: +(-[a-z0-9]) )?", shown.output, re.MULTILINE)
-    in_help = {name for row in rows for name in row if name} - {"--help"}
-    in_page = [row.replace(",", " ").split() for row in re.findall(r"^\| `(-[^`]+)", page, re.MULTILINE)]
-    assert in_help == {word for row in in_page for word in row if word.startswith("-")}
+    in_page = {word for row in re.findall(r"^\| `(-[^`]+)", page, re.MULTILINE) for word in re.findall(r"(?<!\S)--?[a-z][-a-z0-9]*", row)}
+    in_help = set(re.findall(r"^│ (?:[* ]  )?(--[-a-z0-9]+)", shown.output, re.MULTILINE)) - {"--help"}
+    assert {option for option in in_page if option.startswith("--")} == in_help
+    assert all(re.search(rf"^│.* {short} +<", shown.output, re.MULTILINE) for short in in_page - in_help)
     shown_in_one_line = " ".join(shown.output.split())
     assert all(f"Example: {example}" in shown_in_one_line for example in command.examples)
     assert command.first_sentence in shown_in_one_line
