@@ -41,20 +41,10 @@ def _page(title: str, lead: str, names: list[str]) -> str:
     return f"# {title}\n\n{lead}\n\n{blocks}"
 
 
+EXPORTED = "Exported by `import microdit`. [How the names are used together](../python.md)."
+IMPORTED = "Imported from their modules: [parts for your own models](../python.md#take-one-part), [extensions](../extending.md)."
 API_PAGES = {
-    f"api/{re.sub('[^a-z]+', '-', title.lower())}.md": (
-        title,
-        _page(
-            title, "Of `import microdit`. [How they are used together](../python.md).", [f"microdit.{name}" for name in _exports(modules)]
-        ),
-    )
+    f"api/{re.sub('[^a-z]+', '-', title.lower())}.md": (title, _page(title, EXPORTED, [f"microdit.{name}" for name in _exports(modules)]))
     for title, modules in THEMES.items()
 }
-API_PAGES["api/parts.md"] = (
-    "Single parts",
-    _page(
-        "Single parts",
-        "Imported from their modules: [parts for your own models](../python.md#take-one-part), [extensions](../extending.md).",
-        parts(),
-    ),
-)
+API_PAGES["api/parts.md"] = ("Single parts", _page("Single parts", IMPORTED, parts()))
