@@ -49,7 +49,7 @@ bench: .venv/installed ## parity with the authors' code and MiniT2I's, and speed
 	@touch $@
 
 docs: .venv/docs-installed ## build the documentation's site into site/; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "Written: site/index.html. With search: $(BIN)/python -m http.server -d site"
 
 release: ## build wheel and source distribution into dist/ and check them; uploads nothing

@@ -25,7 +25,7 @@ def build(project: Path, site: Path) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("mkdocs", reason="the extra docs is not installed: make docs installs it")
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     environment = {**os.environ, **nowhere, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(project)}
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(site)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
 
 
@@ -33,7 +33,8 @@ def build(project: Path, site: Path) -> subprocess.CompletedProcess[str]:
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     done = build(PROJECT, folder)
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stdout + done.stderr
     return folder
 
 
@@ -54,7 +55,7 @@ class Resources(HTMLParser):
 
 
 def test_no_page_loads_anything_from_elsewhere(site):
-    pages = list(site.rglob("*.html"))
+    pages = [page for page in site.rglob("*.html") if page.name != "404.html"]  # whose addresses begin at the server's root
     assert len(pages) > 100
     loaded = {(page, address) for page in pages for address in Resources(page).loaded if address and not address.startswith("data:")}
     assert [address for _, address in loaded if "//" in address] == []
@@ -88,4 +89,4 @@ def test_a_link_that_leads_nowhere_stops_the_build(tmp_path, fault):
         page.write(f"\n{fault}\n")
     done = build(tmp_path, tmp_path / "site")
     assert done.returncode != 0
-    assert "demo.md" in done.stderr
+    assert "WARNING -  Doc file 'demo.md' contains a link" in done.stderr
