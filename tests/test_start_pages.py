@@ -22,10 +22,10 @@ PAGES = {page.stem: page for page in sorted((Path(__file__).parents[1] / "docs" 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
 LEAVES = {  # what must be there at the end of a path
     "see-it-work": ["first.png", "guidance.png", "mine.png", "runs/emoji/report.html"],
-    "pictures-and-a-laptop": ["look.png", "trial.png", "runs/my-pictures/metrics.json", "runs/my-pictures/report.html"],
+    "pictures-and-a-laptop": ["look.png", "trial.png", "runs/my-pictures/evaluation/metrics.json", "runs/my-pictures/report.html"],
     "one-gpu": ["runs/dry/4-64-full/checkpoints", "grid.png"],
     "500-dollars": ["recipes/mine"],
-    "masking": ["lab/masking/plan.json"],
+    "masking": ["data/emoji-unnamed-held-out/card.json", "lab/masking"],
     "one-part": [],
 }
 
