@@ -99,7 +99,7 @@ def test_the_parts_run(tmp_path):
     assert re.match(r"[\d,]+ parameters, losses \[[\d.]+, [\d.]+, [\d.]+, [\d.]+\]\n", network)
 
 
-@pytest.mark.slow  # the six take half an hour together on two cores, half of it the training of emoji-flow
+@pytest.mark.slow  # minutes each: one of them trains emoji-flow to its end, another a recipe of `microdit new`
 @pytest.mark.parametrize("name", PAGES)
 def test_the_commands_of_a_path_run_word_for_word(name, tmp_path):
     for block in blocks_of(name):
