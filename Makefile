@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 FIXTURE ?= tests/fixtures/official_a.safetensors
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-busy test-oldest lint bench clean
+.PHONY: help demo test test-slow test-busy test-oldest lint bench docs release clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,5 +44,16 @@ bench: .venv/installed ## parity with the authors' code and MiniT2I's, and speed
 	$(BIN)/python benchmarks/minit2i_parity.py tests/fixtures/minit2i_a.safetensors
 	$(BIN)/python benchmarks/train_step.py --size tiny --batch 16 --mask 0.75
 
-clean: ## remove the environment, data and runs
-	rm -rf .venv .venv-oldest data runs
+.venv/docs-installed: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: .venv/docs-installed ## build the documentation's site into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "Written: site/index.html. With search: $(BIN)/python -m http.server -d site"
+
+release: ## build wheel and source distribution into dist/ and check them; uploads nothing
+	@PYTHON=$(PYTHON) bash .ci/release
+
+clean: ## remove environments, data, runs, and what was built
+	rm -rf .venv .venv-oldest .venv-release build data dist runs site

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from microdit.pipelines.pipeline import MicroDiTPipeline
     from microdit.pipelines.settings import SamplerSettings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "EDM": "microdit.diffusion.edm",

@@ -1,5 +1,6 @@
 """Ranges of the values of recipes and studies, written in their annotations: `steps: Annotated[int, Range(1, 10**9)]`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -20,6 +21,16 @@ class Range:
         """Return the range in words: 'from 1 to 1,000', 'from 0 to less than 1'."""
         low = f"from above {_short(self.low)}" if self.above else f"from {_short(self.low)}"
         return f"{low} to {'less than ' if self.below else ''}{_short(self.high)}"
+
+
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """The names in a table, to which rows may have been added by the time that a value is read."""
+
+    table: Mapping[str, object]
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.table)}"
 
 
 def _short(number: float) -> str:

@@ -45,6 +45,8 @@ def geneval(
 
     Continues where it was stopped. Under torchrun the generation is shared. With --rewrite, pictures of rewritten prompts are judged by
     the original ones; they and their scores lie apart, in OUT/rewritten.
+
+    Example: microdit geneval runs/emoji --out geneval/emoji
     """
     from microdit.devices import device_errors_explained
     from microdit.distributed import stop_world

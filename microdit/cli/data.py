@@ -288,7 +288,10 @@ def look_at_data(
 
 @data_app.command("verify")
 def verify_data(folder: Annotated[str, typer.Argument(help="An encoded data set: a folder, or a place such as s3://bucket/set.")]) -> None:
-    """Read every byte of an encoded data set and compare it with the checksums."""
+    """Read every byte of an encoded data set and compare it with the checksums.
+
+    Example: microdit data verify data/emoji
+    """
     from microdit.data.dataset import EncodedDataset
 
     damaged = EncodedDataset(location(folder)).verify()

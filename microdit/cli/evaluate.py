@@ -184,6 +184,8 @@ def draw(
     """Generate one picture for each prompt of a file, for 'microdit prefer' and other evaluations. Continues where it was stopped.
 
     Under torchrun each process generates its share, and the pictures are the same.
+
+    Example: microdit draw runs/emoji prompts.txt --out drawn/emoji
     """
     from microdit.devices import device_errors_explained
     from microdit.distributed import stop_world
@@ -212,7 +214,10 @@ def prefer(
     vote: Annotated[bool, typer.Option("--vote", help="Judge yourself, on a web page on this machine.")] = False,
     port: Annotated[int, typer.Option(help="Port of that page.")] = 7861,
 ) -> None:
-    """Find out which of two folders of pictures is preferred, judged pair by pair by a vision model (in both orders) or by people."""
+    """Find out which of two folders of pictures is preferred, judged pair by pair by a vision model (in both orders) or by people.
+
+    Example: microdit prefer drawn/a drawn/b --vote
+    """
     from dataclasses import asdict
 
     from PIL import Image

@@ -28,7 +28,9 @@ def export(
 ) -> None:
     """Write a run as a folder that diffusers can load: safetensors, a model card, and a record of its origin.
 
-    Example: microdit export runs/emoji my-model, then microdit sample my-model "red heart", or upload the folder to the hub.
+    Draw with it (microdit sample my-model "red heart"), or upload the folder to the hub.
+
+    Example: microdit export runs/emoji my-model
     """
     from microdit.pipelines.export import export_run
     from microdit.reports.remote_run import fetched_weights

@@ -64,7 +64,10 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Folder of its results. [default: lab/NAME]")] = None,
     to: Annotated[Path | None, typer.Option(help="Folder to write README.md and figures to. [default: docs/lab/NAME]")] = None,
 ) -> None:
-    """Write a study's tables, figures and verdicts as Markdown."""
+    """Write a study's tables, figures and verdicts as Markdown.
+
+    Example: microdit lab report lab/masking
+    """
     from microdit.lab.equal_cost import check_unchanged, read_device, read_plan
     from microdit.lab.run_study import read_results
     from microdit.lab.study import default_folder, load_study, only_arms

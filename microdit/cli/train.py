@@ -131,7 +131,10 @@ def report(
         Path | None, typer.Option(help="The HTML file to write. [default: RUN/report.html; for a run in a store, NAME-report.html]")
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page about a run: curves, pictures, cost, configuration. Works during training, too."""
+    """Write one self-contained HTML page about a run: curves, pictures, cost, configuration. Works during training, too.
+
+    Example: microdit report runs/emoji
+    """
     from microdit.io.places import is_remote
     from microdit.reports.remote_run import fetched_record
     from microdit.reports.run_page import write_report
@@ -145,7 +148,10 @@ def report(
 def runs(
     folder: Annotated[str, typer.Argument(help="The folder that holds the run folders, or a place in an object store.")] = "runs",
 ) -> None:
-    """List the runs in a folder with their state, step, loss and cost."""
+    """List the runs in a folder with their state, step, loss and cost.
+
+    Example: microdit runs
+    """
     from microdit.reports.remote_run import SUMMARY, fetched_record
     from microdit.reports.run_table import list_runs, runs_table
 

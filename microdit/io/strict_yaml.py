@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 
 from microdit.errors import UserError
-from microdit.ranges import Range
+from microdit.ranges import OneOf, Range
 
 MOST_BYTES = 128 * 1024
 MOST_DIGITS = 40
@@ -163,7 +163,7 @@ def _read(kind: Any, tree: Tree, key: str, within: Range | None = None) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     is_null = isinstance(tree, Plain) and tree.is_null
     if origin is Annotated:
-        return _read(inner[0], tree, key, inner[1])
+        return _read_name(inner[1], tree, key) if isinstance(inner[1], OneOf) else _read(inner[0], tree, key, inner[1])
     if origin in (Union, UnionType):
         if NoneType in inner and is_null:
             return None
@@ -208,6 +208,12 @@ def _read_list(origin: Any, inner: tuple[Any, ...], tree: Tree, key: str, within
         return tuple(_read(kind, item, f"{key}.{place}") for place, (kind, item) in enumerate(zip(inner, tree, strict=True)))
     _check(key, len(tree), within, "entries")
     return [_read(inner[0], item, f"{key}.{place}") for place, item in enumerate(tree)]
+
+
+def _read_name(names: OneOf, tree: Tree, key: str) -> str:
+    if not isinstance(tree, str) or tree not in names.table:
+        raise _wrong(key, tree, str(names))
+    return str(tree)
 
 
 def _read_scalar(kind: Any, inner: tuple[Any, ...], text: str, key: str, within: Range | None) -> Any:

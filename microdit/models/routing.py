@@ -9,14 +9,14 @@ Shape legend: B batch, T tokens, K kept tokens, D dim.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from microdit.models.positions import Rotary
+from microdit.ranges import OneOf
 
-Routing = Literal["none", "naive", "deferred", "maskdit", "tread", "sprint"]
 Place = Literal["patches", "mixer", "blocks"]
 Pattern = Literal["random", "grid"]
 
@@ -45,7 +45,7 @@ class Method:
     path_drop: float = 0.0
 
 
-METHODS: dict[Routing, Method] = {
+METHODS: dict[str, Method] = {
     # every block sees every token (DiT, Peebles & Xie 2023)
     "none": Method(drop=None),
     # the baseline of 2407.15811
@@ -59,6 +59,7 @@ METHODS: dict[Routing, Method] = {
     # SPRINT, 2510.21986; path_drop as in the authors' recipes
     "sprint": Method(drop="blocks", dense_blocks=(2, 2), restore="fused", loss="all", path_drop=0.1),
 }
+Routing = Annotated[str, OneOf(METHODS)]  # rows that were added before a recipe is read count too (docs/extending.md)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class TrainingFID:
         started, world = time.monotonic(), self._world
         encoders = self._encoders(description)
         pipeline = MicroDiTPipeline.around(model, description, encoders).to(world.device, self._dtype)
-        settings = suited_to(self._objective, SamplerSettings(self._record.sample_steps, self._record.guidance_scale))
+        settings = suited_to(pipeline.objective, SamplerSettings(self._record.sample_steps, self._record.guidance_scale))
         starts = range(0, len(self._captions), GROUP)
         mine: dict[int, Tensor] = {}
         for start in starts[world.rank :: world.size]:

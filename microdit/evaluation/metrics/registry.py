@@ -18,29 +18,38 @@ LARGEST_SUBSET = 1000  # samples of a KID subset, as in the paper
 
 
 @dataclass(frozen=True)
+class Sets:
+    """Features from one network: N real images, M generated images, and the captions of the generated images in the same order.
+
+    `prdc` holds the result of `compute_prdc` for both sets, so that four metrics share one neighbour search.
+    """
+
+    real_ND: Tensor
+    generated_MD: Tensor
+    captions_MD: Tensor | None = None
+    prdc: PRDC | None = None
+
+
+OnStep = Callable[[int], None] | None
+
+
+@dataclass(frozen=True)
 class Metric:
-    """A metric's title, the option that names its network (`kind`), and its direction."""
+    """A metric's title, the option that names its network (`kind`), its direction, and how it is computed.
+
+    `compute` takes the sets, the number of bootstrap resamples and a function that is told of progress, and returns `value`, the 95%
+    interval `low` to `high` (or None) and details of its own. `steps` returns the number of steps that it tells of.
+    """
 
     title: str
     kind: Kind
     lower_is_better: bool
+    compute: Callable[[Sets, int, OnStep], dict[str, Any]]
+    steps: Callable[[Sets, int], int] = lambda sets, resamples: 0
 
 
-METRICS = {
-    "fid": Metric("Frechet distance", "network", True),
-    "kid": Metric("KID", "network", True),
-    "precision": Metric("precision", "network", False),
-    "recall": Metric("recall", "network", False),
-    "density": Metric("density", "network", False),
-    "coverage": Metric("coverage", "network", False),
-    "clip-fid": Metric("Frechet distance", "clip", True),
-    "cmmd": Metric("CMMD", "clip", True),
-    "clip-score": Metric("CLIP score", "clip", False),
-    "dino-fd": Metric("Frechet distance", "dino", True),
-}
-FRECHET_METRICS = tuple(name for name, metric in METRICS.items() if metric.title == "Frechet distance")
 PRDC_METRICS = ("precision", "recall", "density", "coverage")
-DEFAULT = ("fid", "kid", "precision", "recall", "density", "coverage")
+DEFAULT = ("fid", "kid", *PRDC_METRICS)
 
 
 def label(name: str, network: str) -> str:
@@ -58,71 +67,87 @@ def choose_metrics(names: str | None) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-@dataclass(frozen=True)
-class Sets:
-    """Features from one network: N real images, M generated images, and the captions of the generated images in the same order.
-
-    `prdc` holds the result of `compute_prdc` for both sets, so that four metrics share one neighbour search.
-    """
-
-    real_ND: Tensor
-    generated_MD: Tensor
-    captions_MD: Tensor | None = None
-    prdc: PRDC | None = None
-
-
-def measure(name: str, sets: Sets, resamples: int, on_step: Callable[[int], None] | None = None) -> dict[str, Any]:
+def measure(name: str, sets: Sets, resamples: int, on_step: OnStep = None) -> dict[str, Any]:
     """Return `value`, the 95% interval `low` to `high`, and details that depend on the metric. Raises UserError for too few images.
 
     The interval of precision and density covers the choice of generated images, that of recall and coverage the choice of real images.
     CMMD has no interval.
     """
-    real_ND, generated_MD = sets.real_ND, sets.generated_MD
-    if name in FRECHET_METRICS:
-        return _frechet(real_ND, generated_MD, resamples, on_step)
-    if name == "kid":
-        return _entry(kid(generated_MD, real_ND, subset_size=_kid_subset(sets), on_subset=on_step))
-    if name in PRDC_METRICS:
-        return _entry(_prdc_interval(name, sets.prdc or compute_prdc(real_ND, generated_MD, on_rows=on_step)))
-    if name == "cmmd":
-        return {"value": cmmd(generated_MD, real_ND, on_step), "low": None, "high": None}
-    assert name == "clip-score"
-    assert sets.captions_MD is not None, "the CLIP score needs captions"
-    return _entry(clip_score(generated_MD, sets.captions_MD))
+    return METRICS[name].compute(sets, resamples, on_step)
 
 
 def steps_to_measure(name: str, sets: Sets, resamples: int) -> int:
     """Return the number of steps that `measure` reports to `on_step`."""
-    if name in FRECHET_METRICS:
-        return POINTS + 1 + 2 * resamples
-    if name == "kid":
-        return 1 if {len(sets.real_ND), len(sets.generated_MD)} == {_kid_subset(sets)} else SUBSETS
-    if name in PRDC_METRICS:
-        return 0 if sets.prdc else prdc_rows(sets.real_ND, sets.generated_MD)
-    return 2 * len(sets.generated_MD) + len(sets.real_ND) if name == "cmmd" else 0
+    return METRICS[name].steps(sets, resamples)
 
 
-def _kid_subset(sets: Sets) -> int:
-    return min(LARGEST_SUBSET, len(sets.real_ND), len(sets.generated_MD))
-
-
-def _prdc_interval(name: str, found: PRDC) -> Interval:
-    if name == "density":
-        return bootstrap_interval(lambda rows: float(rows.mean()), found.density_M)
-    return share_interval({"precision": found.precise_M, "recall": found.recalled_N, "coverage": found.covered_N}[name])
-
-
-def _frechet(real_ND: Tensor, generated_MD: Tensor, resamples: int, on_distance: Callable[[int], None] | None) -> dict[str, Any]:
+def _frechet(sets: Sets, resamples: int, on_step: OnStep) -> dict[str, Any]:
     """Return the distance, its extrapolation to infinitely many images, and the points that the line is fitted to."""
+    real_ND, generated_MD = sets.real_ND, sets.generated_MD
     reference = fit_gaussian(real_ND)
-    line = frechet_infinity(generated_MD, reference, on_distance=on_distance)
+    line = frechet_infinity(generated_MD, reference, on_distance=on_step)
     return {
-        **_entry(frechet_interval(generated_MD, reference, resamples, on_distance=on_distance)),
+        **_entry(frechet_interval(generated_MD, reference, resamples, on_distance=on_step)),
         "infinity": line.distance,
         "at_counts": dict(zip(map(str, line.counts), line.distances, strict=True)),
         "warning": few_samples_warning(min(len(real_ND), len(generated_MD)), real_ND.shape[1]),
     }
 
 
+def _frechet_steps(sets: Sets, resamples: int) -> int:
+    return POINTS + 1 + 2 * resamples
+
+
+def _kid(sets: Sets, resamples: int, on_step: OnStep) -> dict[str, Any]:
+    return _entry(kid(sets.generated_MD, sets.real_ND, subset_size=_kid_subset(sets), on_subset=on_step))
+
+
+def _kid_steps(sets: Sets, resamples: int) -> int:
+    return 1 if {len(sets.real_ND), len(sets.generated_MD)} == {_kid_subset(sets)} else SUBSETS
+
+
+def _kid_subset(sets: Sets) -> int:
+    return min(LARGEST_SUBSET, len(sets.real_ND), len(sets.generated_MD))
+
+
+def _prdc(name: str, sets: Sets, on_step: OnStep) -> dict[str, Any]:
+    found = sets.prdc or compute_prdc(sets.real_ND, sets.generated_MD, on_rows=on_step)
+    if name == "density":
+        return _entry(bootstrap_interval(lambda rows: float(rows.mean()), found.density_M))
+    return _entry(share_interval({"precision": found.precise_M, "recall": found.recalled_N, "coverage": found.covered_N}[name]))
+
+
+def _prdc_metric(name: str) -> Metric:
+    return Metric(name, "network", False, lambda sets, _, on_step: _prdc(name, sets, on_step), _prdc_steps)
+
+
+def _prdc_steps(sets: Sets, resamples: int) -> int:
+    return 0 if sets.prdc else prdc_rows(sets.real_ND, sets.generated_MD)
+
+
+def _cmmd(sets: Sets, resamples: int, on_step: OnStep) -> dict[str, Any]:
+    return {"value": cmmd(sets.generated_MD, sets.real_ND, on_step), "low": None, "high": None}
+
+
+def _cmmd_steps(sets: Sets, resamples: int) -> int:
+    return 2 * len(sets.generated_MD) + len(sets.real_ND)
+
+
+def _clip_score(sets: Sets, resamples: int, on_step: OnStep) -> dict[str, Any]:
+    assert sets.captions_MD is not None, "the CLIP score needs captions"
+    return _entry(clip_score(sets.generated_MD, sets.captions_MD))
+
+
 def _entry(interval: Interval) -> dict[str, Any]:
     return asdict(interval)
+
+
+METRICS = {
+    "fid": Metric("Frechet distance", "network", True, _frechet, _frechet_steps),
+    "kid": Metric("KID", "network", True, _kid, _kid_steps),
+    **{name: _prdc_metric(name) for name in PRDC_METRICS},
+    "clip-fid": Metric("Frechet distance", "clip", True, _frechet, _frechet_steps),
+    "cmmd": Metric("CMMD", "clip", True, _cmmd, _cmmd_steps),
+    "clip-score": Metric("CLIP score", "clip", False, _clip_score),
+    "dino-fd": Metric("Frechet distance", "dino", True, _frechet, _frechet_steps),
+}
