@@ -8,10 +8,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from microdit.io.console import PlainConsole, joined, styled
+from microdit.planning.bill import Bill, Compared, Comparison
 from microdit.planning.estimate import MILLION, SMALL_CARD_GB, STORED_TOKENS, UTILISATION, EncodingCost, Estimate, PhaseEstimate
 from microdit.planning.memory import HEADROOM, MemoryPlan
 from microdit.planning.planner import Plan
-from microdit.reports.formats import count, duration, figure, hours, money
+from microdit.reports.formats import MISSING, count, duration, figure, hours, money
 
 WIDE = 1000  # characters, more than any table takes
 
@@ -51,6 +52,39 @@ def print_plan(plan: Plan, budget: Estimate, console: PlainConsole) -> None:
         console.print(joined(f"{parts}: ", styled(f"{spent} of {money(plan.dollars)}"), "."))
         if plan.encoding.images > budget.images:
             console.print(f"Only {_short(budget.images)} images are seen: encode no more of them (--images).")
+
+
+def print_bill(name: str, bill: Bill, console: PlainConsole) -> None:
+    """Print what each part of a training takes, as it was measured."""
+    table = _table(f"What {name} takes, part by part", "times", "each", "in all", first="part")
+    for line in bill.lines:
+        each = duration(line.seconds / line.times) if line.times else MISSING
+        table.add_row(line.part, count(line.times), each, duration(line.seconds))
+    table.add_section()
+    table.add_row("all", "", "", duration(bill.seconds), style="bold")
+    console.print(table)
+    for note in bill.notes:
+        console.print(note, soft_wrap=True)
+
+
+def print_comparison(name: str, found: Comparison, console: PlainConsole) -> None:
+    """Print planned beside actual time, memory and dollars of a finished run."""
+    table = _table(f"{name}: planned and actual", "planned", "actual", "planned/actual", first="part")
+    for row in found.parts:
+        table.add_row(row.what, duration(row.planned), duration(row.actual), _ratio(row))
+    table.add_section()
+    total, memory, dollars = found.total, found.memory, found.dollars
+    table.add_row("all", duration(total.planned), duration(total.actual), _ratio(total), style="bold")
+    table.add_row("memory, GB", figure(memory.planned, 3), figure(memory.actual, 3), _ratio(memory))
+    if dollars.planned is not None or dollars.actual is not None:
+        table.add_row("dollars", money(dollars.planned), money(dollars.actual), _ratio(dollars))
+    console.print(table)
+    if not found.has_plan:
+        console.print("No plan was made: before a run, microdit bench --recipe RECIPE measures what it takes here.", soft_wrap=True)
+
+
+def _ratio(row: Compared) -> str:
+    return MISSING if row.ratio is None else f"{row.ratio:.2f}"
 
 
 def _costs(budget: Estimate) -> Table:
@@ -140,10 +174,10 @@ def _data(data: EncodingCost) -> list[Text]:
     return [taken, joined(styled("Encoding"), cost)]
 
 
-def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right") -> Table:
+def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right", first: str = "phase") -> Table:
     """Narrow enough for 80 characters. Where names are too long for that they go on below; numbers stay whole."""
     look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "caption_justify": "left", "caption_style": "dim"}
-    table = Table(Column("phase", overflow="fold"), title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **look)
+    table = Table(Column(first, overflow="fold"), title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **look)
     for column in columns:
         table.add_column(column, justify=justify, no_wrap=justify == "right")
     return table

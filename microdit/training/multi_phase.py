@@ -1,5 +1,6 @@
 """Train a folder of recipes in the order of their names, each into a run folder of its own."""
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,7 +55,9 @@ def train_one(
     such a checkpoint of the run that `init_from` names, which is then not read again. Raises UserError if another program is training the
     run, and whatever `Trainer` raises.
     """
-    recipe = with_encoded_sources(recipe, world, reporter)
+    started = time.monotonic()
+    recipe, encoded = with_encoded_sources(recipe, world, reporter)
+    seconds = time.monotonic() - started
     if isinstance(run, Place):
         _train_in_store(recipe, run, settings, reporter, world)
         return None
@@ -62,7 +65,10 @@ def train_one(
         reporter.say(f"{run} is finished.")
         return found
     with sole_writer(run, world):
-        Trainer(recipe, run, reporter, world, settings.resume, settings.accept_changes, settings.price_per_hour, initial).train()
+        trainer = Trainer(recipe, run, reporter, world, settings.resume, settings.accept_changes, settings.price_per_hour, initial)
+        if encoded:
+            trainer.encoded(encoded, seconds)
+        trainer.train()
     return None
 
 
