@@ -5,13 +5,16 @@ The trainer books its time under the same names (`Cost.lap`), so that the parts 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from microdit.config.schema import PhaseRecipe, Recipe
 from microdit.data.dataset import EncodedDataset
+from microdit.errors import UserError
 from microdit.planning.timings import Repeated, Timings, find_timings, stretches, timings_folder
 from microdit.planning.workload import assumed_shapes, shapes_of
 from microdit.reports.formats import finite
+from microdit.reports.run_folder import RunFolder, is_run
 
 ENCODING, START = "encoding", "start"
 CHECKPOINTS, GRIDS, HELD_OUT, QUALITY = "checkpoints", "sample grids", "held-out losses", "image quality"
@@ -19,9 +22,12 @@ EVALUATED, REFERENCES = 256, 1000  # pictures that `microdit evaluate` draws, an
 VIEWS = 2  # each generated caption's own picture is looked at too
 
 
+_STEPS = "steps of "
+
+
 def steps_part(phase: PhaseRecipe) -> str:
     """Return the name of the part that the steps of a phase are booked under."""
-    return f"steps of {phase.name}"
+    return _STEPS + phase.name
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,10 @@ class Bill:
     def seconds(self) -> float:
         return sum(line.seconds for line in self.lines)
 
-    def seconds_of(self, part: str) -> float:
-        return sum(line.seconds for line in self.lines if line.part == part)
+    @property
+    def steps(self) -> tuple[Line, ...]:
+        """The lines of the phases' steps, in their order."""
+        return tuple(line for line in self.lines if line.part.startswith(_STEPS))
 
 
 def bill_of(recipe: Recipe, timings: Timings, to_encode: int = 0) -> Bill:
@@ -157,6 +165,24 @@ class Comparison:
     memory: Compared
     dollars: Compared
     has_plan: bool
+
+
+def recorded_comparisons(folder: Path) -> dict[str, Comparison]:
+    """Return plan and run of the finished run in a folder, or of all finished runs in a folder of them, by name.
+
+    Raises UserError if there is none.
+    """
+    runs = [folder] if is_run(folder) else sorted(path for path in folder.glob("*") if is_run(path))
+    if not runs:
+        raise UserError(f"There is no run in {folder}: name a run folder, or a folder of several phases' runs.")
+    bills = {path.resolve().name: RunFolder(path).record.get("bill") for path in runs}
+    found = {name: comparison(bill) for name, bill in bills.items() if isinstance(bill, dict)}
+    if not found:
+        raise UserError(
+            f"{folder} holds no finished run whose cost was recorded: wait until training is finished. An earlier version of microdit "
+            "recorded none, and an edited run.json is not read."
+        )
+    return found
 
 
 def comparison(recorded: Mapping[str, Any]) -> Comparison:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from microdit.io.console import PlainConsole, joined, styled
 from microdit.planning.bill import Bill, Compared, Comparison
-from microdit.planning.estimate import MILLION, SMALL_CARD_GB, STORED_TOKENS, UTILISATION, EncodingCost, Estimate, PhaseEstimate
+from microdit.planning.estimate import MILLION, SMALL_CARD_GB, STORED_TOKENS, UTILISATION, EncodingCost, Estimate, Measured, PhaseEstimate
 from microdit.planning.memory import HEADROOM, MemoryPlan
 from microdit.planning.planner import Plan
 from microdit.reports.formats import MISSING, count, duration, figure, hours, money
@@ -35,9 +35,13 @@ def print_estimate(budget: Estimate, console: PlainConsole) -> None:
     costs = _costs(budget)
     if console.measure(costs, options=console.options.update(max_width=WIDE)).maximum > console.width:
         costs.padding = 0  # large sums: closer together rather than cut
-    for table in (costs, _memory(budget), _ways(budget)):
+    console.print(costs)
+    if budget.measured is not None:
+        _print_measured(budget, budget.measured, console)
+    for table in (_memory(budget), _ways(budget)):
         console.print(table)
-    for line in [_fit_sentence(budget), *_settings(budget), *_data(budget.encoding)]:
+    data = _data(budget.encoding) if budget.measured is None else _data(budget.encoding)[:1]
+    for line in [_fit_sentence(budget), *_settings(budget), *data]:
         console.print(line, soft_wrap=True)
 
 
@@ -52,6 +56,19 @@ def print_plan(plan: Plan, budget: Estimate, console: PlainConsole) -> None:
         console.print(joined(f"{parts}: ", styled(f"{spent} of {money(plan.dollars)}"), "."))
         if plan.encoding.images > budget.images:
             console.print(f"Only {_short(budget.images)} images are seen: encode no more of them (--images).")
+
+
+def _print_measured(budget: Estimate, measured: Measured, console: PlainConsole) -> None:
+    for name, bill in measured.bills.items():
+        print_bill(name, bill, console)
+    whole = budget.machine.dollars(measured.seconds / 3600)
+    parts: list[str | Text] = [styled(f"{duration(measured.seconds)} in all"), f", {money(whole)}." if whole else "."]
+    if measured.evaluation is not None:
+        parts.append(f" Afterwards microdit evaluate takes about {duration(measured.evaluation)} with its defaults.")
+    if measured.pictures_encoded_per_second and not budget.encoding.encoded:
+        parts.append(f" {figure(measured.pictures_encoded_per_second, 3)} pictures a second are encoded")
+        parts.append(": say how many with --images." if budget.encoding.assumed else ".")
+    console.print(joined(*parts), soft_wrap=True)
 
 
 def print_bill(name: str, bill: Bill, console: PlainConsole) -> None:
@@ -92,11 +109,12 @@ def _costs(budget: Estimate) -> Table:
     for phase in budget.phases:
         b = phase.bill
         numbers = [count(b.steps), count(b.batch_size), _short(b.images), figure(b.flops_per_sample / 1e9), figure(b.flops / 1e18)]
-        table.add_row(b.name, str(b.resolution), _dropped(b.mask_ratios), *numbers, hours(b.hours), money(b.dollars))
+        table.add_row(b.name, str(b.resolution), _dropped(b.mask_ratios), *numbers, _time(b.hours), money(b.dollars))
     table.add_section()
-    totals = [_short(budget.images), "", figure(budget.flops / 1e18), hours(budget.hours), money(budget.dollars)]
+    totals = [_short(budget.images), "", figure(budget.flops / 1e18), _time(budget.hours), money(budget.dollars)]
     table.add_row("all", "", "", "", "", *totals, style="bold")
-    table.caption = f"{duration(3600 * budget.hours)} in all"
+    all_of_it = "in all" if budget.measured is None else "for the steps"
+    table.caption = f"{duration(3600 * budget.hours)} {all_of_it}"
     return table
 
 
@@ -169,8 +187,8 @@ def _data(data: EncodingCost) -> list[Text]:
     rate = (
         f"{data.flops_per_sample / 1e12:.3g} TFLOPs a sample, {UTILISATION:.0%} of the peak assumed, reading and decoding files not counted"
     )
-    slower = "".join(f"; in {other} at least {hours(data.hours_by_dtype[other])}" for other in others)
-    cost = f" them once in {dtype}: {hours(data.gpu_hours)} GPU-hours, {money(data.dollars)} ({rate}{slower})."
+    slower = "".join(f"; in {other} at least {_time(data.hours_by_dtype[other])}" for other in others)
+    cost = f" them once in {dtype}: {_gpu_hours(data.gpu_hours)}, {money(data.dollars)} ({rate}{slower})."
     return [taken, joined(styled("Encoding"), cost)]
 
 
@@ -193,6 +211,15 @@ def _plan_cell(way: MemoryPlan | None) -> Text:
     if way is None:
         return styled("does not fit", "red")
     return joined(way.summary())
+
+
+def _gpu_hours(number: float) -> str:
+    return f"{hours(number)} GPU-hours" if number >= 1 else f"{duration(3600 * number)} of a GPU"
+
+
+def _time(number: float) -> str:
+    """Hours; less than one in minutes and seconds, with their units."""
+    return hours(number) if number >= 1 else duration(3600 * number)
 
 
 def _dropped(ratios: tuple[float, float]) -> str:

@@ -36,6 +36,7 @@ from microdit.planning.hardware import ASSUMED_UTILISATION, peak_flops
 from microdit.planning.memory import PhaseMemory
 from microdit.planning.timings import Repeated, StepTime, Stretch, Timings, stretches
 from microdit.planning.workload import Shapes, config_of, phase_flops, time_factor
+from microdit.process_limits import keep_freed_memory
 from microdit.training.meters import peak_memory
 from microdit.training.trainer import Trainer
 
@@ -54,6 +55,9 @@ def time_recipe(recipe: Recipe, shapes: Shapes, world: World, seconds: float, re
 
     `shapes` are those of its data. Raises UserError if the machine's memory does not hold the training, and whatever the trainer raises.
     """
+    if world.size > 1:
+        raise UserError("A recipe is timed by one process: start microdit bench --recipe without torchrun.")
+    keep_freed_memory()
     _check_memory(recipe, shapes, world)
     notes: list[str] = []
     with TemporaryDirectory(prefix="microdit-bench-") as place:
