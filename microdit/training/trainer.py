@@ -98,6 +98,14 @@ class QueuedStep:
     pending: PendingStep
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """How many records of the recipe's sources were encoded for a run, and in how many seconds; none if the cache held them all."""
+
+    records: int
+    seconds: float
+
+
 class Trainer:
     """Trains a recipe into a run folder."""
 
@@ -406,10 +414,11 @@ class Trainer:
                 f"Trained to the end, but the last checkpoint is not in {self.place} (see above): fix that, then continue with --resume."
             )
 
-    def encoded(self, records: int, seconds: float) -> None:
-        """Book the encoding of the recipe's sources, which took place before this trainer was made."""
-        self.cost.add(ENCODING, seconds)
-        self.to_encode = records
+    def book(self, encoded: Encoded) -> None:
+        """Book the encoding of the recipe's sources, if it took place before this trainer was made."""
+        if encoded.records:
+            self.cost.add(ENCODING, encoded.seconds)
+            self.to_encode = encoded.records
 
     def _plan(self) -> None:
         """Plan the run's time and memory, if its recipe was measured on this machine."""
