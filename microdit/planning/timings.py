@@ -172,7 +172,10 @@ def find_timings(recipe: Recipe, shapes: Shapes, assumed: Shapes, processes: int
     or was measured under other conditions.
     """
     for item in (shapes, assumed):
-        where = conditions(recipe, item, processes)
+        try:
+            where = conditions(recipe, item, processes)
+        except UserError:
+            return None  # of a recipe for a device that is not here, nothing was measured
         file = timings_file(where)
         if file.is_file():
             return read_timings(file, where)

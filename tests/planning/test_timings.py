@@ -124,6 +124,10 @@ def test_other_processes_and_other_captions_have_no_measurement():
     assert find_timings(recipe, longer, shapes) == TIMINGS  # measured before the data was encoded
 
 
+def test_a_recipe_for_a_device_that_is_not_here_has_no_measurement():
+    assert found(recipe_of("engine.device=cuda:99")) is None
+
+
 def changed(content: dict, path: str, value: object) -> dict:
     *outer, last = path.split(".")
     item = content
