@@ -62,6 +62,7 @@ def time_recipe(recipe: Recipe, shapes: Shapes, world: World, seconds: float, re
     notes: list[str] = []
     with TemporaryDirectory(prefix="microdit-bench-") as place:
         part = _Part.of(_with_data(recipe, shapes, Path(place), notes), shapes, world)
+        peak_flops.cache_clear()  # measured again while the trainer starts, as in a run
         first = _trained(part, Path(place) / "first", world, reporter, [FIRST_LOOK] * len(stretches(recipe)))
         again = _Again(first)
         memory = peak_memory(world.device) / 1e9 if part.is_whole else None

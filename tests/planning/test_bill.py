@@ -36,7 +36,7 @@ def test_each_part_of_a_bill():
     assert [line.seconds for line in bill.steps] == [13.5, 4.25]
 
 
-def test_what_a_recipe_does_not_ask_for_or_what_was_not_timed_costs_nothing():
+def test_what_is_not_asked_for_or_was_not_timed_costs_nothing():
     assert "sample grids" not in lines_of(bill_of(recipe_of(), TIMINGS))
     assert "held-out losses" not in lines_of(bill_of(recipe_of(*EVENTS), replace(TIMINGS, held_out=None)))
     assert "encoding" not in lines_of(bill_of(recipe_of(), replace(TIMINGS, pictures_encoded_per_second=None), to_encode=100))
@@ -60,7 +60,7 @@ def test_a_phase_with_and_without_alignment_is_the_sum_of_both():
     assert lines_of(bill)["steps of masked"] == (25, 10 * 2.0 + 0.5 + 15 * 0.5 + 0.25)
 
 
-def test_evaluation_draws_256_pictures_and_looks_at_them_their_own_and_a_thousand_more():
+def test_evaluation_draws_256_pictures_and_looks_at_1512():
     assert evaluation_seconds(TIMINGS) == 256 * 0.25 + (512 + 1000) * 0.0625
     assert evaluation_seconds(replace(TIMINGS, picture=None)) is None
 
