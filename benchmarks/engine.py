@@ -122,7 +122,7 @@ def checkpoint(name: str, overrides: list[str], batch: int, place: Path, world: 
     alone, waits, beside = [], [], []
     for _ in range(3):
         alone += [seconds_of(step) for _ in range(3)]
-        waits.append(seconds_of(trainer._save))
+        waits.append(seconds_of(trainer.save))
         while trainer.checkpoints._thread is not None and trainer.checkpoints._thread.is_alive():
             beside.append(seconds_of(step))
         trainer.checkpoints.finish()

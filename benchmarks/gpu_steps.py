@@ -359,12 +359,12 @@ def emoji_sets(place: Place) -> dict[str, Path]:
         commands = " and ".join(f"microdit data encode {sources[name]} --out data/{name}" for name in missing)
         raise FileNotFoundError(f"There is no {' nor '.join(f'data/{name}' for name in missing)}: make it first, by {commands}.")
     for name in missing:
-        from gpu_training import write_random_set
+        from microdit.data.random_set import RandomSet, write_random_set
 
         sets[name] = place.scratch / f"random-{name}"
         if not sets[name].exists():
             aside = place.scratch / f"random-{name}.{os.getpid()}"
-            write_random_set(aside, 64, 64, *SET_SHAPES, ("icon", "minilm"))
+            write_random_set(aside, 64, RandomSet(64, (64, 64), *SET_SHAPES, ("icon", ""), ("minilm", "")))
             try:
                 aside.rename(sets[name])
             except OSError:
@@ -536,8 +536,7 @@ def sampling(place: Place, results: Results) -> None:
 
 def trainer(place: Place, results: Results) -> None:
     """XL by the real trainer on an encoded set of random numbers: what does it cost beyond the bare step?"""
-    from gpu_training import write_random_set
-
+    from microdit.data.random_set import RandomSet, write_random_set
     from microdit.io.console import PlainConsole, Reporter
     from microdit.planning.hardware import peak_flops
     from microdit.planning.phases import STAGES, stage_recipe
@@ -547,7 +546,7 @@ def trainer(place: Place, results: Results) -> None:
     folder, run = place.scratch / "random-xl", place.scratch / "trainer"
     rows, batch, micro, steps, every = (32, 4, 2, 6, 1) if place.smoke else (1024, 1024, 256, 18, 3)
     side = 8 if place.smoke else 32
-    write_random_set(folder, rows, 256, (4, side, side), place.caption, ("sdxl", "dfn-clip-h"))
+    write_random_set(folder, rows, RandomSet(256, (256, 256), (4, side, side), place.caption, ("sdxl", ""), ("dfn-clip-h", "")))
     results.put("set", {"rows": rows})
     compiled = torch.cuda.is_available()
     engine = replace(COMPILED, compile=compiled, micro_batch=micro)

@@ -1,23 +1,17 @@
-"""A step of the trainer on random numbers, for benchmarks/gpu.py, and encoded sets of them."""
+"""A step of the trainer on random numbers, for benchmarks/gpu.py."""
 
-import hashlib
 import time
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from gpu_measure import Place, costliest_kernels, free_memory, measured_ceiling, synchronize, time_of
 
 from microdit.config.schema import EngineRecipe, Recipe, architecture
 from microdit.data.dataset import Batch, StoredBatch
-from microdit.data.manifest import FORMAT, write_manifest
-from microdit.data.packing import StoredRows, pack_latents, pack_text
-from microdit.data.shards import EncodedRow, ShardWriter, checksums_of
+from microdit.data.packing import StoredRows
 from microdit.distributed import World
-from microdit.io.files import sha256_of
 from microdit.models.config import Size
 from microdit.models.microdit import MicroDiT
 from microdit.models.routing import kept_tokens
@@ -150,43 +144,3 @@ class Training:
 def random_rows(*shape: int) -> StoredRows:
     """In 8 bits, about as large as standard normal numbers."""
     return StoredRows(torch.randint(-127, 128, shape, dtype=torch.int8), torch.full((*shape[:2], 1), 0.014, dtype=torch.float16))
-
-
-def write_random_set(
-    folder: Path, rows: int, resolution: int, latents: tuple[int, int, int], caption: tuple[int, int], encoders: tuple[str, str]
-) -> None:
-    """An encoded set of random numbers: latents (C, H, W) in 8 bits, captions (tokens, channels) in full."""
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    writer = ShardWriter(folder / "shard-00000.arrow", [resolution])
-    for number in range(rows):
-        text = pack_text(generator.standard_normal(caption, np.float32), "full")
-        blob = pack_latents(generator.standard_normal(latents, np.float32), "int8")
-        writer.write(EncodedRow(f"{number}", 0, [f"caption {number}"], [1.0], [text], {resolution: blob}))
-    writer.close()
-    shard = {
-        "name": writer.path.name,
-        "rows": rows,
-        "seen": rows,
-        "rejected": {},
-        "buckets": {"0": rows},
-        "bytes": writer.path.stat().st_size,
-        "sha256": sha256_of(writer.path),
-        "checksums": checksums_of(writer.path)._asdict(),
-        "captions": rows,
-        "tokens": rows * caption[0],
-        "captions_cut": 0,
-    }
-    plan = {
-        "format": FORMAT,
-        "source": "random numbers",
-        "settings": {"resolutions": [resolution], "latents": "int8", "captions": "full"},
-        "sizes": [{str(resolution): [resolution, resolution]}],
-        "latent_channels": latents[0],
-        "downsampling": resolution // latents[1],
-        "text_channels": caption[1],
-        "max_tokens": caption[0],
-        "autoencoder": {"name": encoders[0], "fingerprint": hashlib.sha256(b"none").hexdigest()[:16]},
-        "text_encoder": {"name": encoders[1], "fingerprint": hashlib.sha256(b"none").hexdigest()[:16]},
-    }
-    write_manifest(folder, plan, [shard])

@@ -1,15 +1,17 @@
 """Estimate what recipes cost: FLOPs, hours and dollars of each phase, its memory, and the encoding and storage of the data."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from microdit.config.schema import Recipe
 from microdit.data.packing import bytes_of_row
 from microdit.data.shards import CHECKSUM_BYTES
+from microdit.planning.bill import Bill, bill_of, evaluation_seconds
 from microdit.planning.hardware import Chip, Machine
 from microdit.planning.memory import Footprint, MemoryPlan, PhaseMemory, usable
-from microdit.planning.workload import KnownShapes, PhaseCost, Shapes, phase_costs, shapes_of
+from microdit.planning.timings import Timings, find_timings
+from microdit.planning.workload import KnownShapes, PhaseCost, Shapes, assumed_shapes, phase_costs, shapes_of
 
 STORED_TOKENS = 25  # of a caption, on average: padding is not stored (docs/storage.md)
 UTILISATION = 0.25  # of the chip's peak in the dtype, by the encoders: assumed, not measured
@@ -126,6 +128,7 @@ class Estimate:
     images: int
     hours: float
     dollars: float
+    measured: "Measured | None" = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the estimate as JSON values."""
@@ -158,6 +161,60 @@ def estimate(
         sum(item.images for item in bills),
         sum(item.hours for item in bills),
         sum(item.dollars for item in bills),
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The bills of recipes that were timed on this machine, by name, with the `date` of the oldest measurement.
+
+    `evaluation` is the seconds of `microdit evaluate` after the last one, None if that was not timed.
+    """
+
+    bills: dict[str, Bill]
+    date: str
+    pictures_encoded_per_second: float | None
+    evaluation: float | None
+
+    @property
+    def seconds(self) -> float:
+        """All bills together. Evaluation comes afterwards, and is not in it."""
+        return sum(bill.seconds for bill in self.bills.values())
+
+
+def find_all_timings(recipes: dict[str, Recipe], given: KnownShapes = KnownShapes()) -> dict[str, Timings]:  # noqa: B008 (frozen)
+    """Return the measurements of those recipes that were timed on this machine. Raises UserError if one is damaged."""
+    found = {name: find_timings(recipe, shapes_of(recipe, given), assumed_shapes(recipe, given)) for name, recipe in recipes.items()}
+    return {name: timings for name, timings in found.items() if timings is not None}
+
+
+def with_measured_times(estimated: Estimate, recipes: dict[str, Recipe], timings: dict[str, Timings], images: int | None) -> Estimate:
+    """Return the estimate with the times and the utilisation that were measured for all of its recipes on this machine.
+
+    `images` is the number of pictures to encode, if that is known. They are encoded once at each resolution.
+    """
+    bills: dict[str, Bill] = {}
+    resolutions: set[int] = set()
+    for name, recipe in recipes.items():
+        resolution = next(phase.bill.resolution for phase in estimated.phases if phase.recipe == name)
+        is_due = images is not None and not estimated.encoding.encoded and resolution not in resolutions
+        resolutions.add(resolution)
+        bills[name] = bill_of(recipe, timings[name], images if is_due and images else 0)
+    machine, steps = estimated.machine, [line.seconds for bill in bills.values() for line in bill.steps]
+    phases = []
+    for phase, seconds in zip(estimated.phases, steps, strict=True):
+        bill = replace(phase.bill, hours=seconds / 3600, dollars=machine.dollars(seconds / 3600))
+        phases.append(replace(phase, bill=bill))
+    share = estimated.flops / sum(steps) / (machine.chip.teraflops * 1e12)
+    last = timings[list(recipes)[-1]]
+    date = min(item.date for item in timings.values())
+    return replace(
+        estimated,
+        machine=replace(machine, utilisation=share, utilisation_source=f"measured on {date} by microdit bench --recipe"),
+        phases=phases,
+        hours=sum(phase.bill.hours for phase in phases),
+        dollars=sum(phase.bill.dollars for phase in phases),
+        measured=Measured(bills, date, last.pictures_encoded_per_second, evaluation_seconds(last)),
     )
 
 

@@ -8,10 +8,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from microdit.io.console import PlainConsole, joined, styled
-from microdit.planning.estimate import MILLION, SMALL_CARD_GB, STORED_TOKENS, UTILISATION, EncodingCost, Estimate, PhaseEstimate
+from microdit.planning.bill import Bill, Compared, Comparison
+from microdit.planning.estimate import MILLION, SMALL_CARD_GB, STORED_TOKENS, UTILISATION, EncodingCost, Estimate, Measured, PhaseEstimate
 from microdit.planning.memory import HEADROOM, MemoryPlan
 from microdit.planning.planner import Plan
-from microdit.reports.formats import count, duration, figure, hours, money
+from microdit.reports.formats import MISSING, count, duration, figure, hours, money
 
 WIDE = 1000  # characters, more than any table takes
 
@@ -34,9 +35,13 @@ def print_estimate(budget: Estimate, console: PlainConsole) -> None:
     costs = _costs(budget)
     if console.measure(costs, options=console.options.update(max_width=WIDE)).maximum > console.width:
         costs.padding = 0  # large sums: closer together rather than cut
-    for table in (costs, _memory(budget), _ways(budget)):
+    console.print(costs)
+    if budget.measured is not None:
+        _print_measured(budget, budget.measured, console)
+    for table in (_memory(budget), _ways(budget)):
         console.print(table)
-    for line in [_fit_sentence(budget), *_settings(budget), *_data(budget.encoding)]:
+    data = _data(budget.encoding) if budget.measured is None else _data(budget.encoding)[:1]
+    for line in [_fit_sentence(budget), *_settings(budget), *data]:
         console.print(line, soft_wrap=True)
 
 
@@ -53,16 +58,63 @@ def print_plan(plan: Plan, budget: Estimate, console: PlainConsole) -> None:
             console.print(f"Only {_short(budget.images)} images are seen: encode no more of them (--images).")
 
 
+def _print_measured(budget: Estimate, measured: Measured, console: PlainConsole) -> None:
+    for name, bill in measured.bills.items():
+        print_bill(name, bill, console)
+    whole = budget.machine.dollars(measured.seconds / 3600)
+    parts: list[str | Text] = [styled(f"{duration(measured.seconds)} in all"), f", {money(whole)}." if whole else "."]
+    if measured.evaluation is not None:
+        parts.append(f" Afterwards microdit evaluate takes about {duration(measured.evaluation)} with its defaults.")
+    if measured.pictures_encoded_per_second and not budget.encoding.encoded:
+        parts.append(f" {figure(measured.pictures_encoded_per_second, 3)} pictures a second are encoded")
+        parts.append(": say how many with --images." if budget.encoding.assumed else ".")
+    console.print(joined(*parts), soft_wrap=True)
+
+
+def print_bill(name: str, bill: Bill, console: PlainConsole) -> None:
+    """Print what each part of a training takes, as it was measured."""
+    table = _table(f"What {name} takes, part by part", "times", "each", "in all", first="part")
+    for line in bill.lines:
+        each = duration(line.seconds / line.times) if line.times else MISSING
+        table.add_row(line.part, count(line.times), each, duration(line.seconds))
+    table.add_section()
+    table.add_row("all", "", "", duration(bill.seconds), style="bold")
+    console.print(table)
+    for note in bill.notes:
+        console.print(note, soft_wrap=True)
+
+
+def print_comparison(name: str, found: Comparison, console: PlainConsole) -> None:
+    """Print planned beside actual time, memory and dollars of a finished run."""
+    table = _table(f"{name}: planned and actual", "planned", "actual", "planned/actual", first="part")
+    for row in found.parts:
+        table.add_row(row.what, duration(row.planned), duration(row.actual), _ratio(row))
+    table.add_section()
+    total, memory, dollars = found.total, found.memory, found.dollars
+    table.add_row("all", duration(total.planned), duration(total.actual), _ratio(total), style="bold")
+    table.add_row("memory, GB", figure(memory.planned, 3), figure(memory.actual, 3), _ratio(memory))
+    if dollars.planned is not None or dollars.actual is not None:
+        table.add_row("dollars", money(dollars.planned), money(dollars.actual), _ratio(dollars))
+    console.print(table)
+    if not found.has_plan:
+        console.print("No plan was made: before a run, microdit bench --recipe RECIPE measures what it takes here.", soft_wrap=True)
+
+
+def _ratio(row: Compared) -> str:
+    return MISSING if row.ratio is None else f"{row.ratio:.2f}"
+
+
 def _costs(budget: Estimate) -> Table:
     table = _table("What it costs", "px", "drop", "steps", "batch", "images", "GFLOPs/\nsample", "EFLOPs", "hours", "dollars")
     for phase in budget.phases:
         b = phase.bill
         numbers = [count(b.steps), count(b.batch_size), _short(b.images), figure(b.flops_per_sample / 1e9), figure(b.flops / 1e18)]
-        table.add_row(b.name, str(b.resolution), _dropped(b.mask_ratios), *numbers, hours(b.hours), money(b.dollars))
+        table.add_row(b.name, str(b.resolution), _dropped(b.mask_ratios), *numbers, _time(b.hours), money(b.dollars))
     table.add_section()
-    totals = [_short(budget.images), "", figure(budget.flops / 1e18), hours(budget.hours), money(budget.dollars)]
+    totals = [_short(budget.images), "", figure(budget.flops / 1e18), _time(budget.hours), money(budget.dollars)]
     table.add_row("all", "", "", "", "", *totals, style="bold")
-    table.caption = f"{duration(3600 * budget.hours)} in all"
+    all_of_it = "in all" if budget.measured is None else "for the steps"
+    table.caption = f"{duration(3600 * budget.hours)} {all_of_it}"
     return table
 
 
@@ -135,15 +187,15 @@ def _data(data: EncodingCost) -> list[Text]:
     rate = (
         f"{data.flops_per_sample / 1e12:.3g} TFLOPs a sample, {UTILISATION:.0%} of the peak assumed, reading and decoding files not counted"
     )
-    slower = "".join(f"; in {other} at least {hours(data.hours_by_dtype[other])}" for other in others)
-    cost = f" them once in {dtype}: {hours(data.gpu_hours)} GPU-hours, {money(data.dollars)} ({rate}{slower})."
+    slower = "".join(f"; in {other} at least {_time(data.hours_by_dtype[other])}" for other in others)
+    cost = f" them once in {dtype}: {_gpu_hours(data.gpu_hours)}, {money(data.dollars)} ({rate}{slower})."
     return [taken, joined(styled("Encoding"), cost)]
 
 
-def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right") -> Table:
+def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right", first: str = "phase") -> Table:
     """Narrow enough for 80 characters. Where names are too long for that they go on below; numbers stay whole."""
     look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "caption_justify": "left", "caption_style": "dim"}
-    table = Table(Column("phase", overflow="fold"), title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **look)
+    table = Table(Column(first, overflow="fold"), title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, **look)
     for column in columns:
         table.add_column(column, justify=justify, no_wrap=justify == "right")
     return table
@@ -159,6 +211,15 @@ def _plan_cell(way: MemoryPlan | None) -> Text:
     if way is None:
         return styled("does not fit", "red")
     return joined(way.summary())
+
+
+def _gpu_hours(number: float) -> str:
+    return f"{hours(number)} GPU-hours" if number >= 1 else f"{duration(3600 * number)} of a GPU"
+
+
+def _time(number: float) -> str:
+    """Hours; less than one in minutes and seconds, with their units."""
+    return hours(number) if number >= 1 else duration(3600 * number)
 
 
 def _dropped(ratios: tuple[float, float]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from microdit.devices import choose_device, choose_dtype, device_name, memory_of
 from microdit.errors import UserError
 from microdit.io.files import write_aside
 from microdit.io.strict_yaml import Plain, Tree, decimal, read_yaml
@@ -329,12 +330,35 @@ def find_machine(chip: str, count: int, price: float | None, utilisation: float 
     found = _find_chip(chip, prices)
     if count < 1:
         raise UserError(f"--count is {count}, and must be at least 1 GPU.")
-    if utilisation is not None and not 0 < utilisation <= 1:
-        raise UserError(f"--mfu is {utilisation}, and must lie in (0, 1]: the share of the chip's peak that is used, such as 0.45.")
+    _check_utilisation(utilisation)
     dollars = Price(checked_price(price, "--price"), "--price") if price is not None else found.price
     if dollars is None:
         raise UserError(f"{prices} has no price of {found.chip.name}: add one, in dollars of a GPU-hour, or give --price.")
     return Machine(found.chip, count, dollars, *_utilisation(found.chip, utilisation, measurements))
+
+
+def this_machine(
+    device: str, precision: str, price: float | None, utilisation: float | None, prices: Path | None, measurements: Path
+) -> Machine:
+    """Return the machine that this runs on, for a recipe's `device` and `precision`: a GPU of the table, or with a peak that is measured.
+
+    Without `price`, in dollars of an hour, a GPU of the table has the price of `prices` or the table; other machines cost nothing. Raises
+    UserError for numbers out of range.
+    """
+    here = choose_device(device)
+    name = device_name(here)
+    if here.type == "cuda" and (known := find_chip(name)) is not None:
+        return find_machine(known.name, 1, price, utilisation, prices, measurements)
+    _check_utilisation(utilisation)
+    peak, _ = peak_flops(here, choose_dtype(precision, here))
+    chip = Chip(name, (name,), peak / 1e12, round(memory_of(here) / 1e9, 1))
+    dollars = Price(0.0, "this machine; --price says another") if price is None else Price(checked_price(price, "--price"), "--price")
+    return Machine(chip, 1, dollars, *_utilisation(chip, utilisation, measurements))
+
+
+def _check_utilisation(utilisation: float | None) -> None:
+    if utilisation is not None and not 0 < utilisation <= 1:
+        raise UserError(f"--mfu is {utilisation}, and must lie in (0, 1]: the share of the chip's peak that is used, such as 0.45.")
 
 
 def _find_chip(name: str, prices: Path | None) -> OwnChip:

@@ -114,10 +114,13 @@ class Shapes:
     feature_channels: int | None = None
 
 
-def shapes_of(recipe: Recipe, given: KnownShapes = KnownShapes()) -> Shapes:
-    """Return the shapes of a recipe's data. Raises UserError if a set is damaged, or if the patch size does not divide the latents."""
+def shapes_of(recipe: Recipe, given: KnownShapes = KnownShapes(), opened: list[EncodedDataset] | None = None) -> Shapes:
+    """Return the shapes of a recipe's data. `opened` are all of its sets, if they are open already.
+
+    Raises UserError if a set is damaged, or if the patch size does not divide the latents.
+    """
     folders = [location(item.path) if item.path else None for item in recipe.data.named_sets.values()]  # None: a source, not encoded yet
-    found = [EncodedDataset(folder, recipe.data.resolution) for folder in folders if folder and has_manifest(folder)]
+    found = opened or [EncodedDataset(folder, recipe.data.resolution) for folder in folders if folder and has_manifest(folder)]
     shapes = _read(found, len(found) == len(folders)) if found else assumed_shapes(recipe, given)
     p = recipe.model.patch_size
     for _, height, width in shapes.sides:

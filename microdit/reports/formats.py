@@ -57,15 +57,16 @@ def money(value: Any) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """Format seconds in their two largest units: 3 d 4 h, 2 h 05 min, 7 min, 12 s."""
+    """Format seconds in their two largest units: 3 d 4 h, 2 h 05 min, 7 min 03 s, 12 s, 0.25 s."""
     number = finite(seconds)
     if number is None or number < 0:
         return MISSING
-    if number < 60:
-        return f"{number:.0f} s"
+    if number < 10:
+        return f"{number:.2g} s"
+    whole = round(number)
+    if whole < 3600:
+        return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(number / 60)
-    if minutes < 60:
-        return f"{minutes} min"
     if minutes < 48 * 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"

@@ -4,11 +4,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 
-from microdit.config.load import load_recipes
 from microdit.config.schema import EngineRecipe, Recipe
 from microdit.data.dataset import Batch
 from microdit.devices import device_name
@@ -28,20 +26,11 @@ STEP_FLOPS = 1e11  # about a second on two CPU cores
 WARM_UP = 2  # steps that are not timed: kernels are chosen, blocks compiled
 
 
-def bench_recipe(path: Path | None, micro_batch: int | None, device: torch.device, precision: str = "auto") -> Recipe:
-    """Return the recipe at `path` (the first of a folder), or the paper's first phase of Tiny_2, with one micro-batch a step.
-
-    Raises UserError if it cannot be read.
-    """
-    if path is None:
-        size = micro_batch or (256 if device.type == "cuda" else 8)
-        recipe = stage_recipe(STAGES[0], SIZES[TINY], 1, size, engine=EngineRecipe(compile=device.type == "cuda", precision=precision))
-        return replace(recipe, name=TINY)
-    recipe = next(iter(load_recipes(path, None).values()))
-    phase = recipe.phases[0]
-    size = micro_batch or min(recipe.engine.micro_batch or phase.batch_size, phase.batch_size)
-    engine = replace(recipe.engine, micro_batch=None, precision=recipe.engine.precision if precision == "auto" else precision)
-    return replace(recipe, phases=[replace(phase, batch_size=size)], engine=engine)
+def bench_recipe(micro_batch: int | None, device: torch.device, precision: str = "auto") -> Recipe:
+    """Return the paper's first phase of Tiny_2, with one micro-batch a step."""
+    size = micro_batch or (256 if device.type == "cuda" else 8)
+    recipe = stage_recipe(STAGES[0], SIZES[TINY], 1, size, engine=EngineRecipe(compile=device.type == "cuda", precision=precision))
+    return replace(recipe, name=TINY)
 
 
 def measure(recipe: Recipe, shapes: Shapes, world: World, seconds: float, advance: Callable[[float, str], None]) -> Measurement:

@@ -24,22 +24,26 @@ RESOLUTION = 64  # pixels, where the recipe names none
 ENCODERS = ("icon", "minilm")
 
 
-def with_encoded_sources(recipe: Recipe, world: World, reporter: Reporter) -> Recipe:
-    """Return the recipe with the path of an encoded set in place of each source. All processes of `world` must call this.
+def with_encoded_sources(recipe: Recipe, world: World, reporter: Reporter) -> tuple[Recipe, int]:
+    """Return the recipe with the path of an encoded set in place of each source, and how many records were encoded for that now.
 
-    The first process encodes what the cache does not hold yet: the records, order and checksums are those of `microdit data encode`. The
-    folder's name is a hash of the encoders (that of the recipe's alignment among them), the resolution and the names, sizes and times of
-    the source's files, so that a changed source is encoded again, and one that was interrupted continues. Raises UserError.
+    All processes of `world` must call this. The first process encodes what the cache does not hold yet: the records, order and checksums
+    are those of `microdit data encode`. The folder's name is a hash of the encoders (that of the recipe's alignment among them), the
+    resolution and the names, sizes and times of the source's files, so that a changed source is encoded again, and one that was
+    interrupted continues. Raises UserError.
     """
     sources = {name: item for name, item in recipe.data.sets.items() if item.source is not None}
     if not sources:
-        return recipe
-    encoded = {name: replace(item, path=_encoded(item, recipe, world, reporter), source=None) for name, item in sources.items()}
-    return replace(recipe, data=replace(recipe.data, sets=recipe.data.sets | encoded))
+        return recipe, 0
+    found = {name: _encoded(item, recipe, world, reporter) for name, item in sources.items()}
+    encoded = {name: replace(sources[name], path=folder, source=None) for name, (folder, _) in found.items()}
+    return replace(recipe, data=replace(recipe.data, sets=recipe.data.sets | encoded)), sum(seen for _, seen in found.values())
 
 
-def _encoded(item: SetRecipe, recipe: Recipe, world: World, reporter: Reporter) -> str:
-    def encode() -> str:
+def _encoded(item: SetRecipe, recipe: Recipe, world: World, reporter: Reporter) -> tuple[str, int]:
+    """Return the folder of a source's encoded set, and how many records were encoded now: none if the cache held it."""
+
+    def encode() -> tuple[str, int]:
         data = recipe.data
         autoencoder, text_encoder = load_autoencoder(data.autoencoder or ENCODERS[0]), load_text_encoder(data.text_encoder or ENCODERS[1])
         vision = None if recipe.alignment is None else load_vision_encoder(recipe.alignment.encoder)
@@ -56,9 +60,8 @@ def _encoded(item: SetRecipe, recipe: Recipe, world: World, reporter: Reporter) 
         )
         encoders = autoencoder, text_encoder, vision
         folder = _place(source, settings, *encoders)
-        if not (folder / MANIFEST).is_file():
-            _fill(source, folder, settings, *encoders, reporter)
-        return str(folder)
+        is_there = (folder / MANIFEST).is_file()
+        return str(folder), 0 if is_there else _fill(source, folder, settings, *encoders, reporter)
 
     return world.look(encode)
 
@@ -80,7 +83,8 @@ def _fill(
     text_encoder: TextEncoder,
     vision: VisionEncoder | None,
     reporter: Reporter,
-) -> None:
+) -> int:
+    """Encode a source into `folder`, and return how many records were seen."""
     seen = 0
     with reporter.progress(f"encode {source.name} into the cache", len(source.parts)) as advance:
 
@@ -95,3 +99,4 @@ def _fill(
         raise UserError(f"{folder} was being written by another process: start again.")
     rejected = f", {sum(manifest['rejected'].values()):,} rejected: see {folder}/*.rejected.jsonl" if manifest["rejected"] else ""
     reporter.say(f"{manifest['rows']:,} of {manifest['seen']:,} records of {source.name} kept in {folder}{rejected}.")
+    return seen

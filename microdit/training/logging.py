@@ -32,14 +32,28 @@ from microdit.reports.run_folder import METRICS, RUN, RunFolder, parse_metrics
 class Cost:
     """GPU-hours (on a machine without GPUs: hours of processes) and dollars, counted on from those of earlier starts of the run.
 
-    `price_per_hour` is that of one GPU. Work that was lost with a machine stays in the sum: it was paid.
+    `price_per_hour` is that of one GPU. Work that was lost with a machine stays in the sum: it was paid. `seconds` is the wall-clock time
+    by part of the work (planning/bill.py names them), without such lost work.
     """
 
     processes: int
     price_per_hour: float | None = None
     earlier_hours: float = 0.0
     earlier_dollars: float = 0.0
-    _started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._lap = self.started
+
+    def lap(self, part: str) -> None:
+        """Book the time since the last call under `part`."""
+        now = time.monotonic()
+        self.add(part, now - self._lap)
+        self._lap = now
+
+    def add(self, part: str, seconds: float) -> None:
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     def gpu_hours(self) -> float:
         return self.earlier_hours + self._hours()
@@ -50,16 +64,16 @@ class Cost:
             return self.earlier_dollars or None
         return self.earlier_dollars + self._hours() * self.price_per_hour
 
-    def so_far(self) -> dict[str, float | None]:
+    def so_far(self) -> dict[str, Any]:
         """Return the cost as fields of a record."""
-        return {"gpu_hours": self.gpu_hours(), "dollars": self.dollars()}
+        return {"gpu_hours": self.gpu_hours(), "dollars": self.dollars(), "seconds": dict(self.seconds)}
 
     def to_go(self, seconds: float) -> float | None:
         """Dollars for `seconds` more."""
         return None if self.price_per_hour is None else seconds * self.processes * self.price_per_hour / 3600
 
     def _hours(self) -> float:
-        return (time.monotonic() - self._started) * self.processes / 3600
+        return (time.monotonic() - self.started) * self.processes / 3600
 
 
 STATUS = "status.json"
@@ -89,6 +103,10 @@ class RunRecord:
         with _written(self.run):
             write_aside(path, to_checked_json(content))
             write_aside(self.run / "recipe.yaml", self.recipe.to_yaml().encode())
+
+    def settle(self, bill: dict[str, Any]) -> None:
+        """Add planned beside actual cost (planning/bill.py) to run.json, once the run is finished."""
+        self._try(lambda: write_aside(self.run / RUN, to_checked_json({**RunFolder(self.run).record, "bill": bill})))
 
     def metrics(self, values: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl, and send its numbers to TensorBoard and, if the recipe says so, to W&B."""

@@ -175,7 +175,7 @@ class Meters:
             "images_per_second": round(window.images / seconds, 2),
             "data_wait": round(window.waited / seconds, 4),
             "mfu": round(speed / (self._peak * self._processes), 4),
-            "memory_gb": round(_peak_memory(self._device) / 1e9, 3),
+            "memory_gb": round(peak_memory(self._device) / 1e9, 3),
             "loss_by_noise": by_noise(window.losses, window.counts),
         }
 
@@ -204,7 +204,7 @@ def _clock(seconds: float) -> str:
     return (f"{days} d {hours} h" if days else f"{hours}:{minutes:02}:{rest:02}") + " left"
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Return the peak memory in bytes: of the GPU's allocator, or without a GPU the peak resident set size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

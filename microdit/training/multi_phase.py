@@ -1,5 +1,6 @@
 """Train a folder of recipes in the order of their names, each into a run folder of its own."""
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from microdit.io.places import Place
 from microdit.training.encode_sources import with_encoded_sources
 from microdit.training.run_store import opened_store
 from microdit.training.setup import finished_checkpoint, is_finished_in_store
-from microdit.training.trainer import Trainer
+from microdit.training.trainer import Encoded, Trainer
 
 
 @dataclass(frozen=True)
@@ -54,25 +55,31 @@ def train_one(
     such a checkpoint of the run that `init_from` names, which is then not read again. Raises UserError if another program is training the
     run, and whatever `Trainer` raises.
     """
-    recipe = with_encoded_sources(recipe, world, reporter)
+    started = time.monotonic()
+    recipe, records = with_encoded_sources(recipe, world, reporter)
+    encoded = Encoded(records, time.monotonic() - started)
     if isinstance(run, Place):
-        _train_in_store(recipe, run, settings, reporter, world)
+        _train_in_store(recipe, run, settings, encoded, reporter, world)
         return None
     if settings.resume and (found := finished_checkpoint(run, recipe, world)):
         reporter.say(f"{run} is finished.")
         return found
     with sole_writer(run, world):
-        Trainer(recipe, run, reporter, world, settings.resume, settings.accept_changes, settings.price_per_hour, initial).train()
+        trainer = Trainer(recipe, run, reporter, world, settings.resume, settings.accept_changes, settings.price_per_hour, initial)
+        trainer.book(encoded)
+        trainer.train()
     return None
 
 
-def _train_in_store(recipe: Recipe, place: Place, settings: RunSettings, reporter: Reporter, world: World) -> None:
+def _train_in_store(recipe: Recipe, place: Place, settings: RunSettings, encoded: Encoded, reporter: Reporter, world: World) -> None:
     if settings.resume and world.look(lambda: is_finished_in_store(place, recipe)):
         reporter.say(f"{place} is finished.")
         return
     with opened_store(place, settings.workspace, settings.resume, recipe, world, reporter) as store:
         choices = settings.resume, settings.accept_changes, settings.price_per_hour
-        Trainer(recipe, store.workspace, reporter, world, *choices, store=store).train()
+        trainer = Trainer(recipe, store.workspace, reporter, world, *choices, store=store)
+        trainer.book(encoded)
+        trainer.train()
 
 
 def _exists(run: Path | Place) -> bool:

@@ -14,7 +14,7 @@ Notable:
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,20 @@ from microdit.errors import EXIT_BY_USER, EXIT_RESTART, DivergedError, StoppedEr
 from microdit.io.console import Reporter, joined
 from microdit.io.places import DEADLINE
 from microdit.pipelines.sampling import recorded_objective
+from microdit.planning.bill import (
+    CHECKPOINTS,
+    ENCODING,
+    GRIDS,
+    HELD_OUT,
+    QUALITY,
+    START,
+    Bill,
+    comparison,
+    planned_bill,
+    settled,
+    steps_part,
+)
+from microdit.planning.estimate_tables import print_comparison
 from microdit.planning.hardware import peak_flops
 from microdit.planning.workload import FlopCounter
 from microdit.process_limits import keep_freed_memory
@@ -37,7 +51,7 @@ from microdit.training.checkpointing import CheckpointWriter, newest_intact
 from microdit.training.distillation import open_teacher
 from microdit.training.init_from import find_initial_weights
 from microdit.training.logging import Cost, RunRecord, last_cost
-from microdit.training.meters import Meters, PendingStep, StepResult, progress_text
+from microdit.training.meters import Meters, PendingStep, StepResult, peak_memory, progress_text
 from microdit.training.noise import MicroBatch, StoredMicroBatch, noise_settings, sample_noise
 from microdit.training.optim import learning_rate
 from microdit.training.parallel import compute_dtype, keep_compiled
@@ -88,6 +102,14 @@ class QueuedStep:
     pending: PendingStep
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """How many records of the recipe's sources were encoded for a run, and in how many seconds; none if the cache held them all."""
+
+    records: int
+    seconds: float
+
+
 class Trainer:
     """Trains a recipe into a run folder."""
 
@@ -109,6 +131,7 @@ class Trainer:
         where the run lies if that is an object store; `run` is its workspace then.
         Raises UserError if the run exists and `resume` is not set, or if recipe, data, checkpoint and processes do not fit together.
         """
+        started = time.monotonic()
         recipe = with_data_order(recipe)
         self.recipe, self.run, self.reporter, self.world, self.store = recipe, run, reporter, world, store
         self.place = run if store is None else store.place  # for people to read
@@ -119,7 +142,7 @@ class Trainer:
             run, recipe, self.mixture.sets, world, self.reporter.warn, resume or store is not None, accept_changes, store
         )
         hours, dollars = last_cost(run) if world.is_main else (0.0, 0.0)
-        self.cost = Cost(world.size, price_per_hour, hours, dollars)
+        self.cost = Cost(world.size, price_per_hour, hours, dollars, started)
         self.config = model_config(recipe, self.data)
         if recipe.engine.compile:
             with world.together():
@@ -159,12 +182,19 @@ class Trainer:
             self.record = RunRecord(run, recipe, self.reporter.warn, self.step) if world.is_main else None
         self.flops = FlopCounter(recipe, self.config, channels)
         self.peak, self.peak_source = peak_flops(world.device, compute_dtype(recipe.engine, world.device))
+        self.planned: Bill | None = None
+        self.to_encode = 0  # records of the recipe's sources that were encoded for this run
+        self.cost.lap(START)
 
-    def train(self) -> None:
-        """Train from the current step to the end of the last phase. Raises StoppedError on a stop request, UserError on a failure."""
+    def train(self, on_step: Callable[[], None] = lambda: None) -> None:
+        """Train from the current step to the end of the last phase. `on_step` is called after each step.
+
+        Raises StoppedError on a stop request, UserError on a failure.
+        """
         recipe, total = self.recipe, self.recipe.total_steps
         keep_freed_memory()
         self._announce()
+        self.cost.lap(START)
         batches = Prefetcher(self.step_batch, range(self.step, total), AHEAD, recipe.data.read_timeout, self.mixture.where)
         meters = Meters(self.step, total, self.peak, self.world.size, self.world.device, self.reporter.console)
         result, queued = StepResult([], []), deque[QueuedStep]()
@@ -192,13 +222,16 @@ class Trainer:
                     measured = self._measure(last, in_haste) if newest else {}
                     if _due(done.number, recipe.record.metrics_every) or measured or (newest and (last or result.stop)):
                         self._write_metrics(meters, measured, done, decision.grad_norm)
+                self.cost.lap(steps_part(queued[-1].phase if queued else done.phase))
                 if not queued:
                     if (_due(self.step, recipe.record.checkpoint_every) and not self.guard.in_a_row) or last or result.stop:
-                        self._save(result.stop_by_machine and not last)
+                        self.save(result.stop_by_machine and not last)
                     if recipe.record.sample_prompts and (_due(self.step, recipe.record.samples_every) or last):
-                        self._sample()
+                        self.sample()
                 self.checkpoints.check()
+                on_step()
             self._end(result)
+        self._settle()
 
     def step_batch(self, step: int) -> StepBatch:
         """Read this process's part of step number `step` (from 0).
@@ -286,16 +319,20 @@ class Trainer:
         """Return the held-out loss, image quality and Frechet distance that are due at this step. All processes must call this."""
         record = self.recipe.record
         measured: dict[str, Any] = {}
+        self.cost.lap(steps_part(self.recipe.phase_at(self.step - 1)[0]))
         if self.held_out and (_due(self.step, record.held_out_every) or last):
             measured |= self.held_out.measure(self.state.gradients.current_loss(), self.recipe.engine.compile)
+            self.cost.lap(HELD_OUT)
         if self.quality and (_due(self.step, record.quality_every) or last) and not in_haste:
             figures = self.quality.measure(self.state.ema_model())
             self.reporter.say(self.quality.describe(self.step, figures))
             measured |= figures
+            self.cost.lap(QUALITY)
         if self.fid and (_due(self.step, record.fid_every) or last) and not in_haste:
             figures = self.fid.measure(self.state.ema_model(), describe(self.recipe, self.config, self.data, self.mixture.sets))
             self.reporter.say(self.fid.describe(self.step, figures))
             measured |= figures
+            self.cost.lap(QUALITY)
         return measured
 
     def _write_metrics(self, meters: Meters, measured: dict[str, Any], done: QueuedStep, grad_norm: float) -> None:
@@ -334,7 +371,7 @@ class Trainer:
         counts = {"skipped": self.guard.skipped, "rollbacks": self.guard.rollbacks, "checkpoints_failed": self.checkpoints.failed}
         self.record.status(state, reason, step=self.step, total_steps=self.recipe.total_steps, **values, **self.cost.so_far(), **counts)
 
-    def _save(self, in_haste: bool = False) -> None:
+    def save(self, in_haste: bool = False) -> None:
         """Start to write a checkpoint; `in_haste`, before preemption, with only what resuming needs.
 
         Weights that are not finite are never saved, because a rollback needs the older checkpoints.
@@ -347,13 +384,15 @@ class Trainer:
         description = describe(self.recipe, self.config, self.data, self.mixture.sets) | teacher
         exports = [] if in_haste else ["model", *self.state.averages]
         self.checkpoints.save(self.step, self.state.tensors(), {**description, **position}, exports)
+        self.cost.lap(CHECKPOINTS)
 
-    def _sample(self) -> None:
+    def sample(self) -> None:
         """Write a grid of the recipe's prompts to samples/. All processes must call this; each generates some of the images."""
         description = describe(self.recipe, self.config, self.data, self.mixture.sets)
         grid = self.prompt_grid.draw(self.state.ema_model(), description, self.step)
         if self.record is not None:
             self.record.picture(lambda path: save_png(grid, path), self.step)
+        self.cost.lap(GRIDS)
 
     @contextmanager
     def _status_recorded(self) -> Iterator[None]:
@@ -377,6 +416,7 @@ class Trainer:
     def _end(self, result: StepResult) -> None:
         """Wait for the last checkpoint. Raises StoppedError, UserError or DivergedError unless training is complete and saved."""
         saved = self.checkpoints.finish() and self.checkpoints.last_kept == self.step  # weights that are not finite are not saved
+        self.cost.lap(CHECKPOINTS)
         replaced = sum(self.world.gather(self.mixture.replaced))
         if replaced:
             self.reporter.warn(f"{replaced} samples were damaged and replaced by others: encode the data again.")
@@ -392,12 +432,36 @@ class Trainer:
                 f"Trained to the end, but the last checkpoint is not in {self.place} (see above): fix that, then continue with --resume."
             )
 
+    def book(self, encoded: Encoded) -> None:
+        """Book the encoding of the recipe's sources, if it took place before this trainer was made."""
+        if encoded.records:
+            self.cost.add(ENCODING, encoded.seconds)
+            self.to_encode = encoded.records
+
+    def _plan(self) -> None:
+        """Plan the run's time and memory, if its recipe was measured on this machine."""
+        try:
+            self.planned = planned_bill(self.recipe, self.mixture.sets, self.world.size, self.to_encode)
+        except UserError as error:
+            self.reporter.warn(f"This run is not compared with a plan. {error}")
+
+    def _settle(self) -> None:
+        """Print and record planned beside actual time, memory and dollars."""
+        if self.record is None:
+            return
+        price = self.cost.price_per_hour
+        memory = peak_memory(self.world.device) / 1e9
+        bill = settled(self.planned, self.cost.seconds, memory, None if price is None else price * self.world.size)
+        self.record.settle(bill)
+        print_comparison(self.recipe.name, comparison(bill), self.reporter.console)
+
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.state.load(checkpoint)
         self.guard.restore(checkpoint.state["guard"])
         self.step = checkpoint.step
         self.cost.earlier_hours = max(self.cost.earlier_hours, checkpoint.state["gpu_hours"])
         self.cost.earlier_dollars = max(self.cost.earlier_dollars, checkpoint.state["dollars"] or 0.0)
+        self.cost.seconds = dict(checkpoint.state.get("seconds", {}))  # older checkpoints have none
 
     def _announce(self) -> None:
         """Print what is about to be trained, and add this start to the record."""
@@ -406,6 +470,7 @@ class Trainer:
             if self.record is not None:
                 machine = {"world_size": world.size, "device": device_name(world.device), "price_per_hour": self.cost.price_per_hour}
                 self.record.started(data, {**machine, "from_step": self.step})
+                self._plan()
         text = start_message(self.recipe, self.place, self.mixture.sets, self.state, self.step, world)
         self.reporter.say(joined(text, f" Utilisation is relative to {self.peak / 1e12:.3g} TFLOP/s, {self.peak_source}."))
 

@@ -9,6 +9,7 @@ import pytest
 from microdit.cli.plan import bench
 from microdit.config.load import load_recipe
 from microdit.config.recipes import RECIPES
+from microdit.planning.bill import recorded_comparisons
 from microdit.planning.hardware import read_measurements
 from tests.planning.test_hardware_machine import MEASURED
 from tests.planning.test_workload_bill import PUBLISHED
@@ -89,22 +90,70 @@ def test_bench_measures_its_own_model_on_the_papers_shapes(tmp_path, monkeypatch
 
 
 def test_bench_measures_a_real_step_and_keeps_it(tmp_path):
-    code, output = microdit(
-        tmp_path, "bench", "--recipe", RECIPE, "--seconds", 0.5, "--micro-batch", 4, "--device", "cpu", "--file", "bench.json"
-    )
+    code, output = microdit(tmp_path, "bench", "--seconds", 0.1, "--micro-batch", 1, "--device", "cpu", "--file", "bench.json")
     assert code == 0, output
     assert "images/s, MFU" in output
     (found,) = read_measurements(tmp_path / "bench.json").values()
     assert found.chip == "CPU, 1 threads"
-    assert (found.micro_batch, found.model, found.precision) == (4, "tiny", "float32")
+    assert (found.micro_batch, found.model, found.precision) == (1, "MicroDiT_Tiny_2", "float32")
     assert 0 < found.utilisation < 1.5  # of a peak that is itself measured
+
+
+def test_a_recipe_is_measured_billed_trained_and_compared(tmp_path, encoded_emoji):
+    said = [f"data.path={encoded_emoji}", "record.sample_prompts=[owl]", "record.sample_steps=2"]
+    code, output = microdit(tmp_path, "budget", RECIPE, *said, "--chip", "cpu")
+    assert code == 0, output
+    assert "on 1 x CPU, 1 threads" in output
+    assert f"microdit bench --recipe {RECIPE} measures all of it." in output
+    code, output = microdit(tmp_path, "bench", "--recipe", RECIPE, *said, "--seconds", 0.2, "--out", "kept")
+    assert code == 0, output
+    assert "steps of masked 25 " in output
+    (file,) = (tmp_path / "logs" / "cache" / "microdit" / "timings").iterdir()
+    assert (tmp_path / "kept" / "recipe.json").read_bytes() == file.read_bytes()
+    code, output = microdit(tmp_path, "budget", RECIPE, *said, "phases.0.steps=50", "record.checkpoint_every=5", "--price", 3600, "--json")
+    assert code == 0, output
+    found = json.loads(max((tmp_path / "logs").glob("*-0.log")).read_text())
+    lines = {line["part"]: (line["times"], line["seconds"]) for line in found["measured"]["bills"]["recipe"]["lines"]}
+    assert (lines["steps of masked"][0], lines["checkpoints"][0], lines["sample grids"][0]) == (50, 13, 1)
+    assert [phase["bill"]["dollars"] for phase in found["phases"]] == pytest.approx(
+        [lines[f"steps of {of}"][1] for of in ("masked", "full")]
+    )
+    code, output = microdit(tmp_path, "train", RECIPE, *said, "--out", "run", "--price-per-hour", 3600)
+    assert code == 0, output
+    assert "tiny: planned and actual" in output
+    (recorded,) = recorded_comparisons(tmp_path / "run").values()
+    assert all(row.planned > 0 and row.actual > 0 for row in recorded.parts)
+    assert [row.what for row in recorded.parts] == ["start", "steps of masked", "steps of full", "checkpoints", "sample grids"]
+    assert recorded.total.actual == pytest.approx(sum(row.actual for row in recorded.parts))
+    assert recorded.dollars.planned == pytest.approx(recorded.total.planned)
+    assert recorded.memory.planned > 0 < recorded.memory.actual
+    code, output = microdit(tmp_path, "budget", "--check", "run")
+    assert code == 0, output
+    assert "run: planned and actual" in output
+    file.write_bytes(file.read_bytes().replace(b'"start"', b'"stars"'))
+    code, output = microdit(tmp_path, "budget", RECIPE, *said)
+    assert (code, "cannot be used: its checksum differs" in output) == (1, True), output
+
+
+def test_a_run_without_a_measurement_is_finished_and_says_how_to_plan(tmp_path, encoded_emoji):
+    code, output = microdit(tmp_path, "train", RECIPE, f"data.path={encoded_emoji}", "--out", "run")
+    assert code == 0, output
+    assert "No plan was made: before a run, microdit bench --recipe RECIPE measures what it takes here." in output
+    (recorded,) = recorded_comparisons(tmp_path / "run").values()
+    assert (recorded.has_plan, recorded.dollars.actual) == (False, None)
+    assert recorded.total.actual > 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["bench", "--recipe", RECIPE, "--micro-batch", 4], "--micro-batch and --file go without --recipe"),
+        (["bench", "seed=1"], "key=value and --out go with --recipe"),
+        (["budget", "--check", "nowhere"], "There is no run in nowhere"),
+        (["budget", PUBLISHED, "--check", "nowhere"], "one of the three"),
+        (["budget", PUBLISHED, "--chip", "this", "--count", 8], "for --count 8, name the GPU"),
         (["budget"], "Name a recipe, to see what it costs, or --dollars"),
-        (["budget", PUBLISHED, "--dollars", 5], "one of the two"),
+        (["budget", PUBLISHED, "--dollars", 5], "one of the three"),
         (["budget", PUBLISHED, "--out", "x"], "--out goes with --dollars"),
         (["budget", PUBLISHED, "--chip", "h900"], "There is no chip named h900 in our table; known are"),
         (["budget", PUBLISHED, "--price", -1], "--price is -1.0"),

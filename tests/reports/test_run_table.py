@@ -52,7 +52,7 @@ def test_a_run_says_how_far_it_is(tmp_path):
     assert (run.name, run.state, run.step, run.total_steps, run.loss) == ("try", "running", 50, 200, 0.5)
     assert (run.images_per_second, run.gpu_hours, run.dollars, run.seconds_left) == (12.5, 1.25, None, 90.0)
     text = printed([run])
-    for said in ("one", "running", "50", "25%", "0.5", "12.5", "1.25", "2 min", "0 s ago"):
+    for said in ("one", "running", "50", "25%", "0.5", "12.5", "1.25", "1 min 30 s", "0 s ago"):
         assert said in text
 
 

@@ -27,12 +27,22 @@ from tests.training.processes import HANG, RECIPE
 
 def test_costs_go_on_from_earlier_starts():
     cost = Cost(processes=8, price_per_hour=2.5, earlier_hours=10.0, earlier_dollars=30.0)
-    cost._started -= 3600  # an hour ago
+    cost.started -= 3600  # an hour ago
     assert cost.gpu_hours() == pytest.approx(18, abs=0.01)
     assert cost.dollars() == pytest.approx(30 + 8 * 2.5, abs=0.05)
     assert cost.to_go(1800) == pytest.approx(10)
     assert Cost(processes=1).dollars() is None
     assert Cost(processes=1, earlier_dollars=3.0).dollars() == 3.0
+
+
+def test_all_time_is_booked_under_some_part(monkeypatch):
+    now = iter([10.0, 13.0, 14.5, 20.5])
+    monkeypatch.setattr("microdit.training.logging.time.monotonic", lambda: next(now))
+    cost = Cost(processes=8, started=8.0)
+    for part in ("start", "steps", "checkpoints", "steps"):
+        cost.lap(part)
+    cost.add("encoding", 5.0)
+    assert cost.seconds == {"start": 2.0, "steps": 9.0, "checkpoints": 1.5, "encoding": 5.0}
 
 
 def test_the_work_left_is_the_sum_of_the_steps_left():
