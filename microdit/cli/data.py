@@ -11,9 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from microdit.cli.terminal import SOURCE_HELP, Device, Dtype, console, reporter, share, warn
 from microdit.data.latent_statistics import common_std
-from microdit.data.packing import CaptionPacking, LatentPacking
+from microdit.data.packing import CaptionPacking, LatentPacking, NumberPacking
 from microdit.data.sources.base import passed_over_in_words
 from microdit.data.sources.caption_options import CaptionLines, CaptionOptions, CaptionsFrom
+from microdit.data.stored_pictures import PICTURES, QUALITY
 from microdit.devices import choose_dtype, choose_own_device, describe_device, device_errors_explained
 from microdit.errors import UserError
 from microdit.io.console import LineOfProgress, PlainColumn, joined, styled
@@ -66,7 +67,15 @@ def encode_data(
             "DINOv3 or SigLIP."
         ),
     ] = None,
-    store_latents: Annotated[LatentPacking, typer.Option(help="Storage format of latents; int8 has one scale per channel.")] = "int8",
+    store_latents: Annotated[
+        LatentPacking,
+        typer.Option(
+            help="Storage format of latents; int8 has one scale per channel; jpeg and webp are pictures, for --autoencoder pixels."
+        ),
+    ] = "int8",
+    quality: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Quality of the pictures that --store-latents jpeg or webp stores. [default: 90]")
+    ] = None,
     store_captions: Annotated[CaptionPacking, typer.Option(help="Storage format of captions; ids are embedded during training.")] = "int8",
     caption: Annotated[list[str] | None, typer.Option("--caption", help="Which captions to use: NAME or NAME=WEIGHT; repeatable.")] = None,
     captions_from: CaptionsFromOption = "text",
@@ -118,6 +127,8 @@ def encode_data(
     Example: microdit data encode my-pictures --out data/mine --first-sentences --text-encoder google/flan-t5-large
 
     Example: microdit data encode emoji --out data/emoji --features efficientnet
+
+    Example: microdit data encode emoji --out data/emoji-pixels --autoencoder pixels --store-latents webp
     """
     from microdit.data.encode import EncodeSettings, default_batch_size, default_workers, held_out_folder, unfinished
     from microdit.data.encode_to_store import local_folder
@@ -128,6 +139,8 @@ def encode_data(
     from microdit.encoders.text import load_text_encoder
     from microdit.encoders.vision import load_vision_encoder
 
+    if quality is not None and store_latents not in PICTURES:
+        raise UserError(f"--quality {quality} is for pictures: give --store-latents jpeg or webp too, or leave it out.")
     world, drop, place = share()[1], tuple(caption_drop or ()), location(out)
     listing = unfinished(place) if isinstance(place, Path) else local_folder(place)
     held_out = HoldOut.parse(hold_out) if hold_out else None
@@ -141,6 +154,7 @@ def encode_data(
             resolutions=sides,
             latents=store_latents,
             captions=store_captions,
+            quality=quality or QUALITY,
             min_side=next(side for side in (min_side, opened.min_side, min(sides)) if side is not None),
             buckets=buckets,
             first_sentences=first_sentences,
@@ -196,7 +210,7 @@ def import_encoded_latents(
     out: Annotated[str, typer.Option(help="Folder to create, or a place in an object store, as for encode.")],
     autoencoder: Annotated[str, typer.Option(help="The autoencoder that made the latents, as for encode.")] = "sdxl",
     text_encoder: Annotated[str, typer.Option(help="The text encoder that made the caption vectors, as for encode.")] = "dfn-clip-h",
-    store_latents: Annotated[LatentPacking, typer.Option(help="Storage format of latents, as for encode.")] = "fp16",
+    store_latents: Annotated[NumberPacking, typer.Option(help="Storage format of latents, as for encode.")] = "fp16",
     store_captions: Annotated[CaptionPacking, typer.Option(help="Storage format of captions, as for encode; full is as stored.")] = "full",
 ) -> None:
     """Import latents and caption vectors of the paper's own data sets, without encoding anything again.

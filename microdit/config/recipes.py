@@ -34,7 +34,7 @@ def list_recipes(folder: str = "") -> dict[str, str]:
     """Return a one-line summary of each bundled recipe by its name: its first comment line, or a study's question with folder="lab".
 
     >>> [name for name in list_recipes() if name.startswith("emoji")]
-    ['emoji', 'emoji-fast', 'emoji-flow', 'emoji-long']
+    ['emoji', 'emoji-fast', 'emoji-few-steps', 'emoji-flow', 'emoji-long']
     """
     summaries = {}
     for path in sorted((RECIPES / folder).iterdir(), key=lambda path: path.stem):

@@ -5,8 +5,10 @@ if the recipe allows it, replaces the row by another one and counts the replacem
 """
 
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,7 @@ from microdit.data.packing import StoredRows, stack, unpack, unpack_ids
 from microdit.data.sampler import BatchSampler, BlockOrder, Ints, SampleRef, SamplerPhase, ShardSizes
 from microdit.data.shard_cache import FetchAhead, RemoteShard, ShardCache
 from microdit.data.shards import Checksums, DamagedShard, Shard, most_open
+from microdit.data.stored_pictures import PICTURES, DamagedPicture, unpack_picture
 from microdit.distributed import World
 from microdit.encoders.text import TextEncoder, load_text_encoder
 from microdit.encoders.vision import feature_grid
@@ -31,6 +34,7 @@ from microdit.io.places import Place, location
 
 T = TypeVar("T")
 MOST_OPEN_COPIES = 16  # of a set in an object store that no training reads, such as the held-out one
+MOST_DECODERS, DECODER_NAME = 4, "picture-decoder"  # threads, each of which decodes about 400 JPEGs of 512 px a second
 MAX_REPLACED = 0.01  # a run stops if more than this share of the samples, and more than 100, had to be replaced
 
 
@@ -192,12 +196,39 @@ class EncodedDataset:
         return int(min(self._sizes[self._squarest]))
 
     def read(self, bucket: int, number: int, draw: float = 0.0) -> tuple[memoryview, memoryview]:
-        """Return the stored latents of row `number` of a bucket, and one of its captions, chosen by `draw`. Raises DamagedShard."""
-        return self._from_shard(
-            bucket,
-            number,
-            lambda shard, row: (shard.latents(row, self.resolution, bucket), shard.text(row, draw, bucket, self._first_sentence)),
-        )
+        """Return the stored latents of row `number` of a bucket, and one of its captions, chosen by `draw`. Raises DamagedShard.
+
+        Pictures are decoded: the latents are a byte for each pixel and channel.
+        """
+        latents, text, where = self.read_undecoded(bucket, number, draw)
+        return self.decode(latents, bucket, where), text
+
+    def read_undecoded(self, bucket: int, number: int, draw: float = 0.0) -> tuple[memoryview, memoryview, str]:
+        """Return what `read` returns with pictures as they are stored, and where the row is, for messages. Raises DamagedShard."""
+
+        def take(shard: Shard, row: int) -> tuple[memoryview, memoryview, str]:
+            return (
+                shard.latents(row, self.resolution, bucket),
+                shard.text(row, draw, bucket, self._first_sentence),
+                f"row {row} of {shard.path}",
+            )
+
+        return self._from_shard(bucket, number, take)
+
+    @property
+    def stores_pictures(self) -> bool:
+        """Whether the latents are stored as JPEG or WebP."""
+        return self.manifest["settings"]["latents"] in PICTURES
+
+    def decode(self, latents: memoryview, bucket: int, where: str) -> memoryview:
+        """Decode a stored picture; other latents remain as they are. Any thread may call this. Raises DamagedShard, which names `where`."""
+        if not self.stores_pictures:
+            return latents
+        _, height, width = self.latent_shape(bucket)
+        try:
+            return unpack_picture(latents, height, width, self.manifest["settings"]["latents"])
+        except DamagedPicture as damage:
+            raise DamagedShard(f"{where} cannot be decoded: it holds {damage}") from None
 
     def shards_of(self, bucket: int, numbers: Ints) -> Ints:
         """Return the numbers of the shards that hold rows of a bucket."""
@@ -271,7 +302,8 @@ class EncodedDataset:
             if which not in columns:
                 columns = {which: (shard.column("bucket"), shard.column("captions"))}
             buckets, captions = columns[which]
-            yield buckets[row], shard.latents(row, self.resolution, buckets[row]), captions[row]
+            latents = shard.latents(row, self.resolution, buckets[row])
+            yield buckets[row], self.decode(latents, buckets[row], f"row {row} of {shard.path}"), captions[row]
 
     def verify(self) -> list[str]:
         """Return the names of damaged shards, whose checksums differ."""
@@ -409,6 +441,7 @@ class MixedDataset:
         self._sampler = BatchSampler(tuple(tuple(s.bucket_sizes) for s in sets), seed, tuple(phases), blocks)
         cache = next((s.cache for s in sets if s.cache is not None), None)
         self._ahead = None if cache is None else FetchAhead(cache, self._remote_shards, self._sampler.steps)
+        self._decoders = ThreadPoolExecutor(min(MOST_DECODERS, os.cpu_count() or 1), DECODER_NAME) if sets[0].stores_pictures else None
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Return the samples of a step, or the share of one of `world` ranks: every `world`-th sample, from number `rank` on.
@@ -426,14 +459,14 @@ class MixedDataset:
             for encoded in self.sets:
                 encoded.close_shards(set(done))
         chosen = self._sampler.batch(step)[rank::world]
-        samples = []
         self._read += len(chosen)
-        for sample in chosen:
-            self._current = sample
-            try:
-                samples.append(_read(self.sets[sample.set], sample, features))
-            except DamagedShard as damage:
-                samples.append(self._replacement(self.sets[sample.set], sample, features, damage))
+        stored = (self._take(sample, features) for sample in chosen)
+        # Only decoding is done by other threads: one that hangs while it reads would keep the process from ending.
+        outcomes = map(_decoded, stored) if self._decoders is None else self._decoders.map(_decoded, stored)
+        samples = [
+            self._replacement(self.sets[sample.set], sample, features, outcome) if isinstance(outcome, DamagedShard) else outcome
+            for sample, outcome in zip(chosen, outcomes, strict=True)
+        ]
         first, bucket = self.sets[0], chosen[0].bucket
         latents = first.stored_latents([latents for latents, _, _ in samples], bucket)
         _, *sides = first.latent_shape(bucket)
@@ -449,9 +482,19 @@ class MixedDataset:
         return replace(batch, features=first.stored_features(blobs, bucket), feature_sides=first.feature_shape(bucket)[1:])
 
     def close(self) -> None:
-        """Stop copying shards ahead."""
+        """Stop copying shards ahead, and decoding."""
         if self._ahead is not None:
             self._ahead.close()
+        if self._decoders is not None:
+            self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    def _take(self, sample: SampleRef, features: bool) -> "_Undecoded | DamagedShard":
+        """Read a sample as it is stored. Damage is returned, to be dealt with in the order of the samples."""
+        self._current = sample
+        try:
+            return _read(self.sets[sample.set], sample, features)
+        except DamagedShard as damage:
+            return damage
 
     def _remote_shards(self, step: int) -> Iterator[RemoteShard]:
         """Yield the shards in object stores that hold samples of a step."""
@@ -477,15 +520,38 @@ class MixedDataset:
         size = encoded.bucket_sizes[sample.bucket]
         for distance in range(1, min(size, 100_000)):
             try:
-                return _read(encoded, sample._replace(row=(sample.row + distance) % size, draw=0.0), features)
+                outcome = _decoded(_read(encoded, sample._replace(row=(sample.row + distance) % size, draw=0.0), features))
             except DamagedShard:
                 continue
+            if not isinstance(outcome, DamagedShard):
+                return outcome
         raise UserError(f"{encoded.folder} has no intact row near a damaged one ({damage}): encode it again.") from damage
 
 
-def _read(encoded: EncodedDataset, sample: SampleRef, features: bool) -> _Blobs:
-    latents, text = encoded.read(sample.bucket, sample.row, sample.draw)
-    return latents, text, encoded.read_features(sample.bucket, sample.row) if features else None
+@dataclass(frozen=True)
+class _Undecoded:
+    """A sample as it is stored, and where that is."""
+
+    encoded: EncodedDataset
+    bucket: int
+    blobs: _Blobs
+    where: str
+
+
+def _read(encoded: EncodedDataset, sample: SampleRef, features: bool) -> _Undecoded:
+    latents, text, where = encoded.read_undecoded(sample.bucket, sample.row, sample.draw)
+    found = encoded.read_features(sample.bucket, sample.row) if features else None
+    return _Undecoded(encoded, sample.bucket, (latents, text, found), where)
+
+
+def _decoded(stored: _Undecoded | DamagedShard) -> _Blobs | DamagedShard:
+    if isinstance(stored, DamagedShard):
+        return stored
+    latents, text, features = stored.blobs
+    try:
+        return stored.encoded.decode(latents, stored.bucket, stored.where), text, features
+    except DamagedShard as damage:
+        return damage
 
 
 def check_compatible(sets: list[EncodedDataset]) -> None:

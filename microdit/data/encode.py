@@ -33,14 +33,15 @@ from microdit.data.encode_plan import (
     without_free_settings,
 )
 from microdit.data.encode_to_store import make_set_in_store
-from microdit.data.manifest import FORMAT, WITH_FEATURES, Manifest, write_manifest
+from microdit.data.manifest import FORMAT, WITH_FEATURES, WITH_PICTURES, Manifest, write_manifest
 from microdit.data.packing import CaptionPacking, LatentPacking
 from microdit.data.shard_writer import BatchEncoder, Packer, PartInWork, ShardsThread, remove_shard, shard_entry_path
 from microdit.data.sources.base import Part, Record, Source, checked
 from microdit.data.sources.folders import TURN
 from microdit.data.sources.untrusted_files import sum_of_kinds
+from microdit.data.stored_pictures import PICTURES, QUALITY
 from microdit.devices import DTYPES
-from microdit.encoders.autoencoder import Autoencoder
+from microdit.encoders.autoencoder import Autoencoder, Pixels
 from microdit.encoders.captions import first_sentence
 from microdit.encoders.text import TextEncoder
 from microdit.encoders.vision import CELL, VisionEncoder
@@ -58,15 +59,17 @@ CHUNK_BATCHES = 4  # batches per chunk; captions are sorted by length within a c
 class EncodeSettings:
     """The settings of an encoding.
 
-    `min_side` rejects images with a shorter side, in pixels. `buckets` keeps aspect ratios approximately, instead of cropping squares.
-    `first_sentences` also stores the first sentence of each caption of several, with a weight of 0: training uses it in place of the whole
-    caption as often as its recipe says (`data.first_sentence`).
-    `dtype` is the precision of the encoders. An encoding may be continued with another device, batch size or number of workers.
+    `quality`, from 1 to 100, is that of pictures, if `latents` are stored as such, which only those of `pixels` can be. `min_side` rejects
+    images with a shorter side, in pixels. `buckets` keeps aspect ratios approximately, instead of cropping squares. `first_sentences` also
+    stores the first sentence of each caption of several, with a weight of 0: training uses it in place of the whole caption as often as its
+    recipe says (`data.first_sentence`). `dtype` is the precision of the encoders. An encoding may be continued with another device, batch
+    size or number of workers.
     """
 
     resolutions: tuple[int, ...]
     latents: LatentPacking = "int8"
     captions: CaptionPacking = "int8"
+    quality: int = QUALITY
     min_side: int = 0
     buckets: bool = False
     first_sentences: bool = False
@@ -80,6 +83,8 @@ class EncodeSettings:
         settings = without_free_settings({**asdict(self), "resolutions": list(self.resolutions)})
         if not self.first_sentences:
             del settings["first_sentences"]  # as in sets of versions that did not know it
+        if self.latents not in PICTURES:
+            del settings["quality"]
         return settings
 
 
@@ -117,8 +122,9 @@ def encode_source(
     including those that start when everything is done. `warn` is called with the source's note, if nothing is left to do, if a batch does
     not fit the GPU, and if parts have changed since they were encoded.
 
-    Raises UserError if `out` exists; if an unfinished encoding has other settings, belongs to another process or sees another source; if no
-    record was kept; if a part changed during the encoding; if writing fails; or if not even one image fits the GPU.
+    Raises UserError if `out` exists; if latents that are no pixels are to be stored as pictures; if an unfinished encoding has other
+    settings, belongs to another process or sees another source; if no record was kept; if a part changed during the encoding; if writing
+    fails; or if not even one image fits the GPU.
     """
     events = events or EncodeEvents()
     sizes = TargetSizes.of(settings.resolutions, settings.min_side, settings.buckets, autoencoder.downsampling)
@@ -133,7 +139,7 @@ def encode_source(
             vision.to(settings.device, DTYPES[settings.dtype])
         encoder = BatchEncoder(autoencoder, text_encoder, settings.device, settings.captions, settings.batch_size, warn, vision)
         weights = with_variants(source.caption_weights) if settings.first_sentences else source.caption_weights
-        packer = Packer(settings.resolutions, settings.latents, settings.captions, weights, vision is not None)
+        packer = Packer(settings.resolutions, settings.latents, settings.captions, weights, vision is not None, settings.quality)
         with Decoder(sizes, settings.workers) as decoder, ShardsThread(folder, packer, on_progress) as shards:
             _encode_parts(source, missing, settings, decoder, encoder, shards)
 
@@ -206,8 +212,14 @@ def plan_of(
     vision: VisionEncoder | None = None,
 ) -> dict[str, Any]:
     """Return everything that determines an encoding, which an unfinished one must share to be continued."""
+    pictures = settings.latents in PICTURES
+    if pictures and autoencoder.name != Pixels.name:
+        raise UserError(
+            f"--store-latents {settings.latents} stores pictures, but the latents of the autoencoder {autoencoder.name} are none: use "
+            "--autoencoder pixels, or --store-latents int8 or fp16."
+        )
     plan = {
-        "format": FORMAT,
+        "format": WITH_PICTURES if pictures else FORMAT,
         "source": source.name,
         "license": source.license,
         "parts": [part.name for part in source.parts],
@@ -224,7 +236,7 @@ def plan_of(
     if vision is None:
         return plan
     features = {"name": vision.name, "fingerprint": vision.fingerprint, "channels": vision.channels, "cell": CELL}
-    return plan | {"format": WITH_FEATURES, "features": features}
+    return plan | {"format": WITH_PICTURES if pictures else WITH_FEATURES, "features": features}
 
 
 def _is_done(out: Path, plan: dict[str, Any], share: tuple[int, int], warn: Callable[[str], None]) -> bool:

@@ -45,8 +45,8 @@ def other_parts(where: Path | Place, started: dict[str, Any], plan: dict[str, An
     """
     before, now = flat(started), flat(as_read(plan))
     different = [key for key in dict.fromkeys([*now, *MAY_BE_MISSING]) if before.get(key) != now.get(key)]
-    if "features" in different:
-        different = [key for key in different if key != "format"]  # it follows from whether there are features
+    if "features" in different or "latents" in different:
+        different = [key for key in different if key != "format"]  # it follows from whether there are features or pictures
     if "format" in different:
         raise UserError(f"{where} was started by another version of microdit: delete it, or let that version finish it.")
     if different == ["parts"] and not may_differ:

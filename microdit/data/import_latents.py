@@ -20,7 +20,7 @@ from microdit.data.decode import TargetSizes
 from microdit.data.encode import EncodeSettings, make_set, plan_of, usable
 from microdit.data.encode_plan import EncodeEvents, OnProgress
 from microdit.data.manifest import Manifest
-from microdit.data.packing import CaptionPacking, LatentPacking
+from microdit.data.packing import CaptionPacking, NumberPacking
 from microdit.data.shard_writer import EncodedChunk, Packer, PartInWork, ShardsThread
 from microdit.data.sources.base import Part, Record, Source
 from microdit.data.sources.mds import INDEX, LATENTS, MdsShard, read_shards, records_of_shard, text_of, values_of
@@ -66,7 +66,7 @@ def import_latents(
     out: Path | Place,
     autoencoder: Autoencoder,
     text_encoder: TextEncoder,
-    packing: tuple[LatentPacking, CaptionPacking] = ("fp16", "full"),
+    packing: tuple[NumberPacking, CaptionPacking] = ("fp16", "full"),
     share: tuple[int, int] = (0, 1),
     events: EncodeEvents | None = None,
     warn: Callable[[str], None] = lambda sentence: None,

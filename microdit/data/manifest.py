@@ -20,8 +20,14 @@ from microdit.io.places import MissingObject, Place
 
 MANIFEST = "card.json"
 PLAN = "plan.json"  # what an encoding was started with
-FORMAT, WITH_FEATURES = 4, 5
-READ_FORMATS = (2, 3, FORMAT, WITH_FEATURES)  # shards of format 3 have no index; format 2 has checksums of blobs and files only
+FORMAT, WITH_FEATURES, WITH_PICTURES = 4, 5, 6  # with pictures, there may be features too
+READ_FORMATS = (
+    2,
+    3,
+    FORMAT,
+    WITH_FEATURES,
+    WITH_PICTURES,
+)  # shards of format 3 have no index; format 2 has checksums of blobs and files only
 
 Manifest = dict[str, Any]
 

@@ -5,6 +5,7 @@
   value becomes 127.
 - `ids` stores only the token ids of a caption, which are embedded during training.
 - `full` is `fp16` for the whole context of the text encoder, padding included, as the authors of 2407.15811 train.
+- `jpeg` and `webp` are pictures (`stored_pictures.py`), for models of pixels.
 
 Features are always `fp16`, one row for each cell of their grid.
 
@@ -20,15 +21,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-LatentPacking = Literal["fp16", "int8"]
+from microdit.data.stored_pictures import PICTURES, QUALITY, pack_picture
+
+NumberPacking = Literal["fp16", "int8"]
+LatentPacking = Literal["fp16", "int8", "jpeg", "webp"]
 CaptionPacking = Literal["fp16", "int8", "ids", "full"]
 Floats = NDArray[np.float32]
 
 SCALE_BYTES = 2  # a float16 before the numbers of an int8 row
+_STORED: dict[str, type[np.int8] | type[np.uint8]] = {"int8": np.int8, **dict.fromkeys(PICTURES, np.uint8)}  # others: float16
 
 
-def pack_latents(latents_CHW: Floats, packing: LatentPacking) -> bytes:
-    """Pack latents, one row per channel."""
+def pack_latents(latents_CHW: Floats, packing: LatentPacking, quality: int = QUALITY) -> bytes:
+    """Pack latents, one row per channel, or pixels as a picture of this `quality`."""
+    if packing == "jpeg" or packing == "webp":
+        return pack_picture(latents_CHW, packing, quality)
     return _pack(latents_CHW.reshape(len(latents_CHW), -1), packing)
 
 
@@ -45,6 +52,7 @@ def pack_features(features_EYX: Floats) -> bytes:
 @dataclass(frozen=True)
 class StoredRows:
     """A batch of rows of numbers as they are stored, (B, R, V): int8 with a float16 scale for each row, (B, R, 1), or floats without.
+    Bytes without a scale are 8-bit pixels.
 
     Samples with fewer than R rows are padded with zeros.
     """
@@ -59,6 +67,8 @@ class StoredRows:
     def expand(self) -> Tensor:
         """Return the numbers as float32, (B, R, V), on the device of the stored ones."""
         numbers_BRV = self.numbers_BRV.float()
+        if self.numbers_BRV.dtype == torch.uint8:
+            return numbers_BRV / 127.5 - 1  # as in pixels.py
         return numbers_BRV if self.scale_BR1 is None else numbers_BRV * self.scale_BR1.float()
 
 
@@ -66,9 +76,9 @@ def stack(blobs: list[memoryview], values: int, packing: LatentPacking | Caption
     """Combine packed samples, whose rows hold `values` numbers each, into a batch. `packing` must not be `ids`.
 
     The number of rows is padded to a multiple of `multiple`. Also returns how many rows each sample has, (B,). Rows are the tokens of a
-    caption, or the channels of latents.
+    caption, or the channels of latents. Pictures must be decoded already, to a byte for each pixel and channel.
     """
-    dtype, row_bytes = (np.int8, values + SCALE_BYTES) if packing == "int8" else (np.float16, 2 * values)
+    dtype, row_bytes = _STORED.get(packing, np.float16), bytes_of_row(values, packing)
     rows_B = [len(blob) // row_bytes for blob in blobs]
     room = -(-max(rows_B) // multiple) * multiple
     stored_BRV = np.zeros((len(blobs), room, values), dtype)
@@ -101,11 +111,12 @@ def unpack_ids(blob: memoryview) -> list[int]:
 
 
 def bytes_of_row(values: int, packing: LatentPacking | CaptionPacking) -> int:
-    """Return the size of one row of `values` numbers: a token of a caption, or a channel of the latents."""
-    return {"fp16": 2 * values, "full": 2 * values, "int8": values + SCALE_BYTES, "ids": 4}[packing]
+    """Return the size of one row of `values` numbers: a token of a caption, or a channel of the latents (of a picture: decoded)."""
+    sizes = {"fp16": 2 * values, "full": 2 * values, "int8": values + SCALE_BYTES, "ids": 4}
+    return values if packing in PICTURES else sizes[packing]
 
 
-def _pack(rows_RV: Floats, packing: Literal["fp16", "int8"]) -> bytes:
+def _pack(rows_RV: Floats, packing: NumberPacking) -> bytes:
     if packing == "fp16":
         return rows_RV.astype(np.float16).tobytes()
     scale_R1 = (np.abs(rows_RV).max(axis=1, keepdims=True) / 127).astype(np.float16)

@@ -24,6 +24,7 @@ from microdit.data.packing import CaptionPacking, LatentPacking, pack_features, 
 from microdit.data.pixels import normalise
 from microdit.data.shards import EncodedRow, ShardWriter, checksums_of
 from microdit.data.sources.base import Record
+from microdit.data.stored_pictures import QUALITY
 from microdit.encoders.autoencoder import Autoencoder
 from microdit.encoders.text import TextEncoder
 from microdit.encoders.vision import VisionEncoder
@@ -184,12 +185,13 @@ class Packer:
     captions: CaptionPacking
     caption_weights: dict[str, float]
     features: bool = False
+    quality: int = QUALITY
 
     def rows(self, chunk: EncodedChunk) -> Iterator[EncodedRow]:
         """Yield the rows of a chunk. Raises UserError if any number is not finite."""
         chunk.wait()
         texts, count = iter(self._pack_text(chunk)), len(chunk.records)
-        latents = _pack_images(chunk.latents, count, "latents", lambda latents_CHW: pack_latents(latents_CHW, self.latents))
+        latents = _pack_images(chunk.latents, count, "latents", lambda latents_CHW: pack_latents(latents_CHW, self.latents, self.quality))
         features = _pack_images(chunk.features, count, "features", pack_features)
         for record, bucket, *blobs in zip(chunk.records, chunk.buckets, latents, features, strict=True):
             weights = [self.caption_weights[name] for name in record.captions]

@@ -178,7 +178,7 @@ def _longest_caption(encoded: EncodedDataset) -> int:
     bucket = max(range(len(encoded.bucket_sizes)), key=encoded.bucket_sizes.__getitem__)
     row = bytes_of_row(encoded.manifest["text_channels"], encoded.manifest["settings"]["captions"])
     try:
-        return max(len(encoded.read(bucket, number)[1]) // row for number in range(min(LOOKED_AT, encoded.bucket_sizes[bucket])))
+        return max(len(encoded.read_undecoded(bucket, number)[1]) // row for number in range(min(LOOKED_AT, encoded.bucket_sizes[bucket])))
     except DamagedShard as damage:
         raise UserError(f"{damage}: encode {encoded.folder} again.") from damage
 

@@ -1,7 +1,8 @@
-"""The data sets of the paper (2407.15811) and its evaluation set, each read in the form in which its authors publish it.
+"""The data sets of the paper (2407.15811), its evaluation set and MiniT2I's, each read in the form in which its authors publish it.
 
 Nothing is downloaded: the folder holds the files of the data set's page under their published names. All other files in it are passed over,
-and counted by kind. JourneyDB and DiffusionDB are read by `generated_sets.py`.
+and counted by kind. JourneyDB and DiffusionDB are read by `generated_sets.py`, the sets of MiniT2I's fine-tuning by `fine_tuning_sets.py`.
+MiniT2I is trained on `cc12m` in the same layout, with captions of LLaVA-NeXT in the place of the web's.
 """
 
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 from microdit.data.sources.archives import archive_names, archive_source, read_archive
 from microdit.data.sources.base import Contents, Part, Record, Source, only_captions
+from microdit.data.sources.fine_tuning_sets import SHAREGPT4O_LIST, blip3o60k, dalle3, sharegpt4o
 from microdit.data.sources.folders import parts_of
 from microdit.data.sources.generated_sets import JOURNEYDB_LIST, diffusiondb, journeydb
 from microdit.data.sources.metadata import caption_text, from_fields, from_sidecars
@@ -173,6 +175,8 @@ def _entries(path: Path, key: str, fields: dict[str, type | tuple[type, ...]]) -
     raise UserError(f"{path}: not every entry of '{key}' has {', '.join(fields)}: download it again.")
 
 
+_ON_ITS_PAGE = "see its page; the pictures were made by OpenAI's models"
+
 _SETS = (
     NamedSet(
         name="cc12m",
@@ -229,6 +233,33 @@ _SETS = (
         captions={"caption": 1.0},
         min_side=0,
         read=_coco2014,
+    ),
+    NamedSet(
+        name="blip3o60k",
+        url="https://huggingface.co/datasets/BLIP3o/BLIP3o-60k",
+        layout="dalle3.tar, journeyDB.tar, mscoco_human.tar and so on, with pairs of .jpg and .txt",
+        license=_ON_ITS_PAGE,
+        captions={"caption": 1.0},
+        min_side=256,
+        read=blip3o60k,
+    ),
+    NamedSet(
+        name="dalle3",
+        url="https://huggingface.co/datasets/OpenDatasets/dalle-3-dataset",
+        layout="data/ with .parquet files, which have the columns image and caption",
+        license=_ON_ITS_PAGE,
+        captions={"caption": 1.0},
+        min_side=256,
+        read=dalle3,
+    ),
+    NamedSet(
+        name="sharegpt4o",
+        url="https://huggingface.co/datasets/FreedomIntelligence/ShareGPT-4o-Image",
+        layout=f"{SHAREGPT4O_LIST} and text_to_image_part_0.tar and so on",
+        license=_ON_ITS_PAGE,
+        captions={"prompt": 1.0},
+        min_side=256,
+        read=sharegpt4o,
     ),
 )
 NAMED = {named.name: named for named in _SETS}

@@ -38,7 +38,7 @@ _KINDS = """A source is one of
   scenes, scenes:5000            scenes composed of them, and how many
   icons, icons:held_out          emoji in several styles, from npm packages; icons:styles and icons:styles_held_out name the style only;
                                  icons:FOLDER, icons:held_out:FOLDER, ...: of the packages in FOLDER
-  NAME:FOLDER                    one of the paper's data sets: {named}
+  NAME:FOLDER                    a published data set: {named}
   a folder                       of images with .txt files or metadata.jsonl, of archives, of tables, of MDS shards, or written by
                                  Dataset.save_to_disk
   a file, or a pattern in quotes .tar, .tgz, .tar.gz, .tar.zst, .tar.bz2, .zip or .parquet; {{000..099}}.tar names a hundred files

@@ -103,6 +103,64 @@ def test_coco2014(tmp_path):
     assert records[0].image == picture(42)
 
 
+def test_blip3o60k(tmp_path):
+    for name in ("dalle3", "journeyDB"):
+        write_tar(tmp_path / f"{name}.tar", [("00000001.jpg", picture(1)), ("00000001.txt", f"of {name}".encode()), ("2.jpg", picture(2))])
+    write_file(tmp_path / "README.md", b"# BLIP3o-60k")
+    source = open_source(f"blip3o60k:{tmp_path}")
+    records = records_of(source)
+    assert [(record.key, record.captions, record.problem) for record in records] == [
+        ("00000001", {"caption": "of dalle3"}, ""),
+        ("2", {}, "no caption"),
+        ("00000001", {"caption": "of journeyDB"}, ""),
+        ("2", {}, "no caption"),
+    ]
+    assert records[0].image == picture(1)
+    assert source.passed_over == {".md": 1}
+
+
+def test_dalle3(tmp_path):
+    (tmp_path / "data").mkdir()
+    for number in range(2):
+        columns = {
+            "caption": [f"caption {number}", None],
+            "image": [{"bytes": picture(number), "path": None}] * 2,
+            "link": ["http://x"] * 2,
+            "image_hash": [f"{number}a", f"{number}b"],
+        }
+        pq.write_table(pa.table(columns), tmp_path / "data" / f"train-{number:05}-of-00002.parquet")
+    records = records_of(open_source(f"dalle3:{tmp_path}"))
+    assert [(record.captions, record.problem) for record in records] == [
+        ({"caption": "caption 0"}, ""),
+        ({}, "no caption"),
+        ({"caption": "caption 1"}, ""),
+        ({}, "no caption"),
+    ]
+    assert records[2].image == picture(1)
+
+
+def test_sharegpt4o(tmp_path):
+    entries = [{"input_prompt": f"prompt {n}", "output_image": f"image/{n}.png", "output_image_resolution": [12, 8]} for n in (7, 8, 10)]
+    write_json(tmp_path / "text_to_image.json", entries)
+    write_json(tmp_path / "text_and_image_to_image.json", [])
+    for part, numbers in enumerate([(7, 8), (9,)]):
+        write_tar(tmp_path / f"text_to_image_part_{part}.tar", [(f"image/{n}.png", picture(n, "PNG")) for n in numbers])
+    write_tar(tmp_path / "text_and_image_to_image_part_0.tar", [("image/1.png", picture(1, "PNG"))])
+    source = open_source(f"sharegpt4o:{tmp_path}")
+    records = records_of(source)
+    assert [(record.key, record.captions, record.problem) for record in records] == [
+        ("image/7", {"prompt": "prompt 7"}, ""),
+        ("image/8", {"prompt": "prompt 8"}, ""),
+        ("image/9", {}, "no caption"),
+    ]
+    assert records[1].image == picture(8, "PNG")
+    assert source.passed_over == {".json": 1, ".tar": 1}
+    for broken in (b'[{"output_image": "image/7.png"}]', b'{"a": 1}', b"[7]", b'[{"out'):
+        write_file(tmp_path / "text_to_image.json", broken)
+        with pytest.raises(UserError, match=r"text_to_image.json is damaged, or has an entry without output_image and input_prompt"):
+            open_source(f"sharegpt4o:{tmp_path}")
+
+
 def test_captions_that_a_set_does_not_have_are_refused(tmp_path):
     with pytest.raises(UserError, match="sa1b has no caption named alt; it has llava"):
         open_named(NAMED["sa1b"], tmp_path, {"alt": 1.0})
