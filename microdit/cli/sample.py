@@ -264,9 +264,9 @@ def explain(
     """
     from microdit.devices import choose_device, choose_dtype, device_errors_explained
     from microdit.encoders.captions import clean_prompts
+    from microdit.pipelines.explain_page import write_explain_page
     from microdit.pipelines.open_model import open_model
     from microdit.pipelines.settings import suited_to
-    from microdit.reports.explain_page import write_explain_page
 
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out is {out}, and a page needs a name such as explain.html.")

@@ -11,8 +11,8 @@ from PIL import Image
 from microdit.models.config import Size, resolve
 from microdit.models.flops import forward_flops, parts_of_forward
 from microdit.models.routing import METHODS
+from microdit.pipelines.explain_page import _Canvas, _enlarged, _kept
 from microdit.pipelines.pipeline import DEMO
-from microdit.reports.explain_page import _Canvas, _enlarged, _kept
 from tests.commands import microdit
 
 
