@@ -58,7 +58,7 @@ def test_the_parts_are_the_whole(routing, attention):
 
 def test_the_page_shows_a_prompt_of_the_demo_model(tmp_path):
     prompt = "red <b>heart</b>"
-    out = microdit("explain", str(DEMO), prompt, "--out", str(tmp_path / "page.html"), "--device", "cpu").output
+    out = microdit("explain", str(DEMO), prompt, "--out", str(tmp_path / "page.html"), "--device", "cpu", cwd=tmp_path).output
     assert "page.html shows what" in " ".join(out.split())
     page = (tmp_path / "page.html").read_text()
     assert "red &lt;b&gt;heart&lt;/b&gt;" in page
@@ -69,6 +69,6 @@ def test_the_page_shows_a_prompt_of_the_demo_model(tmp_path):
 
 
 def test_a_name_that_is_no_page_is_refused(tmp_path):
-    result = microdit("explain", str(DEMO), "owl", "--out", str(tmp_path / "page.png"))
+    result = microdit("explain", str(DEMO), "owl", "--out", "page.png", cwd=tmp_path)
     assert "and a page needs a name such as explain.html" in " ".join(result.output.split())
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "page.png").exists()
