@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +64,7 @@ def contents(sources: list[str]) -> Iterator[bytes]:
         yield from (record.image for record in islice(records, 100))
 
 
-def row(name: str, blobs: list[bytes], back_CHW: list[NDArray[np.floating]], pictures_HWC: list[NDArray[np.uint8]]) -> str:
+def row(name: str, blobs: list[bytes], back_CHW: list[NDArray[Any]], pictures_HWC: list[NDArray[np.uint8]]) -> str:
     squares = [np.mean((one.transpose(1, 2, 0) - picture) ** 2) for one, picture in zip(back_CHW, pictures_HWC, strict=True)]
     return f"{name:12}{np.mean([len(blob) for blob in blobs]):10,.0f}{np.sqrt(np.mean(squares)):8.2f}"
 
