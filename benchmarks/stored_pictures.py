@@ -9,8 +9,10 @@ By default of three photographs: two of scikit-learn (enlarged from a height of 
 import argparse
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +37,7 @@ def main() -> None:
     exactly: tuple[NumberPacking, ...] = ("fp16", "int8")
     for numbers in exactly:
         blobs = [pack_latents(one, numbers) for one in exact]
-        back = [unpack([memoryview(blob)], side * side, numbers)[0][0].numpy().reshape(3, side, side) for blob in blobs]
-        back = [(127.5 * one + 127.5).astype(np.float32) for one in back]
+        back = [127.5 * unpack([memoryview(blob)], side * side, numbers)[0][0].numpy().reshape(3, side, side) + 127.5 for blob in blobs]
         print(row(numbers, blobs, back, pictures))
     for packing in PICTURES:
         for quality in QUALITIES:
@@ -51,9 +52,11 @@ def main() -> None:
 def contents(sources: list[str]) -> Iterator[bytes]:
     if not sources:
         from matplotlib.cbook import get_sample_data
-        from sklearn.datasets import load_sample_images  # type: ignore[import-untyped]
 
-        folder = Path(load_sample_images.__code__.co_filename).parent / "images"
+        found = find_spec("sklearn")
+        if found is None or found.origin is None:
+            raise SystemExit("Two of the photographs come with scikit-learn: pip install scikit-learn, or name a SOURCE.")
+        folder = Path(found.origin).parent / "datasets" / "images"
         yield from ((folder / name).read_bytes() for name in ("china.jpg", "flower.jpg"))
         yield Path(get_sample_data("grace_hopper.jpg", asfileobj=False)).read_bytes()
     for source in sources:
@@ -61,7 +64,7 @@ def contents(sources: list[str]) -> Iterator[bytes]:
         yield from (record.image for record in islice(records, 100))
 
 
-def row(name: str, blobs: list[bytes], back_CHW: list[NDArray[np.float32]], pictures_HWC: list[NDArray[np.uint8]]) -> str:
+def row(name: str, blobs: list[bytes], back_CHW: list[NDArray[Any]], pictures_HWC: list[NDArray[np.uint8]]) -> str:
     squares = [np.mean((one.transpose(1, 2, 0) - picture) ** 2) for one, picture in zip(back_CHW, pictures_HWC, strict=True)]
     return f"{name:12}{np.mean([len(blob) for blob in blobs]):10,.0f}{np.sqrt(np.mean(squares)):8.2f}"
 

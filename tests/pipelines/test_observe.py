@@ -44,7 +44,8 @@ def test_attention_is_that_with_which_the_blocks_mix_values(model, monkeypatch):
         if q_BNTH.shape[2] != keys or model.config.joint:
             identity = torch.eye(keys).expand(*q_BNTH.shape[:2], keys, keys)
             mixed = own(q_BNTH, KeysValues(keys_values.k_BNLH, identity), mask_BL)
-            seen.append(mixed.unflatten(-1, (-1, keys)).mean(dim=2)[0])  # (T or L + T, keys), the mean of the heads
+            if q_BNTH.shape[2] >= 16:  # the caption's own attention is not meant
+                seen.append(mixed.unflatten(-1, (-1, keys)).mean(dim=2)[0])  # (T or L + T, keys), the mean of the heads
         return own(q_BNTH, keys_values, mask_BL)
 
     monkeypatch.setattr(blocks, "_attend", attend)
@@ -62,7 +63,7 @@ def test_experts_are_those_that_the_output_depends_on(model):
     """An expert's weights change the outputs of the tokens that it takes, and of no others."""
     with _watched(model) as observed:
         run(model)()
-    assert list(observed.experts) == ["block 1", "block 3"]
+    assert list(observed.experts) == ["block 2"]  # every second one, but never the last
     for name, taken_EK in observed.experts.items():
         layer = model.blocks[int(name.split()[1]) - 1].ffn
         x_BTD = []
