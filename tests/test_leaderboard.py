@@ -36,7 +36,7 @@ def test_several_seeds_of_a_recipe_are_one_line_with_their_spread(tmp_path):
     runs = [{**run, "seconds": seconds, "retrieval": {**run["retrieval"], "top_10": top_10}} for seconds, top_10 in ((60, 0.4), (120, 0.6))]
     (tmp_path / "emoji.json").write_text(json.dumps(runs))
     line = script["leaderboard"](tmp_path).splitlines()[2]
-    assert "| 2 min | – | 2 | 50.0% ± 14.1% (" in line  # sqrt(0.1^2 + 0.1^2)
+    assert "| 1 min 30 s | – | 2 | 50.0% ± 14.1% (" in line  # sqrt(0.1^2 + 0.1^2)
 
 
 def test_different_recipes_or_equal_seeds_are_not_recorded_together(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ BEGIN, END = "<!-- commands: python website/command_pages.py --write -->\n", "<!
 # Where to read on about a command, or about a group of commands.
 GUIDES = {
     "app": "app.md",
-    "bench": "budget.md#measuring-the-machine",
+    "bench": "budget.md#measuring-utilisation",
     "budget": "budget.md",
     "compare": "reference-results.md",
     "data": "bring-your-own-data.md",
