@@ -6,6 +6,7 @@ python benchmarks/lab_claims.py --write   # put it into docs/lab/README.md, betw
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from microdit.config.recipes import RECIPES
@@ -36,8 +37,12 @@ def main() -> None:
 def studies() -> list[Study]:
     """Those that were run: the one of the headline first, the others by name."""
     names = sorted((folder.parent.name for folder in LAB.glob("*/results.jsonl")), key=lambda name: (name != "masking", name))
-    recipes = [RECIPES / "lab" / f"{name}.yaml" for name in names]
-    return [load_study(path)[0] for path in recipes if path.is_file()]
+    found = []
+    for name in names:  # NAME-cpu holds the results of a study's form for CPUs
+        path = RECIPES / "lab" / f"{name.removesuffix('-cpu')}.yaml"
+        if path.is_file():
+            found.append(replace(load_study(path, on_cpu=name.endswith("-cpu"))[0], name=name))
+    return found
 
 
 def claims(asked: list[Study]) -> str:
