@@ -6,7 +6,6 @@ that the manifest names is tried, and nothing is decoded that has not exactly th
 """
 
 import io
-import warnings
 from typing import Literal, get_args
 
 import numpy as np
@@ -39,12 +38,10 @@ def unpack_picture(blob: memoryview, height: int, width: int, packing: PicturePa
     if len(blob) > 2 * 3 * height * width + _HEADERS:  # no picture of that size is so large; it could take any time to decode
         raise DamagedPicture(f"{len(blob):,} bytes for {width} x {height} pixels")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(blob), formats=[_FORMATS[packing]])
-            if image.size != (width, height) or image.mode != "RGB":
-                raise DamagedPicture(f"{image.width} x {image.height} pixels in {image.mode}, not {width} x {height} in RGB")
-            pixels_HWC = np.asarray(image)
+        image = Image.open(io.BytesIO(blob), formats=[_FORMATS[packing]])
+        if image.size != (width, height) or image.mode != "RGB":
+            raise DamagedPicture(f"{image.width} x {image.height} pixels in {image.mode}, not {width} x {height} in RGB")
+        pixels_HWC = np.asarray(image)
     except DamagedPicture:
         raise
     except Exception as error:  # Pillow's decoders raise exceptions of many types

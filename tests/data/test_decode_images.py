@@ -200,7 +200,7 @@ def test_every_picture_is_opened_with_a_list_of_formats():
             if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-2:] == ["Image", "open"]:
                 found += 1
                 formats = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "formats"]
-                without += [] if formats in (["FORMATS"], ["['PNG']"]) else [f"{path.name}:{node.lineno}"]
+                without += [] if formats in (["FORMATS"], ["['PNG']"], ["[_FORMATS[packing]]"]) else [f"{path.name}:{node.lineno}"]
     assert without == []
     assert found >= 7
 

@@ -62,6 +62,6 @@ def test_sets_of_earlier_formats_are_read_as_before(encoded_emoji, copy, version
 
 
 def test_a_format_that_is_not_known_is_refused(copy):
-    (copy / "card.json").write_text(json.dumps({"format": 6}))
-    with pytest.raises(UserError, match="has format 6"):
+    (copy / "card.json").write_text(json.dumps({"format": 7}))
+    with pytest.raises(UserError, match="has format 7"):
         EncodedDataset(copy)

@@ -58,7 +58,7 @@ def test_the_parts_are_the_whole(routing, attention):
 
 def test_the_page_shows_a_prompt_of_the_demo_model(tmp_path):
     prompt = "red <b>heart</b>"
-    out = microdit("explain", str(DEMO), prompt, "--out", str(tmp_path / "page.html"), "--device", "cpu", cwd=tmp_path).output
+    out = microdit("explain", str(DEMO), prompt, "--out", "page.html", "--device", "cpu", cwd=tmp_path).output
     assert "page.html shows what" in " ".join(out.split())
     page = (tmp_path / "page.html").read_text()
     assert "red &lt;b&gt;heart&lt;/b&gt;" in page
