@@ -23,7 +23,7 @@ REWRITTEN = "rewritten"  # the folder in --out for what is drawn of rewritten pr
 def geneval(
     run: Annotated[str, typer.Argument(help="A run folder, or a diffusers pipeline, by folder or hub id.")],
     out: Annotated[Path, typer.Option(help="Folder for pictures, results.jsonl and summary.json.")],
-    prompts: Annotated[Path | None, typer.Option(help="GenEval's evaluation_metadata.jsonl. [default: prompts for emoji]")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="GenEval's evaluation_metadata.jsonl. (default: prompts for emoji)")] = None,
     detector: Annotated[
         str, typer.Option(help="Folder or hub name of a Mask2Former model.")
     ] = "facebook/mask2former-swin-small-coco-instance",
@@ -111,10 +111,10 @@ def dpg(
         str | None,
         typer.Option(
             help="The vision model that answers the questions: with --judge-url its name there, else the folder or hub name of a BLIP, a "
-            "ViLT or any that chats about pictures. [default: Salesforce/blip-vqa-capfilt-large]"
+            "ViLT or any that chats about pictures. (default: Salesforce/blip-vqa-capfilt-large)"
         ),
     ] = None,
-    count: Annotated[int | None, typer.Option("--count", "-n", min=1, help="Use only the first prompts. [default: all 1,065]")] = None,
+    count: Annotated[int | None, typer.Option("--count", "-n", min=1, help="Use only the first prompts. (default: all 1,065)")] = None,
     dollars_per_million: Annotated[float | None, typer.Option(help="Price of a million tokens, for the cost estimate.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation after the estimate.")] = False,
     steps: Steps = None,

@@ -52,7 +52,7 @@ def encode_data(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
     out: Annotated[str, typer.Option(help="Folder to create, or a place in an object store, such as s3://BUCKET/FOLDER.")],
     resolutions: Annotated[
-        list[int] | None, typer.Option("--resolutions", help="Side lengths in pixels, one or more. [default: 64]")
+        list[int] | None, typer.Option("--resolutions", help="Side lengths in pixels, one or more. (default: 64)")
     ] = None,
     autoencoder: Annotated[
         str, typer.Option(help="icon, pixels, sdxl, 16ch, or the folder or hub name of a diffusers autoencoder.")
@@ -74,7 +74,7 @@ def encode_data(
         ),
     ] = "int8",
     quality: Annotated[
-        int | None, typer.Option(min=1, max=100, help="Quality of the pictures that --store-latents jpeg or webp stores. [default: 90]")
+        int | None, typer.Option(min=1, max=100, help="Quality of the pictures that --store-latents jpeg or webp stores. (default: 90)")
     ] = None,
     store_captions: Annotated[CaptionPacking, typer.Option(help="Storage format of captions; ids are embedded during training.")] = "int8",
     caption: Annotated[list[str] | None, typer.Option("--caption", help="Which captions to use: NAME or NAME=WEIGHT; repeatable.")] = None,
@@ -91,7 +91,7 @@ def encode_data(
     ] = False,
     file_column: FileColumnOption = None,
     min_side: Annotated[
-        int | None, typer.Option(help="Reject pictures with a shorter side than this. [default: the source's own, or the resolution]")
+        int | None, typer.Option(help="Reject pictures with a shorter side than this. (default: the source's own, or the resolution)")
     ] = None,
     fraction: Annotated[float, typer.Option(min=0, max=1, help="Use only this fraction of the source, chosen by key.")] = 1.0,
     hold_out: Annotated[
@@ -105,10 +105,10 @@ def encode_data(
         ),
     ] = False,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Pictures and captions per batch of the encoders. [default: by the device]")
+        int | None, typer.Option(min=1, help="Pictures and captions per batch of the encoders. (default: by the device)")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Number of processes that decode files. [default: by the number of cores]")
+        int | None, typer.Option(min=0, help="Number of processes that decode files. (default: by the number of cores)")
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -23,11 +23,11 @@ LESS_MEMORY = "take a smaller --batch-size, or --dtype bfloat16"
 
 BatchSize = Annotated[
     int | None,
-    typer.Option(min=1, help="Pictures per batch; smaller batches need less memory. [default: 64; 8 for other pipelines]"),
+    typer.Option(min=1, help="Pictures per batch; smaller batches need less memory. (default: 64; 8 for other pipelines)"),
 ]
 
-Steps = Annotated[int | None, typer.Option(help="Steps of the sampler. [default: 18; of a distilled model, its own]")]
-GuidanceScale = Annotated[float | None, typer.Option(help="Guidance scale. [default: 2; of a distilled model 1, which is none]")]
+Steps = Annotated[int | None, typer.Option(help="Steps of the sampler. (default: 18; of a distilled model, its own)")]
+GuidanceScale = Annotated[float | None, typer.Option(help="Guidance scale. (default: 2; of a distilled model 1, which is none)")]
 
 
 def evaluate(
@@ -39,34 +39,34 @@ def evaluate(
         ),
     ],
     reference: Annotated[
-        str | None, typer.Option(help=f"Compare with this data set. [default: the run's own held-out or training set] {SOURCE_HELP}")
+        str | None, typer.Option(help=f"Compare with this data set. (default: the run's own held-out or training set) {SOURCE_HELP}")
     ] = None,
     metrics: Annotated[
         str | None,
         typer.Option(
             help="fid, kid, precision, recall, density, coverage (by --network); clip-fid, cmmd, clip-score (by --clip); dino-fd (by "
-            "--dino), separated by commas. [default: all by --network]"
+            "--dino), separated by commas. (default: all by --network)"
         ),
     ] = None,
     count: Annotated[
         int | None,
-        typer.Option("--count", "-n", min=1, help="Number of captions to generate; papers use 30,000. [default: 256, or as the set has]"),
+        typer.Option("--count", "-n", min=1, help="Number of captions to generate; papers use 30,000. (default: 256, or as the set has)"),
     ] = None,
     network: Annotated[str, typer.Option(help="efficientnet (offline), or inception:FILE, for the standard FID.")] = "efficientnet",
     clip: Annotated[str, typer.Option(help="A CLIP model of transformers.")] = "openai/clip-vit-large-patch14",
     dino: Annotated[str, typer.Option(help="A DINOv2 model of transformers.")] = "facebook/dinov2-large",
-    side: Annotated[int | None, typer.Option(min=8, help="Side in pixels to crop and resize both to. [default: as generated]")] = None,
+    side: Annotated[int | None, typer.Option(min=8, help="Side in pixels to crop and resize both to. (default: as generated)")] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for pictures, metrics.json, report.html. [default: RUN/evaluation; for a run in a store, NAME-evaluation]"
+            help="Folder for pictures, metrics.json, report.html. (default: RUN/evaluation; for a run in a store, NAME-evaluation)"
         ),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Evaluate each new checkpoint while RUN trains, and plot the results.")] = False,
     steps: Steps = None,
     guidance: GuidanceScale = None,
     seed: Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")] = 0,
-    weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
+    weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. (default: ema, where there is one)")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
@@ -176,7 +176,7 @@ def draw(
     steps: Steps = None,
     guidance: GuidanceScale = None,
     seed: Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")] = 0,
-    weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
+    weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. (default: ema, where there is one)")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,

@@ -21,7 +21,7 @@ class Dtype(StrEnum):
 def export(
     run: Annotated[str, typer.Argument(help="A run folder, or a run in an object store.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. [default: ema, where there is one]")] = None,
+    weights: Annotated[str | None, typer.Option(help="model, ema, or ema-DECAY. (default: ema, where there is one)")] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Dtype of the weights: float16 halves the files, and changes pictures slightly.")
     ] = Dtype.float32,
@@ -46,7 +46,7 @@ def import_official(
     text_encoder: Annotated[
         str, typer.Option(help="A folder, which is copied, or a name that is looked up when pictures are generated.")
     ] = "dfn-clip-h",
-    autoencoder: Annotated[str | None, typer.Option(help="As for --text-encoder. [default: sdxl for 4 channels, 16ch for 16]")] = None,
+    autoencoder: Annotated[str | None, typer.Option(help="As for --text-encoder. (default: sdxl for 4 channels, 16ch for 16)")] = None,
     head_dim: Annotated[int | None, typer.Option(min=1, help="Width of an attention head; known for the released models.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.float32,
 ) -> None:

@@ -21,7 +21,7 @@ Arms = Annotated[str | None, typer.Option(help="Only these arms, such as none,de
 @lab_app.command()
 def run(
     study: Annotated[Path, typer.Argument(help="A YAML study, such as lab/masking, which comes with microdit.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for results. [default: lab/NAME, or lab/NAME-cpu for the form for CPUs]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results. (default: lab/NAME, or lab/NAME-cpu for the form for CPUs)")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the run folders of finished arms.")] = False,
     device: Device = "auto",
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Train so many arms at once, each in a process of its own.")] = 1,
@@ -61,8 +61,8 @@ def run(
 @lab_app.command()
 def report(
     study: Annotated[Path, typer.Argument(help="A study that was run or is still running.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of its results. [default: lab/NAME]")] = None,
-    to: Annotated[Path | None, typer.Option(help="Folder to write README.md and figures to. [default: docs/lab/NAME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of its results. (default: lab/NAME)")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to write README.md and figures to. (default: docs/lab/NAME)")] = None,
 ) -> None:
     """Write a study's tables, figures and verdicts as Markdown.
 

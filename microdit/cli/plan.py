@@ -21,28 +21,28 @@ def budget(
         str | None,
         typer.Option(
             help="A GPU such as h100, a100-80gb, rtx4090, or one from --prices; or this (also: cpu), the machine that this runs on. "
-            "[default: this, if it has a GPU or the recipe was measured on it; else h100]"
+            "(default: this, if it has a GPU or the recipe was measured on it; else h100)"
         ),
     ] = None,
     gpus: Annotated[int, typer.Option("--count", help="Number of GPUs.")] = 1,
-    price: Annotated[float | None, typer.Option(help="Dollars per GPU-hour. [default: from a dated table]")] = None,
+    price: Annotated[float | None, typer.Option(help="Dollars per GPU-hour. (default: from a dated table)")] = None,
     prices: Annotated[
         Path | None,
         typer.Option(help="Your own prices and chips, YAML: 'h100: 2.2', 'rtx5080: {teraflops: 112.6, memory_gb: 16, price: 0.3}'."),
     ] = None,
     mfu: Annotated[
-        float | None, typer.Option(help="Fraction of the peak FLOP/s that is used. [default: as measured by microdit bench, else 0.32]")
+        float | None, typer.Option(help="Fraction of the peak FLOP/s that is used. (default: as measured by microdit bench, else 0.32)")
     ] = None,
     images: Annotated[
-        int | None, typer.Option(min=1, max=10**12, help="Number of images to encode. [default: those of the sets, else a million]")
+        int | None, typer.Option(min=1, max=10**12, help="Number of images to encode. (default: those of the sets, else a million)")
     ] = None,
     dollars: Annotated[float | None, typer.Option(help="Instead of a recipe: plan a training run for this sum.")] = None,
     out: Annotated[Path | None, typer.Option(help="With --dollars: folder to write the recipes to.")] = None,
     data: Annotated[str, typer.Option(help="With --dollars: the encoded set that the recipes use.")] = "data/mine",
-    latent_channels: Annotated[int | None, typer.Option(min=1, help="For data that is not encoded yet. [default: 4]")] = None,
-    downsampling: Annotated[int | None, typer.Option(min=1, help="Pixels per latent along each side. [default: 8]")] = None,
-    caption_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per caption. [default: 77]")] = None,
-    caption_channels: Annotated[int | None, typer.Option(min=1, help="Width of a caption token. [default: 1024]")] = None,
+    latent_channels: Annotated[int | None, typer.Option(min=1, help="For data that is not encoded yet. (default: 4)")] = None,
+    downsampling: Annotated[int | None, typer.Option(min=1, help="Pixels per latent along each side. (default: 8)")] = None,
+    caption_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per caption. (default: 77)")] = None,
+    caption_channels: Annotated[int | None, typer.Option(min=1, help="Width of a caption token. (default: 1024)")] = None,
     bench: Annotated[Path | None, typer.Option(help="Measurements file of microdit bench.")] = None,
     check: Annotated[
         Path | None, typer.Option(help="Instead of a recipe: show planned beside actual cost of this finished run, or folder of runs.")
@@ -146,21 +146,21 @@ def bench(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Time this recipe, or a folder of them, for microdit budget. [default: only the utilisation of MicroDiT_Tiny_2, 256 px, "
-            "mask ratio 0.75]"
+            help="Time this recipe, or a folder of them, for microdit budget. (default: only the utilisation of MicroDiT_Tiny_2, 256 px, "
+            "mask ratio 0.75)"
         ),
     ] = None,
     seconds: Annotated[
         float, typer.Option(min=0.1, help="Duration of the measurement of steps, shared by the recipes of a folder. Other parts add to it.")
     ] = 20.0,
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Without --recipe: samples per step. [default: 256 on a GPU, 8 on a CPU]")
+        int | None, typer.Option(min=1, help="Without --recipe: samples per step. (default: 256 on a GPU, 8 on a CPU)")
     ] = None,
     device: Device = "auto",
     dtype: TrainingDtype = "auto",
     file: Annotated[
         Path | None,
-        typer.Option(help="Without --recipe: file to keep the result in. [default: microdit/bench.json in $XDG_STATE_HOME]"),
+        typer.Option(help="Without --recipe: file to keep the result in. (default: microdit/bench.json in $XDG_STATE_HOME)"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="With --recipe: folder for a copy of the result, RECIPE.json.")] = None,
 ) -> None:

@@ -21,20 +21,20 @@ MEASURED_SECONDS = 3.0
 
 def new(
     source: Annotated[str, typer.Argument(help=f"Pictures, or a set that is encoded already. {SOURCE_HELP}")],
-    out: Annotated[Path | None, typer.Option(help="The recipe to write. [default: NAME.yaml]")] = None,
-    data: Annotated[str | None, typer.Option(help="Where the pictures are to be encoded. [default: data/NAME]")] = None,
-    resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels. [default: by the autoencoder and the pictures]")] = None,
+    out: Annotated[Path | None, typer.Option(help="The recipe to write. (default: NAME.yaml)")] = None,
+    data: Annotated[str | None, typer.Option(help="Where the pictures are to be encoded. (default: data/NAME)")] = None,
+    resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels. (default: by the autoencoder and the pictures)")] = None,
     autoencoder: Annotated[str, typer.Option(help="As for data encode.")] = "icon",
     text_encoder: Annotated[str, typer.Option(help="As for data encode.")] = "minilm",
     hold_out: Annotated[
-        str | None, typer.Option(help="Share (5%) or number (500) of pictures to hold out. [default: 5% of 100 pictures or more]")
+        str | None, typer.Option(help="Share (5%) or number (500) of pictures to hold out. (default: 5% of 100 pictures or more)")
     ] = None,
     init_from: Annotated[
         str | None,
         typer.Option("--from", help="Start from the weights of a run, an exported or imported model, or demo: the recipe fits them."),
     ] = None,
     chip: Annotated[
-        str | None, typer.Option(help="Estimate cost and memory on this GPU, such as rtx4090. [default: measure this machine]")
+        str | None, typer.Option(help="Estimate cost and memory on this GPU, such as rtx4090. (default: measure this machine)")
     ] = None,
 ) -> None:
     """Look at your pictures and write a recipe for them; then print what it costs and the commands to run next.

@@ -34,22 +34,22 @@ class DrawingOptions:
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Steps of the solver. heun evaluates the model twice per step, dpm and euler once. [default: 30; of a distilled model "
-            "its own]"
+            help="Steps of the solver. heun evaluates the model twice per step, dpm and euler once. (default: 30; of a distilled model "
+            "its own)"
         ),
     ] = None
     guidance: Annotated[
         float | None,
         typer.Option(
-            help="Guidance scale: higher follows the prompt more closely, 1 is off. 2 suits the demo model, 5 the paper's. [default: 2; "
-            "of a distilled model 1]"
+            help="Guidance scale: higher follows the prompt more closely, 1 is off. 2 suits the demo model, 5 the paper's. (default: 2; "
+            "of a distilled model 1)"
         ),
     ] = None
     seed: Annotated[int, typer.Option(help="Seed of the initial noise. The same seed and settings give the same picture.")] = 0
     solver: Annotated[
         str | None,
         typer.Option(
-            help="heun (the paper's), dpm (second order, at half the cost of a step) or euler. [default: heun; of a distilled model euler]"
+            help="heun (the paper's), dpm (second order, at half the cost of a step) or euler. (default: heun; of a distilled model euler)"
         ),
     ] = None
     guidance_interval: Annotated[
@@ -58,7 +58,7 @@ class DrawingOptions:
     ] = None
     guidance_rescale: Annotated[float, typer.Option(help="From 0 to 1: how much of the contrast that guidance adds to take back.")] = 0.0
     guidance_kind: Annotated[
-        str | None, typer.Option(help="classifier-free, path-drop (sprint models) or autoguidance. [default: classifier-free]")
+        str | None, typer.Option(help="classifier-free, path-drop (sprint models) or autoguidance. (default: classifier-free)")
     ] = None
     autoguide: Annotated[str | None, typer.Option(help="A run of a smaller or less trained model of the same data, for autoguidance.")] = (
         None
@@ -69,14 +69,14 @@ class DrawingOptions:
         tuple[float, float] | None,
         typer.Option(
             metavar="LOW HIGH",
-            help="The last and the first noise level. 0.05 20 suits the demo model. [default: 0.002 80; about 0 1 for flow matching]",
+            help="The last and the first noise level. 0.05 20 suits the demo model. (default: 0.002 80; about 0 1 for flow matching)",
         ),
     ] = None
     negative: Annotated[str | None, typer.Option(help="Negative prompt: what the pictures should not show.")] = None
-    height: Annotated[int | None, typer.Option(help="Height in pixels. [default: as in training]")] = None
-    width: Annotated[int | None, typer.Option(help="Width in pixels. [default: as in training]")] = None
+    height: Annotated[int | None, typer.Option(help="Height in pixels. (default: as in training)")] = None
+    width: Annotated[int | None, typer.Option(help="Width in pixels. (default: as in training)")] = None
     weights: Annotated[
-        str | None, typer.Option(help="Weights of a run: model, ema or ema-DECAY. [default: ema if there is one, else model]")
+        str | None, typer.Option(help="Weights of a run: model, ema or ema-DECAY. (default: ema if there is one, else model)")
     ] = None
     device: Device = "auto"
     dtype: Dtype = "auto"
@@ -252,7 +252,7 @@ def explain(
     out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("explain.html"),
     seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
     weights: Annotated[
-        str | None, typer.Option(help="Weights of a run: model, ema or ema-DECAY. [default: ema if there is one, else model]")
+        str | None, typer.Option(help="Weights of a run: model, ema or ema-DECAY. (default: ema if there is one, else model)")
     ] = None,
     device: Device = "auto",
 ) -> None:

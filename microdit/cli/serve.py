@@ -11,7 +11,7 @@ from microdit.errors import UserError, optional_package
 
 
 def app(
-    models: Annotated[list[str] | None, typer.Argument(help="Run folders or exported models. [default: the demo model]")] = None,
+    models: Annotated[list[str] | None, typer.Argument(help="Run folders or exported models. (default: the demo model)")] = None,
     host: Annotated[
         str,
         typer.Option(help="Address to listen on. There is no password: every machine that can reach the address may use it."),
@@ -19,7 +19,7 @@ def app(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
     queue: Annotated[int, typer.Option(min=1, max=10_000, help="Most jobs that may wait; further ones are refused.")] = 32,
     recipes: Annotated[
-        Path, typer.Option(help="Folder of recipes whose cost the page estimates. [default: the bundled ones]", show_default=False)
+        Path, typer.Option(help="Folder of recipes whose cost the page estimates. (default: the bundled ones)", show_default=False)
     ] = RECIPES,
     device: Device = "auto",
     dtype: Dtype = "auto",

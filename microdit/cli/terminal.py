@@ -29,7 +29,7 @@ Rewrite = Annotated[
     str | None,
     typer.Option(
         help="Let a language model rewrite the prompts as detailed captions first: the base URL of an OpenAI-compatible API (its key is "
-        "read from MICRODIT_JUDGE_KEY), or the folder or hub name of a model of transformers. [default: draw prompts as they are]"
+        "read from MICRODIT_JUDGE_KEY), or the folder or hub name of a model of transformers. (default: draw prompts as they are)"
     ),
 ]
 RewriteModel = Annotated[str | None, typer.Option(help="The model's name at the --rewrite URL.")]

@@ -18,11 +18,11 @@ def train(
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as phases.0.steps=100 seed=1")] = None,
     out: Annotated[
-        str | None, typer.Option(help="Run folder, or a place in an object store, such as s3://BUCKET/runs/NAME. [default: runs/NAME]")
+        str | None, typer.Option(help="Run folder, or a place in an object store, such as s3://BUCKET/runs/NAME. (default: runs/NAME)")
     ] = None,
     workspace: Annotated[
         Path | None,
-        typer.Option(help="Local folder of a run in an object store: checkpoints are written there first. [default: the cache]"),
+        typer.Option(help="Local folder of a run in an object store: checkpoints are written there first. (default: the cache)"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint, if there is one.")] = False,
     accept_changes: Annotated[
@@ -79,9 +79,9 @@ def train(
 
 def train_autoencoder(
     out: Annotated[Path, typer.Option(help="Folder for config, weights and record.json.")],
-    source: Annotated[str | None, typer.Argument(help="As for data encode. [default: the emoji, as for the bundled autoencoder]")] = None,
+    source: Annotated[str | None, typer.Argument(help="As for data encode. (default: the emoji, as for the bundled autoencoder)")] = None,
     start: Annotated[
-        str | None, typer.Option("--from", help="Begin with the weights of an autoencoder: icon, or a folder. [default: from scratch]")
+        str | None, typer.Option("--from", help="Begin with the weights of an autoencoder: icon, or a folder. (default: from scratch)")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps. The bundled autoencoder took 2,600.")] = 2600,
     latent_channels: Annotated[int, typer.Option(min=1, help="Channels of the latents, without --from.")] = 8,
@@ -128,7 +128,7 @@ def train_autoencoder(
 def report(
     run: Annotated[str, typer.Argument(help="A run folder, or a folder of several phases' runs; either may be in an object store.")],
     out: Annotated[
-        Path | None, typer.Option(help="The HTML file to write. [default: RUN/report.html; for a run in a store, NAME-report.html]")
+        Path | None, typer.Option(help="The HTML file to write. (default: RUN/report.html; for a run in a store, NAME-report.html)")
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about a run: curves, pictures, cost, configuration. Works during training, too.

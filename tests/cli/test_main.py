@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.text import Text
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from microdit.cli import main as cli
@@ -262,3 +264,17 @@ def test_a_disk_that_is_full_or_read_only_is_a_sentence(monkeypatch, capsys, num
     assert "make room there, or choose another place" in printed
     assert "\x1b" not in printed
     assert "Traceback" not in printed
+
+
+def test_nothing_in_an_options_help_is_taken_for_markup():
+    """Rich drops what stands in square brackets, so a default that is written there would never be seen."""
+    seen = 0
+    commands = [get_command(cli.app)]
+    while commands:
+        command = commands.pop()
+        commands += getattr(command, "commands", {}).values()
+        for parameter in command.params:
+            text = getattr(parameter, "help", None) or ""
+            assert Text.from_markup(text).plain == text, f"{command.name} {parameter.name}"
+            seen += bool(text)
+    assert seen > 100
