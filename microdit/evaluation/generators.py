@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any, Protocol, Self
 import torch
 from PIL import Image
 
-from microdit.diffusion.edm import EDM
 from microdit.diffusion.samplers import Solver
 from microdit.distributed import World
 from microdit.encoders.model_files import dtype_argument, is_place, lasting_name, loading
@@ -47,11 +47,9 @@ class DrawSettings:
     @classmethod
     def suited_to(cls, place: str, steps: int | None, guidance: float | None, seed: int, weights: str | None = None) -> Self:
         """Return the settings for the model at `place`, in which None stands for what suits it."""
-        try:
-            objective = find_origin(place).objective
-        except UserError:  # a pipeline of another kind, or a run without a checkpoint yet
-            objective = EDM()
-        usual = suited_to(objective, cls().sampler)
+        usual = cls().sampler
+        with suppress(UserError):  # of a pipeline of another kind, or a run without a checkpoint yet
+            usual = suited_to(find_origin(place).objective, usual)
         return cls(
             usual.num_inference_steps if steps is None else steps,
             usual.guidance_scale if guidance is None else guidance,

@@ -23,7 +23,7 @@ START, END = "(start)", "(end)"  # names of the text encoder's own tokens
 
 @dataclass
 class Observed:
-    """What the blocks did, by the block's name, such as "mixer 1" or "block 3".
+    """The attention and the experts' choices of one pass, by the name of the block, such as "mixer 1" or "block 3".
 
     `attention` holds the mean attention of the heads from image tokens to caption tokens, (T, L); in joint attention the rest of it
     goes to image tokens. `experts` holds the tokens that each expert takes, (E, K).

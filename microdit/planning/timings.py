@@ -81,7 +81,7 @@ class Repeated:
 
 @dataclass(frozen=True)
 class Timings:
-    """What was measured, in seconds where nothing else is said.
+    """The measured times of a recipe's parts on one machine, in seconds unless a name says otherwise.
 
     A checkpoint is copied while training waits, and then written beside it. What a recipe does not ask for, or what could not be
     measured, is None; `notes` says why. `picture` is the time of drawing one picture, `features` that of looking at one with the feature

@@ -104,7 +104,7 @@ class QueuedStep:
 
 @dataclass(frozen=True)
 class Encoded:
-    """How many records of the recipe's sources were encoded for a run, and in how many seconds; none if the cache held them all."""
+    """The number of records of the recipe's sources that were encoded for a run, and the seconds it took; none if the cache held all."""
 
     records: int
     seconds: float
