@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -38,6 +38,12 @@ def budget(
     ] = None,
     dollars: Annotated[float | None, typer.Option(help="Instead of a recipe: plan a training run for this sum.")] = None,
     out: Annotated[Path | None, typer.Option(help="With --dollars: folder to write the recipes to.")] = None,
+    family: Annotated[
+        Literal["lab", "paper"],
+        typer.Option(
+            help="With --dollars: the networks and phases to plan with. lab: what our studies favour, with reasons; paper: MicroDiT's."
+        ),
+    ] = "lab",
     data: Annotated[str, typer.Option(help="With --dollars: the encoded set that the recipes use.")] = "data/mine",
     latent_channels: Annotated[int | None, typer.Option(min=1, help="For data that is not encoded yet. (default: 4)")] = None,
     downsampling: Annotated[int | None, typer.Option(min=1, help="Pixels per latent along each side. (default: 8)")] = None,
@@ -72,6 +78,7 @@ def budget(
     from microdit.planning.estimate import estimate, find_all_timings, with_measured_times
     from microdit.planning.estimate_tables import print_estimate, print_plan
     from microdit.planning.hardware import find_machine, measurements_file, this_machine
+    from microdit.planning.phases import FAMILIES
     from microdit.planning.planner import plan_for_dollars, write_recipes
     from microdit.planning.workload import KnownShapes
 
@@ -100,7 +107,7 @@ def budget(
         machine = this_machine(engine.device, engine.precision, price, mfu, prices, bench or measurements_file())
     else:
         machine = find_machine(chip or DEFAULT_CHIP, gpus, price, mfu, prices, bench or measurements_file())
-    plan = plan_for_dollars(dollars, machine, given, data, images) if dollars is not None else None
+    plan = plan_for_dollars(dollars, machine, given, data, images, family=FAMILIES[family]) if dollars is not None else None
     recipes = plan.recipes if plan is not None else recipes
     estimated = estimate(recipes, machine, given, images)
     if is_timed:
@@ -229,16 +236,17 @@ def _time_recipes(place: Path, overrides: list[str], seconds: float, out: Path |
     from microdit.planning.estimate_tables import print_bill
     from microdit.planning.timings import conditions, keep_timings, timings_file
     from microdit.planning.workload import shapes_of
-    from microdit.training.recipe_benchmark import time_recipe
+    from microdit.training.recipe_benchmark import time_training, with_encoding
 
     recipes = load_recipes(place, overrides)
     engine = next(iter(recipes.values())).engine
     world = start_world(engine.device)
     console.print(describe_device(world.device, choose_dtype(engine.precision, world.device)))
+    shapes = {name: shapes_of(recipe) for name, recipe in recipes.items()}
+    trained = {name: time_training(recipe, shapes[name], world, seconds / len(recipes), reporter) for name, recipe in recipes.items()}
     for name, recipe in recipes.items():
-        shapes = shapes_of(recipe)
-        timings = time_recipe(recipe, shapes, world, seconds / len(recipes), reporter)
-        where = conditions(recipe, shapes)
+        timings = with_encoding(trained[name], recipe, shapes[name], world, reporter)
+        where = conditions(recipe, shapes[name])
         keep_timings(timings, where, timings_file(where))
         if out is not None:
             keep_timings(timings, where, out / f"{name}.json")

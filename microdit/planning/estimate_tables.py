@@ -224,7 +224,7 @@ def _time(number: float) -> str:
 
 def _dropped(ratios: tuple[float, float]) -> str:
     first, last = (f"{ratio:.0%}" for ratio in ratios)
-    return first if first == last else f"{first} to {last}"
+    return first if first == last else f"{first[:-1]}-{last}"
 
 
 def _short(number: float) -> str:

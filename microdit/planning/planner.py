@@ -1,4 +1,4 @@
-"""Plan what a sum of money buys: encoded images, a model size that suits the compute and fits in memory, and the paper's phases as recipes.
+"""Plan what a sum of money buys: encoded images, a model size that suits the compute and fits in memory, and a family's phases as recipes.
 
 The recipes are written as YAML files for people to read and edit, so they contain only values that differ from the defaults.
 """
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from microdit.config.schema import EngineRecipe, OptimizerRecipe, Recipe, short_yaml
+from microdit.config.schema import EngineRecipe, Recipe, short_yaml
 from microdit.errors import UserError
 from microdit.io.files import write_aside
 from microdit.models.config import Size
@@ -17,18 +17,16 @@ from microdit.planning.estimate import EncodingCost, encoding_cost
 from microdit.planning.hardware import Machine
 from microdit.planning.memory import MemoryPlan, PhaseMemory
 from microdit.planning.phases import (
-    AT_256,
     FITTED,
+    LAB,
     LARGE,
-    SMALL,
-    STAGES,
     WIDTHS,
+    Family,
     SizeTarget,
     Stage,
     equivalent_size,
     file_stem,
     paper_flops,
-    size_of_width,
     stage_flops,
     stage_recipe,
     target_size,
@@ -62,14 +60,15 @@ class Plan:
     equivalent: float
     smaller_for_memory: bool
     machine: Machine
+    family: Family
     recipes: dict[str, Recipe]
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "machine": self.machine.chip.name}
+        return {**asdict(self), "machine": self.machine.chip.name, "family": self.family.name}
 
     def describe(self) -> list[str]:
         """Return the plan and its reasons as sentences."""
-        size = size_of_width(self.width)
+        size = self.family.size_of_width(self.width)
         low, high = self.widths
         paid = self.encoding.dollars or 0.0
         pictures = f"{self.encoding.images:,} images ({'assumed; ' if self.encoding.assumed else ''}--images says how many)"
@@ -89,17 +88,18 @@ class Plan:
             lines.append(f"A wider one was wanted, and does not fit {self.machine.count} x {self.machine.chip.memory_gb:g} GB.")
         if self.width == max(WIDTHS):
             lines.append("It is the largest size that we plan with.")
-        if len(self.recipes) == len(AT_256):
+        if len(self.recipes) == self.family.at_256:
             lines.append(
                 f"All is spent at 256 px: fewer than {LEAST_AT_512 / 1e6:.0f} M images would be left for masked training at 512 px."
             )
-        return lines
+        return [*lines, f"Family '{self.family.name}':", *(f"- {reason}" for reason in self.family.reasons)]
 
 
 @dataclass(frozen=True)
 class _Funds:
-    """The compute left for training in `stages` after encoding. `flops` is negative if the sum does not even pay for encoding."""
+    """The compute left for training in `stages` of `family` after encoding; negative if the sum does not even pay for encoding."""
 
+    family: Family
     stages: Sequence[Stage]
     encoding: EncodingCost
     flops: float
@@ -112,6 +112,7 @@ def plan_for_dollars(
     data: str,
     images: int | None = None,
     check: Callable[[], None] = lambda: None,
+    family: Family = LAB,
 ) -> Plan:
     """Return the plan for a sum. `images` is how many to encode, by default a million, or none if the set `data` is encoded already.
 
@@ -122,17 +123,17 @@ def plan_for_dollars(
         raise UserError(f"--dollars is {dollars}, and must be a sum above 0.")
     if machine.price.dollars == 0:
         raise UserError("--dollars needs a --price above 0: for nothing, any number of GPU-hours can be had.")
-    shapes = _shapes(given, data)
-    full, low = (_funds(dollars, stages, shapes, machine, images) for stages in (STAGES, AT_256))
+    shapes = _shapes(given, data, family)
+    full, low = (_funds(dollars, family, count, shapes, machine, images) for count in (len(family.stages), family.at_256))
     _check_enough(dollars, low, shapes, machine)
     _check_not_too_much(dollars, full, machine)
     funds = full if _reaches_512(full, shapes) else low
     wanted = _wanted(funds.flops)
-    best = _nearest(wanted.middle)
+    best = _nearest(family, wanted.middle)
     for width in reversed(WIDTHS[: WIDTHS.index(best) + 1]):
-        recipes = _recipes(size_of_width(width), funds, shapes, machine, data, check)
+        recipes = _recipes(family.size_of_width(width), funds, shapes, machine, data, check)
         if recipes is not None:
-            widths = _nearest(wanted.middle / UNCERTAINTY), _nearest(wanted.middle * UNCERTAINTY)
+            widths = _nearest(family, wanted.middle / UNCERTAINTY), _nearest(family, wanted.middle * UNCERTAINTY)
             return Plan(
                 dollars=dollars,
                 encoding=funds.encoding,
@@ -141,25 +142,28 @@ def plan_for_dollars(
                 wanted=wanted,
                 width=width,
                 widths=widths,
-                equivalent=equivalent_size(size_of_width(width)),
+                equivalent=equivalent_size(family.size_of_width(width)),
                 smaller_for_memory=width < best,
                 machine=machine,
+                family=family,
                 recipes=recipes,
             )
     raise UserError(f"Not even the smallest of our sizes fits {machine.count} x {machine.chip.name} of {machine.chip.memory_gb:g} GB.")
 
 
-def _shapes(given: KnownShapes, data: str) -> dict[str, Shapes]:
+def _shapes(given: KnownShapes, data: str, family: Family) -> dict[str, Shapes]:
     """Return the shapes by the stage's name, read from the set `data` if it exists."""
     try:
-        return {stage.name: shapes_of(stage_recipe(stage, SMALL, 1, 1, data), given) for stage in STAGES}
+        return {stage.name: shapes_of(stage_recipe(stage, family.size_of_width(WIDTHS[0]), 1, 1, data), given) for stage in family.stages}
     except UserError as error:
         raise UserError(f"{error} The plan's phases need 256 and 512 px: encode {data} at both, or name another --data.") from error
 
 
-def _funds(dollars: float, stages: Sequence[Stage], shapes: dict[str, Shapes], machine: Machine, images: int | None) -> _Funds:
+def _funds(dollars: float, family: Family, count: int, shapes: dict[str, Shapes], machine: Machine, images: int | None) -> _Funds:
+    """Return what is left for the first `count` phases."""
+    stages = family.stages[:count]
     paid = encoding_cost([shapes[stage.name] for stage in stages], machine, images)
-    return _Funds(stages, paid, (dollars - (paid.dollars or 0.0)) * _flops_per_dollar(machine))
+    return _Funds(family, stages, paid, (dollars - (paid.dollars or 0.0)) * _flops_per_dollar(machine))
 
 
 def _flops_per_dollar(machine: Machine) -> float:
@@ -168,7 +172,7 @@ def _flops_per_dollar(machine: Machine) -> float:
 
 def _check_enough(dollars: float, funds: _Funds, shapes: dict[str, Shapes], machine: Machine) -> None:
     """Raise UserError if the funds for 256 px do not pay for any model."""
-    of_an_image = _mean_flops(AT_256, size_of_width(WIDTHS[0]), shapes)
+    of_an_image = _mean_flops(funds.stages, funds.family.size_of_width(WIDTHS[0]), shapes)
     images = funds.flops / of_an_image
     if images >= LEAST_IMAGES:
         return
@@ -201,8 +205,9 @@ def _reaches_512(funds: _Funds, shapes: dict[str, Shapes]) -> bool:
     """Return whether the recommended size can see enough masked images at 512 px."""
     if funds.flops <= 0:
         return False
-    size = size_of_width(_nearest(_wanted(funds.flops).middle))
-    return funds.flops / _mean_flops(STAGES, size, shapes) * _shares(STAGES)[2] >= LEAST_AT_512
+    family = funds.family
+    size = family.size_of_width(_nearest(family, _wanted(funds.flops).middle))
+    return funds.flops / _mean_flops(funds.stages, size, shapes) * _shares(funds.stages)[family.at_256] >= LEAST_AT_512
 
 
 def _recipes(
@@ -211,14 +216,14 @@ def _recipes(
     """Return the phases that spend the funds, with engine settings that fit; None if there are none."""
     stages = funds.stages
     batch = _batch(funds.flops / _mean_flops(stages, size, shapes), machine.count)
-    found = [_memory_plan(stage, size, batch, shapes[stage.name], machine, stage is stages[-1], check) for stage in stages]
+    found = [_memory_plan(funds, stage, size, batch, shapes[stage.name], machine, check) for stage in stages]
     ways = [way for way in found if way is not None]
     if len(ways) < len(found):
         return None
     images = funds.flops / _mean_flops(stages, size, shapes, [way.time for way in ways])
     recipes = {}
     for stage, share, way in zip(stages, _shares(stages), ways, strict=True):
-        engine, optimizer = way.engine(EngineRecipe(compile=True)), way.optimizer(OptimizerRecipe())
+        engine, optimizer = way.engine(EngineRecipe(compile=True)), way.optimizer(funds.family.optimizer)
         steps = max(1, int(images * share / batch))
         recipes[file_stem(stage)] = stage_recipe(stage, size, steps, batch, data, engine, stage is stages[-1], optimizer)
     return recipes
@@ -230,17 +235,17 @@ def _batch(images: float, gpus: int) -> int:
 
 
 def _memory_plan(
-    stage: Stage, size: Size, batch: int, shapes: Shapes, machine: Machine, last: bool, check: Callable[[], None]
+    funds: _Funds, stage: Stage, size: Size, batch: int, shapes: Shapes, machine: Machine, check: Callable[[], None]
 ) -> MemoryPlan | None:
-    recipe = stage_recipe(stage, size, steps=1, batch_size=batch, last=last)
+    recipe = stage_recipe(stage, size, 1, batch, last=stage is funds.stages[-1], optimizer=funds.family.optimizer)
     return PhaseMemory(recipe, recipe.phases[0], shapes, machine.count, check).best_plan(machine.chip.memory_gb)
 
 
-def _mean_flops(stages: Sequence[Stage], size: Size, shapes: dict[str, Shapes], factors: Sequence[float] = (1.0,) * len(STAGES)) -> float:
+def _mean_flops(stages: Sequence[Stage], size: Size, shapes: dict[str, Shapes], factors: Sequence[float] | None = None) -> float:
     """Return the mean FLOPs of an image over all phases, each phase's weighted by `factors`."""
     return sum(
         share * factor * stage_flops(stage, size, shapes[stage.name])
-        for share, factor, stage in zip(_shares(stages), factors, stages, strict=False)
+        for share, factor, stage in zip(_shares(stages), factors or [1.0] * len(stages), stages, strict=True)
     )
 
 
@@ -254,9 +259,9 @@ def _wanted(flops: float) -> SizeTarget:
     return target_size(flops, paper_flops(LARGE), equivalent_size(LARGE))
 
 
-def _nearest(equivalent: float) -> int:
+def _nearest(family: Family, equivalent: float) -> int:
     """Return the width of the size whose equivalent size is nearest."""
-    return min(WIDTHS, key=lambda width: abs(math.log(equivalent_size(size_of_width(width)) / equivalent)))
+    return min(WIDTHS, key=lambda width: abs(math.log(equivalent_size(family.size_of_width(width)) / equivalent)))
 
 
 def write_recipes(plan: Plan, folder: Path) -> None:
@@ -269,7 +274,8 @@ def write_recipes(plan: Plan, folder: Path) -> None:
 
 def recipe_files(plan: Plan) -> dict[str, str]:
     """Return the text of each recipe by its file name."""
-    bought = f"what {money(plan.dollars)} buy on {plan.machine.count} x {plan.machine.chip.name} (microdit budget --dollars)"
+    machine = f"{plan.machine.count} x {plan.machine.chip.name}"
+    bought = f"what {money(plan.dollars)} buy on {machine} (microdit budget --dollars, family {plan.family.name})"
     return {
         f"{stem}.yaml": f"# Phase {number} of {len(plan.recipes)} of {bought}.\n{short_yaml(recipe)}"
         for number, (stem, recipe) in enumerate(plan.recipes.items(), start=1)

@@ -50,8 +50,8 @@ EVALUATION_STEPS = 18  # of `microdit evaluate`
 LOOKED_AT = 16  # pictures that the feature network is timed on
 
 
-def time_recipe(recipe: Recipe, shapes: Shapes, world: World, seconds: float, reporter: Reporter = QUIET) -> Timings:
-    """Train the recipe for about `seconds`, and time everything else that its training does, and encoding.
+def time_training(recipe: Recipe, shapes: Shapes, world: World, seconds: float, reporter: Reporter = QUIET) -> Timings:
+    """Train the recipe for about `seconds`, and time everything else that its training does. For the rest see `with_encoding`.
 
     `shapes` are those of its data. Raises UserError if the machine's memory does not hold the training, and whatever the trainer raises.
     """
@@ -69,7 +69,6 @@ def time_recipe(recipe: Recipe, shapes: Shapes, world: World, seconds: float, re
         spent, rough = first.cost.seconds, _step_times(part, first, [FIRST_LOOK] * len(stretches(recipe)))
         del first
         steps = _more_steps(part, rough, Path(place) / "second", world, seconds, reporter)
-    encoded = _pictures_encoded(recipe, shapes, world, reporter, notes)
     grid = _repeated(spent, GRIDS, again.grid, part.grid_factor)
     prompts = len(recipe.record.sample_prompts)
     return Timings(
@@ -83,11 +82,21 @@ def time_recipe(recipe: Recipe, shapes: Shapes, world: World, seconds: float, re
         held_out=_repeated(spent, HELD_OUT, again.held_out, part.held_out_factor),
         quality=_repeated(spent, QUALITY, again.quality, part.quality_factor),
         picture=grid.again / prompts * EVALUATION_STEPS / recipe.record.sample_steps if grid else None,
-        features=_seconds_of_features(world, notes),
-        pictures_encoded_per_second=encoded,
+        features=None,
+        pictures_encoded_per_second=None,
         memory_gb=memory,
         notes=tuple(notes + part.notes()),
     )
+
+
+def with_encoding(timings: Timings, recipe: Recipe, shapes: Shapes, world: World, reporter: Reporter = QUIET) -> Timings:
+    """Return the timings with those of encoding and of evaluation.
+
+    Of several recipes, the training of all is timed first: the peak memory of a process includes whatever it did before.
+    """
+    notes = list(timings.notes)
+    encoded = _pictures_encoded(recipe, shapes, world, reporter, notes)
+    return replace(timings, features=_seconds_of_features(world, notes), pictures_encoded_per_second=encoded, notes=tuple(notes))
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,10 @@ def test_a_sum_becomes_recipes_ready_to_train(tmp_path):
     code, output = microdit(tmp_path, "budget", "--dollars", 50, "--chip", "rtx4090", "--data", "data/cats", "--out", "bought")
     assert code == 0, output
     assert "Written: microdit train bought" in output
-    assert load_recipe(tmp_path / "bought" / "1-256-masked.yaml").data.path == "data/cats"
+    assert load_recipe(tmp_path / "bought" / "1-256-falling.yaml").data.path == "data/cats"
+    code, output = microdit(tmp_path, "budget", "--dollars", 50, "--chip", "rtx4090", "--family", "paper", "--out", "paper")
+    assert code == 0, output
+    assert load_recipe(tmp_path / "paper" / "1-256-masked.yaml").diffusion.objective == "edm"
     spent = re.search(r"Training \$(\S+) and encoding \$(\S+): \$(\S+) of \$50.00\.", output)
     training, encoding, both = (float(number) for number in spent.groups())
     assert training + encoding == pytest.approx(both, abs=0.011)
@@ -59,7 +62,7 @@ def test_a_sum_becomes_recipes_ready_to_train(tmp_path):
 
 
 def test_a_sum_that_encodes_more_than_training_sees_is_told_so(tmp_path):
-    arguments = ["--dollars", 7.29, "--chip", "h100", "--price", 2, "--images", 10**7]
+    arguments = ["--dollars", 7.31, "--chip", "h100", "--price", 2, "--images", 10**7]
     code, output = microdit(tmp_path, "budget", *arguments)
     assert code == 0, output
     assert re.search(r"Only [\d.]+ M images are seen: encode no more of them \(--images\)\.", output)

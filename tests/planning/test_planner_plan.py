@@ -1,5 +1,6 @@
 """What a sum of money buys."""
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,14 +13,39 @@ from microdit.errors import UserError
 from microdit.models.config import resolve
 from microdit.models.microdit import MicroDiT
 from microdit.planning.estimate import estimate
-from microdit.planning.phases import LARGE, SMALL, STAGES, WIDTHS, equivalent_size, paper_flops, size_of_width, stage_recipe, target_size
+from microdit.planning.phases import (
+    FAMILIES,
+    LAB,
+    LARGE,
+    PAPER,
+    SMALL,
+    STAGES,
+    WIDTHS,
+    Family,
+    equivalent_size,
+    paper_flops,
+    size_of_width,
+    stage_recipe,
+    target_size,
+)
 from microdit.planning.planner import LEAST_AT_512, LEAST_IMAGES, STEPS_WANTED, plan_for_dollars, write_recipes
 from microdit.planning.workload import KnownShapes, assumed_shapes
 from tests.planning.test_workload_bill import PUBLISHED, machine
 
+LAB_PAGES = Path(__file__).parents[2] / "docs" / "lab"
+families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
-def buy_on(chip: str, dollars: float, count: int = 1, price: float = 1.0, utilisation: float = 0.4, images: int | None = 1000):
-    return plan_for_dollars(dollars, machine(count, price, utilisation, chip), KnownShapes(), "data/mine", images)
+
+def buy_on(
+    chip: str,
+    dollars: float,
+    count: int = 1,
+    price: float = 1.0,
+    utilisation: float = 0.4,
+    images: int | None = 1000,
+    family: Family = LAB,
+):
+    return plan_for_dollars(dollars, machine(count, price, utilisation, chip), KnownShapes(), "data/mine", images, family=family)
 
 
 def test_the_table_of_stages_is_the_published_run():
@@ -31,14 +57,54 @@ def test_the_table_of_stages_is_the_published_run():
         assert (ours.model, ours.diffusion, ours.ema, ours.init_from) == (model, recipe.diffusion, recipe.ema, recipe.init_from)
 
 
-def test_the_ladder_holds_the_papers_sizes_and_grows():
+def test_the_ladder_holds_the_papers_sizes():
     assert size_of_width(512) is SMALL
     assert size_of_width(1024) is LARGE
-    costs = [equivalent_size(size_of_width(width)) for width in WIDTHS]
-    assert all(1.2 < b / a < 4 for a, b in pairwise(costs))
+
+
+@families
+def test_the_ladder_grows(family):
+    sizes = [family.size_of_width(width) for width in WIDTHS]
+    assert all(1.2 < equivalent_size(b) / equivalent_size(a) < 4 for a, b in pairwise(sizes))
     with torch.device("meta"):
-        counts = [sum(weight.numel() for weight in MicroDiT(resolve(size_of_width(width))).parameters()) for width in WIDTHS]
+        counts = [sum(weight.numel() for weight in MicroDiT(resolve(size)).parameters()) for size in sizes]
     assert counts == sorted(counts)
+
+
+@families
+def test_the_phases_of_a_family_follow_each_other(family):
+    assert [stage.number for stage in family.stages] == list(range(1, len(family.stages) + 1))
+    assert [stage.follows for stage in family.stages[1:]] == [f"{stage.number}-{stage.name}" for stage in family.stages[:-1]]
+    assert family.stages[0].follows is None
+    assert [stage.resolution for stage in family.stages].count(256) == family.at_256
+    assert sum(stage.steps for stage in family.stages) == 335_000  # the published run's
+
+
+def test_the_lab_plans_what_its_reasons_say():
+    found = buy_on("h100", 500, family=LAB)
+    for recipe in found.recipes.values():
+        assert (recipe.diffusion.objective, recipe.optimizer.method) == ("flow", "muon")
+        assert (recipe.model.num_experts, recipe.model.attention_range, recipe.model.mixer_depth) == (0, (1.0, 1.0), 2)
+        phase = recipe.phases[0]
+        assert (phase.mask_ratio_at(0), phase.mask_ratio_at(phase.steps - 1)) == (0.75, 0)
+    assert [recipe.diffusion.shift for recipe in found.recipes.values()] == [1, 2]
+    assert [line.removeprefix("- ") for line in found.describe()][-len(LAB.reasons) :] == list(LAB.reasons)
+
+
+def test_the_reasons_of_the_lab_quote_its_studies():
+    """Each pair of distances stands in the table of the study that is named with it."""
+    quotes = [quote for reason in LAB.reasons for quote in re.findall(r"\((.*?(\d{3}) against (\d{3}).*?)\)", reason)]
+    assert len(quotes) == 5
+    for quote, better, worse in quotes:
+        study = re.search(r"([a-z-]+), \w+ seeds", quote)[1]
+        page = (LAB_PAGES / study / "README.md").read_text()
+        assert all(re.search(rf"\| \**{number} ± ", page) for number in (better, worse)), quote
+
+
+def test_the_two_families_are_as_costly_for_the_same_money():
+    plans = [buy_on("h100", 250, count=8, family=family) for family in FAMILIES.values()]
+    assert plans[0].flops == plans[1].flops
+    assert 0.5 < plans[0].equivalent / plans[1].equivalent < 2  # of the same rules
 
 
 def test_the_rules_give_their_own_points():
@@ -53,12 +119,13 @@ def test_the_rules_give_their_own_points():
 
 
 def test_the_published_runs_money_buys_the_published_run():
-    found = buy_on("h100", 513, count=8, price=2.5, utilisation=0.45)
+    found = buy_on("h100", 513, count=8, price=2.5, utilisation=0.45, family=PAPER)
     assert found.width == 1024
     assert [recipe.phases[0].batch_size for recipe in found.recipes.values()] == [2048] * 4
     assert [recipe.phases[0].steps for recipe in found.recipes.values()] == pytest.approx([250_000, 30_000, 50_000, 5_000], rel=0.002)
 
 
+@families
 @pytest.mark.parametrize(
     ("chip", "count", "dollars", "images"),
     [
@@ -70,9 +137,9 @@ def test_the_published_runs_money_buys_the_published_run():
         ("h100", 8, 9000, None),
     ],
 )
-def test_the_money_is_spent_and_not_more_and_the_recipes_load_and_fit(tmp_path, chip, count, dollars, images):
+def test_the_money_is_spent_and_not_more_and_the_recipes_load_and_fit(tmp_path, chip, count, dollars, images, family):
     """Training and encoding together, each as the bill of the recipes that were written says."""
-    found = buy_on(chip, dollars, count, images=images)
+    found = buy_on(chip, dollars, count, images=images, family=family)
     write_recipes(found, tmp_path / "out")
     recipes = load_recipes(tmp_path / "out", None)
     assert recipes == found.recipes
@@ -85,18 +152,21 @@ def test_the_money_is_spent_and_not_more_and_the_recipes_load_and_fit(tmp_path, 
     assert all(recipe.data.path == "data/mine" for recipe in recipes.values())
 
 
-def test_more_money_never_buys_a_smaller_model():
-    widths = [buy_on("h100", dollars).width for dollars in (0.1, 1, 10, 100, 1000, 10_000)]
+@families
+def test_more_money_never_buys_a_smaller_model(family):
+    widths = [buy_on("h100", dollars, family=family).width for dollars in (0.1, 1, 10, 100, 1000, 10_000)]
     assert widths == sorted(widths)
     assert len(set(widths)) >= 5
 
 
-def test_little_money_stays_at_256_px_and_more_goes_on_to_512():
-    little, more = buy_on("h100", 1), buy_on("h100", 20)
-    assert list(little.recipes) == ["1-256-masked", "2-256-full"]
-    assert len(little.recipes["2-256-full"].ema) == 1
+@families
+def test_little_money_stays_at_256_px_and_more_goes_on_to_512(family):
+    little, more = buy_on("h100", 1, family=family), buy_on("h100", 30, family=family)
+    stems = [f"{stage.number}-{stage.name}" for stage in family.stages]
+    assert list(little.recipes) == stems[: family.at_256]
+    assert len(little.recipes[stems[family.at_256 - 1]].ema) == 1
     assert any("All is spent at 256 px" in line for line in little.describe())
-    masked = more.recipes["3-512-masked"].phases[0]
+    masked = more.recipes[stems[family.at_256]].phases[0]
     assert masked.steps * masked.batch_size >= 0.99 * LEAST_AT_512
     assert sum(recipe.phases[0].steps for recipe in more.recipes.values()) >= 0.99 * STEPS_WANTED
 
@@ -146,7 +216,7 @@ def test_costlier_images_leave_less_money_for_training():
     assert many.gpu_hours * 3600 * 989.4e12 * 0.4 == pytest.approx(many.flops)
     assert "20,000,000 images (--images says how many)" in many.describe()[0]
     little = buy_on("h100", 2, images=None)
-    assert list(little.recipes) == ["1-256-masked", "2-256-full"]
+    assert list(little.recipes) == ["1-256-falling"]
     assert little.encoding.flops_per_sample < many.encoding.flops_per_sample / 3
     assert "1,000,000 images (assumed; --images says how many)" in little.describe()[0]
 
@@ -200,7 +270,7 @@ def test_a_price_of_nothing_and_a_folder_that_is_there_are_refused(tmp_path):
 
 
 def test_a_written_recipe_says_only_what_matters(tmp_path):
-    write_recipes(buy_on("h100", 5), tmp_path)
+    write_recipes(buy_on("h100", 5, family=PAPER), tmp_path)
     text = (tmp_path / "1-256-masked.yaml").read_text()
     assert text.startswith("# Phase 1 of ")
     assert "optimizer" not in text  # as the defaults are

@@ -13,7 +13,7 @@ from microdit.planning.bill import bill_of
 from microdit.planning.timings import StepTime, conditions, keep_timings, read_timings, stretches
 from microdit.planning.workload import Shapes, shapes_of
 from microdit.training import recipe_benchmark
-from microdit.training.recipe_benchmark import _more_steps, _Part, time_recipe
+from microdit.training.recipe_benchmark import _more_steps, _Part, time_training, with_encoding
 from tests.training.processes import RECIPE
 
 DRAWN = ["record.sample_prompts=[owl, cat, dog]", "record.sample_steps=4"]
@@ -44,7 +44,8 @@ def seen(monkeypatch) -> list:
 
 
 def timed(recipe, world, seconds=0.5):
-    return time_recipe(recipe, shapes_of(recipe), world, seconds)
+    shapes = shapes_of(recipe)
+    return with_encoding(time_training(recipe, shapes, world, seconds), recipe, shapes, world)
 
 
 def test_everything_that_a_recipe_does_is_timed_on_its_own_data(encoded_emoji, world, seen, tmp_path):
@@ -126,4 +127,4 @@ def test_more_than_one_process_and_too_little_memory_are_one_sentence(world):
     shapes = shapes_of(huge)
     assert isinstance(shapes, Shapes)
     with pytest.raises(UserError, match="does not fit: one sample at a time"):
-        time_recipe(huge, shapes, world, 0.1)
+        time_training(huge, shapes, world, 0.1)
