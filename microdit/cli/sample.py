@@ -140,6 +140,9 @@ def sample(
 
     model, prompts = model_and_prompts(arguments)
     prompts = clean_prompts(prompts)
+    if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
+        words = " ".join(prompts)
+        console.print(f'These are {len(prompts)} prompts of one word each. One prompt of several words needs quotes: "{words}".')
     negatives = clean_prompts([options.negative]) if options.negative else []
     separate = not out.suffix or out.is_dir()
     check_picture_path(out / picture_name(0) if separate else out, ", or name a folder, without a suffix, for one file a picture")
@@ -169,11 +172,15 @@ def sample(
     if rewriter:
         about |= {"asked": "\n".join(asked), "rewritten_by": rewriter}
     _save(images, prompts, asked, out, about, separate)
-    console.print(joined(f"{len(images)} pictures of {opened.name}, seed {options.seed}, in ", styled(out)))
+    console.print(joined(f"{_pictures(len(images))} of {opened.name}, seed {options.seed}, in ", styled(out)))
     if trajectory:
         with device_errors_explained(fix):
             film.save(trajectory, prompts, opened.pipeline.decode, about)
         console.print(joined("Denoising trajectory: ", styled(trajectory)))
+
+
+def _pictures(count: int) -> str:
+    return f"{count} picture{'s' * (count != 1)}"
 
 
 def _rewritten(prompts: list[str], place: str, model: str | None, device: "torch.device") -> tuple[str, list[str]]:
@@ -243,7 +250,7 @@ def grid(
             )
     about = _about(opened, prompts, negatives, options.seed, settings) | {"sweep": "; ".join(sweep)}
     save_picture(draw_sheet(images, sheet.row_labels, sheet.column_labels, f"{prompts[0]}, seed {options.seed}"), out, about)
-    console.print(joined(f"{sum(map(len, images))} pictures of {opened.name}, seed {options.seed}, in ", styled(out)))
+    console.print(joined(f"{_pictures(sum(map(len, images)))} of {opened.name}, seed {options.seed}, in ", styled(out)))
 
 
 def explain(

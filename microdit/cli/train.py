@@ -51,12 +51,19 @@ def train(
     from microdit.devices import choose_dtype, describe_device, device_errors_explained
     from microdit.distributed import start_world, stop_world
     from microdit.io.places import location
+    from microdit.reports.run_folder import is_run
     from microdit.training.multi_phase import RunSettings, train_one, train_phases
 
     settings = RunSettings(resume, accept_changes, price_per_hour, workspace)
     overrides = [*(overrides or []), *([f"engine.device={device}"] if device else []), *([f"engine.precision={dtype}"] if dtype else [])]
     recipe = find_recipe(recipe)
     is_chain = recipe.is_dir()
+    if is_chain and is_run(recipe):
+        quoted = shlex.quote(str(recipe))
+        raise UserError(
+            f"{recipe} is a run. To continue it: microdit train {quoted}/recipe.yaml --out {quoted} --resume. To train its recipe anew, "
+            "name another --out."
+        )
     recipes = load_recipe_folder(recipe, overrides) if is_chain else {"": load_recipe(recipe, overrides)}
     first = next(iter(recipes.values()))
     run = location(out) if out else Path("runs") / (recipe.resolve().name if is_chain else first.name)

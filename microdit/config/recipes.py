@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from microdit.errors import UserError
+from microdit.io.near_names import did_you_mean, did_you_mean_path
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -27,7 +28,13 @@ def find_recipe(name: Path | str, folder: str = "") -> Path:
                     return found
     if path.is_dir():
         raise UserError(f"There is no recipe (*.yaml) in {path}.")
-    raise UserError(f"There is no recipe at {path}, and none of that name comes with microdit: `microdit recipes` lists those that do.")
+    near = did_you_mean_path(path) or did_you_mean(
+        path.as_posix(), [f"{folder}/{stem}" if folder else stem for stem in list_recipes(folder)]
+    )
+    raise UserError(
+        f"There is no recipe at {path}, and none of that name comes with microdit.{near} 'microdit recipes' lists those that do, and "
+        "'microdit new FOLDER' writes one for your pictures."
+    )
 
 
 def list_recipes(folder: str = "") -> dict[str, str]:

@@ -28,6 +28,7 @@ from microdit.data.encode_plan import (
     OnProgress,
     first_names,
     holds,
+    nothing_kept,
     other_parts,
     read_checked,
     without_free_settings,
@@ -349,7 +350,7 @@ def _complete(folder: Path, out: Path, plan: dict[str, Any], source: Source, on_
         shards = [read_checked(path, "delete it") for path in entries]
         if not any(shard["rows"] for shard in shards):
             rejected = sum((Counter(shard["rejected"]) for shard in shards), Counter())
-            raise UserError(f"No image of the source {plan['source']} could be kept; rejected: {dict(rejected) or 'none either'}.")
+            raise nothing_kept(plan["source"], rejected)
         joined = {"joined": source.joined()} if source.joined else {}
         manifest = write_manifest(folder, plan | joined, shards, source.passed_over)
         on_complete(folder)

@@ -1,11 +1,13 @@
 """What an encoding is asked for, and whether an unfinished one, on a disk or in a store, may be continued."""
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from microdit.data.manifest import has_manifest, read_manifest
+from microdit.data.sources.metadata import NO_CAPTION
 from microdit.errors import UserError
 from microdit.io.files import from_checked_json, to_checked_json
 from microdit.io.places import Place
@@ -27,6 +29,18 @@ class EncodeEvents:
 
     on_progress: Callable[[int, int], None] = lambda records, parts: None
     on_complete: Callable[[Path], None] = lambda folder: None
+
+
+def nothing_kept(source: str, rejected: Mapping[str, int]) -> UserError:
+    """Return the error for a source of which no image was kept, with what to do about the most frequent reason."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(rejected.items(), key=lambda item: -item[1])) or "none"
+    most = max(rejected, key=lambda reason: rejected[reason], default="")
+    fix = (
+        "Write each picture's caption into a text file beside it (owl.png, owl.txt), or name a list of them with --captions"
+        if most == NO_CAPTION
+        else f"'microdit data look {shlex.quote(source)}' shows what it holds"
+    )
+    return UserError(f"No image of the source {source} could be kept; rejected: {reasons}. {fix}.")
 
 
 def holds(out: Path | Place, plan: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from microdit.data.encode_plan import EncodeEvents, MakeShards, first_names, holds, other_parts, read_checked
+from microdit.data.encode_plan import EncodeEvents, MakeShards, first_names, holds, nothing_kept, other_parts, read_checked
 from microdit.data.manifest import MANIFEST, PLAN, Manifest, has_manifest, write_manifest
 from microdit.data.sources.base import Source
 from microdit.data.transfer import put_shard, read_entries, start_writing
@@ -147,7 +147,7 @@ def _complete(
     shards = [entries[number] for number in numbers]
     if not any(shard["rows"] for shard in shards):
         rejected = sum((Counter(shard["rejected"]) for shard in shards), Counter())
-        raise UserError(f"No image of the source {plan['source']} could be kept; rejected: {dict(rejected) or 'none either'}.")
+        raise nothing_kept(plan["source"], rejected)
     joined = {"joined": source.joined()} if source.joined else {}
     manifest = write_manifest(folder, plan | joined, shards, source.passed_over)
     on_complete(folder)

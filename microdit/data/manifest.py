@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,14 +107,16 @@ def _check_names(manifest: Manifest) -> None:
 
 
 def _advice(folder: Path | Place) -> str:
-    """Return what to do about a data set without a manifest."""
+    """Return what to do about a data set without a manifest. A folder with the name of a built-in source is likely meant for it."""
     if isinstance(folder, Place):
         if (folder / PLAN).exists():
             return "it is being written, or its writing was stopped, which the same 'microdit data encode' or 'push' finishes"
         return "'microdit data encode' writes one, and 'microdit data push' copies one there"
     unfinished = folder.with_name(f".{folder.name}.part")
-    how = f"finishes the one in {unfinished}: run the same command again" if unfinished.exists() else "writes one"
-    return f"'microdit data encode' {how}"
+    if unfinished.exists():
+        return f"'microdit data encode' finishes the one in {unfinished}: run the same command again"
+    source = folder.name if folder.name in ("emoji", "scenes", "icons") else "SOURCE"
+    return f"'microdit data encode {source} --out {shlex.quote(str(folder))}' writes one"
 
 
 def _check_shards(folder: Path | Place, manifest: Manifest) -> None:

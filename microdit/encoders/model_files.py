@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 
 from microdit.errors import UserError
 from microdit.io.files import read_json
+from microdit.io.near_names import did_you_mean_path
 
 DOWNLOAD_AGAIN = "Download it again."  # the advice for a damaged file of a model
 _WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # transformers unpickles nothing but tensors from the second
@@ -44,7 +45,7 @@ def find_folder(place: str, patterns: list[str]) -> Path:
         return Path(place)
     match = _HUB_ID.fullmatch(place)
     if match is None:
-        raise UserError(f"There is no folder {place}.")
+        raise UserError(f"There is no folder {place}.{did_you_mean_path(place)}")
     repository, subfolder = match[1], match[2] or ""
     inside = f"{subfolder.rstrip('/')}/" if subfolder else ""
     try:
@@ -55,8 +56,9 @@ def find_folder(place: str, patterns: list[str]) -> Path:
                 f"The files of {repository} cannot be stored ({first_line(error)}): set HF_HOME to a writable folder with enough space."
             ) from error
         raise UserError(
-            f"There is no folder {place}, and the model {repository} could not be downloaded ({first_line(error)}). Check the name and "
-            "the network; or download the model's folder on another computer, and give the path of that folder."
+            f"There is no folder {place}.{did_you_mean_path(place)} The model {repository} could not be downloaded either "
+            f"({first_line(error)}). Check the name and the network; or download the model's folder on another computer, and give the path "
+            "of that folder."
         ) from error
 
 

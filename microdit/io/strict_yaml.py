@@ -259,18 +259,26 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _hint(kind: type, unknown: str) -> str:
     names = sorted(known_keys(kind))
-    near = difflib.get_close_matches(unknown.rsplit(".", 1)[-1], {name.rsplit(".", 1)[-1] for name in names}, n=1)
+    before, _, last = unknown.rpartition(".")
+    near = difflib.get_close_matches(last, {name.rsplit(".", 1)[-1] for name in names}, n=1)
     paths = [name for name in names if near and name.rsplit(".", 1)[-1] == near[0]]
+    if near and f"{re.sub(r'[.][0-9]+', '.0', before)}.{near[0]}" in paths:
+        paths = [f"{before}.{near[0]}"]  # in the part that was named
     return f"did you mean {' or '.join(paths)}?" if paths else f"known keys: {', '.join(names)}."
 
 
 def known_keys(kind: type, before: str = "") -> list[str]:
-    """List all keys of a dataclass, those within lists and mappings without their number or name: `phases.steps`."""
+    """List all keys of a dataclass, with those of a list's first item, and those within mappings: `phases.0.steps`, `sets.NAME.path`."""
     found = []
     for name, hint in _hints(kind).items():
         inner = _dataclass_in(hint)
-        found += known_keys(inner, f"{before}{name}.") if inner else [f"{before}{name}"]
+        within = "0." if _has(list, hint) else "NAME." if _has(dict, hint) else ""
+        found += known_keys(inner, f"{before}{name}.{within}") if inner else [f"{before}{name}"]
     return found
+
+
+def _has(container: type, hint: Any) -> bool:
+    return get_origin(hint) is container or any(_has(container, item) for item in get_args(hint))
 
 
 def _dataclass_in(hint: Any) -> type | None:

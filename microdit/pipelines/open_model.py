@@ -12,6 +12,7 @@ from microdit.checkpoint import Checkpoint, default_weights
 from microdit.encoders.model_files import DOWNLOAD_AGAIN, find_folder, is_place, lasting_name
 from microdit.errors import UserError
 from microdit.io.files import read_json
+from microdit.io.near_names import did_you_mean_path
 from microdit.io.places import is_remote
 from microdit.pipelines.components import PIPELINE
 from microdit.pipelines.export import read_record
@@ -93,8 +94,9 @@ def model_and_prompts(arguments: list[str], demo: Path = DEMO) -> tuple[str, lis
         return arguments[0], arguments[1:]
     if arguments and _looks_like_a_path(arguments[0]):
         raise UserError(
-            f"There is no folder {arguments[0]}: name a run or an exported model first, then the prompts; or prompts alone, for the demo "
-            "model (a prompt with a slash needs a space, too)."
+            f"There is no folder {arguments[0]}.{did_you_mean_path(arguments[0])} Name a run or an exported model first, then the prompts "
+            "('microdit train RECIPE --out FOLDER' makes one); or prompts alone, for the demo model (a prompt with a slash needs "
+            "a space, too)."
         )
     if not demo.is_dir():
         raise UserError(

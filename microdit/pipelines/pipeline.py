@@ -12,6 +12,7 @@ Shape legend: B batch, C channels, H W height and width, L caption tokens, E cap
 import copy
 import logging
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from microdit.encoders.captions import clean_caption, clean_prompts, warn_of_unr
 from microdit.encoders.model_files import dtype_argument, loading
 from microdit.encoders.text import FrozenTextEncoder, MiniLM, TextEncoder, as_text_model, load_text_encoder
 from microdit.errors import UserError
+from microdit.io.near_names import did_you_mean_path
 from microdit.models.microdit import MicroDiT
 from microdit.pipelines.components import (
     MicroDiTTransformer2DModel,
@@ -543,11 +545,21 @@ def is_run_folder(folder: Path) -> bool:
     return is_run(folder) or (folder.exists() and not (folder / INDEX).is_file())
 
 
+def _what_to_do(place: Path) -> str:
+    """Return what to do about a place without a checkpoint, in a sentence."""
+    if (place / "card.json").is_file():
+        return "It is an encoded data set: train on it, and name the run's folder."
+    if run := next((item for item in sorted(place.glob("*")) if is_run(item)), None):
+        return f"It holds runs: name one of them, such as {run}."
+    near = "" if place.exists() else did_you_mean_path(place).strip()
+    return near or f"Train one with 'microdit train RECIPE --out {shlex.quote(str(place))}'."
+
+
 def newest_checkpoint(run: Path, warn: Warn, weights: str | None = None) -> Checkpoint:
     """Return the run's newest checkpoint in which these weights are whole. Raises UserError if there is none."""
     checkpoint = find_weights(run, warn, weights)
     if checkpoint is None:
-        raise UserError(f"There is no checkpoint in {run}: train one with 'microdit train RECIPE --out {run}'.")
+        raise UserError(f"There is no checkpoint in {run}. {_what_to_do(run)}")
     return checkpoint
 
 

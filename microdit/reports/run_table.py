@@ -9,6 +9,7 @@ from rich.table import Table
 
 from microdit.errors import UserError
 from microdit.io.console import styled
+from microdit.io.near_names import did_you_mean_path
 from microdit.io.untrusted_text import one_line
 from microdit.reports.formats import age, count, duration, figure, finite, hours, money, share
 from microdit.reports.run_folder import RECIPE, RunFolder, is_run, state_of
@@ -40,7 +41,7 @@ def list_runs(folder: Path) -> list[RunSummary]:
     Raises UserError if there is no such folder.
     """
     if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}. Name one that holds run folders, such as runs.")
+        raise UserError(f"There is no folder {folder}.{did_you_mean_path(folder)} Name one that holds run folders, such as runs.")
     runs = [_summary(run, folder) for run in _run_folders(folder, DEPTH)]
     return sorted(runs, key=lambda run: (-run.updated, run.path))
 

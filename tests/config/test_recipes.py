@@ -45,7 +45,7 @@ def test_an_own_file_takes_precedence_over_a_bundled_recipe(tmp_path, monkeypatc
 @pytest.mark.parametrize("name", ["nothing", "../recipes/emoji", "recipes", "/emoji", "recipes/../../demo_model"])
 def test_a_name_without_a_recipe_is_a_sentence(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"There is no recipe at .*`microdit recipes` lists those that do"):
+    with pytest.raises(UserError, match=r"There is no recipe at .*'microdit recipes' lists those that do"):
         find_recipe(name)
 
 

@@ -74,7 +74,7 @@ def test_phases_follow_each_other(recipe_file):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("phases.0.mask_ratoi=0.5", "unknown key phases.0.mask_ratoi; did you mean phases.mask_ratio"),
+        ("phases.0.mask_ratoi=0.5", "unknown key phases.0.mask_ratoi; did you mean phases.0.mask_ratio"),
         ("modle.dim=3", "unknown key modle"),
         ("phases.0.mask_ratio=1.0", "phases.0.mask_ratio is 1.0, and must be a number from 0 to less than 1"),
         ("phases.0.steps=many", "phases.0.steps is many, and must be a whole number from 1 to 1,000,000,000"),
@@ -128,7 +128,7 @@ def test_phases_follow_each_other(recipe_file):
         ("phases.0.learning_rate=-1", "learning_rate is -1, and must be"),
         ("phases.0.learning_rate=.nan", "learning_rate is .nan, and must be"),
         ("ema=[{decay: 1.0}]", "ema.0.decay is 1.0"),
-        ("ema=[{decya: 0.9}]", "unknown key ema.0.decya; did you mean ema.decay"),
+        ("ema=[{decya: 0.9}]", "unknown key ema.0.decya; did you mean ema.0.decay"),
         ("ema=[{decay: 0.9}, {decay: 0.9}]", "ema names a decay twice"),
         ("engine.micro_batch=0", "engine.micro_batch is 0, and must be"),
         ("engine.sharding=zero", "engine.sharding is zero, and must be one of auto, ddp, fsdp, hybrid"),

@@ -436,7 +436,9 @@ def test_batches_on_a_gpu_take_about_the_same_memory_at_any_resolution():
 
 
 def test_a_source_that_gives_nothing_says_why(tmp_path, text_encoder):
-    with pytest.raises(UserError, match=r"No image of the source test could be kept; rejected: \{'file is empty': 1\}"):
+    with pytest.raises(
+        UserError, match=r"No image of the source test could be kept; rejected: 1 file is empty\. 'microdit data look test' shows"
+    ):
         encode_source(source_of([Record("k", {"caption": "c"}, b"")]), tmp_path / "set", SMALL, Pixels(), text_encoder)
 
 

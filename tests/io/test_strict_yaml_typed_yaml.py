@@ -123,9 +123,9 @@ def test_values_are_read_by_the_type_of_their_field(text, read):
         ("pair: [1]", "pair is a list, and must be a list of 2"),
         ("named: [a]", "named is a list, and must be a mapping"),
         ("parts: [{steps: 1}]", "parts.0.name is missing, and has no default"),
-        ("parts: [{name: a, stpes: 1}]", r"unknown key parts.0.stpes; did you mean named.steps or parts.steps\?"),
+        ("parts: [{name: a, stpes: 1}]", r"unknown key parts.0.stpes; did you mean parts.0.steps\?"),
         ("named: {a: {name: [b]}}", "named.a.name is a list"),
-        ("zzz: 1", "unknown key zzz; known keys: kind, maybe, named.name"),
+        ("zzz: 1", "unknown key zzz; known keys: kind, maybe, named.NAME.name"),
         ("- a", "it is a list, and must be keys and values"),
     ],
 )
@@ -140,7 +140,7 @@ def test_a_decimal_number_is_one_in_ten_digits():
 
 
 def test_keys_are_known_through_lists_and_mappings():
-    assert {"parts.name", "parts.steps", "named.name", "text", "pair"} <= set(known_keys(Thing))
+    assert {"parts.0.name", "parts.0.steps", "named.NAME.name", "text", "pair"} <= set(known_keys(Thing))
     assert not {"parts", "named", "text.low"} & set(known_keys(Thing))
 
 

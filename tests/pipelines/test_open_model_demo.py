@@ -82,7 +82,7 @@ def test_an_installed_package_draws_with_its_demo_model(workplace, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 pictures of demo_model, step 6" in done.stdout
+    assert "1 picture of demo_model, step 6" in done.stdout
     assert done.stderr == ""  # no library speaks of its own affairs
     assert (tmp_path / "home" / "grid.png").is_file()
 

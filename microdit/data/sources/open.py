@@ -4,10 +4,13 @@ import glob
 import math
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+from PIL import Image
 
 from microdit.data.sources.archives import archive_source
 from microdit.data.sources.base import ARCHIVES, Source, only_captions
@@ -29,6 +32,7 @@ from microdit.data.sources.untrusted_files import (
     sum_of_kinds,
 )
 from microdit.errors import UserError
+from microdit.io.near_names import did_you_mean, did_you_mean_path
 
 EMBEDDED = ("emoji", "scenes", "icons")
 MOST_NAMES = 1_000_000  # that the braces of a pattern stand for
@@ -88,7 +92,7 @@ def _open(name: str, captions: dict[str, float] | None, list_once: ListOnce | No
 
         return streamed_source(*_hub_name(rest), captions)
     if colon and kind.isidentifier() and not glob.glob(name):
-        raise UserError(f"There is no source '{name}'. {_kinds()}")
+        raise UserError(f"There is no source '{name}'.{did_you_mean(kind, [*EMBEDDED, *NAMED])} {_kinds()}")
     return _open_path(name, captions, list_once, file_column)
 
 
@@ -124,7 +128,7 @@ def _open_path(name: str, captions: dict[str, float] | None, list_once: ListOnce
         return _open_folder(path, captions, list_once, file_column)
     files = [path] if path.is_file() else _matching(str(path))
     if not files:
-        raise UserError(f"There is no file or folder at {name}. {_kinds()}")
+        raise UserError(f"There is no file or folder at {name}.{did_you_mean_path(name)} {_kinds()}")
     if all(file.name.lower().endswith(ARCHIVES) for file in files):  # links too, because the user named them
         return archive_source(files, captions)
     if all(file.suffix.lower() == ".parquet" for file in files):
@@ -133,6 +137,11 @@ def _open_path(name: str, captions: dict[str, float] | None, list_once: ListOnce
         return table_source(files, captions, file_column=file_column)
     if len(files) == 1 and files[0].suffix.lower() in LIST_SUFFIXES:
         return list_source(files[0], captions, file_column)
+    if len(files) == 1 and files[0].suffix.lower() in Image.registered_extensions():
+        folder = shlex.quote(str(files[0].parent))
+        raise UserError(
+            f"{name} is a single picture: name the folder of all of them, as in 'microdit data encode {folder} --out data/mine'."
+        )
     raise UserError(f"{name} names neither archives only nor tables only, nor one list. {_kinds()}")
 
 
