@@ -6,9 +6,10 @@ import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import microdit
 from microdit.cli.benchmarks import dpg, geneval
@@ -24,12 +25,27 @@ from microdit.cli.terminal import console, print_traceback, take_logs
 from microdit.cli.train import report, runs, train, train_autoencoder
 from microdit.errors import StoppedError, UserError
 from microdit.io.console import PlainConsole, joined, styled
+from microdit.io.near_names import did_you_mean
 from microdit.process_limits import raise_limit
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the machine's, not the program's
 OLDEST_TORCH = (2, 9)  # as pyproject.toml says
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, help=(
+
+class Commands(TyperGroup):
+    """The commands; a name that is none of them is answered with the nearest, or with that of a group which has it."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command = super().get_command(ctx, cmd_name)
+        if command is None and not ctx.resilient_parsing:  # that is how a shell completes names
+            groups = ((name, group) for name, group in self.commands.items() if isinstance(group, TyperGroup))
+            within = next((f" Did you mean {name} {cmd_name}?" for name, group in groups if cmd_name in group.commands), None)
+            near = within or did_you_mean(cmd_name, self.commands)
+            raise UserError(f"There is no command '{cmd_name}'.{near} 'microdit --help' lists them.")
+        return command
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, help=(
     "Train text-to-image diffusion transformers from scratch on a micro-budget.\n\n"
     "The usual order: [bold]new[/] writes a recipe for your pictures and prints the commands that follow: [bold]data encode[/] them once, "
     "[bold]train[/] the recipe, [bold]sample[/] pictures, [bold]evaluate[/] the run."

@@ -21,6 +21,7 @@ from microdit.distributed import World
 from microdit.encoders.autoencoder import load_autoencoder
 from microdit.errors import UserError
 from microdit.io.console import QUIET, Reporter
+from microdit.io.near_names import did_you_mean_path
 from microdit.io.places import location
 from microdit.pipelines.components import check_unchanged
 from microdit.pipelines.export import read_record, write_folder
@@ -45,7 +46,8 @@ def own_reference(run: Path, out: Path, world: World, reporter: Reporter = QUIET
     this. Raises UserError if `run` is no run folder, or its data is gone or was encoded by an autoencoder that has changed.
     """
     if not is_run(run):
-        raise UserError(f"{run} is no run folder, so its data is unknown: {OTHER}.")
+        near = "" if run.exists() else did_you_mean_path(run)
+        raise UserError(f"{run} is no run folder.{near} Without one its data is unknown: {OTHER}.")
     with world.together():
         encoded, kind = _own_set(run)
     folder = out / f"reference-{_fingerprint(encoded)}"

@@ -16,7 +16,14 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     >>> did_you_mean("something else", ["emoji", "emoji-fast", "microdit-xl"])
     ''
     """
-    near = difflib.get_close_matches(name, sorted(choices), n=1)
+    return _sentence(_nearest(name, choices))
+
+
+def _nearest(name: str, choices: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, sorted(choices), n=1)
+
+
+def _sentence(near: list[str]) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
@@ -24,7 +31,7 @@ def did_you_mean_path(place: str | Path) -> str:
     """Return the same for a path that does not exist, of what lies beside it."""
     path = Path(place).expanduser()
     try:
-        beside = [str(item) for item in islice(path.parent.iterdir(), MOST_LISTED)]
+        beside = {item.name: str(item) for item in islice(path.parent.iterdir(), MOST_LISTED)}
     except OSError:  # no such folder, or none that may be listed: nothing is near
         return ""
-    return did_you_mean(str(path), beside)
+    return _sentence([beside[name] for name in _nearest(path.name, beside)])

@@ -55,7 +55,12 @@ def open_model(place: str, warn: Callable[[str], None], weights: str | None = No
         return opened_run(folder, MicroDiTPipeline.from_checkpoint(checkpoint, weights), checkpoint, weights)
     check_no_weights(place, weights)
     diffusers_logging.disable_progress_bar()
-    pipeline = MicroDiTPipeline.from_pretrained(folder if folder.exists() else place)
+    try:
+        pipeline = MicroDiTPipeline.from_pretrained(folder if folder.exists() else place)
+    except UserError as error:
+        if folder.exists() or not (near := did_you_mean_path(place)):
+            raise
+        raise UserError(f"There is no folder {place}.{near} As the name of a model on the hub: {error}") from error
     record = read_record(folder)
     known = {key: record[key] for key in ("step", *_COSTS) if record.get(key) is not None}
     resolution = min(pipeline.latent_shape[1:]) * pipeline.config.vae_scale_factor

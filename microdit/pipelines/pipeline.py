@@ -465,7 +465,10 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         sides = []
         for name, side, default in (("height", height, trained[0]), ("width", width, trained[1])):
             if side is not None and (side <= 0 or side % step):
-                raise UserError(f"{name} {side} must be a multiple of {step}: the autoencoder's pixels a latent, times the patch size.")
+                near = max(step, round(side / step) * step)
+                raise UserError(
+                    f"{name} {side} must be a multiple of {step}, such as {near}: the autoencoder's pixels a latent, times the patch size."
+                )
             sides.append(default if side is None else side // scale)
         return channels, sides[0], sides[1]
 

@@ -17,6 +17,7 @@ from microdit.diffusion.flow import Flow
 from microdit.diffusion.objective import Objective
 from microdit.distributed import World
 from microdit.errors import UserError
+from microdit.io.near_names import did_you_mean_path
 from microdit.models.microdit import ModelConfig
 from microdit.pipelines.origin import Origin, origin_of_checkpoint, origin_of_pipeline, pipeline_place, weight_files
 from microdit.training.checkpointing import load_into
@@ -169,9 +170,10 @@ def _found_checkpoint(places: list[Path], weights: str, world: World, warn: Warn
             return checkpoint
         if checkpoint := world.look(lambda: _own_folder(place)):  # noqa: B023 (it is called at once)
             return checkpoint
+    near = next(filter(None, map(did_you_mean_path, places)), "")
     raise UserError(
         f"init_from is {places[-1]}, and there is no checkpoint in {' nor in '.join(str(place) for place in places)}, and no exported or "
-        "imported model: train that run first, or name another."
+        f"imported model.{near} Train that run first, or name another."
     )
 
 

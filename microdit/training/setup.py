@@ -56,7 +56,8 @@ def open_dataset(recipe: Recipe, warn: Callable[[str], None], world: World | Non
             found = encoded.manifest[key]["name"]
             if wanted is not None and not _names_the_same(wanted, found):
                 raise UserError(
-                    f"data.{key} is {wanted}, but {encoded.folder} was encoded with {found}: encode it again with the right one."
+                    f"data.{key} is {wanted}, but {encoded.folder} was encoded with {found}: write data.{key}={found}, or encode it again "
+                    f"with --{key.replace('_', '-')} {wanted}."
                 )
     repeats = tuple(item.repeat for item in data.named_sets.values())
     if recipe.alignment is not None:

@@ -57,7 +57,7 @@ def test_a_held_out_set_comes_first_unless_it_is_small(tmp_path, encoded_emoji, 
 
 
 def test_what_has_no_data_any_more_is_a_sentence(tmp_path, encoded_emoji):
-    with pytest.raises(UserError, match="is no run folder, so its data is unknown: name a set of pictures with --reference"):
+    with pytest.raises(UserError, match=r"is no run folder\. Without one its data is unknown: name a set of pictures with --reference"):
         own_reference(tmp_path, tmp_path / "out", start_world("cpu"))
     copied = shutil.copytree(encoded_emoji, tmp_path / "set")
     run = save_untrained(tmp_path / "run", copied, 2, torch.clone)
