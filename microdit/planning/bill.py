@@ -17,7 +17,8 @@ from microdit.reports.formats import finite
 from microdit.reports.run_folder import RunFolder, is_run
 
 ENCODING, START = "encoding", "start"
-CHECKPOINTS, GRIDS, HELD_OUT, QUALITY = "checkpoints", "sample grids", "held-out losses", "image quality"
+CHECKPOINTS, GRIDS, HELD_OUT, QUALITY, FID = "checkpoints", "sample grids", "held-out losses", "image quality", "Frechet distances"
+EVALUATION_STEPS = 18  # of `microdit evaluate`, for which `Timings.picture` is given
 EVALUATED, REFERENCES = 256, 1000  # pictures that `microdit evaluate` draws, and compares them with, if nothing else is said
 VIEWS = 2  # each generated caption's own picture is looked at too
 
@@ -70,6 +71,11 @@ def bill_of(recipe: Recipe, timings: Timings, to_encode: int = 0) -> Bill:
         if wanted and timed is not None:
             lines.append(_repeated(part, _occasions(recipe, every), timed))
     notes = list(timings.notes)
+    if record.fid_every and timings.picture is not None and timings.features is not None:
+        each = record.fid_samples * (timings.picture * record.sample_steps / EVALUATION_STEPS + timings.features)
+        times = _occasions(recipe, record.fid_every)
+        lines.append(Line(FID, times, times * each))
+        notes.append("Frechet distances: features as fast as EfficientNet's; those of record.fid_reference, computed once, are not in it.")
     if to_encode and timings.pictures_encoded_per_second:
         lines.insert(0, Line(ENCODING, to_encode, to_encode / timings.pictures_encoded_per_second))
     return Bill(tuple(lines), timings.memory_gb, tuple(notes))

@@ -31,7 +31,7 @@ from microdit.evaluation.features import EfficientNetFeatures
 from microdit.io.console import QUIET, Reporter
 from microdit.io.places import location
 from microdit.models.flops import training_flops
-from microdit.planning.bill import GRIDS, HELD_OUT, QUALITY, START, steps_part
+from microdit.planning.bill import EVALUATION_STEPS, GRIDS, HELD_OUT, QUALITY, START, steps_part
 from microdit.planning.hardware import ASSUMED_UTILISATION, peak_flops
 from microdit.planning.memory import PhaseMemory
 from microdit.planning.timings import Repeated, StepTime, Stretch, Timings, stretches
@@ -46,7 +46,6 @@ LONGEST_STEP, LONGEST_GRID = 3.0, 10.0  # seconds by estimate, above which a bat
 ENCODING_SECONDS, TRIED, MOST_ENCODED = 5.0, 4, 2048  # for the encoding; records of the first try, and at most
 ROWS = 256  # of a set of random numbers, or as many as the recipe needs
 SLOW_RATE = 1e-6  # learning rate: the true one, without its warm-up, could make the loss jump
-EVALUATION_STEPS = 18  # of `microdit evaluate`
 LOOKED_AT = 16  # pictures that the feature network is timed on
 
 
@@ -132,6 +131,7 @@ class _Part:
             sample_steps=steps,
             quality_samples=quality,
             held_out_samples=held_out,
+            fid_every=None,
             wandb_project=None,
         )
         step_factor = record.sample_steps / steps

@@ -32,6 +32,7 @@ from microdit.pipelines.sampling import recorded_objective
 from microdit.planning.bill import (
     CHECKPOINTS,
     ENCODING,
+    FID,
     GRIDS,
     HELD_OUT,
     QUALITY,
@@ -332,7 +333,7 @@ class Trainer:
             figures = self.fid.measure(self.state.ema_model(), describe(self.recipe, self.config, self.data, self.mixture.sets))
             self.reporter.say(self.fid.describe(self.step, figures))
             measured |= figures
-            self.cost.lap(QUALITY)
+            self.cost.lap(FID)
         return measured
 
     def _write_metrics(self, meters: Meters, measured: dict[str, Any], done: QueuedStep, grad_norm: float) -> None:

@@ -48,6 +48,17 @@ def test_quality_is_measured_when_it_is_due_and_at_the_end():
     assert "image quality" not in lines_of(bill_of(recipe_of(), timed))
 
 
+def test_frechet_distances_are_drawn_and_looked_at_when_they_are_due_and_at_the_end():
+    """At 15, 30 and 40; each picture by 9 steps, half of those that a picture was timed for."""
+    asked = ["record.fid_every=15", "record.fid_reference=somewhere", "record.fid_samples=100", "record.sample_steps=9"]
+    timed = replace(TIMINGS, picture=2.0, features=0.5)
+    bill = bill_of(recipe_of(*asked), timed)
+    assert lines_of(bill)["Frechet distances"] == (3, 3 * 100 * (1.0 + 0.5))
+    assert "those of record.fid_reference, computed once, are not in it" in bill.notes[-1]
+    assert "Frechet distances" not in lines_of(bill_of(recipe_of(*asked), replace(timed, picture=None)))
+    assert "Frechet distances" not in lines_of(bill_of(recipe_of(), timed))
+
+
 def test_training_waits_for_checkpoints_that_are_overtaken():
     slow = replace(TIMINGS, steps=(StepTime(0, False, 0.25, 0, 8), StepTime(1, False, 0.25, 0, 6)))
     # every 4 steps of 0.25 s, 10 in all: the loop waits 3 - 1 = 2 s at each of 9, and 3 s for the last
