@@ -7,6 +7,7 @@ hosts.
 import asyncio
 import base64
 import json
+import logging
 import threading
 import time
 import uuid
@@ -24,6 +25,7 @@ from microdit import __version__
 from microdit.config.recipes import RECIPES
 from microdit.devices import device_errors_explained
 from microdit.diffusion.samplers import Solver
+from microdit.errors import UserError
 from microdit.pipelines.pipeline import MicroDiTPipeline
 from microdit.pipelines.settings import suited_to
 from microdit.planning.hardware import CHIPS
@@ -40,6 +42,8 @@ from microdit.serve.server import WebApp, page_router
 POLL_SECONDS = 0.05  # between two checks whether a job has ended or its client has disconnected
 PAGE = ("page.css", "page.js", "elements.js", "requests.js", "forms.js", "pictures.js", "generate.js", "reports.js")
 EXAMPLES = 8  # prompts that the page offers for a model
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -190,8 +194,10 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, conte
         if job.state == "done":
             status["pictures"] = [_data_url(png_of(image, job.spec, number)) for number, image in enumerate(job.images)]
         elif (latents_BCHW := job.latents_BCHW) is not None and decoding.acquire(blocking=False):
-            try:  # one preview at a time: a status does not wait for another's, so that no number of pages delays any of them
-                status["pictures"] = [_data_url(png_bytes(image)) for image in _decode(queue.models[job.spec.model], latents_BCHW)]
+            try:  # one preview at a time, for which no other status waits
+                status["pictures"] = _preview(queue.models[job.spec.model], latents_BCHW)
+            except UserError as error:  # no reason to end the job
+                log.warning("A preview could not be decoded: %s", error)
             finally:
                 decoding.release()
         return status
@@ -209,9 +215,10 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, conte
     return router
 
 
-def _decode(pipeline: MicroDiTPipeline, latents_BCHW: Tensor) -> list[Image.Image]:
+def _preview(pipeline: MicroDiTPipeline, latents_BCHW: Tensor) -> list[str]:
+    """Return images of latents as data URLs. Raises UserError if memory runs out."""
     with device_errors_explained(LESS_MEMORY):
-        return pipeline.decode(latents_BCHW)
+        return [_data_url(png_bytes(image)) for image in pipeline.decode(latents_BCHW)]
 
 
 def _usual(pipeline: MicroDiTPipeline) -> dict[str, Any]:
