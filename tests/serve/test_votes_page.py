@@ -9,6 +9,7 @@ from microdit.evaluation.preference.verdicts import VerdictFile, random_order, r
 from microdit.evaluation.preference.votes import HUMAN, VotingSession
 from microdit.serve.votes_api import vote_server
 from tests.evaluation.preference.test_verdicts_preference import lines_of, write_folders
+from tests.serve.axe import findings
 from tests.serve.browsing import expect, opened
 from tests.serve.serving import running
 
@@ -77,3 +78,14 @@ def test_an_image_that_is_gone_is_said_on_the_page(page, tmp_path):
         path.unlink()
     page.click("#tie")
     expect(page.locator("#note")).to_have_text("The first image of this pair cannot be loaded. Restore it and reload this page.")
+
+
+def test_axe_finds_nothing_serious_on_the_vote_page(page):
+    expect_pair(page, 0)
+    assert findings(page) == []
+    for done in (1, 2):
+        page.click("#first")
+        expect_pair(page, done)
+    page.click("#first")
+    expect(page.locator("#images")).to_be_hidden()
+    assert findings(page) == []
