@@ -38,7 +38,7 @@ def watched(browser, tiny, run):
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url.removeprefix(url)))
         expect(page.get_by_label("Model").first).to_have_value("tiny")
-        set_waits(page, "reports.js", "LIVE", seconds=0.02, share=1)
+        set_waits(page, "reports.js", "LIVE", seconds=0.02, share=1000)
         page.get_by_role("tab", name="Run").click()
         yield page, asked
 
@@ -79,7 +79,7 @@ def test_a_run_is_watched_only_while_its_tab_is_open(watched):
 def test_a_run_that_has_ended_is_not_polled(page):
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
-    set_waits(page, "reports.js", "LIVE", seconds=0.02)
+    set_waits(page, "reports.js", "LIVE", seconds=0.02, share=1000)
     page.get_by_role("tab", name="Run").click()
     expect(page.locator("#run-updated")).to_contain_text("Not training (finished)")
     asked.clear()
