@@ -1,6 +1,7 @@
 """What is observed of a pass, compared with the model's own arithmetic."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -99,16 +100,14 @@ def test_a_pipeline_is_observed_while_another_thread_uses_it():
         while not stop.is_set():
             pipeline.generate(["a red heart and an owl"], SamplerSettings(2), height=128)  # other captions, more patches
 
-    user = threading.Thread(target=use)
-    user.start()
-    try:
-        for _ in range(5):
-            beside = observe(pipeline, "owl", latents_CHW, 1.0)
-            assert list(beside.attention) == list(alone.attention)
-            assert all(torch.allclose(beside.attention[name], weights_TL, atol=1e-5) for name, weights_TL in alone.attention.items())
-    finally:
+    with ThreadPoolExecutor(1) as threads:
+        used = threads.submit(use)
+        beside = [observe(pipeline, "owl", latents_CHW, 1.0) for _ in range(5)]
         stop.set()
-        user.join()
+        used.result()
+    for observed in beside:
+        assert list(observed.attention) == list(alone.attention)
+        assert all(torch.allclose(observed.attention[name], weights_TL, atol=1e-5) for name, weights_TL in alone.attention.items())
 
 
 def test_each_word_has_its_tokens(text_encoder):
