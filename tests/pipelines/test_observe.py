@@ -102,8 +102,10 @@ def test_a_pipeline_is_observed_while_another_thread_uses_it():
 
     with ThreadPoolExecutor(1) as threads:
         used = threads.submit(use)
-        beside = [observe(pipeline, "owl", latents_CHW, 1.0) for _ in range(5)]
-        stop.set()
+        try:
+            beside = [observe(pipeline, "owl", latents_CHW, 1.0) for _ in range(5)]
+        finally:
+            stop.set()
         used.result()
     for observed in beside:
         assert list(observed.attention) == list(alone.attention)

@@ -1,15 +1,21 @@
 """The page in a real browser, served by a real server with the tiny trained model."""
 
+import base64
+import io
 import re
 
 import httpx
 import pytest
+from PIL import Image
 
 from microdit.planning.hardware import ASSUMED_UTILISATION, find_machine
 from microdit.planning.planner import plan_for_dollars, write_recipes
 from microdit.planning.workload import KnownShapes
 from microdit.serve.budget_api import DATA
-from tests.serve.browsing import expect, quoting
+from microdit.serve.endpoints import web_app
+from microdit.serve.queue import WorkQueue
+from tests.serve.browsing import expect, opened, quoting
+from tests.serve.serving import served
 from tests.training.processes import HANG
 
 
@@ -82,6 +88,24 @@ def test_two_settings_are_compared_from_the_same_seed(page):
         page.keyboard.press(key)
         assert overlaid.last.evaluate("image => getComputedStyle(image).clipPath") == f"inset(0px 0px 0px {split})"
     expect(slider).to_have_attribute("aria-valuetext", "left 100%, right 0%")
+
+
+def test_two_models_are_compared(browser, tiny):
+    with served(web_app(WorkQueue({"tiny": tiny, "other": tiny}, 4))) as url, opened(browser, url) as page:
+        expect(page.get_by_label("Model").first).to_have_value("tiny")
+        page.get_by_role("tab", name="Compare").click()
+        for steps in page.locator("#compare-form [name=steps]").all():
+            steps.fill("2")
+        page.click("#compare-form .main")
+        expect(page.locator("#left-state")).to_have_text("Done. tiny, guidance 2, 2 steps of heun")
+        expect(page.locator("#right-state")).to_have_text("Done. other, guidance 2, 2 steps of heun")
+        left, right = ([image.get_attribute("src") for image in page.locator(f"#{side} img").all()] for side in ("left", "right"))
+        assert len(set(left)) == 4
+        assert [pixels(address) for address in left] == [pixels(address) for address in right]  # the same weights
+
+
+def pixels(address: str) -> bytes:
+    return Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).tobytes()
 
 
 def test_the_report_of_the_run_and_the_budget_of_a_recipe(page):
