@@ -74,13 +74,6 @@ def opened_run(run: Path, pipeline: MicroDiTPipeline, checkpoint: Checkpoint, we
     return OpenedModel(pipeline, about, state["data"]["resolution"], file if file.is_file() else None, _sample_prompts(state.get("recipe")))
 
 
-def _sample_prompts(recipe: Any) -> list[str]:
-    """Return the prompts in a recipe that a run or an exported folder holds; none if there are none, or it is damaged."""
-    record = recipe.get("record") if isinstance(recipe, dict) else None
-    prompts = record.get("sample_prompts") if isinstance(record, dict) else None
-    return [clean_caption(prompt) for prompt in prompts if isinstance(prompt, str)] if isinstance(prompts, list) else []
-
-
 def is_our_pipeline(place: str) -> bool:
     """Return whether a folder or hub id holds a `MicroDiTPipeline`. Raises UserError if the hub does not respond."""
     folder = Path(place)
@@ -111,6 +104,14 @@ def model_and_prompts(arguments: list[str], demo: Path = DEMO) -> tuple[str, lis
             "makes one."
         )
     return str(demo), arguments
+
+
+def _sample_prompts(recipe: Any) -> list[str]:
+    """Return the prompts in a recipe that a run or an exported folder holds; none if there are none, or it is damaged."""
+    record = recipe.get("record") if isinstance(recipe, dict) else None
+    prompts = record.get("sample_prompts") if isinstance(record, dict) else None
+    found = [clean_caption(prompt) for prompt in prompts if isinstance(prompt, str)] if isinstance(prompts, list) else []
+    return [prompt for prompt in found if prompt]
 
 
 def _looks_like_a_path(text: str) -> bool:

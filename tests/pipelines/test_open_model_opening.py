@@ -39,7 +39,7 @@ def test_the_prompts_of_a_run_go_with_it(workplace, tmp_path):
     for place in (workplace / "runs/tiny", tmp_path / "exported"):
         assert open_model(str(place), pytest.fail).sample_prompts == ["red heart"]
     record = json.loads((tmp_path / "exported" / "record.json").read_text())
-    for prompts, found in ((["an\nowl", 3, None], ["an owl"]), ({"a": 1}, []), (None, [])):
+    for prompts, found in ((["an\nowl", 3, None, " "], ["an owl"]), ({"a": 1}, []), (None, [])):
         record["recipe"]["record"]["sample_prompts"] = prompts
         (tmp_path / "exported" / "record.json").write_text(json.dumps(record))
         assert open_model(str(tmp_path / "exported"), pytest.fail).sample_prompts == found
