@@ -271,7 +271,8 @@ def explain(
     """
     from microdit.devices import choose_device, choose_dtype, device_errors_explained
     from microdit.encoders.captions import clean_prompts
-    from microdit.pipelines.explain_page import write_explain_page
+    from microdit.io.files import write_aside
+    from microdit.pipelines.explain_page import explain_page
     from microdit.pipelines.open_model import open_model
     from microdit.pipelines.settings import suited_to
 
@@ -283,7 +284,8 @@ def explain(
     with device_errors_explained("take --device cpu"):
         opened.pipeline.to(where, choose_dtype("float32", where))
         with progress("explain", suited_to(opened.pipeline.objective).num_inference_steps) as advance:
-            write_explain_page(opened.pipeline, opened.name, clean, out, seed, advance)
+            page = explain_page(opened.pipeline, opened.name, clean, seed, advance)
+    write_aside(out, page)
     console.print(joined(styled(out), f" shows what {opened.name} does with it: open it in a browser."))
 
 

@@ -36,7 +36,7 @@ def app(
     from microdit.pipelines.open_model import model_and_prompts, open_model
 
     with optional_package("The web page", "app"):
-        from microdit.serve.endpoints import web_app
+        from microdit.serve.endpoints import PageContent, web_app
         from microdit.serve.queue import WorkQueue
         from microdit.serve.server import Server, is_local, listen, url_of
 
@@ -50,6 +50,7 @@ def app(
     if len(set(names)) < len(names):
         raise UserError("A model is named twice: name each once. The page can compare settings of the same model, too.")
     runs = {name: Path(model.about["run"]) for name, model in zip(names, opened, strict=True) if "run" in model.about}
+    prompts = {name: model.sample_prompts for name, model in zip(names, opened, strict=True)}
     with device_errors_explained("serve fewer models, take --dtype bfloat16 or --device cpu, or close other programs that use it"):
         for model in opened:
             model.pipeline.to(chosen_device, chosen_dtype)
@@ -60,4 +61,4 @@ def app(
     console.print(describe_device(chosen_device, chosen_dtype))
     console.print(f"{url_of(listener)}  (Ctrl-C ends it)")
     with contextlib.suppress(KeyboardInterrupt):
-        Server(web_app(work, runs=runs, recipes=recipes, local=is_local(host))).run([listener])
+        Server(web_app(work, content=PageContent(runs, prompts, recipes), local=is_local(host))).run([listener])

@@ -6,14 +6,12 @@ go, which patches the experts take, and what the image attends to in the caption
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from microdit.io.files import write_aside
 from microdit.models.flops import parts_of_forward
 from microdit.models.microdit import ModelConfig
 from microdit.models.routing import METHODS, choose_kept, kept_tokens
@@ -50,12 +48,13 @@ class _Canvas:
         return image_data_url("png", png_bytes(found))
 
 
-def write_explain_page(
-    pipeline: MicroDiTPipeline, name: str, prompt: str, out: Path, seed: int = 0, on_step: Callable[[int], None] | None = None
-) -> None:
-    """Draw the prompt, look at what the model does with it, and write the page. `on_step(n)` is called after n more steps of drawing.
+def explain_page(
+    pipeline: MicroDiTPipeline, name: str, prompt: str, seed: int = 0, on_step: Callable[[int], None] = lambda steps: None
+) -> bytes:
+    """Draw the prompt, look at what the model does with it, and return the page, as HTML.
 
-    The model is observed at the median noise level of its training. Raises UserError if the page cannot be written.
+    The model is observed at the median noise level of its training. `on_step(n)` is called after n more steps of drawing, and with 0
+    before each picture of the page; it may raise to cancel.
     """
     config, objective = pipeline.model.config, pipeline.objective
     latents: list[Tensor] = []
@@ -70,6 +69,7 @@ def write_explain_page(
     drops = METHODS[config.routing].drop is not None
     tokens, words = rows * columns, tokens_by_word(pipeline.caption_encoder.tokenize, prompt)
     length = config.caption_length or max(numbers.stop for _, numbers in words)
+    on_step(0)
     page = load_template("explain.html.jinja").render(
         name=name,
         prompt=prompt,
@@ -88,9 +88,9 @@ def write_explain_page(
             (block, [canvas.shaded(torch.zeros(tokens).index_fill(0, chosen, 1)) for chosen in taken_EK])
             for block, taken_EK in observed.experts.items()
         ],
-        attention=_attention(canvas, observed.attention, words),
+        attention=_attention(canvas, observed.attention, words, on_step),
     )
-    write_aside(out, page.encode())
+    return page.encode()
 
 
 def _enlarged(image: Image.Image, rows: int, columns: int) -> Image.Image:
@@ -133,13 +133,16 @@ def _costs(config: ModelConfig, tokens: int, kept: int, caption_tokens: int) -> 
     return [{"part": part, "whole": whole[part] / total, "kept": few[part] / total} for part in whole]
 
 
-def _attention(canvas: _Canvas, attention: dict[str, Tensor], words: list[tuple[str, range]]) -> list[dict[str, Any]]:
+def _attention(
+    canvas: _Canvas, attention: dict[str, Tensor], words: list[tuple[str, range]], on_step: Callable[[int], None]
+) -> list[dict[str, Any]]:
     """Return for each word the mean attention of all blocks that see the whole image: its share, and a picture of where it comes from."""
     maps_BTL = torch.stack(list(attention.values()))
     mean_TL = maps_BTL.mean(dim=0)
     total = mean_TL.sum()
     found = []
     for word, numbers in words:
+        on_step(0)
         at_T = mean_TL[:, numbers.start : numbers.stop].sum(dim=1)
         found.append({"word": word, "share": (at_T.sum() / total).item(), "picture": canvas.shaded(at_T / at_T.max().clamp(min=1e-12))})
     return found

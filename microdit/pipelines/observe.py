@@ -16,7 +16,7 @@ from microdit.models.blocks import CrossAttention, JointAttention
 from microdit.models.microdit import MicroDiT
 from microdit.models.moe import ExpertChoice
 from microdit.pipelines.pipeline import MicroDiTPipeline
-from microdit.pipelines.sampling import autocast_like
+from microdit.pipelines.sampling import autocast_like, frozen_model
 
 START, END = "(start)", "(end)"  # names of the text encoder's own tokens
 
@@ -34,8 +34,11 @@ class Observed:
 
 
 def observe(pipeline: MicroDiTPipeline, caption: str, latents_CHW: Tensor, sigma: float, seed: int = 0) -> Observed:
-    """Return what the model does when it denoises one image, to which noise of level `sigma` is added, with all of its patches."""
-    model, objective = pipeline.model, pipeline.objective
+    """Return what the model does when it denoises one image, to which noise of level `sigma` is added, with all of its patches.
+
+    The pipeline may be in use by other threads: blocks of its own, around the same weights, are observed.
+    """
+    model, objective = frozen_model(pipeline.model.config, pipeline.model.state_dict()), pipeline.objective
     device = model.patch_embed.weight.device
     text_BLE, mask_BL = pipeline.encode_prompt([caption])
     noise_BCHW = torch.randn(latents_CHW[None].shape, generator=torch.Generator().manual_seed(seed)).to(device)

@@ -9,6 +9,7 @@ from typing import Any
 from diffusers.utils import logging as diffusers_logging
 
 from microdit.checkpoint import Checkpoint, default_weights
+from microdit.encoders.captions import clean_caption
 from microdit.encoders.model_files import DOWNLOAD_AGAIN, find_folder, is_place, lasting_name
 from microdit.errors import UserError
 from microdit.io.files import read_json
@@ -28,13 +29,14 @@ class OpenedModel:
     """A pipeline, and where it comes from.
 
     `about` holds its place, the steps that it was trained for and what they cost, as far as known. `resolution` is in pixels.
-    `weights_file` holds the denoiser's weights, if they lie in one file on this disk.
+    `weights_file` holds the denoiser's weights, if they lie in one file on this disk. `sample_prompts` were drawn during training.
     """
 
     pipeline: MicroDiTPipeline
     about: dict[str, Any]
     resolution: int
     weights_file: Path | None
+    sample_prompts: list[str]
 
     @property
     def name(self) -> str:
@@ -66,7 +68,7 @@ def open_model(place: str, warn: Callable[[str], None], weights: str | None = No
     resolution = min(pipeline.latent_shape[1:]) * pipeline.config.vae_scale_factor
     files = list((folder / "transformer").glob("*.safetensors"))
     about = {"pipeline": lasting_name(place), "class": PIPELINE, **known}
-    return OpenedModel(pipeline, about, resolution, files[0] if len(files) == 1 else None)
+    return OpenedModel(pipeline, about, resolution, files[0] if len(files) == 1 else None, _sample_prompts(record.get("recipe")))
 
 
 def opened_run(run: Path, pipeline: MicroDiTPipeline, checkpoint: Checkpoint, weights: str | None = None) -> OpenedModel:
@@ -75,7 +77,7 @@ def opened_run(run: Path, pipeline: MicroDiTPipeline, checkpoint: Checkpoint, we
     costs = {key: state[key] for key in _COSTS if state.get(key) is not None}
     file = checkpoint.folder / f"{weights or default_weights(checkpoint)}.safetensors"
     about = {"run": str(run), "step": checkpoint.step, **costs}
-    return OpenedModel(pipeline, about, state["data"]["resolution"], file if file.is_file() else None)
+    return OpenedModel(pipeline, about, state["data"]["resolution"], file if file.is_file() else None, _sample_prompts(state.get("recipe")))
 
 
 def is_our_pipeline(place: str) -> bool:
@@ -109,6 +111,14 @@ def model_and_prompts(arguments: list[str], demo: Path = DEMO) -> tuple[str, lis
             "makes one."
         )
     return str(demo), arguments
+
+
+def _sample_prompts(recipe: Any) -> list[str]:
+    """Return the prompts in a recipe that a run or an exported folder holds; none if there are none, or it is damaged."""
+    record = recipe.get("record") if isinstance(recipe, dict) else None
+    prompts = record.get("sample_prompts") if isinstance(record, dict) else None
+    found = [clean_caption(prompt) for prompt in prompts if isinstance(prompt, str)] if isinstance(prompts, list) else []
+    return [prompt for prompt in found if prompt]
 
 
 def _looks_like_a_path(text: str) -> bool:

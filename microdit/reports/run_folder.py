@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from microdit.io.untrusted_text import parse_json_object
 from microdit.reports.formats import finite
 
 RECIPE = "recipe.yaml"  # its presence makes a folder a run folder
-RUN, METRICS = "run.json", "metrics.jsonl"
+RUN, METRICS, STATUS = "run.json", "metrics.jsonl", "status.json"
 RECONSTRUCTIONS = "reconstructions.png"  # in the folder of an encoded set: what the autoencoder makes of its pictures
 LARGEST_STEP = 2**53  # larger numbers are damage
 SILENCE = 15 * 60  # seconds without an update after which a run on another host counts as killed
@@ -55,7 +56,7 @@ class RunFolder:
     @property
     def status(self) -> dict[str, Any]:
         """The content of status.json: the run's progress."""
-        return _read_object(self.path / "status.json")
+        return _read_object(self.path / STATUS)
 
     def read_metrics(self, check: Callable[[], None] = lambda: None) -> tuple[list[dict[str, Any]], int]:
         """Return the lines of metrics.jsonl by step, and the number of unreadable ones (a killed process leaves half a line).
@@ -73,6 +74,15 @@ class RunFolder:
                 by_step.popitem()
             by_step[metrics["step"]] = metrics
         return list(by_step.values()), len(damaged)
+
+    @property
+    def modified(self) -> float:
+        """When training last wrote metrics, status or samples, in seconds since the epoch; 0 if it has written none."""
+        newest = 0.0
+        for name in (METRICS, STATUS, "samples"):
+            with suppress(OSError):
+                newest = max(newest, (self.path / name).stat().st_mtime)
+        return newest
 
     @property
     def samples(self) -> list[tuple[int, Path]]:

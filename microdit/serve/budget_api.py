@@ -1,4 +1,4 @@
-"""Budgets for the page, and the thread that computes them and the run reports.
+"""Budgets for the page, and the thread that computes them and the pages of `reports_api.py`.
 
 Computations run one after another, for a bounded time, and only as long as their clients are connected.
 """
@@ -84,7 +84,7 @@ class Computations:
                 raise UserError("The computation was cancelled because its client has disconnected or the server is shutting down.")
             if time.monotonic() > end:
                 raise UserError(
-                    f"This takes more than {self._seconds:g} seconds, too long for the page: run microdit budget or microdit report in a "
+                    f"This takes more than {self._seconds:g} seconds, too long for the page: run microdit budget, report or explain in a "
                     "terminal, where there is no limit."
                 )
 

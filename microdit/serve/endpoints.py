@@ -1,20 +1,23 @@
 """The image server: OpenAI's images API (POST /v1/images/generations, GET /v1/models), and the web page with the API of its script.
 
-The page's API starts, shows and cancels jobs, and returns a run's report or a recipe's budget. The page loads nothing from other hosts.
+The page's API starts, shows and cancels jobs, and returns budgets; `reports_api.py` adds its reports. The page loads nothing from other
+hosts.
 """
 
 import asyncio
 import base64
 import json
+import logging
 import threading
 import time
 import uuid
 from collections import OrderedDict
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Request
 from PIL import Image
 from torch import Tensor
 
@@ -22,33 +25,48 @@ from microdit import __version__
 from microdit.config.recipes import RECIPES
 from microdit.devices import device_errors_explained
 from microdit.diffusion.samplers import Solver
+from microdit.errors import UserError
 from microdit.pipelines.pipeline import MicroDiTPipeline
 from microdit.pipelines.settings import suited_to
 from microdit.planning.hardware import CHIPS
+from microdit.planning.phases import PROMPTS
 from microdit.reports.grids import png_bytes
-from microdit.reports.run_page import report_page
 from microdit.serve.budget_api import Computations, estimate_text
 from microdit.serve.connections import LIMITS, Limits
 from microdit.serve.json_requests import APIError, read_json
 from microdit.serve.queue import LESS_MEMORY, Job, JobSpec, QueueClosedError, QueueFullError, WorkQueue
+from microdit.serve.reports_api import reports_api
 from microdit.serve.schemas import MAX_IMAGES, BudgetRequest, ImageRequest
 from microdit.serve.server import WebApp, page_router
 
 POLL_SECONDS = 0.05  # between two checks whether a job has ended or its client has disconnected
+PAGE = ("page.css", "page.js", "elements.js", "requests.js", "forms.js", "pictures.js", "generate.js", "reports.js")
+EXAMPLES = 8  # prompts that the page offers for a model
+
+log = logging.getLogger(__name__)
 
 
-def web_app(
-    queue: WorkQueue, limits: Limits = LIMITS, *, runs: dict[str, Path] | None = None, recipes: Path = RECIPES, local: bool = True
-) -> WebApp:
-    """Return the image server over `queue`, which is closed with it. For `runs` and `recipes` see `page_api`, for `local` WebApp."""
-    computations = Computations()
+@dataclass(frozen=True)
+class PageContent:
+    """What the page offers besides the models: the folders of those that are runs, prompts for models that have some of their own, and
+    the folder of recipes whose cost it estimates."""
+
+    runs: Mapping[str, Path] = field(default_factory=dict)
+    prompts: Mapping[str, list[str]] = field(default_factory=dict)
+    recipes: Path = RECIPES
+
+
+def web_app(queue: WorkQueue, limits: Limits = LIMITS, content: PageContent | None = None, *, local: bool = True) -> WebApp:
+    """Return the image server over `queue`, which is closed with it. For `local` see WebApp."""
+    computations, content = Computations(), content or PageContent()
 
     def close() -> None:
         queue.close()
         computations.close()
 
-    page = page_api(queue, computations, limits, runs or {}, recipes)
-    return WebApp(images_api(queue, limits), page, page_router("page"), local=local, close=close)
+    page = page_api(queue, computations, limits, content)
+    reports = reports_api(queue.models, computations, limits, content.runs)
+    return WebApp(images_api(queue, limits), page, reports, page_router("page.html", *PAGE), local=local, close=close)
 
 
 def images_api(queue: WorkQueue, limits: Limits) -> APIRouter:
@@ -142,10 +160,10 @@ class PageJobs:
         return job
 
 
-def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs: dict[str, Path], recipes: Path) -> APIRouter:
-    """Return the endpoints of the page's script. `runs` are the folders of models that are runs; `recipes` is the folder to offer."""
+def page_api(queue: WorkQueue, computations: Computations, limits: Limits, content: PageContent) -> APIRouter:
+    """Return the endpoints of the page's script, without those of reports."""
     router = APIRouter()
-    jobs, decoding = PageJobs(queue), threading.Lock()
+    jobs, decoding, recipes = PageJobs(queue), threading.Lock(), content.recipes
 
     @router.get("/api/about")
     def about() -> dict[str, Any]:
@@ -158,7 +176,8 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
             "solvers": get_args(Solver),
             "usual": {name: _usual(pipeline) for name, pipeline in queue.models.items()},
             "pictures": MAX_IMAGES,
-            "runs": list(runs),
+            "examples": {name: (content.prompts.get(name) or PROMPTS)[:EXAMPLES] for name in queue.models},
+            "runs": list(content.runs),
             "recipes": offered,
             "chips": [chip.name for chip in CHIPS],
         }
@@ -174,8 +193,13 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
         status["seed"], status["error"], status["warnings"] = job.spec.seed, job.error, list(job.warnings)
         if job.state == "done":
             status["pictures"] = [_data_url(png_of(image, job.spec, number)) for number, image in enumerate(job.images)]
-        elif (latents_BCHW := job.latents_BCHW) is not None:
-            status["pictures"] = [_data_url(png_bytes(image)) for image in _decode(queue.models[job.spec.model], latents_BCHW)]
+        elif (latents_BCHW := job.latents_BCHW) is not None and decoding.acquire(blocking=False):
+            try:  # one preview at a time, for which no other status waits
+                status["pictures"] = _preview(queue.models[job.spec.model], latents_BCHW)
+            except UserError as error:  # no reason to end the job
+                log.warning("A preview could not be decoded: %s", error)
+            finally:
+                decoding.release()
         return status
 
     @router.delete("/api/jobs/{name}")
@@ -183,23 +207,18 @@ def page_api(queue: WorkQueue, computations: Computations, limits: Limits, runs:
         queue.cancel(jobs[name])
         return {"state": jobs[name].state}
 
-    @router.get("/api/runs/{name}")
-    async def run(name: str, request: Request) -> Response:
-        if name not in runs:
-            raise APIError("There is no such run here.", status=404)
-        page = await computations.run(request, lambda check: report_page(runs[name], check))
-        return Response(page, media_type="text/html", headers={"X-Frame-Options": "SAMEORIGIN"})
-
     @router.post("/api/budget")
     async def budget(request: Request) -> dict[str, str]:
         wanted = BudgetRequest.parse(await read_json(request, limits))
         return {"text": await computations.run(request, lambda check: estimate_text(wanted, recipes, check))}
 
-    def _decode(pipeline: MicroDiTPipeline, latents_BCHW: Tensor) -> list[Image.Image]:
-        with decoding, device_errors_explained(LESS_MEMORY):  # the previews of many pages are decoded one after another
-            return pipeline.decode(latents_BCHW)
-
     return router
+
+
+def _preview(pipeline: MicroDiTPipeline, latents_BCHW: Tensor) -> list[str]:
+    """Return images of latents as data URLs. Raises UserError if memory runs out."""
+    with device_errors_explained(LESS_MEMORY):
+        return [_data_url(png_bytes(image)) for image in pipeline.decode(latents_BCHW)]
 
 
 def _usual(pipeline: MicroDiTPipeline) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The requests of the image server: images and budgets, with the error for each invalid field."""
+"""The requests of the image server: images, explanations and budgets, with the error for each invalid field."""
 
 import random
 import re
@@ -67,9 +67,7 @@ class ImageRequest(JSONRequest):
 
     def job_spec(self, models: Mapping[str, MicroDiTPipeline]) -> JobSpec:
         """Return the job for one of `models`, by default the first. Raises APIError if that model cannot generate it."""
-        model = next(iter(models)) if self.model is None else self.model
-        if model not in models:
-            raise APIError(f"There is no model {model!r:.60}. Known: {', '.join(models)}.", "model", 404, "model_not_found")
+        model = chosen_model(self.model, models)
         if self.seed + self.n - 1 > MAX_SEED:
             raise APIError(f"seed must be between 0 and {MAX_SEED + 1 - self.n}.", "seed")
         height, width = self._sides(models[model])
@@ -97,6 +95,24 @@ class ImageRequest(JSONRequest):
         if self.n * width * height > MAX_PIXELS:
             raise APIError(f"{self.n} images of {self.size} are too many pixels for one request: request fewer or smaller images.", "n")
         return height, width
+
+
+class ExplainRequest(JSONRequest):
+    """A request of the tab Explain: what a model, by default the first, does with a prompt."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Text
+    model: Text | None = None
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+
+
+def chosen_model(name: str | None, models: Mapping[str, MicroDiTPipeline]) -> str:
+    """Return the name of a model, by default the first's. Raises APIError if there is none of that name."""
+    model = next(iter(models)) if name is None else name
+    if model not in models:
+        raise APIError(f"There is no model {model!r:.60}. Known: {', '.join(models)}.", "model", 404, "model_not_found")
+    return model
 
 
 class BudgetRequest(JSONRequest):

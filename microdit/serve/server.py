@@ -119,16 +119,15 @@ def is_local(host: str) -> bool:
         return False
 
 
-def page_router(name: str) -> APIRouter:
-    """Return the endpoints of a page: static/NAME.html at the root, and its script and style sheet."""
+def page_router(page: str, *files: str) -> APIRouter:
+    """Return the endpoints of a page of the folder static, which is at the root, and of the scripts and style sheets that it loads."""
     router = APIRouter()
 
-    @router.get("/")
-    @router.get(f"/{name}.js")
-    @router.get(f"/{name}.css")
-    def page(request: Request) -> Response:
-        return FileResponse(STATIC / (request.url.path[1:] or f"{name}.html"), headers=PAGE_HEADERS)
+    def static(request: Request) -> Response:
+        return FileResponse(STATIC / (request.url.path[1:] or page), headers=PAGE_HEADERS)
 
+    for file in ("", *files):
+        router.add_api_route(f"/{file}", static, methods=["GET"])
     return router
 
 

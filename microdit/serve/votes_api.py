@@ -38,7 +38,7 @@ def vote_server(session: VotingSession, limits: Limits = LIMITS) -> Server:
     def stop() -> None:
         server.should_exit = True
 
-    server = Server(WebApp(votes_api(session, stop, limits), page_router("votes")), limits)
+    server = Server(WebApp(votes_api(session, stop, limits), page_router("votes.html", "votes.css", "votes.js")), limits)
     return server
 
 

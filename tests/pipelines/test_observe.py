@@ -1,5 +1,7 @@
 """What is observed of a pass, compared with the model's own arithmetic."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,9 @@ import torch
 from microdit.models.blocks import KeysValues
 from microdit.models.config import Size, resolve
 from microdit.models.microdit import MicroDiT
-from microdit.pipelines.observe import END, START, _watched, tokens_by_word
+from microdit.pipelines.observe import END, START, _watched, observe, tokens_by_word
+from microdit.pipelines.pipeline import MicroDiTPipeline
+from microdit.pipelines.settings import SamplerSettings
 
 KINDS = [("cross", "sincos", "adaln"), ("joint", "both", "none")]
 
@@ -85,6 +89,27 @@ def test_a_watched_model_is_as_before(model):
     with _watched(model):
         assert call().equal(before)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_pipeline_is_observed_while_another_thread_uses_it():
+    pipeline, stop = MicroDiTPipeline.from_pretrained("demo"), threading.Event()
+    latents_CHW = torch.zeros(pipeline.latent_shape)
+    alone = observe(pipeline, "owl", latents_CHW, 1.0)
+
+    def use() -> None:
+        while not stop.is_set():
+            pipeline.generate(["a red heart and an owl"], SamplerSettings(2), height=128)  # other captions, more patches
+
+    with ThreadPoolExecutor(1) as threads:
+        used = threads.submit(use)
+        try:
+            beside = [observe(pipeline, "owl", latents_CHW, 1.0) for _ in range(5)]
+        finally:
+            stop.set()
+        used.result()
+    for observed in beside:
+        assert list(observed.attention) == list(alone.attention)
+        assert all(torch.allclose(observed.attention[name], weights_TL, atol=1e-5) for name, weights_TL in alone.attention.items())
 
 
 def test_each_word_has_its_tokens(text_encoder):

@@ -1,5 +1,7 @@
 """Runs that were cut off, or whose weights are no numbers, opened by whatever draws."""
 
+import json
+
 import pytest
 import torch
 
@@ -30,6 +32,17 @@ def test_a_preempted_run_is_sampled_exported_and_evaluated(encoded_emoji, tmp_pa
     export_run(in_haste, tmp_path / "exported", pytest.fail)
     exported = open_model(str(tmp_path / "exported"), pytest.fail)
     assert exported.pipeline.generate(["owl"], settings)[0].tobytes() == drawn[0].tobytes()
+
+
+def test_the_prompts_of_a_run_go_with_it(workplace, tmp_path):
+    export_run(workplace / "runs/tiny", tmp_path / "exported", pytest.fail)
+    for place in (workplace / "runs/tiny", tmp_path / "exported"):
+        assert open_model(str(place), pytest.fail).sample_prompts == ["red heart"]
+    record = json.loads((tmp_path / "exported" / "record.json").read_text())
+    for prompts, found in ((["an\nowl", 3, None, " "], ["an owl"]), ({"a": 1}, []), (None, [])):
+        record["recipe"]["record"]["sample_prompts"] = prompts
+        (tmp_path / "exported" / "record.json").write_text(json.dumps(record))
+        assert open_model(str(tmp_path / "exported"), pytest.fail).sample_prompts == found
 
 
 def test_weights_that_are_not_finite_are_neither_drawn_nor_exported(encoded_emoji, tmp_path):

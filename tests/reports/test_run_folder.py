@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -35,6 +36,15 @@ def test_the_report_says_that_run_json_is_damaged(run):
     assert b"run.json is damaged" not in report_page(run.path)
     for _ in flips(run.path / "run.json", [300]):
         assert b"run.json is damaged" in report_page(run.path)
+
+
+def test_a_run_is_modified_when_its_metrics_status_or_samples_are(tmp_path):
+    assert RunFolder(tmp_path).modified == 0
+    (tmp_path / "samples").mkdir()
+    for time, name in enumerate(("samples", "metrics.jsonl", "status.json"), start=10):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time, time))
+        assert RunFolder(tmp_path).modified == time
 
 
 def test_a_run_json_of_an_earlier_version_is_read_as_it_is(run):

@@ -1,4 +1,4 @@
-"""The tiny trained model, and a browser."""
+"""The tiny trained model, a server of it, and a browser."""
 
 import os
 import shutil
@@ -38,3 +38,26 @@ def browser():
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.getuid() == 0 else [])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def served_page(tiny, tiny_run):
+    """Return the queue and the address of the page of the tiny run."""
+    from microdit.serve.endpoints import PageContent, web_app  # needs the extra `app`
+    from microdit.serve.queue import WorkQueue
+    from tests.serve.serving import served
+
+    queue = WorkQueue({"tiny": tiny}, 4)
+    content = PageContent(runs={"tiny": tiny_run}, prompts={"tiny": ["red heart", "<b>owl</b>"]})
+    with served(web_app(queue, content=content)) as url:
+        yield queue, url
+
+
+@pytest.fixture
+def page(browser, served_page):
+    """Open the page, and wait until its fields are there."""
+    from tests.serve.browsing import expect, opened
+
+    with opened(browser, served_page[1]) as page:
+        expect(page.get_by_label("Model").first).to_have_value("tiny")
+        yield page

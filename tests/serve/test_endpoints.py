@@ -174,7 +174,7 @@ def test_a_request_to_another_host_name_is_refused(client):
     assert response.status_code == 403
 
 
-POSTS = [URL, "/api/jobs", "/api/budget"]
+POSTS = [URL, "/api/jobs", "/api/budget", "/api/explanations"]
 
 
 @pytest.mark.parametrize("address", POSTS)
@@ -184,6 +184,7 @@ def test_other_content_types_are_refused(client, address, kind):
     assert (response.status_code, response.json()["error"]["code"]) == (415, "not_json")
 
 
+PAGES = ["runs", "run-states", "explanations"]
 FOREIGN = [
     {"Origin": "https://pictures.example"},
     {"Origin": "null"},
@@ -196,7 +197,11 @@ FOREIGN = [
 @pytest.mark.parametrize("headers", FOREIGN, ids=lambda headers: next(iter(headers.values())))
 def test_requests_on_behalf_of_another_site_are_refused(place, client, headers):
     queue, _ = place
-    for method, address in [*(("POST", address) for address in POSTS), ("DELETE", "/api/jobs/a"), ("GET", "/api/runs/tiny")]:
+    for method, address in [
+        *(("POST", address) for address in POSTS),
+        ("DELETE", "/api/jobs/a"),
+        *(("GET", f"/api/{place}/a") for place in PAGES),
+    ]:
         response = client.request(method, address, json=SHORT, headers=headers)
         assert (response.status_code, response.json()["error"]["code"]) == (403, "wrong_origin"), address
     assert len(queue) == 0

@@ -1,9 +1,12 @@
 """The page in a real browser, served by a real server with the tiny trained model."""
 
+import base64
+import io
 import re
 
 import httpx
 import pytest
+from PIL import Image
 
 from microdit.planning.hardware import ASSUMED_UTILISATION, find_machine
 from microdit.planning.planner import plan_for_dollars, write_recipes
@@ -11,39 +14,12 @@ from microdit.planning.workload import KnownShapes
 from microdit.serve.budget_api import DATA
 from microdit.serve.endpoints import web_app
 from microdit.serve.queue import WorkQueue
+from tests.serve.browsing import expect, opened, quoting
 from tests.serve.serving import served
 from tests.training.processes import HANG
 
-playwright = pytest.importorskip("playwright.sync_api")
-Page, expect = playwright.Page, playwright.expect
 
-
-@pytest.fixture(scope="module")
-def served_page(tiny, tiny_run):
-    queue = WorkQueue({"tiny": tiny}, 4)
-    with served(web_app(queue, runs={"tiny": tiny_run})) as url:
-        yield queue, url
-
-
-@pytest.fixture
-def page(browser, served_page):
-    """Open the page. A request to another host, or an error in the script, fails the test."""
-    _, url = served_page
-    page = browser.new_page()
-    page.set_default_timeout(1000 * HANG)
-    expect.set_options(timeout=1000 * HANG)
-    foreign: list[str] = []
-    errors: list[str] = []
-    page.on("request", lambda request: foreign.append(request.url) if not request.url.startswith((url, "data:")) else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(url)
-    expect(page.get_by_label("Model").first).to_have_value("tiny")
-    yield page
-    page.close()
-    assert (foreign, errors) == ([], [])
-
-
-def fill(page: Page, **fields: str) -> None:
+def fill(page, **fields: str) -> None:
     for name, value in fields.items():
         page.locator(f"#draw-form [name={name}]").fill(value)
 
@@ -60,14 +36,21 @@ def test_a_prompt_becomes_an_image_and_stays_in_the_gallery(page):
     assert page.locator("#draw-form [name=seed]").input_value() != "7"
 
 
+def test_examples_are_prompts_of_the_run_and_fill_the_field(page):
+    expect(page.locator("#draw-form .examples button")).to_have_text(["red heart", "<b>owl</b>"])
+    page.locator("#draw-form .examples button").last.click()
+    expect(page.locator("#draw-form [name=prompt]")).to_have_value("<b>owl</b>")
+
+
 def test_a_long_job_shows_previews_and_can_be_cancelled(page, served_page):
     queue, _ = served_page
     fill(page, prompt="red heart", size="256x256", steps="1000", n="8")  # a minute or more, on any machine
     page.click("#generate")
-    expect(page.locator("#result.unfinished img")).to_have_count(8)
-    expect(page.locator("#state")).to_have_text(re.compile("Generating: "))
-    page.click("#cancel")
-    expect(page.locator("#state")).to_have_text("Cancelled.")
+    with quoting(page, "#message", "#state"):
+        expect(page.locator("#result.unfinished img")).to_have_count(8)
+        expect(page.locator("#state")).to_have_text(re.compile("Generating: "))
+        page.click("#cancel")
+        expect(page.locator("#state")).to_have_text("Cancelled.")
     expect(page.locator("#generate")).to_be_enabled()
     assert len(queue) == 0
     expect(page.locator("#gallery img")).to_have_count(0)
@@ -93,8 +76,36 @@ def test_two_settings_are_compared_from_the_same_seed(page):
         expect(page.locator(f"#{name}-state")).to_have_text(re.compile("^Done"))
     left, right = (page.locator(f"#{name} img").get_attribute("src") for name in ("left", "right"))
     assert left != right
-    captions = [page.locator(f"#{name} .pictures figcaption, #{name} figcaption").first.text_content() for name in ("left", "right")]
+    captions = [page.locator(f"#{name} figcaption").first.text_content() for name in ("left", "right")]
     assert captions == ["0 · red heart"] * 2
+    page.get_by_label("Over one another").check()
+    expect(page.locator("#left img")).to_be_hidden()
+    overlaid = page.locator("#overlays img")
+    assert [image.get_attribute("src") for image in overlaid.all()] == [left, right]
+    slider = page.get_by_role("slider", name="Left and right result of red heart, seed 0")
+    slider.focus()
+    for key, split in (("ArrowRight", "51%"), ("Home", "0%"), ("End", "100%")):
+        page.keyboard.press(key)
+        assert overlaid.last.evaluate("image => getComputedStyle(image).clipPath") == f"inset(0px 0px 0px {split})"
+    expect(slider).to_have_attribute("aria-valuetext", "left 100%, right 0%")
+
+
+def test_two_models_are_compared(browser, tiny):
+    with served(web_app(WorkQueue({"tiny": tiny, "other": tiny}, 4))) as url, opened(browser, url) as page:
+        expect(page.get_by_label("Model").first).to_have_value("tiny")
+        page.get_by_role("tab", name="Compare").click()
+        for steps in page.locator("#compare-form [name=steps]").all():
+            steps.fill("2")
+        page.click("#compare-form .main")
+        expect(page.locator("#left-state")).to_have_text("Done. tiny, guidance 2, 2 steps of heun")
+        expect(page.locator("#right-state")).to_have_text("Done. other, guidance 2, 2 steps of heun")
+        left, right = ([image.get_attribute("src") for image in page.locator(f"#{side} img").all()] for side in ("left", "right"))
+        assert len(set(left)) == 4
+        assert [pixels(address) for address in left] == [pixels(address) for address in right]  # the same weights
+
+
+def pixels(address: str) -> bytes:
+    return Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).tobytes()
 
 
 def test_the_report_of_the_run_and_the_budget_of_a_recipe(page):

@@ -9,36 +9,25 @@ from microdit.evaluation.preference.verdicts import VerdictFile, random_order, r
 from microdit.evaluation.preference.votes import HUMAN, VotingSession
 from microdit.serve.votes_api import vote_server
 from tests.evaluation.preference.test_verdicts_preference import lines_of, write_folders
+from tests.serve.axe import findings
+from tests.serve.browsing import expect, opened
 from tests.serve.serving import running
-from tests.training.processes import HANG
-
-playwright = pytest.importorskip("playwright.sync_api")
-Page, expect = playwright.Page, playwright.expect
 
 HOSTILE = """<img src=x onerror="document.title='owned'"><script>document.title='owned'</script>"""
 
 
 @pytest.fixture
 def page(browser, tmp_path: Path):
-    """Open the page for three pairs. A request to another host, or an error in the script, fails the test."""
+    """Open the page for three pairs."""
     a, b = write_folders(tmp_path, 3)
     for folder in (a, b):
         (folder / "prompts.jsonl").write_text((json.dumps({"prompt": HOSTILE}) + "\n") * 3)
     session = VotingSession(VerdictFile(tmp_path / "verdicts.jsonl", random_order(read_pairs(a, b), seed=3), HUMAN))
-    expect.set_options(timeout=1000 * HANG)
-    foreign: list[str] = []
-    errors: list[str] = []
-    with running(vote_server(session)) as url:
-        page = browser.new_page()
-        page.on("request", lambda request: foreign.append(request.url) if not request.url.startswith((url, "data:")) else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(url)
+    with running(vote_server(session)) as url, opened(browser, url) as page:
         yield page
-        page.close()
-    assert (foreign, errors) == ([], [])
 
 
-def expect_pair(page: Page, done: int) -> None:
+def expect_pair(page, done: int) -> None:
     expect(page.locator("#note")).to_contain_text(f"{done} of 3. Which image follows the prompt better")
     for side in ("first", "second"):
         assert page.locator(f"#{side} img").evaluate("image => image.decode().then(() => image.naturalWidth)") == 8
@@ -54,6 +43,14 @@ def test_votes_by_mouse_and_keyboard_are_recorded_to_the_last(page, tmp_path):
     expect(page.locator("#prompt")).to_have_text("That was the last one. Thank you!")
     expect(page.locator("#images")).to_be_hidden()
     assert [line["answer"] for line in lines_of(tmp_path / "verdicts.jsonl")] == ["second", "first", "tie"]
+
+
+def test_the_space_bar_presses_the_button_that_has_the_focus(page, tmp_path):
+    expect_pair(page, 0)
+    page.locator("#second").focus()
+    page.keyboard.press("Space")
+    expect_pair(page, 1)
+    assert [line["answer"] for line in lines_of(tmp_path / "verdicts.jsonl")] == ["second"]
 
 
 def test_a_hostile_prompt_is_shown_as_text(page):
@@ -81,3 +78,14 @@ def test_an_image_that_is_gone_is_said_on_the_page(page, tmp_path):
         path.unlink()
     page.click("#tie")
     expect(page.locator("#note")).to_have_text("The first image of this pair cannot be loaded. Restore it and reload this page.")
+
+
+def test_axe_finds_nothing_serious_on_the_vote_page(page):
+    expect_pair(page, 0)
+    assert findings(page) == []
+    for done in (1, 2):
+        page.click("#first")
+        expect_pair(page, done)
+    page.click("#first")
+    expect(page.locator("#images")).to_be_hidden()
+    assert findings(page) == []

@@ -66,6 +66,7 @@ const attempt = (work) => work().catch((error) => say(error.message));
 for (const choice of ["first", "second", "tie"]) byId(choice).onclick = () => attempt(() => vote(choice));
 addEventListener("keydown", (event) => {
   if (event.repeat || event.ctrlKey || event.altKey || event.metaKey || !(event.key in KEYS)) return;
+  if (event.key === " " && document.activeElement.matches("button")) return; // which the space bar presses
   event.preventDefault();
   attempt(() => vote(KEYS[event.key]));
 });
