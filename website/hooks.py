@@ -1,7 +1,7 @@
 """What mkdocs does not know of this project: pages of commands and of the Python interface, and files outside docs/.
 
 `docs/` is plain Markdown that reads well in a repository's browser, so its links lead to files of the repository. Files outside `docs/`
-that it links to get pages of their own: README.md and its like as they are, recipes as listings.
+that it links to get pages of their own: README.md and its like as they are, a notebook with its outputs, recipes as listings.
 """
 
 import os
@@ -14,15 +14,17 @@ from mkdocs.structure.pages import Page
 
 from website.api_pages import API_PAGES
 from website.command_pages import command_page, commands, tables, with_tables
+from website.notebook_page import notebook_page
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# Markdown outside docs/ that is a page of the site.
+# Markdown and notebooks outside docs/ that are pages of the site.
 OUTSIDE = {
     "README.md": "overview.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "microdit/demo_model/README.md": "demo-model.md",
+    "examples/first_hour.ipynb": "first-hour.md",
 }
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 LISTED = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".cff": "yaml"}  # files whose text becomes a page
@@ -54,7 +56,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for uri, (_, text) in API_PAGES.items():
         files.append(File.generated(config, uri, content=text))
     for name, uri in OUTSIDE.items():
-        files.append(File.generated(config, uri, content=_without_front_matter((ROOT / name).read_text())))
+        text = (ROOT / name).read_text()
+        content = notebook_page(text) if name.endswith(".ipynb") else _without_front_matter(text)
+        files.append(File.generated(config, uri, content=content))
     sources = {ROOT / name for name in OUTSIDE} | {DOCS / file.src_uri for file in files.documentation_pages() if not file.generated_by}
     for path in sorted({target for source in sources for target in _targets(source) if _is_listed(target)}):
         page = File.generated(config, _listing_uri(path), content=_listing(path))

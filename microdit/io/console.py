@@ -30,6 +30,8 @@ class PlainConsole(Console):
     """
 
     def __init__(self, **settings: Any):
+        if Console().is_jupyter:  # into a notebook rich writes HTML: it gets plain lines instead, as a file does
+            settings = {"force_jupyter": False, "force_terminal": False, **settings}
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
 
     def render_str(self, text: str, **settings: Any) -> Text:

@@ -53,6 +53,17 @@ def test_a_quiet_console_gets_nothing(clock):
     assert minutes_of_work(clock, quiet=True) == ""
 
 
+def test_a_notebook_gets_plain_lines_as_a_file_does(clock, monkeypatch):
+    """Its output says that it is a terminal, and rich would write HTML."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr(io, "StringIO", type("Output", (io.StringIO,), {"isatty": lambda _: True}))
+    assert [re.match("encode a folder.*  (10|70|130)/180  loss 0.5", line)[1] for line in minutes_of_work(clock).splitlines()] == [
+        "10",
+        "70",
+        "130",
+    ]
+
+
 def table_of(text: str) -> Table:
     table = Table(title=text, caption=text)
     table.add_column(text)

@@ -70,6 +70,7 @@ def test_every_page_command_and_name_is_there(site):
     documented = set().union(*(Resources(page).identifiers for page in (site / "api").iterdir()))
     assert {f"microdit.{name}" for name in microdit.__all__ if name not in ("__version__", "edm_loss")} <= documented
     assert "microdit.models.routing.choose_kept" in documented
+    assert (site / "first-hour.html").read_text().count('src="data:image/jpeg;base64,') > 8  # the notebook, with its pictures
 
 
 def test_the_search_knows_commands_studies_and_docstrings(site):
