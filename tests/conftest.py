@@ -26,7 +26,7 @@ from microdit.models.routing import METHODS
 from microdit.process_limits import keep_freed_memory
 from tests.commands import microdit
 from tests.io.store_server import CREDENTIALS, Proxy, shared_server
-from tests.training.processes import RECIPE
+from tests.training.processes import HANG, RECIPE
 
 settings.register_profile("machine", deadline=None)  # how long an example takes says more of the machine than of the code
 settings.load_profile("machine")
@@ -164,5 +164,29 @@ def proxy(_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 @pytest.fixture
 def bucket(proxy: Proxy) -> Place:
-    """An empty bucket, with a deadline that suits tests."""
-    return Place(f"s3://{proxy.make_bucket()}", deadline=20.0)
+    """An empty bucket, whose deadline only something that hangs would meet."""
+    return Place(f"s3://{proxy.make_bucket()}", deadline=HANG)
+
+
+class WaitedTime:
+    """The clock of stores where only waits between attempts take time, and none in truth: a deadline depends on no machine's speed.
+
+    After four attempts, `HANG` has passed.
+    """
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> WaitedTime:
+    clock = WaitedTime()
+    monkeypatch.setattr("microdit.io.places.time", clock)
+    for name in ("FIRST_WAIT", "LONGEST_WAIT"):
+        monkeypatch.setattr(f"microdit.io.places.{name}", HANG / 4)
+    return clock

@@ -80,8 +80,8 @@ def test_machines_without_a_shared_disk_make_one_set(source, local, bucket, text
     assert encode(source, bucket / "set", text_encoder, (1, 2)) is None  # started again when all is done
 
 
-def test_an_interrupted_encoding_goes_on_behind_the_last_whole_shard(source, local, bucket, text_encoder, machine, proxy):
-    out = Place((bucket / "set").url, deadline=1.0)
+def test_an_interrupted_encoding_goes_on_behind_the_last_whole_shard(source, local, bucket, text_encoder, machine, proxy, waited):
+    out = bucket / "set"
     proxy.fault = always(Fault("error"), where="PUT /" + out.url.removeprefix("s3://") + "/shard-00003.arrow")
     with pytest.raises(StoreError, match=r"set/shard-00003\.arrow could not be written"):
         encode(source, out, text_encoder)

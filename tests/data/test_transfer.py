@@ -9,7 +9,7 @@ from microdit.data.dataset import EncodedDataset
 from microdit.data.transfer import pull, push
 from microdit.errors import UserError
 from microdit.io import places
-from microdit.io.places import Place, StoreError
+from microdit.io.places import StoreError
 from tests.commands import microdit
 from tests.data.random_sets import files, random_set
 from tests.io.store_server import Fault, always, random_faults
@@ -39,11 +39,10 @@ def test_a_second_push_copies_nothing_and_another_set_is_refused(local, bucket, 
         push(tmp_path / "other", bucket / "set")
 
 
-def test_an_interrupted_push_goes_on_and_counts_only_at_its_end(local, bucket, proxy):
-    place = Place((bucket / "set").url, deadline=1.0)
+def test_an_interrupted_push_goes_on_and_counts_only_at_its_end(local, bucket, proxy, waited):
     proxy.fault = always(Fault("error"), where="shard-00007.arrow")
     with pytest.raises(StoreError, match=r"shard-00007\.arrow could not be written"):
-        push(local, place)
+        push(local, bucket / "set")
     proxy.reset()
     with pytest.raises(UserError, match="it is being written"):
         EncodedDataset(bucket / "set")
@@ -54,11 +53,11 @@ def test_an_interrupted_push_goes_on_and_counts_only_at_its_end(local, bucket, p
     assert EncodedDataset(bucket / "set").verify() == []
 
 
-def test_an_interrupted_pull_keeps_what_is_whole(local, bucket, proxy, tmp_path):
+def test_an_interrupted_pull_keeps_what_is_whole(local, bucket, proxy, waited, tmp_path):
     push(local, bucket / "set")
     proxy.fault = always(Fault("cut", 3), where="shard-00005.arrow")
     with pytest.raises(StoreError, match=r"shard-00005\.arrow could not be read"):
-        pull(Place((bucket / "set").url, deadline=1.0), tmp_path / "back")
+        pull(bucket / "set", tmp_path / "back")
     assert not (tmp_path / "back").exists()
     kept = list((tmp_path / ".back.pull").glob("*.arrow"))
     kept[0].write_bytes(b"\0" * kept[0].stat().st_size)

@@ -59,7 +59,7 @@ def test_a_long_job_shows_previews_and_can_be_cancelled(page, served_page):
 def test_a_bad_size_is_an_error_in_a_sentence(page):
     fill(page, prompt="red heart", size="65x64")
     page.click("#generate")
-    expect(page.locator("#message")).to_have_text(re.compile(r"^width 65 must be a multiple of \d+: [^\n]*\.$"))
+    expect(page.locator("#message")).to_have_text(re.compile(r"^width 65 must be a multiple of \d+, such as 64: [^\n]*\.$"))
     expect(page.locator("#generate")).to_be_enabled()
 
 
