@@ -73,7 +73,7 @@ def serve(block: Block, folder: Path) -> None:
         with urllib.request.urlopen("http://127.0.0.1:7860/") as page:
             assert b"<html" in page.read()
         server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=60) == 0
+        assert server.wait(timeout=600) == 0
 
 
 def test_there_is_a_path_for_each_line_of_the_start_page():

@@ -55,11 +55,11 @@ def test_what_is_no_drawing_of_a_size_is_named(content, reason):
 
 @pytest.mark.parametrize("piece", [b"<svg", b"<svg a='", b"<title>", b"<title", b"aaaa", b"a=''", b"<!--"])
 def test_reading_takes_time_in_proportion_to_the_file(piece):
-    started = time.perf_counter()
+    started = time.process_time()
     for content in (b"<svg " + piece * (400_000 // len(piece)), b'<svg viewBox="0 0 9 9">' + piece * (400_000 // len(piece)) + b"</svg>"):
         with suppress(Refused):
             read_svg(content)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_without_the_extra_the_reason_says_what_to_install(monkeypatch):

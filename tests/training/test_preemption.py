@@ -19,7 +19,7 @@ main()
 def test_asked_to_stop_while_starting_it_asks_to_be_started_again(tmp_path):
     """The signal comes while torch is imported, the longest part of a start."""
     command = [sys.executable, "-c", TERMINATED_AT_TORCH, "train", str(RECIPE), "data.path=data", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 75, done.stderr
     assert done.stderr == "Stopped before training began. Start again with --resume.\n"
     assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
 from microdit.training.setup import data_order, open_dataset
 from tests.io.store_server import Fault, always, random_faults
-from tests.training.processes import RECIPE, recorded, start
+from tests.training.processes import HANG, RECIPE, recorded, start
 
 SHARDS, ROWS = 8, 5
 
@@ -47,7 +47,7 @@ def test_killed_on_one_machine_it_goes_on_on_another_with_equal_losses(local, bu
     push(local, bucket / "set")
     proxy.fault = random_faults(0, 0.05, ("error", "cut", "flip"))
     running = train("store", bucket / "set", "first", f"data.held_out={bucket / 'set'}", ranks=2)
-    until = time.monotonic() + 200
+    until = time.monotonic() + HANG
     while not (tmp_path / "store/checkpoints/step-20").exists() and running.alive:
         assert time.monotonic() < until
         time.sleep(0.02)
