@@ -23,6 +23,7 @@ from microdit.io import places
 from microdit.io.places import Place, StoreError
 from tests.data.random_sets import random_set
 from tests.io.store_server import Fault, always, faults_in_order, random_faults
+from tests.training.processes import HANG
 
 ROWS, SHARDS, STEPS = 8, 12, 24
 
