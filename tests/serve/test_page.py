@@ -135,7 +135,7 @@ def test_a_budget_becomes_a_plan_and_its_recipes(page):
     page.click("#budget .main")
     expect(page.locator("#estimate")).to_contain_text("encode 200,000 images")
     expect(page.locator("#estimate")).to_contain_text("of $3.00.")
-    expect(page.locator("#estimate")).to_contain_text("--- 1-256-masked.yaml")
+    expect(page.locator("#estimate")).to_contain_text("--- 1-256-falling.yaml")
 
 
 def test_a_budgets_recipes_are_those_that_the_command_writes(served_page, tmp_path):
