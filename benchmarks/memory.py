@@ -133,7 +133,7 @@ class SavedBytes:
         if not isinstance(base, torch.nn.Parameter):
             storage = tensor.untyped_storage()
             self._storages[storage._cdata] = (storage.nbytes(), storage)  # kept, so that no other can take its number
-        return tensor
+        return tensor.detach()  # an output that a node saves would hold that node, and its graph would never be freed
 
     @property
     def total(self) -> int:
