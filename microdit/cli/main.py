@@ -33,7 +33,7 @@ OLDEST_TORCH = (2, 9)  # as pyproject.toml says
 
 
 class Commands(TyperGroup):
-    """The commands; a name that is none of them is answered with the nearest, or with that of a group which has it."""
+    """All commands. The error for an unknown name suggests the nearest one, or for that of a subcommand its full name."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         command = super().get_command(ctx, cmd_name)

@@ -236,7 +236,7 @@ def _time_recipes(place: Path, overrides: list[str], seconds: float, out: Path |
     from microdit.planning.estimate_tables import print_bill
     from microdit.planning.timings import conditions, keep_timings, timings_file
     from microdit.planning.workload import shapes_of
-    from microdit.training.recipe_benchmark import time_training, with_encoding
+    from microdit.training.recipe_benchmark import time_training, with_encoding_and_evaluation
 
     recipes = load_recipes(place, overrides)
     engine = next(iter(recipes.values())).engine
@@ -245,7 +245,7 @@ def _time_recipes(place: Path, overrides: list[str], seconds: float, out: Path |
     shapes = {name: shapes_of(recipe) for name, recipe in recipes.items()}
     trained = {name: time_training(recipe, shapes[name], world, seconds / len(recipes), reporter) for name, recipe in recipes.items()}
     for name, recipe in recipes.items():
-        timings = with_encoding(trained[name], recipe, shapes[name], world, reporter)
+        timings = with_encoding_and_evaluation(trained[name], recipe, shapes[name], world, reporter)
         where = conditions(recipe, shapes[name])
         keep_timings(timings, where, timings_file(where))
         if out is not None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from microdit.data.latent_statistics import statistics_of_shards
 from microdit.data.shard_index import schema
+from microdit.data.sources.base import EMBEDDED
 from microdit.data.sources.untrusted_files import sum_of_kinds
 from microdit.distributed import World
 from microdit.errors import UserError
@@ -115,7 +116,7 @@ def _advice(folder: Path | Place) -> str:
     unfinished = folder.with_name(f".{folder.name}.part")
     if unfinished.exists():
         return f"'microdit data encode' finishes the one in {unfinished}: run the same command again"
-    source = folder.name if folder.name in ("emoji", "scenes", "icons") else "SOURCE"
+    source = folder.name if folder.name in EMBEDDED else "SOURCE"
     return f"'microdit data encode {source} --out {shlex.quote(str(folder))}' writes one"
 
 

@@ -16,10 +16,11 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     >>> did_you_mean("something else", ["emoji", "emoji-fast", "microdit-xl"])
     ''
     """
-    return _sentence(_nearest(name, choices))
+    return _sentence(nearest(name, choices))
 
 
-def _nearest(name: str, choices: Iterable[str]) -> list[str]:
+def nearest(name: str, choices: Iterable[str]) -> list[str]:
+    """Return the choice nearest to `name` in a list, or an empty one if none is near."""
     return difflib.get_close_matches(name, sorted(choices), n=1)
 
 
@@ -34,4 +35,4 @@ def did_you_mean_path(place: str | Path) -> str:
         beside = {item.name: str(item) for item in islice(path.parent.iterdir(), MOST_LISTED)}
     except OSError:  # no such folder, or none that may be listed: nothing is near
         return ""
-    return _sentence([beside[name] for name in _nearest(path.name, beside)])
+    return _sentence([beside[name] for name in nearest(path.name, beside)])

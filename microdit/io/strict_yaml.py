@@ -4,7 +4,6 @@ Plain YAML turns `no` into False, `12:30` into 750 and `010` into 8 before the e
 was written until `read_as` converts them. Variables, aliases and tags are not supported.
 """
 
-import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
@@ -16,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 
 from microdit.errors import UserError
+from microdit.io.near_names import nearest
 from microdit.ranges import OneOf, Range
 
 MOST_BYTES = 128 * 1024
@@ -260,7 +260,7 @@ def _hints(kind: type) -> dict[str, Any]:
 def _hint(kind: type, unknown: str) -> str:
     names = sorted(known_keys(kind))
     before, _, last = unknown.rpartition(".")
-    near = difflib.get_close_matches(last, {name.rsplit(".", 1)[-1] for name in names}, n=1)
+    near = nearest(last, {name.rsplit(".", 1)[-1] for name in names})
     paths = [name for name in names if near and name.rsplit(".", 1)[-1] == near[0]]
     if near and f"{re.sub(r'[.][0-9]+', '.0', before)}.{near[0]}" in paths:
         paths = [f"{before}.{near[0]}"]  # in the part that was named

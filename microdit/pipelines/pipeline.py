@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from microdit.checkpoint import Checkpoint, check_finite, default_weights, find_weights
+from microdit.data.manifest import has_manifest
 from microdit.data.pixels import to_image
 from microdit.diffusion.guidance import GuidanceKind, Guide, Text
 from microdit.diffusion.objective import Objective
@@ -550,7 +551,7 @@ def is_run_folder(folder: Path) -> bool:
 
 def _what_to_do(place: Path) -> str:
     """Return what to do about a place without a checkpoint, in a sentence."""
-    if (place / "card.json").is_file():
+    if has_manifest(place):
         return "It is an encoded data set: train on it, and name the run's folder."
     if run := next((item for item in sorted(place.glob("*")) if is_run(item)), None):
         return f"It holds runs: name one of them, such as {run}."

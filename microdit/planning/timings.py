@@ -33,8 +33,17 @@ FREE: dict[str, set[str]] = {
     "optimizer": {"betas", "eps", "weight_decay", "decay", "expert_learning_rate"},
     "ema": {"decay", "start"},
     "engine": {"device", "precision"},  # the machine and the dtype that they mean are recorded instead
-    "record": {"samples_every", "checkpoint_every", "keep_checkpoints", "keep_every", "held_out_every"}
-    | {"fid_every", "fid_reference", "fid_samples", "fid_network"},
+    "record": {
+        "samples_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "keep_every",
+        "held_out_every",
+        "fid_every",
+        "fid_reference",
+        "fid_samples",
+        "fid_network",
+    },
     "alignment": {"weight", "until"},
 }
 

@@ -48,8 +48,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PageContent:
-    """What the page offers besides the models: the folders of those that are runs, prompts for models that have some of their own, and
-    the folder of recipes whose cost it estimates."""
+    """Content of the page besides the models. `runs` are the folders of those models that are runs, `prompts` the examples of models that
+    have some of their own, and `recipes` is the folder of the recipes whose cost the page estimates."""
 
     runs: Mapping[str, Path] = field(default_factory=dict)
     prompts: Mapping[str, list[str]] = field(default_factory=dict)

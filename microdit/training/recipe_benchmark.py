@@ -50,7 +50,7 @@ LOOKED_AT = 16  # pictures that the feature network is timed on
 
 
 def time_training(recipe: Recipe, shapes: Shapes, world: World, seconds: float, reporter: Reporter = QUIET) -> Timings:
-    """Train the recipe for about `seconds`, and time everything else that its training does. For the rest see `with_encoding`.
+    """Train the recipe for about `seconds`, and time all else that its training does. For the rest see `with_encoding_and_evaluation`.
 
     `shapes` are those of its data. Raises UserError if the machine's memory does not hold the training, and whatever the trainer raises.
     """
@@ -88,7 +88,7 @@ def time_training(recipe: Recipe, shapes: Shapes, world: World, seconds: float, 
     )
 
 
-def with_encoding(timings: Timings, recipe: Recipe, shapes: Shapes, world: World, reporter: Reporter = QUIET) -> Timings:
+def with_encoding_and_evaluation(timings: Timings, recipe: Recipe, shapes: Shapes, world: World, reporter: Reporter = QUIET) -> Timings:
     """Return the timings with those of encoding and of evaluation.
 
     Of several recipes, the training of all is timed first: the peak memory of a process includes whatever it did before.

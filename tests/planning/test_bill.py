@@ -48,7 +48,7 @@ def test_quality_is_measured_when_it_is_due_and_at_the_end():
     assert "image quality" not in lines_of(bill_of(recipe_of(), timed))
 
 
-def test_frechet_distances_are_drawn_and_looked_at_when_they_are_due_and_at_the_end():
+def test_frechet_distances_are_measured_when_due_and_at_the_end():
     """At 15, 30 and 40; each picture by 9 steps, half of those that a picture was timed for."""
     asked = ["record.fid_every=15", "record.fid_reference=somewhere", "record.fid_samples=100", "record.sample_steps=9"]
     timed = replace(TIMINGS, picture=2.0, features=0.5)

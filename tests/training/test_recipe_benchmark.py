@@ -13,7 +13,7 @@ from microdit.planning.bill import bill_of
 from microdit.planning.timings import StepTime, conditions, keep_timings, read_timings, stretches
 from microdit.planning.workload import Shapes, shapes_of
 from microdit.training import recipe_benchmark
-from microdit.training.recipe_benchmark import _more_steps, _Part, time_training, with_encoding
+from microdit.training.recipe_benchmark import _more_steps, _Part, time_training, with_encoding_and_evaluation
 from tests.training.processes import RECIPE
 
 DRAWN = ["record.sample_prompts=[owl, cat, dog]", "record.sample_steps=4"]
@@ -45,7 +45,7 @@ def seen(monkeypatch) -> list:
 
 def timed(recipe, world, seconds=0.5):
     shapes = shapes_of(recipe)
-    return with_encoding(time_training(recipe, shapes, world, seconds), recipe, shapes, world)
+    return with_encoding_and_evaluation(time_training(recipe, shapes, world, seconds), recipe, shapes, world)
 
 
 def test_everything_that_a_recipe_does_is_timed_on_its_own_data(encoded_emoji, world, seen, tmp_path):

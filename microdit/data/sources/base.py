@@ -17,6 +17,7 @@ LONGEST_KEY = 1000  # characters
 
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2")
 ARCHIVES = (*TARS, ".zip")
+EMBEDDED = ("emoji", "scenes", "icons")  # the sources that are built in
 END = "#end"  # suffix of the key of a record that reports that the rest of its part cannot be read
 
 

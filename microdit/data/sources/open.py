@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from microdit.data.sources.archives import archive_source
-from microdit.data.sources.base import ARCHIVES, Source, only_captions
+from microdit.data.sources.base import ARCHIVES, EMBEDDED, Source, only_captions
 from microdit.data.sources.builtin import Split, emoji_source, scenes_source
 from microdit.data.sources.caption_options import NONE_WANTED, CaptionOptions, own_captions, with_captions
 from microdit.data.sources.folders import ListOnce, folder_source, list_source
@@ -34,7 +34,6 @@ from microdit.data.sources.untrusted_files import (
 from microdit.errors import UserError
 from microdit.io.near_names import did_you_mean, did_you_mean_path
 
-EMBEDDED = ("emoji", "scenes", "icons")
 MOST_NAMES = 1_000_000  # that the braces of a pattern stand for
 
 _KINDS = """A source is one of
