@@ -1,6 +1,5 @@
 """What an encoding is asked for, and whether an unfinished one, on a disk or in a store, may be continued."""
 
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +32,13 @@ class EncodeEvents:
 
 def nothing_kept(source: str, rejected: Mapping[str, int]) -> UserError:
     """Return the error for a source of which no image was kept, with what to do about the most frequent reason."""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(rejected.items(), key=lambda item: -item[1])) or "none"
-    most = max(rejected, key=lambda reason: rejected[reason], default="")
+    if not rejected:
+        return UserError(f"The source {source} holds no image: of few images a small share may be empty, so take a larger one, or none.")
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(rejected.items(), key=lambda item: -item[1]))
     fix = (
         "Write each picture's caption into a text file beside it (owl.png, owl.txt), or name a list of them with --captions"
-        if most == NO_CAPTION
-        else f"'microdit data look {shlex.quote(source)}' shows what it holds"
+        if max(rejected, key=lambda reason: rejected[reason]) == NO_CAPTION
+        else "'microdit data look SOURCE' shows examples"
     )
     return UserError(f"No image of the source {source} could be kept; rejected: {reasons}. {fix}.")
 

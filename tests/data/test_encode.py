@@ -437,9 +437,11 @@ def test_batches_on_a_gpu_take_about_the_same_memory_at_any_resolution():
 
 def test_a_source_that_gives_nothing_says_why(tmp_path, text_encoder):
     with pytest.raises(
-        UserError, match=r"No image of the source test could be kept; rejected: 1 file is empty\. 'microdit data look test' shows"
+        UserError, match=r"No image of the source test could be kept; rejected: 1 file is empty\. 'microdit data look SOURCE' shows"
     ):
         encode_source(source_of([Record("k", {"caption": "c"}, b"")]), tmp_path / "set", SMALL, Pixels(), text_encoder)
+    with pytest.raises(UserError, match=r"The source test holds no image: of few images a small share may be empty, so take a larger one"):
+        encode_source(source_of([]), tmp_path / "empty", SMALL, Pixels(), text_encoder)
 
 
 def test_a_thousand_corruptions_lose_nothing_silently(tmp_path, text_encoder):
