@@ -141,8 +141,9 @@ LAB = Family(
     OptimizerRecipe(method="muon", betas=(0.9, 0.95)),
     (
         "Flow matching in the place of EDM (a Frechet distance of 185 against 207: study generation, three seeds).",
-        "At first 75% of the patches are dropped (193 against 210 for none at equal FLOPs, with 256 patches: faithful-cpu, two seeds), then "
-        "ever fewer, and none at the end (223 against 227 for a mask that is lifted for the last tenth: progressive-mask, three seeds).",
+        "At first 75% of the patches are dropped (193 against 210 for none at equal FLOPs, with 256 patches: faithful-cpu, two seeds), "
+        "then ever fewer, and none at the end (223 against 227 for a mask that is lifted for the last tenth: progressive-mask, three "
+        "seeds).",
         "Two mixer blocks, of which the first is what counts (232 against 257 without: mixer, two seeds).",
         "Blocks of one width, without experts: the published gains of 9% and 7% did not show (width-scaling and experts, two seeds each).",
         "Muon in the place of AdamW (202 against 214 at equal FLOPs: optimizer, two seeds).",
