@@ -10,7 +10,6 @@ Every step resumes where it was interrupted, and torchrun's processes share the 
 
 import hashlib
 import heapq
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,7 +32,7 @@ from microdit.evaluation.metrics.clip_score import ClipCaptions
 from microdit.evaluation.metrics.prdc import compute_prdc, nearest, prdc_rows
 from microdit.evaluation.metrics.registry import METRICS, PRDC_METRICS, Kind, Sets, measure, steps_to_measure
 from microdit.io.console import QUIET, Reporter
-from microdit.io.files import write_aside
+from microdit.io.files import to_checked_json, write_aside
 from microdit.io.locks import sole_writer
 from microdit.reports.grids import picture_name
 
@@ -119,7 +118,7 @@ def _evaluate(
         "metrics": metrics,
         "notes": notes,
     }
-    write_aside(out / "metrics.json", json.dumps(result, indent=1).encode())
+    write_aside(out / "metrics.json", to_checked_json(result))
     extremes = _extremes(reference, generated[kinds[0]], real[kinds[0]], captions, paths, side, reporter)
     write_evaluation_page(out / "report.html", result, *extremes)
     return result

@@ -4,7 +4,6 @@ Training, the lab and `microdit evaluate` without `--reference` all use `retriev
 image of its caption is among the nearest real ones, by cosine similarity of features.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from microdit.data.pixels import to_image, to_tensor
 from microdit.data.sources.builtin import CaptionedImage
 from microdit.evaluation.features import EfficientNetFeatures
 from microdit.evaluation.generators import ON_CPU, Compute, DrawSettings
-from microdit.io.files import write_aside
+from microdit.io.files import to_checked_json, write_aside
 from microdit.pipelines.open_model import open_model
 from microdit.pipelines.pipeline import BATCH, MicroDiTPipeline
 
@@ -82,7 +81,7 @@ def evaluate_emoji_run(
             retrieval(network(_reconstruct(pipeline, [row.image for row in chosen], size)), real_MD, right_N)
         ),
     }
-    write_aside(run / "metrics.json", json.dumps(metrics, indent=1).encode())
+    write_aside(run / "metrics.json", to_checked_json(metrics))
     return metrics
 
 

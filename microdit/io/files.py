@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -89,9 +89,12 @@ def sha256_of(path: Path) -> str:
 
 
 def read_json(path: Path, fix: str) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises UserError, which ends with the sentence `fix`, if the file holds none or cannot be read."""
+    """Return the JSON object in a file, compared with its checksum if it has one.
+
+    Raises UserError, which ends with the sentence `fix`, if the file holds none, differs from its checksum, or cannot be read.
+    """
     try:
-        return parse_json_object(path.read_bytes())
+        return from_checked_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {one_line(str(error))}. {fix}") from error
 
@@ -99,23 +102,38 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
 def to_checked_json(content: Mapping[str, Any]) -> bytes:
     """Return JSON whose first entry announces a checksum and whose last entry is that checksum: the SHA-256 of all bytes before it."""
     body = json.dumps({"checked_by": CHECKSUM, **content}, indent=1).removesuffix("\n}").encode()
-    return body + _closing(hashlib.sha256(body).hexdigest())
+    return body + _file_end(hashlib.sha256(body).hexdigest())
+
+
+def to_checked_lines(contents: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return lines of JSON, each with a checksum as in `to_checked_json`, for a JSON Lines file."""
+    return b"".join(map(_to_checked_line, contents))
+
+
+def _to_checked_line(content: Mapping[str, Any]) -> bytes:
+    body = json.dumps({"checked_by": CHECKSUM, **content}, ensure_ascii=False).removesuffix("}").encode("utf-8", "backslashreplace")
+    return body + _line_end(hashlib.sha256(body).hexdigest()) + b"\n"
 
 
 def from_checked_json(raw: bytes) -> dict[str, Any]:
-    """Parse the output of `to_checked_json`. Files of earlier versions, which have neither entry, are read without a check.
+    """Parse the output of `to_checked_json`, or a line of `to_checked_lines` without its newline.
 
+    Files and lines of earlier versions, which have neither entry, are read without a check.
     If one of the entries is damaged, the other remains, so no single change makes a file look like one without a checksum.
     Raises ValueError if the bytes differ from what was written.
     """
     content = parse_json_object(raw)
     announced, checksum = content.pop("checked_by", None), content.pop(CHECKSUM, None)
     if announced is not None or checksum is not None:
-        body = raw.rpartition(f',\n "{CHECKSUM}": '.encode())[0]
-        if checksum != hashlib.sha256(body).hexdigest() or raw != body + _closing(checksum):
+        end = next((end for end in (_file_end(checksum), _line_end(checksum)) if raw.endswith(end)), b"")
+        if checksum != hashlib.sha256(raw.removesuffix(end)).hexdigest():
             raise ValueError("its checksum differs")
     return content
 
 
-def _closing(checksum: str) -> bytes:
-    return f',\n "{CHECKSUM}": "{checksum}"\n}}'.encode()
+def _file_end(checksum: Any) -> bytes:
+    return f',\n "{CHECKSUM}": "{checksum}"\n}}'.encode(errors="replace")
+
+
+def _line_end(checksum: Any) -> bytes:
+    return f', "{CHECKSUM}": "{checksum}"}}'.encode(errors="replace")

@@ -1,22 +1,21 @@
-"""A JSON Lines file that is written line by line and survives kills and full disks."""
+"""A JSON Lines file that is written line by line, each line with its checksum, and survives kills and full disks."""
 
 import errno
 import fcntl
-import json
 import os
 import threading
 from pathlib import Path
 from typing import Any
 
 from microdit.errors import UserError
-from microdit.io.untrusted_text import parse_json
+from microdit.io.files import from_checked_json, to_checked_lines
 
 
 class LineFile:
     """A JSON Lines file that one process appends to, from any thread. Each line is synced to disk before the next one.
 
-    `lines` holds the lines found when the file was opened, without a truncated last one. Raises UserError if another process has the file
-    open, or it cannot be written.
+    `lines` holds the lines found when the file was opened, without a truncated last one, for `from_checked_json` to parse.
+    Raises UserError if another process has the file open, or it cannot be written.
     """
 
     def __init__(self, path: Path):
@@ -36,7 +35,7 @@ class LineFile:
 
     def append(self, fields: dict[str, Any]) -> None:
         """Append one line. Raises UserError if the disk is full, and leaves the file unchanged then."""
-        line = json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        line = to_checked_lines([fields])
         with self._lock:
             size = self._file.seek(0, os.SEEK_END)
             try:
@@ -66,7 +65,7 @@ class LineFile:
         content = self._file.readall()
         whole, _, last = content.rpartition(b"\n")
         lines = whole.splitlines()
-        if last and not _is_json(last):
+        if last and not _is_whole(last):
             self._file.truncate(len(content) - len(last))
         elif last:  # complete but for its newline
             lines.append(last)
@@ -74,9 +73,9 @@ class LineFile:
         return lines
 
 
-def _is_json(line: bytes) -> bool:
+def _is_whole(line: bytes) -> bool:
     try:
-        parse_json(line)
+        from_checked_json(line)
     except ValueError:
         return False
     return True

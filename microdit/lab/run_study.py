@@ -1,7 +1,7 @@
 """`microdit lab run`: train every arm of a study for every seed, and measure quality at equal cost. Resumes where it was interrupted.
 
     OUT/plan.json                    the cost of a step of each arm, and the steps that each budget buys
-    OUT/results.jsonl                a line per measurement: arm, seed, step, FLOPs, seconds and quality metrics
+    OUT/results.jsonl                a line per measurement: arm, seed, step, FLOPs, seconds and quality metrics, with its checksum
     OUT/strips/ARM-SEED-STEP.png     images of fixed prompts from fixed noise
     OUT/runs/ARM/seed-N/             run folders, deleted once all measurements of an arm are taken, unless --keep
 
@@ -10,7 +10,6 @@ Several processes may share a study: each claims an arm and seed that no other i
 the others wait.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -26,9 +25,8 @@ from microdit.data.dataset import EncodedDataset
 from microdit.distributed import World
 from microdit.errors import EXIT_BY_USER, EXIT_RESTART, DivergedError, StoppedError
 from microdit.io.console import QUIET, PlainConsole, Reporter
-from microdit.io.files import keep_damaged, write_aside
+from microdit.io.files import from_checked_json, keep_damaged, to_checked_lines, write_aside
 from microdit.io.locks import claimed, in_turn, sole_writer
-from microdit.io.untrusted_text import parse_json
 from microdit.lab.equal_cost import ArmPlan, make_plan
 from microdit.lab.quality import QualityEvaluator
 from microdit.lab.study import MEASURES, Study, is_scheduled, stretched
@@ -120,7 +118,7 @@ def drop_damaged(out: Path, reporter: Reporter = QUIET) -> None:
     if damaged:
         copy = keep_damaged(out / RESULTS)
         reporter.warn(f"{out / RESULTS}: {_lines(damaged)} damaged and dropped: those measurements are repeated. A copy is kept in {copy}.")
-        write_aside(out / RESULTS, "".join(f"{json.dumps(one)}\n" for one in results).encode())
+        write_aside(out / RESULTS, to_checked_lines(results))
 
 
 @dataclass(frozen=True)
@@ -184,8 +182,8 @@ class _ArmRun:
     def _append(self, line: dict[str, Any]) -> None:
         """Rewrite results.jsonl with one more line, so that a killed process's half line does not corrupt it."""
         with _alone(self.out):
-            content = "".join(f"{json.dumps(one)}\n" for one in [*read_results(self.out, self.reporter), line])
-            write_aside(self.out / RESULTS, content.encode())
+            lines = [*read_results(self.out, self.reporter), line]
+            write_aside(self.out / RESULTS, to_checked_lines(lines))
 
 
 def _parse_results(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
@@ -195,9 +193,9 @@ def _parse_results(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for number, line in enumerate(lines, 1):
         try:
-            result = parse_json(line)
+            result = from_checked_json(line)
         except ValueError:
-            result = None
+            result = {}
         if _is_result(result):
             results.append(result)
         else:
@@ -205,9 +203,9 @@ def _parse_results(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     return results, damaged
 
 
-def _is_result(line: Any) -> bool:
+def _is_result(line: dict[str, Any]) -> bool:
     """Return whether a line holds an arm, a seed and a step, and either the reason why training diverged or costs and quality metrics."""
-    if not isinstance(line, dict) or [type(line.get(key)) for key in ("arm", "seed", "step")] != [str, int, int]:
+    if [type(line.get(key)) for key in ("arm", "seed", "step")] != [str, int, int]:
         return False
     return isinstance(line.get("diverged"), str) or all(type(line.get(key)) in (int, float) for key in (*COSTS, *MEASURES))
 

@@ -9,7 +9,6 @@
 `microdit bench` keeps its measurements in a file of the user, from which `microdit budget` reads the utilisation.
 """
 
-import json
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -21,9 +20,8 @@ import torch
 
 from microdit.devices import choose_device, choose_dtype, device_name, memory_of
 from microdit.errors import UserError
-from microdit.io.files import write_aside
+from microdit.io.files import from_checked_json, to_checked_json, write_aside
 from microdit.io.strict_yaml import Plain, Tree, decimal, read_yaml
-from microdit.io.untrusted_text import parse_json
 from microdit.reports.formats import finite
 
 
@@ -277,7 +275,7 @@ def read_measurements(file: Path) -> dict[str, Measurement]:
     if not file.is_file():
         return {}
     try:
-        found = {name: Measurement(**values) for name, values in parse_json(file.read_bytes()).items()}
+        found = {name: Measurement(**values) for name, values in from_checked_json(file.read_bytes()).items()}
         if not all(item.utilisation > 0 for item in found.values()):
             raise ValueError("a utilisation is not above 0")
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -289,7 +287,7 @@ def keep_measurement(measurement: Measurement, file: Path) -> None:
     """Write a measurement to the file, replacing the chip's earlier one. Raises UserError if the file cannot be written."""
     kept = {**read_measurements(file), measurement.chip: measurement}
     try:
-        write_aside(file, json.dumps({name: asdict(item) for name, item in kept.items()}, indent=1).encode())
+        write_aside(file, to_checked_json({name: asdict(item) for name, item in kept.items()}))
     except OSError as error:
         raise UserError(f"The measurement cannot be written to {file}: {error}. Choose another --file.") from error
 

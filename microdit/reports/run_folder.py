@@ -37,10 +37,7 @@ class RunFolder:
     @property
     def record(self) -> dict[str, Any]:
         """The content of run.json: name, data, starts. Empty if its checksum differs."""
-        try:
-            return from_checked_json((self.path / RUN).read_bytes())
-        except (OSError, ValueError):
-            return {}
+        return _read_checked(self.path / RUN)
 
     @property
     def has_damaged_record(self) -> bool:
@@ -55,8 +52,8 @@ class RunFolder:
 
     @property
     def status(self) -> dict[str, Any]:
-        """The content of status.json: the run's progress."""
-        return _read_object(self.path / STATUS)
+        """The content of status.json: the run's progress. Empty if its checksum differs."""
+        return _read_checked(self.path / STATUS)
 
     def read_metrics(self, check: Callable[[], None] = lambda: None) -> tuple[list[dict[str, Any]], int]:
         """Return the lines of metrics.jsonl by step, and the number of unreadable ones (a killed process leaves half a line).
@@ -135,14 +132,14 @@ def _is_process(pid: int) -> bool:
     return True
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_checked(path: Path) -> dict[str, Any]:
     try:
-        return _parse_object(path.read_text(errors="replace"))
-    except OSError:
+        return from_checked_json(path.read_bytes())
+    except (OSError, ValueError):
         return {}
 
 
-def _parse_object(text: str | bytes) -> dict[str, Any]:
+def _parse_object(text: bytes) -> dict[str, Any]:
     try:
         return parse_json_object(text)
     except ValueError:

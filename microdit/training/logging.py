@@ -121,7 +121,7 @@ class RunRecord:
     def status(self, state: str, reason: str | None = None, **values: Any) -> None:
         content = {"state": state, "reason": reason, "name": self.recipe.name, **values}
         content |= {"host": socket.gethostname(), "pid": os.getpid(), "time": round(time.time(), 2)}
-        self._try(lambda: write_aside(self.run / STATUS, json.dumps(content, indent=1).encode()))
+        self._try(lambda: write_aside(self.run / STATUS, to_checked_json(content)))
 
     def picture(self, save: Callable[[Path], None], step: int) -> None:
         self._try(lambda: save(self.run / "samples" / f"step-{step:08d}.png"))

@@ -8,7 +8,9 @@ from microdit.errors import UserError
 from microdit.evaluation.geneval.detector import evaluate_geneval
 from microdit.evaluation.geneval.rules import Detection, parse_prompt
 from microdit.evaluation.run_results import DPGResult, Measured, read_run
+from microdit.io.files import to_checked_json
 from microdit.models.microdit import MicroDiT
+from tests.damage import flips
 from tests.evaluation.run_folders import CONFIG, MEASURED, evaluated, trained
 
 
@@ -65,6 +67,15 @@ def test_half_a_file_and_other_folders_are_refused(tmp_path: Path):
     (run / "evaluation" / "metrics.json").write_text('{"metrics": ')
     with pytest.raises(UserError, match="cannot be read"):
         read_run(run)
+
+
+def test_no_flipped_byte_changes_a_figure(tmp_path: Path):
+    run = evaluated(trained(tmp_path / "run"))
+    file = run / "evaluation" / "metrics.json"
+    file.write_bytes(to_checked_json(json.loads(file.read_bytes())))
+    for _ in flips(file, range(0, file.stat().st_size, 3)):
+        with pytest.raises(UserError, match=r"metrics\.json cannot be read: .* Evaluate again"):
+            read_run(run)
 
 
 class Cats:

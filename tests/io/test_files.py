@@ -7,7 +7,16 @@ import time
 import pytest
 
 from microdit.errors import UserError
-from microdit.io.files import aside_of, from_checked_json, opened_aside, read_json, stale_asides, to_checked_json, write_aside
+from microdit.io.files import (
+    aside_of,
+    from_checked_json,
+    opened_aside,
+    read_json,
+    stale_asides,
+    to_checked_json,
+    to_checked_lines,
+    write_aside,
+)
 from tests.damage import ALL_BITS, flips
 
 CONTENT = {
@@ -28,9 +37,18 @@ def test_it_is_json_to_others_and_the_same_content_to_us():
     assert from_checked_json(to_checked_json({})) == {}
 
 
-def test_every_flipped_bit_is_noticed(tmp_path):
+def test_lines_are_json_to_others_and_the_same_content_to_us():
+    contents = [CONTENT, {}, {"text": "two\nlines \u2028 and \r"}]
+    lines = to_checked_lines(contents).split(b"\n")
+    assert [from_checked_json(line) for line in lines[:-1]] == contents
+    assert lines[-1] == b""
+    assert json.loads(lines[2])["text"] == contents[2]["text"]
+
+
+@pytest.mark.parametrize("raw", [to_checked_json(CONTENT), to_checked_lines([CONTENT]).rstrip()], ids=["file", "line"])
+def test_every_flipped_bit_is_noticed(tmp_path, raw):
     path = tmp_path / "content.json"
-    path.write_bytes(to_checked_json(CONTENT))
+    path.write_bytes(raw)
     for _ in flips(path, bits=ALL_BITS):
         with pytest.raises(ValueError):  # noqa: PT011 - half of them are no JSON any more, in many ways
             from_checked_json(path.read_bytes())
@@ -39,8 +57,9 @@ def test_every_flipped_bit_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("cut", [0, 1, 20, -70, -5, -1])
 def test_a_cut_file_is_noticed(cut):
-    with pytest.raises(ValueError):  # noqa: PT011
-        from_checked_json(to_checked_json(CONTENT)[:cut])
+    for raw in (to_checked_json(CONTENT), to_checked_lines([CONTENT]).rstrip()):
+        with pytest.raises(ValueError):  # noqa: PT011
+            from_checked_json(raw[:cut])
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"1", b"\xff", b"[" * 100_000, b'{"a": ' * 100_000])

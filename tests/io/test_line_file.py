@@ -1,10 +1,10 @@
-import json
 import resource
 import signal
 
 import pytest
 
 from microdit.errors import UserError
+from microdit.io.files import from_checked_json, to_checked_lines
 from microdit.io.line_file import LineFile
 
 
@@ -14,18 +14,23 @@ def test_lines_are_on_the_disk_at_once_and_found_again(tmp_path):
         file.append({"number": number, "text": "\u2028 猫\r\n\x85 \ud83d \0"})
         assert len(file.path.read_bytes().splitlines()) == number + 1
     file.close()
-    assert [json.loads(line)["number"] for line in LineFile(file.path).lines] == [0, 1, 2]
+    assert [from_checked_json(line)["number"] for line in LineFile(file.path).lines] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kept", range(1, 12))
 def test_a_last_line_that_was_cut_off_is_dropped(tmp_path, kept):
+    """Of this version, with a checksum, and of an earlier one without."""
     path = tmp_path / "lines.jsonl"
-    path.write_bytes(b'{"a": 1}\n' + b'{"b": "\xc3\xa9"}\n'[:kept])
-    file = LineFile(path)
-    file.append({"c": 3})
-    whole = kept == 11
-    assert path.read_bytes() == b'{"a": 1}\n' + (b'{"b": "\xc3\xa9"}\n' if whole else b"") + b'{"c": 3}\n'
-    assert len(file.lines) == 1 + whole
+    first, last, new = (to_checked_lines([{name: "é"}]) for name in "abc")
+    for number, line in enumerate([last, b'{"b": "\xc3\xa9"}\n']):
+        content = first + line[: min(kept * len(line) // 11, len(line) - 1)]
+        path.write_bytes(content)
+        file = LineFile(path)
+        file.append({"c": "é"})
+        file.close()
+        whole = kept == 11
+        assert path.read_bytes() == first + (line if whole else b"") + new, number
+        assert len(file.lines) == 1 + whole
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path):
@@ -33,7 +38,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path):
     file = LineFile(tmp_path / "lines.jsonl")
     file.append({"a": 1})
     before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[0][1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[0][1]))
     try:
         with pytest.raises(UserError, match=r"lines\.jsonl cannot be written: .* Free some space and run the same command again"):
             file.append({"text": "x" * 1000})
@@ -41,7 +46,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
         signal.signal(signal.SIGXFSZ, before[1])
     file.append({"b": 2})
-    assert file.path.read_bytes() == b'{"a": 1}\n{"b": 2}\n'
+    assert file.path.read_bytes() == to_checked_lines([{"a": 1}, {"b": 2}])
 
 
 def test_a_file_has_one_writer(tmp_path):

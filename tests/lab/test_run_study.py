@@ -7,6 +7,7 @@ import pytest
 
 from microdit.errors import UserError
 from microdit.io.console import PlainConsole, Reporter
+from microdit.io.files import to_checked_lines
 from microdit.lab.equal_cost import read_plan
 from microdit.lab.run_study import drop_damaged, read_results
 from microdit.lab.study import MEASURES
@@ -168,6 +169,17 @@ def test_damaged_results_are_left_out_and_dropped_once_with_a_copy_kept(tmp_path
     assert read_results(tmp_path, reporter) == [good, good | {"seed": 1}]
     drop_damaged(tmp_path, reporter)
     assert capsys.readouterr().out == ""
+
+
+def test_no_flipped_byte_of_the_results_is_measured_quality(tmp_path):
+    good = [{"arm": "none", "seed": seed, "step": 4, "flops": 1.0, "seconds": 2, **dict.fromkeys(MEASURES, 0.5)} for seed in range(2)]
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(to_checked_lines(good))
+    size = path.stat().st_size
+    assert read_results(tmp_path) == good
+    for at in flips(path):
+        expected = [] if at == size // 2 - 1 else good[:1] if at >= size // 2 else good[1:]  # two lines that became one are both lost
+        assert read_results(tmp_path) == expected
 
 
 @pytest.mark.parametrize("key", ["arm", "seed", "step", "flops", "seconds", "held_out_loss", "recognised"])

@@ -16,6 +16,7 @@ from microdit.planning.hardware import (
     measurements_file,
     read_measurements,
 )
+from tests.damage import flips
 
 MEASURED = Measurement("RTX 4090", 0.41, 165.2e12, "the vendor's figure", 300.0, "MicroDiT_Tiny_2", 256, "bfloat16", "2.13.0", "2026-11-24")
 
@@ -70,6 +71,13 @@ def test_a_measured_speed_does_not_change_with_the_peak_that_a_user_says(tmp_pat
     ours, theirs = find(tmp_path, chip="rtx4090", prices=file), find(tmp_path, chip="rtx4090")
     assert ours.flops_per_second == pytest.approx(theirs.flops_per_second)
     assert ours.utilisation == pytest.approx(0.41 * 1.652)
+
+
+def test_no_flipped_byte_changes_a_measurement(tmp_path):
+    keep_measurement(MEASURED, tmp_path / "bench.json")
+    for _ in flips(tmp_path / "bench.json"):
+        with pytest.raises(UserError, match=r"bench\.json cannot be read .*: delete it, and run microdit bench again"):
+            read_measurements(tmp_path / "bench.json")
 
 
 def test_utilisation_is_given_measured_or_assumed_and_says_which(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from microdit.io.files import write_aside
+from microdit.io.files import from_checked_json, to_checked_json, write_aside
 from microdit.serve.endpoints import PageContent, web_app
 from microdit.serve.queue import WorkQueue
 from tests.reports.test_run_page import FEW, metrics_line, write_run
@@ -26,8 +26,8 @@ def run(tmp_path: Path) -> Path:
 def go_on(run: Path, state: str, step: int) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(metrics_line(step)) + "\n")
-    status = json.loads((run / "status.json").read_text())
-    write_aside(run / "status.json", json.dumps(status | {"state": state, "step": step}).encode())
+    status = from_checked_json((run / "status.json").read_bytes())
+    write_aside(run / "status.json", to_checked_json(status | {"state": state, "step": step}))
 
 
 @pytest.fixture

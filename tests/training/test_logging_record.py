@@ -77,7 +77,7 @@ def test_a_damaged_run_json_is_begun_anew_and_kept_aside(tmp_path, recipe, conte
 
 
 def test_no_flipped_byte_of_any_log_stops_a_run_or_its_readers(tmp_path, recipe):
-    """One bit of each byte in turn: whoever reads goes on, and run.json is never wrong unnoticed."""
+    """One bit of each byte in turn: whoever reads goes on, and run.json and status.json are never wrong unnoticed."""
     record = RunRecord(tmp_path, recipe, pytest.fail, 0)
     record.started({"data": {"path": "data", "rows": 3}}, {"device": "cpu"})
     record.status("running", step=4, total_steps=9, loss=0.5, gpu_hours=0.1, seconds_left=9.5)
@@ -85,7 +85,9 @@ def test_no_flipped_byte_of_any_log_stops_a_run_or_its_readers(tmp_path, recipe)
     healthy = RunFolder(tmp_path).starts
     for _ in flips(tmp_path / "run.json"):
         assert RunFolder(tmp_path).starts in ([], healthy)
+    standing = RunFolder(tmp_path).status
     for at in flips(tmp_path / "status.json"):
+        assert RunFolder(tmp_path).status == {} != standing
         runs_table(list_runs(tmp_path))
         if at % 20 == 0:  # slow
             report_page(tmp_path)

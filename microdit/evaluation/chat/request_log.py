@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from microdit.errors import UserError
+from microdit.io.files import from_checked_json
 from microdit.io.line_file import LineFile
-from microdit.io.untrusted_text import parse_json
 
 REQUESTS = "requests.jsonl"
 ENDED = "the process ended before an answer was logged"
@@ -106,7 +106,7 @@ class RequestLog:
 
     def _recall(self, line: bytes, where: str, belongs: str) -> None:
         try:
-            fields = parse_json(line)
+            fields = from_checked_json(line)
             exchange = self._exchanges.get(_key({name: fields.pop(name) for name in self._fields}))
             if exchange is not None:
                 exchange.recall(**fields)

@@ -22,7 +22,7 @@ from microdit.errors import UserError
 from microdit.evaluation.chat.request_log import Exchange, RequestLog
 from microdit.evaluation.dpg.answerers import Answerer, read_yes_or_no
 from microdit.evaluation.dpg.questions import DPGPrompt, picture_score, prompt_score, score
-from microdit.io.files import sha256_of, write_aside
+from microdit.io.files import sha256_of, to_checked_json, write_aside
 
 PICTURES = 4  # of each prompt, as published
 MOST_ASKED = 3  # how often a question is asked while answers are unreadable
@@ -137,7 +137,7 @@ def evaluate_dpg(
         "tokens": sum(answer.tokens for exchange in everything for answer in exchange.answers),
         "judge": answerer.name,
     }
-    write_aside(out / "summary.json", json.dumps(summary, indent=1).encode())
+    write_aside(out / "summary.json", to_checked_json(summary))
     return summary
 
 

@@ -36,8 +36,7 @@ from microdit.evaluation.geneval.rules import (
     parse_prompt,
     score,
 )
-from microdit.io.files import sha256_of, write_aside
-from microdit.io.untrusted_text import parse_json
+from microdit.io.files import from_checked_json, sha256_of, to_checked_json, to_checked_lines, write_aside
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLASSIFIER = "openai/clip-vit-large-patch14"
@@ -97,24 +96,24 @@ def evaluate_geneval(
     results = out / "results.jsonl"
     known = _known_results(results)
     lines = []
-    write_aside(results, "".join(f"{json.dumps(line)}\n" for line in known.values()).encode())  # drops a truncated last line
-    with results.open("a", encoding="utf-8") as file:
+    write_aside(results, to_checked_lines(known.values()))  # drops a truncated last line
+    with results.open("ab") as file:
         for done, (number, path) in enumerate(found, start=1):
             name = path.relative_to(pictures).as_posix()
             identity = {"filename": name, "metadata": prompts[number].metadata, "picture": sha256_of(path), "judges": judges}
             line = known.get(json.dumps(identity))
             if line is None:
                 line = identity | _judge_picture(path, prompts[number], detector, classifier)
-                file.write(f"{json.dumps(line)}\n")
+                file.write(to_checked_lines([line]))
                 file.flush()
             lines.append(line)
             if on_picture is not None:
                 on_picture(done, len(found))
-    write_aside(results, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
+    write_aside(results, to_checked_lines(lines))
     summary = _summarise(lines, len(prompts), without, judges)
     if rewritten_by is not None:
         summary["prompts_rewritten_by"] = rewritten_by
-    write_aside(out / "summary.json", json.dumps(summary, indent=1).encode())
+    write_aside(out / "summary.json", to_checked_json(summary))
     return summary
 
 
@@ -240,7 +239,7 @@ def _known_results(path: Path) -> dict[str, dict[str, Any]]:
     known = {}
     for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            line = parse_json(text)
+            line = from_checked_json(text)
             if line["tag"] not in TASKS or type(line["correct"]) is not bool:
                 continue
             known[json.dumps({key: line[key] for key in ("filename", "metadata", "picture", "judges")})] = line

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from PIL import Image
 
 from microdit.errors import UserError
-from microdit.io.files import sha256_of
+from microdit.io.files import from_checked_json, sha256_of
 from microdit.io.line_file import LineFile
 from microdit.io.untrusted_text import parse_json
 
@@ -176,9 +176,7 @@ class VerdictFile:
         for number, line in enumerate(self._file.lines, start=1):
             verdict = _parse(line)
             if verdict is None:
-                raise UserError(
-                    f"Line {number} of {self.path} is not a verdict: repair it, or remove the line so that its question is judged again."
-                )
+                raise UserError(f"Line {number} of {self.path} is no verdict, or damaged: remove it, so that its question is judged again.")
             pair = known.get((verdict.pair, verdict.order))
             if pair is None or (pair.prompt, pair.fingerprints) != (verdict.prompt, verdict.pictures) or verdict.model != self.model:
                 raise UserError(
@@ -240,7 +238,7 @@ def _winner(order: Order, choice: Choice) -> Winner:
 
 def _parse(line: bytes) -> Verdict | None:
     try:
-        fields = parse_json(line)
+        fields = from_checked_json(line)
         verdict = Verdict(**{**fields, "pictures": tuple(fields["pictures"])})
     except (ValueError, KeyError, TypeError):
         return None

@@ -20,6 +20,7 @@ from transformers import (
 from microdit.errors import UserError
 from microdit.evaluation.geneval.detector import ClipColours, Mask2Former, cut_out, evaluate_geneval
 from microdit.evaluation.geneval.rules import COLOURS, Detection, GenEvalPrompt, read_prompts
+from microdit.io.files import from_checked_json
 from tests.encoders.tiny_models import make_busy, save_clip_tokenizer
 
 CLASSES = ["person", "tvmonitor", "mouse"]
@@ -146,7 +147,7 @@ def test_real_models_judge_a_folder_end_to_end(
     assert set(json.loads(lines[0]["details"])) == {"tv"}
     assert summary["tasks"].keys() == {"single_object", "two_object", "colors"}
     assert (summary["pictures"], summary["prompts_without_pictures"], summary["overall"]) == (6, 1, None)
-    assert json.loads((out / "summary.json").read_text()) == summary
+    assert from_checked_json((out / "summary.json").read_bytes()) == summary
     assert len(heard) == 1
     assert "1 of 4 prompts have no image" in heard[0]
 

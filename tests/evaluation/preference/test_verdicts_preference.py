@@ -15,6 +15,7 @@ from microdit.evaluation.preference.verdicts import (
     read_pairs,
     wilson,
 )
+from tests.damage import flips
 
 
 def write_folders(root: Path, count: int) -> tuple[Path, Path]:
@@ -136,8 +137,19 @@ def test_a_last_line_that_lacks_only_its_end_is_not_paid_again(questions, tmp_pa
 def test_a_broken_line_in_the_middle_is_named(questions, tmp_path):
     path = tmp_path / "verdicts.jsonl"
     path.write_text("nonsense\n")
-    with pytest.raises(UserError, match=r"Line 1 of .*verdicts.jsonl is not a verdict"):
+    with pytest.raises(UserError, match=r"Line 1 of .*verdicts.jsonl is no verdict, or damaged"):
         VerdictFile(path, questions, "eyes")
+
+
+def test_no_flipped_byte_changes_a_verdict(questions, tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    file = VerdictFile(path, questions, "eyes")
+    judge_all(file, likes_red)
+    file.close()
+    first = path.read_bytes().index(b"\n")
+    for _ in flips(path, range(first)):
+        with pytest.raises(UserError, match=r"Line 1 of .*verdicts.jsonl is no verdict, or damaged"):
+            VerdictFile(path, questions, "eyes")
 
 
 @pytest.mark.parametrize("change", ["model", "picture", "swap"])
