@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -112,6 +112,7 @@ class Proxy:
     faults: int = 0
     sent: int = 0  # bytes of all bodies
     seen: list[str] = field(default_factory=list)  # method and path of each request
+    conditional: threading.Lock = field(default_factory=threading.Lock)  # held by each conditional write
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _free_at: float = 0.0
 
@@ -233,6 +234,11 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass_on
 
     def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        """Pass the request on. Conditional writes go one at a time: S3 makes them atomic, while moto looks first and writes later."""
+        with self.proxy.conditional if "If-None-Match" in self.headers else nullcontext():
+            return self._ask_now(body)
+
+    def _ask_now(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         store = urlsplit(self.proxy.store)
         connection = http.client.HTTPConnection(store.hostname or "", store.port, timeout=120)
         self.proxy.wait_to_send(len(body))
