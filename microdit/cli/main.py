@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import microdit
 from microdit.cli.benchmarks import dpg, geneval
@@ -43,6 +43,30 @@ class Commands(TyperGroup):
             near = within or did_you_mean(cmd_name, self.commands)
             raise UserError(f"There is no command '{cmd_name}'.{near} 'microdit --help' lists them.")
         return command
+
+
+class Command(TyperCommand):
+    """A command. If it takes a recipe's settings, the error for an unknown option of such a name says how they are written."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            # click's class, which some versions of typer hold a copy of
+            if type(error).__name__ == "NoSuchOption" and any(parameter.name == "overrides" for parameter in self.params):
+                _explain_settings(error.option_name)  # type: ignore[attr-defined]
+            raise
+
+
+def _explain_settings(option: str) -> None:
+    """Raise UserError if a recipe has a setting of the name of this option."""
+    from microdit.config.schema import Recipe
+    from microdit.io.strict_yaml import known_keys
+
+    name = option.lstrip("-").replace("-", "_")
+    settings = [f"{key}=..." for key in known_keys(Recipe) if key.rpartition(".")[2] == name]
+    if settings:
+        raise UserError(f"There is no option {option}. Settings of a recipe are written without dashes: {' or '.join(settings)}")
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, help=(
@@ -120,7 +144,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
 }
 for panel, commands in PANELS.items():
     for name, command in commands.items():
-        app.command(name, rich_help_panel=panel, no_args_is_help=command is sample)(command)
+        app.command(name, cls=Command, rich_help_panel=panel, no_args_is_help=command is sample)(command)
 app.add_typer(data_app, name="data", rich_help_panel="Data")
 app.add_typer(lab_app, name="lab", rich_help_panel="Measure")
 
