@@ -32,6 +32,7 @@ T = TypeVar("T")
 LONGEST_WAIT = 600.0  # seconds that a server may ask to wait before the client gives up
 TEXT_TOKENS = 150  # estimated tokens of the instructions, a prompt or question, and the answer
 LONGEST_ANSWER, LONGEST_WORDS = 1_000_000, 10_000  # bytes read of an answer, and of an error
+MOST_TOKENS = 10**9  # of one answer; a larger number is none
 
 
 def key_from_environment() -> str:
@@ -124,7 +125,7 @@ class ChatClient:
         opener = urllib.request.build_opener(_NoRedirect)
         try:
             with opener.open(request, timeout=self.timeout) as response:
-                content: bytes = response.read(LONGEST_ANSWER + 1)
+                content = _read_at_most(response, LONGEST_ANSWER + 1)
         except urllib.error.HTTPError as error:
             raise _RefusedError(error.code, _server_words(error), error.headers.get("Retry-After")) from None
         if len(content) > LONGEST_ANSWER:
@@ -140,7 +141,7 @@ class ChatClient:
             words = answer if isinstance(answer, str) else json.dumps(answer)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ValueError("its answer is no chat completion") from None
-        return Answer(self._redact(words), tokens if isinstance(tokens, int) else 0)
+        return Answer(self._redact(words), tokens if type(tokens) is int and 0 <= tokens <= MOST_TOKENS else 0)
 
     def _explain(self, refused: "_RefusedError") -> str:
         if refused.status in (401, 403):
@@ -219,8 +220,22 @@ def _retry_after(header: str | None, default: float) -> float:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):  # OverflowError: a year or an offset that no date has
         return default
+
+
+def _read_at_most(response: http.client.HTTPResponse | urllib.error.HTTPError, count: int) -> bytes:
+    """Return the body, or its first `count` bytes if it is longer. Raises HTTPException if the connection ends before the body does.
+
+    `read(count)` is not enough: http.client takes chunks of negative sizes, and reads those to the end of the connection.
+    """
+    content = bytearray()
+    while len(content) < count and (more := response.read1(count - len(content))):
+        content += more
+    left = getattr(response, "length", None)
+    if left and len(content) < count:
+        raise http.client.IncompleteRead(bytes(content), left)
+    return bytes(content[:count])
 
 
 def _reason(error: Exception) -> str:
@@ -231,7 +246,7 @@ def _reason(error: Exception) -> str:
 def _server_words(error: urllib.error.HTTPError) -> str:
     """Return the message of an OpenAI-style error, or else the body's text."""
     try:
-        body = error.read(LONGEST_WORDS).decode("utf-8", "replace")
+        body = _read_at_most(error, LONGEST_WORDS).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):
         return "no message"
     try:

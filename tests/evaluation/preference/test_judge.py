@@ -229,14 +229,20 @@ ENDLESS = {200: f"more than {LONGEST_ANSWER:,} bytes, which is no chat completio
 
 
 @pytest.mark.parametrize("status", ENDLESS)
-def test_an_endless_response_is_cut_off(pictures, status):
+@pytest.mark.parametrize("chunk", [None, b"-1", b"-7fffffff", b"fffffffffffff", b"5f5e100"])
+def test_an_endless_response_is_cut_off(pictures, status, chunk):
+    """Chunks of negative sizes, too: http.client takes such a size, and its read() goes on to the end of the connection."""
     sent = 0
 
     def script(handler: Handler, number: int, order: str) -> None:
         nonlocal sent
         handler.send_response(status)
+        if chunk is not None:
+            handler.send_header("Transfer-Encoding", "chunked")
         handler.end_headers()
         with contextlib.suppress(ConnectionError):
+            if chunk is not None:
+                handler.wfile.write(chunk + b"\r\n")
             for _ in range(1000):
                 sent += handler.wfile.write(b" " * 100_000)
 
@@ -361,6 +367,44 @@ def test_repeated_faults_are_given_up(pictures):
     assert len(server.bodies) == 3
     with pytest.raises(UserError, match=r"cannot be reached or breaks off: Connection refused\. Given up after 2 tries"):
         judge_at(server.url, retries=1)("a cat", *pictures, new_exchange())
+
+
+@pytest.mark.parametrize("body", ["{", '{"choices": [{"message": {"content": "A"}}]}'])
+def test_a_response_that_ends_early_is_requested_again(pictures, body):
+    def script(handler: Handler, number: int, order: str) -> str | None:
+        if number:
+            return perfect(handler, number, order)
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + body.encode())
+        handler.close_connection = True
+        return None
+
+    with serving(script) as server:
+        assert judge_at(server.url)("a cat", *pictures, new_exchange()).choice == "first"
+    assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize("tokens", ["-5", "true", "9" * 4299, "1e400", "null", '"5"', "[]"])
+def test_strange_numbers_of_tokens_count_as_none(pictures, tokens):
+    body = '{"choices": [{"message": {"content": "A"}}], "usage": {"total_tokens": TOKENS}}'.replace("TOKENS", tokens)
+    with serving(lambda handler, *_: handler.send(200, body)) as server:
+        assert judge_at(server.url)("a cat", *pictures, new_exchange()).tokens == 0
+
+
+STRANGE_WAITS = (
+    "Fri, 31 Dec 2020 23:59:59 +9999999999999999999999999",
+    "Mon, 01 Jan 99999999999 00:00:00 GMT",
+    "1 2 3 4 5 6",
+    "nan",
+    "-inf",
+    "",
+)
+
+
+@pytest.mark.parametrize("header", STRANGE_WAITS)
+def test_a_retry_after_that_makes_no_sense_is_passed_over(pictures, header):
+    with serving(lambda handler, *_: handler.send(429, "quota", Retry_After=header)) as server, pytest.raises(UserError, match="Given up"):
+        judge_at(server.url, retries=1)("a cat", *pictures, new_exchange())
+    assert len(server.bodies) == 2
 
 
 def test_a_retry_after_of_hours_is_not_waited_for(pictures):
