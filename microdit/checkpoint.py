@@ -26,7 +26,7 @@ from torch import Tensor
 
 from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.io.files import from_checked_json, sha256_of
+from microdit.io.files import from_checked_json, read_regular, sha256_of
 from microdit.io.places import Place
 from microdit.io.tensor_files import assembled, read_header
 from microdit.models.blocks import BlockShape
@@ -153,7 +153,7 @@ def config_of_fields(saved: Mapping[str, Any]) -> ModelConfig:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a checkpoint by reading state.json only. Raises UserError if that is damaged or its step differs from the folder's name."""
     try:
-        state = from_checked_json((folder / STATE).read_bytes())
+        state = from_checked_json(read_regular(folder / STATE))
         if not isinstance(state["files"], dict):
             raise ValueError("it names no files")
         if _NAME.fullmatch(folder.name) and state["step"] != step_of(folder):

@@ -29,6 +29,7 @@ from microdit.io.near_names import did_you_mean
 from microdit.process_limits import raise_limit
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the machine's, not the program's
+PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM)  # of what was named
 OLDEST_TORCH = (2, 9)  # as pyproject.toml says
 
 
@@ -106,9 +107,10 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(code)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            where = f" ({error.filename})" if error.filename else ""
-            sentence = f" {error.strerror}{where}: make room there, or choose another place, and start the command again."
+        if isinstance(error, OSError) and error.errno in (*DISK_ERRORS, *PATH_ERRORS):
+            where = f" ({error.filename!s:.300})" if error.filename else ""
+            room = "make room there, or choose another place" if error.errno in DISK_ERRORS else "name another, or mend it"
+            sentence = f" {error.strerror}{where}: {room}, and start the command again."
             PlainConsole(stderr=True).print(joined(styled("Error:", "bold red"), sentence), soft_wrap=True)
         else:
             print_traceback()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shlex
+import stat
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from microdit.data.sources.base import EMBEDDED
 from microdit.data.sources.untrusted_files import sum_of_kinds
 from microdit.distributed import World
 from microdit.errors import UserError
-from microdit.io.files import from_checked_json, to_checked_json, write_aside
+from microdit.io.files import from_checked_json, read_regular, to_checked_json, write_aside
 from microdit.io.places import MissingObject, Place
 
 MANIFEST = "card.json"
@@ -82,9 +83,11 @@ def read_manifest(folder: Path | Place) -> Manifest:
     """Read the manifest. Raises UserError if there is none, if it is damaged, or if its format is not supported."""
     path = folder / MANIFEST
     try:
-        content = path.read() if isinstance(path, Place) else path.read_bytes()
+        content = path.read() if isinstance(path, Place) else read_regular(path)
     except (FileNotFoundError, NotADirectoryError, MissingObject):
         raise UserError(f"There is no encoded data set in {folder} (no {MANIFEST}): {_advice(folder)}.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): encode the data again.") from error
     try:
         manifest = from_checked_json(content)
         if manifest["format"] not in READ_FORMATS:
@@ -124,14 +127,20 @@ def _check_shards(folder: Path | Place, manifest: Manifest) -> None:
     if isinstance(folder, Place):
         return
     for shard in manifest["shards"]:
-        path = folder / shard["name"]
+        path, wrong = folder / shard["name"], ""
         try:
-            size: int | None = path.stat().st_size
+            found = path.stat()
         except FileNotFoundError:
-            size = None
-        if size != shard["bytes"]:
-            what = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
-            raise UserError(f"{path} {what}: the data set is damaged; encode it again.")
+            wrong = "is missing"
+        except OSError as error:
+            wrong = f"cannot be read ({error.strerror})"
+        else:
+            if not stat.S_ISREG(found.st_mode):
+                wrong = "is no regular file"
+            elif found.st_size != shard["bytes"]:
+                wrong = f"has {found.st_size} bytes, not {shard['bytes']}"
+        if wrong:
+            raise UserError(f"{path} {wrong}: the data set is damaged; encode it again.")
 
 
 def _write_datasets_files(folder: Path, columns: pa.Schema, names: list[str], fingerprint: str) -> None:

@@ -26,6 +26,7 @@ from microdit.io.untrusted_text import decode_text, parse_json
 from microdit.pipelines.open_model import OpenedModel, is_our_pipeline, open_model
 from microdit.pipelines.origin import find_origin
 from microdit.pipelines.pipeline import BATCH
+from microdit.pipelines.sampling import seeded
 from microdit.pipelines.settings import SamplerSettings, suited_to
 from microdit.reports.grids import picture_name
 from microdit.reports.run_folder import is_run
@@ -144,7 +145,7 @@ class DiffusersGenerator:
         images: list[Image.Image] = []
         for start in range(0, len(prompts), self.batch):
             group = prompts[start : start + self.batch]
-            generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(group))]
+            generators = [seeded(seed + start + i) for i in range(len(group))]
             images += self._pipeline(
                 prompt=group,
                 num_inference_steps=settings.num_inference_steps,

@@ -1,11 +1,13 @@
 """Files: written atomically, and verified against their checksums when they are read."""
 
+import errno
 import glob
 import hashlib
 import json
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,10 +81,25 @@ def keep_damaged(path: Path) -> Path:
     return copy
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading. Raises OSError for anything else, such as a pipe that nobody may ever write to."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 - returns at once for pipes
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "It is no regular file", str(path))
+    return file
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a regular file. Raises OSError like `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal. The file is read in blocks."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -94,7 +111,7 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
     Raises UserError, which ends with the sentence `fix`, if the file holds none, differs from its checksum, or cannot be read.
     """
     try:
-        return from_checked_json(path.read_bytes())
+        return from_checked_json(read_regular(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {one_line(str(error))}. {fix}") from error
 

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from microdit.io.files import open_regular
 from microdit.io.untrusted_text import parse_json
 
 PIECE = np.dtype([("tensor", "<i4"), ("file", "<i4"), ("first", "<i4"), ("rows", "<i4"), ("at", "<i8")])
@@ -94,7 +95,7 @@ def write_rows(path: Path, held: Mapping[str, Rows]) -> dict[str, Entry]:
 
 def read_header(path: Path) -> dict[str, Entry]:
     """Return the entries of a file by tensor name. Raises OSError if it cannot be read, ValueError if it is not such a file."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(LENGTH.size)
         length = LENGTH.unpack(start)[0] if len(start) == LENGTH.size else 0
         if not 2 <= length <= MOST_HEADER:

@@ -104,25 +104,30 @@ def _longest_run(text: str) -> int:
 
 HIDDEN = "***"
 _SECRET = re.compile(
-    r"(?:key|token|secret|password|passwd|passphrase|credentials?|auth|authorization)$", re.IGNORECASE
-)  # the end of a name
+    r"(?:token|(?:key|secret|pass|password|passwd|passphrase|credential|auth|authorization|cookie)s?)\d*\s*$", re.IGNORECASE
+)  # the end of a name; tokens are mostly counted
 _URL = re.compile(r"[a-z][a-z\d+.-]*://\S+", re.IGNORECASE)
 
 
 def command_line(arguments: Iterable[str]) -> str:
     """Return `arguments` as a shell command line, with `***` in place of secrets.
 
-    Secrets are the values of options and settings named key, token, secret, password or the like, and in URLs the user, the password
-    and the query. When in doubt, text is hidden.
+    Secrets are the values of options, settings and headers named key, token, secret, password or the like, and in URLs the user, the
+    password and the query. When in doubt, text is hidden.
     """
     shown: list[str] = []
     is_secret = False
     for argument in arguments:
-        name, sign, _ = argument.partition("=")
-        told = f"{name}={HIDDEN}" if sign and _SECRET.search(name) else argument
-        shown.append(HIDDEN if is_secret else _URL.sub(lambda found: _without_secrets(found[0]), told))
-        is_secret = not is_secret and not sign and argument.startswith("-") and _SECRET.search(argument) is not None
+        shown.append(HIDDEN if is_secret else _URL.sub(lambda found: _without_secrets(found[0]), _without_value(argument)))
+        is_secret = not is_secret and "=" not in argument and argument.startswith("-") and _SECRET.search(argument) is not None
     return shlex.join(shown)
+
+
+def _without_value(argument: str) -> str:
+    """Return NAME=VALUE or NAME: VALUE without the value if the name is that of a secret. The name may follow others, as in a header's."""
+    names = (sign for sign in re.finditer("[=:]", argument) if _SECRET.search(argument[: sign.start()]))
+    first = next(names, None)
+    return argument if first is None else argument[: first.end()] + HIDDEN
 
 
 def _without_secrets(url: str) -> str:

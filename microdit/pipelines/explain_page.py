@@ -17,6 +17,7 @@ from microdit.models.microdit import ModelConfig
 from microdit.models.routing import METHODS, choose_kept, kept_tokens
 from microdit.pipelines.observe import observe, tokens_by_word
 from microdit.pipelines.pipeline import MicroDiTPipeline
+from microdit.pipelines.sampling import seeded
 from microdit.pipelines.settings import suited_to
 from microdit.reports.grids import png_bytes
 from microdit.reports.html import image_data_url, load_template
@@ -101,7 +102,7 @@ def _enlarged(image: Image.Image, rows: int, columns: int) -> Image.Image:
 
 
 def _kept(tokens: int, ratio: float, seed: int) -> Tensor:
-    kept_1K = choose_kept(torch.rand(1, tokens, generator=torch.Generator().manual_seed(seed)), ratio)
+    kept_1K = choose_kept(torch.rand(1, tokens, generator=seeded(seed)), ratio)
     assert kept_1K is not None
     return torch.zeros(tokens).index_fill(0, kept_1K[0], 1)
 

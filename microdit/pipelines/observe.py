@@ -16,7 +16,7 @@ from microdit.models.blocks import CrossAttention, JointAttention
 from microdit.models.microdit import MicroDiT
 from microdit.models.moe import ExpertChoice
 from microdit.pipelines.pipeline import MicroDiTPipeline
-from microdit.pipelines.sampling import autocast_like, frozen_model
+from microdit.pipelines.sampling import autocast_like, frozen_model, seeded
 
 START, END = "(start)", "(end)"  # names of the text encoder's own tokens
 
@@ -41,7 +41,7 @@ def observe(pipeline: MicroDiTPipeline, caption: str, latents_CHW: Tensor, sigma
     model, objective = frozen_model(pipeline.model.config, pipeline.model.state_dict()), pipeline.objective
     device = model.patch_embed.weight.device
     text_BLE, mask_BL = pipeline.encode_prompt([caption])
-    noise_BCHW = torch.randn(latents_CHW[None].shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    noise_BCHW = torch.randn(latents_CHW[None].shape, generator=seeded(seed)).to(device)
     sigma_B = torch.tensor([sigma], device=device)
     noisy_BCHW = objective.add_noise(latents_CHW[None].to(device), sigma_B, noise_BCHW)
     with torch.no_grad(), autocast_like(model), _watched(model) as observed:

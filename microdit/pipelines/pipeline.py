@@ -52,7 +52,7 @@ from microdit.pipelines.components import (
     noise_settings_of,
 )
 from microdit.pipelines.prompts import GivenPrompts, aligned, check_negatives, repeated
-from microdit.pipelines.sampling import draw_latents, frozen_model, recorded_objective, round_matrices
+from microdit.pipelines.sampling import draw_latents, frozen_model, recorded_objective, round_matrices, seeded
 from microdit.pipelines.settings import DEFAULT_SETTINGS, SamplerSettings, suited_to
 from microdit.reports.run_folder import is_run
 
@@ -417,7 +417,7 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             text, negative = self._embed(batch, negatives[start : start + batch_size] if len(negatives) > 1 else negatives)
-            generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+            generators = [seeded(seed + start + i) for i in range(len(batch))]
             draw = partial(self._draw_noise, (len(batch), *shape), generators)
             images += self.decode(self._sample(draw(), text, negative, settings, after_step, draw))
         return images

@@ -72,7 +72,15 @@ def draw_latents(
 
 def first_noise(shape: tuple[int, int, int], seed: int) -> Tensor:
     """Draw the standard normal noise that the image of a seed begins with, on the CPU, so that it is the same for every device."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=seeded(seed))
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Return a generator on the CPU that begins at `seed`. Raises UserError if PyTorch takes no such seed."""
+    try:
+        return torch.Generator().manual_seed(seed)
+    except (RuntimeError, ValueError):  # ValueError in newer versions; of 64 bits they take any
+        raise UserError(f"The seed is {seed!s:.40}, and must be an integer of 64 bits, such as 7.") from None
 
 
 def frozen_model(config: ModelConfig, weights: dict[str, Tensor]) -> MicroDiT:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from microdit.io.files import from_checked_json
+from microdit.io.files import from_checked_json, read_regular
 from microdit.io.untrusted_text import parse_json_object
 from microdit.reports.formats import finite
 
@@ -32,7 +32,7 @@ class RunFolder:
 
     @property
     def recipe_text(self) -> str:
-        return (self.path / RECIPE).read_text(errors="replace")
+        return read_regular(self.path / RECIPE).decode(errors="replace")
 
     @property
     def record(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class RunFolder:
         line, and may raise to cancel.
         """
         try:
-            lines, damaged = parse_metrics((self.path / METRICS).read_bytes(), check)
+            lines, damaged = parse_metrics(read_regular(self.path / METRICS), check)
         except OSError:
             return [], 0
         by_step: dict[int, dict[str, Any]] = {}
@@ -134,7 +134,7 @@ def _is_process(pid: int) -> bool:
 
 def _read_checked(path: Path) -> dict[str, Any]:
     try:
-        return from_checked_json(path.read_bytes())
+        return from_checked_json(read_regular(path))
     except (OSError, ValueError):
         return {}
 

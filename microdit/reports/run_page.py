@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from microdit.errors import UserError
-from microdit.io.files import write_aside
+from microdit.io.files import read_regular, write_aside
 from microdit.io.untrusted_text import parse_json_object
 from microdit.reports import formats
 from microdit.reports.curves import Curve, draw_curves
@@ -166,7 +166,7 @@ def _ceiling(name: str, encoded: Path) -> Ceiling | None:
 def _read_png(path: Path) -> tuple[bytes, Image.Image] | None:
     """Return the content of a PNG file and its image; None if it is missing or damaged."""
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             image.load()
             return content, image

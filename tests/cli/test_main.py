@@ -140,6 +140,13 @@ def test_evaluation_measures_retrieval(workplace):
         (["data", "encode", "emoji", "--out", "data/emoji"], "data/emoji exists already"),
         (["data", "encode", "emoji", "--out", "x", "--autoencoder", "nowhere"], "There is no autoencoder in nowhere"),
         (["data", "verify", "runs"], "There is no encoded data set in runs"),
+        (["train", RECIPE, "name=../elsewhere"], "The recipe's name is '../elsewhere', which is no name of a folder in runs"),
+        (["train", RECIPE, "name=/tmp/elsewhere"], "choose the run's folder with --out"),
+        (["train", RECIPE, "name=.."], "choose the run's folder with --out"),
+        (["sample", "runs/tiny", "x", "--seed", "9" * 30], f"The seed is {'9' * 30}, and must be an integer of 64 bits"),
+        (["explain", "runs/tiny", "x", "--seed", 1 << 64], "must be an integer of 64 bits"),
+        (["grid", "runs/tiny", "x", "--sweep", f"seed=1,{1 << 64}"], "must be an integer of 64 bits"),
+        *(([*command, "x" * 5000], "File name too long") for command in (["runs"], ["report"], ["budget"], ["data", "look"], ["compare"])),
     ],
 )
 def test_mistakes_end_in_one_sentence(workplace, arguments, sentence):

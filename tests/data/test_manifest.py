@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from microdit.data.dataset import EncodedDataset
-from microdit.data.manifest import read_manifest
+from microdit.data.manifest import open_manifest, read_manifest
 from microdit.errors import UserError
 from microdit.io.files import from_checked_json, sha256_of, to_checked_json
 from tests.damage import ALL_BITS, flips
@@ -48,6 +48,17 @@ def as_format(folder, version):
             del shard["checksums"]
     content = {**manifest, "format": version}
     (folder / "card.json").write_bytes(json.dumps(content, indent=1).encode() if version == 2 else to_checked_json(content))
+
+
+@pytest.mark.parametrize("instead", ["folder", "link to itself", "pipe"])
+@pytest.mark.parametrize("name", ["card.json", "shard-00000.arrow"])
+def test_what_lies_in_a_files_place_is_named(copy, name, instead):
+    path = copy / name
+    path.unlink()
+    {"folder": path.mkdir, "link to itself": lambda: path.symlink_to(path.name), "pipe": lambda: os.mkfifo(path)}[instead]()
+    said = r"card\.json cannot be read \(.*\): encode the data again" if name == "card.json" else r"arrow .*the data set is damaged; encode"
+    with pytest.raises(UserError, match=said):
+        open_manifest(copy)
 
 
 @pytest.mark.parametrize("version", [2, 3])

@@ -29,6 +29,10 @@ def test_a_line_can_be_typed_again():
         (["+hub.HF_TOKEN=sk-1"], ["+hub.HF_TOKEN=***"]),
         (["--password", "sk-1"], ["--password", "***"]),
         (["client_secret=sk-1=="], ["client_secret=***"]),
+        (["--pass", "sk-1"], ["--pass", "***"]),
+        (["--keys=sk-1", "PASSWORD1=sk-1"], ["--keys=***", "PASSWORD1=***"]),
+        (["--header", "Authorization: Bearer sk-1"], ["--header", "Authorization:***"]),
+        (["--header=X-Api-Key : sk-1"], ["--header=X-Api-Key :***"]),
         (["https://me:sk-1@host/data.tar"], ["https://***@host/data.tar"]),
         (["https://me:sk-1@b@c/?d#e@host/x"], ["https://***@host/x"]),
         (["https://sk-1@host"], ["https://***@host"]),
@@ -36,7 +40,7 @@ def test_a_line_can_be_typed_again():
         (["https://host/data.tar#access_token=sk-1"], ["https://host/data.tar?***"]),
         (["data.path=s3://me:sk-1@host/a", "--url=http://me:sk-1@h"], ["data.path=s3://***@host/a", "--url=http://***@h"]),
         (["https://[::1/x?sk-1"], ["https://[::1/x?***"]),
-        (["https://host:8000/v1", "monkey", "a@b", "seed=1"], ["https://host:8000/v1", "monkey", "a@b", "seed=1"]),
+        (["https://host:8000/v1", "monkey", "a@b", "seed=1", "cuda:1"], ["https://host:8000/v1", "monkey", "a@b", "seed=1", "cuda:1"]),
     ],
 )
 def test_secrets_are_left_out_and_nothing_else(arguments, shown):

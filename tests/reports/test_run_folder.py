@@ -1,5 +1,6 @@
 import json
 import os
+from functools import partial
 
 import pytest
 
@@ -30,6 +31,17 @@ def test_a_flipped_bit_of_run_json_is_noticed(run, bits):
     for _ in flips(run.path / "run.json", bits=bits):
         assert (run.record, run.starts, run.has_damaged_record) == ({}, [], True)
     assert run.record == before
+
+
+@pytest.mark.parametrize("instead", ["folder", "link to itself", "pipe"])
+def test_nobody_waits_for_what_lies_in_a_files_place(run, instead):
+    for name in ("run.json", "status.json", "metrics.jsonl", "samples/step-00000001.png"):
+        path = run.path / name
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        {"folder": path.mkdir, "link to itself": partial(path.symlink_to, path.name), "pipe": partial(os.mkfifo, path)}[instead]()
+    assert (run.record, run.status, run.read_metrics()) == ({}, {}, ([], 0))
+    assert b"run.json is damaged" not in report_page(run.path)
 
 
 def test_the_report_says_that_run_json_is_damaged(run):

@@ -5,9 +5,9 @@ endless device, or a link to a file outside the source. A list of images takes a
 there may be millions.
 """
 
+import errno
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+
+from microdit.io.files import open_regular
 
 LARGEST_FILE = 200_000_000  # bytes of an image file
 LARGEST_TEXT = 4_000_000  # bytes of a caption file, or of a line of a list
@@ -87,16 +89,11 @@ def open_file(path: Path, roots: Roots | None) -> BinaryIO:
     try:
         if roots is not None and not lies_in(path, roots):
             raise Refused(OUTSIDE)
-        # O_NONBLOCK lets the call return at once for a pipe that nobody writes to.
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+        return open_regular(path)
     except FileNotFoundError:
         raise Refused(NO_FILE) from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise Refused(UNREADABLE) from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise Refused(NOT_REGULAR)
-    return file
+        raise Refused(NOT_REGULAR if getattr(error, "errno", None) == errno.EINVAL else UNREADABLE) from error
 
 
 def read_file(path: Path, roots: Roots | None, most: int = LARGEST_FILE) -> tuple[bytes, str]:
