@@ -29,6 +29,7 @@ from microdit.errors import UserError
 from microdit.io.files import from_checked_json, read_regular, sha256_of
 from microdit.io.places import Place
 from microdit.io.tensor_files import assembled, read_header
+from microdit.io.untrusted_text import one_line
 from microdit.models.blocks import BlockShape
 from microdit.models.microdit import ModelConfig
 
@@ -121,7 +122,11 @@ class Checkpoint:
 
     @property
     def model_config(self) -> ModelConfig:
-        return config_of_fields(self.state["model"])
+        """The architecture. Raises UserError if state.json describes none, as that of another version or from elsewhere may not."""
+        try:
+            return config_of_fields(self.state["model"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{self.folder / STATE} describes no model that this version knows: {one_line(repr(error), 300)}.") from error
 
 
 def deal(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:

@@ -96,6 +96,8 @@ def read_manifest(folder: Path | Place) -> Manifest:
         missing = {"rows", "shards", "sizes", "settings", "autoencoder", "text_encoder", "text_channels", "downsampling"} - set(manifest)
         if missing:
             raise KeyError(", ".join(sorted(missing)))
+        if not all(type(side) is int for side in manifest["settings"]["resolutions"]):
+            raise ValueError("its resolutions are no numbers of pixels")
         if isinstance(folder, Place):
             _check_names(manifest)
         return manifest

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from microdit.checkpoint import Checkpoint, check_finite, default_weights, find_weights
+from microdit.checkpoint import STATE, Checkpoint, check_finite, default_weights, find_weights
 from microdit.data.manifest import has_manifest
 from microdit.data.pixels import to_image
 from microdit.diffusion.guidance import GuidanceKind, Guide, Text
@@ -39,6 +39,7 @@ from microdit.encoders.model_files import dtype_argument, loading
 from microdit.encoders.text import FrozenTextEncoder, MiniLM, TextEncoder, as_text_model, load_text_encoder
 from microdit.errors import UserError
 from microdit.io.near_names import did_you_mean_path
+from microdit.io.untrusted_text import one_line
 from microdit.models.microdit import MicroDiT
 from microdit.pipelines.components import (
     MicroDiTTransformer2DModel,
@@ -155,7 +156,13 @@ class MicroDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, weights: str | None = None, encoders: Encoders | None = None) -> Self:
         """Build the pipeline of a run's checkpoint; `weights` as in `from_pretrained`, `encoders` as in `around`."""
-        model = frozen_model(checkpoint.model_config, checkpoint.tensors(weights or default_weights(checkpoint)))
+        _check_describes_encoders(checkpoint)
+        config, tensors = checkpoint.model_config, checkpoint.tensors(weights or default_weights(checkpoint))
+        try:
+            model = frozen_model(config, tensors)
+        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            why = one_line(str(error), 300)
+            raise UserError(f"{checkpoint.folder / STATE} describes another model than that of the weights beside it: {why}.") from error
         return cls.around(model, checkpoint.state, encoders)
 
     @classmethod
@@ -571,6 +578,20 @@ def check_no_weights(place: object, weights: str | None) -> None:
     """Raise UserError if weights are named for a model that has only one set of them."""
     if weights is not None:
         raise UserError(f"--weights {weights} chooses among the weights of a run, and {place} is a pipeline with one set: leave it out.")
+
+
+def _check_describes_encoders(checkpoint: Checkpoint) -> None:
+    """Raise UserError if state.json lacks something of what `around` reads, as one from elsewhere may."""
+    state = checkpoint.state
+    try:
+        data = state["data"]
+        texts = [data[kind][key] for kind in ("autoencoder", "text_encoder") for key in ("name", "fingerprint")] + [data["captions"]]
+        described = all(isinstance(text, str) for text in texts) and type(state["mask_padding"]) is bool
+        described &= [type(size) for size in (*data["latent_shape"], data["resolution"])] == [int] * 4
+    except (KeyError, TypeError):
+        described = False
+    if not described:
+        raise UserError(f"{checkpoint.folder / STATE} does not say of what data and encoders its model was trained: it is damaged.")
 
 
 def load_encoders(data: dict[str, Any]) -> Encoders:

@@ -50,6 +50,15 @@ def as_format(folder, version):
     (folder / "card.json").write_bytes(json.dumps(content, indent=1).encode() if version == 2 else to_checked_json(content))
 
 
+@pytest.mark.parametrize("settings", [None, [1], -1e308, {}, {"resolutions": "64"}, {"resolutions": 64}, {"resolutions": ["64"]}])
+def test_a_card_whose_settings_are_none_is_damaged(copy, settings):
+    """Its checksum is right: it may come from another version, or from elsewhere."""
+    card = from_checked_json((copy / "card.json").read_bytes())
+    (copy / "card.json").write_bytes(to_checked_json(card | {"settings": settings}))
+    with pytest.raises(UserError, match=r"card\.json is damaged .*: encode the data again"):
+        read_manifest(copy)
+
+
 @pytest.mark.parametrize("instead", ["folder", "link to itself", "pipe"])
 @pytest.mark.parametrize("name", ["card.json", "shard-00000.arrow"])
 def test_what_lies_in_a_files_place_is_named(copy, name, instead):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from microdit.errors import UserError
+from microdit.io.files import from_checked_json, to_checked_json
 from microdit.pipelines.components import EDMSettings
 from microdit.pipelines.export import export_run
-from microdit.pipelines.pipeline import DEMO, MicroDiTPipeline
+from microdit.pipelines.open_model import open_model
+from microdit.pipelines.pipeline import DEMO, MicroDiTPipeline, newest_checkpoint
 from microdit.pipelines.settings import SamplerSettings
 from microdit.reports.grids import draw_grid
 from microdit.serve.queue import JobSpec, WorkQueue
@@ -135,6 +139,38 @@ def test_runs_take_weights_and_a_dtype_and_folders_refuse_weights(run, exported,
         MicroDiTPipeline.from_pretrained(run, variant="fp16")
     with pytest.raises(UserError, match="There is no checkpoint in"):
         MicroDiTPipeline.from_pretrained(run.parent)
+
+
+STRANGE = [None, [1], -1e308, "no", {}]
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("model", STRANGE),
+        *((f"model.{key}", STRANGE) for key in ("caption_ffn_dim", "mixer", "in_channels", "patch_size", "blocks")),
+        *((f"data.{kind}", STRANGE) for kind in ("autoencoder", "text_encoder", "latent_shape", "resolution")),
+        ("data", STRANGE),
+        ("data.captions", [None, 3]),
+        ("data.text_encoder.fingerprint", [None, 3]),
+        ("mask_padding", STRANGE),
+    ],
+)
+def test_a_state_that_does_not_describe_its_weights_is_refused(run, tmp_path, key, values):
+    """Its checksum is right: it may come from another version, or from elsewhere."""
+    folder = shutil.copytree(newest_checkpoint(run, pytest.fail).folder, tmp_path / "run" / "checkpoints" / "step-00000006").parents[1]
+    (folder / "recipe.yaml").write_bytes((run / "recipe.yaml").read_bytes())
+    file = folder / "checkpoints" / "step-00000006" / "state.json"
+    *path, last = key.split(".")
+    for value in values:
+        state = from_checked_json((run / "checkpoints" / "step-00000006" / "state.json").read_bytes())
+        within = reduce(lambda inner, name: inner[name], path, state)
+        within[last] = value
+        if value is None:
+            del within[last]
+        file.write_bytes(to_checked_json(state))
+        with pytest.raises(UserError, match=r"state\.json (describes no model|describes another model|does not say of what data)"):
+            open_model(str(folder), pytest.fail)
 
 
 def test_a_variant_round_trips(pipeline, exported, tmp_path):
