@@ -237,6 +237,9 @@ class _Reference(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
         """Load the encoder. Raises UserError if it is missing or has other weights than recorded."""
         config = cls.load_config(pretrained_model_name_or_path, subfolder=kwargs.get("subfolder"))
+        if not isinstance(config, dict) or not isinstance(config.get("name"), str):  # diffusers would look for anything else on the hub
+            place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            raise UserError(f"The configuration in {place} names no encoder: export or download it again.")
         reference = cls.from_config(config)
         reference._open()
         return reference.to(kwargs.get("torch_dtype") or kwargs.get("dtype") or torch.float32)

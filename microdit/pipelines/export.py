@@ -14,7 +14,7 @@ import microdit
 from microdit.checkpoint import Checkpoint, check_finite, default_weights
 from microdit.data.manifest import MANIFEST
 from microdit.errors import UserError
-from microdit.io.files import aside_of, from_checked_json, stale_asides
+from microdit.io.files import aside_of, from_checked_json, read_regular, stale_asides
 from microdit.io.untrusted_text import parse_json
 from microdit.pipelines.model_card import card_of_run
 from microdit.pipelines.pipeline import MicroDiTPipeline, newest_checkpoint
@@ -106,7 +106,7 @@ def _forget_this_machine(config: Path) -> None:
 def read_record(folder: Path) -> dict[str, Any]:
     """Return the record of a pipeline's folder; empty if there is none or it is damaged, since sampling does not depend on it."""
     try:
-        record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
+        record = parse_json(read_regular(folder / RECORD))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -155,6 +155,6 @@ def _measured(path: Path, step: int) -> dict[str, Any]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        return from_checked_json(path.read_bytes())
+        return from_checked_json(read_regular(path))
     except (OSError, ValueError):
         return {}

@@ -173,6 +173,14 @@ def test_a_state_that_does_not_describe_its_weights_is_refused(run, tmp_path, ke
             open_model(str(folder), pytest.fail)
 
 
+@pytest.mark.parametrize("content", [b"7", b"[]", b"{}", b'{"name": 7}'])
+def test_an_encoder_that_has_no_name_is_looked_for_nowhere(exported, tmp_path, content):
+    folder = shutil.copytree(exported, tmp_path / "exported")
+    (folder / "text_encoder" / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"The configuration in .*text_encoder names no encoder: export or download it again"):
+        MicroDiTPipeline.from_pretrained(folder)
+
+
 def test_a_variant_round_trips(pipeline, exported, tmp_path):
     loaded = MicroDiTPipeline.from_pretrained(exported)
     wanted = loaded.generate(["owl"], SamplerSettings(3), 2)
