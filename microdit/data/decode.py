@@ -90,7 +90,6 @@ class ImageFile:
                 self._body, self._view = read_svg(content)
                 scale = NOMINAL_SIDE / min(self._view.width, self._view.height)
                 self.width, self.height = round(self._view.width * scale), round(self._view.height * scale)
-                _check_size(self.width, self.height)
                 return
             self._stored = without_metadata(content)
             self._image = _open(self._stored.content)
@@ -408,11 +407,11 @@ def _open(content: bytes) -> Image.Image:
 
 
 def _check_size(width: int, height: int) -> None:
-    """Raise Rejected for an image that has too many pixels, or is too thin to be resized."""
-    if width * height > MAX_PIXELS:
-        raise Rejected(f"more than {MAX_PIXELS:,} pixels")
+    """Raise Rejected for an image that is too thin to be resized, or has too many pixels."""
     if max(width, height) > MAX_ELONGATION * min(width, height):
         raise Rejected(f"one side is more than {MAX_ELONGATION} times the other")
+    if width * height > MAX_PIXELS:
+        raise Rejected(f"more than {MAX_PIXELS:,} pixels")
 
 
 def _check_scans(content: bytes) -> None:

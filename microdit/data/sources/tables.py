@@ -195,7 +195,7 @@ def saved_source(folder: Path, captions: dict[str, float] | None = None) -> Sour
     """Return a data set written by `save_to_disk` as a source: its split `train`, if it has several. Raises UserError if it is damaged."""
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         raise UserError(f"{folder} looks like a data set saved by save_to_disk, but is damaged: {one_line(str(error))}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if "train" not in loaded:

@@ -165,6 +165,16 @@ def test_a_column_whose_name_is_not_utf_8_makes_a_damaged_table(tmp_path):
     assert problems_of(records) == {"a.parquet#end": "table is damaged from here on", "b.parquet/0": ""}
 
 
+def test_a_saved_data_set_whose_features_make_no_sense_is_damaged(tmp_path):
+    datasets.Dataset.from_dict({"image": [picture()], "text": ["words"]}).save_to_disk(tmp_path / "saved")
+    about = {"huggingface": '{"info": {"features": {"image": "nonsense"}}}'}
+    table = pa.table({"image": [picture()], "text": ["words"]}).replace_schema_metadata(about)
+    with pa.ipc.new_stream(next((tmp_path / "saved").glob("*.arrow")), table.schema) as file:
+        file.write_table(table)
+    with pytest.raises(UserError, match="looks like a data set saved by save_to_disk, but is damaged"):
+        saved_source(tmp_path / "saved")
+
+
 def test_a_damaged_list_of_the_images_beside_it_is_refused_by_name(tmp_path):
     write_file(tmp_path / "b.jpg", picture())
     columns = {"file_name": [f"{n}.jpg" for n in range(300)], "text": ["words"] * 300}
