@@ -233,7 +233,7 @@ def test_the_largest_picture_is_the_one_that_the_sentence_names():
 
 
 @pytest.mark.parametrize("size", [(3, 301), (301, 3), (3, 20_000_000), (100_000_000, 1)])
-def test_a_picture_too_thin_to_cover_a_square_is_rejected_and_hides_no_other(size):
+def test_a_picture_too_thin_to_be_resized_is_rejected_and_hides_no_other(size):
     thin, good = file_of(Image.new("1", size)), file_of(half_red())
     rejected, kept = prepare(TargetSizes.of((8,), 1, False, 1), [thin, good])
     assert rejected == "one side is more than 100 times the other"
