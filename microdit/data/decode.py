@@ -12,6 +12,7 @@ import importlib
 import io
 import math
 import multiprocessing
+import re
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Self
 
 import numpy as np
@@ -36,6 +37,8 @@ from microdit.errors import UserError
 # is tried last, since it is recognised by a few plausible numbers only.
 _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "PCX", "SGI", "HEIF", "JXL", "TGA")
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000; anything larger may be a decompression bomb
+MAX_ELONGATION = 100  # longer side / shorter side; resized to cover a square, a thinner picture would take any amount of memory
+MAX_SCANS = 100  # of a JPEG, each of which passes over all pixels; encoders write about 10, and libtiff has the same limit
 EXIF_ORIENTATION = 0x0112
 ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that swap height and width
 NOMINAL_SIDE = 512  # pixels; the shorter side of a drawing where nothing else is asked for
@@ -326,11 +329,12 @@ def _prepare_one(sizes: TargetSizes, content: bytes) -> DecodedImage | str:
         bucket = sizes.bucket_of(file.height, file.width)
         shapes = sizes.buckets[bucket].values()
         image = file.decode(max(height for height, _ in shapes), max(width for _, width in shapes))
+        if not file.is_drawing and min(file.height, file.width) < sizes.min_side:
+            return f"a side is shorter than {sizes.min_side} pixels"
+        with _as_rejected():
+            return bucket, [fit(image, height, width) for height, width in shapes]
     except Rejected as rejected:
         return rejected.reason
-    if not file.is_drawing and min(file.height, file.width) < sizes.min_side:
-        return f"a side is shorter than {sizes.min_side} pixels"
-    return bucket, [fit(image, height, width) for height, width in shapes]
 
 
 def _aspect_buckets(resolutions: tuple[int, ...], step: int) -> list[dict[int, tuple[int, int]]]:
@@ -372,6 +376,8 @@ def _as_rejected(content: bytes = b"") -> Iterator[None]:
         raise Rejected(refused.reason) from None
     except Image.DecompressionBombError as error:  # raised at twice Pillow's own limit
         raise Rejected(f"more than {MAX_PIXELS:,} pixels") from error.with_traceback(None)
+    except MemoryError as error:
+        raise Rejected("picture needs more memory than there is") from error.with_traceback(None)
     except Exception as error:  # Pillow's decoders raise exceptions of many types
         raise Rejected("picture is damaged") from error.with_traceback(None)
 
@@ -391,8 +397,38 @@ def _open(content: bytes) -> Image.Image:
     if not content:
         raise Rejected("file is empty")
     image = Image.open(io.BytesIO(content), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise Rejected(f"more than {MAX_PIXELS:,} pixels")
-    if image.format not in ("JPEG", "MPO"):
+    _check_size(*image.size)
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(content)
+    else:
         image.load()  # for other formats, only this tells the size and the orientation
+        _check_size(*image.size)
     return image
+
+
+def _check_size(width: int, height: int) -> None:
+    """Raise Rejected for an image that is too thin to be resized, or has too many pixels."""
+    if max(width, height) > MAX_ELONGATION * min(width, height):
+        raise Rejected(f"one side is more than {MAX_ELONGATION} times the other")
+    if width * height > MAX_PIXELS:
+        raise Rejected(f"more than {MAX_PIXELS:,} pixels")
+
+
+def _check_scans(content: bytes) -> None:
+    """Raise Rejected for a JPEG of more than MAX_SCANS scans: a few bytes each, they can keep a decoder busy for minutes."""
+    # Metadata may hold the marker by chance, so only where it is frequent are the segments followed.
+    if content.count(_START_OF_SCAN) > MAX_SCANS and next(islice(_scans(content), MAX_SCANS, None), None) is not None:
+        raise Rejected(f"JPEG has more than {MAX_SCANS} scans")
+
+
+def _scans(content: bytes) -> Iterator[int]:
+    """Yield where each scan of a JPEG begins, up to the end of the image (ITU-T T.81, annex B)."""
+    place = 2  # behind the start of the image
+    while (found := _MARKER.search(content, place)) and found[0] != _END_OF_IMAGE:
+        if found[0] == _START_OF_SCAN:
+            yield found.start()
+        place = found.end() + int.from_bytes(content[found.end() : found.end() + 2], "big")  # the segment's length includes itself
+
+
+_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]", re.DOTALL)  # 00 is a byte 255 of data; the others have no segment

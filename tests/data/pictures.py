@@ -6,6 +6,8 @@ import random
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from matplotlib.cbook import get_sample_data
 from PIL import Image
 
@@ -40,6 +42,16 @@ def write_file(path: Path, content: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
+
+
+def damaged_in_the_middle(columns: dict[str, object]) -> bytes:
+    """Return a Parquet file of three row groups whose second one cannot be read in its first column."""
+    table, file = pa.table(columns), io.BytesIO()
+    pq.write_table(table, file, row_group_size=table.num_rows // 3, use_dictionary=False)
+    column = pq.ParquetFile(file).metadata.row_group(1).column(0)
+    content = bytearray(file.getvalue())
+    content[column.data_page_offset : column.data_page_offset + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    return bytes(content)
 
 
 def records_of(source: Source) -> list[Record]:

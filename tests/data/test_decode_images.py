@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 
 from microdit.data import colours
-from microdit.data.decode import FORMATS, ImageFile, Rejected, decode, fit
+from microdit.data.decode import FORMATS, MAX_SCANS, ImageFile, Rejected, TargetSizes, decode, fit, prepare
 from tests.data.hostile import EPS, png_bomb
 
 
@@ -149,6 +149,7 @@ def test_damage_gives_a_picture_or_a_reason_and_nothing_else(kind):
         "picture is damaged",
         "no picture of a kind that is read",
         "more than 100,000,000 pixels",
+        "one side is more than 100 times the other",
     }
 
 
@@ -229,3 +230,53 @@ def test_the_largest_picture_is_the_one_that_the_sentence_names():
     for size in ((10_000, 10_001), (30_000, 30_000)):
         with pytest.raises(Rejected, match="more than 100,000,000 pixels"):
             ImageFile(file_of(Image.new("1", size)))
+
+
+@pytest.mark.parametrize("size", [(3, 301), (301, 3), (3, 20_000_000), (100_000_000, 1)])
+def test_a_picture_too_thin_to_be_resized_is_rejected_and_hides_no_other(size):
+    thin, good = file_of(Image.new("1", size)), file_of(half_red())
+    rejected, kept = prepare(TargetSizes.of((8,), 1, False, 1), [thin, good])
+    assert rejected == "one side is more than 100 times the other"
+    assert not isinstance(kept, str)
+    with pytest.raises(Rejected, match="one side is more than 100 times the other"):
+        decode(thin)
+
+
+def test_a_long_picture_that_can_be_resized_is_kept():
+    assert not isinstance(prepare(TargetSizes.of((8,), 1, False, 1), [file_of(Image.new("L", (3, 300)))])[0], str)
+
+
+@pytest.mark.parametrize(("error", "reason"), [(MemoryError, "more memory than there is"), (OverflowError, "picture is damaged")])
+def test_a_picture_that_cannot_be_resized_is_rejected(monkeypatch, error, reason):
+    def fails(*_: object, **__: object) -> Image.Image:
+        raise error
+
+    monkeypatch.setattr(Image.Image, "resize", fails)
+    (outcome,) = prepare(TargetSizes.of((8,), 1, False, 1), [file_of(half_red())])
+    assert isinstance(outcome, str)
+    assert reason in outcome
+
+
+def with_scans(count: int, comment: bytes = b"") -> bytes:
+    """Return a progressive JPEG of this many scans, and with a comment."""
+    content = file_of(half_red(), "JPEG", progressive=True)
+    last, own = content.rfind(SCAN), content.count(SCAN)
+    empty = SCAN + bytes((0, 8, 1, 1, 0, 63, 63, 16, 0))  # refines the last coefficient of the first channel by nothing
+    segment = b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment if comment else b""
+    return content[:2] + segment + content[2:last] + empty * (count - own) + content[last:]
+
+
+SCAN = b"\xff\xda"
+
+
+def test_a_jpeg_of_more_scans_than_any_encoder_writes_is_rejected():
+    assert is_red(decode(with_scans(MAX_SCANS)).getpixel((2, 2)))
+    for content in (with_scans(MAX_SCANS + 1), with_scans(MAX_SCANS + 1, b"\xff\xd9"), with_scans(30_000)):
+        with pytest.raises(Rejected, match=f"JPEG has more than {MAX_SCANS} scans"):
+            decode(content)
+
+
+def test_a_comment_full_of_markers_is_no_scan():
+    assert is_red(decode(with_scans(10, SCAN * 30_000)).getpixel((2, 2)))
+    trailing = file_of(half_red(), "JPEG") + SCAN * 1000  # behind the end, where phones store a film
+    assert is_red(decode(trailing).getpixel((2, 2)))

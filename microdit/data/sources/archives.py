@@ -8,9 +8,8 @@ It would read a header's data whole, however large the header says they are; fol
 memory; take anything that is not a header for the end of the archive; and raise whatever its parsers stumble over.
 """
 
-import bz2
-import gzip
 import io
+import os
 import shutil
 import tarfile
 import zipfile
@@ -20,12 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO
-
-import pyarrow as pa
+from typing import BinaryIO
 
 from microdit.data.sources.archive_lists import LARGEST_LIST, CaptionList, is_list
 from microdit.data.sources.base import END, TARS, Part, Record, Source, relative_names
+from microdit.data.sources.compressed import EXPANDS, CompressedStream, Stream, max_unpacked
 from microdit.data.sources.metadata import captions_in, sidecar_fields, sidecars_for, url_in
 from microdit.data.sources.samples import Member, Sample, Use, grouped, split_name, use_of
 from microdit.data.sources.untrusted_files import (
@@ -40,15 +38,13 @@ from microdit.data.sources.untrusted_files import (
 
 LARGEST_HEADER = 1_000_000  # bytes of an extended header, which holds a long name; no honest archive has a larger one
 ZIP_BLOCK = 4096  # bytes read at a time; what bzip2 and LZMA expand them to, tens of megabytes at most, is held in memory
-SKIPPED_AT_ONCE = 1 << 20  # bytes, of streams that cannot seek
+SKIPPED_AT_ONCE = 1 << 20  # bytes, of compressed streams
 PADDING = 21  # zero blocks with which a whole archive ends at most: two, and more up to a multiple of 20 blocks
 MOST_ZEROS = 131_072  # zero blocks after which nothing more is expected: 64 MiB
 DAMAGED = "archive is damaged from here on"
 ZEROS = "archive ends in zeros, in place of what may have stood there"
 SPARSE = "sparse file, which only tar itself can unpack"
 BROKEN_HEADER = "tar header is damaged"
-
-Stream = IO[bytes] | gzip.GzipFile | bz2.BZ2File | Any  # Any: the streams of pyarrow
 
 
 def archive_source(files: list[Path], captions: dict[str, float] | None = None, roots: Roots | None = None) -> Source:
@@ -141,9 +137,13 @@ def _zip_members(file: BinaryIO, sidecars: frozenset[str] | None) -> Iterator[Me
     # A zip archive has a table of contents, so files that belong together need not be adjacent. Caption lists come first.
     infos = [info for info in archive.infolist() if not info.is_dir()]
     infos.sort(key=lambda info: (not is_list(info.filename), split_name(info.filename)))
+    left = max_unpacked(os.fstat(file.fileno()).st_size)
     for info in infos:
         key, extension = split_name(info.filename)
         use = _use(info.filename, sidecars, partial(_zipped_start, archive, info))
+        left -= info.file_size if use and info.file_size <= _MOST[use] else 0
+        if left < 0:
+            raise Refused(EXPANDS)
         yield Member(key, extension, use, *(read_zipped(archive, info, _MOST[use]) if use else (b"", "")))
 
 
@@ -227,10 +227,10 @@ def tar_members(file: BinaryIO) -> Iterator[TarMember]:
 
 def _uncompressed(file: BinaryIO, start: bytes) -> Stream:
     if start.startswith(b"\x1f\x8b"):
-        return gzip.GzipFile(fileobj=file)
+        return CompressedStream(file, "gzip")
     if start.startswith(b"BZh"):
-        return bz2.BZ2File(file)
-    return pa.CompressedInputStream(file, "zstd") if start == b"\x28\xb5\x2f\xfd" else file
+        return CompressedStream(file, "bzip2")
+    return CompressedStream(file, "zstd") if start == b"\x28\xb5\x2f\xfd" else file
 
 
 @contextmanager
@@ -351,7 +351,7 @@ def _exactly(stream: Stream, size: int) -> bytes:
 
 
 def _skip(stream: Stream, size: int) -> None:
-    if stream.seekable():
+    if not isinstance(stream, CompressedStream):
         stream.seek(size, io.SEEK_CUR)
         return
     while size and (skipped := len(stream.read(min(size, SKIPPED_AT_ONCE)))):

@@ -158,7 +158,7 @@ def _unsafe_images(tables: tuple[Path, ...]) -> frozenset[str]:
         above = [[("image_nsfw", ">", UNSAFE)], [("prompt_nsfw", ">", UNSAFE)]]  # either
         try:
             unsafe.update(pq.read_table(table, columns=["image_name"], filters=above)["image_name"].to_pylist())
-        except (pa.ArrowException, OSError, KeyError) as error:
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise UserError(f"{table} is damaged, or has no image_name, image_nsfw and prompt_nsfw: download it again.") from error
     return frozenset(unsafe)
 

@@ -20,9 +20,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from microdit.data.sources.arrow_cells import check_unique, table_rows
 from microdit.data.sources.base import END, Record
-from microdit.data.sources.lists import CAPTION_HOW, columns_in_words
-from microdit.data.sources.metadata import CAPTION_PROBLEMS, FILE_NAMES, caption_text, field_of, find_caption_name, find_name, is_url
+from microdit.data.sources.lists import CAPTION_HOW, NumberedLines, columns_in_words
+from microdit.data.sources.metadata import CAPTION_PROBLEMS, FILE_NAMES, field_of, find_caption_name, find_name, from_fields, is_url
 from microdit.data.sources.untrusted_files import IMAGE_SUFFIXES, Refused, bounded_lines, open_file
 from microdit.errors import UserError
 from microdit.io.files import aside_of
@@ -124,6 +125,7 @@ def open_joined(name: str, index_folder: Path | None) -> JoinedCaptions:
                 f"{path} has no column {column or f'with {what} under a usual name'}. {columns_in_words(columns)} "
                 f"Name both: --captions {path}:KEY_COLUMN:COLUMN."
             )
+    check_unique((key, field), columns, str(path))
     status = path.stat()
     identity = f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0{key}\0{field}"
     fingerprint = hashlib.sha256(identity.encode(errors="surrogatepass")).hexdigest()
@@ -136,7 +138,7 @@ def columns_of(path: Path) -> list[str]:
     if path.suffix.lower() == ".parquet":
         try:
             return list(pq.read_schema(path).names)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
             raise UserError(f"{path} cannot be read as a Parquet file: {one_line(str(error))}") from error
     first = next((fields for fields in _fields(path) if fields), None)
     if not first:
@@ -149,16 +151,19 @@ def read_rows(path: Path, key: str, field: str) -> Iterator[Row]:
     for fields in _parquet_fields(path, key, field) if path.suffix.lower() == ".parquet" else _fields(path):
         name = field_of(fields, key) if fields else None
         name = str(name) if isinstance(name, (str, int)) else ""
-        caption = caption_text(field_of(fields, field)) if fields and name else ""
+        caption = from_fields(fields, [field])[0].get(field, "") if fields and name else ""
         yield (name, caption) if caption else ("", "")
 
 
 def _parquet_fields(path: Path, key: str, field: str) -> Iterator[Mapping[str, Any]]:
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
-        names = set(table.schema_arrow.names)
-        columns = [name if name in names else name.partition(".")[0] for name in (key, field)]
-        for batch in table.iter_batches(BATCH, columns=columns):
-            yield from batch.to_pylist()
+    try:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
+            names = set(table.schema_arrow.names)
+            columns = [name if name in names else name.partition(".")[0] for name in (key, field)]
+            for batch in table.iter_batches(BATCH, columns=columns):
+                yield from table_rows(batch)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read to its end: {one_line(str(error))}. Fetch it again.") from error
 
 
 def _fields(path: Path) -> Iterator[Mapping[str, Any] | None]:
@@ -186,17 +191,25 @@ def _json_fields(text: io.TextIOWrapper) -> Iterator[Mapping[str, Any] | None]:
 
 
 def _csv_fields(path: Path, text: io.TextIOWrapper) -> Iterator[Mapping[str, Any] | None]:
-    header = next((line for line in text if line.strip()), "")
-    delimiter = max(",;\t|", key=header.count)
-    names = next(csv.reader([header], delimiter=delimiter), [])
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    lines = NumberedLines(bounded_lines(text), 0)
+    header, names = "\n", []
+    try:
+        while not header.strip():
+            header = next(lines)
+        delimiter = max(",;\t|", key=header.count)
+        names = next(csv.reader([header], delimiter=delimiter), [])
+    except StopIteration:
+        return
+    except csv.Error as error:
+        raise UserError(f"{path}, line {lines.number}: the header cannot be read: {error}. Correct it.") from error
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
-        first = reader.line_num
+        first = lines.number + 1
         try:
             row = next(reader, None)
         except csv.Error as error:
-            if reader.line_num > first + 1:
-                raise UserError(f"{path}: a quote is opened in row {first + 2} and not closed as it should be. Close it.") from error
+            if lines.number > first:
+                raise UserError(f"{path}: a quote is opened in line {first} and not closed as it should be. Close it.") from error
             yield None
             continue
         if row is None:
@@ -215,7 +228,7 @@ def _build(path: Path, rows: Iterator[Row]) -> None:
         )
         with index:
             while batch := list(islice(rows, BATCH)):
-                good = [(_hash_of(key), caption.encode("utf-8", "replace").decode()) for key, caption in batch if key]
+                good = [(_hash_of(key), caption) for key, caption in batch if key]
                 total, broken = total + len(batch), broken + len(batch) - len(good)
                 index.executemany("INSERT INTO rows VALUES (?, ?)", good)
         with index:

@@ -283,7 +283,7 @@ class _OpenList(io.TextIOWrapper):
         self._offset = max(start.offset, self._begins)
         self._header, self._delimiter = start.header, start.delimiter
         self._file.seek(self._offset)
-        self._numbered = _Numbered(bounded_lines(self), start.lines)
+        self._numbered = NumberedLines(bounded_lines(self), start.lines)
         return self._json_lines() if self._json else self._csv_lines()
 
     @property
@@ -346,17 +346,15 @@ class _OpenList(io.TextIOWrapper):
 
     def _reason(self, error: csv.Error, first: int) -> str:
         """Return why a row is rejected. Raises UserError if it swallowed lines, which cannot be told apart from its own."""
-        if "line is too long" in str(error) or "field larger" in str(error):
-            return LINE_TOO_LONG
         if self._numbered.number > first:
             raise UserError(
                 f"{self._path}, line {first}: a quote is opened there and not closed as it should be before line {self._numbered.number}. "
                 'Close it; a quote within a quoted field is written twice: "a ""red"" cat".'
             )
-        return BAD_QUOTES
+        return LINE_TOO_LONG if "line is too long" in str(error) or "field larger" in str(error) else BAD_QUOTES
 
 
-class _Numbered:
+class NumberedLines:
     """Numbered lines for csv.reader. A line that is too long is an error of its row, and the next row begins after it."""
 
     def __init__(self, lines: Iterator[str | None], number: int):

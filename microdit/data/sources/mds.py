@@ -5,8 +5,6 @@ the samples one after the other; it may be compressed, and is read as a stream, 
 never opened.
 """
 
-import bz2
-import gzip
 import io
 import os
 import re
@@ -23,6 +21,7 @@ import pyarrow as pa
 from PIL import Image
 
 from microdit.data.sources.base import END, Part, Record, Source
+from microdit.data.sources.compressed import CompressedStream, Stream
 from microdit.data.sources.lists import caption_column, check_captions
 from microdit.data.sources.metadata import from_fields, url_in
 from microdit.data.sources.samples import NO_IMAGE
@@ -150,14 +149,14 @@ def records_of_shard(folder: Path, shard: MdsShard, record: Callable[[str, bytes
         yield Record(f"{shard.file}/{row}{END}", {}, b"", DAMAGED)
 
 
-def _uncompressed(file: BinaryIO, name: str) -> Any:
+def _uncompressed(file: BinaryIO, name: str) -> Stream:
     suffix = Path(name).suffix
     if suffix == ".gz":
-        return gzip.GzipFile(fileobj=file)
+        return CompressedStream(file, "gzip")
     if suffix == ".bz2":
-        return bz2.BZ2File(file)
+        return CompressedStream(file, "bzip2")
     if suffix == ".zstd":
-        return pa.CompressedInputStream(file, "zstd")
+        return CompressedStream(file, "zstd")
     if suffix != ".mds":
         raise Refused(f"shard is compressed as {suffix[:10]}, which is not read")
     return file

@@ -14,6 +14,7 @@ from huggingface_hub import dataset_info
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError
 
+from microdit.data.sources.arrow_cells import cell_value, check_unique, table_rows
 from microdit.data.sources.base import END, Part, Record, Source, relative_names
 from microdit.data.sources.folders import Listing, note_on_lists, parts_of, split_by_list
 from microdit.data.sources.lists import caption_column, check_captions, columns_in_words, digest_of, only_urls, relative_file
@@ -63,6 +64,7 @@ def table_source(
                 groups = [table.metadata.row_group(n) for n in range(table.num_row_groups)]
                 rows = [group.num_rows for group in groups]
                 image = _image_column(schema, str(path), file_column)
+                check_unique([image], schema.names, str(path))
                 in_pages = (group.total_byte_size for number, group in enumerate(groups) if large_column(table, number, image) is None)
                 largest = max(largest, *in_pages, 0)
                 if _holds_text(schema.field(image).type):
@@ -70,12 +72,14 @@ def table_source(
         except Refused as refused:
             parts.append(Part(name, partial(_nothing_but, name, refused.reason), partial(iter, (path,))))
             continue
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, OSError, ValueError):  # ValueError: names of columns that are not UTF-8
             parts.append(Part(name, partial(_nothing_but, name, DAMAGED), partial(iter, (path,))))
             continue
         weights = weights or {caption_column([column for column in schema.names if column != image], str(path)): 1.0}
         check_captions(schema.names, weights, str(path))
-        known = _Table(path, name, image, tuple(weights), _columns(schema, image, weights), roots or roots_of(path.parent))
+        columns = _columns(schema, image, weights)
+        check_unique(columns, schema.names, str(path))
+        known = _Table(path, name, image, tuple(weights), columns, roots or roots_of(path.parent))
         for number, first in enumerate(accumulate(rows, initial=0)):
             if number < len(rows):
                 files_of = partial(_files_of_group, path, number, image)
@@ -95,9 +99,12 @@ def listed_by_table(folder: Path, path: Path, captions: dict[str, float] | None,
         if not _holds_text(table.schema_arrow.field(column).type):
             return None
         digests = bytearray()
-        for batch in table.iter_batches(PART_SIZE, columns=[column]):
-            for name in batch.column(0).to_pylist():
-                digests += digest_of(relative_file(name or "", folder))
+        try:
+            for batch in table.iter_batches(PART_SIZE, columns=[column]):
+                for cell in batch.column(0):
+                    digests += digest_of(relative_file(cell_value(cell) or "", folder))
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} is damaged, so that it does not say which images it lists: {one_line(str(error))}") from error
     found = find_files(folder)
     _, unlisted, passed_over = split_by_list(found, digests, [path.name])
     note = " ".join(filter(None, (source.note, note_on_lists(found, ()))))
@@ -122,8 +129,9 @@ def _columns(schema: pa.Schema, image: str, wanted: Iterable[str]) -> tuple[str,
 def _check_not_urls(table: Any, image: str, path: Path) -> None:
     """Raise UserError if the first cells hold nothing but addresses."""
     batch = next(table.iter_batches(READ_ROWS, columns=[image]), None)
-    cells = [cell for cell in batch.column(0).to_pylist() if isinstance(cell, str) and cell] if batch is not None else []
-    if cells and all(is_url(cell) for cell in cells):
+    cells = map(cell_value, batch.column(0)) if batch is not None else ()
+    files = [cell for cell in cells if isinstance(cell, str) and cell]
+    if files and all(map(is_url, files)):
         raise UserError(only_urls(path, table.schema_arrow.names, image))
 
 
@@ -171,10 +179,10 @@ def _read_stream(title: str, dataset: Any, split: str, image: str, wanted: Seque
     row = 0
     try:
         for table in dataset.shard(num_shards=dataset.num_shards, index=number).iter(batch_size=READ_ROWS):
-            for fields in _rows(table):
+            for fields in table_rows(table):
                 yield _record(f"{split}/{number:05d}/{row}", fields, image, wanted, Path(), roots)
                 row += 1
-    except pa.ArrowException:
+    except (pa.ArrowException, ValueError, TypeError):  # the last two: a file whose columns or types are not those of the first
         yield Record(f"{split}/{number:05d}/{row}{END}", {}, b"", DAMAGED)
     except OSError as error:
         raise UserError(
@@ -187,7 +195,7 @@ def saved_source(folder: Path, captions: dict[str, float] | None = None) -> Sour
     """Return a data set written by `save_to_disk` as a source: its split `train`, if it has several. Raises UserError if it is damaged."""
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         raise UserError(f"{folder} looks like a data set saved by save_to_disk, but is damaged: {one_line(str(error))}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if "train" not in loaded:
@@ -227,7 +235,7 @@ def _read_group(table: _Table, group: int, first: int) -> Iterator[Record]:
 
 def _group_rows(file: Any, group: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     for batch in file.iter_batches(_rows_at_once(file, group), row_groups=[group], columns=list(columns)):
-        yield from _rows(batch)
+        yield from table_rows(batch)
 
 
 def _with_large(file: Any, raw: BinaryIO, group: int, table: _Table, large: BinaryColumn) -> Iterator[dict[str, Any]]:
@@ -252,9 +260,10 @@ def _files_of_group(path: Path, group: int, image: str) -> Iterator[Path]:
         with pq.ParquetFile(path) as table:
             kind = table.schema_arrow.field(image).type
             if _holds_text(kind):
-                yield from (path.parent / cell for cell in table.read_row_group(group, [image]).column(image).to_pylist() if cell)
+                cells = map(cell_value, table.read_row_group(group, [image]).column(image))
+                yield from (path.parent / cell for cell in cells if isinstance(cell, str) and cell)
             elif pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
-                cells = table.read_row_group(group, [f"{image}.path"]).column(image).to_pylist()
+                cells = map(cell_value, table.read_row_group(group, [f"{image}.path"]).column(image))
                 yield from (path.parent / cell["path"] for cell in cells if cell and isinstance(cell["path"], str))
     except (pa.ArrowException, OSError, ValueError, KeyError):
         return  # reading the rows will report the damage
@@ -264,23 +273,11 @@ def _read_rows(dataset: Any, prefix: str, image: str, wanted: list[str], roots: 
     row, stop = start, min(start + PART_SIZE, len(dataset))
     try:
         while row < stop:
-            for fields in _rows(dataset[row : min(row + READ_ROWS, stop)]):
+            for fields in table_rows(dataset[row : min(row + READ_ROWS, stop)]):
                 yield _record(f"{prefix}/{row}", fields, image, wanted, Path(), roots)
                 row += 1
     except (pa.ArrowException, OSError):
         yield Record(f"{prefix}/{row}{END}", {}, b"", DAMAGED)
-
-
-def _rows(table: Any) -> Iterator[dict[str, Any]]:
-    for row in range(table.num_rows):
-        yield {name: _cell(table.column(name)[row]) for name in table.schema.names}
-
-
-def _cell(cell: Any) -> Any:
-    try:
-        return cell.as_py()
-    except UnicodeDecodeError:
-        return "\ud800"  # a lone surrogate, which is later reported as not UTF-8
 
 
 def _nothing_but(name: str, problem: str) -> Iterator[Record]:

@@ -93,6 +93,14 @@ def test_a_list_that_cannot_be_used_is_rejected_by_name(tmp_path):
     assert problems_of(records)["metadata.csv"].startswith("metadata.csv names no files in a column with a usual name.")
 
 
+def test_a_list_in_which_a_quote_swallows_lines_is_rejected_with_its_line(tmp_path):
+    lines = b'file_name,text\na.png,"an open quote\n' + b"b.png,words\n" * 12_000
+    records = records_of(archive_source([write(tmp_path / "a.zip", [("metadata.csv", lines), *IMAGES])]))
+    (problem,) = {record.problem for record in records if record.key.startswith("metadata")}
+    assert problem.startswith("metadata.csv, line 2: a quote is opened there and not closed")
+    assert not any(record.captions for record in records)
+
+
 def test_lines_behind_the_damage_of_an_archive_are_not_missing(tmp_path):
     content = json_lines(*({"file_name": file, "text": "words"} for file in ("a.png", "birds/b.PNG")))
     path = write(tmp_path / "a.tar", [("metadata.jsonl", content), *IMAGES[:2]])

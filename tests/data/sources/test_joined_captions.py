@@ -16,7 +16,7 @@ from microdit.data.sources.joined_captions import NOT_FOUND, open_joined
 from microdit.data.sources.open import open_source
 from microdit.encoders.autoencoder import Pixels
 from microdit.errors import UserError
-from tests.data.pictures import picture, problems_of, records_of, write_file, write_tar
+from tests.data.pictures import damaged_in_the_middle, picture, problems_of, records_of, write_file, write_tar
 
 
 def joined(source, file, captions=None, index=None):
@@ -112,8 +112,41 @@ def test_what_cannot_be_joined_is_refused_with_the_columns(tmp_path, shards):
         joined(shards, f"{file}:id:words")
     with pytest.raises(UserError, match="cannot be read: no such file"):
         joined(shards, tmp_path / "gone.jsonl")
-    with pytest.raises(UserError, match="a quote is opened in row 2 and not closed"):
+    with pytest.raises(UserError, match="a quote is opened in line 2 and not closed"):
         records_of(joined(shards, write_file(tmp_path / "open.csv", b'key,text\n00000,"open\n00001,x\n')))
+
+
+def test_whatever_the_cells_of_a_table_hold_is_a_caption_or_a_broken_row(tmp_path, shards):
+    texts = pa.array([b"words", b"f\xfcr", None, b"more"], pa.binary()).view(pa.string())
+    keys = pa.array([b"00000", b"00001", b"00002", b"\xff"], pa.binary()).view(pa.string())
+    beyond = pa.array([2**62] * 4, pa.timestamp("us"))  # the year 148109
+    pq.write_table(pa.table({"key": keys, "text": texts, "when": beyond}), tmp_path / "new.parquet")
+    source = joined(shards, f"{tmp_path / 'new.parquet'}:key:text")
+    assert captions_of(source) == {"00000": {"text": "words"}} | {f"0000{n}": {} for n in (1, 2, 3)}
+    assert source.joined()["rows_broken"] == 2
+    source = joined(shards, f"{tmp_path / 'new.parquet'}:key:when")
+    assert set(problems_of(records_of(source)).values()) == {NOT_FOUND}
+
+
+def test_a_file_that_breaks_off_or_is_ambiguous_is_refused_by_name(tmp_path, shards):
+    damaged = write_file(tmp_path / "cut.parquet", damaged_in_the_middle({"key": [f"{n:05}" for n in range(300)], "text": ["x"] * 300}))
+    with pytest.raises(UserError, match=r"cut\.parquet cannot be read to its end"):
+        records_of(joined(shards, damaged))
+    pq.write_table(pa.Table.from_arrays([pa.array(["00000"])] * 3, names=["key", "text", "text"]), tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"twice\.parquet: several columns are named text\. Rename all but one"):
+        joined(shards, tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"long\.csv, line 1: the header cannot be read: line is too long"):
+        joined(shards, write_file(tmp_path / "long.csv", b"k" * 5_000_000))
+
+
+def test_a_line_of_any_length_is_a_broken_row(tmp_path, shards):
+    file = write_file(tmp_path / "long.csv", b"key,text\n00000," + b"w" * 30_000_000 + b"\n00001,words\n")
+    tracemalloc.start()
+    try:
+        assert captions_of(joined(shards, file))["00001"] == {"text": "words"}
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_encoding_counts_both_sides_and_leaves_no_index(tmp_path, shards, text_encoder):

@@ -124,6 +124,28 @@ def test_a_quote_that_swallows_lines_is_refused_with_its_line(tmp_path, rest):
         folder_source(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.tsv"])
+@pytest.mark.parametrize("length", [5, 200_000, 5_000_000])  # many lines, a field that is too long, a line that is
+def test_a_quote_that_swallows_more_than_a_field_may_hold_is_refused(tmp_path, name, length):
+    mark = "," if name.endswith("csv") else "\t"
+    rest = f"b.png{mark}{'w' * length}\n" * (200_000 // length + 1)
+    fill(tmp_path, f'file_name{mark}text\na.png{mark}"an open quote\n{rest}', name)
+    with pytest.raises(UserError, match=rf"{name}, line 2: a quote is opened there and not closed as it should be before line"):
+        folder_source(tmp_path)
+
+
+def test_a_line_that_is_too_long_alone_costs_no_other(tmp_path):
+    fill(tmp_path, f'file_name,text\na.png,"{"w" * 200_000}"\nb.png,{"w" * 5_000_000}\nc.png,blue\n')
+    too_long = "metadata line is too long"
+    assert captions(folder_source(tmp_path)) == {
+        "metadata.csv#2": too_long,
+        "metadata.csv#3": too_long,
+        "c.png": "blue",
+        "a.png": "no caption",
+        "b.png": "no caption",
+    }
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path):
     fill(tmp_path, "file_name,text,text,,\na.png,red,other,,\n")
     with pytest.raises(UserError, match=r"metadata.csv, line 1: several columns are named text\. Rename all but one"):

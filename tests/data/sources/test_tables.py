@@ -10,7 +10,7 @@ from PIL import Image
 from microdit.data.sources.open import open_source
 from microdit.data.sources.tables import hub_source, saved_source, table_source
 from microdit.errors import UserError
-from tests.data.pictures import keys_of, picture, problems_of, records_of, write_file
+from tests.data.pictures import damaged_in_the_middle, keys_of, picture, problems_of, records_of, write_file
 
 
 def write_table(path, columns, row_group_size=100):
@@ -100,6 +100,87 @@ def test_a_damaged_file_does_not_hide_the_others(tmp_path):
 def test_tables_that_do_not_say_enough_are_refused(tmp_path, columns, captions, sentence):
     with pytest.raises(UserError, match=sentence):
         table_source([write_table(tmp_path / "a.parquet", columns)], captions)
+
+
+STRANGE = {  # each cell that Python cannot hold, and what becomes of its record
+    "timestamp": (pa.array([2**62, 0], pa.timestamp("us")), "caption is not text"),
+    "zone": (pa.array([0, 0], pa.timestamp("us", tz="No/Where")), "caption is not text"),
+    "date": (pa.array([2**31 - 1, 0], pa.int32()).cast(pa.date32()), "caption is not text"),
+    "duration": (pa.array([2**62, 0], pa.duration("s")), "caption is not text"),
+    "map": (pa.array([[("a", 2**62)], []], pa.map_(pa.string(), pa.timestamp("us"))), "caption is not text"),
+    "fields": (pa.StructArray.from_arrays([pa.array(["a", "b"])] * 2, ["x", "x"]), "caption is not text"),
+    "latin": (pa.array([b"f\xfcr", b"word"], pa.binary()).view(pa.string()), "caption is not UTF-8"),
+    "lists": (pa.ListArray.from_arrays([0, 1, 2], pa.array([b"f\xfcr", b"word"], pa.binary()).view(pa.string())), "caption is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_cell_that_python_cannot_hold_costs_its_own_record(tmp_path, kind):
+    cells, problem = STRANGE[kind]
+    table = {"image": image_cells(4), "caption": ["words"] * 4, "other": pa.concat_arrays([cells, cells])}
+    path = write_table(tmp_path / "a.parquet", table)
+    assert records_of(table_source([path], {"other": 1.0}))[0].problem == problem
+    assert len(records_of(table_source([path], {"other": 1.0}))) == 4
+    both = records_of(table_source([path], {"caption": 0.5, "other": 0.5}))
+    assert [(record.captions["caption"], record.problem) for record in both] == [("words", "")] * 4
+
+
+def test_the_bytes_beside_a_name_that_is_not_utf_8_are_kept(tmp_path):
+    names = pa.array([b"\xff.jpg", b"b.jpg"], pa.binary()).view(pa.string())
+    cells = pa.StructArray.from_arrays([pa.array([picture(0), picture(1)]), names], ["bytes", "path"])
+    records = records_of(table_source([write_table(tmp_path / "a.parquet", {"image": cells, "text": ["words"] * 2})]))
+    assert [(record.image, record.problem) for record in records] == [(picture(0), ""), (picture(1), "")]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_file_names_that_are_not_utf_8_cost_their_own_record(tmp_path, beside):
+    write_file(tmp_path / "b.jpg", picture())
+    names = pa.array([b"\xff.jpg", b"b.jpg"], pa.binary()).view(pa.string())
+    path = write_table(tmp_path / "metadata.parquet", {"file_name": names, "text": ["words"] * 2})
+    source = open_source(str(tmp_path)) if beside else table_source([path])
+    assert list(problems_of(records_of(source)).values()) == ["file cannot be read", ""]
+
+
+@pytest.mark.parametrize("names", [("image", "text", "text"), ("image", "image", "text"), ("image", "text", "url", "url")])
+def test_two_columns_of_one_name_are_refused(tmp_path, names):
+    columns = [pa.array([b"x" if name == "image" else "words"]) for name in names]
+    pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "a.parquet")
+    with pytest.raises(
+        UserError, match=rf"a\.parquet: several columns are named {names[-2] if 'url' in names else names[1]}\. Rename all but one"
+    ):
+        table_source([tmp_path / "a.parquet"])
+
+
+def test_columns_of_one_name_that_are_not_read_are_no_trouble(tmp_path):
+    table = pa.Table.from_arrays([pa.array([picture()]), *[pa.array(["words"])] * 3], names=["image", "text", "more", "more"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert records_of(table_source([tmp_path / "a.parquet"]))[0].captions == {"text": "words"}
+
+
+def test_a_column_whose_name_is_not_utf_8_makes_a_damaged_table(tmp_path):
+    good = write_table(tmp_path / "b.parquet", {"image": image_cells(1), "text": ["words"]})
+    pq.write_table(pa.table({"image": image_cells(1), "text": ["words"], "ABCDEF": [1]}), tmp_path / "a.parquet", store_schema=False)
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes().replace(b"ABCDEF", b"\xff\xfeCDEF"))
+    records = records_of(table_source([tmp_path / "a.parquet", good]))
+    assert problems_of(records) == {"a.parquet#end": "table is damaged from here on", "b.parquet/0": ""}
+
+
+def test_a_saved_data_set_whose_features_make_no_sense_is_damaged(tmp_path):
+    datasets.Dataset.from_dict({"image": [picture()], "text": ["words"]}).save_to_disk(tmp_path / "saved")
+    about = {"huggingface": '{"info": {"features": {"image": "nonsense"}}}'}
+    table = pa.table({"image": [picture()], "text": ["words"]}).replace_schema_metadata(about)
+    with pa.ipc.new_stream(next((tmp_path / "saved").glob("*.arrow")), table.schema) as file:
+        file.write_table(table)
+    with pytest.raises(UserError, match="looks like a data set saved by save_to_disk, but is damaged"):
+        saved_source(tmp_path / "saved")
+
+
+def test_a_damaged_list_of_the_images_beside_it_is_refused_by_name(tmp_path):
+    write_file(tmp_path / "b.jpg", picture())
+    columns = {"file_name": [f"{n}.jpg" for n in range(300)], "text": ["words"] * 300}
+    write_file(tmp_path / "metadata.parquet", damaged_in_the_middle(columns))
+    with pytest.raises(UserError, match=r"metadata\.parquet is damaged, so that it does not say which images it lists"):
+        open_source(str(tmp_path))
 
 
 def test_a_saved_data_set_gives_the_files_it_was_made_of(tmp_path):

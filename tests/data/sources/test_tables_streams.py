@@ -79,3 +79,11 @@ def test_what_cannot_be_streamed_is_refused_in_a_sentence(hub, tmp_path):
     write_table(tmp_path / "numbers" / "train.parquet", {"text": pa.array(["a"]), "size": [1]})
     with pytest.raises(UserError, match="has no column of binary data"):
         open_source(f"hf-stream:{tmp_path / 'numbers'}")
+
+
+@pytest.mark.parametrize("text", [["words"], [["a", "list"]]])
+def test_a_file_with_other_columns_than_the_first_has_a_named_end(hub, text):
+    write_table(hub / "large" / "1.parquet", {"image": image_cells(1), "text" if text[0] != "words" else "other": text, "size": [0]})
+    problems = problems_of(records_of(open_source(f"hf-stream:{hub}:large:train")))
+    assert len(problems) == 7
+    assert {key: problem for key, problem in problems.items() if problem} == {"train/00001/0#end": "table is damaged from here on"}
