@@ -33,6 +33,29 @@ def table_rows(table: Any) -> Iterator[dict[str, Any]]:
         yield {name: cell_value(column[row]) for name, column in columns}
 
 
+def check_offsets(table: pa.Table) -> None:
+    """Raise ArrowException if a table from a file refers to what is not in the file, where Arrow would read all the same, or crash.
+
+    Text that is not UTF-8 is no reason: it costs its own row. Of the images, only the offsets are read.
+    """
+    table.validate()
+    for column in table.columns:
+        for chunk in column.chunks:
+            kind = _as_bytes(chunk.type)
+            (chunk if kind == chunk.type else chunk.view(kind)).validate(full=True)
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    """Return a type of the same layout with bytes in place of text."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_bytes(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    return pa.binary() if pa.types.is_string(kind) else pa.large_binary() if pa.types.is_large_string(kind) else kind
+
+
 def check_unique(columns: Iterable[str], names: Collection[str], where: str) -> None:
     """Raise UserError if one of these columns stands several times among the `names` of a table."""
     times = Counter(names)

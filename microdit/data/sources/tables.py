@@ -14,7 +14,7 @@ from huggingface_hub import dataset_info
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError
 
-from microdit.data.sources.arrow_cells import cell_value, check_unique, table_rows
+from microdit.data.sources.arrow_cells import cell_value, check_offsets, check_unique, table_rows
 from microdit.data.sources.base import END, Part, Record, Source, relative_names
 from microdit.data.sources.folders import Listing, note_on_lists, parts_of, split_by_list
 from microdit.data.sources.lists import caption_column, check_captions, columns_in_words, digest_of, only_urls, relative_file
@@ -201,6 +201,10 @@ def saved_source(folder: Path, captions: dict[str, float] | None = None) -> Sour
         if "train" not in loaded:
             raise UserError(f"{folder} holds the splits {', '.join(loaded)}: name the folder of one of them.")
         loaded = loaded["train"]
+    try:
+        check_offsets(loaded.data.table)
+    except pa.ArrowException as error:
+        raise UserError(f"{folder} looks like a data set saved by save_to_disk, but is damaged: {one_line(str(error))}") from error
     return _dataset_source(folder.absolute().name, folder.absolute().name, loaded, captions, roots_of(folder))
 
 

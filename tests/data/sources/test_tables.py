@@ -1,5 +1,7 @@
 import io
 import os
+import random
+from collections import Counter
 
 import datasets
 import pyarrow as pa
@@ -173,6 +175,28 @@ def test_a_saved_data_set_whose_features_make_no_sense_is_damaged(tmp_path):
         file.write_table(table)
     with pytest.raises(UserError, match="looks like a data set saved by save_to_disk, but is damaged"):
         saved_source(tmp_path / "saved")
+
+
+def test_a_saved_data_set_with_changed_bytes_ends_no_process(tmp_path):
+    """Arrow itself reads beyond the file in about a tenth of the cases, and then crashes."""
+    datasets.Dataset.from_dict({"image": image_cells(40), "text": [f"picture {i}" for i in range(40)]}).save_to_disk(tmp_path / "set")
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    content, numbers, ends = file.read_bytes(), random.Random(0), Counter()
+    for _ in range(100):
+        changed = bytearray(content)
+        for _ in range(numbers.choice([1, 1, 3, 10])):
+            changed[numbers.randrange(len(changed))] = numbers.randrange(256)
+        file.write_bytes(changed)
+        if (child := os.fork()) == 0:
+            try:
+                assert len(records_of(saved_source(tmp_path / "set"))) <= 40
+                os._exit(0)
+            except UserError:
+                os._exit(1)
+            except BaseException:
+                os._exit(2)
+        ends[os.waitpid(child, 0)[1]] += 1
+    assert set(ends) == {0, 1 << 8}, ends
 
 
 def test_a_damaged_list_of_the_images_beside_it_is_refused_by_name(tmp_path):
