@@ -140,10 +140,10 @@ def train(
     from microdit.config.schema import Recipe
     from microdit.distributed import start_world, stop_world
     from microdit.io.places import location
-    from microdit.training.multi_phase import RunSettings, default_run, train_one
+    from microdit.training.multi_phase import RunSettings, default_run_folder, train_one
 
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, list(overrides))
-    run = location(out) if out is not None else default_run(loaded.name)
+    run = location(out) if out is not None else default_run_folder(loaded.name)
     world = start_world(loaded.engine.device)
     try:
         train_one(loaded, run, RunSettings(resume), reporter, world)

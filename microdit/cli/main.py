@@ -109,8 +109,8 @@ def main() -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (*DISK_ERRORS, *PATH_ERRORS):
             where = f" ({error.filename!s:.300})" if error.filename else ""
-            room = "make room there, or choose another place" if error.errno in DISK_ERRORS else "name another, or mend it"
-            sentence = f" {error.strerror}{where}: {room}, and start the command again."
+            fix = "make room there, or choose another place" if error.errno in DISK_ERRORS else "choose another path, or correct this one"
+            sentence = f" {error.strerror}{where}: {fix}, and start the command again."
             PlainConsole(stderr=True).print(joined(styled("Error:", "bold red"), sentence), soft_wrap=True)
         else:
             print_traceback()

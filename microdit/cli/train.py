@@ -52,7 +52,7 @@ def train(
     from microdit.distributed import start_world, stop_world
     from microdit.io.places import location
     from microdit.reports.run_folder import is_run
-    from microdit.training.multi_phase import RunSettings, default_run, train_one, train_phases
+    from microdit.training.multi_phase import RunSettings, default_run_folder, train_one, train_phases
 
     settings = RunSettings(resume, accept_changes, price_per_hour, workspace)
     overrides = [*(overrides or []), *([f"engine.device={device}"] if device else []), *([f"engine.precision={dtype}"] if dtype else [])]
@@ -66,7 +66,7 @@ def train(
         )
     recipes = load_recipe_folder(recipe, overrides) if is_chain else {"": load_recipe(recipe, overrides)}
     first = next(iter(recipes.values()))
-    run = location(out) if out else default_run(recipe.resolve().name if is_chain else first.name)
+    run = location(out) if out else default_run_folder(recipe.resolve().name if is_chain else first.name)
     if workspace is not None and isinstance(run, Path):
         raise UserError("--workspace is for runs in an object store: name such a place with --out, or leave it out.")
     world = start_world(first.engine.device)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from microdit.data.decode import decode, fit
 from microdit.evaluation.metrics.registry import METRICS, label
-from microdit.io.files import from_checked_json, write_aside
+from microdit.io.files import from_checked_json, read_regular, write_aside
 from microdit.reports.curves import Curve, draw_points
 from microdit.reports.html import image_data_url, load_template
 
@@ -78,7 +78,7 @@ def _small(image: Image.Image) -> bytes:
 def read_evaluation(file: Path) -> dict[str, Any]:
     """Return the content of a metrics.json, or an empty dictionary if it is missing or damaged and must be written again."""
     try:
-        result = from_checked_json(file.read_bytes())
+        result = from_checked_json(read_regular(file))
     except (OSError, ValueError):
         return {}
     return result if isinstance(result.get("metrics"), dict) else {}

@@ -20,7 +20,7 @@ import torch
 
 from microdit.devices import choose_device, choose_dtype, device_name, memory_of
 from microdit.errors import UserError
-from microdit.io.files import from_checked_json, to_checked_json, write_aside
+from microdit.io.files import from_checked_json, read_regular, to_checked_json, write_aside
 from microdit.io.strict_yaml import Plain, Tree, decimal, read_yaml
 from microdit.reports.formats import finite
 
@@ -275,7 +275,7 @@ def read_measurements(file: Path) -> dict[str, Measurement]:
     if not file.is_file():
         return {}
     try:
-        found = {name: Measurement(**values) for name, values in from_checked_json(file.read_bytes()).items()}
+        found = {name: Measurement(**values) for name, values in from_checked_json(read_regular(file)).items()}
         if not all(item.utilisation > 0 for item in found.values()):
             raise ValueError("a utilisation is not above 0")
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -46,7 +46,7 @@ def train_phases(recipes: dict[str, Recipe], out: Path | Place, settings: RunSet
             finished[name] = found
 
 
-def default_run(name: str) -> Path:
+def default_run_folder(name: str) -> Path:
     """Return the folder of a run that was given none: runs/NAME, for the recipe's name. Raises UserError if that would lie elsewhere."""
     if name in (".", "..") or not name.isprintable() or "/" in name or "\\" in name:
         raise UserError(f"The recipe's name is {name!r}, which is no name of a folder in runs: choose the run's folder with --out.")
